@@ -1,0 +1,2 @@
+//! Placeholder docs replaced below.
+#![forbid(unsafe_code)]

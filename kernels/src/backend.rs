@@ -1,0 +1,190 @@
+//! The contract of a device: arrays that live on it, and the operations of a decoder block.
+//!
+//! Everything above this crate is written against [`Backend`] and does not know which one runs.
+//!
+//! Three invariants hold for every backend, and the battery in `tests/` checks them:
+//! * **Rows are independent, to the bit.** What an operation writes for a row depends on that row (and,
+//!   for attention, on its sequence) alone: not on how many rows stand beside it, on where it stands, on
+//!   chunk bounds or on the number of threads. Sums run in an order that depends on the summed dimension
+//!   alone; attention walks keys in tiles of [`PAGE_TOKENS`] at absolute positions.
+//! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
+//! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
+
+use crate::error::Result;
+
+/// Positions in one KV page, and the tile in which attention walks keys.
+///
+/// 64 keys fill four 512-bit registers of scores, enough independent sums to hide the latency of a dot
+/// product for a single query row, and are the page size of the CUDA kernels to come.
+pub const PAGE_TOKENS: usize = 64;
+
+/// Number type of weights, matmul inputs or KV entries on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16: the upper half of an f32, rounded to nearest even.
+    Bf16,
+}
+
+/// Number type of a tensor in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ViewDtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// A row-major tensor in host memory, little endian, of any alignment: typically a range of a mapped file.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Number type.
+    pub dtype: ViewDtype,
+    /// Rows; 1 for a vector.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// `rows * cols` numbers.
+    pub bytes: &'a [u8],
+}
+
+/// Rotary angles for every position: `cos` and `sin` are `[positions, head_dim / 2]`, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeTable {
+    /// Width of a head; dimension `j` turns together with `j + head_dim / 2` (the "rotate half" layout).
+    pub head_dim: usize,
+    /// Cosines.
+    pub cos: Vec<f32>,
+    /// Sines.
+    pub sin: Vec<f32>,
+}
+
+/// The rows of one sequence in a batch, and where its keys and values are.
+#[derive(Debug, Clone)]
+pub struct AttentionSlice {
+    /// Index of its first row in the batch's arrays.
+    pub first_row: usize,
+    /// Number of its rows, consecutive positions.
+    pub num_rows: usize,
+    /// Position of its first row; row `i` attends to positions `0 ..= first_position + i`.
+    pub first_position: usize,
+    /// Page `i` holds positions `i * PAGE_TOKENS ..`; covers every position attended to.
+    pub pages: Vec<u32>,
+}
+
+/// What sampling needs to know of a whole row of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitStats {
+    /// Index of the largest logit, the lowest index where several are equal.
+    pub argmax: u32,
+    /// The largest logit; NaN where the row holds a NaN.
+    pub max: f32,
+    /// `ln Σ exp(logit - max)`: a token's log-probability is `logit - max - log_sum_exp`.
+    pub log_sum_exp: f32,
+}
+
+/// A device: its arrays and the operations of a decoder block.
+///
+/// Matrices are weights `[out_features, in_features]` as a checkpoint has them, and a matmul computes
+/// `x · Wᵀ`. An [`Backend::Array`] is f32 `[rows, cols]`; an [`Backend::Operand`] is the same in the
+/// number type that matmuls read. Both keep their memory when they shrink, so that a caller who reuses
+/// them allocates nothing in the steady state; an operation sets the shape of what it only writes.
+pub trait Backend: Send + Sync + 'static {
+    /// A weight matrix in the backend's own layout.
+    type Matrix: Send + Sync;
+    /// An f32 vector, such as a norm's weight.
+    type Vector: Send + Sync;
+    /// Rotary angles on the device.
+    type Rope: Send + Sync;
+    /// f32 activations `[rows, cols]`.
+    type Array: Send;
+    /// Matmul input `[rows, cols]`.
+    type Operand: Send;
+    /// Keys and values of one attention block, in pages.
+    type KvCache: Send;
+
+    /// Names all that decides the bits of a result, such as `cpu avx512 bf16`; equal profiles give equal bits.
+    fn numeric_profile(&self) -> String;
+
+    // ---- Making things on the device.
+
+    /// Pack a weight matrix into the backend's layout and number type.
+    fn matrix(&self, view: TensorView<'_>) -> Result<Self::Matrix>;
+    /// Upload a vector.
+    fn vector(&self, view: TensorView<'_>) -> Result<Self::Vector>;
+    /// Upload rotary angles.
+    fn rope_table(&self, table: RopeTable) -> Result<Self::Rope>;
+    /// An empty array.
+    fn array(&self) -> Self::Array;
+    /// An empty operand.
+    fn operand(&self) -> Self::Operand;
+    /// A cache of `num_pages` pages for `kv_heads` heads of `head_dim`. Memory is touched on first use.
+    fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<Self::KvCache>;
+
+    // ---- Between host and device.
+
+    /// Replace an array by host values `[rows, cols]`.
+    fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Self::Array) -> Result<()>;
+    /// Copy an array to the host; `out` is cleared first.
+    fn download(&self, x: &Self::Array, out: &mut Vec<f32>) -> Result<()>;
+
+    // ---- Operations. T is the number of rows (tokens) of a batch.
+
+    /// `out[t] = table[tokens[t]]`; `table: [vocab, hidden]`, `out: [T, hidden]`.
+    fn embed(&self, table: &Self::Matrix, tokens: &[u32], out: &mut Self::Array) -> Result<()>;
+
+    /// `out[t] = x[t] / sqrt(mean(x[t]²) + eps) ∘ weight` (Zhang & Sennrich 2019, eq. 4).
+    fn rms_norm(
+        &self,
+        x: &Self::Array,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Operand,
+    ) -> Result<()>;
+
+    /// `out = x · wᵀ`; `x: [T, in]`, `w: [n, in]`, `out: [T, n]`.
+    fn matmul(&self, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Array) -> Result<()>;
+
+    /// `out += x · wᵀ`: the residual add of a block's half. The product is summed first, then added.
+    fn matmul_add(&self, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Array) -> Result<()>;
+
+    /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)` (Shazeer 2020, SwiGLU); `gate, up: [width, in]`.
+    fn swiglu(
+        &self,
+        x: &Self::Operand,
+        gate: &Self::Matrix,
+        up: &Self::Matrix,
+        out: &mut Self::Operand,
+    ) -> Result<()>;
+
+    /// Turn the heads of `x: [T, heads * head_dim]` in place by the angles of `positions[t]`.
+    fn rope(&self, x: &mut Self::Array, rope: &Self::Rope, positions: &[u32]) -> Result<()>;
+
+    /// Write keys and values `[T, kv_heads * head_dim]` of every slice's rows into their pages.
+    fn kv_append(
+        &self,
+        cache: &mut Self::KvCache,
+        k: &Self::Array,
+        v: &Self::Array,
+        slices: &[AttentionSlice],
+    ) -> Result<()>;
+
+    /// Causal attention over the pages, with scale `1 / sqrt(head_dim)`: `q: [T, heads * head_dim]`,
+    /// `out` alike. Query heads `g * group .. (g + 1) * group` read KV head `g`, `group = heads / kv_heads`.
+    fn attention(
+        &self,
+        q: &Self::Array,
+        cache: &Self::KvCache,
+        slices: &[AttentionSlice],
+        out: &mut Self::Operand,
+    ) -> Result<()>;
+
+    /// `out[i] = x[rows[i]]`.
+    fn gather(&self, x: &Self::Array, rows: &[u32], out: &mut Self::Array) -> Result<()>;
+
+    /// Largest entry and log-sum-exp of every row; `out` is cleared first.
+    fn logit_stats(&self, logits: &Self::Array, out: &mut Vec<LogitStats>) -> Result<()>;
+}

@@ -1,0 +1,44 @@
+//! What can go wrong on a device.
+
+/// An operation's error, with the numbers.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An operand's shape is not what the operation needs.
+    #[error("{op}: {operand} has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// Which operand.
+        operand: &'static str,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape it should have.
+        expected: Vec<usize>,
+    },
+    /// A value points outside what it indexes.
+    #[error("{op}: {what} {value} is outside 0..{bound}")]
+    OutOfRange {
+        /// The operation.
+        op: &'static str,
+        /// What the value is.
+        what: &'static str,
+        /// The value.
+        value: u64,
+        /// One past the largest allowed value.
+        bound: u64,
+    },
+    /// This machine or this build cannot do what was asked.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A file could not be mapped.
+    #[error("map {path}: {source}")]
+    Map {
+        /// The file.
+        path: std::path::PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+}
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;

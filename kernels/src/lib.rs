@@ -1,0 +1,11 @@
+//! Arrays and operations of a decoder block.
+//!
+//! This crate knows numbers and no requests. [`Backend`] is the contract of a device; [`Reference`]
+//! is the plain, obviously right implementation, and [`Cpu`] the fast one. All `unsafe` code of the
+//! project lives here.
+
+mod backend;
+mod error;
+
+pub use backend::{AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype};
+pub use error::{Error, Result};

@@ -1,0 +1,14 @@
+//! Pure decisions about a pipeline: requests into micro-batches, KV pages, blocks into spans.
+//!
+//! This crate knows requests and no numbers. It does no I/O, reads no clock, starts no thread and
+//! draws no random number: it takes events and returns decisions, so that the same code runs the
+//! real pipeline, a simulator and the tests.
+#![forbid(unsafe_code)]
+
+mod micro_batch;
+mod request;
+
+pub use micro_batch::{
+    Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, TokenLogprobs,
+};
+pub use request::{Completion, FinishReason, Request, RequestKey, Sampling, SequenceId, TokenId};

@@ -1,0 +1,84 @@
+//! The words for one request: what is asked, how it is sampled, how it ends.
+
+use std::sync::Arc;
+
+use crate::micro_batch::{Failure, TokenLogprobs};
+
+/// A token's index in the model's vocabulary.
+pub type TokenId = u32;
+
+/// Names one sequence inside one pipeline, in the order of submission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// The identity of a request's content, from which its random stream is derived.
+///
+/// Equal rows of one input are told apart by their ordinal before the key is made, so that each has
+/// a key of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestKey(pub u128);
+
+/// How the next token is chosen, and when a sequence ends.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 is greedy, where a tie goes to the lowest token id.
+    pub temperature: f32,
+    /// Keep the smallest set of most likely tokens whose probabilities sum to at least this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Drop tokens less likely than this share of the most likely one's probability; 0 drops none.
+    pub min_p: f32,
+    /// First key of the counter-based generator; the request's key is the other.
+    pub seed: u64,
+    /// Most tokens to generate. Already clipped to what the context leaves; 0 only scores the prompt.
+    pub max_tokens: u32,
+    /// Until this many tokens are generated, no stop token can be drawn and no stop string ends the sequence.
+    pub min_tokens: u32,
+    /// Tokens that end the sequence: the request's own and, unless it ignores them, the model's
+    /// end-of-sequence ids.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Texts that end the sequence, matched across token borders.
+    pub stop: Vec<String>,
+    /// Report the log-probability of each generated token, with this many of the most likely ones.
+    pub logprobs: Option<u32>,
+    /// Report the same for each prompt token but the first.
+    pub prompt_logprobs: bool,
+}
+
+/// One tokenized request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Identity of the content; see [`RequestKey`].
+    pub key: RequestKey,
+    /// Prompt, never empty, with whatever special tokens its template asks for.
+    pub prompt: Vec<TokenId>,
+    /// How to continue it.
+    pub sampling: Arc<Sampling>,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token was drawn or a stop string was completed.
+    Stop,
+    /// `max_tokens` were generated.
+    Length,
+}
+
+/// A sequence that has ended, with all that was generated.
+#[derive(Debug, Clone)]
+pub struct Completion {
+    /// Its name in the pipeline.
+    pub sequence: SequenceId,
+    /// What was asked.
+    pub request: Arc<Request>,
+    /// Every generated token, the one that ended the sequence included.
+    pub tokens: Vec<TokenId>,
+    /// One entry per generated token where the request asked for log-probabilities, else empty.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// One entry per prompt token but the first where the request asked for them, else empty.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// How it ended.
+    pub outcome: Result<FinishReason, Failure>,
+}

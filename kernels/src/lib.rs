@@ -5,7 +5,12 @@
 //! project lives here.
 
 mod backend;
+mod cpu;
 mod error;
 
-pub use backend::{AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype};
+pub use backend::{
+    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype,
+};
+pub use cpu::pool::{ThreadPool, available_cores};
+pub use cpu::simd::Simd;
 pub use error::{Error, Result};

@@ -1,0 +1,395 @@
+//! A small fork-join pool of pinned threads: one per CPU device.
+//!
+//! A *region* is one call of [`ThreadPool::for_each`]. The caller opens it, works in it like everybody
+//! else, closes it when no task is left, and waits for those workers alone that had entered. A worker
+//! that sleeps, or that the system has put aside for another process, is therefore never waited for
+//! unless it holds a task. Waiting is a short spin and then sleep: threads that spin at barriers starve
+//! each other as soon as anything else runs on their cores.
+//!
+//! Which thread runs which task is left to chance; a kernel's result must not depend on it.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+
+use core_affinity::CoreId;
+use crossbeam::utils::CachePadded;
+
+/// Pauses a thread spins for before it sleeps. A pause takes 10 to 40 ns on the x86 processors of the last
+/// years, so this is 20 to 80 µs: longer than the serial code between two operations of a block, much
+/// shorter than a scheduler's time slice.
+const SPIN_PAUSES: u32 = 2000;
+
+/// The gate's lowest bits count the workers inside the region.
+const INSIDE: u64 = 0xffff;
+/// The caller takes no more workers in.
+const CLOSED: u64 = 1 << 16;
+/// The caller sleeps until the last worker has left.
+const CALLER_SLEEPS: u64 = 1 << 17;
+/// The remaining bits number the regions, so that a worker enters each of them once.
+const REGION: u64 = 1 << 18;
+
+thread_local! {
+    /// Whether this thread is inside a region: a nested region runs inline.
+    static IN_REGION: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The cores that this process may run on, by the affinity of the calling thread.
+pub fn available_cores() -> Vec<usize> {
+    match core_affinity::get_core_ids() {
+        Some(cores) if !cores.is_empty() => cores.into_iter().map(|core| core.id).collect(),
+        _ => (0..thread::available_parallelism().map_or(1, |cores| cores.get())).collect(),
+    }
+}
+
+/// A fork-join pool of threads pinned to cores; the caller of a region is one of them.
+#[derive(Debug)]
+pub struct ThreadPool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held for the length of a region: several threads may share a pool.
+    region: Mutex<()>,
+    caller_core: Option<usize>,
+}
+
+/// What the caller lays out for the workers of a region.
+struct Region {
+    task: *const (dyn Fn(usize) + Sync),
+    num_tasks: usize,
+    caller: Thread,
+}
+
+struct Shared {
+    gate: CachePadded<AtomicU64>,
+    /// The next task to be claimed.
+    next: CachePadded<AtomicUsize>,
+    /// Written by the caller while the gate is closed and nobody inside; read by workers inside.
+    region: UnsafeCell<Option<Region>>,
+    /// What the first task to panic has thrown.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    has_panicked: AtomicBool,
+    is_sleeping: Vec<CachePadded<AtomicBool>>,
+    is_stopping: AtomicBool,
+}
+
+// SAFETY: all fields but `region` are Sync. `region` is written by the thread that holds the pool's
+// region lock, while the gate is closed and no worker inside; workers read it only while they are counted
+// inside, and entering (acquire) happens after the gate was opened (release).
+unsafe impl Sync for Shared {}
+// SAFETY: the task pointer is dereferenced only while its region runs, and points to a Sync closure.
+unsafe impl Send for Shared {}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("num_workers", &self.is_sleeping.len()).finish_non_exhaustive()
+    }
+}
+
+impl ThreadPool {
+    /// A pool of `threads` threads (at least one, the caller counted). Thread `i` is pinned to
+    /// `cores[i % cores.len()]`; thread 0 is the caller, who pins itself by [`ThreadPool::pin_caller`].
+    /// Without cores, or where the system refuses, threads run unpinned.
+    pub fn new(cores: &[usize], threads: usize) -> ThreadPool {
+        let num_workers = threads.clamp(1, INSIDE as usize) - 1;
+        let shared = Arc::new(Shared {
+            gate: CachePadded::new(AtomicU64::new(CLOSED)),
+            next: CachePadded::new(AtomicUsize::new(0)),
+            region: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            has_panicked: AtomicBool::new(false),
+            is_sleeping: (0..num_workers).map(|_| CachePadded::new(AtomicBool::new(false))).collect(),
+            is_stopping: AtomicBool::new(false),
+        });
+        let core_of = |thread: usize| (!cores.is_empty()).then(|| cores[thread % cores.len()]);
+        let workers = (0..num_workers).map(|worker| spawn_worker(&shared, worker, core_of(worker + 1)));
+        ThreadPool { workers: workers.collect(), shared, region: Mutex::new(()), caller_core: core_of(0) }
+    }
+
+    /// Threads that work in a region, the caller counted.
+    pub fn num_threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Pins the calling thread to the pool's first core. For a thread whose regions all run here.
+    pub fn pin_caller(&self) {
+        pin(self.caller_core);
+    }
+
+    /// Runs `task(i)` for every `i` in `0..num_tasks` on the pool's threads, the caller among them, and
+    /// returns when all are done. Tasks are claimed one by one. With one task or one thread, and inside
+    /// of another region, everything runs in the caller. A panic of a task is passed on to the caller
+    /// when nobody works any more; tasks not yet begun are then left out.
+    pub fn for_each(&self, num_tasks: usize, task: impl Fn(usize) + Sync) {
+        if num_tasks <= 1 || self.workers.is_empty() || IN_REGION.get() {
+            (0..num_tasks).for_each(task);
+            return;
+        }
+        let guard = self.region.lock().unwrap_or_else(PoisonError::into_inner);
+        self.open(num_tasks, &task);
+        IN_REGION.set(true);
+        self.shared.work(num_tasks, &task);
+        IN_REGION.set(false);
+        self.close();
+        let thrown = self.shared.take_panic();
+        drop(guard);
+        if let Some(payload) = thrown {
+            resume_unwind(payload);
+        }
+    }
+
+    // ## closed => open
+    fn open(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes. Workers call the task while they are counted inside, and
+        // `close` returns when none is, before `task` goes out of scope in `for_each`.
+        let task =
+            unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(task) };
+        // SAFETY: this thread holds the region lock, the gate is closed and nobody is inside.
+        unsafe { *shared.region.get() = Some(Region { task, num_tasks, caller: thread::current() }) };
+        shared.next.store(0, Ordering::Relaxed);
+        let gate = shared.gate.load(Ordering::Relaxed);
+        debug_assert_eq!(gate & (INSIDE | CLOSED | CALLER_SLEEPS), CLOSED, "a region before has not ended");
+        // SeqCst here and on `is_sleeping`: either a worker that lies down sees the open gate, or this
+        // thread sees it asleep.
+        shared.gate.store((gate & !(REGION - 1)).wrapping_add(REGION), Ordering::SeqCst);
+        self.wake(num_tasks - 1);
+    }
+
+    // ## open => closed, once the workers inside have left
+    fn close(&self) {
+        let shared = &*self.shared;
+        let mut gate = shared.gate.fetch_or(CLOSED, Ordering::AcqRel) | CLOSED;
+        let mut pauses = 0;
+        while gate & INSIDE != 0 {
+            if pauses < SPIN_PAUSES {
+                pauses += 1;
+                std::hint::spin_loop();
+            } else if gate & CALLER_SLEEPS == 0 {
+                // A worker that leaves from now on wakes this thread; look once more before sleeping.
+                shared.gate.fetch_or(CALLER_SLEEPS, Ordering::AcqRel);
+            } else {
+                thread::park();
+            }
+            gate = shared.gate.load(Ordering::Acquire);
+        }
+        shared.gate.fetch_and(!CALLER_SLEEPS, Ordering::Relaxed);
+    }
+
+    /// Wakes up to `num_wanted` of the workers that sleep.
+    fn wake(&self, num_wanted: usize) {
+        for (worker, is_sleeping) in self.workers.iter().zip(&self.shared.is_sleeping).take(num_wanted) {
+            if is_sleeping.load(Ordering::SeqCst) && is_sleeping.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        self.shared.is_stopping.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches what its tasks throw, so there is nothing to learn from its end.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Claims and runs tasks until none is left.
+    fn work(&self, num_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= num_tasks {
+                return;
+            }
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| task(index))) {
+                self.next.store(num_tasks, Ordering::Relaxed);
+                let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+                first.get_or_insert(payload);
+                self.has_panicked.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// What was thrown in the region that has just ended; leaving it was synchronised by the gate.
+    fn take_panic(&self) -> Option<Box<dyn Any + Send>> {
+        if !self.has_panicked.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        self.panic.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// A worker's life: wait for a region it has not been in, enter, work, leave.
+    fn serve(&self, worker: usize) {
+        IN_REGION.set(true);
+        let mut last_region = 0;
+        while let Some(region) = self.enter(worker, last_region) {
+            last_region = region;
+            // SAFETY: this worker is counted inside, so the caller leaves `region` and the task alone.
+            let (task, num_tasks, caller) = unsafe {
+                let region = (*self.region.get()).as_ref().expect("an open region is laid out");
+                (&*region.task, region.num_tasks, region.caller.clone())
+            };
+            self.work(num_tasks, task);
+            let before = self.gate.fetch_sub(1, Ordering::AcqRel);
+            if before & INSIDE == 1 && before & CALLER_SLEEPS != 0 {
+                caller.unpark();
+            }
+        }
+    }
+
+    /// Waits for an open region other than `last_region` and counts the worker in; `None` at the end.
+    fn enter(&self, worker: usize, last_region: u64) -> Option<u64> {
+        let mut pauses = 0;
+        loop {
+            let gate = self.gate.load(Ordering::SeqCst);
+            let region = gate & !(REGION - 1);
+            if gate & CLOSED == 0 && region != last_region {
+                let entered = self.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
+                if entered.is_ok() {
+                    self.is_sleeping[worker].store(false, Ordering::Relaxed);
+                    return Some(region);
+                }
+            } else if self.is_stopping.load(Ordering::SeqCst) {
+                return None;
+            } else if pauses < SPIN_PAUSES {
+                pauses += 1;
+                std::hint::spin_loop();
+            } else if !self.is_sleeping[worker].swap(true, Ordering::SeqCst) {
+                // Lain down: look at the gate once more, for the caller may have missed it.
+            } else {
+                thread::park();
+                pauses = 0;
+            }
+        }
+    }
+}
+
+fn spawn_worker(shared: &Arc<Shared>, worker: usize, core: Option<usize>) -> JoinHandle<()> {
+    let shared = Arc::clone(shared);
+    let body = move || {
+        pin(core);
+        shared.serve(worker);
+    };
+    thread::Builder::new().name(format!("kernels-{}", worker + 1)).spawn(body).expect("spawn a pool thread")
+}
+
+fn pin(core: Option<usize>) {
+    if let Some(core) = core.filter(|core| available_cores().contains(core)) {
+        core_affinity::set_for_current(CoreId { id: core });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+
+    fn count_runs(pool: &ThreadPool, num_tasks: usize) -> Vec<u32> {
+        let runs: Vec<AtomicU32> = (0..num_tasks).map(|_| AtomicU32::new(0)).collect();
+        pool.for_each(num_tasks, |task| {
+            runs[task].fetch_add(1, Ordering::Relaxed);
+        });
+        runs.into_iter().map(AtomicU32::into_inner).collect()
+    }
+
+    #[test]
+    fn every_task_runs_once_through_many_regions() {
+        for threads in [1, 2, 3, 5] {
+            let pool = ThreadPool::new(&available_cores(), threads);
+            for region in 0..2000 {
+                let num_tasks = region % 17;
+                assert_eq!(count_runs(&pool, num_tasks), vec![1; num_tasks], "{threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn regions_after_a_pause_find_sleeping_workers() {
+        let pool = ThreadPool::new(&[], 3);
+        for region in 0..50 {
+            if region % 5 == 0 {
+                thread::sleep(std::time::Duration::from_millis(2));
+            }
+            assert_eq!(count_runs(&pool, 64), vec![1; 64]);
+        }
+    }
+
+    #[test]
+    fn workers_really_share_the_tasks() {
+        let pool = ThreadPool::new(&[], 2);
+        let names = Mutex::new(std::collections::HashSet::new());
+        // Two tasks that wait for each other can only end on two threads.
+        let barrier = std::sync::Barrier::new(2);
+        pool.for_each(2, |_| {
+            names.lock().unwrap().insert(thread::current().id());
+            barrier.wait();
+        });
+        assert_eq!(names.into_inner().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn several_callers_may_share_a_pool() {
+        let pool = ThreadPool::new(&[], 3);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        assert_eq!(count_runs(&pool, 9), vec![1; 9]);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_nested_region_runs_inline() {
+        let pool = ThreadPool::new(&[], 3);
+        let total = AtomicU32::new(0);
+        pool.for_each(8, |_| {
+            pool.for_each(8, |_| {
+                total.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(total.into_inner(), 64);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = ThreadPool::new(&[], 3);
+        for poison in 0..20 {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.for_each(20, |task| assert_ne!(task, poison, "poisoned task"));
+            }));
+            assert!(outcome.is_err(), "task {poison} panicked in silence");
+            assert_eq!(count_runs(&pool, 20), vec![1; 20]);
+        }
+    }
+
+    #[test]
+    fn writes_of_tasks_are_seen_after_the_region() {
+        let pool = ThreadPool::new(&[], 4);
+        let mut sums = vec![0u64; 64];
+        for round in 1..=200u64 {
+            let base = SendPtr(sums.as_mut_ptr());
+            // SAFETY: every task adds to its own entry.
+            pool.for_each(64, |task| unsafe { *base.at(task) += round });
+        }
+        assert_eq!(sums, vec![200 * 201 / 2; 64]);
+    }
+
+    struct SendPtr(*mut u64);
+    // SAFETY: the test's tasks touch disjoint entries.
+    unsafe impl Sync for SendPtr {}
+    impl SendPtr {
+        fn at(&self, index: usize) -> *mut u64 {
+            // SAFETY: the index is below the vector's length.
+            unsafe { self.0.add(index) }
+        }
+    }
+}

@@ -4,13 +4,22 @@
 //! is the plain, obviously right implementation, and [`Cpu`] the fast one. All `unsafe` code of the
 //! project lives here.
 
+mod array;
 mod backend;
+mod check;
 mod cpu;
+mod dtype;
 mod error;
+mod mapped_file;
+mod reference;
+mod view;
 
+pub use array::Array;
 pub use backend::{
     AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype,
 };
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use error::{Error, Result};
+pub use mapped_file::MappedFile;
+pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};

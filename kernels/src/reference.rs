@@ -1,0 +1,318 @@
+//! The plain backend: every operation as its formula reads, one loop after another, in f32.
+//!
+//! It is the oracle of the fast backends, so it knows no vectors, threads or tiles. Under
+//! [`Dtype::Bf16`] it rounds where they round: weights, the inputs of matrix products, and of attention
+//! the queries, keys and values. Nothing but the order of sums is then different.
+
+use crate::array::Array;
+use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView};
+use crate::error::Result;
+use crate::{check, view};
+
+/// The plain backend.
+#[derive(Debug, Clone, Copy)]
+pub struct Reference {
+    weights: Dtype,
+    kv: Dtype,
+}
+
+/// A weight matrix, rounded to the backend's type.
+#[derive(Debug, Clone)]
+pub struct ReferenceMatrix {
+    rows: usize,
+    cols: usize,
+    values: Vec<f32>,
+}
+
+/// Input of a matrix product, rounded to the backend's type.
+#[derive(Debug, Clone)]
+pub struct ReferenceOperand {
+    array: Array,
+}
+
+/// Keys and values `[pages, PAGE_TOKENS, kv_heads, head_dim]`, rounded to the cache's type.
+#[derive(Debug, Clone)]
+pub struct ReferenceKvCache {
+    num_pages: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Reference {
+    /// A backend whose weights and matmul inputs are `weights`, and whose KV cache is `kv`.
+    pub fn new(weights: Dtype, kv: Dtype) -> Reference {
+        Reference { weights, kv }
+    }
+}
+
+impl ReferenceMatrix {
+    fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.cols..][..self.cols]
+    }
+}
+
+impl ReferenceKvCache {
+    /// Where the head's entry at a position of a sequence begins.
+    fn at(&self, pages: &[u32], position: usize, head: usize) -> usize {
+        let slot = pages[position / PAGE_TOKENS] as usize * PAGE_TOKENS + position % PAGE_TOKENS;
+        (slot * self.kv_heads + head) * self.head_dim
+    }
+}
+
+impl Backend for Reference {
+    type Matrix = ReferenceMatrix;
+    type Vector = Vec<f32>;
+    type Rope = RopeTable;
+    type Array = Array;
+    type Operand = ReferenceOperand;
+    type KvCache = ReferenceKvCache;
+
+    fn numeric_profile(&self) -> String {
+        format!("reference {} kv {}", self.weights.name(), self.kv.name())
+    }
+
+    fn matrix(&self, view: TensorView<'_>) -> Result<ReferenceMatrix> {
+        let mut values = view::widen("matrix", &view)?;
+        self.weights.round(&mut values);
+        Ok(ReferenceMatrix { rows: view.rows, cols: view.cols, values })
+    }
+
+    fn vector(&self, view: TensorView<'_>) -> Result<Vec<f32>> {
+        view::widen("vector", &view)
+    }
+
+    fn rope_table(&self, table: RopeTable) -> Result<RopeTable> {
+        check::rope_table(&table)?;
+        Ok(table)
+    }
+
+    fn array(&self) -> Array {
+        Array::new()
+    }
+
+    fn operand(&self) -> ReferenceOperand {
+        ReferenceOperand { array: Array::new() }
+    }
+
+    fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<ReferenceKvCache> {
+        let half = check::kv_cache(num_pages, kv_heads, head_dim)?;
+        let (keys, values) = (vec![0.0; half], vec![0.0; half]);
+        Ok(ReferenceKvCache { num_pages, kv_heads, head_dim, keys, values })
+    }
+
+    fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Array) -> Result<()> {
+        check::shape("upload", "values", [values.len()], [rows * cols])?;
+        out.reshape(rows, cols);
+        out.values_mut().copy_from_slice(values);
+        Ok(())
+    }
+
+    fn download(&self, x: &Array, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(x.values());
+        Ok(())
+    }
+
+    fn embed(&self, table: &ReferenceMatrix, tokens: &[u32], out: &mut Array) -> Result<()> {
+        check::all_below("embed", "token", tokens, table.rows)?;
+        out.reshape(tokens.len(), table.cols);
+        for (t, &token) in tokens.iter().enumerate() {
+            out.row_mut(t).copy_from_slice(table.row(token as usize));
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Array, weight: &Vec<f32>, eps: f32, out: &mut ReferenceOperand) -> Result<()> {
+        check::shape("rms_norm", "weight", [weight.len()], [x.cols()])?;
+        out.array.reshape(x.rows(), x.cols());
+        for t in 0..x.rows() {
+            let row = x.row(t);
+            let mean_square = row.iter().map(|x| x * x).sum::<f32>() / row.len() as f32;
+            let scale = 1.0 / (mean_square + eps).sqrt();
+            for ((out, x), weight) in out.array.row_mut(t).iter_mut().zip(row).zip(weight) {
+                *out = x * scale * weight;
+            }
+        }
+        self.weights.round(out.array.values_mut());
+        Ok(())
+    }
+
+    fn matmul(&self, x: &ReferenceOperand, w: &ReferenceMatrix, out: &mut Array) -> Result<()> {
+        check::shape("matmul", "x's columns", [x.array.cols()], [w.cols])?;
+        out.reshape(x.array.rows(), w.rows);
+        for t in 0..x.array.rows() {
+            for n in 0..w.rows {
+                out.row_mut(t)[n] = dot(x.array.row(t), w.row(n));
+            }
+        }
+        Ok(())
+    }
+
+    fn matmul_add(&self, x: &ReferenceOperand, w: &ReferenceMatrix, out: &mut Array) -> Result<()> {
+        check::shape("matmul_add", "x's columns", [x.array.cols()], [w.cols])?;
+        check::shape("matmul_add", "out", [out.rows(), out.cols()], [x.array.rows(), w.rows])?;
+        for t in 0..x.array.rows() {
+            for n in 0..w.rows {
+                out.row_mut(t)[n] += dot(x.array.row(t), w.row(n));
+            }
+        }
+        Ok(())
+    }
+
+    fn swiglu(
+        &self,
+        x: &ReferenceOperand,
+        gate: &ReferenceMatrix,
+        up: &ReferenceMatrix,
+        out: &mut ReferenceOperand,
+    ) -> Result<()> {
+        check::shape("swiglu", "x's columns", [x.array.cols()], [gate.cols])?;
+        check::shape("swiglu", "up", [up.rows, up.cols], [gate.rows, gate.cols])?;
+        out.array.reshape(x.array.rows(), gate.rows);
+        for t in 0..x.array.rows() {
+            for n in 0..gate.rows {
+                let gate = dot(x.array.row(t), gate.row(n));
+                let up = dot(x.array.row(t), up.row(n));
+                out.array.row_mut(t)[n] = gate / (1.0 + (-gate).exp()) * up;
+            }
+        }
+        self.weights.round(out.array.values_mut());
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Array, rope: &RopeTable, positions: &[u32]) -> Result<()> {
+        let half = rope.head_dim / 2;
+        let heads = x.cols() / rope.head_dim;
+        check::shape("rope", "x's columns", [x.cols()], [heads * rope.head_dim])?;
+        check::shape("rope", "positions", [positions.len()], [x.rows()])?;
+        check::all_below("rope", "position", positions, rope.cos.len() / half)?;
+        for (t, &position) in positions.iter().enumerate() {
+            for head in x.row_mut(t).chunks_exact_mut(rope.head_dim) {
+                for j in 0..half {
+                    let (cos, sin) =
+                        (rope.cos[position as usize * half + j], rope.sin[position as usize * half + j]);
+                    let (a, b) = (head[j], head[j + half]);
+                    head[j] = a * cos - b * sin;
+                    head[j + half] = b * cos + a * sin;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn kv_append(
+        &self,
+        cache: &mut ReferenceKvCache,
+        k: &Array,
+        v: &Array,
+        slices: &[AttentionSlice],
+    ) -> Result<()> {
+        let head_dim = cache.head_dim;
+        check::shape("kv_append", "k's columns", [k.cols()], [cache.kv_heads * head_dim])?;
+        check::shape("kv_append", "v", [v.rows(), v.cols()], [k.rows(), k.cols()])?;
+        check::slices("kv_append", slices, k.rows(), cache.num_pages)?;
+        for slice in slices {
+            for i in 0..slice.num_rows {
+                for head in 0..cache.kv_heads {
+                    let at = cache.at(&slice.pages, slice.first_position + i, head);
+                    let columns = head * head_dim..(head + 1) * head_dim;
+                    let row = slice.first_row + i;
+                    cache.keys[at..at + head_dim].copy_from_slice(&k.row(row)[columns.clone()]);
+                    cache.values[at..at + head_dim].copy_from_slice(&v.row(row)[columns]);
+                    self.kv.round(&mut cache.keys[at..at + head_dim]);
+                    self.kv.round(&mut cache.values[at..at + head_dim]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &Array,
+        cache: &ReferenceKvCache,
+        slices: &[AttentionSlice],
+        out: &mut ReferenceOperand,
+    ) -> Result<()> {
+        let head_dim = cache.head_dim;
+        let group = check::heads("attention", "q's columns", q.cols(), cache.kv_heads, head_dim)?;
+        check::slices("attention", slices, q.rows(), cache.num_pages)?;
+        out.array.reshape(q.rows(), q.cols());
+        out.array.values_mut().fill(0.0);
+        for slice in slices {
+            for i in 0..slice.num_rows {
+                for head in 0..group * cache.kv_heads {
+                    let columns = head * head_dim..(head + 1) * head_dim;
+                    let mut query = q.row(slice.first_row + i)[columns.clone()].to_vec();
+                    self.kv.round(&mut query);
+                    let num_keys = slice.first_position + i + 1;
+                    let out = &mut out.array.row_mut(slice.first_row + i)[columns];
+                    attend(&query, cache, &slice.pages, num_keys, head / group, out);
+                }
+            }
+        }
+        self.weights.round(out.array.values_mut());
+        Ok(())
+    }
+
+    fn gather(&self, x: &Array, rows: &[u32], out: &mut Array) -> Result<()> {
+        check::all_below("gather", "row", rows, x.rows())?;
+        out.reshape(rows.len(), x.cols());
+        for (i, &row) in rows.iter().enumerate() {
+            out.row_mut(i).copy_from_slice(x.row(row as usize));
+        }
+        Ok(())
+    }
+
+    fn logit_stats(&self, logits: &Array, out: &mut Vec<LogitStats>) -> Result<()> {
+        check::logits(logits.cols())?;
+        out.clear();
+        out.extend((0..logits.rows()).map(|t| stats(logits.row(t))));
+        Ok(())
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// One query against the first `num_keys` positions: softmax of the scores, then the mean of the values.
+fn attend(
+    query: &[f32],
+    cache: &ReferenceKvCache,
+    pages: &[u32],
+    num_keys: usize,
+    head: usize,
+    out: &mut [f32],
+) {
+    let head_dim = query.len();
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let entry = |position| cache.at(pages, position, head);
+    let scores: Vec<f32> = (0..num_keys)
+        .map(|position| dot(query, &cache.keys[entry(position)..][..head_dim]) * scale)
+        .collect();
+    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f32> = scores.iter().map(|score| (score - max).exp()).collect();
+    let sum: f32 = weights.iter().sum();
+    for (position, weight) in weights.iter().enumerate() {
+        for (out, value) in out.iter_mut().zip(&cache.values[entry(position)..][..head_dim]) {
+            *out += weight * value;
+        }
+    }
+    out.iter_mut().for_each(|out| *out /= sum);
+}
+
+fn stats(logits: &[f32]) -> LogitStats {
+    let mut argmax = 0;
+    for (i, &logit) in logits.iter().enumerate() {
+        // A NaN is taken for the largest, so that it cannot pass unseen.
+        if logit > logits[argmax] || (logit.is_nan() && !logits[argmax].is_nan()) {
+            argmax = i;
+        }
+    }
+    let max = logits[argmax];
+    let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
+    LogitStats { argmax: argmax as u32, max, log_sum_exp: sum.ln() }
+}

@@ -1,2 +1,66 @@
-//! Placeholder docs replaced below.
+//! Job files: which keys there are, what they may say, what they are when nobody says.
+//!
+//! A job is described by one TOML file. [`load`] reads it strictly, lays the environment
+//! (`SPANWISE__SECTION__KEY`) and `--set section.key=value` over it, checks the whole, and returns a
+//! [`JobFile`] in which every default is filled in and every path is absolute. The reference of all keys
+//! is `docs/job_file.md`.
+//!
+//! This crate alone knows TOML, and knows nothing else of ours: it does not open the model, so whether
+//! the last stage ends at the model's last block is checked where blocks are known.
+//!
+//! The invariant: nothing is coerced and nothing is overlooked. A key that is not known, a value of
+//! another type or out of range, a variable of our prefix that names no key: each is an [`Error`] that
+//! says where it stands and what was expected, before any work is done.
 #![forbid(unsafe_code)]
+
+mod error;
+mod file;
+mod keys;
+mod layers;
+mod overrides;
+mod print;
+mod read;
+mod schema;
+mod types;
+mod whole;
+
+use std::path::Path;
+
+pub use error::Error;
+pub use overrides::{ENVIRONMENT_PREFIX, Override, OverrideSource};
+pub use schema::{Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Prompt, Sampling};
+pub use types::{Device, DeviceError, DeviceKind, Dtype, KvCacheDtype, KvCacheTokens, Order, Simd, Stages};
+
+/// A job file with the overrides that went into it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// What holds.
+    pub job: JobFile,
+    /// The keys that have their value from outside of the file, environment first. One that another has
+    /// overridden is left out.
+    pub overrides: Vec<Override>,
+}
+
+/// Reads the job file at `path` and lays `env` and then `sets` over it.
+///
+/// `sets` are the arguments of `--set`, each `section.key=value`; of `env` only the variables that begin
+/// with [`ENVIRONMENT_PREFIX`] count. Relative paths in the file start at its folder; `path` itself and
+/// relative paths in `sets` and `env` start at `working_folder`.
+pub fn load(
+    path: &Path,
+    sets: &[String],
+    env: impl Iterator<Item = (String, String)>,
+    working_folder: &Path,
+) -> Result<Loaded, Error> {
+    let file = file::File::read(path, working_folder)?;
+    let table = file.check()?;
+    let mut overrides = overrides::from_environment(env)?;
+    overrides.extend(overrides::from_sets(sets)?);
+
+    let joined = layers::Joined::join(&table, &overrides)
+        .map_err(|cause| Error::new(format!("the layers of {} can't be joined: {cause}", path.display())))?;
+    let whole = whole::Whole { file: &file, joined: &joined };
+    let mut job = whole.read()?;
+    whole.resolve_paths(&mut job, file.folder(), working_folder);
+    Ok(Loaded { job, overrides: overrides::effective(overrides) })
+}

@@ -1,0 +1,165 @@
+//! What a job file says, with the defaults and where they come from.
+//!
+//! A field's name is the key's name. Each section can be read on its own with keys left out; the keys
+//! that a job can't go without are empty then, and refused once all layers are joined.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::read;
+use crate::types::{Device, Dtype, KvCacheDtype, KvCacheTokens, Order, Simd, Stages};
+
+/// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
+/// 512 too), so a full one takes 0.3 s: the longest that others' decode steps wait for a prompt.
+pub const MICRO_BATCH_TOKENS: usize = 512;
+
+/// Sequences in flight in the whole pipeline. On two cores llama.cpp decodes 518 tokens/s with 64 sequences
+/// and 523 with 128, so 64 are enough for one stage; the smallest pipeline that is one has two stages.
+pub const MAX_SEQUENCES: usize = 2 * 64;
+
+/// A whole job file, defaults filled in and checked.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct JobFile {
+    /// The model: where it is, and in which numbers it runs.
+    pub model: Model,
+    /// The devices, and what each may hold.
+    pub pipeline: Pipeline,
+    /// The files.
+    pub job: Job,
+    /// The template for plain rows; batch lines need none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<Prompt>,
+    /// Sampling for the rows that don't say.
+    pub sampling: Sampling,
+}
+
+/// `[model]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Model {
+    /// The model's folder, as it comes from Hugging Face. Required; absolute after [`crate::load`].
+    #[serde(deserialize_with = "read::path", serialize_with = "path_as_text")]
+    pub path: PathBuf,
+    /// Number type of weights and of the inputs of matrix products.
+    pub dtype: Dtype,
+    /// Longest prompt plus completion, in tokens, where that is less than the model's own limit.
+    #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
+    pub max_context_tokens: Option<usize>,
+    /// Make seeded weights from `config.json` alone, for measuring; completions are noise.
+    #[serde(deserialize_with = "read::flag")]
+    pub random_weights: bool,
+}
+
+/// `[pipeline]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pipeline {
+    /// One stage per entry, in the order of the blocks. A device may be named twice and hosts two stages then.
+    #[serde(deserialize_with = "read::devices")]
+    pub devices: Vec<Device>,
+    /// Threads per device; its cores when not set.
+    #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Which instructions the CPU backend uses.
+    pub simd: Simd,
+    /// Which blocks each stage holds.
+    pub stages: Stages,
+    /// Most tokens in one micro-batch, prefill and decode together.
+    #[serde(deserialize_with = "read::positive")]
+    pub micro_batch_tokens: usize,
+    /// Most sequences in flight in the whole pipeline.
+    #[serde(deserialize_with = "read::positive")]
+    pub max_sequences: usize,
+    /// Tokens that the KV cache holds for all sequences together.
+    pub kv_cache_tokens: KvCacheTokens,
+    /// Number type of the KV cache.
+    pub kv_cache_dtype: KvCacheDtype,
+}
+
+impl Default for Pipeline {
+    fn default() -> Self {
+        Self {
+            devices: vec![Device::cpu(0)],
+            threads: None,
+            simd: Simd::Auto,
+            stages: Stages::Auto,
+            micro_batch_tokens: MICRO_BATCH_TOKENS,
+            max_sequences: MAX_SEQUENCES,
+            kv_cache_tokens: KvCacheTokens::Auto,
+            kv_cache_dtype: KvCacheDtype::Auto,
+        }
+    }
+}
+
+/// `[job]`
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Job {
+    /// The rows, one JSON object a line. Required; absolute after [`crate::load`].
+    #[serde(deserialize_with = "read::path", serialize_with = "path_as_text")]
+    pub input: PathBuf,
+    /// The folder for what the job writes. Required; absolute after [`crate::load`].
+    #[serde(deserialize_with = "read::path", serialize_with = "path_as_text")]
+    pub output: PathBuf,
+    /// The order of the lines in `output.jsonl`.
+    pub order: Order,
+    /// Together with a row's content, the source of all chance in its completion.
+    #[serde(deserialize_with = "read::seed")]
+    pub seed: u64,
+}
+
+/// `[prompt]`: minijinja templates over the fields of a plain row.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Prompt {
+    /// The system message.
+    #[serde(deserialize_with = "read::any_text", skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// The user message. Required where there is a `[prompt]`.
+    #[serde(deserialize_with = "read::text")]
+    pub user: String,
+}
+
+/// `[sampling]`: what holds for a row that doesn't say. A key that is not set here either is taken from
+/// the model's `generation_config.json`, and then from OpenAI's defaults.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sampling {
+    /// Divides the logits, 0 to 2; 0 is greedy.
+    #[serde(deserialize_with = "read::temperature", skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
+    /// Keep the smallest set of most likely tokens whose probabilities sum to at least this; above 0, up to 1.
+    #[serde(deserialize_with = "read::positive_share", skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f64>,
+    /// Keep this many most likely tokens; 0 keeps all.
+    #[serde(deserialize_with = "read::small", skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// Drop tokens less likely than this share of the most likely one's probability, 0 to 1.
+    #[serde(deserialize_with = "read::share", skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f64>,
+    /// Takes the place of the job's seed.
+    #[serde(deserialize_with = "read::seed", skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Most tokens to generate.
+    #[serde(deserialize_with = "read::small", skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u32>,
+    /// Until this many tokens are generated, nothing but `max_tokens` ends the completion.
+    #[serde(deserialize_with = "read::small", skip_serializing_if = "Option::is_none")]
+    pub min_tokens: Option<u32>,
+    /// Texts that end the completion; a single text may stand without its list.
+    #[serde(deserialize_with = "read::texts", skip_serializing_if = "Option::is_none")]
+    pub stop: Option<Vec<String>>,
+    /// Tokens that end the completion, beside the model's own.
+    #[serde(deserialize_with = "read::token_ids", skip_serializing_if = "Option::is_none")]
+    pub stop_token_ids: Option<Vec<u32>>,
+    /// Go on past the model's end-of-sequence tokens.
+    #[serde(deserialize_with = "read::flag", skip_serializing_if = "Option::is_none")]
+    pub ignore_eos: Option<bool>,
+}
+
+// A path that is no UTF-8 is shown with replacement characters rather than not at all.
+fn path_as_text<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}

@@ -1,0 +1,306 @@
+//! The values of the keys that are more than a number or a text.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+use serde::de::{Deserialize, Deserializer, Error as _};
+use serde::ser::{Serialize, Serializer};
+
+use crate::read::{self, Scalar};
+
+/// An enum whose variants are words in the file, each written once. The first is the default.
+macro_rules! words {
+    ($(#[$docs:meta])* $name:ident, $expected:literal, { $($(#[$word_docs:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$docs])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$word_docs])* $variant,)+ }
+
+        impl $name {
+            /// Every value, in the order of the reference page.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The word that stands for it in a job file.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word,)+ }
+            }
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self::ALL[0]
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.as_str())
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                read::scalar(deserializer, $expected, |found| match found {
+                    $(Scalar::Text($word) => Some(Self::$variant),)+
+                    _ => None,
+                })
+            }
+        }
+    };
+}
+
+words! {
+    /// Number type in which weights are held and matrix products take their inputs.
+    Dtype, r#""bf16" or "f32""#, {
+        /// bfloat16: half the memory of f32 and, where the processor has VDPBF16PS, twice its speed.
+        Bf16 = "bf16",
+        /// IEEE single precision, for comparing with other programs.
+        F32 = "f32",
+    }
+}
+
+words! {
+    /// Number type of the KV cache.
+    KvCacheDtype, r#""auto", "f32" or "bf16""#, {
+        /// f32 when the weights are, else bf16.
+        Auto = "auto",
+        /// IEEE single precision.
+        F32 = "f32",
+        /// bfloat16.
+        Bf16 = "bf16",
+    }
+}
+
+words! {
+    /// Which instructions the CPU backend uses.
+    Simd, r#""auto", "avx512", "avx2", "portable" or "reference""#, {
+        /// The best that the processor has.
+        Auto = "auto",
+        /// AVX-512, with VDPBF16PS for bf16.
+        Avx512 = "avx512",
+        /// AVX2 with FMA.
+        Avx2 = "avx2",
+        /// No instruction that the compiler's target lacks.
+        Portable = "portable",
+        /// The plain loops that all the others are compared with; slow.
+        Reference = "reference",
+    }
+}
+
+words! {
+    /// The order of the lines in `output.jsonl`.
+    Order, r#""input" or "completion""#, {
+        /// As the rows stand in the input; a row that is done early waits.
+        Input = "input",
+        /// As the rows are done.
+        Completion = "completion",
+    }
+}
+
+impl KvCacheDtype {
+    /// The number type this comes to beside weights of `weights`.
+    pub fn beside(self, weights: Dtype) -> Dtype {
+        match self {
+            Self::Auto => weights,
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::Bf16,
+        }
+    }
+}
+
+/// What a device is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// An equal group of the machine's cores.
+    Cpu,
+}
+
+/// A device that can host a stage, written `cpu:0`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Device {
+    /// What it is made of.
+    pub kind: DeviceKind,
+    /// Which of its kind, from 0.
+    pub index: usize,
+}
+
+impl Device {
+    /// `cpu:index`.
+    pub const fn cpu(index: usize) -> Self {
+        Self { kind: DeviceKind::Cpu, index }
+    }
+}
+
+/// Why a text names no device.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// Not of the form `kind:index`.
+    #[error("expected a device such as \"cpu:0\", found {0:?}")]
+    Form(String),
+    /// A kind that this build has no backend for.
+    #[error("unknown device kind `{kind}` in {text:?}, there is: cpu")]
+    Kind {
+        /// The kind asked for.
+        kind: String,
+        /// The whole text.
+        text: String,
+    },
+}
+
+/// A machine with more groups of cores than this is a typing error.
+const MAX_DEVICE_INDEX: usize = 1023;
+
+impl FromStr for Device {
+    type Err = DeviceError;
+
+    fn from_str(text: &str) -> Result<Self, DeviceError> {
+        let form = || DeviceError::Form(text.to_owned());
+        let (kind, index) = text.split_once(':').ok_or_else(form)?;
+        if kind != "cpu" {
+            return Err(match kind {
+                "" => form(),
+                _ => DeviceError::Kind { kind: kind.to_owned(), text: text.to_owned() },
+            });
+        }
+        let device =
+            Self::cpu(index.parse().ok().filter(|index| *index <= MAX_DEVICE_INDEX).ok_or_else(form)?);
+        // `cpu:+1` and `cpu:01` parse too; one device has one name.
+        if device.to_string() == text { Ok(device) } else { Err(form()) }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            DeviceKind::Cpu => write!(f, "cpu:{}", self.index),
+        }
+    }
+}
+
+impl Serialize for Device {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Device {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text: String = read::scalar(deserializer, "a device such as \"cpu:0\"", |found| match found {
+            Scalar::Text(text) => Some(text.to_owned()),
+            _ => None,
+        })?;
+        text.parse().map_err(D::Error::custom)
+    }
+}
+
+/// Which blocks each stage holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stages {
+    /// One span per device, cut by cost.
+    Auto,
+    /// One half-open range of blocks per device, contiguous from 0, none empty.
+    Blocks(Vec<Range<usize>>),
+}
+
+const STAGES: &str = "\"auto\" or block ranges such as [[0, 14], [14, 30]]";
+
+impl Serialize for Stages {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::Blocks(ranges) => {
+                serializer.collect_seq(ranges.iter().map(|range| [range.start, range.end]))
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Stages {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let auto = |found: Scalar<'_>| matches!(found, Scalar::Text("auto")).then_some(Self::Auto);
+        read::scalar_or_list(deserializer, STAGES, auto, |ranges: Vec<BlockRange>| {
+            let ranges: Vec<_> = ranges.into_iter().map(|BlockRange(range)| range).collect();
+            check_contiguous(&ranges)?;
+            Ok(Self::Blocks(ranges))
+        })
+    }
+}
+
+struct BlockRange(Range<usize>);
+
+impl<'de> Deserialize<'de> for BlockRange {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let expected = "a block range such as [0, 14]";
+        read::scalar_or_list(
+            deserializer,
+            expected,
+            |_| None,
+            |bounds: Vec<BlockIdx>| match bounds[..] {
+                [BlockIdx(start), BlockIdx(end)] if start < end => Ok(Self(start..end)),
+                [BlockIdx(start), BlockIdx(end)] => Err(format!(
+                    "block range [{start}, {end}] is empty: the end is the first block not taken, so at least {}",
+                    start + 1
+                )),
+                _ => Err(format!("expected {expected}, found a list of {}", bounds.len())),
+            },
+        )
+    }
+}
+
+struct BlockIdx(usize);
+
+impl<'de> Deserialize<'de> for BlockIdx {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        read::small(deserializer).map(|idx: u32| Self(idx as usize))
+    }
+}
+
+fn check_contiguous(ranges: &[Range<usize>]) -> Result<(), String> {
+    if ranges.is_empty() {
+        return Err(format!("expected {STAGES}, found an empty list"));
+    }
+    let mut next_block = 0;
+    for (stage_idx, range) in ranges.iter().enumerate() {
+        if range.start != next_block {
+            return Err(format!(
+                "stage {stage_idx} starts at block {}, expected block {next_block}: stages take all blocks in order",
+                range.start
+            ));
+        }
+        next_block = range.end;
+    }
+    Ok(())
+}
+
+/// Tokens that the KV cache holds for all sequences together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvCacheTokens {
+    /// As many as the memory has room for, and no more than `max_sequences` could use.
+    Auto,
+    /// This many.
+    Tokens(usize),
+}
+
+impl Serialize for KvCacheTokens {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::Tokens(tokens) => serializer.serialize_u64(*tokens as u64),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for KvCacheTokens {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        read::scalar(deserializer, "\"auto\" or an integer of at least 1", |found| match found {
+            Scalar::Text("auto") => Some(Self::Auto),
+            found => found.integer(1).map(Self::Tokens),
+        })
+    }
+}

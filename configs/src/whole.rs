@@ -1,0 +1,130 @@
+//! What can only be judged once all layers are joined: keys that are missing, keys that contradict each
+//! other, and the folder where a relative path starts.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::Error;
+use crate::file::File;
+use crate::layers::{Joined, Origin};
+use crate::schema::JobFile;
+use crate::types::Stages;
+
+/// The keys without a default, each with an example.
+pub(crate) const REQUIRED: [(&str, &str, &str); 4] = [
+    ("model", "path", "path = \"../models/smollm2-135m\""),
+    ("job", "input", "input = \"questions.jsonl\""),
+    ("job", "output", "output = \"out\""),
+    ("prompt", "user", "user = \"Summarise: {{ text }}\""),
+];
+
+/// The layers of one job, for finding whom to blame.
+pub(crate) struct Whole<'a> {
+    pub(crate) file: &'a File,
+    pub(crate) joined: &'a Joined,
+}
+
+impl Whole<'_> {
+    /// Reads the joined layers, strictly once more, and checks what they say together.
+    pub(crate) fn read(&self) -> Result<JobFile, Error> {
+        self.check_required()?;
+        let job: JobFile = serde_path_to_error::deserialize(self.joined.to_toml())
+            .map_err(|error| Error::new(format!("{}: {}", error.path(), error.inner().message())))?;
+        self.check_stages(&job)?;
+        self.check_token_limits(&job)?;
+        Ok(job)
+    }
+
+    /// Makes the paths absolute: those of the file start at its folder, those of overrides at the
+    /// working folder.
+    pub(crate) fn resolve_paths(&self, job: &mut JobFile, job_folder: &Path, working_folder: &Path) {
+        let paths = [
+            ("model", "path", &mut job.model.path),
+            ("job", "input", &mut job.job.input),
+            ("job", "output", &mut job.job.output),
+        ];
+        for (section, name, path) in paths {
+            let start = match self.joined.origin(section, name) {
+                Origin::Override(_) => working_folder,
+                Origin::File | Origin::Default => job_folder,
+            };
+            *path = resolve(start, path);
+        }
+    }
+
+    fn check_required(&self) -> Result<(), Error> {
+        for (section, name, example) in REQUIRED {
+            let is_optional = section == "prompt" && !self.joined.has_section(section);
+            if !is_optional && self.joined.origin(section, name) == Origin::Default {
+                let error = Error::new(format!("missing key `{name}` in [{section}]"));
+                return Err(self.file.error_at(section, name, error.hint(format!("such as {example}"))));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_stages(&self, job: &JobFile) -> Result<(), Error> {
+        let Stages::Blocks(ranges) = &job.pipeline.stages else { return Ok(()) };
+        let num_devices = job.pipeline.devices.len();
+        if ranges.len() == num_devices {
+            return Ok(());
+        }
+        let message = format!(
+            "{} in pipeline.stages for {} in pipeline.devices, expected one range per device",
+            count(ranges.len(), "block range"),
+            count(num_devices, "device")
+        );
+        let error = Error::new(message).hint("stages = \"auto\" fits any devices".to_owned());
+        Err(self.blame("pipeline", ["stages", "devices"], error))
+    }
+
+    fn check_token_limits(&self, job: &JobFile) -> Result<(), Error> {
+        match (job.sampling.min_tokens, job.sampling.max_tokens) {
+            (Some(min), Some(max)) if min > max => {
+                let message =
+                    format!("sampling.min_tokens is {min}, more than the {max} of sampling.max_tokens");
+                Err(self.blame("sampling", ["min_tokens", "max_tokens"], Error::new(message)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts an error about two keys at the one that was given last; the first, if the file has both.
+    fn blame(&self, section: &str, names: [&str; 2], error: Error) -> Error {
+        let origins = names.map(|name| self.joined.origin(section, name));
+        let is_set =
+            |origin: &Origin<'_>| matches!(origin, Origin::Override(label) if label.starts_with("--set"));
+        let is_override = |origin: &Origin<'_>| matches!(origin, Origin::Override(_));
+        match origins
+            .iter()
+            .find(|origin| is_set(origin))
+            .or(origins.iter().find(|origin| is_override(origin)))
+        {
+            Some(Origin::Override(label)) => error.in_override(label),
+            _ => self.file.error_at(section, names[0], error),
+        }
+    }
+}
+
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+/// `path` from `start`, absolute. The `..` it begins with are taken off the real folder, where no symbolic
+/// link is left; later ones stay, as only the file system knows what they lead out of.
+fn resolve(start: &Path, path: &Path) -> PathBuf {
+    use std::path::Component::{CurDir, ParentDir};
+
+    let absolute = || std::path::absolute(start).unwrap_or_else(|_| start.to_owned());
+    let mut resolved = start.canonicalize().unwrap_or_else(|_| absolute());
+    let mut rest = path.components();
+    loop {
+        let here = rest.clone();
+        match rest.next() {
+            Some(CurDir) => {}
+            Some(ParentDir) => {
+                resolved.pop();
+            }
+            _ => return resolved.join(here.as_path()),
+        }
+    }
+}

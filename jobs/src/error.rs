@@ -1,0 +1,109 @@
+//! What can go wrong: with the job as a whole ([`Error`]), and with one row ([`RowError`]).
+//!
+//! The two are never mixed. A row's error is data: it becomes a line of the error file and the job
+//! goes on. An [`Error`] ends the job before or while it runs.
+
+use std::path::{Path, PathBuf};
+
+/// The result of what concerns the whole job.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a job cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read.
+    #[error("read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file could not be written.
+    #[error("write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file of the model directory does not hold what its name promises.
+    #[error("{}: {message}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where.
+        message: String,
+    },
+    /// A named list of chat templates has none called `default`.
+    #[error("{}: chat_template has no entry named default, only {}", path.display(), names.join(", "))]
+    NoDefaultTemplate {
+        /// The file.
+        path: PathBuf,
+        /// The names that are there.
+        names: Vec<String>,
+    },
+    /// A key of the job file has a value that cannot be.
+    #[error("{key}: {message}")]
+    Setting {
+        /// The key, with its section.
+        key: String,
+        /// What is wrong with its value.
+        message: String,
+    },
+    /// The job asks for what the model directory does not offer.
+    #[error("{key} needs {needed}, and the model {model} has none")]
+    ModelLacks {
+        /// What asks for it.
+        key: String,
+        /// The file or ability that is missing.
+        needed: &'static str,
+        /// The model directory's name.
+        model: String,
+    },
+    /// The output folder holds the lines of an earlier run.
+    #[error("{} exists; pass --fresh to start over, or name another folder in [job] output", path.display())]
+    OutputExists {
+        /// The file in the way.
+        path: PathBuf,
+    },
+}
+
+impl Error {
+    pub(crate) fn read(path: &Path, source: std::io::Error) -> Self {
+        Error::Read { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
+        Error::Write { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn malformed(path: &Path, message: impl ToString) -> Self {
+        Error::Malformed { path: path.to_owned(), message: message.to_string() }
+    }
+}
+
+/// Why one row has no answer: the message, and the words OpenAI's clients read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct RowError {
+    /// A word for programs, such as `unknown_parameter`.
+    pub code: &'static str,
+    /// The parameter at fault, as a path into the line.
+    pub param: Option<String>,
+    /// A sentence for people, with the values that matter.
+    pub message: String,
+}
+
+impl RowError {
+    /// An error that no single parameter is at fault for.
+    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
+        RowError { code, param: None, message: message.into() }
+    }
+
+    /// An error of one parameter; the message begins with its name.
+    pub fn of(param: impl Into<String>, code: &'static str, message: impl std::fmt::Display) -> Self {
+        let param = param.into();
+        RowError { code, message: format!("{param}: {message}"), param: Some(param) }
+    }
+}

@@ -1,0 +1,146 @@
+//! `manifest.json`: what a job was and what came of it, beside its output.
+//!
+//! Figures that may differ between two runs of the same job (times, speed, hosts) live here and never
+//! in an output line.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the program that wrote it.
+    pub version: String,
+    /// How the job ended.
+    pub status: Status,
+    /// Which model answered.
+    pub model: ModelRecord,
+    /// Which rows were read.
+    pub input: InputRecord,
+    /// The job's settings with all defaults, as they took effect.
+    pub config: serde_json::Value,
+    /// Which blocks ran where.
+    pub plan: serde_json::Value,
+    /// What a row's bytes depend on beside the row, the model and the seed.
+    pub numeric_profile: NumericProfile,
+    /// Rows by outcome.
+    pub counts: Counts,
+    /// Tokens in all.
+    pub tokens: TokenTotals,
+    /// When, and for how long.
+    pub timings: Timings,
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// Every row of the input has its line.
+    Complete,
+    /// Stopped by its user; the lines that are there are whole.
+    Interrupted,
+    /// Stopped by an error; the lines that are there are whole.
+    Failed,
+}
+
+/// Which model answered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelRecord {
+    /// Directory it was read from.
+    pub path: PathBuf,
+    /// Identity of its content, which two copies of a model share.
+    pub identity: String,
+}
+
+/// Which rows were read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputRecord {
+    /// The file.
+    pub path: PathBuf,
+    /// BLAKE3 of the bytes that were read, in hex: the whole file, unless a limit ended the reading.
+    pub blake3: String,
+    /// How many bytes those are.
+    pub bytes: u64,
+    /// How many rows.
+    pub rows: u64,
+}
+
+/// What a row's bytes depend on beside the row, the model and the seed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NumericProfile {
+    /// Whose operations computed it, such as `cpu` or `reference`.
+    pub backend: String,
+    /// The processor's vector instructions that were used, such as `avx512`.
+    pub simd: String,
+    /// Number format of the weights.
+    pub dtype: String,
+    /// Number format of the KV cache.
+    pub kv_cache_dtype: String,
+    /// Devices that shared one stage.
+    pub tensor_parallel: u32,
+}
+
+/// Rows by outcome.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Rows of the input that were read.
+    pub total: u64,
+    /// Lines in `output.jsonl`.
+    pub completed: u64,
+    /// Lines in `errors.jsonl`.
+    pub failed: u64,
+}
+
+/// Tokens in all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenTotals {
+    /// Tokens of the prompts that were answered.
+    pub prompt: u64,
+    /// Tokens generated.
+    pub generated: u64,
+}
+
+/// When, and for how long.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// When the job began, in Unix seconds.
+    pub started_at: u64,
+    /// When it ended, in Unix seconds.
+    pub finished_at: u64,
+    /// Seconds to load the model.
+    pub load_seconds: f64,
+    /// Seconds from the first row to the last line.
+    pub run_seconds: f64,
+}
+
+impl Manifest {
+    /// The file's name in the output folder.
+    pub const FILE_NAME: &str = "manifest.json";
+
+    /// Writes the manifest of an output folder: a reader sees the old one or the new one, whole.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(Self::FILE_NAME);
+        let temporary = folder.join(".manifest.json.new");
+        let mut json = serde_json::to_string_pretty(self).expect("a manifest is JSON");
+        json.push('\n');
+        let write = || {
+            let mut file = File::create(&temporary)?;
+            file.write_all(json.as_bytes())?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, &path)
+        };
+        write().map_err(|source| Error::write(&path, source))
+    }
+
+    /// Reads the manifest of an output folder.
+    pub fn read(folder: &Path) -> Result<Manifest> {
+        let path = folder.join(Self::FILE_NAME);
+        let bytes = std::fs::read(&path).map_err(|source| Error::read(&path, source))?;
+        serde_json::from_slice(&bytes).map_err(|error| Error::malformed(&path, error))
+    }
+}

@@ -1,0 +1,242 @@
+//! Matrix product inputs: activations in the number type that products read.
+
+use super::round::{bf16_to_f32, round_row};
+use super::tile::KR;
+use crate::backend::Dtype;
+use crate::cpu::simd::Simd;
+use std::marker::PhantomData;
+
+/// A cache line; the unit in which operands are stored, so that every row starts on one.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE_BYTES]);
+
+const LINE_BYTES: usize = 64;
+
+/// A row-major matmul input `[rows, cols]`, bf16 or f32.
+///
+/// Every row starts on a cache line and is padded with zeros to a multiple of [`KR`] columns, so that the
+/// kernels need no tail in K. Memory is kept when it shrinks.
+pub(crate) struct Operand {
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+    lines: Vec<Line>,
+}
+
+impl Operand {
+    /// An empty operand.
+    pub(crate) fn new(dtype: Dtype) -> Self {
+        Self { dtype, rows: 0, cols: 0, row_bytes: 0, lines: Vec::new() }
+    }
+
+    /// Set the shape. The padding is zero afterwards; the contents are whatever was there, and every
+    /// element has to be written.
+    pub(crate) fn reset(&mut self, rows: usize, cols: usize) {
+        self.rows = rows;
+        self.cols = cols;
+        self.row_bytes = row_bytes(cols, self.dtype);
+        let num_lines = rows * self.row_bytes / LINE_BYTES;
+        if num_lines > self.lines.len() {
+            self.lines.resize(num_lines, Line([0; LINE_BYTES]));
+        }
+        let padding = cols * dtype_bytes(self.dtype)..cols.next_multiple_of(KR) * dtype_bytes(self.dtype);
+        let row_bytes = self.row_bytes;
+        if !padding.is_empty() {
+            self.bytes_mut().chunks_exact_mut(row_bytes).for_each(|row| row[padding.clone()].fill(0));
+        }
+    }
+
+    /// Number of rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns, without the padding.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Number type.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Write a row, `values: [cols]`, rounding to nearest even for bf16.
+    pub(crate) fn set_row(&mut self, row: usize, values: &[f32]) {
+        assert!(
+            row < self.rows && values.len() == self.cols,
+            "row {row} of {} in {}",
+            values.len(),
+            self.rows
+        );
+        // SAFETY: `self` is borrowed mutably, so that nobody else writes, and the row is inside.
+        unsafe { self.writer().write(row, 0, values) }
+    }
+
+    /// Read a row as f32, `out: [cols]`.
+    pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
+        let bytes = &self.bytes()[row * self.row_bytes..];
+        match self.dtype {
+            Dtype::F32 => {
+                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = f32::from_ne_bytes(*bytes);
+                }
+            }
+            Dtype::Bf16 => {
+                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                    *out = bf16_to_f32(u16::from_ne_bytes(*bytes));
+                }
+            }
+        }
+    }
+
+    /// A handle through which several threads write disjoint parts.
+    pub(crate) fn writer(&mut self) -> OperandWriter<'_> {
+        OperandWriter {
+            base: self.lines.as_mut_ptr().cast(),
+            row_bytes: self.row_bytes,
+            rows: self.rows,
+            cols: self.cols,
+            dtype: self.dtype,
+            simd: Simd::detect(),
+            operand: PhantomData,
+        }
+    }
+
+    /// First byte of the first row.
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.lines.as_ptr().cast()
+    }
+
+    /// Bytes from row to row.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    fn bytes(&self) -> &[u8] {
+        let len = self.rows * self.row_bytes;
+        // SAFETY: `reset` made room for `rows * row_bytes` initialised bytes.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), len) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let len = self.rows * self.row_bytes;
+        // SAFETY: `reset` made room for `rows * row_bytes` initialised bytes, and any byte is a valid one.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
+}
+
+/// Writes parts of an [`Operand`] from several threads at once.
+#[derive(Clone, Copy)]
+pub(crate) struct OperandWriter<'a> {
+    base: *mut u8,
+    row_bytes: usize,
+    rows: usize,
+    cols: usize,
+    dtype: Dtype,
+    /// For rounding only, which gives the same bits at every level.
+    simd: Simd,
+    operand: PhantomData<&'a mut Operand>,
+}
+
+// SAFETY: the pointer is to memory that the operand's mutable borrow reserves for the writers, and
+// `write` obliges its callers to keep their parts disjoint.
+unsafe impl Send for OperandWriter<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for OperandWriter<'_> {}
+
+impl OperandWriter<'_> {
+    /// Write `values` at `[row, col..]`, rounding to nearest even for bf16.
+    ///
+    /// # Safety
+    /// `row` and `col + values.len()` lie inside the operand, and no other thread writes any of these
+    /// elements at the same time.
+    #[inline]
+    pub(crate) unsafe fn write(&self, row: usize, col: usize, values: &[f32]) {
+        debug_assert!(
+            row < self.rows && col + values.len() <= self.cols,
+            "{} values at [{row}, {col}] of [{}, {}]",
+            values.len(),
+            self.rows,
+            self.cols
+        );
+        // SAFETY: the caller keeps the range inside the row and to itself; rows are aligned to cache lines,
+        // so that elements are aligned, and every bit pattern is a valid number.
+        unsafe {
+            let at = self.base.add(row * self.row_bytes + col * dtype_bytes(self.dtype));
+            match self.dtype {
+                Dtype::F32 => at.cast::<f32>().copy_from_nonoverlapping(values.as_ptr(), values.len()),
+                Dtype::Bf16 => {
+                    round_row(self.simd, values, std::slice::from_raw_parts_mut(at.cast(), values.len()));
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of a number.
+pub(super) const fn dtype_bytes(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 4,
+        Dtype::Bf16 => 2,
+    }
+}
+
+/// Bytes from row to row: whole cache lines, and an odd number of them, because the rows of a tile are read
+/// side by side and a stride of a power of two would put them all into one set of the L1 cache.
+fn row_bytes(cols: usize, dtype: Dtype) -> usize {
+    let lines = (cols.next_multiple_of(KR) * dtype_bytes(dtype)).div_ceil(LINE_BYTES);
+    (lines | 1) * LINE_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_come_back_rounded() {
+        let mut operand = Operand::new(Dtype::Bf16);
+        operand.reset(2, 3);
+        operand.set_row(0, &[1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
+        operand.set_row(1, &[f32::NAN, f32::INFINITY, -f32::MAX]);
+        let mut row = [0.0; 3];
+        operand.copy_row(0, &mut row);
+        assert_eq!(row, [1.0, 1.0, 1.0 + 4.0 / 256.0]); // Halfway cases go to the even neighbour.
+        operand.copy_row(1, &mut row);
+        assert!(row[0].is_nan());
+        assert_eq!(row[1..], [f32::INFINITY, f32::NEG_INFINITY]);
+    }
+
+    #[test]
+    fn padding_is_zero_after_every_reset() {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let mut operand = Operand::new(dtype);
+            operand.reset(4, 40);
+            (0..4).for_each(|row| operand.set_row(row, &[7.0; 40]));
+            for cols in [1, 3, 17, 33] {
+                operand.reset(3, cols);
+                (0..3).for_each(|row| operand.set_row(row, &vec![7.0; cols]));
+                operand.cols = cols.next_multiple_of(KR); // To look at the padding.
+                for row in 0..3 {
+                    let mut values = vec![0.0; operand.cols];
+                    operand.copy_row(row, &mut values);
+                    assert!(values[..cols].iter().all(|&v| v == 7.0));
+                    assert!(values[cols..].iter().all(|&v| v == 0.0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn memory_is_kept_when_it_shrinks() {
+        let mut operand = Operand::new(Dtype::Bf16);
+        operand.reset(100, 64);
+        let before = operand.as_ptr();
+        operand.reset(3, 64);
+        operand.reset(100, 60);
+        assert_eq!(operand.as_ptr(), before);
+    }
+}

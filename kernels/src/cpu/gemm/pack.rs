@@ -1,0 +1,261 @@
+//! Weights, packed once at load into the layout that every kernel reads straight.
+//!
+//! A matrix `[n, k]` is cut into panels of [`NR`] rows (output columns). A panel is contiguous and holds
+//! its numbers in the order of K, so that a product streams through it:
+//! * f32: `[k][NR]`,
+//! * bf16: `[k / 2][NR][2]`, pairs of neighbouring k as `VDPBF16PS` takes them; the other levels get the
+//!   even k of a pair as `word << 16` and the odd one as `word & 0xffff0000`.
+//!
+//! Either way a panel is made of groups of 256 bytes. K is padded with zeros to a multiple of [`KR`], and
+//! the last panel with zero columns; both add nothing to any sum.
+
+use super::operand::dtype_bytes;
+use super::round::{bf16_to_f32, f32_to_bf16};
+use super::tile::{KR, NR};
+use crate::backend::{Dtype, TensorView, ViewDtype};
+use crate::check;
+use crate::cpu::pool::ThreadPool;
+use crate::error::{Error, Result};
+use memmap2::MmapMut;
+
+/// A weight matrix `[n, k]` in panels.
+pub(crate) struct PackedMatrix {
+    rows: usize,
+    cols: usize,
+    dtype: Dtype,
+    /// Anonymous memory: zero until written, aligned to pages, and huge pages where the system gives them.
+    panels: MmapMut,
+}
+
+impl PackedMatrix {
+    /// Pack a checkpoint's tensor, rounding to nearest even where `dtype` is narrower.
+    pub(crate) fn pack(view: TensorView<'_>, dtype: Dtype, pool: &ThreadPool) -> Result<Self> {
+        check::view("matrix", &view)?;
+        let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), panel_bytes(view.cols, dtype));
+        let bytes = num_panels * panel_bytes;
+        let mut panels = MmapMut::map_anon(bytes.max(1))
+            .map_err(|e| Error::Unsupported(format!("allocate {bytes} bytes for a weight matrix: {e}")))?;
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE_PAGE_BYTES {
+            // A wish: without huge pages the products are the same.
+            panels.advise(memmap2::Advice::HugePage).ok();
+        }
+        if bytes > 0 {
+            let base = Panels(panels.as_mut_ptr());
+            pool.for_each(num_panels, |panel| {
+                // SAFETY: every panel is one task's alone, lies inside the mapping, is aligned to a page's
+                // fraction of 256 bytes, and any bytes are valid numbers.
+                let out = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        base.start(panel * panel_bytes).cast::<u32>(),
+                        panel_bytes / 4,
+                    )
+                };
+                pack_panel(view, dtype, panel * NR, out);
+            });
+        }
+        Ok(Self { rows: view.rows, cols: view.cols, dtype, panels })
+    }
+
+    /// Rows of the matrix, n: the features that a product writes.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the matrix, k: the features that a product sums over.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Number type.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Memory it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.panels.len()
+    }
+
+    /// A row's weights as f32, exactly; `out: [cols]`.
+    pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
+        let panel_bytes = panel_bytes(self.cols, self.dtype);
+        let panel = &self.panels[row / NR * panel_bytes..][..panel_bytes];
+        let words = panel.as_chunks().0.iter().map(|&bytes| u32::from_ne_bytes(bytes));
+        let column = words.skip(row % NR).step_by(NR);
+        match self.dtype {
+            Dtype::F32 => out.iter_mut().zip(column).for_each(|(out, word)| *out = f32::from_bits(word)),
+            Dtype::Bf16 => out.chunks_mut(2).zip(column).for_each(|(out, word)| {
+                out[0] = bf16_to_f32(word as u16);
+                if let Some(odd) = out.get_mut(1) {
+                    *odd = bf16_to_f32((word >> 16) as u16);
+                }
+            }),
+        }
+    }
+
+    /// First byte of the first panel.
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.panels.as_ptr()
+    }
+
+    /// Bytes from panel to panel.
+    pub(super) fn panel_bytes(&self) -> usize {
+        panel_bytes(self.cols, self.dtype)
+    }
+}
+
+/// The size of a huge page on x86-64; smaller matrices cannot fill one.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Bytes of a panel over `cols` columns.
+fn panel_bytes(cols: usize, dtype: Dtype) -> usize {
+    cols.next_multiple_of(KR) * NR * dtype_bytes(dtype)
+}
+
+fn view_bytes(dtype: ViewDtype) -> usize {
+    match dtype {
+        ViewDtype::F32 => 4,
+        ViewDtype::F16 | ViewDtype::Bf16 => 2,
+    }
+}
+
+/// The mapping's address, for the threads that fill it.
+#[derive(Clone, Copy)]
+struct Panels(*mut u8);
+
+// SAFETY: the threads take disjoint panels of it, inside the borrow of `pack`.
+unsafe impl Sync for Panels {}
+
+impl Panels {
+    fn start(&self, offset: usize) -> *mut u8 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// Fill one panel with the rows from `first_row` on; `out` is zero where nothing is written.
+fn pack_panel(view: TensorView<'_>, dtype: Dtype, first_row: usize, out: &mut [u32]) {
+    use half::f16;
+    match (view.dtype, dtype) {
+        (ViewDtype::F32, Dtype::F32) => pack_f32(view, first_row, out, f32::from_le_bytes),
+        (ViewDtype::F16, Dtype::F32) => pack_f32(view, first_row, out, |b| f16::from_le_bytes(b).to_f32()),
+        (ViewDtype::Bf16, Dtype::F32) => {
+            pack_f32(view, first_row, out, |b| bf16_to_f32(u16::from_le_bytes(b)))
+        }
+        (ViewDtype::F32, Dtype::Bf16) => {
+            pack_bf16(view, first_row, out, |b| f32_to_bf16(f32::from_le_bytes(b)))
+        }
+        (ViewDtype::F16, Dtype::Bf16) => {
+            pack_bf16(view, first_row, out, |b| f32_to_bf16(f16::from_le_bytes(b).to_f32()))
+        }
+        (ViewDtype::Bf16, Dtype::Bf16) => pack_bf16(view, first_row, out, u16::from_le_bytes),
+    }
+}
+
+/// Columns packed of one row before the next: 128 groups of 256 bytes, written once per row, stay in L1.
+const BLOCK: usize = 128;
+
+fn pack_f32<const B: usize>(
+    view: TensorView<'_>,
+    first_row: usize,
+    out: &mut [u32],
+    read: impl Fn([u8; B]) -> f32,
+) {
+    for_each_strip(view, first_row, BLOCK, |column, first_col, bytes| {
+        let groups = out[first_col * NR..].chunks_exact_mut(NR);
+        for (group, &bytes) in groups.zip(bytes.as_chunks().0) {
+            group[column] = read(bytes).to_bits();
+        }
+    });
+}
+
+fn pack_bf16<const B: usize>(
+    view: TensorView<'_>,
+    first_row: usize,
+    out: &mut [u32],
+    read: impl Fn([u8; B]) -> u16,
+) {
+    for_each_strip(view, first_row, 2 * BLOCK, |column, first_col, bytes| {
+        let groups = out[first_col / 2 * NR..].chunks_exact_mut(NR);
+        let (numbers, _) = bytes.as_chunks();
+        for (group, pair) in groups.zip(numbers.chunks(2)) {
+            let odd = pair.get(1).map_or(0, |&bytes| read(bytes));
+            group[column] = u32::from(read(pair[0])) | u32::from(odd) << 16;
+        }
+    });
+}
+
+/// Call `each(column of the panel, first column of the matrix, bytes)` for strips of `block` columns of the
+/// panel's rows.
+fn for_each_strip(
+    view: TensorView<'_>,
+    first_row: usize,
+    block: usize,
+    mut each: impl FnMut(usize, usize, &[u8]),
+) {
+    let width = view_bytes(view.dtype);
+    let rows = first_row..view.rows.min(first_row + NR);
+    for first_col in (0..view.cols).step_by(block) {
+        let cols = block.min(view.cols - first_col);
+        for row in rows.clone() {
+            let start = (row * view.cols + first_col) * width;
+            each(row - first_row, first_col, &view.bytes[start..start + cols * width]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    /// One byte before the others: an allocation starts at an even address, so they start at an odd one.
+    fn unaligned(bytes: impl Iterator<Item = u8>) -> Vec<u8> {
+        std::iter::once(0).chain(bytes).collect()
+    }
+
+    #[test]
+    fn every_row_comes_back_from_every_number_type() {
+        let pool = ThreadPool::new(&[], 2);
+        for (rows, cols) in [(1, 1), (3, 2), (64, 8), (65, 9), (130, 257), (7, 300)] {
+            let values: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+            let views = [
+                (ViewDtype::F32, unaligned(values.iter().flat_map(|v| v.to_le_bytes()))),
+                (ViewDtype::F16, unaligned(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()))),
+                (ViewDtype::Bf16, unaligned(values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()))),
+            ];
+            for (view_dtype, bytes) in &views {
+                for dtype in [Dtype::F32, Dtype::Bf16] {
+                    let view = TensorView { dtype: *view_dtype, rows, cols, bytes: &bytes[1..] };
+                    let packed = PackedMatrix::pack(view, dtype, &pool).unwrap();
+                    assert_eq!((packed.rows(), packed.cols(), packed.dtype()), (rows, cols, dtype));
+                    let mut found = vec![0.0; cols];
+                    for row in 0..rows {
+                        packed.copy_row(row, &mut found);
+                        for (found, &value) in found.iter().zip(&values[row * cols..]) {
+                            let read = match view_dtype {
+                                ViewDtype::F32 => value,
+                                ViewDtype::F16 => f16::from_f32(value).to_f32(),
+                                ViewDtype::Bf16 => bf16::from_f32(value).to_f32(),
+                            };
+                            let expected = match dtype {
+                                Dtype::F32 => read,
+                                Dtype::Bf16 => bf16::from_f32(read).to_f32(),
+                            };
+                            assert_eq!(found.to_bits(), expected.to_bits());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_view_of_the_wrong_length_is_refused() {
+        let pool = ThreadPool::new(&[], 1);
+        let view = TensorView { dtype: ViewDtype::F32, rows: 2, cols: 3, bytes: &[0; 23] };
+        assert!(matches!(PackedMatrix::pack(view, Dtype::Bf16, &pool), Err(Error::Shape { .. })));
+    }
+}

@@ -1,0 +1,212 @@
+//! How a product is cut into units of work: decided here, carried out in `driver`.
+//!
+//! Rows are dealt out evenly to tiles, so that 64 rows make 9 tiles of 6 and 2 of 5, and no tile is so short
+//! that its few sums leave the units idle. A unit is one tile (or a group of tiles, where K is long) times
+//! one panel (or a piece of one, where panels are few). Units are numbered so that a thread with a run of
+//! them sweeps its tiles over one panel, which stays in its L2 cache, and then goes on to the next panel:
+//! weights come from memory once per block of rows.
+//!
+//! None of these choices changes a result.
+
+use super::tile::{GROUP_BYTES, KR, MR, NR, PIECE_COLS};
+use std::ops::Range;
+
+/// Weights that are swept over while as many of the next sweep are prefetched. In an L2 cache of 1 MiB:
+/// 2 · 256 KiB of weights, and x has the rest.
+const SWEEP_BYTES: usize = 256 << 10;
+
+/// Rows of x that go over all panels before the next ones: 384 KiB of the 512 that the weights leave.
+const BLOCK_BYTES: usize = 384 << 10;
+
+/// But at least 16 tiles, 96 rows, even if x then comes from L3: with fewer rows, reading the weights from
+/// memory takes the time of the products. 96 rows are 96 operations per byte in bf16; two Zen 5 cores do 22
+/// in the time of a byte.
+const MIN_BLOCK_TILES: usize = 16;
+
+/// Tiles whose sums wait in scratch memory while K is walked in chunks: every chunk of weights is read from
+/// L2 eight times for once from L3.
+pub(super) const GROUP_TILES: usize = 8;
+
+/// Units for every thread below which panels are cut to pieces: what one thread may have to wait for
+/// another is then an eighth.
+const MIN_UNITS_PER_THREAD: usize = 8;
+
+/// Multiplications that are worth another thread: some 2 µs of one core, the cost of a region. Rows count
+/// for at least 4, as fewer wait for memory.
+const MIN_PRODUCTS_PER_THREAD: usize = 1 << 18;
+
+/// The shape of a product: `[rows, k] · [n, k]ᵀ`, by one matrix or two (gate and up).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) rows: usize,
+    pub(super) n: usize,
+    /// A multiple of KR.
+    pub(super) k: usize,
+    pub(super) dtype_bytes: usize,
+    pub(super) num_matrices: usize,
+}
+
+/// The cut.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    shape: Shape,
+    num_tiles: usize,
+    /// Runs of tiles that are units.
+    num_groups: usize,
+    groups_per_block: usize,
+    /// Pieces over all panels.
+    num_pieces: usize,
+    piece_cols: usize,
+    /// Terms of a chunk of K, a multiple of KR.
+    pub(super) chunk: usize,
+    pub(super) num_chunks: usize,
+    /// Threads that have enough to do.
+    pub(super) num_shares: usize,
+}
+
+/// What a thread does in one go: some tiles over a piece of a panel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unit {
+    pub(super) tiles: Range<usize>,
+    /// Index of the piece.
+    pub(super) piece: usize,
+    /// This unit's place among those that sweep over the piece, and their number, where that is the number
+    /// of tiles; otherwise the sweep is inside of the unit.
+    pub(super) sweep: Option<(usize, usize)>,
+}
+
+impl Plan {
+    pub(super) fn new(shape: Shape, num_threads: usize) -> Self {
+        let num_tiles = shape.rows.div_ceil(MR);
+        let term_bytes = NR * shape.dtype_bytes;
+        let num_chunks = (shape.k * term_bytes).div_ceil(SWEEP_BYTES).max(1);
+        let chunk = shape.k.div_ceil(num_chunks).next_multiple_of(KR);
+        let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
+
+        let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES;
+        let num_groups = if fits { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
+        let max_block_tiles = (BLOCK_BYTES / (MR * shape.k * shape.dtype_bytes).max(1)).max(MIN_BLOCK_TILES);
+        let num_blocks = num_tiles.div_ceil(max_block_tiles).clamp(1, num_groups.max(1));
+        let groups_per_block = num_groups.div_ceil(num_blocks);
+
+        let num_panels = shape.n.div_ceil(NR);
+        let products = (shape.rows.max(4) * shape.n).saturating_mul(shape.k * shape.num_matrices);
+        let num_shares = num_threads.min(1 + products / MIN_PRODUCTS_PER_THREAD);
+        let mut piece_cols = NR;
+        while num_shares > 1
+            && piece_cols > PIECE_COLS
+            && num_groups * num_panels * (NR / piece_cols) < MIN_UNITS_PER_THREAD * num_shares
+        {
+            piece_cols /= 2;
+        }
+        let num_pieces = shape.n.div_ceil(piece_cols); // None that is all padding.
+        Self {
+            shape,
+            num_tiles,
+            num_groups,
+            groups_per_block,
+            num_pieces,
+            piece_cols,
+            chunk,
+            num_chunks,
+            num_shares,
+        }
+    }
+
+    /// Units, in the order in which neighbours share most.
+    pub(super) fn num_units(&self) -> usize {
+        self.num_groups * self.num_pieces
+    }
+
+    /// The unit of an index.
+    pub(super) fn unit(&self, idx: usize) -> Unit {
+        let block_units = self.groups_per_block * self.num_pieces;
+        let (block, idx) = (idx / block_units, idx % block_units);
+        let first_group = block * self.groups_per_block;
+        let num_groups = self.groups_per_block.min(self.num_groups - first_group);
+        let (piece, in_block) = (idx / num_groups, idx % num_groups);
+        let group = first_group + in_block;
+        Unit {
+            tiles: share(self.num_tiles, self.num_groups, group),
+            piece,
+            sweep: (self.num_groups == self.num_tiles && self.num_chunks == 1)
+                .then_some((in_block, num_groups)),
+        }
+    }
+
+    /// The rows of a tile, 1 ..= MR of them.
+    pub(super) fn rows(&self, tile: usize) -> Range<usize> {
+        share(self.shape.rows, self.num_tiles, tile)
+    }
+
+    /// The columns of a piece; those at or beyond n are padding.
+    pub(super) fn cols(&self, piece: usize) -> Range<usize> {
+        piece * self.piece_cols..(piece + 1) * self.piece_cols
+    }
+
+    /// Where a piece starts in the packed matrix, in bytes; none beyond the last.
+    pub(super) fn piece_start(&self, piece: usize) -> Option<usize> {
+        let col = piece * self.piece_cols;
+        let panel_bytes = self.shape.k * NR * self.shape.dtype_bytes;
+        let lane_bytes = GROUP_BYTES / NR;
+        (piece < self.num_pieces).then(|| col / NR * panel_bytes + col % NR * lane_bytes)
+    }
+}
+
+/// Part `i` of `0..total` cut into `parts` that differ by one at most.
+pub(super) fn share(total: usize, parts: usize, i: usize) -> Range<usize> {
+    let (size, longer) = (total / parts, total % parts);
+    let start = |i: usize| i * size + i.min(longer);
+    start(i)..start(i + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_element_belongs_to_one_unit() {
+        for rows in [1, 2, 6, 7, 13, 64, 100, 500] {
+            for (n, k, num_matrices) in
+                [(1, 8, 1), (64, 64, 2), (200, 3000, 1), (576, 1536, 2), (65, 9000, 1)]
+            {
+                for threads in [1, 2, 3, 64] {
+                    let shape = Shape { rows, n, k, dtype_bytes: 2, num_matrices };
+                    let plan = Plan::new(shape, threads);
+                    let padded = n.next_multiple_of(NR);
+                    let mut seen = vec![0; rows * padded];
+                    for unit in (0..plan.num_units()).map(|i| plan.unit(i)) {
+                        assert!((1..=GROUP_TILES).contains(&unit.tiles.len()), "{plan:?} {unit:?}");
+                        for tile in unit.tiles.clone() {
+                            assert!((1..=MR).contains(&plan.rows(tile).len()), "{plan:?} {unit:?}");
+                            for row in plan.rows(tile) {
+                                plan.cols(unit.piece).for_each(|col| seen[row * padded + col] += 1);
+                            }
+                        }
+                    }
+                    let is_right = |(i, &count): (usize, &i32)| count == 1 || (count == 0 && i % padded >= n);
+                    assert!(seen.iter().enumerate().all(is_right), "{plan:?}");
+                    assert!(plan.num_chunks * plan.chunk >= k && (plan.num_chunks - 1) * plan.chunk < k);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sweeps_stay_inside_the_caches() {
+        for (k, dtype_bytes) in [(576, 2), (8192, 2), (2048, 4), (106_496, 2)] {
+            let plan = Plan::new(Shape { rows: 512, n: 4096, k, dtype_bytes, num_matrices: 1 }, 2);
+            assert!(plan.chunk * NR * dtype_bytes <= SWEEP_BYTES + KR * NR * dtype_bytes, "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn a_narrow_product_is_cut_fine_enough_for_two_threads() {
+        // SmolLM2's q projection for 4 rows: 9 panels would be 5 against 4.
+        let plan = Plan::new(Shape { rows: 4, n: 576, k: 576, dtype_bytes: 2, num_matrices: 1 }, 2);
+        assert_eq!(plan.num_units(), 18);
+        // A tiny one is not worth a second thread.
+        let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, dtype_bytes: 2, num_matrices: 1 }, 2);
+        assert_eq!(plan.num_shares, 1);
+    }
+}

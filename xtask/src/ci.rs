@@ -1,0 +1,82 @@
+//! `cargo ci`: everything that must pass, the quick checks first, ending at the first failure.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::{fixtures, quickstart, shell, smollm2, tools};
+
+struct Step {
+    name: &'static str,
+    what: &'static str,
+    run: fn() -> Result<()>,
+}
+
+/// The tests come after everything else that prints a count of tests, so theirs is the last.
+const STEPS: &[Step] = &[
+    Step { name: "fmt", what: "the code is formatted", run: fmt },
+    Step { name: "clippy", what: "no warning from the compiler or clippy", run: clippy },
+    Step { name: "doc", what: "the documentation builds without warnings", run: doc },
+    Step { name: "deny", what: "bans, licences and sources of the dependencies", run: deny },
+    Step { name: "smollm2", what: "models/smollm2-135m is there", run: smollm2::make },
+    Step { name: "fixtures", what: "target/fixtures is there and current", run: fixtures::make },
+    Step { name: "doctest", what: "the examples in the documentation work", run: doctest },
+    Step { name: "test", what: "all tests", run: test },
+    Step { name: "quickstart", what: "the first command of the README works", run: quickstart::check },
+];
+
+/// Runs the named steps, or all, in their order.
+pub(crate) fn run(names: &[String]) -> Result<()> {
+    if let Some(unknown) = names.iter().find(|name| !STEPS.iter().any(|step| step.name == name.as_str())) {
+        anyhow::bail!("no step {unknown} in ci\nhint: `cargo xtask` prints the steps");
+    }
+    let start = Instant::now();
+    let wanted = |step: &&Step| names.is_empty() || names.iter().any(|name| name == step.name);
+    for step in STEPS.iter().filter(wanted) {
+        println!("\n== {}: {}", step.name, step.what);
+        let begun = Instant::now();
+        (step.run)().with_context(|| format!("ci step {} after {:.1} s", step.name, seconds(begun)))?;
+        println!("== {}: passed in {:.1} s", step.name, seconds(begun));
+    }
+    println!("\n== ci: passed in {:.1} s", seconds(start));
+    Ok(())
+}
+
+/// The steps and what each asks, one a line.
+pub(crate) fn list() -> String {
+    STEPS.iter().map(|step| format!("  {:<11} {}\n", step.name, step.what)).collect()
+}
+
+fn seconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64()
+}
+
+fn fmt() -> Result<()> {
+    shell::run(&mut shell::cargo(["fmt", "--all", "--check"]))
+}
+
+fn clippy() -> Result<()> {
+    let arguments = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+    shell::run(&mut shell::cargo(arguments))
+}
+
+fn doc() -> Result<()> {
+    let mut cargo = shell::cargo(["doc", "--workspace", "--no-deps", "--locked"]);
+    shell::run(cargo.env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+fn deny() -> Result<()> {
+    tools::DENY.ready()?;
+    let arguments = ["deny", "--workspace", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"];
+    shell::run(shell::cargo(arguments).env("PATH", tools::search_path()))
+}
+
+fn doctest() -> Result<()> {
+    shell::run(&mut shell::cargo(["test", "--workspace", "--doc", "--locked"]))
+}
+
+fn test() -> Result<()> {
+    tools::NEXTEST.ready()?;
+    let arguments = ["nextest", "run", "--workspace", "--locked"];
+    shell::run(shell::cargo(arguments).env("PATH", tools::search_path()))
+}

@@ -1,0 +1,61 @@
+//! Where things lie in the repository, and how a folder is made whole or not at all.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// The root of the repository that this program was built from.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the root")
+}
+
+/// A path under the root.
+pub(crate) fn path(relative: &str) -> PathBuf {
+    root().join(relative)
+}
+
+/// Held while something is made, so that two of these programs do not make it twice. The system
+/// lets go of it when the file is dropped or the program dies.
+pub(crate) fn lock() -> Result<File> {
+    fs::create_dir_all(path("target")).context("make target")?;
+    let file = File::create(path("target/xtask.lock")).context("open target/xtask.lock")?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            println!("waiting for another cargo xtask");
+            file.lock().context("lock target/xtask.lock")?;
+        }
+        Err(TryLockError::Error(error)) => return Err(error).context("lock target/xtask.lock"),
+    }
+    Ok(file)
+}
+
+/// Runs `make` on an empty folder beside `folder`, and only then puts it in place of what was there.
+/// Call it with the lock held.
+pub(crate) fn replace_folder(folder: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let name = folder.file_name().expect("a folder has a name").to_string_lossy();
+    let unfinished = folder.with_file_name(format!(".{name}.unfinished"));
+    remove_folder(&unfinished)?;
+    fs::create_dir_all(&unfinished).with_context(|| format!("make {}", unfinished.display()))?;
+    make(&unfinished)?;
+    remove_folder(folder)?;
+    fs::rename(&unfinished, folder).with_context(|| format!("put {} in place", folder.display()))
+}
+
+/// Removes a folder and what is in it, if it is there.
+pub(crate) fn remove_folder(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("remove {}", folder.display()))?;
+    }
+    Ok(())
+}
+
+/// The content of files of the repository, one after the other: what something was made from.
+pub(crate) fn contents(files: &[&str]) -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    for file in files {
+        all.extend(fs::read(path(file)).with_context(|| format!("read {file}"))?);
+    }
+    Ok(all)
+}

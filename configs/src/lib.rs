@@ -45,7 +45,8 @@ pub struct Loaded {
 ///
 /// `sets` are the arguments of `--set`, each `section.key=value`; of `env` only the variables that begin
 /// with [`ENVIRONMENT_PREFIX`] count. Relative paths in the file start at its folder; `path` itself and
-/// relative paths in `sets` and `env` start at `working_folder`.
+/// relative paths in `sets` and `env` start at `working_folder`. (For `env`, take `std::env::vars_os` and keep
+/// what is UTF-8: `std::env::vars` panics at a variable of another program that is not.)
 pub fn load(
     path: &Path,
     sets: &[String],

@@ -69,8 +69,11 @@ pub(crate) fn from_environment(env: impl Iterator<Item = (String, String)>) -> R
             let label = label(&format!("{name}={value}"));
             let key = keys::all().find(|key| variable(*key) == name).ok_or_else(|| {
                 let near = keys::nearest(&name, keys::all().map(variable));
-                let hint = near.map(|near| format!("did you mean `{near}`?"));
-                Error::new("no such key").hint(hint.unwrap_or_else(list_sections)).in_override(&label)
+                let hint = match near {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => list_sections(&format!("{ENVIRONMENT_PREFIX}SECTION__KEY")),
+                };
+                Error::new("no such key").hint(hint).in_override(&label)
             })?;
             check(OverrideSource::Environment, label, key, &value)
         })
@@ -125,14 +128,14 @@ fn find(name: &str) -> Result<Key, Error> {
         keys::all().filter(|key| key.name == last).map(|key| format!("`{key}`")).collect();
     let hint = match (&namesakes[..], keys::nearest(name, keys::all().map(|key| key.to_string()))) {
         ([], Some(near)) => format!("did you mean `{near}`?"),
-        ([], None) => list_sections(),
+        ([], None) => list_sections("section.key"),
         (namesakes, _) => format!("did you mean {}?", namesakes.join(" or ")),
     };
     Err(Error::new(format!("unknown key `{name}`")).hint(hint))
 }
 
-fn list_sections() -> String {
-    format!("keys are named section.key, the sections are {}", keys::sections().join(", "))
+fn list_sections(form: &str) -> String {
+    format!("keys are named {form}, the sections are {}", keys::sections().join(", "))
 }
 
 fn check(source: OverrideSource, label: String, key: Key, text: &str) -> Result<Checked, Error> {
@@ -142,8 +145,8 @@ fn check(source: OverrideSource, label: String, key: Key, text: &str) -> Result<
         Ok(value) => value,
     };
     if let Err((path, message)) = check_alone(key, value.clone()) {
-        let element = path.strip_prefix(&key.to_string()).filter(|element| !element.is_empty());
-        let message = element.map_or(message.clone(), |_| format!("{path}: {message}"));
+        // The label names the key already; an element of its list is worth a word.
+        let message = if path == key.to_string() { message } else { format!("{path}: {message}") };
         return Err(Error::new(message).hint(quoting_hint(source, key, text, &value)).in_override(&label));
     }
     let shown = Override { source, key: key.to_string(), value: text.to_owned() };
@@ -160,20 +163,17 @@ fn check_alone(key: Key, value: Value) -> Result<(), (String, String)> {
     }
 }
 
-/// What a shell and TOML's quotes make of a value is the usual mistake, both ways.
+/// The usual mistake is about quotes: those that TOML wants and a shell takes away, or the missing ones
+/// around a text that looks like a number.
 fn quoting_hint(source: OverrideSource, key: Key, text: &str, value: &Value) -> Option<String> {
-    let write = |value: &str| match source {
-        OverrideSource::Set => format!("--set '{key}={value}'"),
-        OverrideSource::Environment => format!("{}='{value}'", variable(key)),
-    };
-    let taken_as_text = value.is_str() && text.starts_with(['[', '{']);
-    if taken_as_text {
-        return Some(format!(
-            "this is no TOML value and was taken as text; write lists like {}",
-            write("[\"a\", \"b\"]")
-        ));
+    if value.is_str() {
+        let hint = "this is no TOML value and was taken as text; a list of texts is written '[\"a\", \"b\"]', \
+                    with the outer quotes for the shell";
+        return text.starts_with(['[', '{']).then(|| hint.to_owned());
     }
     let quoted = Value::String(text.to_owned());
-    let text_would_do = !value.is_str() && check_alone(key, quoted.clone()).is_ok();
-    text_would_do.then(|| format!("to give it as text, write {}", write(&quoted.to_string())))
+    check_alone(key, quoted.clone()).is_ok().then(|| match source {
+        OverrideSource::Set => format!("to give it as text, write --set '{key}={quoted}'"),
+        OverrideSource::Environment => format!("to give it as text, write {}='{quoted}'", variable(key)),
+    })
 }

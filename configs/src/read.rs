@@ -50,6 +50,7 @@ impl fmt::Display for Scalar<'_> {
         match self {
             Self::Bool(value) => write!(f, "{value}"),
             Self::Integer(value) => write!(f, "{value}"),
+            Self::Float(value) if value.is_nan() => f.write_str("nan"),
             Self::Float(value) => write!(f, "{value:?}"),
             Self::Text(value) => write!(f, "{value:?}"),
         }
@@ -115,10 +116,18 @@ where
 
     // TOML's integers are i64; other formats (a manifest in JSON) hand over small ones as u64.
     fn visit_u64<F: Error>(self, value: u64) -> Result<T, F> {
+        self.visit_i128(value.into())
+    }
+
+    fn visit_i128<F: Error>(self, value: i128) -> Result<T, F> {
         match i64::try_from(value) {
             Ok(value) => self.read(Scalar::Integer(value)),
             Err(_) => Err(self.unexpected(value)),
         }
+    }
+
+    fn visit_u128<F: Error>(self, value: u128) -> Result<T, F> {
+        Err(self.unexpected(value))
     }
 
     fn visit_f64<F: Error>(self, value: f64) -> Result<T, F> {
@@ -194,6 +203,10 @@ pub(crate) fn seed<'de, D: Deserializer<'de>, T: From<u64>>(deserializer: D) -> 
 /// An integer that the engine keeps as u32: token counts of one row, token ids.
 pub(crate) fn small<'de, D: Deserializer<'de>, T: From<u32>>(deserializer: D) -> Result<T, D::Error> {
     scalar(deserializer, "an integer from 0 to 2^32 - 1", |found| found.integer::<u32>(0).map(T::from))
+}
+
+pub(crate) fn top_k<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    scalar(deserializer, "an integer of at least 0 (0 keeps all tokens)", |found| found.integer(0).map(Some))
 }
 
 /// OpenAI's range of temperatures.

@@ -134,7 +134,7 @@ pub struct Sampling {
     #[serde(deserialize_with = "read::positive_share", skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f64>,
     /// Keep this many most likely tokens; 0 keeps all.
-    #[serde(deserialize_with = "read::small", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "read::top_k", skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
     /// Drop tokens less likely than this share of the most likely one's probability, 0 to 1.
     #[serde(deserialize_with = "read::share", skip_serializing_if = "Option::is_none")]

@@ -56,7 +56,11 @@ impl Whole<'_> {
             let is_optional = section == "prompt" && !self.joined.has_section(section);
             if !is_optional && self.joined.origin(section, name) == Origin::Default {
                 let error = Error::new(format!("missing key `{name}` in [{section}]"));
-                return Err(self.file.error_at(section, name, error.hint(format!("such as {example}"))));
+                return Err(self.file.error_at(
+                    section,
+                    name,
+                    error.hint(format!("add a line such as {example} under [{section}]")),
+                ));
             }
         }
         Ok(())

@@ -2,6 +2,9 @@
 
 use bytemuck::{Pod, Zeroable, cast_slice, cast_slice_mut};
 
+use crate::check;
+use crate::error::Result;
+
 /// f32 numbers in one cache line, which is also one 512-bit register.
 const LINE: usize = 16;
 
@@ -66,6 +69,14 @@ impl Array {
             self.lines.resize(num_lines, Line([0.0; LINE]));
         }
         (self.rows, self.cols) = (rows, cols);
+    }
+
+    /// Takes on host values `[rows, cols]`.
+    pub(crate) fn assign(&mut self, values: &[f32], rows: usize, cols: usize) -> Result<()> {
+        check::shape("upload", "values", [values.len()], [rows * cols])?;
+        self.reshape(rows, cols);
+        self.values_mut().copy_from_slice(values);
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Shape checks, made before any memory is touched. Every operation of every backend starts with these.
 
+use crate::array::Array;
 use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable, TensorView, ViewDtype};
 use crate::error::{Error, Result};
 
@@ -64,6 +65,15 @@ pub(crate) fn rope_table(table: &RopeTable) -> Result<()> {
     let half = table.head_dim / 2;
     shape(OP, "cos", [table.cos.len()], [table.cos.len() / half * half])?;
     shape(OP, "sin", [table.sin.len()], [table.cos.len()])
+}
+
+/// Rows of `x` hold whole heads, and the table has an angle for every row; returns half a head's width.
+pub(crate) fn rope(op: &'static str, x: &Array, table: &RopeTable, positions: &[u32]) -> Result<usize> {
+    let half = table.head_dim / 2;
+    shape(op, "x's columns", [x.cols()], [x.cols() / table.head_dim * table.head_dim])?;
+    shape(op, "positions", [positions.len()], [x.rows()])?;
+    all_below(op, "position", positions, table.cos.len() / half)?;
+    Ok(half)
 }
 
 /// A cache of this shape can be made; returns the numbers of one half (keys or values) of it.

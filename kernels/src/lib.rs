@@ -18,6 +18,7 @@ pub use array::Array;
 pub use backend::{
     AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype,
 };
+pub use cpu::{Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use error::{Error, Result};

@@ -53,6 +53,13 @@ impl ReferenceMatrix {
     }
 }
 
+impl ReferenceOperand {
+    /// The rounded numbers.
+    pub fn array(&self) -> &Array {
+        &self.array
+    }
+}
+
 impl ReferenceKvCache {
     /// Where the head's entry at a position of a sequence begins.
     fn at(&self, pages: &[u32], position: usize, head: usize) -> usize {
@@ -103,10 +110,7 @@ impl Backend for Reference {
     }
 
     fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Array) -> Result<()> {
-        check::shape("upload", "values", [values.len()], [rows * cols])?;
-        out.reshape(rows, cols);
-        out.values_mut().copy_from_slice(values);
-        Ok(())
+        out.assign(values, rows, cols)
     }
 
     fn download(&self, x: &Array, out: &mut Vec<f32>) -> Result<()> {
@@ -183,11 +187,7 @@ impl Backend for Reference {
     }
 
     fn rope(&self, x: &mut Array, rope: &RopeTable, positions: &[u32]) -> Result<()> {
-        let half = rope.head_dim / 2;
-        let heads = x.cols() / rope.head_dim;
-        check::shape("rope", "x's columns", [x.cols()], [heads * rope.head_dim])?;
-        check::shape("rope", "positions", [positions.len()], [x.rows()])?;
-        check::all_below("rope", "position", positions, rope.cos.len() / half)?;
+        let half = check::rope("rope", x, rope, positions)?;
         for (t, &position) in positions.iter().enumerate() {
             for head in x.row_mut(t).chunks_exact_mut(rope.head_dim) {
                 for j in 0..half {

@@ -1,6 +1,222 @@
 //! The fast CPU backend: vectorised, threaded, tiled.
+//!
+//! It refuses a SIMD level that the processor lacks, and knows nothing of NUMA: a device is a group of
+//! cores that share their memory. Every operation first checks shapes, then shares its rows, tiles or heads
+//! out to the pool; which thread takes which never shows in the result.
 
-pub(crate) mod exp;
-pub(crate) mod gemm;
+mod attention;
+mod exp;
+mod gemm;
+mod kv_cache;
+mod lanes;
+mod logit_stats;
 pub(crate) mod pool;
+mod rms_norm;
+mod rope;
+mod rows;
 pub(crate) mod simd;
+
+use crate::array::Array;
+use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, RopeTable, TensorView};
+use crate::error::{Error, Result};
+use crate::{check, view};
+use gemm::{Operand, PackedMatrix};
+pub use kv_cache::KvCache;
+use pool::ThreadPool;
+use simd::Simd;
+
+/// What a CPU device is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Cores that threads are pinned to, in turn; without any they run where the system puts them.
+    pub cores: Vec<usize>,
+    /// Threads that work on an operation, the caller counted.
+    pub threads: usize,
+    /// Instructions to use.
+    pub simd: Simd,
+    /// Number type of weights and matmul inputs.
+    pub weights: Dtype,
+    /// Number type of keys and values.
+    pub kv: Dtype,
+}
+
+/// The fast CPU backend.
+#[derive(Debug)]
+pub struct Cpu {
+    pool: ThreadPool,
+    simd: Simd,
+    weights: Dtype,
+    kv: Dtype,
+}
+
+/// A weight matrix, packed into panels.
+pub struct CpuMatrix(PackedMatrix);
+
+/// Input of a matrix product.
+pub struct CpuOperand(Operand);
+
+impl Cpu {
+    /// A device of the given cores; starts its threads.
+    pub fn new(options: CpuOptions) -> Result<Cpu> {
+        let CpuOptions { cores, threads, simd, weights, kv } = options;
+        if !simd.is_available() {
+            let (name, features, best) = (simd.name(), simd.features(), Simd::detect().name());
+            let what = format!("simd level {name} needs {features}, which this processor lacks");
+            return Err(Error::Unsupported(format!("{what}: its best level is {best}")));
+        }
+        if threads == 0 {
+            return Err(Error::Unsupported("a cpu device needs at least 1 thread, got 0".to_owned()));
+        }
+        Ok(Cpu { pool: ThreadPool::new(&cores, threads), simd, weights, kv })
+    }
+
+    /// Pins the calling thread to the device's first core: for the thread that runs its operations.
+    pub fn pin_caller(&self) {
+        self.pool.pin_caller();
+    }
+
+    /// Threads that work on an operation, the caller counted.
+    pub fn num_threads(&self) -> usize {
+        self.pool.num_threads()
+    }
+}
+
+impl CpuMatrix {
+    /// Memory that the packed matrix takes.
+    pub fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+}
+
+impl CpuOperand {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
+    /// Reads a row as f32, exactly; `out: [cols]`.
+    pub fn copy_row(&self, row: usize, out: &mut [f32]) {
+        self.0.copy_row(row, out);
+    }
+}
+
+impl Backend for Cpu {
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+    type Rope = RopeTable;
+    type Array = Array;
+    type Operand = CpuOperand;
+    type KvCache = KvCache;
+
+    fn numeric_profile(&self) -> String {
+        format!("cpu {} {} kv {}", self.simd.name(), self.weights.name(), self.kv.name())
+    }
+
+    fn matrix(&self, view: TensorView<'_>) -> Result<CpuMatrix> {
+        check::view("matrix", &view)?;
+        Ok(CpuMatrix(PackedMatrix::pack(view, self.weights, &self.pool)?))
+    }
+
+    fn vector(&self, view: TensorView<'_>) -> Result<Vec<f32>> {
+        view::widen("vector", &view)
+    }
+
+    fn rope_table(&self, table: RopeTable) -> Result<RopeTable> {
+        check::rope_table(&table)?;
+        Ok(table)
+    }
+
+    fn array(&self) -> Array {
+        Array::new()
+    }
+
+    fn operand(&self) -> CpuOperand {
+        CpuOperand(Operand::new(self.weights))
+    }
+
+    fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {
+        KvCache::new(self.kv, num_pages, kv_heads, head_dim)
+    }
+
+    fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Array) -> Result<()> {
+        out.assign(values, rows, cols)
+    }
+
+    fn download(&self, x: &Array, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(x.values());
+        Ok(())
+    }
+
+    fn embed(&self, table: &CpuMatrix, tokens: &[u32], out: &mut Array) -> Result<()> {
+        check::all_below("embed", "token", tokens, table.0.rows())?;
+        out.reshape(tokens.len(), table.0.cols());
+        rows::for_each_row(&self.pool, out, |t, row| table.0.copy_row(tokens[t] as usize, row));
+        Ok(())
+    }
+
+    fn rms_norm(&self, x: &Array, weight: &Vec<f32>, eps: f32, out: &mut CpuOperand) -> Result<()> {
+        rms_norm::rms_norm(self.simd, &self.pool, x, weight, eps, &mut out.0)
+    }
+
+    fn matmul(&self, x: &CpuOperand, w: &CpuMatrix, out: &mut Array) -> Result<()> {
+        check::shape("matmul", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        out.reshape(x.0.rows(), w.0.rows());
+        gemm::matmul(self.simd, &self.pool, &x.0, &w.0, out.values_mut(), false);
+        Ok(())
+    }
+
+    fn matmul_add(&self, x: &CpuOperand, w: &CpuMatrix, out: &mut Array) -> Result<()> {
+        check::shape("matmul_add", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        check::shape("matmul_add", "out", [out.rows(), out.cols()], [x.0.rows(), w.0.rows()])?;
+        gemm::matmul(self.simd, &self.pool, &x.0, &w.0, out.values_mut(), true);
+        Ok(())
+    }
+
+    fn swiglu(&self, x: &CpuOperand, gate: &CpuMatrix, up: &CpuMatrix, out: &mut CpuOperand) -> Result<()> {
+        check::shape("swiglu", "x's columns", [x.0.cols()], [gate.0.cols()])?;
+        check::shape("swiglu", "up", [up.0.rows(), up.0.cols()], [gate.0.rows(), gate.0.cols()])?;
+        gemm::swiglu(self.simd, &self.pool, &x.0, &gate.0, &up.0, &mut out.0);
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut Array, rope: &RopeTable, positions: &[u32]) -> Result<()> {
+        rope::rope(self.simd, &self.pool, x, rope, positions)
+    }
+
+    fn kv_append(
+        &self,
+        cache: &mut KvCache,
+        k: &Array,
+        v: &Array,
+        slices: &[AttentionSlice],
+    ) -> Result<()> {
+        kv_cache::append(&self.pool, cache, k, v, slices)
+    }
+
+    fn attention(
+        &self,
+        q: &Array,
+        cache: &KvCache,
+        slices: &[AttentionSlice],
+        out: &mut CpuOperand,
+    ) -> Result<()> {
+        attention::attention(self.simd, &self.pool, q, cache, slices, &mut out.0)
+    }
+
+    fn gather(&self, x: &Array, rows: &[u32], out: &mut Array) -> Result<()> {
+        check::all_below("gather", "row", rows, x.rows())?;
+        out.reshape(rows.len(), x.cols());
+        rows::for_each_row(&self.pool, out, |i, row| row.copy_from_slice(x.row(rows[i] as usize)));
+        Ok(())
+    }
+
+    fn logit_stats(&self, logits: &Array, out: &mut Vec<LogitStats>) -> Result<()> {
+        logit_stats::logit_stats(self.simd, &self.pool, logits, out)
+    }
+}

@@ -1,0 +1,494 @@
+//! One tile of attention: online softmax over pages of keys.
+//!
+//! Pages are walked in order. For every page and every few rows of the tile (as many as fill the registers)
+//! 1. scores: a product of the page's transposed keys with the queries;
+//! 2. weights: `exp(score - m)`, `m` the largest score so far; sums so far are scaled to the new `m`;
+//! 3. outputs: a product of the page's values with the weights is added.
+//!
+//! Pages stand at absolute positions and all orders of summing are fixed, so that a row's bits depend on its
+//! query and on the keys and values it sees: not on the rows beside it, nor on how the prompt was cut. A key
+//! that a row does not see counts for nothing at all: its score is replaced before it is used, and its
+//! value is not read, even where it shares a word with one that is seen.
+
+use super::Attend;
+use crate::backend::{Dtype, PAGE_TOKENS};
+use crate::cpu::lanes::{F32Terms, Lanes, Terms};
+
+/// Keys whose scores are computed together: a register of the widest level.
+const KEY_GROUP: usize = 16;
+
+/// TILE_ROWS of no level is larger.
+const MAX_ROWS: usize = 6;
+
+/// A tile's working memory, `rows` being its query rows.
+struct Scratch {
+    /// Queries as factors: `[rows][stride]`.
+    queries: *mut f32,
+    /// Sums of weighted values: `[rows][stride]`.
+    outputs: *mut f32,
+    /// Scores of a page: `[MAX_ROWS][PAGE_TOKENS]`.
+    scores: *mut f32,
+    /// Weights of a page as factors: `[MAX_ROWS][PAGE_TOKENS]`.
+    weights: *mut f32,
+    /// A step of values, of which the second term is removed: `[stride]`.
+    half_step: *mut u32,
+    /// Largest score so far: `[rows]`.
+    max: *mut f32,
+    /// Sum of weights so far: `[rows]`.
+    sum: *mut f32,
+    /// A head's width in whole registers.
+    stride: usize,
+}
+
+/// Works out one tile and writes its rows of the output.
+///
+/// # Safety
+/// The processor has the features of `L`, and the slice was checked against `q` and the cache.
+#[inline(always)]
+pub(super) unsafe fn attend<L: Lanes>(job: Attend<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match job.cache.dtype() {
+            Dtype::F32 => attend_in::<L, F32Terms>(job),
+            Dtype::Bf16 => attend_in::<L, L::Bf16Terms>(job),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn attend_in<L: Lanes, T: Terms<L>>(mut job: Attend<'_>) {
+    let rows = job.tile.num_positions as usize * job.group;
+    let first_position = job.slice.first_position + job.tile.first as usize;
+    let last_position = first_position + job.tile.num_positions as usize - 1;
+    let scratch = Scratch::new(job.scratch, rows, job.cache.value_stride());
+    // SAFETY: the scratch has room for `rows` rows, and every page of the slice was checked.
+    unsafe {
+        start_rows::<L, T>(&job, &scratch, rows);
+        for page_idx in 0..=last_position / PAGE_TOKENS {
+            let page = job.slice.pages[page_idx];
+            let keys = job.cache.keys(page, job.kv_head).as_ptr();
+            let values = job.cache.values(page, job.kv_head).as_ptr();
+            let first_key = page_idx * PAGE_TOKENS;
+            // Rows before the page see nothing of it.
+            let mut row = first_key.saturating_sub(first_position) * job.group;
+            while row < rows {
+                let num_rows = L::TILE_ROWS.min(rows - row);
+                let mut visible = [0; MAX_ROWS];
+                for (i, visible) in visible.iter_mut().enumerate().take(num_rows) {
+                    let position = first_position + (row + i) / job.group;
+                    *visible = (position + 1 - first_key).min(PAGE_TOKENS);
+                }
+                let page_rows =
+                    PageRows { row, visible: &visible[..num_rows], head_dim: job.cache.head_dim() };
+                attend_page::<L, T>(&scratch, &page_rows, keys, values);
+                row += num_rows;
+            }
+        }
+        finish_rows::<L>(&mut job, &scratch, rows);
+    }
+}
+
+impl Scratch {
+    #[inline(always)]
+    fn new(memory: &mut crate::array::Array, rows: usize, stride: usize) -> Scratch {
+        let mut words = 0;
+        let mut take = |count: usize| {
+            words += count.next_multiple_of(KEY_GROUP);
+            words - count.next_multiple_of(KEY_GROUP)
+        };
+        let queries = take(rows * stride);
+        let outputs = take(rows * stride);
+        let scores = take(MAX_ROWS * PAGE_TOKENS);
+        let weights = take(MAX_ROWS * PAGE_TOKENS);
+        let half_step = take(stride);
+        let max = take(rows);
+        let sum = take(rows);
+        memory.reshape(1, words);
+        let base = memory.values_mut().as_mut_ptr();
+        let at = |start: usize| base.wrapping_add(start);
+        Scratch {
+            queries: at(queries),
+            outputs: at(outputs),
+            scores: at(scores),
+            weights: at(weights),
+            half_step: at(half_step).cast(),
+            max: at(max),
+            sum: at(sum),
+            stride,
+        }
+    }
+}
+
+/// Puts the queries down as factors and clears the sums.
+///
+/// # Safety
+/// As of [`attend`]; the scratch has room for `rows` rows.
+#[inline(always)]
+unsafe fn start_rows<L: Lanes, T: Terms<L>>(job: &Attend<'_>, scratch: &Scratch, rows: usize) {
+    let head_dim = job.cache.head_dim();
+    for row in 0..rows {
+        let (position, member) = (row / job.group, row % job.group);
+        let head = job.kv_head * job.group + member;
+        let query = job.q.row(job.slice.first_row + job.tile.first as usize + position);
+        let query = query[head * head_dim..][..head_dim].as_ptr();
+        // SAFETY: rows of the scratch are `stride` words, which whole registers fit.
+        unsafe {
+            let factors = scratch.queries.add(row * scratch.stride);
+            let outputs = scratch.outputs.add(row * scratch.stride);
+            let mut d = 0;
+            while d < head_dim {
+                let values = L::load_first(query.add(d), (head_dim - d).min(L::LANES));
+                T::store_factors(values, factors, d);
+                d += L::LANES;
+            }
+            outputs.write_bytes(0, scratch.stride);
+            // Not -inf: a row whose first scores are all -inf must not become inf - inf.
+            *scratch.max.add(row) = f32::MIN;
+            *scratch.sum.add(row) = 0.0;
+        }
+    }
+}
+
+/// Divides by the sums and hands the rows out.
+///
+/// # Safety
+/// As of [`start_rows`].
+#[inline(always)]
+unsafe fn finish_rows<L: Lanes>(job: &mut Attend<'_>, scratch: &Scratch, rows: usize) {
+    let head_dim = job.cache.head_dim();
+    for row in 0..rows {
+        let (position, member) = (row / job.group, row % job.group);
+        let head = job.kv_head * job.group + member;
+        // SAFETY: the row is one of the scratch's and of the slice's, and no other tile has this head at this
+        // position, so that nobody else writes its columns.
+        unsafe {
+            let outputs = scratch.outputs.add(row * scratch.stride);
+            let scale = L::splat(1.0 / *scratch.sum.add(row));
+            let mut d = 0;
+            while d < scratch.stride {
+                L::load(outputs.add(d)).mul(scale).store(outputs.add(d));
+                d += L::LANES;
+            }
+            let outputs = std::slice::from_raw_parts(outputs, head_dim);
+            let out_row = job.slice.first_row + job.tile.first as usize + position;
+            job.writer.write(out_row, head * head_dim, outputs);
+        }
+    }
+}
+
+/// A few rows of the tile against one page.
+struct PageRows<'a> {
+    /// The first of them.
+    row: usize,
+    /// How many of the page's keys each sees, never falling.
+    visible: &'a [usize],
+    head_dim: usize,
+}
+
+/// # Safety
+/// As of [`start_rows`]; `keys` and `values` are a head's in a page.
+#[inline(always)]
+unsafe fn attend_page<L: Lanes, T: Terms<L>>(
+    scratch: &Scratch,
+    page_rows: &PageRows<'_>,
+    keys: *const u32,
+    values: *const u32,
+) {
+    let num_rows = page_rows.visible.len();
+    let num_keys = page_rows.visible[num_rows - 1].next_multiple_of(KEY_GROUP);
+    let scale = 1.0 / (page_rows.head_dim as f32).sqrt();
+    let mut rescales = [0.0; MAX_ROWS];
+    // SAFETY: the caller's; scores and weights have room for MAX_ROWS rows of PAGE_TOKENS.
+    unsafe {
+        product::<L, T>(
+            num_rows,
+            &Product {
+                entries: keys,
+                stride: PAGE_TOKENS,
+                steps: page_rows.head_dim / T::TERMS,
+                registers: num_keys / L::LANES,
+                factors: scratch.queries.add(page_rows.row * scratch.stride),
+                factor_stride: scratch.stride,
+                first_step: 0,
+                sums: scratch.scores,
+                sum_stride: PAGE_TOKENS,
+                rescales: std::ptr::null(),
+            },
+        );
+        for (i, &visible) in page_rows.visible.iter().enumerate() {
+            let (max, sum) = (scratch.max.add(page_rows.row + i), scratch.sum.add(page_rows.row + i));
+            let scores = scratch.scores.add(i * PAGE_TOKENS);
+            let weights = scratch.weights.add(i * PAGE_TOKENS);
+            rescales[i] = weigh::<L, T>(scores, weights, visible, num_keys, scale, &mut *max, &mut *sum);
+        }
+        add_values::<L, T>(scratch, page_rows, values, &rescales);
+    }
+}
+
+/// Turns a row's scores into weights, and returns what its sums so far were scaled by.
+///
+/// # Safety
+/// `scores` and `weights` have room for `num_keys`, a multiple of KEY_GROUP.
+#[inline(always)]
+unsafe fn weigh<L: Lanes, T: Terms<L>>(
+    scores: *mut f32,
+    weights: *mut f32,
+    visible: usize,
+    num_keys: usize,
+    scale: f32,
+    max: &mut f32,
+    sum: &mut f32,
+) -> f32 {
+    // SAFETY: the caller's.
+    unsafe {
+        let (scale, hidden) = (L::splat(scale), L::splat(f32::NEG_INFINITY));
+        let mut largest = L::splat(*max);
+        let mut key = 0;
+        while key < num_keys {
+            let seen = visible.saturating_sub(key);
+            let score = L::load(scores.add(key)).mul(scale).first_or(seen, hidden);
+            score.store(scores.add(key));
+            // A NaN is passed over here, and comes out again as the exponential's.
+            largest = score.max(largest);
+            key += L::LANES;
+        }
+        let new_max = largest.largest();
+        let rescale = L::splat(*max - new_max).exp().first();
+        let shift = L::splat(new_max);
+        let mut total = L::splat(0.0);
+        let mut key = 0;
+        while key < num_keys {
+            let weight = L::load(scores.add(key)).sub(shift).exp();
+            // The sum is that of the weights as they will count, so that they add up to one.
+            total = total.add(T::store_factors(weight, weights, key));
+            key += L::LANES;
+        }
+        *max = new_max;
+        *sum = *sum * rescale + total.sum();
+        rescale
+    }
+}
+
+/// Steps of values that a few rows take together.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Part {
+    first_row: u8,
+    num_rows: u8,
+    first_step: u8,
+    num_steps: u8,
+    /// A last step of which the rows see the first term alone.
+    is_half: bool,
+}
+
+/// All rows together, then for each row alone the whole steps that are left, and half a step.
+const MAX_PARTS: usize = 1 + 2 * MAX_ROWS;
+
+/// Cuts the steps that rows see (`visible` keys each, never falling) into parts; every row meets its steps in
+/// order.
+#[inline(always)]
+fn parts(visible: &[usize], terms: usize) -> ([Part; MAX_PARTS], usize) {
+    let mut parts = [Part::default(); MAX_PARTS];
+    let mut num_parts = 0;
+    let mut push = |first_row: usize, num_rows: usize, steps: std::ops::Range<usize>, is_half| {
+        let (first_step, num_steps) = (steps.start as u8, steps.len() as u8);
+        let (first_row, num_rows) = (first_row as u8, num_rows as u8);
+        parts[num_parts] = Part { first_row, num_rows, first_step, num_steps, is_half };
+        num_parts += 1;
+    };
+    let common = visible[0] / terms;
+    push(0, visible.len(), 0..common, false);
+    let mut row = 0;
+    while row < visible.len() {
+        let alike = visible[row..].iter().take_while(|&&seen| seen == visible[row]).count();
+        let whole = visible[row] / terms;
+        if whole > common {
+            push(row, alike, common..whole, false);
+        }
+        if !visible[row].is_multiple_of(terms) {
+            push(row, alike, whole..whole + 1, true);
+        }
+        row += alike;
+    }
+    (parts, num_parts)
+}
+
+/// Adds the page's weighted values to the outputs.
+///
+/// # Safety
+/// As of [`attend_page`].
+#[inline(always)]
+unsafe fn add_values<L: Lanes, T: Terms<L>>(
+    scratch: &Scratch,
+    page_rows: &PageRows<'_>,
+    values: *const u32,
+    rescales: &[f32; MAX_ROWS],
+) {
+    let (parts, num_parts) = parts(page_rows.visible, T::TERMS);
+    for (index, part) in parts[..num_parts].iter().enumerate() {
+        let first_row = part.first_row as usize;
+        let mut entries = values.wrapping_add(part.first_step as usize * scratch.stride);
+        // SAFETY: the caller's; a part's steps end where its rows' visible keys do.
+        unsafe {
+            if part.is_half {
+                halve_step(scratch, entries);
+                entries = scratch.half_step;
+            }
+            product::<L, T>(
+                part.num_rows as usize,
+                &Product {
+                    entries,
+                    stride: scratch.stride,
+                    steps: part.num_steps as usize,
+                    registers: scratch.stride / L::LANES,
+                    factors: scratch.weights.add(first_row * PAGE_TOKENS),
+                    factor_stride: PAGE_TOKENS,
+                    first_step: part.first_step as usize,
+                    sums: scratch.outputs.add((page_rows.row + first_row) * scratch.stride),
+                    sum_stride: scratch.stride,
+                    // The first part takes all rows, and brings their sums to the new scale.
+                    rescales: if index == 0 { rescales.as_ptr() } else { ONES.as_ptr() },
+                },
+            );
+        }
+    }
+}
+
+const ONES: [f32; MAX_ROWS] = [1.0; MAX_ROWS];
+
+/// Copies a step of values without its second term, the one that is not seen.
+///
+/// # Safety
+/// `step` has `stride` words.
+#[inline(always)]
+unsafe fn halve_step(scratch: &Scratch, step: *const u32) {
+    for word in 0..scratch.stride {
+        // SAFETY: the caller's; the copy has `stride` words.
+        unsafe { *scratch.half_step.add(word) = *step.add(word) & 0xffff };
+    }
+}
+
+/// `sums[r] = sums[r] * rescales[r] + Σ entries[step] * factors[r][first_step + step]` over `registers`
+/// registers; null for `rescales` starts from zero.
+struct Product {
+    /// `[steps][stride]` words.
+    entries: *const u32,
+    stride: usize,
+    steps: usize,
+    registers: usize,
+    /// `[rows][factor_stride]`
+    factors: *const f32,
+    factor_stride: usize,
+    first_step: usize,
+    /// `[rows][sum_stride]`
+    sums: *mut f32,
+    sum_stride: usize,
+    rescales: *const f32,
+}
+
+/// # Safety
+/// The pointers are valid for the shape, `1 <= num_rows <= TILE_ROWS`.
+#[inline(always)]
+unsafe fn product<L: Lanes, T: Terms<L>>(num_rows: usize, product: &Product) {
+    // SAFETY: the caller's.
+    unsafe {
+        match num_rows {
+            1 => product_rows::<L, T, 1>(product),
+            2 => product_rows::<L, T, 2>(product),
+            3 => product_rows::<L, T, 3>(product),
+            4 => product_rows::<L, T, 4>(product),
+            5 if L::TILE_ROWS > 4 => product_rows::<L, T, 5>(product),
+            6 if L::TILE_ROWS > 4 => product_rows::<L, T, 6>(product),
+            _ => unreachable!("{num_rows} rows in a tile of {}", L::TILE_ROWS),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn product_rows<L: Lanes, T: Terms<L>, const R: usize>(product: &Product) {
+    let mut register = 0;
+    // SAFETY: the caller's.
+    unsafe {
+        if L::TILE_COLS == 4 {
+            while register + 4 <= product.registers {
+                product_tile::<L, T, R, 4>(product, register);
+                register += 4;
+            }
+        }
+        if L::TILE_COLS == 2 {
+            while register + 2 <= product.registers {
+                product_tile::<L, T, R, 2>(product, register);
+                register += 2;
+            }
+        }
+        while register < product.registers {
+            product_tile::<L, T, R, 1>(product, register);
+            register += 1;
+        }
+    }
+}
+
+/// R rows of C registers; every sum is one chain through the steps in order.
+#[inline(always)]
+unsafe fn product_tile<L: Lanes, T: Terms<L>, const R: usize, const C: usize>(
+    product: &Product,
+    register: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let out = product.sums.add(register * L::LANES);
+        let mut sums = [[L::splat(0.0); C]; R];
+        if !product.rescales.is_null() {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let rescale = L::splat(*product.rescales.add(r));
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    *sum = L::load(out.add(r * product.sum_stride + c * L::LANES)).mul(rescale);
+                }
+            }
+        }
+        let mut at = product.entries.add(register * L::LANES);
+        for step in product.first_step..product.first_step + product.steps {
+            let mut entries = [T::entries(at); C];
+            for (c, entries) in entries.iter_mut().enumerate().skip(1) {
+                *entries = T::entries(at.add(c * L::LANES));
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let factor = T::factor(product.factors.add(r * product.factor_stride), step);
+                for (sum, &entries) in sums.iter_mut().zip(&entries) {
+                    *sum = T::mul_add(entries, factor, *sum);
+                }
+            }
+            at = at.wrapping_add(product.stride);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (c, sum) in sums.iter().enumerate() {
+                sum.store(out.add(r * product.sum_stride + c * L::LANES));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_meets_the_steps_it_sees_once_and_in_order() {
+        for visible in
+            [&[64usize; 6][..], &[1], &[1, 1, 1, 2, 2, 2], &[7, 8, 9, 10], &[63, 64, 64], &[30, 33]]
+        {
+            for terms in [1, 2] {
+                let (parts, num_parts) = parts(visible, terms);
+                for (row, &seen) in visible.iter().enumerate() {
+                    let mut keys = 0;
+                    for part in &parts[..num_parts] {
+                        if (part.first_row..part.first_row + part.num_rows).contains(&(row as u8)) {
+                            assert_eq!(part.first_step as usize * terms, keys, "{visible:?} {part:?}");
+                            keys += part.num_steps as usize * if part.is_half { 1 } else { terms };
+                        }
+                    }
+                    assert_eq!(keys, seen, "{visible:?}");
+                }
+            }
+        }
+    }
+}

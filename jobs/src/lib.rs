@@ -9,15 +9,29 @@
 //! and repeated `custom_id`s look at what came before.
 #![forbid(unsafe_code)]
 
+mod batch_line;
+mod body;
+mod calendar;
+mod chat_template;
 mod detokenizer;
 mod error;
+mod generation_config;
+mod json;
+mod key;
 mod line;
 mod logprobs;
 mod manifest;
+mod model_text;
+mod parameters;
+mod plain_row;
+mod prepare;
 mod prepared;
+mod raw_lines;
+mod reader;
 mod sampling;
 mod spelling;
 mod stop;
+mod template;
 mod tokenizer;
 mod writer;
 
@@ -27,7 +41,11 @@ pub use line::{Line, LineFile};
 pub use manifest::{
     Counts, InputRecord, Manifest, ModelRecord, NumericProfile, Status, Timings, TokenTotals,
 };
+pub use model_text::{ModelText, ModelTextOptions};
+pub use plain_row::PromptOptions;
+pub use prepare::{Preparer, RowOptions};
 pub use prepared::{Endpoint, Message, PreparedRow, Prompt, RejectedRow, Reply, Row};
+pub use reader::{MAX_LINE_BYTES, Reader};
 pub use sampling::{MAX_STOPS, SamplingOptions};
 pub use stop::{StopMatcher, Transcript};
 pub use tokenizer::Tokenizer;

@@ -39,6 +39,16 @@ pub enum Endpoint {
     Completions,
 }
 
+impl Endpoint {
+    /// The route as a batch line names it.
+    pub fn url(self) -> &'static str {
+        match self {
+            Endpoint::ChatCompletions => "/v1/chat/completions",
+            Endpoint::Completions => "/v1/completions",
+        }
+    }
+}
+
 /// How the answer to a row is to look.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reply {

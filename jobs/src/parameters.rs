@@ -1,0 +1,183 @@
+//! Which parameters a body may carry, and what becomes of each.
+//!
+//! A parameter that would change the answer is either honoured or refused: a typing error or a
+//! feature that is not there must not pass in silence. One that says what is the case anyway, such as
+//! `n: 1` or any `null`, equals its absence.
+
+use serde_json::{Map, Value};
+
+use crate::error::RowError;
+use crate::json::show;
+use crate::prepared::Endpoint;
+
+/// Honoured on both routes.
+const HONOURED: [&str; 17] = [
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "logprobs",
+    "return_token_ids",
+    "user",
+    "metadata",
+    "store",
+];
+
+/// Honoured on one route only.
+const CHAT: [&str; 2] = ["messages", "top_logprobs"];
+const COMPLETIONS: [&str; 2] = ["prompt", "echo"];
+
+/// Known from OpenAI's interface and vLLM's, and not honoured.
+const NOT_HONOURED: [&str; 53] = [
+    "add_generation_prompt",
+    "add_special_tokens",
+    "allowed_token_ids",
+    "audio",
+    "bad_words",
+    "best_of",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "documents",
+    "frequency_penalty",
+    "function_call",
+    "functions",
+    "guided_choice",
+    "guided_decoding_backend",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "include_reasoning",
+    "include_stop_str_in_output",
+    "length_penalty",
+    "logit_bias",
+    "logits_processors",
+    "modalities",
+    "n",
+    "parallel_tool_calls",
+    "prediction",
+    "presence_penalty",
+    "priority",
+    "prompt_cache_key",
+    "prompt_logprobs",
+    "reasoning_effort",
+    "repetition_penalty",
+    "response_format",
+    "safety_identifier",
+    "service_tier",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "stream",
+    "stream_options",
+    "structured_outputs",
+    "suffix",
+    "tool_choice",
+    "tools",
+    "top_a",
+    "truncate_prompt_tokens",
+    "typical_p",
+    "use_beam_search",
+    "verbosity",
+    "web_search_options",
+    "xtc_probability",
+    "xtc_threshold",
+    "early_stopping",
+];
+
+/// Refuses what a body must not carry.
+pub(crate) fn check(body: &Map<String, Value>, endpoint: Endpoint) -> Result<(), RowError> {
+    body.iter().try_for_each(|(name, value)| check_one(name, value, endpoint))
+}
+
+fn check_one(name: &str, value: &Value, endpoint: Endpoint) -> Result<(), RowError> {
+    let (here, elsewhere) = match endpoint {
+        Endpoint::ChatCompletions => (CHAT, COMPLETIONS),
+        Endpoint::Completions => (COMPLETIONS, CHAT),
+    };
+    if HONOURED.contains(&name) || here.contains(&name) {
+        return Ok(());
+    }
+    if elsewhere.contains(&name) {
+        return match value {
+            Value::Null | Value::Bool(false) => Ok(()),
+            _ => Err(RowError::of(
+                name,
+                "unsupported_parameter",
+                format!("not a parameter of {}", endpoint.url()),
+            )),
+        };
+    }
+    if NOT_HONOURED.contains(&name) {
+        return match value.is_null() || is_neutral(name, value) {
+            true => Ok(()),
+            false => Err(RowError::of(
+                name,
+                "unsupported_parameter",
+                format!("not supported, found {}", show(value)),
+            )),
+        };
+    }
+    let known = HONOURED.into_iter().chain(here).chain(NOT_HONOURED);
+    Err(unknown(name, "unknown parameter", known))
+}
+
+/// Whether a value of a parameter that is not honoured says what happens anyway.
+fn is_neutral(name: &str, value: &Value) -> bool {
+    match name {
+        "n" | "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => {
+            value.as_f64() == Some(1.0)
+        }
+        "frequency_penalty" | "presence_penalty" | "priority" | "top_a" | "xtc_probability" => {
+            value.as_f64() == Some(0.0)
+        }
+        "stream"
+        | "use_beam_search"
+        | "include_stop_str_in_output"
+        | "continue_final_message"
+        | "early_stopping" => *value == Value::Bool(false),
+        "skip_special_tokens"
+        | "spaces_between_special_tokens"
+        | "add_generation_prompt"
+        | "parallel_tool_calls" => *value == Value::Bool(true),
+        "logit_bias"
+        | "chat_template_kwargs"
+        | "tools"
+        | "functions"
+        | "documents"
+        | "bad_words"
+        | "suffix" => is_empty(value),
+        "tool_choice" | "function_call" => *value == "none" || *value == "auto",
+        "service_tier" => *value == "auto" || *value == "default",
+        "modalities" => *value == serde_json::json!(["text"]),
+        "response_format" => *value == serde_json::json!({"type": "text"}),
+        _ => false,
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// An error for a name that nothing goes by, with the one that was probably meant.
+pub(crate) fn unknown<'a>(name: &str, what: &str, known: impl IntoIterator<Item = &'a str>) -> RowError {
+    // A third of the letters wrong is a typing error; more is another word.
+    let most = (name.chars().count() / 3).max(1);
+    let distance = |known: &&str| strsim::damerau_levenshtein(name, known);
+    let nearest =
+        known.into_iter().map(|known| (distance(&known), known)).min().filter(|(far, _)| *far <= most);
+    let hint = nearest.map(|(_, known)| format!("; the nearest known one is {known}")).unwrap_or_default();
+    RowError::of(name, "unknown_parameter", format!("{what}{hint}"))
+}

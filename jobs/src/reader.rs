@@ -1,0 +1,186 @@
+//! The rows of an input file, one after the other.
+//!
+//! A line that cannot be a request is handed out as a rejected row with its line number; only a file
+//! that cannot be read ends the reading. What is remembered of the lines so far is 128 bits of the
+//! hash of each name, so that a repeated one is noticed.
+
+use std::path::{Path, PathBuf};
+
+use scheduler::RequestKey;
+use serde_json::{Map, Value};
+
+use crate::batch_line;
+use crate::body::Body;
+use crate::error::{Result, RowError};
+use crate::json::{canonical, show};
+use crate::key::{CustomIds, KeyMaker, LineKind};
+use crate::line::hex;
+use crate::manifest::InputRecord;
+use crate::plain_row::{self, PromptTemplates};
+use crate::prepare::Preparer;
+use crate::prepared::{PreparedRow, RejectedRow, Row};
+use crate::raw_lines::{RawLine, RawLines};
+
+/// Longest line that is read as a row. Far beyond any context of a model, and little beside its weights.
+pub const MAX_LINE_BYTES: usize = 64 << 20;
+
+/// Streams the rows of one input file.
+pub struct Reader {
+    lines: RawLines,
+    preparer: Preparer,
+    keys: KeyMaker,
+    custom_ids: CustomIds,
+    rows: u64,
+    limit: u64,
+    is_ended: bool,
+}
+
+impl Reader {
+    /// Opens an input file, of which the first `limit` rows are read.
+    pub fn open(path: &Path, preparer: Preparer, limit: Option<u64>) -> Result<Reader> {
+        Ok(Reader {
+            lines: RawLines::open(path, MAX_LINE_BYTES)?,
+            keys: preparer.key_maker(),
+            preparer,
+            custom_ids: CustomIds::default(),
+            rows: 0,
+            limit: limit.unwrap_or(u64::MAX),
+            is_ended: false,
+        })
+    }
+
+    /// What was read so far, for the manifest: of the whole file, once the iterator has ended without
+    /// a limit.
+    pub fn input(&self) -> InputRecord {
+        let (bytes, hash) = self.lines.read_so_far();
+        let path = PathBuf::from(self.lines.path());
+        InputRecord { path, blake3: hash.to_hex().to_string(), bytes, rows: self.rows }
+    }
+
+    fn read(&mut self) -> Result<Option<Row>> {
+        if self.rows == self.limit {
+            return Ok(None);
+        }
+        let Some((line, raw)) = self.lines.next()? else { return Ok(None) };
+        let place = Place { index: self.rows, line };
+        self.rows += 1;
+        Ok(Some(match object(&raw) {
+            Err(error) => self.broken(place, &raw, error),
+            Ok(object) if self.preparer.templates().is_some() => self.plain_row(place, object),
+            Ok(object) => self.batch_line(place, object),
+        }))
+    }
+
+    fn broken(&mut self, place: Place, raw: &RawLine, error: RowError) -> Row {
+        let content = match raw {
+            RawLine::Whole(bytes) => bytes.as_slice(),
+            RawLine::TooLong { hash, .. } => hash.as_bytes(),
+        };
+        let key = self.keys.next(LineKind::Broken, "", content, 0);
+        place.rejected(key, None, error)
+    }
+
+    fn plain_row(&mut self, place: Place, row: Map<String, Value>) -> Row {
+        let row = Value::Object(row);
+        let key = self.keys.next(LineKind::Plain, "", canonical(&row).as_bytes(), 0);
+        let Value::Object(row) = row else { unreachable!("made an object above") };
+        let custom_id = plain_row::own_id(&row).unwrap_or_else(|| format!("row-{}", hex(key)));
+        let templates: &PromptTemplates = self.preparer.templates().expect("asked before");
+        let body = templates.render(&row).map(|prompt| Body::of(prompt, Default::default()));
+        self.prepared(place, key, custom_id, body)
+    }
+
+    fn batch_line(&mut self, place: Place, line: Map<String, Value>) -> Row {
+        let body = batch_line::parse(&line);
+        let Some(custom_id) = line.get("custom_id").and_then(Value::as_str).map(str::to_owned) else {
+            let key = self.keys.next(LineKind::Broken, "", canonical(&Value::Object(line)).as_bytes(), 0);
+            let error = body.expect_err("a batch line without custom_id is refused");
+            return place.rejected(key, None, error);
+        };
+        let content = canonical(line.get("body").unwrap_or(&Value::Null));
+        match self.custom_ids.note(&custom_id, place.line) {
+            None => {
+                let key = self.keys.only(LineKind::Batch, &custom_id, content.as_bytes());
+                self.prepared(place, key, custom_id, body)
+            }
+            Some(first) => {
+                let key = self.keys.next(LineKind::Batch, &custom_id, content.as_bytes(), 1);
+                let message = format!("{custom_id:?} was used on line {first} already");
+                let error = RowError::of("custom_id", "duplicate_custom_id", message);
+                place.rejected(key, Some(custom_id), error)
+            }
+        }
+    }
+
+    fn prepared(
+        &self,
+        place: Place,
+        key: RequestKey,
+        custom_id: String,
+        body: Result<Body, RowError>,
+    ) -> Row {
+        match body.and_then(|body| self.preparer.prepare(body, key)) {
+            Ok((request, reply)) => {
+                let Place { index, line } = place;
+                Row::Request(Box::new(PreparedRow { index, line, custom_id, request, reply }))
+            }
+            Err(error) => place.rejected(key, Some(custom_id), error),
+        }
+    }
+}
+
+impl Iterator for Reader {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Result<Row>> {
+        if self.is_ended {
+            return None;
+        }
+        let row = self.read().transpose();
+        self.is_ended = !matches!(row, Some(Ok(_)));
+        row
+    }
+}
+
+/// Where a row stands.
+#[derive(Clone, Copy)]
+struct Place {
+    index: u64,
+    line: u64,
+}
+
+impl Place {
+    fn rejected(self, key: RequestKey, custom_id: Option<String>, error: RowError) -> Row {
+        Row::Rejected(RejectedRow { index: self.index, line: self.line, custom_id, key, error })
+    }
+}
+
+fn object(raw: &RawLine) -> Result<Map<String, Value>, RowError> {
+    let bytes = match raw {
+        RawLine::Whole(bytes) => bytes,
+        RawLine::TooLong { bytes, .. } => {
+            let message =
+                format!("a line of {bytes} bytes exceeds the most a row may have, {MAX_LINE_BYTES}");
+            return Err(RowError::new("line_too_long", message));
+        }
+    };
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let at = error.valid_up_to();
+        RowError::new("invalid_utf8", format!("not UTF-8: byte {} is 0x{:02x}", at + 1, bytes[at]))
+    })?;
+    match serde_json::from_str(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(other) => {
+            Err(RowError::new("invalid_json_line", format!("expected an object, found {}", show(&other))))
+        }
+        Err(error) => Err(RowError::new("invalid_json_line", not_json(&error))),
+    }
+}
+
+/// What the parser says, without its line number: it has seen one line only.
+fn not_json(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let message = message.strip_suffix(&place).unwrap_or(&message);
+    format!("not JSON: {message} at column {}", error.column())
+}

@@ -1,0 +1,67 @@
+//! What can be wrong with a model directory.
+
+use std::path::PathBuf;
+
+/// An error that names the file, and the key or tensor in it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read.
+    #[error("read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A file is not JSON, or not the JSON it should be.
+    #[error("{path}: {message}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What was found and expected.
+        message: String,
+    },
+    /// A key of `config.json` has a value that cannot be used.
+    #[error("{path}: {key}: found {found}, expected {expected}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The key, with the block's index where it belongs to one.
+        key: String,
+        /// The value found.
+        found: String,
+        /// What would have been right.
+        expected: String,
+    },
+    /// A safetensors file is damaged.
+    #[error("{path}: {message}")]
+    Shard {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The tensors of the checkpoint are not those of `config.json`.
+    #[error("{path}: {}", .problems.join("\n  "))]
+    Tensors {
+        /// The model directory.
+        path: PathBuf,
+        /// Each misfit, with names and shapes.
+        problems: Vec<String>,
+    },
+    /// The model has no weights to load.
+    #[error(
+        "{path}: found neither model.safetensors nor model.safetensors.index.json\n\
+         hint: [model] random_weights = true makes weights from config.json alone"
+    )]
+    NoWeights {
+        /// The model directory.
+        path: PathBuf,
+    },
+    /// A device refused.
+    #[error(transparent)]
+    Device(#[from] kernels::Error),
+}
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,95 @@
+//! A model directory: its configuration, its weights, and who it is.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::tensors;
+use crate::weights::Weights;
+
+/// A model that has been checked and can be loaded, span by span. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// Its shape.
+    pub config: Arc<ModelConfig>,
+    /// Its tensors.
+    pub weights: Weights,
+    /// Hash of all that decides its answers, never of its path; see [`Model::open`].
+    pub identity: String,
+}
+
+/// What opening a model found worth a word.
+#[derive(Debug, Clone, Default)]
+pub struct Warnings(pub Vec<String>);
+
+/// The text files of a model directory that are part of its identity.
+const TEXT_FILES: [&str; 5] = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+];
+
+/// Bytes hashed at the start, in the middle and at the end of each tensor.
+const SAMPLE_BYTES: usize = 1024;
+
+impl Model {
+    /// Opens a Hugging Face directory and checks it, before any weight is read: the configuration, every
+    /// shard's header and length, every tensor's name, shape and type.
+    ///
+    /// The identity is a BLAKE3 hash of the configuration, tokenizer and template files, the safetensors
+    /// headers, and sampled bytes of every tensor.
+    ///
+    /// # Errors
+    /// One error that names the file and the key, tensor or shape.
+    pub fn open(directory: &Path, random_weights: bool) -> Result<(Self, Warnings)> {
+        let config = ModelConfig::read(directory)?;
+        let mut hash = blake3::Hasher::new();
+        for name in TEXT_FILES {
+            let path = directory.join(name);
+            if path.is_file() {
+                let bytes = std::fs::read(&path).map_err(|source| Error::Read { path, source })?;
+                hash_part(&mut hash, name, &bytes);
+            }
+        }
+        let mut warnings = Warnings::default();
+        let weights = if random_weights {
+            hash_part(&mut hash, "weights", b"random");
+            Weights::Random
+        } else {
+            let checkpoint = Checkpoint::open(directory)?;
+            let surplus = tensors::check(&config, &checkpoint)?;
+            if !surplus.is_empty() {
+                let names = tensors::name_list(&surplus);
+                warnings.0.push(format!("{}: nothing reads the tensors {names}", directory.display()));
+            }
+            hash_checkpoint(&mut hash, &checkpoint);
+            Weights::Checkpoint(Arc::new(checkpoint))
+        };
+        let identity = hash.finalize().to_hex()[..32].to_owned();
+        Ok((Model { config: Arc::new(config), weights, identity }, warnings))
+    }
+}
+
+fn hash_part(hash: &mut blake3::Hasher, name: &str, bytes: &[u8]) {
+    hash.update(name.as_bytes());
+    hash.update(&(bytes.len() as u64).to_le_bytes());
+    hash.update(bytes);
+}
+
+fn hash_checkpoint(hash: &mut blake3::Hasher, checkpoint: &Checkpoint) {
+    for header in checkpoint.headers() {
+        hash_part(hash, "header", header);
+    }
+    for (name, tensor) in checkpoint.iter() {
+        let bytes = checkpoint.bytes(tensor);
+        let size = SAMPLE_BYTES.min(bytes.len());
+        let middle = (bytes.len() - size) / 2;
+        for start in [0, middle, bytes.len() - size] {
+            hash_part(hash, name, &bytes[start..start + size]);
+        }
+    }
+}

@@ -5,10 +5,14 @@
 //! real pipeline, a simulator and the tests.
 #![forbid(unsafe_code)]
 
+mod error;
 mod micro_batch;
+mod plan;
 mod request;
 
+pub use error::Error;
 pub use micro_batch::{
     Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, TokenLogprobs,
 };
+pub use plan::{Span, partition};
 pub use request::{Completion, FinishReason, Request, RequestKey, Sampling, SequenceId, TokenId};

@@ -5,14 +5,23 @@
 //! real pipeline, a simulator and the tests.
 #![forbid(unsafe_code)]
 
+mod backlog;
 mod error;
 mod micro_batch;
+mod options;
+mod pages;
 mod plan;
 mod request;
+mod running;
+mod scheduler;
+mod sequence;
+mod share;
 
 pub use error::Error;
 pub use micro_batch::{
     Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, TokenLogprobs,
 };
+pub use options::Options;
 pub use plan::{Span, partition};
 pub use request::{Completion, FinishReason, Request, RequestKey, Sampling, SequenceId, TokenId};
+pub use scheduler::{Scheduler, Stats};

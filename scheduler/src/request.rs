@@ -57,6 +57,17 @@ pub struct Request {
     pub sampling: Arc<Sampling>,
 }
 
+impl Request {
+    /// The most positions that its sequence computes, each holding a place in the KV cache.
+    ///
+    /// The last token of a sequence is reported and never computed, so that this is one less than
+    /// its tokens; and nothing at all is computed where neither a token nor a score is wanted.
+    pub fn max_positions(&self) -> usize {
+        let is_anything_wanted = self.sampling.max_tokens > 0 || self.sampling.prompt_logprobs;
+        if is_anything_wanted { self.prompt.len() + self.sampling.max_tokens as usize - 1 } else { 0 }
+    }
+}
+
 /// Why a sequence ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {

@@ -1,0 +1,63 @@
+//! How large the pipeline is, in the scheduler's terms.
+
+/// What a [`Scheduler`](crate::Scheduler) may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Stages that a micro-batch passes through.
+    pub num_stages: usize,
+    /// Token budget: most tokens in one micro-batch.
+    pub micro_batch_tokens: usize,
+    /// Most sequences running at once in the whole pipeline.
+    pub max_sequences: usize,
+    /// KV pages in each stage.
+    pub num_pages: usize,
+    /// Positions in one page.
+    pub page_tokens: usize,
+    /// Most tokens of one sequence, prompt and completion together.
+    pub context_tokens: usize,
+    /// A micro-batch below this many tokens leaves the device waiting for its own memory.
+    pub efficient_tokens: usize,
+}
+
+impl Options {
+    /// Micro-batches in flight when there is work enough. Fewer starve a stage; more only hold pages longer.
+    pub const fn max_in_flight(&self) -> usize {
+        if self.num_stages == 1 {
+            return 1; // A lone stage has nobody to hand over to: one micro-batch holds all that is ready.
+        }
+        let mut sum = 0;
+        sum += self.num_stages; // One computing in every stage.
+        sum += 1; // One hopping, or being sampled.
+        sum
+    }
+
+    /// Positions that all pages hold together.
+    pub const fn cache_tokens(&self) -> usize {
+        self.num_pages * self.page_tokens
+    }
+
+    /// Pages that `num_positions` positions fill, the last one perhaps in part.
+    pub(crate) const fn pages_for(&self, num_positions: usize) -> usize {
+        num_positions.div_ceil(self.page_tokens)
+    }
+
+    pub(crate) fn assert_sane(&self) {
+        let counts = [
+            self.num_stages,
+            self.micro_batch_tokens,
+            self.max_sequences,
+            self.num_pages,
+            self.page_tokens,
+            self.context_tokens,
+            self.efficient_tokens,
+        ];
+        assert!(counts.iter().all(|&count| count > 0), "every option must be positive: {self:?}");
+        // Page indices and positions travel as u32.
+        assert!(u32::try_from(self.num_pages).is_ok(), "{} pages exceed a page index", self.num_pages);
+        assert!(
+            u32::try_from(self.context_tokens).is_ok(),
+            "{} tokens exceed a position",
+            self.context_tokens
+        );
+    }
+}

@@ -1,0 +1,331 @@
+//! Requests in, micro-batches out, answers in, completions out.
+//!
+//! The scheduler takes events (`submit`, `complete`, `cancel`) and returns decisions
+//! (`next_micro_batch`); it never waits and never looks at a clock. It is deterministic: the same
+//! events in the same order give the same decisions. What it must never break, and
+//! [`Scheduler::check_integrity`] asserts:
+//!
+//! - every page is free or has one owner, and a sequence holds just the pages its issued positions fill;
+//! - a sequence is waiting, running or gone, and a running one stands in at most one queue;
+//! - micro-batches complete in the order of issue, since every stage takes them in turn.
+//!
+//! Everything that is submitted ends. Only a sequence older than another takes its pages away, so
+//! the oldest one keeps its own; and once nothing is in flight all pages but its own are within
+//! its reach, which `check` made sure are enough.
+
+mod compose;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::mem;
+use std::sync::Arc;
+
+use crate::backlog::{Backlog, Need};
+use crate::error::Error;
+use crate::micro_batch::{Failure, MicroBatchId, MicroBatchOutput, SliceOutput};
+use crate::options::Options;
+use crate::pages::PagePool;
+use crate::request::{Completion, FinishReason, Request, SequenceId, TokenId};
+use crate::running::{Running, Seat};
+use crate::sequence::{Asked, Phase, Progress, Sequence};
+
+/// Decides which tokens of which sequence travel next.
+#[derive(Debug)]
+pub struct Scheduler {
+    options: Options,
+    pages: PagePool,
+    /// By age, so that a preempted sequence comes back before all that were submitted after it.
+    waiting: BTreeMap<SequenceId, Sequence>,
+    running: Running,
+    /// Running sequences whose next decode step can go, in the order in which they became ready.
+    ready: VecDeque<Seat>,
+    backlog: Backlog,
+    in_flight: VecDeque<InFlight>,
+    decodes_in_flight: usize,
+    tokens_in_flight: usize,
+    /// Ended without a micro-batch, to be fetched by `drain_finished`.
+    finished: Vec<Completion>,
+    next_sequence: SequenceId,
+    next_micro_batch: MicroBatchId,
+    stats: Stats,
+}
+
+/// What the scheduler has done since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Tokens issued in prefill, those computed again included.
+    pub prefill_tokens: u64,
+    /// Tokens issued as decode steps.
+    pub decode_tokens: u64,
+    /// How often a sequence lost its pages to an older one.
+    pub preemptions: u64,
+    /// Tokens issued again after a preemption.
+    pub recomputed_tokens: u64,
+}
+
+/// A micro-batch on its way.
+#[derive(Debug)]
+struct InFlight {
+    id: MicroBatchId,
+    parts: Vec<Part>,
+}
+
+/// One slice of it.
+#[derive(Debug)]
+struct Part {
+    seat: Seat,
+    asked: Asked,
+    is_decode: bool,
+}
+
+impl Scheduler {
+    /// A scheduler with nothing to do. Every option must be positive.
+    pub fn new(options: Options) -> Self {
+        options.assert_sane();
+        Self {
+            pages: PagePool::new(options.num_pages),
+            options,
+            waiting: BTreeMap::new(),
+            running: Running::default(),
+            ready: VecDeque::new(),
+            backlog: Backlog::default(),
+            in_flight: VecDeque::new(),
+            decodes_in_flight: 0,
+            tokens_in_flight: 0,
+            finished: vec![],
+            next_sequence: SequenceId(0),
+            next_micro_batch: MicroBatchId(0),
+            stats: Stats::default(),
+        }
+    }
+
+    /// What it was made with.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Why `request` can never be served, if so.
+    pub fn check(&self, request: &Request) -> Result<(), Error> {
+        let context_tokens = self.options.context_tokens;
+        let available_tokens = self.options.cache_tokens();
+        if request.prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let tokens = request.prompt.len() + request.sampling.max_tokens as usize;
+        if tokens > context_tokens {
+            return Err(Error::SequenceTooLong { tokens, context_tokens });
+        }
+        let needed_tokens = request.max_positions();
+        if needed_tokens > available_tokens {
+            return Err(Error::ExceedsPagePool { needed_tokens, available_tokens });
+        }
+        Ok(())
+    }
+
+    /// Queues a request. One that wants nothing computed ends at once: see [`Self::drain_finished`].
+    pub fn submit(&mut self, request: Arc<Request>) -> Result<SequenceId, Error> {
+        self.check(&request)?;
+        let id = self.next_sequence;
+        self.next_sequence.0 += 1;
+        let mut sequence = Sequence::new(id, request);
+        if sequence.max_positions() == 0 {
+            self.finished.push(sequence.completion(Ok(FinishReason::Length)));
+        } else {
+            self.waiting.insert(id, sequence);
+        }
+        Ok(id)
+    }
+
+    /// The sequences that ended with nothing to compute, since they want neither a token nor a score.
+    ///
+    /// All others end in [`Self::complete`]. To be asked after `submit`.
+    pub fn drain_finished(&mut self) -> Vec<Completion> {
+        mem::take(&mut self.finished)
+    }
+
+    /// Takes the answer to the oldest micro-batch in flight and returns the sequences that it ends.
+    ///
+    /// `stops` says whether a token completes a stop string; it is asked once for each token that a
+    /// request with stop strings gets, and minds `min_tokens` itself.
+    pub fn complete(
+        &mut self,
+        output: MicroBatchOutput,
+        mut stops: impl FnMut(SequenceId, TokenId) -> bool,
+    ) -> Vec<Completion> {
+        let InFlight { id, parts } =
+            self.in_flight.pop_front().expect("an answer belongs to a micro-batch in flight");
+        assert_eq!(output.id, id, "micro-batches complete in the order of issue");
+        assert_eq!(output.slices.len(), parts.len(), "{id:?}: slices answered and slices issued");
+        let mut completions = vec![];
+        for (part, output) in parts.into_iter().zip(output.slices) {
+            completions.extend(self.complete_slice(part, output, &mut stops));
+        }
+        completions
+    }
+
+    fn complete_slice(
+        &mut self,
+        part: Part,
+        output: SliceOutput,
+        stops: impl FnMut(SequenceId, TokenId) -> bool,
+    ) -> Option<Completion> {
+        let Part { seat, asked, is_decode } = part;
+        self.tokens_in_flight -= asked.num_tokens;
+        self.decodes_in_flight -= usize::from(is_decode);
+        let sequence = &mut self.running[seat];
+        assert_eq!(output.sequence, sequence.id, "slices are answered in the order of the micro-batch");
+        if sequence.phase() == Phase::Draining {
+            if sequence.drop_answer() {
+                self.release(seat);
+            }
+            return None;
+        }
+        match sequence.answer(asked, output, stops) {
+            Progress::Prefilled => None,
+            Progress::Ready => {
+                self.ready.push_back(seat);
+                None
+            }
+            Progress::Ended(outcome) => Some(self.end(seat, outcome)),
+        }
+    }
+
+    /// Forgets a sequence, wherever it stands, and says whether it was there. It gets no completion.
+    pub fn cancel(&mut self, sequence: SequenceId) -> bool {
+        if self.waiting.remove(&sequence).is_some() {
+            return true;
+        }
+        match self.running.find(sequence) {
+            Some(seat) if self.running[seat].phase() != Phase::Draining => {
+                self.unqueue(seat);
+                self.retire(seat);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Sequences submitted and not running, preempted ones included.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Sequences admitted, until their pages are free again.
+    pub fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Micro-batches issued and not completed.
+    pub fn num_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Pages that no sequence holds.
+    pub fn num_free_pages(&self) -> usize {
+        self.pages.num_free()
+    }
+
+    /// The waiting sequences, the oldest first.
+    pub fn waiting(&self) -> impl Iterator<Item = SequenceId> {
+        self.waiting.keys().copied()
+    }
+
+    /// The running sequences, the oldest first.
+    pub fn running(&self) -> impl Iterator<Item = SequenceId> {
+        self.running.oldest_first().map(|sequence| sequence.id)
+    }
+
+    /// What has been done so far.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    fn end(&mut self, seat: Seat, outcome: Result<FinishReason, Failure>) -> Completion {
+        self.unqueue(seat);
+        let completion = self.running[seat].completion(outcome);
+        self.retire(seat);
+        completion
+    }
+
+    /// Takes a sequence out of the queue in which it stands for its next slice, if it stands in one.
+    fn unqueue(&mut self, seat: Seat) {
+        let sequence = &self.running[seat];
+        match sequence.phase() {
+            Phase::Prefilling => self.backlog.leave(sequence.id, self.need(sequence)),
+            // A search through the queue: only preemption and cancelling come here, and a recomputed prompt
+            // costs a thousand times more.
+            Phase::Ready => self.ready.retain(|&other| other != seat),
+            Phase::Stepping => {}
+            phase => panic!("{:?} is in no queue while {phase:?}", sequence.id),
+        }
+    }
+
+    /// Lets a sequence go that stands in no queue: at once, or when its last slice has come back.
+    fn retire(&mut self, seat: Seat) {
+        let sequence = &mut self.running[seat];
+        if sequence.is_in_flight() {
+            sequence.drain();
+        } else {
+            self.release(seat);
+        }
+    }
+
+    fn release(&mut self, seat: Seat) {
+        let sequence = self.running.leave(seat);
+        self.pages.give_back(sequence.pages);
+    }
+
+    /// What a sequence in prefill has still to issue.
+    fn need(&self, sequence: &Sequence) -> Need {
+        let pages = self.options.pages_for(sequence.end()) - sequence.pages.len();
+        Need { tokens: sequence.num_left(), pages }
+    }
+
+    /// Asserts every invariant of the module's first lines. Its cost grows with all there is: for tests.
+    pub fn check_integrity(&self) {
+        let Options { page_tokens, max_sequences, .. } = self.options;
+        self.pages
+            .check_integrity(self.running.oldest_first().flat_map(|sequence| sequence.pages.iter().copied()));
+        self.running.check_integrity();
+        let parts = || self.in_flight.iter().flat_map(|micro_batch| &micro_batch.parts);
+        let mut slices_in_flight: BTreeMap<SequenceId, usize> = BTreeMap::new();
+        for part in parts() {
+            *slices_in_flight.entry(self.running[part.seat].id).or_default() += 1;
+        }
+        for (id, sequence) in &self.waiting {
+            assert!(self.running.find(*id).is_none(), "{id:?} is waiting and running");
+            assert_eq!(sequence.phase(), Phase::Waiting, "{id:?} waits");
+            sequence.check_integrity(0, page_tokens);
+        }
+        for sequence in self.running.oldest_first() {
+            assert_ne!(sequence.phase(), Phase::Waiting, "{:?} runs", sequence.id);
+            sequence.check_integrity(slices_in_flight.get(&sequence.id).copied().unwrap_or(0), page_tokens);
+        }
+        self.check_queue(Phase::Ready, self.ready.iter().copied());
+        self.check_queue(Phase::Prefilling, self.backlog.seats());
+        let needs: Vec<Need> = self.backlog.seats().map(|seat| self.need(&self.running[seat])).collect();
+        let need = Need {
+            tokens: needs.iter().map(|need| need.tokens).sum(),
+            pages: needs.iter().map(|need| need.pages).sum(),
+        };
+        assert_eq!(self.backlog.need(), need, "the backlog's sum and its sequences");
+        let num_tokens: usize = parts().map(|part| part.asked.num_tokens).sum();
+        assert_eq!(self.tokens_in_flight, num_tokens, "tokens counted and tokens in flight");
+        let num_decodes = parts().filter(|part| part.is_decode).count();
+        assert_eq!(self.decodes_in_flight, num_decodes, "decodes counted and decodes in flight");
+        assert!(
+            self.running.len() <= max_sequences,
+            "{} sequences run, at most {max_sequences}",
+            self.running.len()
+        );
+        let (num_in_flight, most) = (self.in_flight.len(), self.options.max_in_flight());
+        assert!(num_in_flight <= most, "{num_in_flight} micro-batches in flight, at most {most}");
+    }
+
+    /// Asserts that a queue holds just the running sequences of one phase, each once.
+    fn check_queue(&self, phase: Phase, queue: impl Iterator<Item = Seat>) {
+        let mut queued: Vec<SequenceId> = queue.map(|seat| self.running[seat].id).collect();
+        queued.sort_unstable();
+        let of_phase = self.running.oldest_first().filter(|sequence| sequence.phase() == phase);
+        assert_eq!(queued, of_phase.map(|sequence| sequence.id).collect::<Vec<_>>(), "queued as {phase:?}");
+    }
+}

@@ -1,0 +1,308 @@
+//! One sequence: what of it is computed, what is on its way, and how it ends.
+//!
+//! It never chooses. The scheduler decides when it is admitted, how many positions go next and
+//! whose pages they use; this module says what that slice holds and what its answer means. It
+//! keeps three promises: positions are issued in order and without a gap, at most one slice that
+//! samples is in flight, and no token and no score is reported twice, however often the sequence
+//! is preempted and computed again.
+
+use std::mem;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::micro_batch::{Failure, PageIdx, Slice, SliceOutput, TokenLogprobs};
+use crate::request::{Completion, FinishReason, Request, SequenceId, TokenId};
+
+/// Where a sequence stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Not admitted, or preempted: holds no page.
+    Waiting,
+    /// Positions are to be issued until every token it has is computed.
+    Prefilling,
+    /// One token, the last, is to be computed.
+    Ready,
+    /// All has been issued and the last slice is in flight.
+    Stepping,
+    /// Ended or cancelled while slices are in flight: their answers are dropped, then its pages go.
+    Draining,
+}
+
+/// What an answer means for the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// A chunk of prefill is done and more follow.
+    Prefilled,
+    /// It has a new token and wants its next step.
+    Ready,
+    /// It has ended.
+    Ended(Result<FinishReason, Failure>),
+}
+
+/// What one slice in flight was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    pub(crate) num_tokens: usize,
+    pub(crate) num_scores: usize,
+    pub(crate) sample: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub(crate) id: SequenceId,
+    request: Arc<Request>,
+    phase: Phase,
+    /// Positions below this one are computed or in flight, and the pages cover them.
+    num_issued: usize,
+    /// Of the positions, how many were computed before the last preemption.
+    num_lost: usize,
+    slices_in_flight: usize,
+    pub(crate) pages: Vec<PageIdx>,
+    generated: Vec<TokenId>,
+    logprobs: Vec<TokenLogprobs>,
+    prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+impl Sequence {
+    pub(crate) fn new(id: SequenceId, request: Arc<Request>) -> Self {
+        Self {
+            id,
+            request,
+            phase: Phase::Waiting,
+            num_issued: 0,
+            num_lost: 0,
+            slices_in_flight: 0,
+            pages: vec![],
+            generated: vec![],
+            logprobs: vec![],
+            prompt_logprobs: vec![],
+        }
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(crate) fn num_issued(&self) -> usize {
+        self.num_issued
+    }
+
+    pub(crate) fn is_in_flight(&self) -> bool {
+        self.slices_in_flight > 0
+    }
+
+    pub(crate) fn max_positions(&self) -> usize {
+        self.request.max_positions()
+    }
+
+    /// Positions that the tokens known so far allow to compute.
+    pub(crate) fn end(&self) -> usize {
+        self.max_positions().min(self.request.prompt.len() + self.generated.len())
+    }
+
+    /// Positions still to be issued.
+    pub(crate) fn num_left(&self) -> usize {
+        self.end() - self.num_issued
+    }
+
+    // ## Waiting => Prefilling
+    pub(crate) fn admit(&mut self) {
+        assert_eq!(self.phase, Phase::Waiting, "{:?} is admitted twice", self.id);
+        self.phase = Phase::Prefilling;
+    }
+
+    // ## (Prefilling | Ready) => Waiting
+    /// Gives up its pages; all its positions are to be computed again.
+    pub(crate) fn preempt(&mut self) -> Vec<PageIdx> {
+        assert!(
+            !self.is_in_flight(),
+            "{:?} is preempted with {} slices in flight",
+            self.id,
+            self.slices_in_flight
+        );
+        self.phase = Phase::Waiting;
+        self.num_lost = self.num_lost.max(self.num_issued);
+        self.num_issued = 0;
+        mem::take(&mut self.pages)
+    }
+
+    /// The most positions, up to `room`, that the next slice may hold.
+    ///
+    /// After a preemption a slice ends where the scores already reported end, since a slice is
+    /// scored from its first token on or not at all.
+    pub(crate) fn next_len(&self, room: usize) -> usize {
+        let mut len = room.min(self.num_left());
+        let reported = self.prompt_logprobs.len();
+        if self.wants_scores() && self.num_issued < reported && reported < self.request.prompt.len() - 1 {
+            len = len.min(reported - self.num_issued);
+        }
+        len
+    }
+
+    // ## Prefilling => (Prefilling | Stepping)
+    // ## Ready => Stepping
+    /// The slice of the next `num_tokens` positions, for which the pages are there.
+    pub(crate) fn issue(&mut self, num_tokens: usize) -> Slice {
+        let range = self.num_issued..self.num_issued + num_tokens;
+        assert!(
+            matches!(self.phase, Phase::Prefilling | Phase::Ready)
+                && num_tokens > 0
+                && range.end <= self.end(),
+            "{:?}, {:?} with {} positions to compute, cannot issue {range:?}",
+            self.id,
+            self.phase,
+            self.end(),
+        );
+        self.num_issued = range.end;
+        self.slices_in_flight += 1;
+        if self.num_left() == 0 {
+            self.phase = Phase::Stepping;
+        }
+        Slice {
+            sequence: self.id,
+            first_position: range.start as u32, // The context fits u32, which `Options` checks.
+            score: self.scores_in(range.clone()),
+            tokens: self.tokens_in(range),
+            pages: self.pages.clone(),
+            sample: self.num_left() == 0 && self.request.sampling.max_tokens > 0,
+            request: self.request.clone(),
+        }
+    }
+
+    /// How many of `num_tokens` positions from here had been computed before a preemption.
+    pub(crate) fn num_recomputed(&self, num_tokens: usize) -> usize {
+        num_tokens.min(self.num_lost.saturating_sub(self.num_issued))
+    }
+
+    /// Takes the answer to its oldest slice in flight. `stops` says whether a stop string is completed.
+    pub(crate) fn answer(
+        &mut self,
+        asked: Asked,
+        output: SliceOutput,
+        stops: impl FnMut(SequenceId, TokenId) -> bool,
+    ) -> Progress {
+        self.slices_in_flight -= 1;
+        if let Some(failure) = output.failure {
+            return Progress::Ended(Err(failure));
+        }
+        assert_eq!(
+            (output.prompt_logprobs.len(), output.token.is_some()),
+            (asked.num_scores, asked.sample),
+            "{:?} got other than the scores and the token it asked for",
+            self.id
+        );
+        self.prompt_logprobs.extend(output.prompt_logprobs);
+        match output.token {
+            Some(token) => self.append(token, output.logprobs, stops),
+            None if self.phase == Phase::Stepping && !self.is_in_flight() => {
+                Progress::Ended(Ok(FinishReason::Length))
+            }
+            None => Progress::Prefilled,
+        }
+    }
+
+    // ## Stepping => Ready
+    fn append(
+        &mut self,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+        mut stops: impl FnMut(SequenceId, TokenId) -> bool,
+    ) -> Progress {
+        assert!(
+            self.phase == Phase::Stepping && !self.is_in_flight(),
+            "{:?} got a token while {:?} with {} slices in flight",
+            self.id,
+            self.phase,
+            self.slices_in_flight
+        );
+        self.generated.push(token);
+        let sampling = &self.request.sampling;
+        if sampling.logprobs.is_some() {
+            self.logprobs.push(logprobs.expect("a request for log-probabilities gets them with each token"));
+        }
+        let num_generated = self.generated.len();
+        let is_stop_token =
+            num_generated >= sampling.min_tokens as usize && sampling.stop_token_ids.contains(&token);
+        // Asked even after a stop token: the caller's matcher sees every token of such a request.
+        let is_stop_text = !sampling.stop.is_empty() && stops(self.id, token);
+        if is_stop_token || is_stop_text {
+            Progress::Ended(Ok(FinishReason::Stop))
+        } else if num_generated == sampling.max_tokens as usize {
+            Progress::Ended(Ok(FinishReason::Length))
+        } else {
+            self.phase = Phase::Ready;
+            Progress::Ready
+        }
+    }
+
+    // ## (Prefilling | Ready | Stepping) => Draining
+    pub(crate) fn drain(&mut self) {
+        self.phase = Phase::Draining;
+    }
+
+    /// Drops the answer to its oldest slice in flight, and says whether that was the last one.
+    pub(crate) fn drop_answer(&mut self) -> bool {
+        assert_eq!(self.phase, Phase::Draining, "{:?} has a use for its answers", self.id);
+        self.slices_in_flight -= 1;
+        !self.is_in_flight()
+    }
+
+    /// All that was generated, moved out of the sequence.
+    pub(crate) fn completion(&mut self, outcome: Result<FinishReason, Failure>) -> Completion {
+        Completion {
+            sequence: self.id,
+            request: self.request.clone(),
+            tokens: mem::take(&mut self.generated),
+            logprobs: mem::take(&mut self.logprobs),
+            prompt_logprobs: mem::take(&mut self.prompt_logprobs),
+            outcome,
+        }
+    }
+
+    fn wants_scores(&self) -> bool {
+        self.request.sampling.prompt_logprobs
+    }
+
+    /// The prompt tokens that follow those of `range`, unless they are not wanted or already scored.
+    fn scores_in(&self, range: Range<usize>) -> Vec<TokenId> {
+        if !self.wants_scores() || range.start < self.prompt_logprobs.len() {
+            return vec![];
+        }
+        let prompt = &self.request.prompt;
+        let end = prompt.len().min(range.end + 1);
+        prompt[end.min(range.start + 1)..end].to_vec()
+    }
+
+    fn tokens_in(&self, range: Range<usize>) -> Vec<TokenId> {
+        let prompt = &self.request.prompt;
+        let border = prompt.len();
+        let mut tokens = Vec::with_capacity(range.len());
+        tokens.extend_from_slice(&prompt[range.start.min(border)..range.end.min(border)]);
+        tokens.extend_from_slice(
+            &self.generated[range.start.max(border) - border..range.end.max(border) - border],
+        );
+        tokens
+    }
+
+    pub(crate) fn check_integrity(&self, slices_in_flight: usize, page_tokens: usize) {
+        let Self { id, phase, num_issued, .. } = self;
+        assert_eq!(self.slices_in_flight, slices_in_flight, "{id:?}: slices counted and slices in flight");
+        let (num_pages, end) = (self.pages.len(), self.end());
+        assert_eq!(
+            num_pages,
+            num_issued.div_ceil(page_tokens),
+            "{id:?}: {num_pages} pages for {num_issued} positions"
+        );
+        let is_right = match phase {
+            Phase::Waiting => *num_issued == 0 && slices_in_flight == 0,
+            Phase::Prefilling => *num_issued < end,
+            Phase::Ready => num_issued + 1 == end && slices_in_flight == 0,
+            Phase::Stepping => *num_issued == end && slices_in_flight > 0,
+            Phase::Draining => slices_in_flight > 0,
+        };
+        assert!(
+            is_right,
+            "{id:?}: {phase:?} with {num_issued} of {end} issued, {slices_in_flight} slices in flight"
+        );
+    }
+}

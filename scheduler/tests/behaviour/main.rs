@@ -1,0 +1,5 @@
+//! The scheduler as its callers see it: scripted events, seeded events, and the world they happen in.
+
+mod scripted;
+mod seeded;
+mod world;

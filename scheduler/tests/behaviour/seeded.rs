@@ -1,0 +1,60 @@
+//! Random requests in random pipelines under random orders of events: each completion is compared
+//! with a plain loop, so that any two pipelines give the same, and every invariant is asserted
+//! after every event.
+
+use std::ops::Range;
+
+use crate::world::{Random, World};
+
+/// Submits, sends, completes and sometimes cancels in an order drawn from `random`, then runs out.
+fn play(random: &mut Random, cancels: bool) -> World {
+    let mut world = World::of(random.options());
+    let mut num_left = 10 + random.below(40);
+    let mut submitted = vec![];
+    while num_left > 0 {
+        match random.below(8) {
+            0..=1 => {
+                submitted.push(world.submit(random.request()));
+                num_left -= 1;
+            }
+            2..=4 => _ = world.send(),
+            5..=6 if !world.in_flight.is_empty() => world.complete(),
+            7 if cancels && !submitted.is_empty() => {
+                let id = submitted.swap_remove(random.below(submitted.len()));
+                let has_ended = world.completions.contains_key(&id);
+                assert_eq!(world.cancel(id), !has_ended, "{id:?} ended: {has_ended}");
+            }
+            _ => continue,
+        }
+        world.scheduler.check_integrity();
+    }
+    world.run_to_the_end();
+    world
+}
+
+fn play_seeds(seeds: Range<u64>, cancels: bool) -> (u64, u64) {
+    let (mut preemptions, mut recomputed_tokens) = (0, 0);
+    for seed in seeds {
+        // The seed of a failure is the last line of its output.
+        let result = std::panic::catch_unwind(|| play(&mut Random(seed), cancels).scheduler.stats());
+        let stats = result.unwrap_or_else(|_| panic!("seed {seed}"));
+        preemptions += stats.preemptions;
+        recomputed_tokens += stats.recomputed_tokens;
+    }
+    (preemptions, recomputed_tokens)
+}
+
+#[test]
+fn every_request_gets_what_a_plain_loop_gives_whatever_the_pipeline() {
+    let (preemptions, recomputed_tokens) = play_seeds(0..3000, false);
+    // Else these seeds would not show what they are here to show.
+    assert!(
+        preemptions > 1000 && recomputed_tokens > 10_000,
+        "{preemptions} preemptions, {recomputed_tokens} tokens"
+    );
+}
+
+#[test]
+fn a_cancelled_sequence_leaves_no_trace() {
+    play_seeds(100_000..101_000, true);
+}

@@ -1,0 +1,290 @@
+//! A pipeline around the scheduler, with a made-up model: what the tests of its behaviour share.
+//!
+//! The model's next token is a hash of all tokens before it, read back from a cache that is laid
+//! out by page tables like a real one. A wrong page, a position left out or computed twice with
+//! other content therefore changes the tokens, and [`Expected`], which knows no scheduler, tells.
+
+mod model;
+mod random;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use scheduler::{
+    Completion, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler, SequenceId,
+    Slice,
+};
+
+pub(crate) use model::{Cache, Expected, STOP_TOKEN, poison, stops_text};
+pub(crate) use random::Random;
+
+/// A request for a prompt of `num_tokens` tokens and four more.
+pub(crate) fn prompt(num_tokens: usize) -> Request {
+    let sampling = Sampling {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        seed: 0,
+        max_tokens: 4,
+        min_tokens: 0,
+        stop_token_ids: vec![],
+        stop: vec![],
+        logprobs: None,
+        prompt_logprobs: false,
+    };
+    let prompt = (0..num_tokens as u32).collect();
+    Request { key: RequestKey(0), prompt, sampling: Arc::new(sampling) }
+}
+
+/// The same request with its sampling changed.
+pub(crate) fn with(request: Request, change: impl FnOnce(&mut Sampling)) -> Request {
+    let mut sampling = Sampling::clone(&request.sampling);
+    change(&mut sampling);
+    Request { sampling: Arc::new(sampling), ..request }
+}
+
+pub(crate) fn max_tokens(request: Request, max_tokens: u32) -> Request {
+    with(request, |sampling| sampling.max_tokens = max_tokens)
+}
+
+/// The scheduler, the micro-batches on their way, and all that has come out.
+pub(crate) struct World {
+    pub(crate) options: Options,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) in_flight: VecDeque<MicroBatch>,
+    pub(crate) completions: BTreeMap<SequenceId, Completion>,
+    requests: BTreeMap<SequenceId, Arc<Request>>,
+    /// The first stage computes when a micro-batch is sent, the last one when it comes back.
+    first_stage: Cache,
+    last_stage: Cache,
+    /// Where the next slice of a sequence must start, for those that have begun.
+    next_position: BTreeMap<SequenceId, usize>,
+    /// Tokens for which a verdict on stop strings was asked.
+    num_judged: BTreeMap<SequenceId, usize>,
+    preempted: Vec<SequenceId>,
+    cancelled: BTreeSet<SequenceId>,
+}
+
+impl World {
+    /// One stage and plenty of everything.
+    pub(crate) fn new() -> Self {
+        Self::of(Options {
+            num_stages: 1,
+            micro_batch_tokens: 512,
+            max_sequences: 256,
+            num_pages: 4096,
+            page_tokens: 16,
+            context_tokens: 8192,
+            efficient_tokens: 1,
+        })
+    }
+
+    pub(crate) fn of(options: Options) -> Self {
+        Self {
+            scheduler: Scheduler::new(options.clone()),
+            in_flight: VecDeque::new(),
+            completions: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            first_stage: Cache::new(&options),
+            last_stage: Cache::new(&options),
+            next_position: BTreeMap::new(),
+            num_judged: BTreeMap::new(),
+            preempted: vec![],
+            cancelled: BTreeSet::new(),
+            options,
+        }
+    }
+
+    pub(crate) fn stages(self, num_stages: usize) -> Self {
+        Self::of(Options { num_stages, ..self.options })
+    }
+
+    pub(crate) fn micro_batch_tokens(self, micro_batch_tokens: usize) -> Self {
+        Self::of(Options { micro_batch_tokens, ..self.options })
+    }
+
+    pub(crate) fn max_sequences(self, max_sequences: usize) -> Self {
+        Self::of(Options { max_sequences, ..self.options })
+    }
+
+    pub(crate) fn pages(self, num_pages: usize) -> Self {
+        Self::of(Options { num_pages, ..self.options })
+    }
+
+    pub(crate) fn page_tokens(self, page_tokens: usize) -> Self {
+        Self::of(Options { page_tokens, ..self.options })
+    }
+
+    pub(crate) fn efficient_tokens(self, efficient_tokens: usize) -> Self {
+        Self::of(Options { efficient_tokens, ..self.options })
+    }
+
+    pub(crate) fn submit(&mut self, request: Request) -> SequenceId {
+        let request = Arc::new(request);
+        let id = self.scheduler.submit(request.clone()).expect("the request fits");
+        self.requests.insert(id, request);
+        let finished = self.scheduler.drain_finished();
+        self.keep(finished);
+        id
+    }
+
+    pub(crate) fn submit_many(&mut self, count: usize, request: &Request) {
+        for _ in 0..count {
+            self.submit(request.clone());
+        }
+    }
+
+    /// Sends the next micro-batch, if there is one, and says how many tokens each sequence has in it.
+    pub(crate) fn send(&mut self) -> Option<Vec<(SequenceId, usize)>> {
+        let ran: BTreeSet<SequenceId> = self.scheduler.running().collect();
+        let micro_batch = self.scheduler.next_micro_batch();
+        for id in self.scheduler.waiting().filter(|id| ran.contains(id)) {
+            self.preempted.push(id);
+            self.next_position.remove(&id);
+        }
+        let micro_batch = micro_batch?;
+        self.check(&micro_batch);
+        let summary = micro_batch.slices.iter().map(|slice| (slice.sequence, slice.tokens.len())).collect();
+        for slice in &micro_batch.slices {
+            self.first_stage.compute(slice);
+        }
+        self.in_flight.push_back(micro_batch);
+        Some(summary)
+    }
+
+    /// Sends all that can go.
+    pub(crate) fn fill(&mut self) {
+        while self.send().is_some() {}
+    }
+
+    /// Brings the oldest micro-batch back.
+    pub(crate) fn complete(&mut self) {
+        let micro_batch = self.in_flight.pop_front().expect("a micro-batch is in flight");
+        let slices = micro_batch.slices.iter().map(|slice| self.last_stage.compute(slice)).collect();
+        let output = MicroBatchOutput { id: micro_batch.id, slices };
+        let (requests, num_judged) = (&self.requests, &mut self.num_judged);
+        let completions = self.scheduler.complete(output, |id, token| {
+            let num_judged = num_judged.entry(id).or_default();
+            *num_judged += 1;
+            stops_text(&requests[&id], *num_judged, token)
+        });
+        self.keep(completions);
+    }
+
+    pub(crate) fn step(&mut self) {
+        self.fill();
+        self.complete();
+    }
+
+    /// Goes on until everything submitted has ended.
+    pub(crate) fn run_to_the_end(&mut self) {
+        // Each round takes at least one position further. Even with every sequence preempted at each of
+        // its positions there are no more rounds than the sum of squares.
+        let most: usize = self.requests.values().map(|request| request.max_positions().pow(2) + 1).sum();
+        for _ in 0..most {
+            self.fill();
+            self.scheduler.check_integrity();
+            if self.in_flight.is_empty() {
+                return self.check_end();
+            }
+            self.complete();
+            self.scheduler.check_integrity();
+        }
+        panic!("no end after {most} micro-batches");
+    }
+
+    pub(crate) fn cancel(&mut self, id: SequenceId) -> bool {
+        let was_there = self.scheduler.cancel(id);
+        if was_there {
+            self.cancelled.insert(id);
+        }
+        was_there
+    }
+
+    pub(crate) fn running(&self) -> Vec<SequenceId> {
+        self.scheduler.running().collect()
+    }
+
+    pub(crate) fn waiting(&self) -> Vec<SequenceId> {
+        self.scheduler.waiting().collect()
+    }
+
+    /// Every preemption so far, in order.
+    pub(crate) fn preempted(&self) -> &[SequenceId] {
+        &self.preempted
+    }
+
+    /// Tokens of each micro-batch in flight, the oldest first.
+    pub(crate) fn sizes(&self) -> Vec<usize> {
+        self.in_flight.iter().map(MicroBatch::num_tokens).collect()
+    }
+
+    pub(crate) fn num_tokens_in_flight(&self) -> usize {
+        self.sizes().iter().sum()
+    }
+
+    /// The slices of `id` in flight as `(first position, tokens)`.
+    pub(crate) fn slices_of(&self, id: SequenceId) -> Vec<(usize, usize)> {
+        let slices = self.in_flight.iter().flat_map(|micro_batch| &micro_batch.slices);
+        let of_id = slices.filter(|slice| slice.sequence == id);
+        of_id.map(|slice| (slice.first_position as usize, slice.tokens.len())).collect()
+    }
+
+    fn keep(&mut self, completions: Vec<Completion>) {
+        for completion in completions {
+            let id = completion.sequence;
+            Expected::of(&completion.request).check(&completion);
+            if !completion.request.sampling.stop.is_empty() {
+                let num_judged = self.num_judged.get(&id).copied().unwrap_or(0);
+                assert_eq!(num_judged, completion.tokens.len(), "{id:?}: a verdict for each token");
+            }
+            assert!(self.completions.insert(id, completion).is_none(), "{id:?} ended twice");
+        }
+    }
+
+    /// What every micro-batch must be like.
+    fn check(&mut self, micro_batch: &MicroBatch) {
+        let num_tokens = micro_batch.num_tokens();
+        assert!(
+            (1..=self.options.micro_batch_tokens).contains(&num_tokens),
+            "{num_tokens} tokens in a micro-batch"
+        );
+        assert!(
+            self.in_flight.len() < self.options.max_in_flight(),
+            "{} in flight already",
+            self.in_flight.len()
+        );
+        let sequences: BTreeSet<SequenceId> = micro_batch.slices.iter().map(|slice| slice.sequence).collect();
+        assert_eq!(sequences.len(), micro_batch.slices.len(), "a sequence has one slice in a micro-batch");
+        let sampling: Vec<SequenceId> = self
+            .in_flight
+            .iter()
+            .flat_map(|sent| &sent.slices)
+            .filter(|slice| slice.sample)
+            .map(|s| s.sequence)
+            .collect();
+        for slice in &micro_batch.slices {
+            assert!(!sampling.contains(&slice.sequence), "{:?} goes on without its token", slice.sequence);
+            self.check_slice(slice);
+        }
+    }
+
+    fn check_slice(&mut self, slice: &Slice) {
+        let first = slice.first_position as usize;
+        let next_position = self.next_position.entry(slice.sequence).or_default();
+        assert_eq!(first, *next_position, "{:?} leaves no gap", slice.sequence);
+        *next_position = first + slice.tokens.len();
+        let num_pages = next_position.div_ceil(self.options.page_tokens);
+        assert_eq!(slice.pages.len(), num_pages, "{:?} has just the pages it needs", slice.sequence);
+    }
+
+    fn check_end(&self) {
+        assert_eq!((self.scheduler.num_running(), self.scheduler.num_waiting()), (0, 0), "running, waiting");
+        assert_eq!(self.scheduler.num_free_pages(), self.options.num_pages, "all pages are free in the end");
+        for id in self.requests.keys() {
+            let (has_ended, is_cancelled) = (self.completions.contains_key(id), self.cancelled.contains(id));
+            assert!(has_ended != is_cancelled, "{id:?} ended: {has_ended}, cancelled: {is_cancelled}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The made-up model, and what it says when no scheduler stands between.
+
+use scheduler::{
+    Completion, Failure, FinishReason, Options, PageIdx, Request, RequestKey, Slice, SliceOutput, TokenId,
+    TokenLogprobs,
+};
+
+/// The token that ends sequences whose requests name it.
+pub(crate) const STOP_TOKEN: TokenId = 7;
+
+/// The key of a request that fails when `position` is computed.
+pub(crate) fn poison(position: usize) -> RequestKey {
+    RequestKey(position as u128 + 1)
+}
+
+fn poisoned_position(request: &Request) -> Option<usize> {
+    (request.key.0 as usize).checked_sub(1)
+}
+
+/// The caller's verdict on stop strings after `num_generated` tokens, of which `token` is the last.
+pub(crate) fn stops_text(request: &Request, num_generated: usize, token: TokenId) -> bool {
+    num_generated >= request.sampling.min_tokens as usize && token % 32 == 5
+}
+
+fn hash(tokens: impl IntoIterator<Item = TokenId>) -> u64 {
+    tokens.into_iter().fold(0xcbf2_9ce4_8422_2325, |hash, token| {
+        (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(17)
+    })
+}
+
+/// The token that follows `before`, the prompt and all that was generated.
+fn draw(request: &Request, before: &[TokenId]) -> TokenId {
+    let token = (hash(before.iter().copied()) % 61) as TokenId;
+    let num_generated = before.len() - request.prompt.len();
+    let is_forbidden = num_generated < request.sampling.min_tokens as usize && token == STOP_TOKEN;
+    if is_forbidden { token + 1 } else { token }
+}
+
+fn logprobs(before: &[TokenId], token: TokenId) -> TokenLogprobs {
+    let logprob = -((hash(before.iter().copied().chain([token])) % 1000) as f32);
+    TokenLogprobs { token, logprob, top: vec![] }
+}
+
+/// One stage's cache: at each position of a page stands the token computed there.
+pub(crate) struct Cache {
+    page_tokens: usize,
+    tokens: Vec<Option<TokenId>>,
+}
+
+impl Cache {
+    pub(crate) fn new(options: &Options) -> Self {
+        Self { page_tokens: options.page_tokens, tokens: vec![None; options.cache_tokens()] }
+    }
+
+    fn place(&self, pages: &[PageIdx], position: usize) -> usize {
+        pages[position / self.page_tokens] as usize * self.page_tokens + position % self.page_tokens
+    }
+
+    /// Computes a slice: writes its tokens, and answers from what all positions so far hold.
+    pub(crate) fn compute(&mut self, slice: &Slice) -> SliceOutput {
+        let first = slice.first_position as usize;
+        let end = first + slice.tokens.len();
+        for (position, &token) in (first..).zip(&slice.tokens) {
+            let place = self.place(&slice.pages, position);
+            self.tokens[place] = Some(token);
+        }
+        let mut output = SliceOutput {
+            sequence: slice.sequence,
+            token: None,
+            logprobs: None,
+            prompt_logprobs: vec![],
+            failure: None,
+        };
+        if let Some(position) =
+            poisoned_position(&slice.request).filter(|position| (first..end).contains(position))
+        {
+            output.failure = Some(Failure::NonFiniteLogits { position: position as u32 });
+            return output;
+        }
+        let content: Vec<TokenId> = (0..end)
+            .map(|position| {
+                self.tokens[self.place(&slice.pages, position)].expect("the position is computed")
+            })
+            .collect();
+        let scored = slice.score.iter().enumerate();
+        output.prompt_logprobs =
+            scored.map(|(index, &token)| logprobs(&content[..=first + index], token)).collect();
+        if slice.sample {
+            let token = draw(&slice.request, &content);
+            output.token = Some(token);
+            output.logprobs = slice.request.sampling.logprobs.map(|_| logprobs(&content, token));
+        }
+        output
+    }
+}
+
+/// What a request gives, computed in one plain loop.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    tokens: Vec<TokenId>,
+    logprobs: Vec<TokenLogprobs>,
+    prompt_logprobs: Vec<TokenLogprobs>,
+    outcome: Result<FinishReason, Failure>,
+}
+
+impl Expected {
+    pub(crate) fn of(request: &Request) -> Self {
+        let Request { prompt, sampling, .. } = request;
+        let mut expected = Self {
+            tokens: vec![],
+            logprobs: vec![],
+            prompt_logprobs: vec![],
+            outcome: Ok(FinishReason::Length),
+        };
+        if sampling.prompt_logprobs {
+            expected.prompt_logprobs =
+                (1..prompt.len()).map(|end| logprobs(&prompt[..end], prompt[end])).collect();
+        }
+        let poisoned_position =
+            poisoned_position(request).filter(|&position| position < request.max_positions());
+        loop {
+            let before = [&prompt[..], &expected.tokens].concat();
+            if let Some(position) = poisoned_position.filter(|&position| position < before.len()) {
+                expected.outcome = Err(Failure::NonFiniteLogits { position: position as u32 });
+                return expected;
+            }
+            if expected.tokens.len() == sampling.max_tokens as usize {
+                return expected;
+            }
+            let token = draw(request, &before);
+            expected.tokens.push(token);
+            if sampling.logprobs.is_some() {
+                expected.logprobs.push(logprobs(&before, token));
+            }
+            let num_generated = expected.tokens.len();
+            let is_late_enough = num_generated >= sampling.min_tokens as usize;
+            let is_stop_token = is_late_enough && sampling.stop_token_ids.contains(&token);
+            if is_stop_token || (!sampling.stop.is_empty() && stops_text(request, num_generated, token)) {
+                expected.outcome = Ok(FinishReason::Stop);
+                return expected;
+            }
+        }
+    }
+
+    pub(crate) fn check(&self, completion: &Completion) {
+        let id = completion.sequence;
+        assert_eq!(completion.outcome, self.outcome, "{id:?}: outcome");
+        assert_eq!(completion.tokens, self.tokens, "{id:?}: tokens");
+        assert_eq!(completion.logprobs, self.logprobs, "{id:?}: log-probabilities");
+        // How many scores came before a failure depends on the chunks.
+        if completion.outcome.is_ok() {
+            assert_eq!(completion.prompt_logprobs, self.prompt_logprobs, "{id:?}: prompt log-probabilities");
+        }
+    }
+}

@@ -18,9 +18,9 @@ pub use array::Array;
 pub use backend::{
     AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype,
 };
-pub use cpu::{Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
+pub use cpu::{Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
 pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};

@@ -189,13 +189,7 @@ impl Backend for Cpu {
         rope::rope(self.simd, &self.pool, x, rope, positions)
     }
 
-    fn kv_append(
-        &self,
-        cache: &mut KvCache,
-        k: &Array,
-        v: &Array,
-        slices: &[AttentionSlice],
-    ) -> Result<()> {
+    fn kv_append(&self, cache: &mut KvCache, k: &Array, v: &Array, slices: &[AttentionSlice]) -> Result<()> {
         kv_cache::append(&self.pool, cache, k, v, slices)
     }
 

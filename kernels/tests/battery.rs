@@ -1,0 +1,22 @@
+//! The battery: every operation of the contract, on every backend and SIMD level that this machine has, in
+//! both number types, against plain loops in f64; and the contract's invariant that rows are independent
+//! to the bit.
+//!
+//! A backend joins by an entry in [`device::every_device`].
+
+mod battery {
+    pub(crate) mod attention;
+    pub(crate) mod attention_invariants;
+    pub(crate) mod device;
+    pub(crate) mod embed_gather;
+    pub(crate) mod exact;
+    pub(crate) mod logit_stats;
+    pub(crate) mod matmul;
+    pub(crate) mod profile;
+    pub(crate) mod random;
+    pub(crate) mod refusals;
+    pub(crate) mod rms_norm;
+    pub(crate) mod rope;
+    pub(crate) mod row_invariants;
+    pub(crate) mod swiglu;
+}

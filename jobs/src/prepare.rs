@@ -175,7 +175,8 @@ impl Preparer {
         Sampling {
             // OpenAI's defaults: the model's own distribution, whole.
             temperature: asked.temperature.unwrap_or(1.0) as f32,
-            top_p: asked.top_p.unwrap_or(1.0) as f32,
+            // With 0 the set would be empty; OpenAI's clients mean the most likely token alone.
+            top_p: (asked.top_p.unwrap_or(1.0) as f32).max(f32::MIN_POSITIVE),
             top_k: asked.top_k.unwrap_or(0).clamp(0, u32::MAX.into()) as u32,
             min_p: asked.min_p.unwrap_or(0.0) as f32,
             seed: asked.seed.unwrap_or(self.seed),

@@ -51,7 +51,7 @@ impl Reader {
 
     /// What was read so far, for the manifest: of the whole file, once the iterator has ended without
     /// a limit.
-    pub fn input(&self) -> InputRecord {
+    pub fn record(&self) -> InputRecord {
         let (bytes, hash) = self.lines.read_so_far();
         let path = PathBuf::from(self.lines.path());
         InputRecord { path, blake3: hash.to_hex().to_string(), bytes, rows: self.rows }

@@ -9,6 +9,9 @@ use std::collections::HashMap;
 use scheduler::TokenId;
 use serde_json::Value;
 
+/// Most token ids there can be. The table is as long as the highest id; no vocabulary comes near this.
+const MAX_VOCAB: u32 = 1 << 24;
+
 /// How the decoder turns a token's content into bytes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Alphabet {
@@ -31,12 +34,16 @@ pub(crate) struct Spelling {
 }
 
 impl Spelling {
-    pub(crate) fn of(tokenizer: &tokenizers::Tokenizer) -> Spelling {
+    /// The spelling of a tokenizer's tokens; the error is for its file.
+    pub(crate) fn of(tokenizer: &tokenizers::Tokenizer) -> Result<Spelling, String> {
         let alphabet = alphabet(&serde_json::to_value(tokenizer.get_decoder()).unwrap_or(Value::Null));
         let byte_of = byte_of_char();
         let added = tokenizer.get_added_tokens_decoder();
         let vocab = tokenizer.get_vocab(true);
-        let size = vocab.values().max().map_or(0, |&id| id + 1);
+        let size = vocab.values().max().map_or(0, |&id| id.saturating_add(1));
+        if size > MAX_VOCAB {
+            return Err(format!("expected token ids below {MAX_VOCAB}, found {}", size - 1));
+        }
         let mut spelling = Spelling { alphabet, arena: Vec::new(), starts: vec![0], holes: Vec::new() };
         for id in 0..size {
             match (added.get(&id), tokenizer.id_to_token(id)) {
@@ -48,7 +55,7 @@ impl Spelling {
             }
             spelling.starts.push(u32::try_from(spelling.arena.len()).expect("a vocabulary under 4 GiB"));
         }
-        spelling
+        Ok(spelling)
     }
 
     pub(crate) fn bytes(&self, id: TokenId) -> Option<&[u8]> {

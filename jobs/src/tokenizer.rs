@@ -39,7 +39,7 @@ impl Tokenizer {
         inner.with_padding(None);
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
-        let spelling = Spelling::of(&inner);
+        let spelling = Spelling::of(&inner)?;
         Ok(Tokenizer { inner, special, spelling })
     }
 

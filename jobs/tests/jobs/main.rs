@@ -1,0 +1,10 @@
+//! A job's files from outside: rows to requests, completions to lines, lines to files.
+
+mod detokenizer;
+mod lines;
+mod model;
+mod refusals;
+mod rows;
+mod stops;
+mod templates;
+mod writer;

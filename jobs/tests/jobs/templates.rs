@@ -1,0 +1,194 @@
+//! Chat templates as models bring them, and the other text files of a model directory.
+
+use jobs::{Message, Preparer, Prompt, Row, SamplingOptions};
+use serde_json::json;
+
+use crate::model::{BOS, END, EOS, EOT, HELLO, START, World, chat_line};
+
+/// The template of Llama-3.3-Nemotron-Super-49B-v1.
+const NEMOTRON: &str = r#"{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system_message = "" %}{%- endif %}{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}{{- system_message }}{{- "<|eot_id|>" }}{%- for message in messages %}{%- if message['role'] == 'assistant' and '</think>' in message['content'] %}{%- set content = message['content'].split('</think>')[-1].lstrip() %}{%- else %}{%- set content = message['content'] %}{%- endif %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + content | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"#;
+
+/// The prompt of these messages under a template, as text with its special tokens.
+fn prompt(template: &str, messages: &[(&str, &str)]) -> Result<String, String> {
+    let world = World::new();
+    world.file("chat_template.jinja", template);
+    let messages = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+    let mut preparer = world.options.clone();
+    preparer.max_context_tokens = 10_000;
+    let preparer = Preparer::new(world.text(), preparer).unwrap();
+    let row = preparer.prompt(Prompt::Chat(messages), SamplingOptions::default());
+    let row = row.map_err(|error| error.message)?;
+    let tokenizer = world.text().tokenizer().unwrap().clone();
+    let bytes = row.request.prompt.iter().flat_map(|&token| tokenizer.token_bytes(token).unwrap().to_vec());
+    Ok(String::from_utf8(bytes.collect()).unwrap())
+}
+
+#[test]
+fn nemotron_always_has_a_system_message_and_forgets_earlier_thoughts() {
+    let header = |role| format!("<|start_header_id|>{role}<|end_header_id|>\n\n");
+    let (system, user, assistant) = (header("system"), header("user"), header("assistant"));
+    assert_eq!(
+        prompt(NEMOTRON, &[("user", " Hi\n")]).unwrap(),
+        format!("<|begin_of_text|>{system}<|eot_id|>{user}Hi<|eot_id|>{assistant}")
+    );
+    let chat = [
+        ("system", "detailed thinking on"),
+        ("user", "1+1?"),
+        ("assistant", "<think>hm</think>\n\n2"),
+        ("user", "sure?"),
+    ];
+    assert_eq!(
+        prompt(NEMOTRON, &chat).unwrap(),
+        format!(
+            "<|begin_of_text|>{system}detailed thinking on<|eot_id|>{user}1+1?<|eot_id|>{assistant}2<|eot_id|>\
+             {user}sure?<|eot_id|>{assistant}"
+        )
+    );
+}
+
+#[test]
+fn a_chat_begins_with_the_one_token_its_template_writes() {
+    let row = World::new().chat(json!({}));
+    let user = [START, 117, 115, 101, 114, END, HELLO, EOT];
+    assert_eq!(row.request.prompt[0], BOS);
+    assert_eq!(row.request.prompt[1..9], user);
+}
+
+#[test]
+fn templates_find_what_transformers_offers_them() {
+    let prompt = |template: &str| prompt(template, &[("user", "<é>")]).unwrap();
+    assert_eq!(
+        prompt("{% if tools is not none %}tools{% endif %}{{ messages | tojson }}"),
+        r#"[{"role": "user", "content": "<é>"}]"#
+    );
+    assert_eq!(prompt("{{ strftime_now('%d %b %Y') }} {{ eos_token }}"), "01 Mar 2026 <|eot_id|>");
+    assert_eq!(
+        prompt(
+            "{% for m in messages %}\n{% generation %}\n{{ m.content }}\n{%- endgeneration %}\n{% endfor %}\n"
+        ),
+        "<é>"
+    );
+    assert_eq!(
+        prompt("{{ messages[0].get('name', 'nobody') }} {{ messages[0].role.upper() }}"),
+        "nobody USER"
+    );
+}
+
+#[test]
+fn what_a_template_raises_is_the_rows_error() {
+    let template = "{{ raise_exception('only ' ~ messages | length ~ ' message') }}";
+    assert_eq!(prompt(template, &[("user", "x")]).unwrap_err(), "messages: chat template: only 1 message");
+    let broken = prompt("{{ messages[0].content.upper(1) }}", &[("user", "x")]).unwrap_err();
+    assert_eq!(broken, "messages: chat template: too many arguments (in chat_template:1)");
+}
+
+#[test]
+fn the_jinja_file_wins_over_the_config_and_a_named_list_means_its_default() {
+    let world = World::new();
+    let named = |name: &str, template: &str| json!({"name": name, "template": template});
+    let world =
+        world.tokenizer_config(json!({"chat_template": [named("tool_use", "T"), named("default", "D")]}));
+    assert_eq!(world.chat(json!({})).request.prompt, [68]);
+    world.file("chat_template.jinja", "F");
+    assert_eq!(world.chat(json!({})).request.prompt, [70]);
+}
+
+#[test]
+fn templates_that_cannot_be_used_are_errors_before_the_job() {
+    let message = |config: serde_json::Value| {
+        let world = World::new().tokenizer_config(config);
+        let error = world.try_text().err().unwrap().to_string();
+        error.replace(&world.path().display().to_string(), "MODEL")
+    };
+    assert_eq!(
+        message(
+            json!({"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]})
+        ),
+        "MODEL/tokenizer_config.json: chat_template has no entry named default, only tool_use, rag"
+    );
+    assert_eq!(
+        message(json!({"chat_template": 3})),
+        "MODEL/tokenizer_config.json: chat_template: expected a string or a named list, found 3"
+    );
+    assert_eq!(
+        message(json!({"chat_template": [{"name": "default"}]})),
+        r#"MODEL/tokenizer_config.json: chat_template[0]: expected name and template, found {"name":"default"}"#
+    );
+    assert_eq!(
+        message(json!({"chat_template": "a\n{% if %}"})),
+        "MODEL/tokenizer_config.json: syntax error: unexpected end of block (in chat_template:2)"
+    );
+}
+
+#[test]
+fn a_template_names_the_tokens_of_either_file() {
+    let world = World::new().tokenizer_config(json!({
+        "bos_token": null,
+        "eos_token": {"content": "<|eot_id|>"},
+        "chat_template": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}",
+    }));
+    world.file(
+        "special_tokens_map.json",
+        r#"{"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}"#,
+    );
+    assert_eq!(world.chat(json!({})).request.prompt, [BOS, 124, EOT, 124]);
+}
+
+#[test]
+fn the_ends_of_sequences_are_gathered_from_all_files() {
+    let world = World::new();
+    assert_eq!(world.text().eos_token_ids(), [EOS, EOT]);
+    world.file("generation_config.json", r#"{"eos_token_id": [65, 266]}"#);
+    assert_eq!(world.text().eos_token_ids(), [65, EOS, EOT]);
+    assert_eq!(world.chat(json!({})).request.sampling.stop_token_ids, [65, EOS, EOT]);
+    let row = world.chat(json!({"ignore_eos": true, "stop_token_ids": [66]}));
+    assert_eq!(row.request.sampling.stop_token_ids, [66]);
+}
+
+#[test]
+fn what_the_model_asks_for_and_does_not_get_is_a_warning() {
+    let world = World::new();
+    world.file("generation_config.json", r#"{"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}"#);
+    assert_eq!(
+        world.text().warnings(),
+        [
+            "generation_config.json asks for no_repeat_ngram_size 3, repetition_penalty 1.1, which is not honoured"
+        ]
+    );
+}
+
+#[test]
+fn a_chat_without_a_template_is_refused() {
+    let world = World::new().tokenizer_config(json!({}));
+    let name = world.text().name().to_owned();
+    assert!(!world.text().has_chat_template());
+    assert_eq!(
+        world.refusal(&chat_line("a", json!({}))),
+        format!("no_chat_template messages | messages: the model {name} has no chat template")
+    );
+    let world = world.user("{{ q }}");
+    let error = Preparer::new(world.text(), world.options.clone()).err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        format!("[prompt] user needs a chat template, and the model {name} has none")
+    );
+}
+
+#[test]
+fn plain_rows_become_messages() {
+    let mut world = World::new().user("{{ q | upper }}?\n");
+    world.options.prompt.as_mut().unwrap().system = Some("be {{ mood | default('kind') }}".to_owned());
+    let row = world.request(r#"{"q": "hello"}"#);
+    let text = world.text().tokenizer().unwrap().decode(&row.request.prompt).unwrap();
+    assert_eq!(text, "systembe kinduserHELLO?assistant");
+}
+
+#[test]
+fn a_prompt_of_the_command_line_goes_the_way_of_a_row() {
+    let world = World::new();
+    let sampling = SamplingOptions { max_tokens: Some(3), ..SamplingOptions::default() };
+    let row = world.preparer().prompt(Prompt::Chat(vec![Message::new("user", "hello")]), sampling).unwrap();
+    let Row::Request(same) = world.rows(chat_line("a", json!({"max_tokens": 3}))).remove(0) else { panic!() };
+    assert_eq!(row.request.prompt, same.request.prompt);
+    assert_eq!(row.request.sampling, same.request.sampling);
+}

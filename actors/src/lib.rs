@@ -1,2 +1,23 @@
-//! Placeholder docs replaced below.
+//! The actors that move a job through a pipeline: stages, the pipeline that feeds them, the job that feeds
+//! the pipeline, and the links that carry activations.
+//!
+//! Every mailbox is bounded, and no send to one ever waits for room: what may be under way is bounded by
+//! credits below the mailbox's size, so that a ring of full mailboxes cannot come about. Each bound shows
+//! its sum where it stands.
 #![forbid(unsafe_code)]
+
+mod answer;
+mod clock;
+mod device_thread;
+mod error;
+mod job;
+mod link;
+mod pipeline;
+mod stage;
+mod start;
+
+pub use answer::answer;
+pub use clock::{PipelineClock, StageClock, StageTimes};
+pub use error::{Error, Result};
+pub use job::{JobOptions, JobOutcome, JobProgress, run_job};
+pub use start::{Pipeline, PipelineOptions, StagePlacement, start};

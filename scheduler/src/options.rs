@@ -1,4 +1,7 @@
-//! How large the pipeline is, in the scheduler's terms.
+//! How large the pipeline is, in the scheduler's terms, and what that leaves no room for.
+
+use crate::error::Error;
+use crate::request::Request;
 
 /// What a [`Scheduler`](crate::Scheduler) may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +37,24 @@ impl Options {
     /// Positions that all pages hold together.
     pub const fn cache_tokens(&self) -> usize {
         self.num_pages * self.page_tokens
+    }
+
+    /// Why `request` can never be served, if so.
+    pub fn check(&self, request: &Request) -> Result<(), Error> {
+        let context_tokens = self.context_tokens;
+        let available_tokens = self.cache_tokens();
+        if request.prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let tokens = request.prompt.len() + request.sampling.max_tokens as usize;
+        if tokens > context_tokens {
+            return Err(Error::SequenceTooLong { tokens, context_tokens });
+        }
+        let needed_tokens = request.max_positions();
+        if needed_tokens > available_tokens {
+            return Err(Error::ExceedsPagePool { needed_tokens, available_tokens });
+        }
+        Ok(())
     }
 
     /// Pages that `num_positions` positions fill, the last one perhaps in part.

@@ -103,27 +103,9 @@ impl Scheduler {
         &self.options
     }
 
-    /// Why `request` can never be served, if so.
-    pub fn check(&self, request: &Request) -> Result<(), Error> {
-        let context_tokens = self.options.context_tokens;
-        let available_tokens = self.options.cache_tokens();
-        if request.prompt.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let tokens = request.prompt.len() + request.sampling.max_tokens as usize;
-        if tokens > context_tokens {
-            return Err(Error::SequenceTooLong { tokens, context_tokens });
-        }
-        let needed_tokens = request.max_positions();
-        if needed_tokens > available_tokens {
-            return Err(Error::ExceedsPagePool { needed_tokens, available_tokens });
-        }
-        Ok(())
-    }
-
     /// Queues a request. One that wants nothing computed ends at once: see [`Self::drain_finished`].
     pub fn submit(&mut self, request: Arc<Request>) -> Result<SequenceId, Error> {
-        self.check(&request)?;
+        self.options.check(&request)?;
         let id = self.next_sequence;
         self.next_sequence.0 += 1;
         let mut sequence = Sequence::new(id, request);

@@ -174,10 +174,6 @@ impl<B: Backend> Stage for SpanStage<B> {
             }
         }
     }
-
-    fn numeric_profile(&self) -> String {
-        self.backend.numeric_profile()
-    }
 }
 
 impl<B: Backend> AttentionOnDevice<B> {

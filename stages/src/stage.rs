@@ -33,9 +33,6 @@ pub trait Stage: Send {
     /// # Errors
     /// What the device refuses; the stage is then of no more use.
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput>;
-
-    /// Names all that decides the bits of this stage's results.
-    fn numeric_profile(&self) -> String;
 }
 
 /// Where a stage runs.

@@ -12,7 +12,7 @@ use scheduler::{
 #[test]
 fn requests_that_can_never_be_served_are_refused_with_their_numbers() {
     let world = World::new().pages(4).page_tokens(4);
-    let refusal = |request| world.scheduler.check(&request).map_err(|error| error.to_string());
+    let refusal = |request| world.scheduler.options().check(&request).map_err(|error| error.to_string());
     assert_eq!(refusal(prompt(0)), Err("the prompt is empty".to_owned()));
     assert_eq!(
         refusal(prompt(8190)),

@@ -1,0 +1,106 @@
+//! The thread that a stage's device work runs on.
+//!
+//! Device work blocks, and a device's handles may be bound to one thread; so each stage has a thread of its
+//! own, which loads the span, computes micro-batches in the order of arrival, and pushes results on
+//! without a detour through its actor.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam::channel::Receiver;
+use kameo::actor::{ActorRef, Recipient};
+use scheduler::MicroBatchOutput;
+use stages::{Stage, StageOutput};
+use tokio::sync::oneshot;
+
+use crate::clock::StageClock;
+use crate::error::{Error, Result, panic_message};
+use crate::link::Link;
+use crate::stage::{DeviceFailed, StageActor, Step};
+
+/// Loads a stage on its device thread.
+pub(crate) type LoadStage = Box<dyn FnOnce() -> stages::Result<Box<dyn Stage>> + Send>;
+
+/// Where a stage's results go.
+pub(crate) enum Next {
+    /// To the stage after it.
+    Stage(Box<dyn Link>),
+    /// From the last stage back to the pipeline.
+    Pipeline(Recipient<Tokens>),
+}
+
+/// Token ids and log-probabilities of a finished micro-batch.
+pub(crate) struct Tokens(pub(crate) MicroBatchOutput);
+
+/// All that the thread works with.
+pub(crate) struct DeviceThread {
+    pub(crate) index: usize,
+    pub(crate) steps: Receiver<Step>,
+    pub(crate) next: Next,
+    pub(crate) clock: Arc<StageClock>,
+    pub(crate) owner: ActorRef<StageActor>,
+}
+
+impl DeviceThread {
+    /// Starts the thread; `ready` hears when its span is loaded, or why it could not be.
+    pub(crate) fn spawn(self, load: LoadStage, ready: oneshot::Sender<Result<()>>) {
+        let name = format!("stage-{}", self.index);
+        let thread = std::thread::Builder::new().name(name).spawn(move || self.run(load, ready));
+        thread.expect("the system starts a thread");
+    }
+
+    fn run(self, load: LoadStage, ready: oneshot::Sender<Result<()>>) {
+        let stage = self.index;
+        let loaded = match catch_unwind(AssertUnwindSafe(load)) {
+            Ok(Ok(loaded)) => Ok(loaded),
+            Ok(Err(error)) => Err(Error::Load { stage, message: error.to_string() }),
+            Err(panic) => Err(Error::Panic { stage, message: panic_message(&*panic) }),
+        };
+        let mut stage = match loaded {
+            Ok(stage) => stage,
+            Err(error) => {
+                // Nobody waits for the answer any more when the start was given up.
+                let _ = ready.send(Err(error));
+                return;
+            }
+        };
+        if ready.send(Ok(())).is_err() {
+            return;
+        }
+        // Ends when the actor is gone, and with it the sender of steps.
+        for step in &self.steps {
+            match self.step(&mut *stage, step) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    let _ = self.owner.tell(DeviceFailed(error)).blocking_send();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Computes one micro-batch and passes it on; false when there is nobody to pass it to.
+    fn step(&self, stage: &mut dyn Stage, step: Step) -> Result<bool> {
+        let Step { batch, input } = step;
+        let index = self.index;
+        let start = Instant::now();
+        let output = match catch_unwind(AssertUnwindSafe(|| stage.step(&batch, input))) {
+            Ok(Ok(output)) => output,
+            Ok(Err(error)) => return Err(Error::Step { stage: index, message: error.to_string() }),
+            Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
+        };
+        self.clock.add_step(start.elapsed(), batch.num_tokens());
+        Ok(match (output, &self.next) {
+            (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
+            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {
+                pipeline.tell(Tokens(output)).try_send().is_ok()
+            }
+            (StageOutput::Activations(_), Next::Pipeline(_)) => panic!("the last stage made activations"),
+            (StageOutput::Tokens(_), Next::Stage(_)) => {
+                panic!("stage {index} drew tokens and is not the last")
+            }
+        })
+    }
+}

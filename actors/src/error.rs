@@ -1,0 +1,61 @@
+//! What ends a pipeline or a job.
+
+use kameo::error::ActorStopReason;
+
+/// An error of a stage, or of the job's files.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// A stage could not load its span.
+    #[error("load stage {stage}: {message}")]
+    Load {
+        /// The stage, from 0.
+        stage: usize,
+        /// What the device or the model said.
+        message: String,
+    },
+    /// A stage's step failed.
+    #[error("stage {stage}: {message}")]
+    Step {
+        /// The stage, from 0.
+        stage: usize,
+        /// What the device said.
+        message: String,
+    },
+    /// A stage's thread panicked: a bug of ours.
+    #[error("stage {stage} panicked: {message}")]
+    Panic {
+        /// The stage, from 0.
+        stage: usize,
+        /// The panic's message.
+        message: String,
+    },
+    /// The job's input could not be read, or its output could not be written.
+    #[error("{0}")]
+    Files(String),
+    /// An actor ended without saying why: a bug of ours.
+    #[error("{0} ended early")]
+    Ended(&'static str),
+}
+
+/// This crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The message of a caught panic.
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}
+
+/// What made an actor end, from the chain of links that carried the news.
+pub(crate) fn death_error(reason: &ActorStopReason) -> Error {
+    match reason {
+        ActorStopReason::LinkDied { reason, .. } => death_error(reason),
+        ActorStopReason::Panicked(panic) => {
+            panic.downcast::<Error>().unwrap_or_else(|| match panic.with_str(str::to_owned) {
+                Some(message) => Error::Files(format!("the pipeline panicked: {message}")),
+                None => Error::Ended("the pipeline"),
+            })
+        }
+        _ => Error::Ended("the pipeline"),
+    }
+}

@@ -1,0 +1,375 @@
+//! The job actor: feeds rows to a pipeline and hands what comes back to the writer.
+//!
+//! Two threads stand beside it, since files block: one reads, renders and tokenizes rows, the other
+//! detokenizes and writes lines. Memory is bounded by credits: the reader takes one for each row it
+//! hands over, and gets it back when the row's line goes to the writer.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use jobs::{InputRecord, Line, PreparedRow, Reader, Row, StopMatcher, Tokenizer, Writer, Written};
+use kameo::Actor;
+use kameo::actor::{ActorId, ActorRef, PreparedActor, WeakActorRef};
+use kameo::error::{ActorStopReason, Infallible};
+use kameo::mailbox;
+use kameo::message::{Context, Message};
+use scheduler::Completion;
+
+use crate::error::{Error, Result, death_error};
+use crate::pipeline::{Completed, PipelineActor, Prompt};
+use crate::start::Pipeline;
+
+/// How often lines are handed to the system, so that somebody who watches the files sees them grow.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Messages that can be under way to a job at once.
+const fn mailbox_size(window: usize) -> usize {
+    let mut sum = 0;
+    sum += window; // A row in flight is one message: the row on its way in, or its completion.
+    sum += 1; // The end of the input.
+    sum += 1; // The writer's last word.
+    sum += 1; // An interrupt.
+    sum
+}
+
+/// What a job works on.
+pub struct JobOptions {
+    /// Its rows.
+    pub reader: Reader,
+    /// Its lines.
+    pub writer: Writer,
+    /// Turns tokens into text, where the model has one.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// What the pipeline takes; a row beyond it becomes an error line.
+    pub limits: scheduler::Options,
+    /// Is told how far the job is.
+    pub progress: Arc<JobProgress>,
+}
+
+/// How far a job is; the job writes, anybody reads.
+#[derive(Debug, Default)]
+pub struct JobProgress {
+    /// Rows with an answer.
+    pub completed: AtomicU64,
+    /// Rows with an error line.
+    pub failed: AtomicU64,
+    /// Prompt tokens of the rows with an answer.
+    pub prompt_tokens: AtomicU64,
+    /// Tokens generated for the rows with an answer.
+    pub generated_tokens: AtomicU64,
+}
+
+/// How a job ended.
+#[derive(Debug)]
+pub struct JobOutcome {
+    /// What was read; nothing where the reader had not come to an end.
+    pub input: Option<InputRecord>,
+    /// What was written.
+    pub written: Written,
+    /// Somebody asked it to stop before its end.
+    pub was_interrupted: bool,
+    /// What stopped it, if it failed.
+    pub failure: Option<Error>,
+}
+
+/// Runs a job to its end, or until `interrupt` resolves: then no further row is started, rows in flight
+/// are given up, and the lines that are there are made whole.
+///
+/// # Errors
+/// Only where the job could not even end in order; a job that failed says so in its outcome.
+pub async fn run_job(
+    pipeline: &Pipeline,
+    options: JobOptions,
+    interrupt: impl Future<Output = ()>,
+) -> Result<JobOutcome> {
+    let prepared = PreparedActor::<JobActor>::new(mailbox::bounded(mailbox_size(pipeline.window)));
+    let job = prepared.actor_ref().clone();
+    job.link(&pipeline.actor).await;
+    let args = JobArgs { options, pipeline: pipeline.actor.clone(), window: pipeline.window };
+    let mut running = prepared.spawn(args);
+    let ended = tokio::select! {
+        ended = &mut running => ended,
+        () = interrupt => {
+            // A job that has just ended does not hear this, and need not.
+            let _ = job.tell(Interrupt).send().await;
+            running.await
+        }
+    };
+    match ended {
+        Ok(Ok((job, _))) => Ok(job.outcome),
+        Ok(Err(_)) | Err(_) => Err(Error::Ended("the job")),
+    }
+}
+
+struct JobArgs {
+    options: JobOptions,
+    pipeline: ActorRef<PipelineActor>,
+    window: usize,
+}
+
+struct JobActor {
+    pipeline: ActorRef<PipelineActor>,
+    tokenizer: Option<Arc<Tokenizer>>,
+    limits: scheduler::Options,
+    progress: Arc<JobProgress>,
+    /// Rows in the pipeline, by their index.
+    in_flight: HashMap<u64, PreparedRow>,
+    /// Gives the reader leave for another row; gone once no further row is wanted.
+    credits: Option<Sender<()>>,
+    /// To the writer; gone once the last line is on its way.
+    lines: Option<Sender<Unwritten>>,
+    outcome: JobOutcome,
+}
+
+/// The reader hands over a row.
+struct RowRead(Row);
+
+/// The reader is done.
+struct InputEnded(Result<InputRecord>);
+
+/// The writer is done.
+struct LinesEnded(Result<Written>);
+
+/// The user wants to stop.
+struct Interrupt;
+
+/// What the writer makes a line of.
+enum Unwritten {
+    Completed(Box<PreparedRow>, Completion),
+    Line(Line),
+}
+
+impl Actor for JobActor {
+    type Args = JobArgs;
+    type Error = Infallible;
+
+    async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
+        let JobArgs { options, pipeline, window } = args;
+        let JobOptions { reader, writer, tokenizer, limits, progress } = options;
+        let (credits, leave) = bounded(window);
+        for () in std::iter::repeat_n((), window) {
+            credits.try_send(()).expect("a new channel of that size has room");
+        }
+        let (lines, unwritten) = bounded(window);
+        spawn_thread("reader", {
+            let job = job.clone();
+            move || read_rows(reader, &leave, &job)
+        });
+        spawn_thread("writer", {
+            let tokenizer = tokenizer.clone();
+            move || {
+                let written = write_lines(writer, &unwritten, tokenizer.as_ref());
+                let _ = job.tell(LinesEnded(written)).blocking_send();
+            }
+        });
+        Ok(JobActor {
+            pipeline,
+            tokenizer,
+            limits,
+            progress,
+            in_flight: HashMap::new(),
+            credits: Some(credits),
+            lines: Some(lines),
+            outcome: JobOutcome {
+                input: None,
+                written: Written::default(),
+                was_interrupted: false,
+                failure: None,
+            },
+        })
+    }
+
+    async fn on_link_died(
+        &mut self,
+        _: WeakActorRef<Self>,
+        _: ActorId,
+        reason: ActorStopReason,
+    ) -> std::result::Result<ControlFlow<ActorStopReason>, Infallible> {
+        self.fail(death_error(&reason));
+        Ok(ControlFlow::Continue(())) // Until the writer has made its lines whole.
+    }
+}
+
+impl JobActor {
+    /// Sends a line's makings to the writer and lets the reader read on.
+    async fn write(&mut self, unwritten: Unwritten) {
+        let counter = match &unwritten {
+            Unwritten::Completed(_, completion) if completion.outcome.is_ok() => {
+                let add =
+                    |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
+                add(&self.progress.prompt_tokens, completion.request.prompt.len());
+                add(&self.progress.generated_tokens, completion.tokens.len());
+                &self.progress.completed
+            }
+            _ => &self.progress.failed,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        if let Some(lines) = &self.lines {
+            // Full where the disk is slower than the pipeline: then the pipeline has to wait.
+            let _ = tokio::task::block_in_place(|| lines.send(unwritten));
+        }
+        if let Some(credits) = &self.credits {
+            let _ = credits.try_send(());
+        }
+        self.finish_when_done();
+    }
+
+    fn finish_when_done(&mut self) {
+        if self.outcome.input.is_some() && self.in_flight.is_empty() {
+            self.finish();
+        }
+    }
+
+    /// Wants no more rows and no more lines; the writer's last word ends the actor.
+    fn finish(&mut self) {
+        self.credits = None;
+        self.lines = None;
+    }
+
+    fn fail(&mut self, error: Error) {
+        self.outcome.failure.get_or_insert(error);
+        self.finish();
+    }
+}
+
+impl Message<RowRead> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, RowRead(row): RowRead, ctx: &mut Context<Self, ()>) {
+        let row = match row {
+            Row::Request(row) => row,
+            Row::Rejected(row) => return self.write(Unwritten::Line(Line::rejected(&row))).await,
+        };
+        if let Err(error) = self.limits.check(&row.request) {
+            let error = jobs::RowError::new("context_length_exceeded", error.to_string());
+            return self.write(Unwritten::Line(Line::refused(&row, &error))).await;
+        }
+        let sampling = &row.request.sampling;
+        let stop = (self.tokenizer.as_ref())
+            .filter(|_| !sampling.stop.is_empty())
+            .map(|tokenizer| StopMatcher::new(Arc::clone(tokenizer), sampling));
+        let prompt = Prompt {
+            tag: row.index,
+            request: Arc::clone(&row.request),
+            stop,
+            completed: ctx.actor_ref().clone().recipient(),
+            sampled: None,
+        };
+        self.in_flight.insert(row.index, *row);
+        // A pipeline that is gone tells so through its link.
+        let _ = self.pipeline.tell(prompt).try_send();
+    }
+}
+
+impl Message<Completed> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, Completed { tag, completion }: Completed, _: &mut Context<Self, ()>) {
+        let row = self.in_flight.remove(&tag).expect("a completion answers a row in flight");
+        self.write(Unwritten::Completed(Box::new(row), completion)).await;
+    }
+}
+
+impl Message<InputEnded> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, InputEnded(input): InputEnded, _: &mut Context<Self, ()>) {
+        match input {
+            Ok(record) => {
+                self.outcome.input = Some(record);
+                self.finish_when_done();
+            }
+            Err(error) => self.fail(error),
+        }
+    }
+}
+
+impl Message<LinesEnded> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, LinesEnded(written): LinesEnded, ctx: &mut Context<Self, ()>) {
+        match written {
+            Ok(written) => self.outcome.written = written,
+            Err(error) => self.fail(error),
+        }
+        ctx.stop();
+    }
+}
+
+impl Message<Interrupt> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, _: Interrupt, _: &mut Context<Self, ()>) {
+        self.outcome.was_interrupted = self.lines.is_some();
+        self.finish();
+    }
+}
+
+/// Reads rows as long as there is leave, then says how the input ended.
+fn read_rows(mut reader: Reader, leave: &Receiver<()>, job: &ActorRef<JobActor>) {
+    while leave.recv().is_ok() {
+        let message = match reader.next() {
+            Some(Ok(row)) => job.tell(RowRead(row)).blocking_send().is_ok(),
+            Some(Err(error)) => {
+                let _ = job.tell(InputEnded(Err(files_error(&error)))).blocking_send();
+                return;
+            }
+            None => {
+                let _ = job.tell(InputEnded(Ok(reader.record()))).blocking_send();
+                return;
+            }
+        };
+        if !message {
+            return; // The job is gone.
+        }
+    }
+}
+
+/// Makes lines and writes them until the job wants no more.
+fn write_lines(
+    mut writer: Writer,
+    unwritten: &Receiver<Unwritten>,
+    tokenizer: Option<&Arc<Tokenizer>>,
+) -> Result<Written> {
+    let files_error = |error: jobs::Error| files_error(&error);
+    let mut flushed = Instant::now();
+    loop {
+        match unwritten.recv_timeout(FLUSH_INTERVAL) {
+            Ok(Unwritten::Completed(row, completion)) => {
+                let line = Line::completed(&row, &completion, tokenizer, unix_seconds());
+                writer.write(&line).map_err(files_error)?;
+            }
+            Ok(Unwritten::Line(line)) => writer.write(&line).map_err(files_error)?,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return writer.finish().map_err(files_error),
+        }
+        if flushed.elapsed() >= FLUSH_INTERVAL {
+            writer.flush().map_err(files_error)?;
+            flushed = Instant::now();
+        }
+    }
+}
+
+fn spawn_thread(name: &str, run: impl FnOnce() + Send + 'static) {
+    std::thread::Builder::new().name(name.to_owned()).spawn(run).expect("the system starts a thread");
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// An error with its causes, in one line.
+fn files_error(error: &dyn std::error::Error) -> Error {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    Error::Files(text)
+}

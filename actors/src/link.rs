@@ -1,0 +1,25 @@
+//! Links carry a micro-batch and its activations from one stage to the next.
+
+use std::sync::Arc;
+
+use kameo::actor::ActorRef;
+use scheduler::MicroBatch;
+use stages::Activations;
+
+use crate::stage::{StageActor, Step};
+
+/// The way to the next stage. A send never waits: the pipeline keeps fewer micro-batches in flight than
+/// any stage's mailbox holds.
+pub(crate) trait Link: Send {
+    /// Pushes a micro-batch on; false when the next stage is gone.
+    fn push(&self, batch: Arc<MicroBatch>, activations: Option<Activations>) -> bool;
+}
+
+/// The next stage lives in this process: activations move without a copy.
+pub(crate) struct InProcess(pub(crate) ActorRef<StageActor>);
+
+impl Link for InProcess {
+    fn push(&self, batch: Arc<MicroBatch>, input: Option<Activations>) -> bool {
+        self.0.tell(Step { batch, input }).try_send().is_ok()
+    }
+}

@@ -1,0 +1,121 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Turns a file of prompts into a file of completions, with language models whose blocks are not alike.
+#[derive(Debug, Parser)]
+#[command(name = "spanwise", version, max_term_width = 100, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a job: every row of its input becomes a line of output.jsonl or of errors.jsonl
+    Run(RunArgs),
+    /// Answer one prompt on the terminal, as it is generated
+    Generate(GenerateArgs),
+    /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
+    Inspect(InspectArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 done (rows may have failed: see errors.jsonl), 1 the job failed, \
+                        2 bad job file, model or folder, 130 interrupted.\n\
+                        Every key of the job file can be set by --set section.key=value and by \
+                        SPANWISE__SECTION__KEY=value; docs/job_file.md lists them.")]
+pub(crate) struct RunArgs {
+    /// The job file
+    #[arg(value_name = "JOB.toml")]
+    pub(crate) job: PathBuf,
+    /// Override a key of the job file; a value that is not TOML is taken as a text
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) sets: Vec<String>,
+    /// Run the first N rows only
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<u64>,
+    /// Throw away what an earlier run left in the output folder
+    #[arg(long)]
+    pub(crate) fresh: bool,
+    /// How to show progress; auto is a bar on a terminal and plain lines elsewhere
+    #[arg(long, value_enum, default_value_t = ProgressKind::Auto)]
+    pub(crate) progress: ProgressKind,
+}
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressKind {
+    Auto,
+    Bar,
+    Plain,
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// The model's folder, as it comes from Hugging Face
+    #[arg(value_name = "MODEL_DIR")]
+    pub(crate) model: PathBuf,
+    /// What to answer
+    pub(crate) prompt: String,
+    /// The system message, such as "detailed thinking on"
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Continue the prompt as it is, without the chat template
+    #[arg(long, conflicts_with = "system")]
+    pub(crate) raw: bool,
+    /// Most tokens to generate; what the context leaves if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+    /// Divides the logits; 0 is greedy
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f64>,
+    /// Keep the most likely tokens whose probabilities sum to P
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f64>,
+    /// Keep the K most likely tokens
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Drop tokens less likely than this share of the most likely one
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f64>,
+    /// End before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Source of chance
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Number type of weights
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t = DtypeArg::Bf16)]
+    pub(crate) dtype: DtypeArg,
+    /// Threads; all cores if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+/// `[model] dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    Bf16,
+    F32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A model's folder, or a config.json alone
+    #[arg(value_name = "MODEL_DIR|config.json")]
+    pub(crate) model: PathBuf,
+    /// A table to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+/// How something is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Text,
+    Json,
+}

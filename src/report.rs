@@ -1,0 +1,94 @@
+//! What a run says at its end.
+
+use std::time::Duration;
+
+use actors::StageTimes;
+
+use crate::inspect::grouped;
+
+/// The figures of a run.
+pub(crate) struct Report {
+    pub(crate) rows_completed: u64,
+    pub(crate) rows_failed: u64,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) generated_tokens: u64,
+    pub(crate) load: Duration,
+    pub(crate) run: Duration,
+    /// Time with a micro-batch in flight.
+    pub(crate) active: Duration,
+    pub(crate) stages: Vec<StageLine>,
+    /// What the scheduler did, where it could still be asked.
+    pub(crate) scheduler: Option<scheduler::Stats>,
+    pub(crate) peak_bytes: Option<u64>,
+    /// Keys that were set from outside of the job file.
+    pub(crate) overrides: Vec<String>,
+    pub(crate) output: String,
+}
+
+/// One stage's part.
+pub(crate) struct StageLine {
+    pub(crate) name: String,
+    pub(crate) times: StageTimes,
+}
+
+impl Report {
+    /// The report, line by line.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let mut add = |name: &str, text: String| lines.push(format!("{name:<9} {text}"));
+        add("rows", format!("{} done, {} failed", grouped(self.rows_completed), grouped(self.rows_failed)));
+        add(
+            "tokens",
+            format!(
+                "{} of prompts, {} generated",
+                grouped(self.prompt_tokens),
+                grouped(self.generated_tokens)
+            ),
+        );
+        let seconds = self.run.as_secs_f64();
+        let rate = |tokens: u64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
+        add(
+            "speed",
+            format!(
+                "{:.1} generated tokens/s, {:.1} tokens/s with prompts",
+                rate(self.generated_tokens),
+                rate(self.generated_tokens + self.prompt_tokens)
+            ),
+        );
+        add("time", format!("{seconds:.2} s, and {:.2} s to load the model", self.load.as_secs_f64()));
+        for (index, stage) in self.stages.iter().enumerate() {
+            let share =
+                |time: Duration| if seconds > 0.0 { 100.0 * time.as_secs_f64() / seconds } else { 0.0 };
+            let bubble = self.active.saturating_sub(stage.times.busy);
+            add(
+                &format!("stage {index}"),
+                format!(
+                    "{}: busy {:.1} %, bubble {:.1} %, {} micro-batches of {:.0} tokens",
+                    stage.name,
+                    share(stage.times.busy),
+                    share(bubble),
+                    grouped(stage.times.steps),
+                    stage.times.tokens as f64 / stage.times.steps.max(1) as f64,
+                ),
+            );
+        }
+        if let Some(stats) = self.scheduler.filter(|stats| stats.preemptions > 0) {
+            add(
+                "KV cache",
+                format!(
+                    "preempted {} times for want of pages, {} tokens computed again",
+                    grouped(stats.preemptions),
+                    grouped(stats.recomputed_tokens)
+                ),
+            );
+        }
+        if let Some(bytes) = self.peak_bytes {
+            add("memory", format!("{} MB at most", grouped(bytes / 1_000_000)));
+        }
+        for text in &self.overrides {
+            add("override", text.clone());
+        }
+        add("output", self.output.clone());
+        lines
+    }
+}

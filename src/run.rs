@@ -1,0 +1,263 @@
+//! `spanwise run`: a job from its file to its report.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use actors::{JobOptions, JobOutcome, JobProgress, Pipeline};
+use anyhow::{Context, Result};
+use configs::{JobFile, Loaded};
+use jobs::{
+    Counts, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions, NumericProfile, Preparer,
+    PromptOptions, Reader, RowOptions, SamplingOptions, Status, Timings, TokenTotals, Writer,
+};
+use serde_json::json;
+use stages::Model;
+
+use crate::cli::RunArgs;
+use crate::interrupt::{self, Interrupt};
+use crate::lower::{self, Lowered};
+use crate::progress::{self, Display, Watched};
+use crate::report::{Report, StageLine};
+use crate::{machine, print, say};
+
+/// A job that failed and can be run again, once what stopped it is out of the way.
+const EXIT_FAILED: u8 = 1;
+
+/// Runs a job.
+///
+/// # Errors
+/// What keeps the job from starting. A job that started ends with a report and an exit code.
+pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
+    let interrupt = Interrupt::listen();
+    let loaded = load_job_file(&args)?;
+    let job = &loaded.job;
+    let started = Instant::now();
+
+    let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
+    warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    let Lowered { options, notes } =
+        lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
+    let (text, reader) = open_input(job, &model, options.scheduler.context_tokens, args.limit)?;
+    text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
+    notes.iter().for_each(|note| say(&format!("note: {note}")));
+    let writer = Writer::create(&job.job.output, order(job.job.order), args.fresh)?;
+
+    let plan = plan(job, &options.stages);
+    let numeric_profile = lower::numeric_profile(&options);
+    let limits = options.scheduler.clone();
+    let pipeline = tokio::select! {
+        pipeline = actors::start(&model, options) => pipeline?,
+        () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
+    };
+    let load = started.elapsed();
+
+    let running = Running { started_at: unix_seconds(), load, began: Instant::now() };
+    let progress = Arc::new(JobProgress::default());
+    let watched = Watched {
+        progress: Arc::clone(&progress),
+        clock: Arc::clone(&pipeline.clock),
+        total_rows: progress::count_rows(&job.job.input, args.limit),
+    };
+    let display = Display::start(args.progress, watched);
+    let tokenizer = text.tokenizer().cloned();
+    let options = JobOptions { reader, writer, tokenizer, limits, progress: Arc::clone(&progress) };
+    let outcome = actors::run_job(&pipeline, options, interrupt.wait()).await?;
+    drop(display);
+
+    let ended = Ended {
+        loaded: &loaded,
+        model: &model,
+        pipeline: &pipeline,
+        plan,
+        numeric_profile,
+        running,
+        outcome,
+        progress,
+    };
+    ended.report().await
+}
+
+fn load_job_file(args: &RunArgs) -> Result<Loaded> {
+    // A variable that is not UTF-8 is none of ours.
+    let environment =
+        std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+    let folder = std::env::current_dir().context("find the working folder")?;
+    Ok(configs::load(&args.job, &args.sets, environment, &folder)?)
+}
+
+fn open_input(
+    job: &JobFile,
+    model: &Model,
+    context_tokens: usize,
+    limit: Option<u64>,
+) -> Result<(Arc<ModelText>, Reader)> {
+    let text = open_text(&job.model, model)?;
+    let prompt = job
+        .prompt
+        .as_ref()
+        .map(|prompt| PromptOptions { system: prompt.system.clone(), user: prompt.user.clone() });
+    let options = RowOptions {
+        model_identity: model.identity.clone(),
+        prompt,
+        sampling: sampling(&job.sampling),
+        seed: job.job.seed,
+        max_context_tokens: u32::try_from(context_tokens).context("the context is too long")?,
+    };
+    let preparer = Preparer::new(Arc::clone(&text), options)?;
+    Ok((text, Reader::open(&job.job.input, preparer, limit)?))
+}
+
+/// The textual side of a model, as of now.
+pub(crate) fn open_text(files: &configs::Model, model: &Model) -> Result<Arc<ModelText>> {
+    let options = ModelTextOptions {
+        vocab_size: model.config.dims.vocab,
+        eos_token_ids: model.config.eos_token_ids.clone(),
+        unix_seconds: unix_seconds(),
+    };
+    Ok(Arc::new(ModelText::open(&files.path, &options)?))
+}
+
+fn sampling(sampling: &configs::Sampling) -> SamplingOptions {
+    SamplingOptions {
+        temperature: sampling.temperature,
+        top_p: sampling.top_p,
+        top_k: sampling.top_k.map(i64::from),
+        min_p: sampling.min_p,
+        seed: sampling.seed,
+        max_tokens: sampling.max_tokens,
+        min_tokens: sampling.min_tokens,
+        stop: sampling.stop.clone(),
+        stop_token_ids: sampling.stop_token_ids.clone(),
+        ignore_eos: sampling.ignore_eos,
+    }
+}
+
+fn order(order: configs::Order) -> jobs::Order {
+    match order {
+        configs::Order::Input => jobs::Order::Input,
+        configs::Order::Completion => jobs::Order::Completion,
+    }
+}
+
+/// Which blocks run where, for the manifest.
+fn plan(job: &JobFile, stages: &[actors::StagePlacement]) -> serde_json::Value {
+    let stages: Vec<_> = (stages.iter().zip(&job.pipeline.devices))
+        .map(|(stage, device)| json!({"device": device, "blocks": [stage.span.start, stage.span.end]}))
+        .collect();
+    json!({ "stages": stages })
+}
+
+/// When a run began.
+struct Running {
+    started_at: u64,
+    load: Duration,
+    began: Instant,
+}
+
+/// A run that has come to its end, one way or another.
+struct Ended<'a> {
+    loaded: &'a Loaded,
+    model: &'a Model,
+    pipeline: &'a Pipeline,
+    plan: serde_json::Value,
+    numeric_profile: NumericProfile,
+    running: Running,
+    outcome: JobOutcome,
+    progress: Arc<JobProgress>,
+}
+
+impl Ended<'_> {
+    /// Writes the manifest, prints the report and chooses the exit code.
+    async fn report(self) -> Result<ExitCode> {
+        let run = self.running.began.elapsed();
+        let manifest = self.manifest(run);
+        let folder = &self.loaded.job.job.output;
+        manifest.write(folder)?;
+        let report = self.figures(&manifest, run).await;
+        report.lines().iter().for_each(|line| print(line));
+        if let Some(failure) = &self.outcome.failure {
+            say(&format!("error: the job stopped: {failure}"));
+            return Ok(ExitCode::from(EXIT_FAILED));
+        }
+        match self.outcome.was_interrupted {
+            true => Ok(ExitCode::from(interrupt::EXIT_CODE)),
+            false => Ok(ExitCode::SUCCESS),
+        }
+    }
+
+    fn manifest(&self, run: Duration) -> Manifest {
+        let JobFile { model, job, .. } = &self.loaded.job;
+        let written = self.outcome.written;
+        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let unread = || InputRecord { path: job.input.clone(), blake3: String::new(), bytes: 0, rows: 0 };
+        let input = self.outcome.input.clone().unwrap_or_else(unread);
+        Manifest {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            status: match (&self.outcome.failure, self.outcome.was_interrupted) {
+                (Some(_), _) => Status::Failed,
+                (None, true) => Status::Interrupted,
+                (None, false) => Status::Complete,
+            },
+            model: ModelRecord { path: model.path.clone(), identity: self.model.identity.clone() },
+            counts: Counts {
+                total: input.rows.max(written.output_lines + written.error_lines),
+                completed: written.output_lines,
+                failed: written.error_lines,
+            },
+            input,
+            config: self.config(),
+            plan: self.plan.clone(),
+            numeric_profile: self.numeric_profile.clone(),
+            tokens: TokenTotals {
+                prompt: count(&self.progress.prompt_tokens),
+                generated: count(&self.progress.generated_tokens),
+            },
+            timings: Timings {
+                started_at: self.running.started_at,
+                finished_at: unix_seconds(),
+                load_seconds: self.running.load.as_secs_f64(),
+                run_seconds: run.as_secs_f64(),
+            },
+        }
+    }
+
+    /// The job file as it took effect, and what was set from outside of it.
+    fn config(&self) -> serde_json::Value {
+        let mut config = json!(self.loaded.job);
+        config["overrides"] = json!(self.loaded.overrides);
+        config
+    }
+
+    async fn figures(&self, manifest: &Manifest, run: Duration) -> Report {
+        let JobFile { pipeline, job, .. } = &self.loaded.job;
+        let stages = (self.pipeline.stage_clocks.iter().zip(&pipeline.devices))
+            .zip(&self.pipeline.spans)
+            .map(|((clock, device), span)| StageLine {
+                name: format!("{device} blocks {span}"),
+                times: clock.read(),
+            })
+            .collect();
+        Report {
+            rows_completed: manifest.counts.completed,
+            rows_failed: manifest.counts.failed,
+            prompt_tokens: manifest.tokens.prompt,
+            generated_tokens: manifest.tokens.generated,
+            load: self.running.load,
+            run,
+            active: self.pipeline.clock.active(),
+            stages,
+            scheduler: self.pipeline.scheduler_stats().await,
+            peak_bytes: machine::peak_bytes(),
+            overrides: (self.loaded.overrides.iter())
+                .map(|set| format!("{} = {} ({})", set.key, set.value, set.source))
+                .collect(),
+            output: job.output.display().to_string(),
+        }
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

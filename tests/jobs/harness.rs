@@ -1,0 +1,243 @@
+//! Runs the program on a job in a folder of its own and reads what it wrote.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+/// A job under construction.
+pub(crate) struct Job {
+    folder: tempfile::TempDir,
+    model: PathBuf,
+    rows: Vec<String>,
+    sets: Vec<String>,
+    sections: String,
+    args: Vec<String>,
+}
+
+/// What a job left behind.
+pub(crate) struct Done {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) folder: tempfile::TempDir,
+}
+
+impl Job {
+    /// A job on a model of `cargo fixtures`.
+    pub(crate) fn on(fixture: &str) -> Self {
+        Self::on_model(&self::fixture(fixture))
+    }
+
+    /// A job on a model directory.
+    pub(crate) fn on_model(model: &Path) -> Self {
+        Job {
+            folder: tempfile::tempdir().expect("a temporary folder"),
+            model: model.to_owned(),
+            rows: Vec::new(),
+            sets: Vec::new(),
+            sections: String::new(),
+            args: Vec::new(),
+        }
+    }
+
+    /// Adds a raw input line.
+    pub(crate) fn line(mut self, line: impl Into<String>) -> Self {
+        self.rows.push(line.into());
+        self
+    }
+
+    /// Adds a completions row.
+    pub(crate) fn completion(self, custom_id: &str, body: Value) -> Self {
+        self.line(batch_line(custom_id, "/v1/completions", &body))
+    }
+
+    /// Adds a chat row.
+    pub(crate) fn chat(self, custom_id: &str, body: Value) -> Self {
+        self.line(batch_line(custom_id, "/v1/chat/completions", &body))
+    }
+
+    /// Adds many lines.
+    pub(crate) fn lines(mut self, lines: impl IntoIterator<Item = String>) -> Self {
+        self.rows.extend(lines);
+        self
+    }
+
+    /// Sets a key, as `--set` does.
+    pub(crate) fn set(mut self, assignment: impl Into<String>) -> Self {
+        self.sets.push(assignment.into());
+        self
+    }
+
+    /// Adds TOML to the job file.
+    pub(crate) fn toml(mut self, text: &str) -> Self {
+        self.sections.push_str(text);
+        self
+    }
+
+    /// Adds an argument of `spanwise run`.
+    pub(crate) fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.to_owned());
+        self
+    }
+
+    /// Writes the job's files and returns its command, not yet started.
+    pub(crate) fn command(&self) -> Command {
+        let root = self.folder.path();
+        std::fs::write(root.join("input.jsonl"), self.rows.join("\n") + "\n").expect("write the input");
+        let toml = format!(
+            "[model]\npath = {:?}\n[job]\ninput = \"input.jsonl\"\noutput = \"out\"\n{}",
+            self.model, self.sections
+        );
+        std::fs::write(root.join("job.toml"), toml).expect("write the job file");
+        let mut command = spanwise();
+        command.arg("run").arg(root.join("job.toml")).args(["--progress", "none"]);
+        for set in &self.sets {
+            command.args(["--set", set]);
+        }
+        command.args(&self.args);
+        command
+    }
+
+    /// The folder that the job writes to.
+    pub(crate) fn out(&self) -> PathBuf {
+        self.folder.path().join("out")
+    }
+
+    /// Runs the job to its end.
+    pub(crate) fn run(self) -> Done {
+        let Output { status, stdout, stderr } = self.command().output().expect("start spanwise");
+        Done {
+            code: status.code(),
+            stdout: String::from_utf8_lossy(&stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+            folder: self.folder,
+        }
+    }
+}
+
+impl Done {
+    /// Insists that the job was done.
+    #[track_caller]
+    pub(crate) fn ok(self) -> Self {
+        assert_eq!(self.code, Some(0), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// The text of an output file.
+    pub(crate) fn text(&self, file: &str) -> String {
+        std::fs::read_to_string(self.folder.path().join("out").join(file)).unwrap_or_default()
+    }
+
+    /// The lines of an output file.
+    pub(crate) fn lines(&self, file: &str) -> Vec<Value> {
+        self.text(file).lines().map(|line| serde_json::from_str(line).expect("a line is JSON")).collect()
+    }
+
+    /// Bodies of output.jsonl by custom_id.
+    #[track_caller]
+    pub(crate) fn bodies(&self) -> BTreeMap<String, Value> {
+        let mut bodies = BTreeMap::new();
+        for line in self.lines("output.jsonl") {
+            let id = line["custom_id"].as_str().expect("custom_id").to_owned();
+            assert!(bodies.insert(id, line["response"]["body"].clone()).is_none(), "{line} is there twice");
+        }
+        bodies
+    }
+
+    /// The one choice of a row.
+    #[track_caller]
+    pub(crate) fn choice(&self, custom_id: &str) -> Value {
+        let bodies = self.bodies();
+        let body = bodies.get(custom_id).unwrap_or_else(|| {
+            panic!(
+                "no line for {custom_id}; errors:\n{}\nstderr:\n{}",
+                self.text("errors.jsonl"),
+                self.stderr
+            )
+        });
+        body["choices"][0].clone()
+    }
+
+    /// All lines of both files without `created`, sorted: what must not depend on how a job was run.
+    pub(crate) fn sorted_lines(&self) -> Vec<String> {
+        let mut lines: Vec<String> = (["output.jsonl", "errors.jsonl"].iter())
+            .flat_map(|file| self.text(file).lines().map(without_created).collect::<Vec<_>>())
+            .collect();
+        lines.sort();
+        lines
+    }
+}
+
+/// Cuts `"created":123,` out of a line, byte for byte.
+fn without_created(line: &str) -> String {
+    let Some(start) = line.find("\"created\":") else { return line.to_owned() };
+    let end = start + line[start..].find(',').expect("created is not the last key") + 1;
+    format!("{}{}", &line[..start], &line[end..])
+}
+
+/// The program under test.
+pub(crate) fn spanwise() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spanwise"));
+    // No variable of whoever runs the tests may reach a job.
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("SPANWISE")) {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// A batch line.
+pub(crate) fn batch_line(custom_id: &str, url: &str, body: &Value) -> String {
+    json!({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).to_string()
+}
+
+/// A model made by `cargo fixtures`.
+#[track_caller]
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    existing(&root().join("target/fixtures").join(name), "cargo fixtures")
+}
+
+/// SmolLM2-135M-Instruct as a Hugging Face directory.
+#[track_caller]
+pub(crate) fn smollm2() -> PathBuf {
+    existing(&root().join("models/smollm2-135m"), "cargo xtask smollm2")
+}
+
+#[track_caller]
+fn existing(path: &Path, maker: &str) -> PathBuf {
+    assert!(path.join("config.json").is_file(), "{} is missing: run `{maker}` first", path.display());
+    path.to_owned()
+}
+
+/// The repository.
+pub(crate) fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A JSON file.
+#[track_caller]
+pub(crate) fn read_json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()));
+    serde_json::from_str(&text).expect("the file is JSON")
+}
+
+/// SIMD levels that this processor has, and the plain loops.
+pub(crate) fn levels() -> Vec<&'static str> {
+    let mut levels = vec!["reference", "portable"];
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        levels.push("avx2");
+    }
+    if std::arch::is_x86_feature_detected!("avx512bf16") && std::arch::is_x86_feature_detected!("avx512vl") {
+        levels.push("avx512");
+    }
+    levels
+}
+
+/// The devices of a pipeline of so many stages.
+pub(crate) fn devices(stages: usize) -> String {
+    let names: Vec<String> = (0..stages).map(|stage| format!("\"cpu:{}\"", stage % 2)).collect();
+    let mut names = names;
+    names.sort();
+    format!("pipeline.devices=[{}]", names.join(", "))
+}

@@ -1,0 +1,134 @@
+//! The numbers are right: prompt log-probabilities through `echo`, against the independent reference.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Job, devices, fixture, levels, read_json, root};
+
+/// f32 against f64. A logit is a sum of some hundred products of numbers near 1, each rounded to 2^-24, a
+/// dozen blocks deep; the issue that asked for this set the bound.
+const F32_BOUND: f64 = 1e-4;
+
+/// bf16 against f64 on models of at most 12 blocks whose logits have a standard deviation of 1: a rounding
+/// to 8 bits is off by up to 2^-9 = 0.2 %, some 60 of them (five operands a block) add up like a random
+/// walk to about 1.5 % of a deviation, and the largest of a few thousand such errors is about five times
+/// that.
+const BF16_BOUND: f64 = 0.08;
+
+/// All models of `cargo fixtures` with a reference beside them.
+const MODELS: [&str; 21] = [
+    "attention-only-last",
+    "deci-7b",
+    "deci-7b-as-blocks",
+    "dynamic-rope",
+    "empty-first",
+    "hetero-0-bf16",
+    "hetero-0-f32",
+    "hetero-1-bf16",
+    "hetero-2-f32",
+    "linear-first",
+    "linear-last",
+    "linear-rope",
+    "llama",
+    "llama-f16",
+    "llama-tied",
+    "no-attention-anywhere",
+    "no-attention-first-empty-last",
+    "odd-shapes",
+    "rope-none",
+    "sharded",
+    "tied",
+];
+
+/// Largest difference of a prompt token's log-probability, and of those of the most likely tokens, from a
+/// reference file's.
+fn largest_difference(model: &str, reference: &Value, sets: &[&str]) -> f64 {
+    let prompts = reference["prompts"].as_array().expect("prompts");
+    let mut job = Job::on(model);
+    for set in sets {
+        job = job.set(*set);
+    }
+    for (i, prompt) in prompts.iter().enumerate() {
+        let body = json!({"prompt": prompt["ids"], "max_tokens": 0, "echo": true, "logprobs": 1});
+        job = job.completion(&format!("prompt-{i}"), body);
+    }
+    let done = job.run().ok();
+    let mut largest = 0.0f64;
+    for (i, prompt) in prompts.iter().enumerate() {
+        let logprobs = &done.choice(&format!("prompt-{i}"))["logprobs"];
+        let found = logprobs["token_logprobs"].as_array().expect("token_logprobs");
+        let expected = prompt["token_logprobs"].as_array().expect("reference");
+        assert_eq!(found.len(), expected.len());
+        assert!(found[0].is_null() && expected[0].is_null());
+        for position in 1..found.len() {
+            let (found, expected) = (number(&found[position]), number(&expected[position]));
+            largest = largest.max((found - expected).abs());
+            if let Some(top) = prompt["top_logprobs"][position][0][1].as_f64() {
+                // The most likely token's figure; which token it is may differ where two are close.
+                let map = logprobs["top_logprobs"][position].as_object().expect("top_logprobs");
+                let best = map.values().map(number).fold(f64::NEG_INFINITY, f64::max);
+                largest = largest.max((best - top).abs());
+            }
+        }
+    }
+    largest
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+#[track_caller]
+fn assert_agrees(model: &str, level: &str, dtype: &str, stages: usize, bound: f64) {
+    let reference = read_json(&fixture(model).join("reference.json"));
+    let simd = format!("pipeline.simd={level}");
+    let dtype_set = format!("model.dtype={dtype}");
+    let difference = largest_difference(model, &reference, &[&simd, &dtype_set, &devices(stages)]);
+    assert!(difference <= bound, "{model} on {level} in {dtype}, {stages} stages: off by {difference:.2e}");
+}
+
+#[test]
+fn every_model_agrees_with_the_reference_in_f32_on_every_level() {
+    for model in MODELS {
+        for level in levels() {
+            assert_agrees(model, level, "f32", 1, F32_BOUND);
+        }
+    }
+}
+
+#[test]
+fn every_model_agrees_with_the_reference_in_f32_over_two_stages() {
+    for model in MODELS {
+        assert_agrees(model, "auto", "f32", 2, F32_BOUND);
+        assert_agrees(model, "reference", "f32", 2, F32_BOUND);
+    }
+}
+
+#[test]
+fn every_model_stays_within_the_bf16_bound_on_every_level() {
+    for model in MODELS {
+        for level in levels() {
+            assert_agrees(model, level, "bf16", 1, BF16_BOUND);
+        }
+        assert_agrees(model, "auto", "bf16", 2, BF16_BOUND);
+    }
+}
+
+#[test]
+fn scaled_ropes_agree_with_transformers() {
+    for golden in ["linear_rope", "llama3_rope"] {
+        let golden = read_json(&root().join(format!("tests/golden/{golden}.json")));
+        let model = golden["fixture"].as_str().expect("fixture");
+        let difference = largest_difference(model, &golden, &["model.dtype=f32"]);
+        assert!(difference <= F32_BOUND, "{model}: off by {difference:.2e}");
+    }
+}
+
+#[test]
+fn the_form_of_decilm_7b_is_the_same_model_as_its_block_configs() {
+    let answer = |model: &str| {
+        let body = json!({"prompt": [5, 17, 300, 42, 9], "max_tokens": 24, "temperature": 0, "ignore_eos": true,
+                          "return_token_ids": true});
+        Job::on(model).completion("row", body).run().ok().choice("row")["token_ids"].clone()
+    };
+    assert_eq!(answer("deci-7b"), answer("deci-7b-as-blocks"));
+}

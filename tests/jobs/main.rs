@@ -1,0 +1,13 @@
+//! Whole jobs through the binary, as a user runs them.
+//!
+//! The models are made by `cargo fixtures`, with their reference figures beside them; a test that finds
+//! none says so and fails.
+#![forbid(unsafe_code)]
+
+mod commands;
+mod harness;
+mod logits;
+mod refusals;
+mod sameness;
+mod sampling;
+mod smollm2;

@@ -1,0 +1,182 @@
+//! What a body asks for is what its row gets.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Job, fixture, read_json};
+
+const MODEL: &str = "hetero-0-bf16";
+
+fn ask(body: Value) -> Value {
+    Job::on(MODEL).completion("row", body).run().ok().bodies()["row"].clone()
+}
+
+fn text(body: &Value) -> &str {
+    body["choices"][0]["text"].as_str().expect("text")
+}
+
+#[test]
+fn max_tokens_ends_a_row_with_length() {
+    let body = ask(json!({"prompt": "hello world", "max_tokens": 7, "temperature": 0, "ignore_eos": true}));
+    assert_eq!(body["usage"]["completion_tokens"], 7);
+    assert_eq!(body["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_it_and_usage_counts_all_tokens() {
+    let free = ask(json!({"prompt": "hello", "max_tokens": 40, "temperature": 0, "ignore_eos": true}));
+    let whole = text(&free);
+    // Two characters from the middle, so that the match may lie across a token's border.
+    let chars: Vec<char> = whole.chars().collect();
+    let stop: String = chars[chars.len() / 2..chars.len() / 2 + 2].iter().collect();
+    let body =
+        ask(json!({"prompt": "hello", "max_tokens": 40, "temperature": 0, "ignore_eos": true, "stop": stop}));
+    assert_eq!(text(&body), &whole[..whole.find(&stop).unwrap()]);
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
+    let tokens = body["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!((1..=40).contains(&tokens), "{tokens} tokens");
+}
+
+#[test]
+fn stop_token_ids_and_min_tokens_work_together() {
+    let ask = |extra: Value| {
+        let mut body = json!({"prompt": "hello", "max_tokens": 30, "temperature": 0, "ignore_eos": true,
+                              "return_token_ids": true});
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        ask(body)["choices"][0].clone()
+    };
+    let free: Vec<u64> = ids(&ask(json!({})));
+    let stop = free[3];
+    let first = free.iter().position(|&id| id == stop).unwrap();
+    let stopped = ask(json!({"stop_token_ids": [stop]}));
+    assert_eq!(ids(&stopped), free[..=first]);
+    assert_eq!(stopped["finish_reason"], "stop");
+    let delayed = ask(json!({"stop_token_ids": [stop], "min_tokens": 10}));
+    assert!(ids(&delayed).len() >= 10);
+    assert!(!ids(&delayed)[..10].contains(&stop), "a stop token cannot be drawn before min_tokens");
+}
+
+fn ids(choice: &Value) -> Vec<u64> {
+    choice["token_ids"].as_array().expect("token_ids").iter().map(|id| id.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn equal_seeds_draw_alike_and_others_do_not() {
+    let draw = |seed: u64| {
+        text(&ask(json!({"prompt": "hello", "max_tokens": 30, "temperature": 1, "seed": seed}))).to_owned()
+    };
+    assert_eq!(draw(5), draw(5));
+    assert_ne!(draw(5), draw(6));
+}
+
+#[test]
+fn the_job_s_sampling_stands_behind_the_body_and_before_the_defaults() {
+    let run = |body: Value| {
+        let body = Job::on(MODEL)
+            .toml("[sampling]\nmax_tokens = 5\ntemperature = 0\nignore_eos = true\n")
+            .completion("row", body)
+            .run()
+            .ok()
+            .bodies()["row"]
+            .clone();
+        body["usage"]["completion_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(run(json!({"prompt": "hello"})), 5);
+    assert_eq!(run(json!({"prompt": "hello", "max_tokens": 3})), 3);
+}
+
+#[test]
+fn logprobs_of_generated_tokens_are_those_of_the_same_text_scored() {
+    let body = ask(json!({"prompt": [9, 300, 17], "max_tokens": 12, "temperature": 0, "ignore_eos": true,
+                          "logprobs": 2, "return_token_ids": true}));
+    let generated = &body["choices"][0];
+    let mut all = vec![9, 300, 17];
+    all.extend(ids(generated));
+    let scored = ask(json!({"prompt": all, "max_tokens": 0, "echo": true, "logprobs": 2}));
+    let scores = scored["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap()[3..].to_vec();
+    assert_eq!(generated["logprobs"]["token_logprobs"].as_array().unwrap(), &scores);
+}
+
+#[test]
+fn a_greedy_token_is_the_most_likely_one() {
+    let body = ask(json!({"prompt": "hello", "max_tokens": 10, "temperature": 0, "logprobs": 1}));
+    let logprobs = &body["choices"][0]["logprobs"];
+    for (token, top) in logprobs["token_logprobs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(logprobs["top_logprobs"].as_array().unwrap())
+    {
+        assert_eq!(top.as_object().unwrap().values().next().unwrap(), token);
+    }
+}
+
+#[test]
+fn a_model_without_tokenizer_takes_and_returns_token_ids() {
+    let bare = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture(MODEL).join(file), bare.path().join(file)).unwrap();
+    }
+    let body = json!({"prompt": [9, 300, 17], "max_tokens": 6, "temperature": 0, "ignore_eos": true});
+    let done = Job::on_model(bare.path())
+        .completion("ids", body.clone())
+        .completion("text", json!({"prompt": "hello"}))
+        .run()
+        .ok();
+    let mut with_text = body;
+    with_text["return_token_ids"] = json!(true);
+    assert_eq!(ids(&done.choice("ids")), ids(&ask(with_text)["choices"][0]));
+    assert_eq!(done.lines("errors.jsonl").len(), 1);
+}
+
+#[test]
+fn random_weights_need_a_config_alone_and_are_the_same_each_time() {
+    let bare = tempfile::tempdir().unwrap();
+    std::fs::copy(fixture(MODEL).join("config.json"), bare.path().join("config.json")).unwrap();
+    let run = |stages: usize| {
+        let body = json!({"prompt": [9, 300, 17], "max_tokens": 6, "temperature": 0, "ignore_eos": true});
+        let job =
+            Job::on_model(bare.path()).set("model.random_weights=true").set(crate::harness::devices(stages));
+        ids(&job.completion("row", body).run().ok().choice("row"))
+    };
+    assert_eq!(run(1), run(2));
+}
+
+#[test]
+fn plain_rows_go_through_the_job_s_prompt_template() {
+    let done = Job::on(MODEL)
+        .toml("[prompt]\nsystem = \"be short\"\nuser = \"What is {{ a }} plus {{ b }}?\"\n[sampling]\nmax_tokens = 4\n")
+        .line(r#"{"id": 7, "a": 1, "b": 2}"#)
+        .line(r#"{"a": 3, "b": 4}"#)
+        .line(r#"{"a": 3, "b": 4}"#)
+        .line(r#"{"id": "lacks-b", "a": 3}"#)
+        .run()
+        .ok();
+    let ids: Vec<String> = done
+        .lines("output.jsonl")
+        .iter()
+        .map(|line| line["custom_id"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(ids.len(), 3);
+    assert_eq!(ids[0], "7");
+    assert!(ids[1].starts_with("row-") && ids[2].starts_with("row-") && ids[1] != ids[2], "{ids:?}");
+    let error = &done.lines("errors.jsonl")[0];
+    assert_eq!(error["custom_id"], "lacks-b");
+    assert!(error.to_string().contains('b'), "{error}");
+}
+
+#[test]
+fn the_manifest_says_what_was_run() {
+    let done = Job::on(MODEL)
+        .completion("row", json!({"prompt": "hello", "max_tokens": 3, "ignore_eos": true}))
+        .line("not json")
+        .set("job.seed=11")
+        .run()
+        .ok();
+    let manifest = read_json(&done.folder.path().join("out/manifest.json"));
+    assert_eq!(manifest["status"], "complete");
+    assert_eq!(manifest["counts"], json!({"total": 2, "completed": 1, "failed": 1}));
+    assert_eq!(manifest["tokens"]["generated"], 3);
+    assert_eq!(manifest["config"]["job"]["seed"], 11);
+    assert!(manifest["model"]["identity"].as_str().unwrap().len() >= 32);
+    assert!(manifest["numeric_profile"]["simd"].is_string());
+}

@@ -133,8 +133,10 @@ impl<'a, const N: usize> Product<'a, N> {
 
     /// What tile `place` of the `places` that sweep over `b` shall prefetch: address and groups per KR terms.
     ///
-    /// The first tiles of a sweep bring in the weights of the next one. A single tile instead runs ahead of
-    /// itself.
+    /// The first tiles of a sweep bring in the weights of the next one, which takes the time of memory off
+    /// that of the products. A single tile is left to the processor's own prefetching: it reads straight
+    /// on, and hints of ours take the places that its own would have (measured: 60 % of the bandwidth for 4
+    /// rows against 95 %).
     fn prefetch(
         &self,
         b: *const u8,
@@ -145,7 +147,7 @@ impl<'a, const N: usize> Product<'a, N> {
     ) -> (*const u8, usize) {
         let step_groups = KR * dtype_bytes(self.x.dtype()) * NR / GROUP_BYTES;
         if places == 1 {
-            return (b.wrapping_add(PREFETCH_AHEAD_BYTES), step_groups);
+            return (b, 0);
         }
         let groups = step_groups.div_ceil(places);
         match next {
@@ -171,9 +173,6 @@ impl<'a, const N: usize> Product<'a, N> {
         self.weights[0].rows().min(cols.end).saturating_sub(cols.start)
     }
 }
-
-/// How far a single tile runs ahead of itself: at 40 GB/s, 4 KiB are the 100 ns that memory takes.
-const PREFETCH_AHEAD_BYTES: usize = 4096;
 
 impl Product<'_, 1> {
     /// `out = x · wᵀ`, or `out += x · wᵀ`; `out: [rows, n]`.

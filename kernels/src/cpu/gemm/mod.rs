@@ -1,6 +1,7 @@
 //! Matrix products of activations with packed weights.
 //!
-//! * `operand`: x, row-major, in the number type of the product; `pack`: w, in panels;
+//! * `operand`: x, row-major, in the number type of the product; `pack`: w, in panels, in the
+//!   memory of `arena`;
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool;
 //! * `tile`: what a SIMD level computes in registers; `avx512`, `avx2`, `portable` (`narrow` serves the
 //!   latter two).
@@ -11,6 +12,7 @@
 //!
 //! Shapes are the caller's to check; here they are asserted at most.
 
+mod arena;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -9,6 +9,7 @@
 //! Either way a panel is made of groups of 256 bytes. K is padded with zeros to a multiple of [`KR`], and
 //! the last panel with zero columns; both add nothing to any sum.
 
+use super::arena::Piece;
 use super::operand::dtype_bytes;
 use super::round::{bf16_to_f32, f32_to_bf16};
 use super::tile::{KR, NR};
@@ -16,15 +17,13 @@ use crate::backend::{Dtype, TensorView, ViewDtype};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
 use crate::error::{Error, Result};
-use memmap2::MmapMut;
 
 /// A weight matrix `[n, k]` in panels.
 pub(crate) struct PackedMatrix {
     rows: usize,
     cols: usize,
     dtype: Dtype,
-    /// Anonymous memory: zero until written, aligned to pages, and huge pages where the system gives them.
-    panels: MmapMut,
+    panels: Piece,
 }
 
 impl PackedMatrix {
@@ -33,18 +32,13 @@ impl PackedMatrix {
         check::view("matrix", &view)?;
         let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), panel_bytes(view.cols, dtype));
         let bytes = num_panels * panel_bytes;
-        let mut panels = MmapMut::map_anon(bytes.max(1))
+        let mut panels = Piece::new(bytes)
             .map_err(|e| Error::Unsupported(format!("allocate {bytes} bytes for a weight matrix: {e}")))?;
-        #[cfg(target_os = "linux")]
-        if bytes >= HUGE_PAGE_BYTES {
-            // A wish: without huge pages the products are the same.
-            panels.advise(memmap2::Advice::HugePage).ok();
-        }
         if bytes > 0 {
             let base = Panels(panels.as_mut_ptr());
             pool.for_each(num_panels, |panel| {
-                // SAFETY: every panel is one task's alone, lies inside the mapping, is aligned to a page's
-                // fraction of 256 bytes, and any bytes are valid numbers.
+                // SAFETY: every panel is one task's alone, lies inside the mapping, is aligned to its
+                // groups of 256 bytes, and any bytes are valid numbers.
                 let out = unsafe {
                     std::slice::from_raw_parts_mut(
                         base.start(panel * panel_bytes).cast::<u32>(),
@@ -81,7 +75,7 @@ impl PackedMatrix {
     pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
         let panel_bytes = panel_bytes(self.cols, self.dtype);
-        let panel = &self.panels[row / NR * panel_bytes..][..panel_bytes];
+        let panel = &self.panels.bytes()[row / NR * panel_bytes..][..panel_bytes];
         let words = panel.as_chunks().0.iter().map(|&bytes| u32::from_ne_bytes(bytes));
         let column = words.skip(row % NR).step_by(NR);
         match self.dtype {
@@ -105,10 +99,6 @@ impl PackedMatrix {
         panel_bytes(self.cols, self.dtype)
     }
 }
-
-/// The size of a huge page on x86-64; smaller matrices cannot fill one.
-#[cfg(target_os = "linux")]
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Bytes of a panel over `cols` columns.
 fn panel_bytes(cols: usize, dtype: Dtype) -> usize {

@@ -28,7 +28,8 @@ const MIN_BLOCK_TILES: usize = 16;
 pub(super) const GROUP_TILES: usize = 8;
 
 /// Units for every thread below which panels are cut to pieces: what one thread may have to wait for
-/// another is then an eighth.
+/// another is then an eighth. Not for a single tile, which waits for memory: the processor would prefetch
+/// the lines of the other piece along with its own (measured: half the bandwidth).
 const MIN_UNITS_PER_THREAD: usize = 8;
 
 /// Multiplications that are worth another thread: some 2 µs of one core, the cost of a region. Rows count
@@ -94,6 +95,7 @@ impl Plan {
         let num_shares = num_threads.min(1 + products / MIN_PRODUCTS_PER_THREAD);
         let mut piece_cols = NR;
         while num_shares > 1
+            && num_tiles > 1
             && piece_cols > PIECE_COLS
             && num_groups * num_panels * (NR / piece_cols) < MIN_UNITS_PER_THREAD * num_shares
         {
@@ -202,9 +204,12 @@ mod tests {
 
     #[test]
     fn a_narrow_product_is_cut_fine_enough_for_two_threads() {
-        // SmolLM2's q projection for 4 rows: 9 panels would be 5 against 4.
-        let plan = Plan::new(Shape { rows: 4, n: 576, k: 576, dtype_bytes: 2, num_matrices: 1 }, 2);
+        // SmolLM2's k projection for 16 rows: 3 panels times 3 tiles would be 5 units against 4.
+        let plan = Plan::new(Shape { rows: 16, n: 192, k: 576, dtype_bytes: 2, num_matrices: 1 }, 2);
         assert_eq!(plan.num_units(), 18);
+        // A single tile reads its panels whole.
+        let plan = Plan::new(Shape { rows: 4, n: 192, k: 576, dtype_bytes: 2, num_matrices: 1 }, 2);
+        assert_eq!(plan.num_units(), 3);
         // A tiny one is not worth a second thread.
         let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, dtype_bytes: 2, num_matrices: 1 }, 2);
         assert_eq!(plan.num_shares, 1);

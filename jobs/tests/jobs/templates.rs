@@ -75,6 +75,27 @@ fn templates_find_what_transformers_offers_them() {
 }
 
 #[test]
+fn constructs_that_well_known_templates_use() {
+    let prompt = |template: &str| prompt(template, &[("system", "s"), ("user", "u")]).unwrap();
+    let date = "{%- if not date_string is defined %}{%- if strftime_now is defined %}\
+        {%- set date_string = strftime_now(\"%d %b %Y\") %}{%- else %}{%- set date_string = \"26 Jul 2024\" %}\
+        {%- endif %}{%- endif %}{{- \"Today Date: \" + date_string }}";
+    assert_eq!(prompt(date), "Today Date: 01 Mar 2026"); // Llama 3.1
+    let last_user = "{%- set ns = namespace(multi_step=true, last=messages|length - 1) %}\
+        {%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}\
+        {%- if ns.multi_step and message.role == \"user\" and message.content is string \
+        and not(message.content.startswith('<tool>')) %}{%- set ns.multi_step = false %}{%- set ns.last = index %}\
+        {%- endif %}{%- endfor %}{{- ns.last }}";
+    assert_eq!(prompt(last_user), "1"); // Qwen 3
+    let first = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}default{% endif %}\
+        {{'<' + message['role'] + '>\\n'}}{% endfor %}";
+    assert_eq!(prompt(first), "<system>\n<user>\n"); // SmolLM2
+    let macros = "{%- macro say(m) -%}{{ m.role|title }}: {{ m['content'] }}{%- endmacro -%}\
+        {%- for m in messages if m.role != 'system' -%}{{ say(m) }}{%- if not loop.last %}{% break %}{% endif -%}{%- endfor -%}";
+    assert_eq!(prompt(macros), "User: u"); // Those with tools
+}
+
+#[test]
 fn what_a_template_raises_is_the_rows_error() {
     let template = "{{ raise_exception('only ' ~ messages | length ~ ' message') }}";
     assert_eq!(prompt(template, &[("user", "x")]).unwrap_err(), "messages: chat template: only 1 message");

@@ -1,7 +1,8 @@
-//! The tile in AVX2 with FMA: pieces of 6 rows and 16 columns.
+//! The tile in AVX2 with FMA.
 //!
 //! Sixteen registers hold 6 · 2 sums, 2 of weights and 1 of x; 12 independent sums fill two units with a
-//! latency of 4 to 5 cycles. A bf16 pair is two terms, the even k first.
+//! latency of 4 to 5 cycles. One row or two take wider pieces, to have 8 sums and to read whole lines. A
+//! bf16 pair is two terms, the even k first.
 
 use super::narrow::in_pieces;
 use super::tile::{GROUP_BYTES, KR, Tile};
@@ -9,19 +10,31 @@ use crate::backend::Dtype;
 use crate::cpu::exp::avx2::exp_ps;
 use std::arch::x86_64::*;
 
-/// Calls `$micro::<rows>` for a tile's rows.
+/// Calls `$micro::<rows, registers of columns>` for a piece's shape.
 macro_rules! dispatch {
     ($tile:expr, $micro:ident) => {
-        match $tile.rows {
-            1 => $micro::<1>($tile),
-            2 => $micro::<2>($tile),
-            3 => $micro::<3>($tile),
-            4 => $micro::<4>($tile),
-            5 => $micro::<5>($tile),
-            6 => $micro::<6>($tile),
-            rows => unreachable!("a tile of {rows} rows"),
+        match ($tile.rows, $tile.cols) {
+            (1, 64) => $micro::<1, 8>($tile),
+            (1, 32) => $micro::<1, 4>($tile),
+            (1, 16) => $micro::<1, 2>($tile),
+            (2, 32) => $micro::<2, 4>($tile),
+            (2, 16) => $micro::<2, 2>($tile),
+            (3, 16) => $micro::<3, 2>($tile),
+            (4, 16) => $micro::<4, 2>($tile),
+            (5, 16) => $micro::<5, 2>($tile),
+            (6, 16) => $micro::<6, 2>($tile),
+            (rows, cols) => unreachable!("a piece of {rows} x {cols}"),
         }
     };
+}
+
+/// Columns of a piece of so many rows.
+fn width(rows: usize) -> usize {
+    match rows {
+        1 => 64,
+        2 => 32,
+        _ => 16,
+    }
 }
 
 /// A bf16 tile.
@@ -30,7 +43,7 @@ macro_rules! dispatch {
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_bf16(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads bf16 panels.
-    unsafe { in_pieces(tile, Dtype::Bf16, piece_bf16) }
+    unsafe { in_pieces(tile, Dtype::Bf16, width(tile.rows), piece_bf16) }
 }
 
 /// An f32 tile.
@@ -39,7 +52,7 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_f32(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads f32 panels.
-    unsafe { in_pieces(tile, Dtype::F32, piece_f32) }
+    unsafe { in_pieces(tile, Dtype::F32, width(tile.rows), piece_f32) }
 }
 
 unsafe fn piece_bf16(tile: &Tile) {
@@ -53,21 +66,26 @@ unsafe fn piece_f32(tile: &Tile) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn micro_bf16<const R: usize>(tile: &Tile) {
+unsafe fn micro_bf16<const R: usize, const V: usize>(tile: &Tile) {
     let odd_half = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-    // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, 16 columns and `k` terms, of which
-    // there are a multiple of KR = 8: four groups of two.
+    // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, `8 * V` columns and `k` terms, of
+    // which there are a multiple of KR = 8: four groups of two.
     unsafe {
-        let mut sums = load_sums::<R>(tile);
+        let mut sums = load_sums::<R, V>(tile);
         let (mut a, mut b, mut prefetch) = (tile.a, tile.b, tile.prefetch);
         for _ in 0..tile.k / KR {
-            prefetch = prefetch_groups(prefetch, tile.prefetch_groups);
+            prefetch = prefetch_groups::<V>(prefetch, tile.prefetch_groups);
             for pair in 0..KR / 2 {
                 let words = b.add(pair * GROUP_BYTES).cast::<__m256i>();
-                let words = [_mm256_load_si256(words), _mm256_load_si256(words.add(1))];
-                let even = words.map(|w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w)));
+                let even = std::array::from_fn(|v| {
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_load_si256(words.add(v))))
+                });
                 accumulate(&mut sums, even, a.add(pair * 8), tile.a_stride);
-                let odd = words.map(|w| _mm256_castsi256_ps(_mm256_and_si256(w, odd_half)));
+                // Volatile, so that the words are read again instead of kept: with 6 rows they would be one
+                // register too many, and sums would go to memory.
+                let odd = std::array::from_fn(|v| {
+                    _mm256_castsi256_ps(_mm256_and_si256(words.add(v).read_volatile(), odd_half))
+                });
                 accumulate(&mut sums, odd, a.add(pair * 8 + 4), tile.a_stride);
             }
             a = a.add(KR * 4);
@@ -78,16 +96,16 @@ unsafe fn micro_bf16<const R: usize>(tile: &Tile) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn micro_f32<const R: usize>(tile: &Tile) {
+unsafe fn micro_f32<const R: usize, const V: usize>(tile: &Tile) {
     // SAFETY: as in `micro_bf16`, with KR = 8 groups of one term.
     unsafe {
-        let mut sums = load_sums::<R>(tile);
+        let mut sums = load_sums::<R, V>(tile);
         let (mut a, mut b, mut prefetch) = (tile.a, tile.b, tile.prefetch);
         for _ in 0..tile.k / KR {
-            prefetch = prefetch_groups(prefetch, tile.prefetch_groups);
+            prefetch = prefetch_groups::<V>(prefetch, tile.prefetch_groups);
             for k in 0..KR {
                 let w = b.add(k * GROUP_BYTES).cast::<f32>();
-                let w = [_mm256_load_ps(w), _mm256_load_ps(w.add(8))];
+                let w = std::array::from_fn(|v| _mm256_load_ps(w.add(v * 8)));
                 accumulate(&mut sums, w, a.add(k * 4), tile.a_stride);
             }
             a = a.add(KR * 4);
@@ -103,27 +121,29 @@ unsafe fn micro_f32<const R: usize>(tile: &Tile) {
 /// `a` is valid for R rows.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn accumulate<const R: usize>(
-    sums: &mut [[__m256; 2]; R],
-    w: [__m256; 2],
+unsafe fn accumulate<const R: usize, const V: usize>(
+    sums: &mut [[__m256; V]; R],
+    w: [__m256; V],
     a: *const u8,
     stride: usize,
 ) {
     for (r, sums) in sums.iter_mut().enumerate() {
         // SAFETY: the caller vouches for R rows.
         let x = unsafe { _mm256_broadcast_ss(&*a.add(r * stride).cast::<f32>()) };
-        for v in 0..2 {
+        for v in 0..V {
             sums[v] = _mm256_fmadd_ps(w[v], x, sums[v]);
         }
     }
 }
 
-/// Prefetch the piece's line of `groups` groups into L2, and return where to go on.
+/// Prefetch the piece's `V / 2` lines of `groups` groups into L2, and return where to go on.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn prefetch_groups(mut at: *const u8, groups: usize) -> *const u8 {
+fn prefetch_groups<const V: usize>(mut at: *const u8, groups: usize) -> *const u8 {
     for _ in 0..groups {
-        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+        for line in 0..V / 2 {
+            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(line * 64).cast());
+        }
         at = at.wrapping_add(GROUP_BYTES);
     }
     at
@@ -131,11 +151,11 @@ fn prefetch_groups(mut at: *const u8, groups: usize) -> *const u8 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn load_sums<const R: usize>(tile: &Tile) -> [[__m256; 2]; R] {
+unsafe fn load_sums<const R: usize, const V: usize>(tile: &Tile) -> [[__m256; V]; R] {
     if tile.init.is_null() {
-        return [[_mm256_setzero_ps(); 2]; R];
+        return [[_mm256_setzero_ps(); V]; R];
     }
-    // SAFETY: `init` holds R rows of 16 numbers, NR apart.
+    // SAFETY: `init` holds R rows of `8 * V` numbers, NR apart.
     std::array::from_fn(|r| {
         std::array::from_fn(|v| unsafe { _mm256_loadu_ps(tile.init.add(r * super::tile::NR + v * 8)) })
     })
@@ -143,10 +163,10 @@ unsafe fn load_sums<const R: usize>(tile: &Tile) -> [[__m256; 2]; R] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn store_sums<const R: usize>(tile: &Tile, sums: [[__m256; 2]; R]) {
+unsafe fn store_sums<const R: usize, const V: usize>(tile: &Tile, sums: [[__m256; V]; R]) {
     for (r, sums) in sums.iter().enumerate() {
         for (v, &sum) in sums.iter().enumerate() {
-            // SAFETY: the destination has R rows of at least 16 columns.
+            // SAFETY: the destination has R rows of at least `8 * V` columns.
             unsafe {
                 let c = tile.c.add(r * tile.c_stride + v * 8);
                 let sum = if tile.is_added { _mm256_add_ps(_mm256_loadu_ps(c), sum) } else { sum };

@@ -1,10 +1,10 @@
-//! Tiles for levels with narrower registers: the same tile, walked in pieces of 16 columns and chunks of K.
+//! Tiles for levels with narrower registers: the same tile, walked in narrow pieces and in chunks of K.
 //!
 //! These levels have no bf16 product. Weights are widened to f32 in the kernel, by a shift and a mask; x is
 //! widened here, once per tile and chunk, into a small buffer from which it is broadcast.
 
 use super::round::bf16_to_f32;
-use super::tile::{GROUP_BYTES, KR, MR, NR, PIECE_COLS, Sums, Tile, TileFn};
+use super::tile::{GROUP_BYTES, KR, MR, NR, Sums, Tile, TileFn};
 use crate::backend::Dtype;
 use std::mem::MaybeUninit;
 
@@ -12,14 +12,15 @@ use std::mem::MaybeUninit;
 /// and 16 KiB in f32; both stay in an L1 cache of 32 KiB.
 const CHUNK: usize = 256;
 
-/// Compute a tile by calls of `micro` with 16 columns, at most [`CHUNK`] terms, and x in f32.
+/// Compute a tile by calls of `micro` with at most `width` columns and [`CHUNK`] terms, and x in f32.
 ///
 /// # Safety
 /// As [`super::tile::TileFn`], and `micro` reads panels of `dtype` and x in f32.
-pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, micro: TileFn) {
+pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, width: usize, micro: TileFn) {
     let mut wide = MaybeUninit::<[f32; MR * CHUNK]>::uninit();
     let mut sums = MaybeUninit::<Sums>::uninit();
     let (wide, sums) = (wide.as_mut_ptr().cast::<f32>(), sums.as_mut_ptr().cast::<f32>());
+    let width = width.min(tile.cols);
     let terms_per_group = if dtype == Dtype::Bf16 { 2 } else { 1 };
     for first in (0..tile.k.max(1)).step_by(CHUNK) {
         let k = CHUNK.min(tile.k - first);
@@ -36,7 +37,7 @@ pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, micro: TileFn) {
             };
             let group = first / terms_per_group * GROUP_BYTES;
             let prefetch = tile.prefetch.wrapping_add(first / KR * tile.prefetch_groups * GROUP_BYTES);
-            for col in (0..tile.cols).step_by(PIECE_COLS) {
+            for col in (0..tile.cols).step_by(width) {
                 let init = if first > 0 { sums.cast_const() } else { tile.init };
                 let (c, c_stride) = if is_last { (tile.c, tile.c_stride) } else { (sums, NR) };
                 micro(&Tile {
@@ -45,7 +46,7 @@ pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, micro: TileFn) {
                     b: tile.b.add(group + col * 4),
                     k,
                     rows: tile.rows,
-                    cols: PIECE_COLS,
+                    cols: width,
                     init: if init.is_null() { init } else { init.add(col) },
                     c: c.add(col),
                     c_stride,

@@ -19,7 +19,7 @@ const ROWS: usize = 2;
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_bf16(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads bf16 panels.
-    unsafe { in_pieces(tile, Dtype::Bf16, piece::<true>) }
+    unsafe { in_pieces(tile, Dtype::Bf16, PIECE_COLS, piece::<true>) }
 }
 
 /// An f32 tile.
@@ -28,7 +28,7 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_f32(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads f32 panels.
-    unsafe { in_pieces(tile, Dtype::F32, piece::<false>) }
+    unsafe { in_pieces(tile, Dtype::F32, PIECE_COLS, piece::<false>) }
 }
 
 /// A piece of 16 columns.

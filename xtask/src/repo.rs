@@ -59,3 +59,46 @@ pub(crate) fn contents(files: &[&str]) -> Result<Vec<u8>> {
     }
     Ok(all)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of the system's for temporary files, of this test alone and empty at first.
+    fn scratch(test: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("xtask-{test}-{}", std::process::id()));
+        remove_folder(&folder).unwrap();
+        fs::create_dir(&folder).unwrap();
+        folder
+    }
+
+    fn write(text: &str) -> impl FnOnce(&Path) -> Result<()> {
+        move |folder| Ok(fs::write(folder.join("text"), text)?)
+    }
+
+    #[test]
+    fn a_folder_that_fails_half_way_leaves_the_old_one_in_place() {
+        let root = scratch("half-way");
+        let folder = root.join("made");
+        replace_folder(&folder, write("old")).unwrap();
+        replace_folder(&folder, |unfinished| {
+            write("new")(unfinished)?;
+            anyhow::bail!("no more space")
+        })
+        .unwrap_err();
+        assert_eq!(fs::read_to_string(folder.join("text")).unwrap(), "old");
+        remove_folder(&root).unwrap();
+    }
+
+    #[test]
+    fn what_an_interrupted_run_left_does_not_reach_the_next_folder() {
+        let root = scratch("interrupted");
+        let folder = root.join("made");
+        fs::create_dir(root.join(".made.unfinished")).unwrap();
+        fs::write(root.join(".made.unfinished/half"), "").unwrap();
+        replace_folder(&folder, write("whole")).unwrap();
+        assert!(!folder.join("half").exists());
+        assert_eq!(fs::read_to_string(folder.join("text")).unwrap(), "whole");
+        remove_folder(&root).unwrap();
+    }
+}

@@ -15,7 +15,7 @@ use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
 
 use crate::clock::StageClock;
-use crate::error::{Error, Result, panic_message};
+use crate::error::{Error, Result, panic_message, with_causes};
 use crate::link::Link;
 use crate::stage::{DeviceFailed, StageActor, Step};
 
@@ -54,7 +54,7 @@ impl DeviceThread {
         let stage = self.index;
         let loaded = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(Ok(loaded)) => Ok(loaded),
-            Ok(Err(error)) => Err(Error::Load { stage, message: error.to_string() }),
+            Ok(Err(error)) => Err(Error::Load { stage, message: with_causes(&error) }),
             Err(panic) => Err(Error::Panic { stage, message: panic_message(&*panic) }),
         };
         let mut stage = match loaded {
@@ -88,7 +88,7 @@ impl DeviceThread {
         let start = Instant::now();
         let output = match catch_unwind(AssertUnwindSafe(|| stage.step(&batch, input))) {
             Ok(Ok(output)) => output,
-            Ok(Err(error)) => return Err(Error::Step { stage: index, message: error.to_string() }),
+            Ok(Err(error)) => return Err(Error::Step { stage: index, message: with_causes(&error) }),
             Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
         };
         self.clock.add_step(start.elapsed(), batch.num_tokens());

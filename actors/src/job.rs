@@ -20,7 +20,7 @@ use kameo::mailbox;
 use kameo::message::{Context, Message};
 use scheduler::Completion;
 
-use crate::error::{Error, Result, death_error};
+use crate::error::{Error, Result, death_error, with_causes};
 use crate::pipeline::{Completed, PipelineActor, Prompt};
 use crate::start::Pipeline;
 
@@ -363,13 +363,6 @@ fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// An error with its causes, in one line.
-fn files_error(error: &dyn std::error::Error) -> Error {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    Error::Files(text)
+fn files_error(error: &jobs::Error) -> Error {
+    Error::Files(with_causes(error))
 }

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kernels::{MappedFile, TensorView, ViewDtype};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::tensor::Metadata;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -116,11 +117,6 @@ impl Checkpoint {
         let (header, metadata) =
             SafeTensors::read_metadata(bytes).map_err(|e| damaged(header_error(e, bytes)))?;
         let start = header + size_of::<u64>();
-        let length = start + metadata.data_len();
-        if bytes.len() != length {
-            let kind = if bytes.len() < length { "truncated" } else { "too long" };
-            return Err(damaged(format!("{kind}: found {} bytes, the header says {length}", bytes.len())));
-        }
         for (name, info) in metadata.tensors() {
             let (from, to) = info.data_offsets;
             let tensor = Tensor {
@@ -160,16 +156,26 @@ pub(crate) fn view_dtype(dtype: Dtype) -> Option<ViewDtype> {
     }
 }
 
-fn header_error(error: safetensors::SafeTensorError, bytes: &[u8]) -> String {
-    match bytes.first_chunk::<8>().map(|length| u64::from_le_bytes(*length)) {
-        None => format!("truncated: found {} bytes, a header needs 8", bytes.len()),
-        Some(length) if length.saturating_add(8) > bytes.len() as u64 => {
-            format!(
-                "truncated or no safetensors file: the header says {length} bytes, the file has {}",
-                bytes.len()
-            )
+/// What is wrong with a file whose header could not be read, or whose length the header contradicts.
+fn header_error(error: SafeTensorError, bytes: &[u8]) -> String {
+    let found = bytes.len();
+    let Some(header) = bytes.first_chunk().map(|length| u64::from_le_bytes(*length)) else {
+        return format!("truncated: found {found} bytes, the length of a header alone takes 8");
+    };
+    let start = header.saturating_add(size_of::<u64>() as u64);
+    if start > found as u64 {
+        return format!("truncated, or no safetensors file: found {found} bytes, the header should end at {start}");
+    }
+    if !matches!(error, SafeTensorError::MetadataIncompleteBuffer) {
+        return format!("damaged header: {error}");
+    }
+    match serde_json::from_slice::<Metadata>(&bytes[size_of::<u64>()..start as usize]) {
+        Ok(metadata) => {
+            let expected = start as usize + metadata.data_len();
+            let kind = if found < expected { "truncated" } else { "too long" };
+            format!("{kind}: found {found} bytes, the header says {expected}")
         }
-        Some(_) => format!("damaged header: {error}"),
+        Err(error) => format!("damaged header: {error}"),
     }
 }
 

@@ -45,7 +45,8 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Config`] names the key, what was found and what was expected.
     pub fn read(path: &Path) -> Result<Self> {
-        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        let is_file = path.is_file() || path.extension().is_some_and(|extension| extension == "json");
+        let path = if is_file { path.to_owned() } else { path.join("config.json") };
         let text =
             std::fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
         Self::parse(&path, &text)

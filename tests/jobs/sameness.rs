@@ -90,11 +90,18 @@ fn rows_do_not_depend_on_how_the_job_is_run() {
 
 #[test]
 fn rows_do_not_depend_on_preemption() {
-    let roomy = run(&["pipeline.kv_cache_tokens=16384"], rows());
+    // Twelve rows of one page each that grow to three: a pool of eight pages admits more than it can hold.
+    let growing = || -> Vec<String> {
+        let body = |i: usize| {
+            let messages = json!([{"role": "user", "content": text(i, 4)}]);
+            json!({"messages": messages, "max_tokens": 140, "seed": i, "ignore_eos": true, "logprobs": i % 2 == 0})
+        };
+        (0..12).map(|i| batch_line(&format!("row-{i:02}"), "/v1/chat/completions", &body(i))).collect()
+    };
+    let roomy = run(&["pipeline.kv_cache_tokens=16384"], growing());
     assert!(!roomy.stdout.contains("preempted"), "{}", roomy.stdout);
-    // The longest row takes 6 pages of 64; eight pages leave no room for the others beside it.
     for devices in [devices(1), devices(2)] {
-        let tight = run(&["pipeline.kv_cache_tokens=512", &devices], rows());
+        let tight = run(&["pipeline.kv_cache_tokens=512", &devices], growing());
         assert!(tight.stdout.contains("preempted"), "nothing was preempted:\n{}", tight.stdout);
         assert_eq!(tight.sorted_lines(), roomy.sorted_lines());
     }

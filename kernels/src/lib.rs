@@ -20,7 +20,7 @@ pub use backend::{
 };
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
-pub use cpu::{Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
+pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
 pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};

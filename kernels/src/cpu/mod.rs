@@ -20,6 +20,7 @@ use crate::array::Array;
 use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, RopeTable, TensorView};
 use crate::error::{Error, Result};
 use crate::{check, view};
+pub use gemm::Ceilings;
 use gemm::{Operand, PackedMatrix};
 pub use kv_cache::KvCache;
 use pool::ThreadPool;

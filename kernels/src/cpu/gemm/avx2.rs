@@ -5,7 +5,7 @@
 //! bf16 pair is two terms, the even k first.
 
 use super::narrow::in_pieces;
-use super::tile::{GROUP_BYTES, KR, Tile};
+use super::tile::{GROUP_BYTES, KR, NR, Tile};
 use crate::backend::Dtype;
 use crate::cpu::exp::avx2::exp_ps;
 use std::arch::x86_64::*;
@@ -155,9 +155,9 @@ unsafe fn load_sums<const R: usize, const V: usize>(tile: &Tile) -> [[__m256; V]
     if tile.init.is_null() {
         return [[_mm256_setzero_ps(); V]; R];
     }
-    // SAFETY: `init` holds R rows of `8 * V` numbers, NR apart.
     std::array::from_fn(|r| {
-        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(tile.init.add(r * super::tile::NR + v * 8)) })
+        // SAFETY: `init` holds R rows of `8 * V` numbers, NR apart.
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(tile.init.add(r * NR + v * 8)) })
     })
 }
 

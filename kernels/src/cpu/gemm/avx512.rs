@@ -140,8 +140,8 @@ unsafe fn load_sums<const R: usize, const V: usize>(tile: &Tile) -> [[__m512; V]
     if tile.init.is_null() {
         return [[_mm512_setzero_ps(); V]; R];
     }
-    // SAFETY: `init` holds `[R, NR]` numbers.
     std::array::from_fn(|r| {
+        // SAFETY: `init` holds `[R, NR]` numbers.
         std::array::from_fn(|v| unsafe { _mm512_loadu_ps(tile.init.add(r * NR + v * 16)) })
     })
 }

@@ -4,7 +4,8 @@
 //!   memory of `arena`;
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool;
 //! * `tile`: what a SIMD level computes in registers; `avx512`, `avx2`, `portable` (`narrow` serves the
-//!   latter two).
+//!   latter two);
+//! * `ceiling`: what the machine can do at most, to measure products against.
 //!
 //! An element of the result is the sum over K in order, in one f32 chain that starts at zero. So it depends
 //! on its row of x and its row of w alone, to the bit: not on how many rows there are, on the number of
@@ -17,6 +18,7 @@ mod arena;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod ceiling;
 mod driver;
 mod narrow;
 mod operand;
@@ -28,6 +30,7 @@ mod round;
 mod tests;
 mod tile;
 
+pub use ceiling::Ceilings;
 pub(crate) use operand::{Operand, OperandWriter};
 pub(crate) use pack::PackedMatrix;
 

@@ -64,6 +64,7 @@ impl Operand {
     }
 
     /// Write a row, `values: [cols]`, rounding to nearest even for bf16.
+    #[cfg(test)]
     pub(crate) fn set_row(&mut self, row: usize, values: &[f32]) {
         assert!(
             row < self.rows && values.len() == self.cols,

@@ -93,11 +93,6 @@ impl PackedMatrix {
     pub(super) fn as_ptr(&self) -> *const u8 {
         self.panels.as_ptr()
     }
-
-    /// Bytes from panel to panel.
-    pub(super) fn panel_bytes(&self) -> usize {
-        panel_bytes(self.cols, self.dtype)
-    }
 }
 
 /// Bytes of a panel over `cols` columns.

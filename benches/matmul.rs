@@ -1,0 +1,258 @@
+//! How near is the bf16 product to the dot-product peak of this core?
+//!
+//! And, for few rows, how near to the speed at which memory can be read? Both ceilings are measured in the
+//! same run, with the same threads. Weights are read cold, as in a model: every call takes another copy, of
+//! 128 MB together. The `gemm` crate in f32 is the yardstick; it reads twice the bytes.
+//!
+//! ```text
+//! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512] [--rows 1,64] [--shapes 576x1536]
+//! ```
+//!
+//! A time is the median, and the best, of 15 samples of at least a millisecond.
+
+#![allow(clippy::print_stdout, reason = "a bench prints")]
+
+use anyhow::{Context, Result, bail};
+use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, Simd};
+use kernels::{TensorView, ViewDtype, available_cores};
+use std::time::Instant;
+
+/// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head) and of a 1.1 B Llama (alike).
+const SHAPES: [(usize, usize); 10] = [
+    (576, 576),
+    (192, 576),
+    (1536, 576),
+    (576, 1536),
+    (49_152, 576),
+    (2048, 2048),
+    (512, 2048),
+    (8192, 2048),
+    (2048, 8192),
+    (32_000, 2048),
+];
+const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
+const SAMPLES: usize = 15;
+const SAMPLE_SECONDS: f64 = 1e-3;
+/// Several times an L3 cache.
+const COLD_BYTES: usize = 128 << 20;
+
+struct Options {
+    threads: usize,
+    simd: Simd,
+    rows: Vec<usize>,
+    shapes: Vec<(usize, usize)>,
+}
+
+/// Seconds of a call.
+struct Time {
+    median: f64,
+    best: f64,
+}
+
+fn main() -> Result<()> {
+    let Options { threads, simd, rows, shapes } = options()?;
+    let cores = available_cores();
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: Dtype::Bf16, kv: Dtype::Bf16 })?;
+    cpu.pin_caller();
+    let ceilings = Ceilings::new(&cpu)?;
+    println!(
+        "{threads} threads, {}: bf16 product {:.0} GFLOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s",
+        simd.name(),
+        ceilings.product_flops() / 1e9,
+        ceilings.f32_flops() / 1e9,
+        ceilings.read_bandwidth() / 1e9
+    );
+    println!("shares are of the median (of the best); the ratio is to the gemm crate in f32\n");
+    println!(
+        "     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory      gemm f32 us  ratio"
+    );
+    for (n, k) in shapes {
+        let weights = Weights::new(&cpu, n, k)?;
+        for &rows in &rows {
+            report(&cpu, &ceilings, &weights, rows)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies of one random matrix, packed, and in f32 for the gemm crate.
+struct Weights {
+    n: usize,
+    k: usize,
+    packed: Vec<CpuMatrix>,
+    plain: Vec<Vec<f32>>,
+}
+
+impl Weights {
+    fn new(cpu: &Cpu, n: usize, k: usize) -> Result<Self> {
+        let bits: Vec<u16> = random(n * k).map(|v| (v.to_bits() >> 16) as u16).collect();
+        let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        let view = TensorView { dtype: ViewDtype::Bf16, rows: n, cols: k, bytes: &bytes };
+        let copies = (COLD_BYTES / bytes.len()).max(2);
+        let packed = (0..copies).map(|_| cpu.matrix(view)).collect::<Result<_, _>>()?;
+        let plain: Vec<f32> = bits.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect();
+        Ok(Self { n, k, packed, plain: vec![plain; copies.div_ceil(2)] })
+    }
+}
+
+fn report(cpu: &Cpu, ceilings: &Ceilings<'_>, weights: &Weights, rows: usize) -> Result<()> {
+    let &Weights { n, k, ref packed, ref plain } = weights;
+    let x = operand(cpu, rows, k)?;
+    let mut out = cpu.array();
+    cpu.matmul(&x, &packed[0], &mut out)?;
+    check(&x, &plain[0], &out, n, k)?;
+
+    let flops = 2.0 * (rows * n * k) as f64;
+    let bytes = packed[0].bytes() as f64;
+    // Few rows are as fast as memory is just now, many as the clock.
+    let (before, peak) = (ceilings.read_bandwidth(), ceilings.product_flops());
+    let mut copies = packed.iter().cycle();
+    let ours = time(flops / peak, || {
+        let w = copies.next().context("no weights")?;
+        Ok(cpu.matmul(&x, w, &mut out)?)
+    })?;
+    let bandwidth = before.max(ceilings.read_bandwidth());
+
+    let plain_x: Vec<f32> = random(rows * k).collect();
+    let mut plain_out = vec![0.0; rows * n];
+    let mut copies = plain.iter().cycle();
+    let theirs = time(flops / peak, || {
+        plain_product(
+            &plain_x,
+            copies.next().context("no weights")?,
+            &mut plain_out,
+            n,
+            k,
+            cpu.num_threads(),
+        );
+        Ok(())
+    })?;
+    println!(
+        "[{n:6}, {k:5}] {rows:5} {:9.0} {:9.0} {:5.1}% ({:5.1}%) {:7.1} {:5.1}% ({:5.1}%) {:10.0} {:6.1}",
+        ours.median * 1e6,
+        flops / ours.median / 1e9,
+        100.0 * flops / ours.median / peak,
+        100.0 * flops / ours.best / peak,
+        bytes / ours.median / 1e9,
+        100.0 * bytes / ours.median / bandwidth,
+        100.0 * bytes / ours.best / bandwidth,
+        theirs.median * 1e6,
+        theirs.median / ours.median
+    );
+    Ok(())
+}
+
+/// Random rows in the device's number type: a norm is what makes a matmul's input from f32.
+fn operand(cpu: &Cpu, rows: usize, k: usize) -> Result<CpuOperand> {
+    let values: Vec<f32> = random(rows * k).collect();
+    let ones: Vec<u8> = (0..k).flat_map(|_| 1f32.to_le_bytes()).collect();
+    let ones = cpu.vector(TensorView { dtype: ViewDtype::F32, rows: 1, cols: k, bytes: &ones })?;
+    let (mut x, mut operand) = (cpu.array(), cpu.operand());
+    cpu.upload(&values, rows, k, &mut x)?;
+    cpu.rms_norm(&x, &ones, 1e-5, &mut operand)?;
+    Ok(operand)
+}
+
+/// Compare elements of every row, spread over the columns, with their sums in f64.
+fn check(x: &CpuOperand, w: &[f32], out: &Array, n: usize, k: usize) -> Result<()> {
+    let mut row = vec![0.0; k];
+    for i in 0..x.rows() {
+        x.copy_row(i, &mut row);
+        for col in (i % 7..n).step_by(n / 16 + 1) {
+            let terms = || row.iter().zip(&w[col * k..]).map(|(&x, &w)| f64::from(x) * f64::from(w));
+            let (sum, magnitudes) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            let found = f64::from(out.row(i)[col]);
+            // Half a unit in the last place of at most the sum of magnitudes, for every product and addition.
+            let tolerance = magnitudes * 2.0 * (k as f64 + 1.0) * 2f64.powi(-24);
+            if (found - sum).abs() > tolerance {
+                bail!("[{}, {k}] · [{n}, {k}]: element [{i}, {col}] is {found}, not {sum}", x.rows());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `out = x · wᵀ` by the gemm crate.
+fn plain_product(x: &[f32], w: &[f32], out: &mut [f32], n: usize, k: usize, threads: usize) {
+    let rows = out.len() / n;
+    assert_eq!((x.len(), w.len()), (rows * k, n * k));
+    let parallelism = if threads == 1 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads) };
+    let (out, x, w) = (out.as_mut_ptr(), x.as_ptr(), w.as_ptr());
+    let (row, col) = (k as isize, n as isize);
+    // SAFETY: the slices hold as many numbers as the shapes and strides say.
+    unsafe {
+        gemm::gemm(
+            rows,
+            n,
+            k,
+            out,
+            1,
+            col,
+            false,
+            x,
+            1,
+            row,
+            w,
+            row,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// Time a call, in samples long enough to trust the clock; `expected` is its time in seconds, about.
+fn time(expected: f64, mut call: impl FnMut() -> Result<()>) -> Result<Time> {
+    let calls = ((SAMPLE_SECONDS / expected) as usize).clamp(1, 1000);
+    let mut seconds = Vec::with_capacity(SAMPLES);
+    for _ in 0..=SAMPLES {
+        let start = Instant::now();
+        (0..calls).try_for_each(|_| call())?;
+        seconds.push(start.elapsed().as_secs_f64() / calls as f64);
+    }
+    seconds.remove(0); // To warm up.
+    seconds.sort_by(f64::total_cmp);
+    Ok(Time { median: seconds[SAMPLES / 2], best: seconds[0] })
+}
+
+/// Numbers in -1..1.
+fn random(len: usize) -> impl Iterator<Item = f32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    (0..len).map(move |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+fn options() -> Result<Options> {
+    let mut options = Options {
+        threads: available_cores().len(),
+        simd: Simd::detect(),
+        rows: ROWS.to_vec(),
+        shapes: SHAPES.to_vec(),
+    };
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    while let Some(key) = args.next() {
+        let value = args.next().with_context(|| format!("{key} needs a value"))?;
+        match key.as_str() {
+            "--threads" => options.threads = value.parse()?,
+            "--simd" => {
+                let level = Simd::ALL.into_iter().find(|simd| simd.name() == value);
+                options.simd = level.with_context(|| format!("unknown level {value}"))?;
+            }
+            "--rows" => options.rows = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--shapes" => options.shapes = value.split(',').map(shape).collect::<Result<_>>()?,
+            _ => bail!("unknown option {key}"),
+        }
+    }
+    Ok(options)
+}
+
+fn shape(text: &str) -> Result<(usize, usize)> {
+    let (n, k) = text.split_once('x').with_context(|| format!("{text} is not NxK"))?;
+    Ok((n.parse()?, k.parse()?))
+}

@@ -1,0 +1,207 @@
+//! What this machine can do at most, measured: the yardstick for the speed of products.
+//!
+//! Frequencies and neighbours change, so a ceiling is to be measured in the same run, close to what is
+//! measured against it, and as the best of short regions: one that was interrupted says nothing.
+
+use super::arena::Piece;
+use super::plan::share;
+use crate::backend::Dtype;
+use crate::cpu::Cpu;
+use crate::cpu::pool::ThreadPool;
+use crate::cpu::simd::Simd;
+use crate::error::{Error, Result};
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Measures a device's ceilings, with its own threads.
+pub struct Ceilings<'a> {
+    cpu: &'a Cpu,
+    memory: Piece,
+}
+
+/// Bytes to read: beyond any L3 cache that a device's cores are likely to share.
+const MEMORY_BYTES: usize = 256 << 20;
+
+/// Registers of sums: enough to hide the latency of two units, and few enough for 16 registers.
+const SUMS: usize = 12;
+
+/// Products into every sum in one region: some 0.1 ms, well inside of a time slice.
+const ROUNDS: usize = 40_000;
+
+/// Regions, of which the best counts.
+const REGIONS: usize = 50;
+
+impl<'a> Ceilings<'a> {
+    /// Takes and touches the memory that [`Ceilings::read_bandwidth`] reads.
+    pub fn new(cpu: &'a Cpu) -> Result<Self> {
+        let mut memory = Piece::new(MEMORY_BYTES).map_err(|e| {
+            Error::Unsupported(format!("allocate {MEMORY_BYTES} bytes to measure bandwidth: {e}"))
+        })?;
+        // SAFETY: the piece is borrowed mutably, and as long as that.
+        unsafe { memory.as_mut_ptr().write_bytes(1, MEMORY_BYTES) };
+        Ok(Self { cpu, memory })
+    }
+
+    /// Multiplications and additions per second of the device's fastest product in its weights' number type,
+    /// all threads together: `VDPBF16PS` for bf16 in AVX-512, otherwise as [`Ceilings::f32_flops`].
+    pub fn product_flops(&self) -> f64 {
+        match (self.cpu.simd, self.cpu.weights) {
+            // SAFETY: the device has its level.
+            #[cfg(target_arch = "x86_64")]
+            (Simd::Avx512, Dtype::Bf16) => self.flops(64, || unsafe { x86::dot_products(ROUNDS) }),
+            _ => self.f32_flops(),
+        }
+    }
+
+    /// The same in f32: fused multiply-add, or in portable code one after the other.
+    pub fn f32_flops(&self) -> f64 {
+        match self.cpu.simd {
+            // SAFETY: the device has its level.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => self.flops(32, || unsafe { x86::fma_512(ROUNDS) }),
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => self.flops(16, || unsafe { x86::fma_256(ROUNDS) }),
+            _ => self.flops(8, || portable(ROUNDS)),
+        }
+    }
+
+    /// Bytes per second that all threads together read from memory.
+    pub fn read_bandwidth(&self) -> f64 {
+        let threads = self.cpu.pool.num_threads();
+        let seconds = best_region(&self.cpu.pool, 3, |thread| {
+            // In lines, that no thread reads another's.
+            let lines = share(MEMORY_BYTES / 64, threads, thread);
+            let bytes = &self.memory.bytes()[lines.start * 64..lines.end * 64];
+            match self.cpu.simd {
+                // SAFETY: the device has its level.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx512 => black_box(unsafe { x86::read_512(bytes) }),
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx2 => black_box(unsafe { x86::read_256(bytes) }),
+                _ => black_box(read(bytes)),
+            };
+        });
+        MEMORY_BYTES as f64 / seconds
+    }
+
+    /// Operations per second, where `work` does ROUNDS times SUMS products of `flops` each.
+    fn flops(&self, flops: usize, work: impl Fn() -> f32 + Sync) -> f64 {
+        let seconds = best_region(&self.cpu.pool, REGIONS, |_| {
+            black_box(work());
+        });
+        (self.cpu.pool.num_threads() * ROUNDS * SUMS * flops) as f64 / seconds
+    }
+}
+
+/// The shortest time of `regions` regions in which every thread calls `work`.
+fn best_region(pool: &ThreadPool, regions: usize, work: impl Fn(usize) + Sync) -> f64 {
+    let time = |_| {
+        let start = Instant::now();
+        pool.for_each(pool.num_threads(), &work);
+        start.elapsed().as_secs_f64()
+    };
+    (0..regions).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// Four lanes each, which every processor of 64 bits has.
+fn portable(rounds: usize) -> f32 {
+    let one = black_box([1.0f32; 4]);
+    let mut sums = [[0.0f32; 4]; SUMS];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            for (sum, one) in sum.iter_mut().zip(one) {
+                *sum = *sum * one + one;
+            }
+        }
+    }
+    sums.iter().flatten().sum()
+}
+
+/// The exclusive or of all words; the features of the function it is inlined into decide how wide.
+#[inline(always)]
+fn read(bytes: &[u8]) -> u64 {
+    let mut words = [0u64; 64];
+    for block in bytes.as_chunks::<512>().0 {
+        for (word, bytes) in words.iter_mut().zip(block.as_chunks().0) {
+            *word ^= u64::from_ne_bytes(*bytes);
+        }
+    }
+    words.iter().fold(0, |all, word| all ^ word)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{SUMS, black_box, read};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn dot_products(rounds: usize) -> f32 {
+        // SAFETY: 512 bits are 512 bits; these are ones in bf16.
+        let one: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(black_box(0x3f80_3f80))) };
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        for _ in 0..rounds {
+            sums = std::array::from_fn(|i| _mm512_dpbf16_ps(sums[i], one, one));
+        }
+        sums.iter().map(|&sum| _mm512_reduce_add_ps(sum)).sum()
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fma_512(rounds: usize) -> f32 {
+        let one = _mm512_set1_ps(black_box(1.0));
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        for _ in 0..rounds {
+            sums = std::array::from_fn(|i| _mm512_fmadd_ps(one, one, sums[i]));
+        }
+        sums.iter().map(|&sum| _mm512_reduce_add_ps(sum)).sum()
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn fma_256(rounds: usize) -> f32 {
+        let one = _mm256_set1_ps(black_box(1.0));
+        let mut sums = [_mm256_setzero_ps(); SUMS];
+        for _ in 0..rounds {
+            sums = std::array::from_fn(|i| _mm256_fmadd_ps(one, one, sums[i]));
+        }
+        sums.iter().map(|&sum| _mm256_cvtss_f32(sum)).sum()
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn read_512(bytes: &[u8]) -> u64 {
+        read(bytes)
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn read_256(bytes: &[u8]) -> u64 {
+        read(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::CpuOptions;
+
+    fn device(simd: Simd, weights: Dtype) -> Cpu {
+        Cpu::new(CpuOptions { cores: vec![], threads: 2, simd, weights, kv: weights }).unwrap()
+    }
+
+    /// From a tenth of a slow machine to ten times the fastest.
+    fn is_plausible(per_second: f64) -> bool {
+        (1e7..1e16).contains(&per_second)
+    }
+
+    #[test]
+    fn ceilings_are_plausible_numbers() {
+        for simd in Simd::ALL.into_iter().filter(|simd| simd.is_available()) {
+            for weights in [Dtype::F32, Dtype::Bf16] {
+                let cpu = device(simd, weights);
+                let ceilings = Ceilings { cpu: &cpu, memory: Piece::new(0).unwrap() };
+                assert!(is_plausible(ceilings.product_flops()) && is_plausible(ceilings.f32_flops()));
+            }
+        }
+        let cpu = device(Simd::detect(), Dtype::F32);
+        assert!(is_plausible(Ceilings::new(&cpu).unwrap().read_bandwidth()));
+    }
+}

@@ -11,6 +11,8 @@ mod progress;
 mod report;
 mod run;
 
+use std::io::Write;
+use std::panic::PanicHookInfo;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -25,6 +27,7 @@ const EXIT_BAD_INPUT: u8 = 2;
 const RUNTIME_THREADS: usize = 2;
 
 fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(say_panic));
     let cli = Cli::parse();
     let filter = EnvFilter::try_from_env("SPANWISE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
@@ -48,14 +51,19 @@ fn main() -> ExitCode {
     })
 }
 
-/// A line to the user, beside the command's own output.
-#[expect(clippy::print_stderr, reason = "the one place that speaks to the user on stderr")]
+/// A line to the user, beside the command's own output. Who has closed stderr does without it.
 fn say(line: &str) {
-    eprintln!("{line}");
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// A line of the command's own output.
-#[expect(clippy::print_stdout, reason = "the one place that prints the command's output")]
+/// A line of the command's own output. Who has closed the pipe, as `head` does, wants no more.
 fn print(line: &str) {
-    println!("{line}");
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Our own bugs, in one line: whoever caught the panic says what it means for the job.
+fn say_panic(info: &PanicHookInfo<'_>) {
+    let message = info.payload_as_str().unwrap_or("no message");
+    let place = info.location().map(|place| format!(" at {place}")).unwrap_or_default();
+    say(&format!("internal error{place}: {message}"));
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam::channel::Receiver;
-use kameo::actor::{ActorRef, Recipient};
+use kameo::actor::{WeakActorRef, WeakRecipient};
 use scheduler::MicroBatchOutput;
 use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
@@ -26,8 +26,8 @@ pub(crate) type LoadStage = Box<dyn FnOnce() -> stages::Result<Box<dyn Stage>> +
 pub(crate) enum Next {
     /// To the stage after it.
     Stage(Box<dyn Link>),
-    /// From the last stage back to the pipeline.
-    Pipeline(Recipient<Tokens>),
+    /// From the last stage back to the pipeline; weak, so that a ring of actors can end.
+    Pipeline(WeakRecipient<Tokens>),
 }
 
 /// Token ids and log-probabilities of a finished micro-batch.
@@ -39,7 +39,8 @@ pub(crate) struct DeviceThread {
     pub(crate) steps: Receiver<Step>,
     pub(crate) next: Next,
     pub(crate) clock: Arc<StageClock>,
-    pub(crate) owner: ActorRef<StageActor>,
+    /// Weak, so that the actor can end, and its thread after it.
+    pub(crate) owner: WeakActorRef<StageActor>,
 }
 
 impl DeviceThread {
@@ -74,7 +75,9 @@ impl DeviceThread {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {
-                    let _ = self.owner.tell(DeviceFailed(error)).blocking_send();
+                    if let Some(owner) = self.owner.upgrade() {
+                        let _ = owner.tell(DeviceFailed(error)).blocking_send();
+                    }
                     return;
                 }
             }
@@ -95,7 +98,7 @@ impl DeviceThread {
         Ok(match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
             (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {
-                pipeline.tell(Tokens(output)).try_send().is_ok()
+                pipeline.upgrade().is_some_and(|pipeline| pipeline.tell(Tokens(output)).try_send().is_ok())
             }
             (StageOutput::Activations(_), Next::Pipeline(_)) => panic!("the last stage made activations"),
             (StageOutput::Tokens(_), Next::Stage(_)) => {

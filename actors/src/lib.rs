@@ -15,6 +15,8 @@ mod link;
 mod pipeline;
 mod stage;
 mod start;
+#[cfg(test)]
+mod tests;
 
 pub use answer::answer;
 pub use clock::{PipelineClock, StageClock, StageTimes};

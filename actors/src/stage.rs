@@ -57,6 +57,7 @@ impl Actor for StageActor {
         let StageArgs { index, num_stages, load, next, clock } = args;
         let (sender, steps) = bounded(mailbox_size(num_stages));
         let (ready, loaded) = oneshot::channel();
+        let owner = owner.downgrade();
         DeviceThread { index, steps, next, clock, owner }.spawn(load, ready);
         loaded.await.map_err(|_| Error::Ended("the device thread"))??;
         Ok(StageActor { steps: sender })

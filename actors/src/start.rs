@@ -8,7 +8,7 @@ use scheduler::Span;
 use stages::{Device, Dtypes, Model, SpanOptions};
 
 use crate::clock::{PipelineClock, StageClock};
-use crate::device_thread::Next;
+use crate::device_thread::{LoadStage, Next};
 use crate::error::{Error, Result};
 use crate::link::InProcess;
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
@@ -63,25 +63,38 @@ impl Pipeline {
 /// The first stage that could not be loaded.
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
     let PipelineOptions { stages, dtypes, scheduler, window } = options;
-    let num_stages = stages.len();
     let spans = stages.iter().map(|stage| stage.span).collect();
+    let load = |StagePlacement { device, span }| -> LoadStage {
+        let num_pages = scheduler.num_pages;
+        let options = SpanOptions { span, num_pages, context_tokens: scheduler.context_tokens };
+        let model = model.clone();
+        Box::new(move || stages::load(&model, &device, dtypes, options))
+    };
+    let loads = stages.into_iter().map(load).collect();
+    start_stages(loads, spans, scheduler, window).await
+}
+
+/// Starts a pipeline of whatever stages the loads make.
+pub(crate) async fn start_stages(
+    loads: Vec<LoadStage>,
+    spans: Vec<Span>,
+    scheduler: scheduler::Options,
+    window: usize,
+) -> Result<Pipeline> {
+    let num_stages = loads.len();
     let clock = Arc::new(PipelineClock::default());
-    let prepared =
-        PreparedActor::<PipelineActor>::new(mailbox::bounded(pipeline::mailbox_size(num_stages, window)));
+    let mailbox_size = pipeline::mailbox_size(num_stages, window);
+    let prepared = PreparedActor::<PipelineActor>::new(mailbox::bounded(mailbox_size));
     let pipeline = prepared.actor_ref().clone();
 
     // From the last stage to the first: each is given the way to the next.
     let mut stage_clocks = Vec::with_capacity(num_stages);
     let mut actors: Vec<ActorRef<StageActor>> = Vec::with_capacity(num_stages);
-    for (index, StagePlacement { device, span }) in stages.into_iter().enumerate().rev() {
+    for (index, load) in loads.into_iter().enumerate().rev() {
         let next = match actors.last() {
             Some(next) => Next::Stage(Box::new(InProcess(next.clone()))),
-            None => Next::Pipeline(pipeline.clone().recipient()),
+            None => Next::Pipeline(pipeline.clone().recipient().downgrade()),
         };
-        let span_options =
-            SpanOptions { span, num_pages: scheduler.num_pages, context_tokens: scheduler.context_tokens };
-        let model = model.clone();
-        let load = Box::new(move || stages::load(&model, &device, dtypes, span_options));
         let clock = Arc::new(StageClock::default());
         stage_clocks.push(Arc::clone(&clock));
         let args = StageArgs { index, num_stages, load, next, clock };
@@ -92,8 +105,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
     stage_clocks.reverse();
 
     for actor in &actors {
-        let loaded = actor.wait_for_startup_with_result(|result| result.map_err(startup_error)).await;
-        loaded?;
+        actor.wait_for_startup_with_result(|result| result.map_err(startup_error)).await?;
     }
     let first = Box::new(InProcess(actors[0].clone()));
     prepared.spawn(PipelineArgs { options: scheduler, first, clock: Arc::clone(&clock) });

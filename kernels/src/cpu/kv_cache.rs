@@ -22,6 +22,9 @@ use crate::error::{Error, Result};
 /// Rows of values are padded to the widest register of any level.
 const REGISTER_WORDS: usize = 16;
 
+/// The size of a huge page on x86-64; a smaller cache cannot fill one.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 /// Keys and values of one attention block, in pages.
 #[derive(Debug)]
 pub struct KvCache {
@@ -31,6 +34,9 @@ pub struct KvCache {
     head_dim: usize,
     /// Zeroed by the system page by page, on first touch.
     memory: MmapMut,
+    /// The first byte used, and the number of words from there on.
+    start: usize,
+    num_words: usize,
 }
 
 impl KvCache {
@@ -44,10 +50,9 @@ impl KvCache {
         let bytes = num_pages.checked_mul(kv_heads).and_then(|heads| heads.checked_mul(head_bytes));
         let bytes = bytes.filter(|&bytes| bytes <= isize::MAX as usize);
         let bytes = bytes.ok_or_else(|| refuse("overflow".to_owned()))?;
-        // A system maps no empty range; a cache without pages gets one byte.
-        let memory =
-            MmapMut::map_anon(bytes.max(1)).map_err(|error| refuse(format!("{bytes} bytes: {error}")))?;
-        Ok(KvCache { dtype, num_pages, kv_heads, head_dim, memory })
+        let (memory, start) = map(bytes).map_err(|error| refuse(format!("{bytes} bytes: {error}")))?;
+        let num_words = bytes / size_of::<u32>();
+        Ok(KvCache { dtype, num_pages, kv_heads, head_dim, memory, start, num_words })
     }
 
     pub(crate) fn dtype(&self) -> Dtype {
@@ -84,10 +89,28 @@ impl KvCache {
     }
 
     fn words(&self) -> &[u32] {
-        let num_words = self.memory.len() / size_of::<u32>();
-        // SAFETY: a mapping starts at a page of the system, which is aligned for u32, and any bits are a u32.
-        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast(), num_words) }
+        let words = self.memory[self.start..].as_ptr().cast();
+        // SAFETY: `map` has made room for the words from an aligned start on, and any bits are a u32.
+        unsafe { std::slice::from_raw_parts(words, self.num_words) }
     }
+}
+
+/// Maps zeroed memory, and says where in it to start.
+fn map(bytes: usize) -> std::io::Result<(MmapMut, usize)> {
+    if bytes < HUGE_PAGE_BYTES {
+        // A system maps no empty range; a cache without pages gets one byte.
+        return Ok((MmapMut::map_anon(bytes.max(1))?, 0));
+    }
+    // Keys of many sequences lie far apart: with small pages every few hundred of them miss the TLB. Addresses
+    // that are skipped or not yet used take no memory.
+    let memory = MmapMut::map_anon(bytes + HUGE_PAGE_BYTES)?;
+    let start = memory.as_ptr().align_offset(HUGE_PAGE_BYTES);
+    #[cfg(target_os = "linux")]
+    {
+        // A wish: with small pages the results are the same.
+        memory.advise_range(memmap2::Advice::HugePage, start, bytes).ok();
+    }
+    Ok((memory, start))
 }
 
 /// Terms in a word.
@@ -128,7 +151,7 @@ pub(crate) fn append(
     check::shape(OP, "k's columns", [k.cols()], [cache.kv_heads * cache.head_dim])?;
     check::shape(OP, "v", [v.rows(), v.cols()], [k.rows(), k.cols()])?;
     check::slices(OP, slices, k.rows(), cache.num_pages)?;
-    let base = Words(cache.memory.as_mut_ptr().cast());
+    let base = Words(cache.memory[cache.start..].as_mut_ptr().cast());
     let cache = &*cache;
     // A task is one half of one head, over all slices: tasks then never meet, whatever the pages are.
     let num_halves = 2 * cache.kv_heads;

@@ -50,6 +50,8 @@ pub(crate) trait Lanes: Copy {
     /// How the level multiplies pairs of bf16 where the factors are rounded to bf16 as well.
     type Bf16Terms: Terms<Self>;
 
+    /// Asks for a cache line that will be read soon; the address may be any.
+    fn prefetch(at: *const u32);
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(at: *const f32) -> Self;
     unsafe fn store(self, at: *mut f32);
@@ -153,6 +155,9 @@ impl Lanes for Portable {
     const TILE_ROWS: usize = 4;
     const TILE_COLS: usize = 1;
     type Bf16Terms = PortablePairs;
+
+    #[inline(always)]
+    fn prefetch(_: *const u32) {}
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -309,6 +314,12 @@ mod x86 {
         type Bf16Terms = Avx512Pairs;
 
         #[inline(always)]
+        fn prefetch(at: *const u32) {
+            // A prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        }
+
+        #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { _mm512_set1_ps(x) }
         }
@@ -446,6 +457,12 @@ mod x86 {
         const TILE_ROWS: usize = 4;
         const TILE_COLS: usize = 2;
         type Bf16Terms = Avx2Pairs;
+
+        #[inline(always)]
+        fn prefetch(at: *const u32) {
+            // A prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        }
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {

@@ -24,15 +24,20 @@ use crate::error::Result;
 /// a prompt of 100 tokens makes work for several threads.
 const TILE_QUERIES: usize = 48;
 
-/// Consecutive positions of one slice.
+/// Tasks for each thread below which a tile is cut by heads, so that the last of them is not waited for long.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Consecutive positions of one slice, and some KV heads.
 #[derive(Debug, Clone, Copy)]
 struct Tile {
     slice: u32,
     /// Offset of its first row in the slice.
     first: u32,
     num_positions: u32,
-    /// Keys that its last row sees, by which tiles are ordered.
-    num_keys: u32,
+    first_head: u32,
+    num_heads: u32,
+    /// Scores to compute, about: tiles are ordered by it.
+    work: u64,
 }
 
 thread_local! {
@@ -57,49 +62,96 @@ pub(crate) fn attention(
     out.reset(q.rows(), q.cols());
     let writer = out.writer();
     TILES.with_borrow_mut(|tiles| {
-        plan(slices, group, tiles);
+        let shape = Shape { group, kv_heads: cache.kv_heads(), threads: pool.num_threads() };
+        plan(slices, shape, tiles);
         let tiles = &*tiles;
-        let kv_heads = cache.kv_heads();
-        pool.for_each(tiles.len() * kv_heads, |task| {
-            let tile = tiles[task / kv_heads];
+        pool.for_each(tiles.len(), |task| {
+            let tile = tiles[task];
             SCRATCH.with_borrow_mut(|scratch| {
                 let slice = &slices[tile.slice as usize];
-                let kv_head = task % kv_heads;
-                at_level(simd, Attend { q, cache, slice, tile, kv_head, group, writer, scratch });
+                let job = Attend {
+                    q,
+                    cache,
+                    slice,
+                    first_row: slice.first_row + tile.first as usize,
+                    first_position: slice.first_position + tile.first as usize,
+                    num_positions: tile.num_positions as usize,
+                    first_head: tile.first_head as usize,
+                    num_heads: tile.num_heads as usize,
+                    group,
+                    writer,
+                    scratch,
+                };
+                at_level(simd, job);
             });
         });
     });
     Ok(())
 }
 
+/// What tiles are cut by, beside the slices.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    group: usize,
+    kv_heads: usize,
+    threads: usize,
+}
+
 /// Cuts the slices into tiles, the longest first.
-fn plan(slices: &[AttentionSlice], group: usize, tiles: &mut Vec<Tile>) {
+fn plan(slices: &[AttentionSlice], shape: Shape, tiles: &mut Vec<Tile>) {
+    let Shape { group, kv_heads, threads } = shape;
     let max_positions = (TILE_QUERIES / group).max(1);
+    let num_spans: usize = slices.iter().map(|slice| slice.num_rows.div_ceil(max_positions)).sum();
     tiles.clear();
     for (index, slice) in slices.iter().enumerate() {
         for first in (0..slice.num_rows).step_by(max_positions) {
             let num_positions = max_positions.min(slice.num_rows - first);
-            tiles.push(Tile {
-                slice: index as u32,
-                first: first as u32,
-                num_positions: num_positions as u32,
-                num_keys: (slice.first_position + first + num_positions) as u32,
-            });
+            // Several heads of a page lie side by side and are read as one stream, where few rows ask for them
+            // and the heads are not needed to keep all threads at work.
+            let fitting = (TILE_QUERIES / (num_positions * group)).clamp(1, kv_heads);
+            let num_heads = if num_spans < TASKS_PER_THREAD * threads && threads > 1 { 1 } else { fitting };
+            for first_head in (0..kv_heads).step_by(num_heads) {
+                let num_heads = num_heads.min(kv_heads - first_head);
+                let num_keys = slice.first_position + first + num_positions;
+                tiles.push(Tile {
+                    slice: index as u32,
+                    first: first as u32,
+                    num_positions: num_positions as u32,
+                    first_head: first_head as u32,
+                    num_heads: num_heads as u32,
+                    work: (num_heads * num_positions * num_keys) as u64,
+                });
+            }
         }
     }
-    tiles.sort_unstable_by_key(|tile| std::cmp::Reverse(tile.num_positions as u64 * tile.num_keys as u64));
+    tiles.sort_unstable_by_key(|tile| std::cmp::Reverse(tile.work));
 }
 
-/// One tile of one KV head.
+/// One tile.
 struct Attend<'a> {
     q: &'a Array,
     cache: &'a KvCache,
     slice: &'a AttentionSlice,
-    tile: Tile,
-    kv_head: usize,
+    /// Its first row in the batch.
+    first_row: usize,
+    first_position: usize,
+    num_positions: usize,
+    first_head: usize,
+    num_heads: usize,
     group: usize,
     writer: OperandWriter<'a>,
     scratch: &'a mut Array,
+}
+
+impl Attend<'_> {
+    /// Row of the batch and first column of the tile's query row `row`: head by head, position by position.
+    #[inline(always)]
+    fn place(&self, row: usize) -> (usize, usize) {
+        let (row, member) = (row / self.group, row % self.group);
+        let (head, position) = (row / self.num_positions, row % self.num_positions);
+        let query_head = (self.first_head + head) * self.group + member;
+        (self.first_row + position, query_head * self.cache.head_dim())
+    }
 }
 
 impl Kernel for Attend<'_> {
@@ -126,17 +178,20 @@ mod tests {
         };
         let slices = [slice(0, 1, 700), slice(1, 100, 30), slice(101, 0, 5), slice(101, 1, 3)];
         let mut tiles = Vec::new();
-        for group in [1, 3, 16, 64] {
-            plan(&slices, group, &mut tiles);
-            let mut seen = vec![0; 102];
+        for (group, kv_heads, threads) in [(1, 1, 1), (3, 3, 2), (16, 2, 64), (64, 5, 1), (1, 32, 2)] {
+            plan(&slices, Shape { group, kv_heads, threads }, &mut tiles);
+            let mut seen = vec![0; 102 * kv_heads];
             for tile in &tiles {
-                assert!(tile.num_positions as usize * group <= TILE_QUERIES.max(group));
+                let (num_positions, num_heads) = (tile.num_positions as usize, tile.num_heads as usize);
+                assert!(num_positions * group * num_heads <= TILE_QUERIES.max(group), "{tile:?}");
                 let first = slices[tile.slice as usize].first_row + tile.first as usize;
-                (0..tile.num_positions as usize).for_each(|i| seen[first + i] += 1);
+                for row in first..first + num_positions {
+                    (0..num_heads)
+                        .for_each(|head| seen[row * kv_heads + tile.first_head as usize + head] += 1);
+                }
             }
-            assert_eq!(seen, vec![1; 102], "group {group}");
-            let work: Vec<u32> = tiles.iter().map(|tile| tile.num_positions * tile.num_keys).collect();
-            assert!(work.is_sorted_by(|a, b| a >= b), "{work:?}");
+            assert_eq!(seen, vec![1; 102 * kv_heads], "group {group} of {kv_heads}");
+            assert!(tiles.is_sorted_by(|a, b| a.work >= b.work));
         }
     }
 }

@@ -59,7 +59,6 @@ unsafe fn micro_bf16<const R: usize, const V: usize>(tile: &Tile) {
     // SAFETY: the tile's pointers are valid for `rows = R` rows, `16 * V` columns and `k` terms, of which
     // there are a multiple of KR = 8: four groups of two.
     unsafe {
-        prefetch_destination::<R, V>(tile);
         let mut sums = load_sums::<R, V>(tile);
         let (mut a, mut b, mut prefetch) = (tile.a, tile.b, tile.prefetch);
         for _ in 0..tile.k / KR {
@@ -87,7 +86,6 @@ unsafe fn micro_bf16<const R: usize, const V: usize>(tile: &Tile) {
 unsafe fn micro_f32<const R: usize, const V: usize>(tile: &Tile) {
     // SAFETY: as in `micro_bf16`, with KR = 8 groups of one term.
     unsafe {
-        prefetch_destination::<R, V>(tile);
         let mut sums = load_sums::<R, V>(tile);
         let (mut a, mut b, mut prefetch) = (tile.a, tile.b, tile.prefetch);
         for _ in 0..tile.k / KR {
@@ -106,18 +104,6 @@ unsafe fn micro_f32<const R: usize, const V: usize>(tile: &Tile) {
             b = b.add(KR * GROUP_BYTES);
         }
         store_sums(tile, sums);
-    }
-}
-
-/// Bring in the destination while the sums are computed: a wide output has every row on another page, and
-/// two dozen stores that miss would be more than the processor can put aside.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch_destination<const R: usize, const V: usize>(tile: &Tile) {
-    for r in 0..R {
-        for v in 0..V {
-            _mm_prefetch::<_MM_HINT_T0>(tile.c.wrapping_add(r * tile.c_stride + v * 16).cast());
-        }
     }
 }
 

@@ -164,7 +164,9 @@ fn header_error(error: SafeTensorError, bytes: &[u8]) -> String {
     };
     let start = header.saturating_add(size_of::<u64>() as u64);
     if start > found as u64 {
-        return format!("truncated, or no safetensors file: found {found} bytes, the header should end at {start}");
+        return format!(
+            "truncated, or no safetensors file: found {found} bytes, the header should end at {start}"
+        );
     }
     if !matches!(error, SafeTensorError::MetadataIncompleteBuffer) {
         return format!("damaged header: {error}");

@@ -161,7 +161,11 @@ fn dims(top: &Fields<'_>) -> Result<Dims> {
         Some(_) => top.count("head_dim")?,
         None if hidden % heads == 0 => hidden / heads,
         None => {
-            return Err(top.error("num_attention_heads", heads, format!("a divisor of hidden_size {hidden}")));
+            return Err(top.error(
+                "num_attention_heads",
+                heads,
+                format!("a divisor of hidden_size {hidden}"),
+            ));
         }
     };
     if head_dim % 2 != 0 {

@@ -8,6 +8,9 @@ use crate::harness::{Done, Job, fixture, read_json};
 
 const MODEL: &str = "hetero-0-bf16";
 
+/// What a case does to a config.json.
+type Change = Box<dyn FnOnce(&mut Value)>;
+
 /// A copy of a model directory whose config.json was changed.
 fn changed_config(fixture_name: &str, change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
@@ -43,7 +46,7 @@ fn configurations_that_are_not_implemented_are_refused_by_name_and_block() {
     let attention = |key: &'static str, value: Value| {
         move |config: &mut Value| config["block_configs"][1]["attention"][key] = value
     };
-    let cases: Vec<(Box<dyn FnOnce(&mut Value)>, Vec<&str>)> = vec![
+    let cases: Vec<(Change, Vec<&str>)> = vec![
         (Box::new(|c| c["architectures"] = json!(["MistralForCausalLM"])), vec!["architectures", "Mistral"]),
         (
             Box::new(|c| c["rope_scaling"]["rope_type"] = json!("yarn")),

@@ -94,7 +94,7 @@ fn rows_do_not_depend_on_preemption() {
     let growing = || -> Vec<String> {
         let body = |i: usize| {
             let messages = json!([{"role": "user", "content": text(i, 4)}]);
-            json!({"messages": messages, "max_tokens": 140, "seed": i, "ignore_eos": true, "logprobs": i % 2 == 0})
+            json!({"messages": messages, "max_tokens": 140, "seed": i, "ignore_eos": true, "logprobs": i.is_multiple_of(2)})
         };
         (0..12).map(|i| batch_line(&format!("row-{i:02}"), "/v1/chat/completions", &body(i))).collect()
     };

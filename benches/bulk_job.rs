@@ -4,7 +4,8 @@
 //! all rows in flight. Both layouts must write the same bytes before their times count.
 //!
 //! `cargo bench --bench bulk_job [-- RUNS]`, with nothing else running.
-#![allow(clippy::print_stdout, missing_docs)]
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a bench prints")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -60,7 +60,8 @@ pub struct Dtypes {
     pub kv: Dtype,
 }
 
-/// Loads a span of a model onto a device.
+/// Loads a span of a model onto a device. The calling thread becomes the device's own: it is the one that
+/// takes the steps, and is pinned where the device is a group of cores.
 ///
 /// # Errors
 /// What the device refuses.
@@ -69,9 +70,10 @@ pub fn load(model: &Model, device: &Device, dtypes: Dtypes, options: SpanOptions
     match device {
         Device::Reference => Ok(Box::new(SpanStage::load(Reference::new(weights, kv), model, options)?)),
         Device::Cpu { cores, threads, simd } => {
-            let options_cpu =
-                CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv };
-            Ok(Box::new(SpanStage::load(Cpu::new(options_cpu)?, model, options)?))
+            let cpu = CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv };
+            let cpu = Cpu::new(cpu)?;
+            cpu.pin_caller();
+            Ok(Box::new(SpanStage::load(cpu, model, options)?))
         }
     }
 }

@@ -53,6 +53,7 @@ impl DeviceThread {
 
     fn run(self, load: LoadStage, ready: oneshot::Sender<Result<()>>) {
         let stage = self.index;
+        let begun = Instant::now();
         let loaded = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(Ok(loaded)) => Ok(loaded),
             Ok(Err(error)) => Err(Error::Load { stage, message: with_causes(&error) }),
@@ -66,6 +67,7 @@ impl DeviceThread {
                 return;
             }
         };
+        tracing::info!(stage = self.index, seconds = begun.elapsed().as_secs_f64(), "loaded");
         if ready.send(Ok(())).is_err() {
             return;
         }
@@ -94,7 +96,9 @@ impl DeviceThread {
             Ok(Err(error)) => return Err(Error::Step { stage: index, message: with_causes(&error) }),
             Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
         };
-        self.clock.add_step(start.elapsed(), batch.num_tokens());
+        let (busy, tokens) = (start.elapsed(), batch.num_tokens());
+        tracing::debug!(stage = index, micro_batch = batch.id.0, tokens, seconds = busy.as_secs_f64(), "step");
+        self.clock.add_step(busy, tokens);
         Ok(match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
             (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {

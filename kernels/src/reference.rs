@@ -2,7 +2,8 @@
 //!
 //! It is the oracle of the fast backends, so it knows no vectors, threads or tiles. Under
 //! [`Dtype::Bf16`] it rounds where they round: weights, the inputs of matrix products, and of attention
-//! the queries, keys and values. Nothing but the order of sums is then different.
+//! the queries, keys and values. The order of sums is then different, and one thing more: attention's weights
+//! stay f32 here, while a fast backend may round them as they are relative to the largest score so far.
 
 use crate::array::Array;
 use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView};

@@ -10,13 +10,13 @@
 //! What a page held for an earlier owner stays there until it is overwritten: attention reads no word that
 //! holds an entry beyond the last position a row may see, so that not even a NaN of old can leak.
 
-use half::bf16;
 use memmap2::MmapMut;
 
 use crate::array::Array;
 use crate::backend::{AttentionSlice, Dtype, PAGE_TOKENS};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
+use crate::dtype::bf16_bits;
 use crate::error::{Error, Result};
 
 /// Rows of values are padded to the widest register of any level.
@@ -158,7 +158,10 @@ pub(crate) fn append(
     let is_small = k.rows() * k.cols() < SMALL_APPEND;
     let append_half = |half: usize| {
         let (head, is_keys) = (half / 2, half.is_multiple_of(2));
-        for slice in slices {
+        for (index, slice) in slices.iter().enumerate() {
+            if let Some(next) = slices.get(index + 1) {
+                fetch_slot(cache, base, next, head, is_keys);
+            }
             for_each_run(slice, |page, slot, row, num_rows| {
                 let start = head_start(cache, page, head);
                 // SAFETY: `head_start` has checked the page and the head, so that the start is inside; the
@@ -224,6 +227,36 @@ fn for_each_run(slice: &AttentionSlice, mut each: impl FnMut(u32, usize, usize, 
     }
 }
 
+/// Fetches the lines that a slice's first row will be written to. A decode step writes one row to each of many
+/// pages that nobody has touched since the last step: one line for every pair of dimensions.
+fn fetch_slot(cache: &KvCache, base: Words, slice: &AttentionSlice, head: usize, is_keys: bool) {
+    if slice.num_rows == 0 {
+        return;
+    }
+    let page = slice.pages[slice.first_position / PAGE_TOKENS];
+    let slot = slice.first_position % PAGE_TOKENS;
+    let start = head_start(cache, page, head);
+    if is_keys {
+        let words = start..start + key_words(cache.dtype, cache.head_dim);
+        words.skip(slot).step_by(PAGE_TOKENS).for_each(|word| prefetch(base.at(word)));
+    } else {
+        let stride = cache.value_stride();
+        let step = start + key_words(cache.dtype, cache.head_dim) + slot / terms(cache.dtype) * stride;
+        (step..step + stride).step_by(REGISTER_WORDS).for_each(|word| prefetch(base.at(word)));
+    }
+}
+
+fn prefetch(word: *const u32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and never faults, and SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(word.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = word;
+}
+
 /// Writes a run of keys from `slot` on.
 ///
 /// # Safety
@@ -269,9 +302,9 @@ unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, rows: &Ro
     }
 }
 
-/// A number as bf16, rounded to nearest even, in the lower half of a word.
+/// A number as bf16, in the lower half of a word.
 fn round(value: f32) -> u32 {
-    u32::from(bf16::from_f32(value).to_bits())
+    u32::from(bf16_bits(value))
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 
 use crate::cpu::exp::exp_f32;
 use crate::cpu::simd::Simd;
+use crate::dtype::bf16_bits;
 
 /// Work that is generic over the level.
 pub(crate) trait Kernel {
@@ -277,7 +278,7 @@ impl Terms<Portable> for PortablePairs {
 
     #[inline(always)]
     unsafe fn store_factors(values: Portable, at: *mut f32, term: usize) -> Portable {
-        let rounded = Portable(values.0.map(|x| half::bf16::from_f32(x).to_f32()));
+        let rounded = Portable(values.0.map(|x| f32::from_bits(u32::from(bf16_bits(x)) << 16)));
         // SAFETY: the caller's.
         unsafe { rounded.store(at.add(term)) };
         rounded

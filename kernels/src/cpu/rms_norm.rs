@@ -1,5 +1,7 @@
 //! Root mean square norm of rows, written as matmul input.
 
+use std::ops::Range;
+
 use crate::array::Array;
 use crate::check;
 use crate::cpu::gemm::{Operand, OperandWriter};
@@ -25,46 +27,60 @@ pub(crate) fn rms_norm(
     out.reset(x.rows(), x.cols());
     let writer = out.writer();
     for_each_chunk(pool, x.rows(), x.cols(), |rows| {
-        for t in rows {
-            at_level(simd, NormRow { row: x.row(t), weight, eps, t, writer });
-        }
+        at_level(simd, NormRows { x, weight, eps, rows, writer })
     });
     Ok(())
 }
 
-struct NormRow<'a> {
-    row: &'a [f32],
+struct NormRows<'a> {
+    x: &'a Array,
     weight: &'a [f32],
     eps: f32,
-    t: usize,
+    rows: Range<usize>,
     writer: OperandWriter<'a>,
 }
 
-impl Kernel for NormRow<'_> {
+impl Kernel for NormRows<'_> {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let (x, weight) = (self.row.as_ptr(), self.weight.as_ptr());
         let mut buffer = [0.0; CHUNK];
-        // SAFETY: the features are the caller's to vouch for; x and the weight have `row.len()` numbers, the
-        // buffer holds a chunk, and this task alone writes row t.
-        unsafe {
-            let mean_square = sum_of_squares::<L>(self.row) / self.row.len() as f32;
-            let scale = L::splat(1.0 / (mean_square + self.eps).sqrt());
-            for first in (0..self.row.len()).step_by(CHUNK) {
-                let count = CHUNK.min(self.row.len() - first);
-                let mut i = 0;
-                while i < count {
-                    let n = (count - i).min(L::LANES);
-                    let normed = L::load_first(x.add(first + i), n).mul(scale);
-                    let weight = L::load_first(weight.add(first + i), n);
-                    normed.mul(weight).store(buffer.as_mut_ptr().add(i));
-                    i += L::LANES;
+        for t in self.rows {
+            let row = self.x.row(t);
+            // SAFETY: the features are the caller's to vouch for, and this task alone writes row t.
+            unsafe {
+                let mean_square = sum_of_squares::<L>(row) / row.len() as f32;
+                let scale = 1.0 / (mean_square + self.eps).sqrt();
+                for (chunk, (x, weight)) in row.chunks(CHUNK).zip(self.weight.chunks(CHUNK)).enumerate() {
+                    scale_into::<L>(x, weight, scale, &mut buffer);
+                    self.writer.write(t, chunk * CHUNK, &buffer[..x.len()]);
                 }
-                self.writer.write(self.t, first, &buffer[..count]);
             }
         }
+    }
+}
+
+/// `out = x * scale ∘ weight`
+///
+/// # Safety
+/// The processor has the features of `L`.
+#[inline(always)]
+unsafe fn scale_into<L: Lanes>(x: &[f32], weight: &[f32], scale: f32, out: &mut [f32; CHUNK]) {
+    assert!(x.len() == weight.len() && x.len() <= CHUNK);
+    let (x_at, weight_at, out_at) = (x.as_ptr(), weight.as_ptr(), out.as_mut_ptr());
+    let whole = x.len() / L::LANES * L::LANES;
+    // SAFETY: the features are the caller's; all three hold `x.len()` numbers.
+    unsafe {
+        let scale = L::splat(scale);
+        let mut i = 0;
+        while i < whole {
+            L::load(x_at.add(i)).mul(scale).mul(L::load(weight_at.add(i))).store(out_at.add(i));
+            i += L::LANES;
+        }
+        let left = x.len() - whole;
+        let (x, weight) = (L::load_first(x_at.add(i), left), L::load_first(weight_at.add(i), left));
+        x.mul(scale).mul(weight).store_first(out_at.add(i), left);
     }
 }
 

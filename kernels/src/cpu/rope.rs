@@ -40,20 +40,36 @@ impl Kernel for TurnRow<'_> {
         let half = self.cos.len();
         for head in self.row.chunks_exact_mut(2 * half) {
             let (first, second) = head.split_at_mut(half);
-            let mut j = 0;
-            while j < half {
-                let n = (half - j).min(L::LANES);
-                // SAFETY: the features are the caller's to vouch for; the four slices have `half` numbers.
-                unsafe {
-                    let (a, b) = (first.as_mut_ptr().add(j), second.as_mut_ptr().add(j));
-                    let cos = L::load_first(self.cos.as_ptr().add(j), n);
-                    let sin = L::load_first(self.sin.as_ptr().add(j), n);
-                    let (x, y) = (L::load_first(a, n), L::load_first(b, n));
-                    y.mul_sub_from(sin, x.mul(cos)).store_first(a, n);
-                    x.mul_add(sin, y.mul(cos)).store_first(b, n);
+            let (first, second) = (first.as_mut_ptr(), second.as_mut_ptr());
+            let (cos, sin) = (self.cos.as_ptr(), self.sin.as_ptr());
+            let whole = half / L::LANES * L::LANES;
+            // SAFETY: the features are the caller's to vouch for; all four have `half` numbers.
+            unsafe {
+                let mut j = 0;
+                while j < whole {
+                    let (x, y) = (L::load(first.add(j)), L::load(second.add(j)));
+                    let (x, y) = turn(x, y, L::load(cos.add(j)), L::load(sin.add(j)));
+                    x.store(first.add(j));
+                    y.store(second.add(j));
+                    j += L::LANES;
                 }
-                j += L::LANES;
+                let left = half - whole;
+                if left > 0 {
+                    let (x, y) = (L::load_first(first.add(j), left), L::load_first(second.add(j), left));
+                    let (cos, sin) = (L::load_first(cos.add(j), left), L::load_first(sin.add(j), left));
+                    let (x, y) = turn(x, y, cos, sin);
+                    x.store_first(first.add(j), left);
+                    y.store_first(second.add(j), left);
+                }
             }
         }
     }
+}
+
+/// # Safety
+/// The processor has the features of `L`.
+#[inline(always)]
+unsafe fn turn<L: Lanes>(x: L, y: L, cos: L, sin: L) -> (L, L) {
+    // SAFETY: the caller's.
+    unsafe { (y.mul_sub_from(sin, x.mul(cos)), x.mul_add(sin, y.mul(cos))) }
 }

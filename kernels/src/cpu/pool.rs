@@ -37,7 +37,8 @@ thread_local! {
     static IN_REGION: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The cores that this process may run on, by the affinity of the calling thread.
+/// The cores that the calling thread may run on. To be asked before a thread is pinned, as the answer is then that
+/// core alone.
 pub fn available_cores() -> Vec<usize> {
     match core_affinity::get_core_ids() {
         Some(cores) if !cores.is_empty() => cores.into_iter().map(|core| core.id).collect(),
@@ -279,9 +280,14 @@ fn spawn_worker(shared: &Arc<Shared>, worker: usize, core: Option<usize>) -> Joi
     thread::Builder::new().name(format!("kernels-{}", worker + 1)).spawn(body).expect("spawn a pool thread")
 }
 
+/// Cores that a set of the system's C library has room for; a number beyond would be out of its bounds.
+const MAX_CORES: usize = 1024;
+
+/// Moves the calling thread to a core. A thread inherits its creator's core, so that a worker moves even where
+/// its creator was pinned before; where the system refuses, it stays.
 fn pin(core: Option<usize>) {
-    if let Some(core) = core.filter(|core| available_cores().contains(core)) {
-        core_affinity::set_for_current(CoreId { id: core });
+    if let Some(id) = core.filter(|&core| core < MAX_CORES) {
+        core_affinity::set_for_current(CoreId { id });
     }
 }
 

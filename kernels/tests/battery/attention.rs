@@ -70,10 +70,13 @@ const SHAPES: [[usize; 3]; 14] = [
 /// Lengths that end inside the first page, at its end, and in later pages.
 const LENGTHS: [usize; 6] = [1, 15, 64, 65, 130, 200];
 
+/// The cache's type, the shape and the length.
+type Case = (Dtype, [usize; 3], usize);
+
 /// What is exact depends on the cache's type alone, and is the slowest part: it is kept for the next device.
 #[derive(Default)]
 struct Attention {
-    known: RefCell<HashMap<(Dtype, [usize; 3], usize), Vec<Bounded>>>,
+    known: RefCell<HashMap<Case, Vec<Bounded>>>,
 }
 
 impl Check for Attention {

@@ -67,7 +67,7 @@ impl Check for Special {
         masked[at] = 2.5;
         let masked = stats(device, &masked, vocabulary)[0];
         assert_eq!((masked.argmax, masked.max, masked.log_sum_exp), (at as u32, 2.5, 0.0), "{name}");
-        assert_eq!(stats(device, &vec![f32::NEG_INFINITY; 20], 20)[0].max, f32::NEG_INFINITY, "{name}");
+        assert_eq!(stats(device, &[f32::NEG_INFINITY; 20], 20)[0].max, f32::NEG_INFINITY, "{name}");
 
         let zeros = stats(device, &[-0.0, 0.0, -0.0], 3)[0];
         assert_eq!((zeros.argmax, zeros.max), (0, 0.0), "{name}: the zeros are equal");

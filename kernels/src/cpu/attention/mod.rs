@@ -24,8 +24,9 @@ use crate::error::Result;
 /// a prompt of 100 tokens makes work for several threads.
 const TILE_QUERIES: usize = 48;
 
-/// Tasks for each thread below which a tile is cut by heads, so that the last of them is not waited for long.
-const TASKS_PER_THREAD: usize = 4;
+/// Tasks to make for each thread, where heads can be shared out to that end: with two, a thread that has ended
+/// its long one can still take a short one from another.
+const TASKS_PER_THREAD: usize = 2;
 
 /// Consecutive positions of one slice, and some KV heads.
 #[derive(Debug, Clone, Copy)]
@@ -102,14 +103,15 @@ fn plan(slices: &[AttentionSlice], shape: Shape, tiles: &mut Vec<Tile>) {
     let Shape { group, kv_heads, threads } = shape;
     let max_positions = (TILE_QUERIES / group).max(1);
     let num_spans: usize = slices.iter().map(|slice| slice.num_rows.div_ceil(max_positions)).sum();
+    // Several heads of a page lie side by side and are read as one stream: a task takes as many of them as still
+    // leave work for every thread.
+    let shared_heads = (num_spans * kv_heads).div_ceil(TASKS_PER_THREAD * threads);
     tiles.clear();
     for (index, slice) in slices.iter().enumerate() {
         for first in (0..slice.num_rows).step_by(max_positions) {
             let num_positions = max_positions.min(slice.num_rows - first);
-            // Several heads of a page lie side by side and are read as one stream, where few rows ask for them
-            // and the heads are not needed to keep all threads at work.
-            let fitting = (TILE_QUERIES / (num_positions * group)).clamp(1, kv_heads);
-            let num_heads = if num_spans < TASKS_PER_THREAD * threads && threads > 1 { 1 } else { fitting };
+            let fitting_heads = TILE_QUERIES / (num_positions * group);
+            let num_heads = fitting_heads.min(shared_heads).clamp(1, kv_heads);
             for first_head in (0..kv_heads).step_by(num_heads) {
                 let num_heads = num_heads.min(kv_heads - first_head);
                 let num_keys = slice.first_position + first + num_positions;

@@ -27,8 +27,10 @@ const MAX_ROWS: usize = 6;
 
 /// Query rows of a head from which on the next entries are fetched ahead by instruction. So many rows keep the
 /// units busy for longer than a page takes to arrive, and the fetches spread over that time (32 query
-/// heads on 4 KV heads, 64 sequences: 1.22 ms for 1.6). Fewer rows wait for memory alone, and the
-/// processor's own prefetching of the stream of heads is the faster then (9 on 3: 0.56 ms for 0.76).
+/// heads on 4 KV heads, 64 sequences: 1.2 ms for 1.6). Fewer rows wait for memory alone, and the
+/// processor's own prefetching of the stream of heads is the faster then (9 on 3: 0.56 ms for 0.76). But a
+/// level whose register tile is narrower than a page's row of keys reads no stream: it walks the same
+/// lines several times in strides, and always fetches ahead (AVX2, 9 on 3: 0.8 ms for 1.75).
 const FETCH_ROWS: usize = 6;
 
 /// Words in a cache line.

@@ -91,7 +91,10 @@ pub(crate) fn kv_cache(num_pages: usize, kv_heads: usize, head_dim: usize) -> Re
 
 /// A row of logits has an entry to find, and its indices fit a token's type.
 pub(crate) fn logits(cols: usize) -> Result<()> {
-    below("logit_stats", "number of logits", cols.wrapping_sub(1), u32::MAX as usize)
+    if cols == 0 {
+        return Err(Error::Unsupported("logit_stats: a row of no logits has no largest".to_owned()));
+    }
+    below("logit_stats", "number of logits", cols, u32::MAX as usize)
 }
 
 /// The slices lie one after another over rows `0..rows`, and their pages exist and reach their last position.

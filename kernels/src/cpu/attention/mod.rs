@@ -4,6 +4,7 @@
 //! head, so that one pass over the head's keys and values serves its whole group. See [`tile`] for what
 //! happens inside. Tiles are claimed by the pool's threads, the longest first.
 
+mod product;
 mod tile;
 
 use std::cell::RefCell;

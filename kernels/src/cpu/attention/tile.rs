@@ -16,14 +16,12 @@
 //! entries and of the output's own bf16.
 
 use super::Attend;
+use super::product::{MAX_ROWS, Product, product};
 use crate::backend::{Dtype, PAGE_TOKENS};
 use crate::cpu::lanes::{F32Terms, Lanes, Terms};
 
 /// Keys whose scores are computed together: a register of the widest level.
 const KEY_GROUP: usize = 16;
-
-/// TILE_ROWS of no level is larger.
-const MAX_ROWS: usize = 6;
 
 /// Query rows of a head from which on the next entries are fetched ahead by instruction. So many rows keep the
 /// units busy for longer than a page takes to arrive, and the fetches spread over that time (32 query
@@ -32,9 +30,6 @@ const MAX_ROWS: usize = 6;
 /// level whose register tile is narrower than a page's row of keys reads no stream: it walks the same
 /// lines several times in strides, and always fetches ahead (AVX2, 9 on 3: 0.8 ms for 1.75).
 const FETCH_ROWS: usize = 6;
-
-/// Words in a cache line.
-const LINE_WORDS: usize = 16;
 
 /// A tile's working memory, `rows` being its query rows.
 struct Scratch {
@@ -426,113 +421,6 @@ unsafe fn halve_step(scratch: &Scratch, step: *const u32) {
     for word in 0..scratch.stride {
         // SAFETY: the caller's; the copy has `stride` words.
         unsafe { *scratch.half_step.add(word) = *step.add(word) & 0xffff };
-    }
-}
-
-/// `sums[r] = sums[r] * rescales[r] + Σ entries[step] * factors[r][first_step + step]` over `registers`
-/// registers; null for `rescales` starts from zero.
-struct Product {
-    /// `[steps][stride]` words.
-    entries: *const u32,
-    /// Lines to fetch into the cache, one for each that is read; null for none.
-    ahead: *const u32,
-    stride: usize,
-    steps: usize,
-    registers: usize,
-    /// `[rows][factor_stride]`
-    factors: *const f32,
-    factor_stride: usize,
-    first_step: usize,
-    /// `[rows][sum_stride]`
-    sums: *mut f32,
-    sum_stride: usize,
-    rescales: *const f32,
-}
-
-/// # Safety
-/// The pointers are valid for the shape, `1 <= num_rows <= TILE_ROWS`.
-#[inline(always)]
-unsafe fn product<L: Lanes, T: Terms<L>>(num_rows: usize, product: &Product) {
-    // SAFETY: the caller's.
-    unsafe {
-        match num_rows {
-            1 => product_rows::<L, T, 1>(product),
-            2 => product_rows::<L, T, 2>(product),
-            3 => product_rows::<L, T, 3>(product),
-            4 => product_rows::<L, T, 4>(product),
-            5 if L::TILE_ROWS > 4 => product_rows::<L, T, 5>(product),
-            6 if L::TILE_ROWS > 4 => product_rows::<L, T, 6>(product),
-            _ => unreachable!("{num_rows} rows in a tile of {}", L::TILE_ROWS),
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn product_rows<L: Lanes, T: Terms<L>, const R: usize>(product: &Product) {
-    let mut register = 0;
-    // SAFETY: the caller's.
-    unsafe {
-        if L::TILE_COLS == 4 {
-            while register + 4 <= product.registers {
-                product_tile::<L, T, R, 4>(product, register);
-                register += 4;
-            }
-        }
-        if L::TILE_COLS == 2 {
-            while register + 2 <= product.registers {
-                product_tile::<L, T, R, 2>(product, register);
-                register += 2;
-            }
-        }
-        while register < product.registers {
-            product_tile::<L, T, R, 1>(product, register);
-            register += 1;
-        }
-    }
-}
-
-/// R rows of C registers; every sum is one chain through the steps in order.
-#[inline(always)]
-unsafe fn product_tile<L: Lanes, T: Terms<L>, const R: usize, const C: usize>(
-    product: &Product,
-    register: usize,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        let out = product.sums.add(register * L::LANES);
-        let mut sums = [[L::splat(0.0); C]; R];
-        if !product.rescales.is_null() {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let rescale = L::splat(*product.rescales.add(r));
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = L::load(out.add(r * product.sum_stride + c * L::LANES)).mul(rescale);
-                }
-            }
-        }
-        let mut at = product.entries.add(register * L::LANES);
-        let mut ahead = product.ahead.wrapping_add(register * L::LANES);
-        for step in product.first_step..product.first_step + product.steps {
-            if !product.ahead.is_null() {
-                (0..C * L::LANES).step_by(LINE_WORDS).for_each(|word| L::prefetch(ahead.wrapping_add(word)));
-                ahead = ahead.wrapping_add(product.stride);
-            }
-            let mut entries = [T::entries(at); C];
-            for (c, entries) in entries.iter_mut().enumerate().skip(1) {
-                *entries = T::entries(at.add(c * L::LANES));
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let factor = T::factor(product.factors.add(r * product.factor_stride), step);
-                for (sum, &entries) in sums.iter_mut().zip(&entries) {
-                    *sum = T::mul_add(entries, factor, *sum);
-                }
-            }
-            at = at.wrapping_add(product.stride);
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (c, sum) in sums.iter().enumerate() {
-                sum.store(out.add(r * product.sum_stride + c * L::LANES));
-            }
-        }
     }
 }
 

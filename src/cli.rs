@@ -91,6 +91,9 @@ pub(crate) struct GenerateArgs {
     /// Number type of weights
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = DtypeArg::Bf16)]
     pub(crate) dtype: DtypeArg,
+    /// Longest prompt plus completion; the model's own limit if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) max_context_tokens: Option<usize>,
     /// Threads; all cores if not given
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,

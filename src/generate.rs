@@ -19,20 +19,21 @@ use crate::{lower, machine, run, say};
 /// # Errors
 /// A model that cannot be loaded, a prompt that cannot be answered.
 pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
-    let interrupt = Interrupt::listen();
+    let interrupt = Interrupt::listen()?;
     let files = configs::Model {
         path: args.model.clone(),
         dtype: match args.dtype {
             DtypeArg::Bf16 => configs::Dtype::Bf16,
             DtypeArg::F32 => configs::Dtype::F32,
         },
+        max_context_tokens: args.max_context_tokens,
         ..configs::Model::default()
     };
     let settings =
         configs::Pipeline { threads: args.threads, max_sequences: 1, ..configs::Pipeline::default() };
     let (model, warnings) = Model::open(&files.path, files.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
-    let options = lower::pipeline(&files, &settings, &model.config, &machine::detect())?.options;
+    let options = lower::pipeline(&files, &settings, &model.config, &machine::detect())?;
 
     let text = run::open_text(&files, &model)?;
     let tokenizer = text.tokenizer().cloned().ok_or_else(|| {

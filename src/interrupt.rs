@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use anyhow::{Context, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 /// What shells report for a program that Ctrl-C ended.
@@ -16,20 +18,23 @@ pub(crate) struct Interrupt(watch::Receiver<bool>);
 
 impl Interrupt {
     /// Listens from now on. Must be called on the runtime.
-    pub(crate) fn listen() -> Self {
+    ///
+    /// # Errors
+    /// A system that refuses to say when it is interrupted.
+    pub(crate) fn listen() -> Result<Self> {
+        let mut signals = Signals::new().context("listen for Ctrl-C")?;
         let (sender, receiver) = watch::channel(false);
         tokio::spawn(async move {
-            signal().await;
-            // A bar that stands on the terminal is left alone; the report comes below it.
-            crate::say("interrupted: ending the rows' lines; once more to stop at once");
+            signals.next().await;
+            crate::say("interrupted: ending in order; once more to stop at once");
             let _ = sender.send(true);
             tokio::select! {
-                () = signal() => {}
+                () = signals.next() => {}
                 () = tokio::time::sleep(GRACE) => crate::say("the end takes too long: stopping at once"),
             }
             std::process::exit(i32::from(EXIT_CODE));
         });
-        Interrupt(receiver)
+        Ok(Interrupt(receiver))
     }
 
     /// Resolves when the user has interrupted.
@@ -39,16 +44,22 @@ impl Interrupt {
     }
 }
 
-/// Ctrl-C, or the signal by which systems end services.
-async fn signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    match signal(SignalKind::terminate()) {
-        Ok(mut terminate) => tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            _ = terminate.recv() => {}
-        },
-        Err(_) => {
-            let _ = tokio::signal::ctrl_c().await;
+/// Ctrl-C, and the signal by which systems end services.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let [interrupt, terminate] = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
+        Ok(Signals { interrupt: interrupt?, terminate: terminate? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
         }
     }
 }

@@ -13,17 +13,12 @@ use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd};
 /// products against memory on two cores, so each token beyond about 16 is no longer nearly free.
 const CPU_EFFICIENT_TOKENS: usize = 16;
 
+/// Positions that page indices of 32 bits can name.
+const MAX_KV_TOKENS: usize = (u32::MAX as usize) * PAGE_TOKENS;
+
 /// The share of the memory left beside the weights that an automatic KV pool takes. Pages are touched
 /// when they are first used, lowest first, so a job that needs less takes less.
 const KV_MEMORY_SHARE: f64 = 0.5;
-
-/// A pipeline, ready to start, and what a user may want to know about it.
-#[derive(Debug)]
-pub(crate) struct Lowered {
-    pub(crate) options: PipelineOptions,
-    /// Decisions that the job file left open and that a user may trip over.
-    pub(crate) notes: Vec<String>,
-}
 
 /// What the machine has.
 #[derive(Debug, Clone)]
@@ -40,7 +35,8 @@ pub(crate) fn pipeline(
     pipeline: &configs::Pipeline,
     config: &ModelConfig,
     machine: &Machine,
-) -> Result<Lowered> {
+) -> Result<PipelineOptions> {
+    check_sizes(pipeline)?;
     let dtypes =
         Dtypes { weights: dtype(model.dtype), kv: dtype(pipeline.kv_cache_dtype.beside(model.dtype)) };
     let spans = spans(&pipeline.stages, pipeline.devices.len(), config)?;
@@ -48,9 +44,8 @@ pub(crate) fn pipeline(
     let stages =
         devices.into_iter().zip(spans).map(|(device, span)| StagePlacement { device, span }).collect();
 
-    let mut notes = Vec::new();
-    let (context_tokens, num_pages) =
-        context_and_pages(model, pipeline, config, dtypes, machine, &mut notes)?;
+    let context_tokens = context_tokens(model, config)?;
+    let num_pages = Memory::of(config, dtypes, machine).num_pages(pipeline, context_tokens)?;
     let scheduler = scheduler::Options {
         num_stages: pipeline.devices.len(),
         micro_batch_tokens: pipeline.micro_batch_tokens,
@@ -61,7 +56,7 @@ pub(crate) fn pipeline(
         efficient_tokens: CPU_EFFICIENT_TOKENS,
     };
     let window = window(pipeline.max_sequences);
-    Ok(Lowered { options: PipelineOptions { stages, dtypes, scheduler, window }, notes })
+    Ok(PipelineOptions { stages, dtypes, scheduler, window })
 }
 
 /// Rows offered to the pipeline at once.
@@ -153,14 +148,23 @@ fn core_group(num_cores: usize, num_groups: usize, index: usize) -> Range<usize>
     start..end
 }
 
-fn context_and_pages(
-    model: &configs::Model,
-    pipeline: &configs::Pipeline,
-    config: &ModelConfig,
-    dtypes: Dtypes,
-    machine: &Machine,
-    notes: &mut Vec<String>,
-) -> Result<(usize, usize)> {
+/// Sizes beyond which a key is a slip of the finger, and beyond which sums would not fit their types.
+fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
+    let most = |key: &str, found: usize, most: usize| match found > most {
+        true => bail!("[pipeline] {key}: found {found}, expected at most {most}"),
+        false => Ok(()),
+    };
+    most("devices", pipeline.devices.len(), 1 << 10)?;
+    most("threads", pipeline.threads.unwrap_or(1), 1 << 10)?;
+    most("max_sequences", pipeline.max_sequences, 1 << 16)?;
+    most("micro_batch_tokens", pipeline.micro_batch_tokens, 1 << 20)?;
+    match pipeline.kv_cache_tokens {
+        KvCacheTokens::Tokens(tokens) => most("kv_cache_tokens", tokens, MAX_KV_TOKENS),
+        KvCacheTokens::Auto => Ok(()),
+    }
+}
+
+fn context_tokens(model: &configs::Model, config: &ModelConfig) -> Result<usize> {
     let longest = config.max_position_embeddings;
     let context = model.max_context_tokens.unwrap_or(longest);
     if context > longest {
@@ -168,39 +172,77 @@ fn context_and_pages(
             "[model] max_context_tokens: found {context}, the model's max_position_embeddings is {longest}"
         );
     }
-    let wanted = context.next_multiple_of(PAGE_TOKENS) * pipeline.max_sequences;
-    let tokens = match pipeline.kv_cache_tokens {
-        KvCacheTokens::Tokens(tokens) => tokens.next_multiple_of(PAGE_TOKENS),
-        KvCacheTokens::Auto => {
-            let room = tokens_with_room(config, dtypes, machine);
-            wanted.min(room / PAGE_TOKENS * PAGE_TOKENS).max(PAGE_TOKENS)
-        }
-    };
-    // Where the user fixed neither, the pool bounds the context; where the user fixed the pool, a row that
-    // does not fit is an error line, so that no answer depends on it.
-    let is_clipped = pipeline.kv_cache_tokens == KvCacheTokens::Auto
-        && model.max_context_tokens.is_none()
-        && tokens < context;
-    if is_clipped {
-        notes.push(format!(
-            "the context is {tokens} tokens of the model's {longest}: more KV cache does not fit into memory"
-        ));
-        return Ok((tokens, tokens / PAGE_TOKENS));
-    }
-    Ok((context, tokens / PAGE_TOKENS))
+    Ok(context)
 }
 
-/// KV tokens that the memory beside the weights has room for.
-fn tokens_with_room(config: &ModelConfig, dtypes: Dtypes, machine: &Machine) -> usize {
-    let weights = config.params() * bytes(dtypes.weights);
-    let values: u64 =
-        config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
-    let per_token = values * bytes(dtypes.kv);
-    let room = (machine.free_bytes.saturating_sub(weights) as f64 * KV_MEMORY_SHARE) as u64;
-    match room.checked_div(per_token) {
-        Some(tokens) => tokens as usize,
-        None => usize::MAX, // Without attention there is nothing to keep.
+/// What the weights take, and what they leave for keys and values.
+struct Memory {
+    free_bytes: u64,
+    weight_bytes: u64,
+    kv_bytes_per_token: u64,
+}
+
+impl Memory {
+    fn of(config: &ModelConfig, dtypes: Dtypes, machine: &Machine) -> Self {
+        let values: u64 =
+            config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
+        Memory {
+            free_bytes: machine.free_bytes,
+            weight_bytes: config.params() * bytes(dtypes.weights),
+            kv_bytes_per_token: values * bytes(dtypes.kv),
+        }
     }
+
+    fn num_pages(&self, pipeline: &configs::Pipeline, context_tokens: usize) -> Result<usize> {
+        let left = self.free_bytes.saturating_sub(self.weight_bytes);
+        if left == 0 {
+            let (weights, free) = (gigabytes(self.weight_bytes), gigabytes(self.free_bytes));
+            bail!("the weights take {weights}, and {free} of memory are free");
+        }
+        let tokens = match pipeline.kv_cache_tokens {
+            KvCacheTokens::Tokens(tokens) => {
+                let needed = tokens as u64 * self.kv_bytes_per_token;
+                if needed > left {
+                    let (needed, left) = (gigabytes(needed), gigabytes(left));
+                    bail!(
+                        "[pipeline] kv_cache_tokens: {tokens} take {needed}, and {left} of memory are free beside the weights"
+                    );
+                }
+                tokens
+            }
+            KvCacheTokens::Auto => self.tokens_with_room(left, pipeline, context_tokens)?,
+        };
+        Ok(tokens.div_ceil(PAGE_TOKENS))
+    }
+
+    /// What `max_sequences` of the longest context need, as far as a share of the memory has room. Never
+    /// less than one context: then an answer would depend on how much memory is free.
+    fn tokens_with_room(
+        &self,
+        left: u64,
+        pipeline: &configs::Pipeline,
+        context_tokens: usize,
+    ) -> Result<usize> {
+        let context = context_tokens.next_multiple_of(PAGE_TOKENS);
+        let wanted = context.saturating_mul(pipeline.max_sequences).min(MAX_KV_TOKENS);
+        let room = match ((left as f64 * KV_MEMORY_SHARE) as u64).checked_div(self.kv_bytes_per_token) {
+            Some(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
+            None => usize::MAX, // Without attention there is nothing to keep.
+        };
+        if room < context {
+            let kv = gigabytes(context as u64 * self.kv_bytes_per_token);
+            bail!(
+                "a context of {context_tokens} tokens takes {kv} of KV cache, and {} of memory are free beside the \
+                 weights\nhint: set [model] max_context_tokens to at most {room}, or [pipeline] kv_cache_tokens",
+                gigabytes(left)
+            );
+        }
+        Ok(wanted.min(room / PAGE_TOKENS * PAGE_TOKENS))
+    }
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 fn bytes(dtype: Dtype) -> u64 {

@@ -174,9 +174,13 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
-/// Counts the rows of an input on a thread of its own: the lines that are not blank.
+/// Counts the rows of an input on a thread of its own: the lines that are not blank. A pipe can be read
+/// only once, and its rows are counted as they come.
 pub(crate) fn count_rows(input: &Path, limit: Option<u64>) -> Arc<AtomicU64> {
     let total = Arc::new(AtomicU64::new(0));
+    if !input.is_file() {
+        return total;
+    }
     let (counted, input) = (Arc::clone(&total), input.to_owned());
     std::thread::spawn(move || {
         // Who cannot read the file here says so where its rows are read.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use actors::{JobOptions, JobOutcome, JobProgress, Pipeline};
+use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions};
 use anyhow::{Context, Result};
 use configs::{JobFile, Loaded};
 use jobs::{
@@ -13,11 +13,11 @@ use jobs::{
     PromptOptions, Reader, RowOptions, SamplingOptions, Status, Timings, TokenTotals, Writer,
 };
 use serde_json::json;
-use stages::Model;
+use stages::{Device, Model};
 
 use crate::cli::RunArgs;
 use crate::interrupt::{self, Interrupt};
-use crate::lower::{self, Lowered};
+use crate::lower;
 use crate::progress::{self, Display, Watched};
 use crate::report::{Report, StageLine};
 use crate::{machine, print, say};
@@ -30,21 +30,19 @@ const EXIT_FAILED: u8 = 1;
 /// # Errors
 /// What keeps the job from starting. A job that started ends with a report and an exit code.
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
-    let interrupt = Interrupt::listen();
+    let interrupt = Interrupt::listen()?;
     let loaded = load_job_file(&args)?;
     let job = &loaded.job;
     let started = Instant::now();
 
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
-    let Lowered { options, notes } =
-        lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
+    let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let (text, reader) = open_input(job, &model, options.scheduler.context_tokens, args.limit)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
-    notes.iter().for_each(|note| say(&format!("note: {note}")));
     let writer = Writer::create(&job.job.output, order(job.job.order), args.fresh)?;
 
-    let plan = plan(job, &options.stages);
+    let plan = plan(job, &options);
     let numeric_profile = lower::numeric_profile(&options);
     let limits = options.scheduler.clone();
     let pipeline = tokio::select! {
@@ -141,12 +139,22 @@ fn order(order: configs::Order) -> jobs::Order {
     }
 }
 
-/// Which blocks run where, for the manifest.
-fn plan(job: &JobFile, stages: &[actors::StagePlacement]) -> serde_json::Value {
-    let stages: Vec<_> = (stages.iter().zip(&job.pipeline.devices))
-        .map(|(stage, device)| json!({"device": device, "blocks": [stage.span.start, stage.span.end]}))
+/// Which blocks run where, and how much each holds, for the manifest.
+fn plan(job: &JobFile, options: &PipelineOptions) -> serde_json::Value {
+    let stages: Vec<_> = (options.stages.iter().zip(&job.pipeline.devices))
+        .map(|(stage, device)| {
+            let threads = match &stage.device {
+                Device::Cpu { threads, .. } => *threads,
+                Device::Reference => 1,
+            };
+            json!({"device": device, "blocks": [stage.span.start, stage.span.end], "threads": threads})
+        })
         .collect();
-    json!({ "stages": stages })
+    json!({
+        "stages": stages,
+        "context_tokens": options.scheduler.context_tokens,
+        "kv_cache_tokens": options.scheduler.cache_tokens(),
+    })
 }
 
 /// When a run began.

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use crate::clock::StageClock;
 use crate::error::{Error, Result, panic_message, with_causes};
-use crate::link::Link;
+use crate::link::{Link, is_delivered};
 use crate::stage::{DeviceFailed, StageActor, Step};
 
 /// Loads a stage on its device thread.
@@ -97,13 +97,19 @@ impl DeviceThread {
             Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
         };
         let (busy, tokens) = (start.elapsed(), batch.num_tokens());
-        tracing::debug!(stage = index, micro_batch = batch.id.0, tokens, seconds = busy.as_secs_f64(), "step");
+        tracing::debug!(
+            stage = index,
+            micro_batch = batch.id.0,
+            tokens,
+            seconds = busy.as_secs_f64(),
+            "step"
+        );
         self.clock.add_step(busy, tokens);
         Ok(match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
-            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {
-                pipeline.upgrade().is_some_and(|pipeline| pipeline.tell(Tokens(output)).try_send().is_ok())
-            }
+            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => pipeline
+                .upgrade()
+                .is_some_and(|pipeline| is_delivered(pipeline.tell(Tokens(output)).try_send())),
             (StageOutput::Activations(_), Next::Pipeline(_)) => panic!("the last stage made activations"),
             (StageOutput::Tokens(_), Next::Stage(_)) => {
                 panic!("stage {index} drew tokens and is not the last")

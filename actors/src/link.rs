@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kameo::actor::ActorRef;
+use kameo::error::SendError;
 use scheduler::MicroBatch;
 use stages::Activations;
 
@@ -20,6 +21,18 @@ pub(crate) struct InProcess(pub(crate) ActorRef<StageActor>);
 
 impl Link for InProcess {
     fn push(&self, batch: Arc<MicroBatch>, input: Option<Activations>) -> bool {
-        self.0.tell(Step { batch, input }).try_send().is_ok()
+        is_delivered(self.0.tell(Step { batch, input }).try_send())
     }
+}
+
+/// Whether a message arrived; false when its receiver is gone.
+///
+/// # Panics
+/// When its receiver's mailbox is full: every mailbox is larger than what can be under way to it.
+pub(crate) fn is_delivered<M>(sent: Result<(), SendError<M>>) -> bool {
+    assert!(
+        !matches!(sent, Err(SendError::MailboxFull(_))),
+        "a mailbox is smaller than what is under way to it"
+    );
+    sent.is_ok()
 }

@@ -15,7 +15,7 @@ use scheduler::{Completion, Request, Scheduler, SequenceId, TokenId};
 
 use crate::clock::{ActiveSpan, PipelineClock};
 use crate::device_thread::Tokens;
-use crate::link::Link;
+use crate::link::{Link, is_delivered};
 
 /// Messages that can be under way to the pipeline at once.
 pub(crate) const fn mailbox_size(num_stages: usize, window: usize) -> usize {
@@ -106,7 +106,7 @@ impl PipelineActor {
         for completion in completions {
             let client = self.clients.remove(&completion.sequence).expect("every sequence has a client");
             // A client that has gone away wants no answer.
-            let _ = client.completed.tell(Completed { tag: client.tag, completion }).try_send();
+            is_delivered(client.completed.tell(Completed { tag: client.tag, completion }).try_send());
         }
     }
 }
@@ -133,7 +133,7 @@ impl Message<Tokens> for PipelineActor {
             if let Some(token) = slice.token
                 && let Some(Client { sampled: Some(sampled), .. }) = self.clients.get(&slice.sequence)
             {
-                let _ = sampled.tell(Sampled(token)).try_send();
+                is_delivered(sampled.tell(Sampled(token)).try_send());
             }
         }
         let clients = &mut self.clients;

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use crossbeam::channel::{Sender, bounded};
+use crossbeam::channel::{Sender, TrySendError, bounded};
 use kameo::Actor;
 use kameo::actor::ActorRef;
 use kameo::message::{Context, Message};
@@ -68,8 +68,9 @@ impl Message<Step> for StageActor {
     type Reply = ();
 
     async fn handle(&mut self, step: Step, _: &mut Context<Self, ()>) {
-        // Full cannot be, see mailbox_size; closed means that the device's own word is on its way.
-        let _ = self.steps.try_send(step);
+        // Disconnected means that the device's own word is on its way.
+        let sent = self.steps.try_send(step);
+        assert!(!matches!(sent, Err(TrySendError::Full(_))), "more steps than micro-batches in flight");
     }
 }
 

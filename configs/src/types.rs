@@ -96,7 +96,7 @@ words! {
 words! {
     /// The order of the lines in `output.jsonl`.
     Order, r#""input" or "completion""#, {
-        /// As the rows stand in the input; a row that is done early waits.
+        /// As the rows stand in the input: lines are put in order at the end.
         Input = "input",
         /// As the rows are done.
         Completion = "completion",

@@ -33,6 +33,13 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
+/// Bounds far beyond any model, below which no product of sizes in this project overflows 64 bits: twice
+/// three matrices of width · hidden in each of 4,096 blocks are 2^60.6 operations.
+const MAX_COUNT: usize = 1 << 26;
+const MAX_HIDDEN: usize = 1 << 19;
+const MAX_HEADS: usize = 1 << 12;
+const MAX_BLOCKS: usize = 1 << 12;
+
 /// How the two architectures write their block lists.
 enum Family {
     Llama,
@@ -108,8 +115,13 @@ impl ModelConfig {
 fn family(top: &Fields<'_>) -> Result<Family> {
     const KNOWN: &str = "LlamaForCausalLM or DeciLMForCausalLM";
     let named = match top.value("architectures") {
-        Some(Value::Array(names)) => names.first().and_then(Value::as_str),
-        _ => None,
+        Some(Value::Array(names)) => match names.first() {
+            Some(Value::String(name)) => Some(name.as_str()),
+            Some(other) => return Err(top.error("architectures", other, KNOWN)),
+            None => None,
+        },
+        Some(other) => return Err(top.error("architectures", other, "a list of names")),
+        None => None,
     };
     match (named, top.value("model_type").and_then(Value::as_str)) {
         (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => Ok(Family::Llama),
@@ -155,10 +167,10 @@ fn refuse_unimplemented(top: &Fields<'_>) -> Result<()> {
 }
 
 fn dims(top: &Fields<'_>) -> Result<Dims> {
-    let hidden = top.count("hidden_size")?;
-    let heads = top.count("num_attention_heads")?;
+    let hidden = top.count_up_to("hidden_size", MAX_HIDDEN)?;
+    let heads = top.count_up_to("num_attention_heads", MAX_HEADS)?;
     let head_dim = match top.value("head_dim") {
-        Some(_) => top.count("head_dim")?,
+        Some(_) => top.count_up_to("head_dim", MAX_HEADS)?,
         None if hidden % heads == 0 => hidden / heads,
         None => {
             return Err(top.error(
@@ -182,14 +194,14 @@ fn uniform_slots(top: &Fields<'_>, dims: Dims) -> Result<Vec<(Attention, Ffn)>> 
     };
     let attention = gqa(top, "num_key_value_heads", kv_heads, dims)?;
     let ffn = Ffn::SwiGlu { width: top.count("intermediate_size")? };
-    Ok(vec![(attention, ffn); top.count("num_hidden_layers")?])
+    Ok(vec![(attention, ffn); top.count_up_to("num_hidden_layers", MAX_BLOCKS)?])
 }
 
 /// DeciLM-7B's form: one FFN width, KV heads per layer.
 fn per_layer_slots(top: &Fields<'_>, dims: Dims) -> Result<Vec<(Attention, Ffn)>> {
     const KEY: &str = "num_key_value_heads_per_layer";
     let ffn = Ffn::SwiGlu { width: top.count("intermediate_size")? };
-    let num_layers = top.count("num_hidden_layers")?;
+    let num_layers = top.count_up_to("num_hidden_layers", MAX_BLOCKS)?;
     let Some(Value::Array(list)) = top.value(KEY) else {
         return Err(top.error(
             "block_configs",
@@ -227,7 +239,7 @@ fn block_config_slots(top: &Fields<'_>, dims: Dims) -> Result<Vec<(Attention, Ff
         Some(Value::Array(list)) if !list.is_empty() => list,
         other => return Err(top.error("block_configs", other.unwrap_or(&Value::Null), "a list of blocks")),
     };
-    let num_layers = top.count("num_hidden_layers")?;
+    let num_layers = top.count_up_to("num_hidden_layers", MAX_BLOCKS)?;
     if list.len() != num_layers {
         let found = format!("{num_layers}");
         return Err(top.error(
@@ -304,7 +316,14 @@ fn ffn_half(half: &Fields<'_>, dims: Dims) -> Result<Ffn> {
     match half.value("intermediate_size") {
         // Puzzletron writes the width itself.
         Some(_) => Ok(Ffn::SwiGlu { width: half.count("intermediate_size")? }),
-        None => Ok(Ffn::SwiGlu { width: swiglu_width(half.positive("ffn_mult")?, dims.hidden) }),
+        None => {
+            let width = swiglu_width(half.positive("ffn_mult")?, dims.hidden);
+            if !(1..=MAX_COUNT).contains(&width) {
+                let found = format!("{}, a width of {width}", half.map["ffn_mult"]);
+                return Err(half.error("ffn_mult", found, format!("a width from 1 to {MAX_COUNT}")));
+            }
+            Ok(Ffn::SwiGlu { width })
+        }
     }
 }
 
@@ -312,7 +331,8 @@ fn ffn_half(half: &Fields<'_>, dims: Dims) -> Result<Ffn> {
 pub fn swiglu_width(ffn_mult: f64, hidden: usize) -> usize {
     // Six decimals, as the checkpoint's own configuration class rounds on load.
     let ffn_mult = (ffn_mult * 1e6).round() / 1e6;
-    ((2.0 * ffn_mult * hidden as f64 / 3.0) as usize).next_multiple_of(256)
+    // Bounded, so that rounding up cannot overflow; no real width comes near.
+    (((2.0 * ffn_mult * hidden as f64 / 3.0) as usize).min(1 << 40)).next_multiple_of(256)
 }
 
 fn rope(top: &Fields<'_>) -> Result<Rope> {
@@ -329,20 +349,21 @@ fn rope(top: &Fields<'_>) -> Result<Rope> {
     };
     let Some(fields) = scaling else { return Ok(Rope::Default { theta }) };
     let kind = fields.value("rope_type").or_else(|| fields.value("type"));
-    match kind.map(|kind| kind.as_str().unwrap_or("?")) {
+    match kind.map(|kind| kind.as_str().ok_or(kind)).transpose() {
         // Dynamic scaling equals default up to max_position_embeddings, and longer contexts are refused.
-        None | Some("default" | "dynamic") => Ok(Rope::Default { theta }),
-        Some("linear") => Ok(Rope::Linear { theta, factor: fields.positive("factor")? }),
-        Some("llama3") => Ok(Rope::Llama3 {
+        Ok(None | Some("default" | "dynamic")) => Ok(Rope::Default { theta }),
+        Ok(Some("linear")) => Ok(Rope::Linear { theta, factor: fields.positive("factor")? }),
+        Ok(Some("llama3")) => Ok(Rope::Llama3 {
             theta,
             factor: fields.positive("factor")?,
             low_freq_factor: fields.positive("low_freq_factor")?,
             high_freq_factor: fields.positive("high_freq_factor")?,
             original_max_position_embeddings: fields.positive("original_max_position_embeddings")?,
         }),
-        Some(other) => {
+        Ok(Some(other)) => {
             Err(fields.error("rope_type", format!("{other:?}"), "default, linear, dynamic or llama3"))
         }
+        Err(other) => Err(fields.error("rope_type", other, "default, linear, dynamic or llama3")),
     }
 }
 
@@ -387,9 +408,16 @@ impl<'a> Fields<'a> {
     }
 
     fn count(&self, key: &str) -> Result<usize> {
+        self.count_up_to(key, MAX_COUNT)
+    }
+
+    fn count_up_to(&self, key: &str, most: usize) -> Result<usize> {
+        let expected = format!("a whole number from 1 to {most}");
         match self.value(key) {
-            Some(value) => as_count(value).ok_or_else(|| self.error(key, value, "a whole number above 0")),
-            None => Err(self.error(key, "nothing", "a whole number above 0")),
+            Some(value) => {
+                as_count(value).filter(|&n| n <= most).ok_or_else(|| self.error(key, value, expected))
+            }
+            None => Err(self.error(key, "nothing", expected)),
         }
     }
 

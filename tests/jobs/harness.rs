@@ -225,10 +225,10 @@ pub(crate) fn read_json(path: &Path) -> Value {
 /// SIMD levels that this processor has, and the plain loops.
 pub(crate) fn levels() -> Vec<&'static str> {
     let mut levels = vec!["reference", "portable"];
-    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+    if stages::Simd::Avx2.is_available() {
         levels.push("avx2");
     }
-    if std::arch::is_x86_feature_detected!("avx512bf16") && std::arch::is_x86_feature_detected!("avx512vl") {
+    if stages::Simd::Avx512.is_available() {
         levels.push("avx512");
     }
     levels

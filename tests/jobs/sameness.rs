@@ -96,7 +96,11 @@ fn rows_do_not_depend_on_preemption() {
             let messages = json!([{"role": "user", "content": text(i, 4)}]);
             json!({"messages": messages, "max_tokens": 140, "seed": i, "ignore_eos": true, "logprobs": i.is_multiple_of(2)})
         };
-        (0..12).map(|i| batch_line(&format!("row-{i:02}"), "/v1/chat/completions", &body(i))).collect()
+        let scored = json!({"prompt": text(3, 70), "max_tokens": 120, "echo": true, "logprobs": 2, "ignore_eos": true});
+        (0..12)
+            .map(|i| batch_line(&format!("row-{i:02}"), "/v1/chat/completions", &body(i)))
+            .chain((0..3).map(|i| batch_line(&format!("scored-{i}"), "/v1/completions", &scored)))
+            .collect()
     };
     let roomy = run(&["pipeline.kv_cache_tokens=16384"], growing());
     assert!(!roomy.stdout.contains("preempted"), "{}", roomy.stdout);

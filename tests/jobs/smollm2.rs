@@ -15,6 +15,12 @@ fn golden() -> Vec<Value> {
     golden["prompts"].as_array().expect("prompts").clone()
 }
 
+/// The largest log-probability of a map from tokens, which also holds the token that stands in the text.
+fn best(top: &Value) -> f64 {
+    let values = top.as_object().expect("a map").values();
+    values.map(|value| value.as_f64().expect("a number")).fold(f64::NEG_INFINITY, f64::max)
+}
+
 #[test]
 fn greedy_continuations_in_f32_equal_those_of_transformers() {
     let prompts = golden();
@@ -72,8 +78,7 @@ fn teacher_forced_in_bf16_the_log_probabilities_stay_within_the_bound() {
             let difference = (found - expected.as_f64().expect("a number")).abs();
             largest = largest.max(difference);
             assert!(difference <= BF16_BOUND, "{name}, token {i}: off by {difference}");
-            let best = logprobs["top_logprobs"][first + i].as_object().unwrap().values().next().unwrap();
-            let is_argmax = best.as_f64().unwrap() <= found + 1e-6;
+            let is_argmax = best(&logprobs["top_logprobs"][first + i]) <= found + 1e-6;
             let margin = prompt["margins"][i].as_f64().expect("a margin");
             assert!(
                 is_argmax || margin < 2.0 * BF16_BOUND,
@@ -82,5 +87,5 @@ fn teacher_forced_in_bf16_the_log_probabilities_stay_within_the_bound() {
         }
     }
     // A bound that nothing comes near guards nothing.
-    assert!(largest > BF16_BOUND / 20.0, "the largest difference is {largest}");
+    assert!(largest > 99.0, "the largest difference is {largest}");
 }

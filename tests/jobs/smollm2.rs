@@ -4,11 +4,10 @@ use serde_json::{Value, json};
 
 use crate::harness::{Job, read_json, root, smollm2};
 
-/// bf16 against float32 on a log-probability. The model's logits have a standard deviation of 8; 30 blocks
-/// round five operands each to 8 bits (half a unit is 2^-9), and 150 such errors add up like a random walk
-/// to 0.0020 · sqrt(150) = 2.4 % of a deviation, 0.19. Twice that holds for nearly all of 640 tokens, and
-/// three times for all.
-const BF16_BOUND: f64 = 0.6;
+/// bf16 against float32 on a log-probability. The model's logits have a standard deviation of 8, and 30
+/// blocks round five operands each to 8 bits. If those 150 errors of up to 2^-9 all counted they would come
+/// to 0.19 as a random walk; on these 640 tokens the largest is 0.07, and this is about twice that.
+const BF16_BOUND: f64 = 0.15;
 
 fn golden() -> Vec<Value> {
     let golden = read_json(&root().join("tests/golden/smollm2_greedy.json"));
@@ -87,5 +86,5 @@ fn teacher_forced_in_bf16_the_log_probabilities_stay_within_the_bound() {
         }
     }
     // A bound that nothing comes near guards nothing.
-    assert!(largest > 99.0, "the largest difference is {largest}");
+    assert!(largest > BF16_BOUND / 5.0, "the largest difference is {largest}");
 }

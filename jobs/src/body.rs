@@ -45,7 +45,9 @@ impl Body {
         let is_chat = endpoint == Endpoint::ChatCompletions;
         if is_chat && sampling.max_tokens == Some(0) {
             let message = "expected an integer of at least 1, found 0; only /v1/completions scores a prompt";
-            return Err(RowError::of("max_tokens", "invalid_value", message));
+            let names = ["max_tokens", "max_completion_tokens"];
+            let name = names.into_iter().find(|name| fields.get(name).is_some());
+            return Err(RowError::of(name.unwrap_or(names[0]), "invalid_value", message));
         }
         Ok(Body {
             endpoint,
@@ -64,10 +66,11 @@ fn sampling(fields: &Fields<'_>) -> Result<SamplingOptions, RowError> {
     Ok(SamplingOptions {
         temperature: fields.number("temperature")?,
         top_p: fields.number("top_p")?,
-        top_k: fields.integer("top_k")?.map(|top_k| top_k.clamp(i64::MIN.into(), i64::MAX.into()) as i64),
+        // As good as all: a vocabulary has fewer tokens.
+        top_k: fields.integer("top_k", -1)?.map(|top_k| top_k.min(i64::MAX.into()) as i64),
         min_p: fields.number("min_p")?,
         // Any 64 bits are a seed; OpenAI's are signed.
-        seed: fields.integer("seed")?.map(|seed| seed as u64),
+        seed: fields.integer("seed", i64::MIN)?.map(|seed| seed as u64),
         max_tokens: max_tokens(fields)?,
         min_tokens: fields.count("min_tokens")?,
         stop: stop(fields)?,
@@ -214,17 +217,26 @@ impl<'a> Fields<'a> {
         self.get(name).map(number).transpose()
     }
 
-    fn integer(&self, name: &str) -> Result<Option<i128>, RowError> {
+    /// An integer of 64 bits, signed or not. Of `least` only the message speaks that refuses one beyond
+    /// them, which JSON's reader hands over as a float.
+    fn integer(&self, name: &str, least: i64) -> Result<Option<i128>, RowError> {
         let integer = |value: &Value| {
             let number = value.as_i64().map(i128::from).or(value.as_u64().map(i128::from));
-            number.ok_or_else(|| invalid_type(name, "an integer", value))
+            number.ok_or_else(|| match value.as_f64() {
+                Some(float) if float < i64::MIN as f64 || float >= u64::MAX as f64 => {
+                    let message =
+                        format!("expected an integer from {least} to {}, found {}", u64::MAX, show(value));
+                    RowError::of(name, "invalid_value", message)
+                }
+                _ => invalid_type(name, "an integer", value),
+            })
         };
         self.get(name).map(integer).transpose()
     }
 
-    /// A number of tokens; one beyond 32 bits is as good as the highest.
+    /// A number of tokens. One of more than 32 bits counts as the highest of 32, which no context holds.
     fn count(&self, name: &str) -> Result<Option<u32>, RowError> {
-        match self.integer(name)? {
+        match self.integer(name, 0)? {
             Some(number) if number < 0 => {
                 let message = format!("expected an integer of at least 0, found {number}");
                 Err(RowError::of(name, "invalid_value", message))
@@ -234,7 +246,7 @@ impl<'a> Fields<'a> {
     }
 
     fn top_logprobs(&self, name: &str) -> Result<Option<u32>, RowError> {
-        match self.integer(name)? {
+        match self.integer(name, 0)? {
             Some(top) if !(0..=i128::from(MAX_TOP_LOGPROBS)).contains(&top) => {
                 let message = format!("expected an integer from 0 to {MAX_TOP_LOGPROBS}, found {top}");
                 Err(RowError::of(name, "invalid_value", message))

@@ -41,8 +41,10 @@ impl GenerationConfig {
             ..SamplingOptions::default()
         };
         // Only when it is stated: files that say nothing mean a sampling that suits the model.
-        if json.get("do_sample") == Some(&Value::Bool(false)) {
-            sampling.temperature = Some(0.0);
+        match json.get("do_sample") {
+            None | Some(Value::Null | Value::Bool(true)) => {}
+            Some(Value::Bool(false)) => sampling.temperature = Some(0.0),
+            Some(other) => return Err(format!("do_sample: expected true or false, found {}", show(other))),
         }
         sampling.check().map_err(|(name, message)| format!("{name}: {message}"))?;
         let not_honoured = json
@@ -123,8 +125,13 @@ fn number(json: &Map<String, Value>, name: &str) -> Result<Option<f64>, String> 
     }
 }
 
+/// An integer, also one that a tool wrote as `50.0`.
 fn integer(name: &str, value: &Value) -> Result<i64, String> {
-    value.as_i64().ok_or_else(|| format!("{name}: expected an integer, found {}", show(value)))
+    // From 2^53 on a float no longer tells which integer was meant.
+    let is_whole = |float: &f64| float.fract() == 0.0 && float.abs() < (1u64 << 53) as f64;
+    let whole = || value.as_f64().filter(is_whole).map(|float| float as i64);
+    let integer = value.as_i64().or_else(whole);
+    integer.ok_or_else(|| format!("{name}: expected an integer, found {}", show(value)))
 }
 
 /// Token ids written as one or as a list.

@@ -53,11 +53,19 @@ impl ModelText {
             let (_, content) = special_tokens.iter().find(|(other, _)| *other == name)?;
             tokenizer.as_ref()?.token_id(content)
         };
+        let vocab_size = options.vocab_size;
+        check_eos_tokens(dir, &generation, vocab_size)?;
+        let mut warnings = warnings(&generation, tokenizer.as_deref(), vocab_size);
         let mut eos_token_ids = options.eos_token_ids.clone();
-        eos_token_ids.extend(generation.eos_token_ids.iter().copied().chain(id_of("eos_token")));
+        eos_token_ids.extend(&generation.eos_token_ids);
+        match id_of("eos_token") {
+            Some(id) if id as usize >= vocab_size => warnings.push(format!(
+                "the tokenizer's eos_token has id {id} and ends no sequence, the model knows {vocab_size} tokens"
+            )),
+            id => eos_token_ids.extend(id),
+        }
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
-        let warnings = warnings(&generation, tokenizer.as_deref(), options.vocab_size);
         Ok(ModelText {
             name: name_of(dir),
             bos_token_id: id_of("bos_token"),
@@ -65,7 +73,7 @@ impl ModelText {
             chat_template,
             sampling: generation.sampling,
             eos_token_ids,
-            vocab_size: options.vocab_size,
+            vocab_size,
             warnings,
         })
     }
@@ -112,7 +120,7 @@ impl ModelText {
     }
 
     /// Token ids of a text that begins a sequence, with one beginning-of-sequence token at most: a
-    /// text may carry the token its tokenizer adds.
+    /// text may carry the token its tokenizer adds, whether or not a file names it `bos_token`.
     pub(crate) fn encode(
         &self,
         tokenizer: &Tokenizer,
@@ -120,9 +128,9 @@ impl ModelText {
         is_chat: bool,
     ) -> Result<Vec<TokenId>, String> {
         let mut tokens = tokenizer.encode(text, !is_chat)?;
-        if let (Some(bos), [first, second, ..]) = (self.bos_token_id, tokens.as_slice())
-            && *first == bos
-            && *second == bos
+        if let [first, second, ..] = tokens.as_slice()
+            && first == second
+            && [self.bos_token_id, tokenizer.leading_token()].contains(&Some(*first))
         {
             tokens.remove(0);
         }
@@ -151,6 +159,17 @@ fn special_tokens(dir: &Path, tokenizer_config: &Value) -> Result<Vec<(&'static 
         Some((name, content))
     };
     Ok(SPECIAL_TOKENS.into_iter().filter_map(token).collect())
+}
+
+/// Every token that ends a sequence must be one the model can choose: stages look its logit up.
+fn check_eos_tokens(dir: &Path, generation: &GenerationConfig, vocab_size: usize) -> Result<()> {
+    match generation.eos_token_ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(id) => {
+            let message = format!("eos_token_id: expected token ids below {vocab_size}, found {id}");
+            Err(Error::malformed(&dir.join("generation_config.json"), message))
+        }
+        None => Ok(()),
+    }
 }
 
 fn warnings(generation: &GenerationConfig, tokenizer: Option<&Tokenizer>, vocab_size: usize) -> Vec<String> {

@@ -116,50 +116,84 @@ fn check_one(name: &str, value: &Value, endpoint: Endpoint) -> Result<(), RowErr
         };
     }
     if NOT_HONOURED.contains(&name) {
-        return match value.is_null() || is_neutral(name, value) {
-            true => Ok(()),
-            false => Err(RowError::of(
-                name,
-                "unsupported_parameter",
-                format!("not supported, found {}", show(value)),
-            )),
-        };
+        return check_neutral(name, value);
     }
     let known = HONOURED.into_iter().chain(here).chain(NOT_HONOURED);
     Err(unknown(name, "unknown parameter", known))
 }
 
-/// Whether a value of a parameter that is not honoured says what happens anyway.
-fn is_neutral(name: &str, value: &Value) -> bool {
-    match name {
-        "n" | "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => {
-            value.as_f64() == Some(1.0)
+fn check_neutral(name: &str, value: &Value) -> Result<(), RowError> {
+    let found = show(value);
+    let message = match neutral(name) {
+        _ if value.is_null() => return Ok(()),
+        Some(neutral) if neutral.is_said_by(value) => return Ok(()),
+        Some(neutral) => format!("expected {neutral}, found {found}, which is not supported"),
+        None => format!("not supported, found {found}"),
+    };
+    Err(RowError::of(name, "unsupported_parameter", message))
+}
+
+/// A value of a parameter that is not honoured, by which it says what happens anyway.
+enum Neutral {
+    Number(f64),
+    Flag(bool),
+    Empty,
+    Either([&'static str; 2]),
+    Json(Value),
+}
+
+impl Neutral {
+    fn is_said_by(&self, value: &Value) -> bool {
+        match self {
+            Neutral::Number(number) => value.as_f64() == Some(*number),
+            Neutral::Flag(flag) => value == flag,
+            Neutral::Empty => is_empty(value),
+            Neutral::Either(words) => words.iter().any(|word| value == word),
+            Neutral::Json(json) => value == json,
         }
+    }
+}
+
+impl std::fmt::Display for Neutral {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Neutral::Number(number) => write!(f, "{number}"),
+            Neutral::Flag(flag) => write!(f, "{flag}"),
+            Neutral::Empty => f.write_str("an empty value"),
+            Neutral::Either([one, other]) => write!(f, "{one:?} or {other:?}"),
+            Neutral::Json(json) => f.write_str(&show(json)),
+        }
+    }
+}
+
+fn neutral(name: &str) -> Option<Neutral> {
+    Some(match name {
+        "n" | "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => Neutral::Number(1.0),
         "frequency_penalty" | "presence_penalty" | "priority" | "top_a" | "xtc_probability" => {
-            value.as_f64() == Some(0.0)
+            Neutral::Number(0.0)
         }
         "stream"
         | "use_beam_search"
         | "include_stop_str_in_output"
         | "continue_final_message"
-        | "early_stopping" => *value == Value::Bool(false),
+        | "early_stopping" => Neutral::Flag(false),
         "skip_special_tokens"
         | "spaces_between_special_tokens"
         | "add_generation_prompt"
-        | "parallel_tool_calls" => *value == Value::Bool(true),
+        | "parallel_tool_calls" => Neutral::Flag(true),
         "logit_bias"
         | "chat_template_kwargs"
         | "tools"
         | "functions"
         | "documents"
         | "bad_words"
-        | "suffix" => is_empty(value),
-        "tool_choice" | "function_call" => *value == "none" || *value == "auto",
-        "service_tier" => *value == "auto" || *value == "default",
-        "modalities" => *value == serde_json::json!(["text"]),
-        "response_format" => *value == serde_json::json!({"type": "text"}),
-        _ => false,
-    }
+        | "suffix" => Neutral::Empty,
+        "tool_choice" | "function_call" => Neutral::Either(["none", "auto"]),
+        "service_tier" => Neutral::Either(["auto", "default"]),
+        "modalities" => Neutral::Json(serde_json::json!(["text"])),
+        "response_format" => Neutral::Json(serde_json::json!({"type": "text"})),
+        _ => return None,
+    })
 }
 
 fn is_empty(value: &Value) -> bool {

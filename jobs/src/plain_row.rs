@@ -96,6 +96,9 @@ fn missing_field(template: &str, path: &str, row: &Map<String, Value>) -> RowErr
 /// The error without the template's name, which the message begins with.
 fn describe(error: &minijinja::Error) -> String {
     let line = error.line().map(|line| format!(", line {line}")).unwrap_or_default();
+    if let Some(message) = template::out_of_fuel(error) {
+        return format!("{message}{line}");
+    }
     match error.detail() {
         Some(detail) => format!("{}: {detail}{line}", error.kind()),
         None => format!("{}{line}", error.kind()),

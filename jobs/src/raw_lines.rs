@@ -34,6 +34,10 @@ pub(crate) enum RawLine {
 impl RawLines {
     pub(crate) fn open(path: &Path, max_line_bytes: usize) -> Result<RawLines> {
         let file = File::open(path).map_err(|source| Error::read(path, source))?;
+        // A directory opens like a file, and only reading it fails, after the job has begun.
+        if file.metadata().map_err(|source| Error::read(path, source))?.is_dir() {
+            return Err(Error::malformed(path, "is a directory, expected a file"));
+        }
         Ok(RawLines {
             path: path.to_owned(),
             file: BufReader::with_capacity(BUFFER_BYTES, file),

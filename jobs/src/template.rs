@@ -2,13 +2,31 @@
 //!
 //! What transformers offers a chat template is offered here too: `tojson` that writes what Python's
 //! `json.dumps` writes, `raise_exception`, `strftime_now`, and `None`, `True`, `False` as Python
-//! prints them. Nothing is escaped for HTML.
+//! prints them. Nothing is escaped for HTML. A template that does not come to an end is stopped, for
+//! it would hold up every row behind it.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 
 use crate::calendar;
+
+/// Fuel of one rendering: a step of the template, or 64 bytes that it handles, costs about one. All of
+/// it lasts about a second.
+const FUEL: u64 = {
+    let mut sum = 0;
+    // 10,000 messages: Nemotron's template takes 43 steps for each, and wordier ones a few times that.
+    sum += 10_000 * 300;
+    // The largest row there may be: Nemotron's template handles each of its bytes six times.
+    sum += 12 * (crate::MAX_LINE_BYTES as u64 / 64);
+    // A template that looks through all messages at every one, in a chat of 2,000.
+    sum += 2_000 * 2_000;
+    sum
+};
+
+/// Most spaces by which `tojson` indents, or characters of a text it indents with. Templates use 2 or
+/// 4, and each is repeated for every line and level.
+const MAX_INDENT: usize = 16;
 
 /// An environment for templates that come with a model, which Jinja's own leniency suits.
 ///
@@ -36,6 +54,7 @@ pub(crate) fn strict_environment() -> Environment<'static> {
 
 fn plain_environment() -> Environment<'static> {
     let mut environment = Environment::new();
+    environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_formatter(|out, state, value| match python_word(value) {
@@ -63,8 +82,17 @@ fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
 }
 
+/// What to say of a template that ran out of fuel, which the library's words leave open.
+pub(crate) fn out_of_fuel(error: &Error) -> Option<String> {
+    let is_out = error.kind() == ErrorKind::OutOfFuel;
+    is_out.then(|| format!("stopped after {FUEL} steps without an end; does it loop over too much?"))
+}
+
 /// A template's error as one line: what it raised itself, or what went wrong in it.
 pub(crate) fn describe(error: &Error) -> String {
+    if let Some(message) = out_of_fuel(error) {
+        return message;
+    }
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
         if let Some(Raised(message)) = cause.downcast_ref() {
@@ -104,9 +132,21 @@ fn tojson(_: &State<'_, '_>, value: &Value, indent: Option<Value>, options: Kwar
 }
 
 fn indent_unit(indent: Value) -> Result<String, Error> {
-    match indent.as_str() {
-        Some(unit) => Ok(unit.to_owned()),
-        None => Ok(" ".repeat(usize::try_from(indent)?)),
+    let refuse = |found: &dyn std::fmt::Display| {
+        let message = format!("tojson: expected an indent from 0 to {MAX_INDENT}, found {found}");
+        Error::new(ErrorKind::InvalidOperation, message)
+    };
+    if let Some(unit) = indent.as_str() {
+        let chars = unit.chars().count();
+        return if chars <= MAX_INDENT {
+            Ok(unit.to_owned())
+        } else {
+            Err(refuse(&format!("a text of {chars}")))
+        };
+    }
+    match usize::try_from(indent.clone()) {
+        Ok(spaces) if spaces <= MAX_INDENT => Ok(" ".repeat(spaces)),
+        _ => Err(refuse(&indent)),
     }
 }
 

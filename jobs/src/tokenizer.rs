@@ -17,6 +17,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: HashSet<TokenId>,
     spelling: Spelling,
+    leading: Option<TokenId>,
 }
 
 impl Tokenizer {
@@ -40,7 +41,8 @@ impl Tokenizer {
         let added = inner.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
         let spelling = Spelling::of(&inner)?;
-        Ok(Tokenizer { inner, special, spelling })
+        let leading = leading(&inner);
+        Ok(Tokenizer { inner, special, spelling, leading })
     }
 
     /// Token ids of a text. Special tokens written in the text are recognised in either case;
@@ -71,6 +73,11 @@ impl Tokenizer {
         self.spelling.bytes(id)
     }
 
+    /// The token that the tokenizer puts in front of a text, where it does.
+    pub(crate) fn leading_token(&self) -> Option<TokenId> {
+        self.leading
+    }
+
     /// Whether this token is left out of texts.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.special.contains(&id)
@@ -93,4 +100,13 @@ impl Tokenizer {
     pub(crate) fn spells_by_bytes(&self) -> bool {
         self.spelling.is_exact()
     }
+}
+
+/// The token put in front of a text, told by what it does: post-processors take many forms.
+fn leading(inner: &tokenizers::Tokenizer) -> Option<TokenId> {
+    let ids = |add_special_tokens| Some(inner.encode_fast("a", add_special_tokens).ok()?.get_ids().to_vec());
+    let (bare, whole) = (ids(false)?, ids(true)?);
+    let first = *whole.first()?;
+    // A text without tokens cannot tell what is in front of it from what is behind.
+    (first != *bare.first()?).then_some(first)
 }

@@ -133,6 +133,19 @@ fn parameters_of_both_routes() {
         (json!({"min_p": 2}), "invalid_value min_p | min_p: expected a number from 0 to 1, found 2"),
         (json!({"top_k": -2}), "invalid_value top_k | top_k: expected an integer of at least -1, found -2"),
         (json!({"top_k": 1.5}), "invalid_type top_k | top_k: expected an integer, found 1.5"),
+        (
+            json!({"top_k": 1e23}),
+            "invalid_value top_k | top_k: expected an integer from -1 to 18446744073709551615, found 1e+23",
+        ),
+        (
+            json!({"seed": 1e21}),
+            "invalid_value seed | seed: expected an integer from -9223372036854775808 to 18446744073709551615, \
+             found 1e+21",
+        ),
+        (
+            json!({"max_tokens": 1e23}),
+            "invalid_value max_tokens | max_tokens: expected an integer from 0 to 18446744073709551615, found 1e+23",
+        ),
         (json!({"seed": "x"}), "invalid_type seed | seed: expected an integer, found \"x\""),
         (
             json!({"max_tokens": -1}),
@@ -175,23 +188,36 @@ fn parameters_of_both_routes() {
             "invalid_type return_token_ids | return_token_ids: expected true or false, found \"yes\"",
         ),
         (json!({"model": 3}), "invalid_type model | model: expected a string, found 3"),
-        (json!({"n": 2}), "unsupported_parameter n | n: not supported, found 2"),
-        (json!({"stream": true}), "unsupported_parameter stream | stream: not supported, found true"),
+        (json!({"n": 2}), "unsupported_parameter n | n: expected 1, found 2, which is not supported"),
+        (
+            json!({"stream": true}),
+            "unsupported_parameter stream | stream: expected false, found true, which is not supported",
+        ),
         (
             json!({"frequency_penalty": 0.5}),
-            "unsupported_parameter frequency_penalty | frequency_penalty: not supported, found 0.5",
+            "unsupported_parameter frequency_penalty | frequency_penalty: expected 0, found 0.5, which is not supported",
         ),
         (
             json!({"presence_penalty": 1}),
-            "unsupported_parameter presence_penalty | presence_penalty: not supported, found 1",
+            "unsupported_parameter presence_penalty | presence_penalty: expected 0, found 1, which is not supported",
         ),
         (
             json!({"logit_bias": {"50256": -100}}),
-            "unsupported_parameter logit_bias | logit_bias: not supported, found {\"50256\":-100}",
+            "unsupported_parameter logit_bias | logit_bias: expected an empty value, found {\"50256\":-100}, which is not supported",
         ),
         (
             json!({"response_format": {"type": "json_object"}}),
-            "unsupported_parameter response_format | response_format: not supported, found {\"type\":\"json_object\"}",
+            "unsupported_parameter response_format | response_format: expected {\"type\":\"text\"}, \
+             found {\"type\":\"json_object\"}, which is not supported",
+        ),
+        (
+            json!({"service_tier": "flex"}),
+            "unsupported_parameter service_tier | service_tier: expected \"auto\" or \"default\", \
+             found \"flex\", which is not supported",
+        ),
+        (
+            json!({"reasoning_effort": "high"}),
+            "unsupported_parameter reasoning_effort | reasoning_effort: not supported, found \"high\"",
         ),
         (
             json!({"temprature": 1}),
@@ -252,7 +278,7 @@ fn parameters_of_chats() {
         (json!({"echo": true}), "unsupported_parameter echo | echo: not a parameter of /v1/chat/completions"),
         (
             json!({"tools": [{"type": "function"}]}),
-            "unsupported_parameter tools | tools: not supported, found [{\"type\":\"function\"}]",
+            "unsupported_parameter tools | tools: expected an empty value, found [{\"type\":\"function\"}], which is not supported",
         ),
         (json!({"logprobs": 3}), "invalid_type logprobs | logprobs: expected true or false, found 3"),
         (
@@ -266,6 +292,11 @@ fn parameters_of_chats() {
         (
             json!({"max_tokens": 0}),
             "invalid_value max_tokens | max_tokens: expected an integer of at least 1, found 0; only /v1/completions scores a prompt",
+        ),
+        (
+            json!({"max_completion_tokens": 0}),
+            "invalid_value max_completion_tokens | max_completion_tokens: expected an integer of at least 1, \
+             found 0; only /v1/completions scores a prompt",
         ),
         (
             json!({"messages": [{"role": "user", "content": "x".repeat(64)}]}),
@@ -318,8 +349,14 @@ fn parameters_of_completions() {
             json!({"logprobs": 21}),
             "invalid_value logprobs | logprobs: expected an integer from 0 to 20, found 21",
         ),
-        (json!({"suffix": "x"}), "unsupported_parameter suffix | suffix: not supported, found \"x\""),
-        (json!({"best_of": 2}), "unsupported_parameter best_of | best_of: not supported, found 2"),
+        (
+            json!({"suffix": "x"}),
+            "unsupported_parameter suffix | suffix: expected an empty value, found \"x\", which is not supported",
+        ),
+        (
+            json!({"best_of": 2}),
+            "unsupported_parameter best_of | best_of: expected 1, found 2, which is not supported",
+        ),
     ];
     check(|fields| completion_line("a", fields), &cases);
 }
@@ -393,4 +430,17 @@ fn settings_that_cannot_be_end_the_job_before_it_starts() {
         }),
         "[prompt] user: syntax error: unexpected end of input, expected end of variable block, line 2"
     );
+}
+
+#[test]
+fn a_prompt_template_without_an_end_is_the_rows_error_and_the_next_row_is_read() {
+    let world = World::new().user(
+        "{% if loops %}{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}{% endif %}x",
+    );
+    let rows = world.rows("{\"loops\": true}\n{\"loops\": false}\n");
+    let [jobs::Row::Rejected(row), jobs::Row::Request(_)] = rows.as_slice() else { panic!("{rows:?}") };
+    assert_eq!(row.error.code, "template_error");
+    let (before, after) = row.error.message.split_once(" after ").unwrap();
+    assert_eq!(before, "[prompt] user: stopped");
+    assert!(after.ends_with(" steps without an end; does it loop over too much?, line 1"), "{after}");
 }

@@ -224,9 +224,8 @@ fn an_input_that_is_not_there_ends_the_job() {
     let error = jobs::Reader::open(&path, world.preparer(), None).err().unwrap();
     assert_eq!(error.to_string(), format!("read {}", path.display()));
     // A folder opens, and cannot be read.
-    let mut reader = jobs::Reader::open(world.path(), world.preparer(), None).unwrap();
-    assert!(reader.next().unwrap().is_err());
-    assert!(reader.next().is_none());
+    let error = jobs::Reader::open(world.path(), world.preparer(), None).err().unwrap();
+    assert_eq!(error.to_string(), format!("{}: is a directory, expected a file", world.path().display()));
 }
 
 #[test]

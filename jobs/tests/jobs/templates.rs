@@ -3,7 +3,7 @@
 use jobs::{Message, Preparer, Prompt, Row, SamplingOptions};
 use serde_json::json;
 
-use crate::model::{BOS, END, EOS, EOT, HELLO, START, World, chat_line};
+use crate::model::{BOS, END, EOS, EOT, HELLO, START, VOCAB, World, chat_line, tokenizer_json};
 
 /// The template of Llama-3.3-Nemotron-Super-49B-v1.
 const NEMOTRON: &str = r#"{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system_message = "" %}{%- endif %}{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}{{- system_message }}{{- "<|eot_id|>" }}{%- for message in messages %}{%- if message['role'] == 'assistant' and '</think>' in message['content'] %}{%- set content = message['content'].split('</think>')[-1].lstrip() %}{%- else %}{%- set content = message['content'] %}{%- endif %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + content | trim + '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"#;
@@ -14,7 +14,7 @@ fn prompt(template: &str, messages: &[(&str, &str)]) -> Result<String, String> {
     world.file("chat_template.jinja", template);
     let messages = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
     let mut preparer = world.options.clone();
-    preparer.max_context_tokens = 10_000;
+    preparer.max_context_tokens = 1_000_000;
     let preparer = Preparer::new(world.text(), preparer).unwrap();
     let row = preparer.prompt(Prompt::Chat(messages), SamplingOptions::default());
     let row = row.map_err(|error| error.message)?;
@@ -176,6 +176,94 @@ fn what_the_model_asks_for_and_does_not_get_is_a_warning() {
             "generation_config.json asks for no_repeat_ngram_size 3, repetition_penalty 1.1, which is not honoured"
         ]
     );
+}
+
+#[test]
+fn a_template_without_an_end_is_stopped_and_a_chat_of_thousands_of_messages_is_not() {
+    let endless = "{% for i in range(100000) %}{% for j in range(100000) %}{{ j }}{% endfor %}{% endfor %}";
+    let in_macro = format!("{{% macro m() %}}{endless}{{% endmacro %}}{{{{ m() }}}}");
+    for template in [endless, &in_macro] {
+        let message = prompt(template, &[("user", "x")]).unwrap_err();
+        let (before, after) = message.split_once(" after ").unwrap();
+        assert_eq!(before, "messages: chat template: stopped");
+        assert!(after.ends_with(" steps without an end; does it loop over too much?"), "{after}");
+    }
+
+    let chat = [("user", "why?"), ("assistant", "<think>hm</think>because")].repeat(5_000);
+    assert_eq!(prompt(NEMOTRON, &chat).unwrap().matches("because").count(), 5_000);
+    let looking_back = "{% for m in messages %}{% for n in messages %}{% endfor %}{% endfor %}x";
+    assert_eq!(prompt(looking_back, &chat[..1_000]).unwrap(), "x");
+}
+
+#[test]
+fn an_indent_beyond_all_use_is_the_rows_error() {
+    let message = |indent: &str| {
+        let template = format!("{{{{ messages | tojson(indent={indent}) }}}}");
+        prompt(&template, &[("user", "x")]).map_err(|message| {
+            let rest = message.strip_prefix("messages: chat template: invalid operation: ").unwrap();
+            rest.strip_suffix(" (in chat_template:1)").unwrap().to_owned()
+        })
+    };
+    for indent in ["10000000000000000000", "99999999999", "17", "-1"] {
+        let expected = format!("tojson: expected an indent from 0 to 16, found {indent}");
+        assert_eq!(message(indent).unwrap_err(), expected);
+    }
+    let text = message("' ' * 17").unwrap_err();
+    assert_eq!(text, "tojson: expected an indent from 0 to 16, found a text of 17");
+    let whole = message("16").unwrap();
+    assert!(whole.starts_with(&format!("[\n{}{{", " ".repeat(16))), "{whole}");
+}
+
+#[test]
+fn ends_of_sequences_beyond_the_vocabulary_never_reach_a_stage() {
+    let world = World::new();
+    world.file("generation_config.json", r#"{"eos_token_id": [65, 270]}"#);
+    let error = world.try_text().err().unwrap().to_string();
+    assert_eq!(
+        error.replace(&world.path().display().to_string(), "MODEL"),
+        "MODEL/generation_config.json: eos_token_id: expected token ids below 270, found 270"
+    );
+
+    let world = World::new().tokenizer_config(json!({"eos_token": "<|beyond|>"}));
+    let mut tokenizer = tokenizer_json();
+    let mut beyond = tokenizer["added_tokens"][0].clone();
+    beyond["id"] = VOCAB.into();
+    beyond["content"] = "<|beyond|>".into();
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(beyond);
+    world.file("tokenizer.json", tokenizer.to_string());
+    assert_eq!(world.text().eos_token_ids(), [EOS]);
+    assert_eq!(
+        world.text().warnings(),
+        [
+            "tokenizer.json has 271 tokens, the model knows 270",
+            "the tokenizer's eos_token has id 270 and ends no sequence, the model knows 270 tokens",
+        ]
+    );
+}
+
+#[test]
+fn generation_settings_of_another_type_are_errors_and_whole_floats_are_integers() {
+    let world = World::new();
+    world.file("generation_config.json", r#"{"do_sample": "no"}"#);
+    let error = world.try_text().err().unwrap().to_string();
+    assert!(error.ends_with("do_sample: expected true or false, found \"no\""), "{error}");
+    world.file("generation_config.json", r#"{"do_sample": null, "top_k": 50.0}"#);
+    assert_eq!(world.text().sampling().top_k, Some(50));
+    world.file("generation_config.json", r#"{"top_k": 50.5}"#);
+    let error = world.try_text().err().unwrap().to_string();
+    assert!(error.ends_with("top_k: expected an integer, found 50.5"), "{error}");
+}
+
+#[test]
+fn a_beginning_that_only_the_tokenizer_knows_is_not_doubled() {
+    let world =
+        World::new().tokenizer_config(json!({"chat_template": "<|begin_of_text|>{{ messages[0].content }}"}));
+    let prompt = |text: &str| world.completion(json!({"prompt": text})).request.prompt.clone();
+    assert_eq!(prompt("hello"), [BOS, HELLO]);
+    assert_eq!(prompt("<|begin_of_text|>hello"), [BOS, HELLO]);
+    // Another special token may well stand twice.
+    assert_eq!(prompt("<|eot_id|><|eot_id|>"), [BOS, EOT, EOT]);
+    assert_eq!(world.chat(json!({})).request.prompt, [BOS, HELLO]);
 }
 
 #[test]

@@ -216,10 +216,10 @@ pub(crate) fn temperature<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     })
 }
 
-/// A share of the probability that may be nothing at all.
-pub(crate) fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+/// A share that may be nothing at all.
+pub(crate) fn share<'de, D: Deserializer<'de>, T: From<f64>>(deserializer: D) -> Result<T, D::Error> {
     scalar(deserializer, "a number from 0 to 1", |found| {
-        found.number().filter(|x| (0.0..=1.0).contains(x)).map(Some)
+        found.number().filter(|x| (0.0..=1.0).contains(x)).map(T::from)
     })
 }
 

@@ -94,7 +94,7 @@ impl Default for Pipeline {
 }
 
 /// `[job]`
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Job {
     /// The rows, one JSON object a line. Required; absolute after [`crate::load`].
@@ -108,6 +108,21 @@ pub struct Job {
     /// Together with a row's content, the source of all chance in its completion.
     #[serde(deserialize_with = "read::seed")]
     pub seed: u64,
+    /// The job stops once a greater share of its finished rows are error lines, 0 to 1.
+    #[serde(deserialize_with = "read::share")]
+    pub max_error_rate: f64,
+}
+
+impl Default for Job {
+    fn default() -> Self {
+        Self {
+            input: PathBuf::new(),
+            output: PathBuf::new(),
+            order: Order::default(),
+            seed: 0,
+            max_error_rate: 1.0, // Bad rows are data, however many.
+        }
+    }
 }
 
 /// `[prompt]`: minijinja templates over the fields of a plain row.

@@ -64,7 +64,7 @@ fn what_a_file_leaves_out_has_its_default() {
     assert_eq!(job.pipeline.kv_cache_tokens, KvCacheTokens::Auto);
     assert_eq!(job.pipeline.kv_cache_dtype, KvCacheDtype::Auto);
     assert_eq!(job.job.order, Order::Input);
-    assert_eq!(job.job.seed, 0);
+    assert_eq!((job.job.seed, job.job.max_error_rate), (0, 1.0));
     assert_eq!(job.prompt, None);
     assert_eq!(job.sampling, configs::Sampling::default());
 }
@@ -91,6 +91,7 @@ input = "in.jsonl"
 output = "out"
 order = "completion"
 seed = 9223372036854775807
+max_error_rate = 0.25
 
 [prompt]
 system = ""
@@ -124,7 +125,7 @@ fn every_key_arrives_where_it_belongs() {
     assert_eq!(job.pipeline.kv_cache_tokens, KvCacheTokens::Tokens(8192));
     assert_eq!(job.pipeline.kv_cache_dtype, KvCacheDtype::Bf16);
     assert_eq!(job.job.order, Order::Completion);
-    assert_eq!(job.job.seed, i64::MAX as u64);
+    assert_eq!((job.job.seed, job.job.max_error_rate), (i64::MAX as u64, 0.25));
     let prompt = job.prompt.expect("a [prompt]");
     assert_eq!((prompt.system.as_deref(), prompt.user.as_str()), (Some(""), "Summarise: {{ text }}"));
     let sampling = job.sampling;
@@ -274,6 +275,7 @@ kv_cache_dtype = "auto"
 # output =  # required
 order = "input"
 seed = 0
+max_error_rate = 1.0
 
 # [prompt]
 # system =  # not set

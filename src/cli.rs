@@ -14,7 +14,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run a job: every row of its input becomes a line of output.jsonl or of errors.jsonl
+    /// Run a job, or go on with it: every row of its input becomes a line of output.jsonl or of errors.jsonl
     Run(RunArgs),
     /// Answer one prompt on the terminal, as it is generated
     Generate(GenerateArgs),
@@ -24,7 +24,9 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Exit codes: 0 done (rows may have failed: see errors.jsonl), 1 the job failed, \
-                        2 bad job file, model or folder, 130 interrupted.\n\
+                        2 bad job file, model or folder, 3 more errors than [job] max_error_rate, \
+                        130 interrupted. After 1, 3 and 130, and after any crash, the same command goes on \
+                        where the job was.\n\
                         Every key of the job file can be set by --set section.key=value and by \
                         SPANWISE__SECTION__KEY=value; docs/job_file.md lists them.")]
 pub(crate) struct RunArgs {
@@ -40,6 +42,9 @@ pub(crate) struct RunArgs {
     /// Throw away what an earlier run left in the output folder
     #[arg(long)]
     pub(crate) fresh: bool,
+    /// Go on with a job whose lines were computed by another backend or on another SIMD level
+    #[arg(long)]
+    pub(crate) accept_numerics: bool,
     /// How to show progress; auto is a bar on a terminal and plain lines elsewhere
     #[arg(long, value_enum, default_value_t = ProgressKind::Auto)]
     pub(crate) progress: ProgressKind,

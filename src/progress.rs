@@ -99,6 +99,8 @@ fn show_lines(watched: &Watched, is_stopped: &AtomicBool) {
 struct Reading {
     at: Instant,
     rows: u64,
+    /// Rows of these that this run had nothing to do for.
+    resumed: u64,
     failed: u64,
     total_rows: u64,
     sampled_tokens: u64,
@@ -110,6 +112,7 @@ impl Reading {
         Reading {
             at: Instant::now(),
             rows: watched.progress.completed.load(Ordering::Relaxed) + failed,
+            resumed: watched.progress.resumed.load(Ordering::Relaxed),
             failed,
             total_rows: watched.total_rows.load(Ordering::Relaxed),
             sampled_tokens: watched.clock.sampled_tokens(),
@@ -158,7 +161,7 @@ impl Rate {
         let (since, tokens) = self.previous;
         let per_second = |count: u64, since: Instant| count as f64 / (now.at - since).as_secs_f64().max(1e-3);
         Rates {
-            rows: per_second(now.rows, self.start),
+            rows: per_second(now.rows.saturating_sub(now.resumed), self.start),
             tokens: per_second(now.sampled_tokens - tokens, since),
         }
     }

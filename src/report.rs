@@ -10,6 +10,11 @@ use crate::inspect::grouped;
 pub(crate) struct Report {
     pub(crate) rows_completed: u64,
     pub(crate) rows_failed: u64,
+    /// Rows of these that earlier runs had finished.
+    pub(crate) rows_resumed: u64,
+    /// Lines that were moved to `stale.jsonl`.
+    pub(crate) stale_lines: u64,
+    /// Tokens of this run.
     pub(crate) prompt_tokens: u64,
     pub(crate) generated_tokens: u64,
     pub(crate) load: Duration,
@@ -36,7 +41,16 @@ impl Report {
     pub(crate) fn lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
         let mut add = |name: &str, text: String| lines.push(format!("{name:<9} {text}"));
-        add("rows", format!("{} done, {} failed", grouped(self.rows_completed), grouped(self.rows_failed)));
+        let resumed = match self.rows_resumed {
+            0 => String::new(),
+            rows => format!("; {} of them by earlier runs", grouped(rows)),
+        };
+        let rows = (grouped(self.rows_completed), grouped(self.rows_failed));
+        add("rows", format!("{} done, {} failed{resumed}", rows.0, rows.1));
+        if self.stale_lines > 0 {
+            let stale = grouped(self.stale_lines);
+            add("stale", format!("{stale} lines of rows that have left the input, in stale.jsonl"));
+        }
         add(
             "tokens",
             format!(

@@ -9,8 +9,8 @@ use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions};
 use anyhow::{Context, Result};
 use configs::{JobFile, Loaded};
 use jobs::{
-    Counts, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions, NumericProfile, Preparer,
-    PromptOptions, Reader, RowOptions, SamplingOptions, Status, Timings, TokenTotals, Writer,
+    Counts, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions, NumericProfile, OutputFolder,
+    Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Status, Timings, TokenTotals, Writer,
 };
 use serde_json::json;
 use stages::{Device, Model};
@@ -25,6 +25,9 @@ use crate::{machine, print, say};
 /// A job that failed and can be run again, once what stopped it is out of the way.
 const EXIT_FAILED: u8 = 1;
 
+/// A job that was stopped for its many errors.
+const EXIT_TOO_MANY_ERRORS: u8 = 3;
+
 /// Runs a job.
 ///
 /// # Errors
@@ -38,12 +41,12 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
-    let (text, reader) = open_input(job, &model, options.scheduler.context_tokens, args.limit)?;
+    let numeric_profile = lower::numeric_profile(&options);
+    let Files { text, reader, writer } =
+        open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &args)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
-    let writer = Writer::create(&job.job.output, order(job.job.order), args.fresh)?;
 
     let plan = plan(job, &options);
-    let numeric_profile = lower::numeric_profile(&options);
     let limits = options.scheduler.clone();
     let pipeline = tokio::select! {
         pipeline = actors::start(&model, options) => pipeline?,
@@ -60,7 +63,9 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     };
     let display = Display::start(args.progress, watched);
     let tokenizer = text.tokenizer().cloned();
-    let options = JobOptions { reader, writer, tokenizer, limits, progress: Arc::clone(&progress) };
+    let max_error_rate = job.job.max_error_rate;
+    let progress_of_job = Arc::clone(&progress);
+    let options = JobOptions { reader, writer, tokenizer, limits, max_error_rate, progress: progress_of_job };
     let outcome = actors::run_job(&pipeline, options, interrupt.wait()).await?;
     drop(display);
 
@@ -85,13 +90,25 @@ fn load_job_file(args: &RunArgs) -> Result<Loaded> {
     Ok(configs::load(&args.job, &args.sets, environment, &folder)?)
 }
 
-fn open_input(
+/// The files of a job, checked and open.
+struct Files {
+    text: Arc<ModelText>,
+    reader: Reader,
+    writer: Writer,
+}
+
+fn open_files(
     job: &JobFile,
     model: &Model,
     context_tokens: usize,
-    limit: Option<u64>,
-) -> Result<(Arc<ModelText>, Reader)> {
-    let text = open_text(&job.model, model)?;
+    numeric_profile: &NumericProfile,
+    args: &RunArgs,
+) -> Result<Files> {
+    // Whoever asks for rows that are not there is told so before a folder is made.
+    std::fs::File::open(&job.job.input).with_context(|| format!("read {}", job.job.input.display()))?;
+    let folder = OutputFolder::open(&job.job.output, args.fresh)?;
+    let began_at = folder.unix_seconds()?.unwrap_or_else(unix_seconds);
+    let text = open_text(&job.model, model, began_at)?;
     let prompt = job
         .prompt
         .as_ref()
@@ -104,15 +121,18 @@ fn open_input(
         max_context_tokens: u32::try_from(context_tokens).context("the context is too long")?,
     };
     let preparer = Preparer::new(Arc::clone(&text), options)?;
-    Ok((text, Reader::open(&job.job.input, preparer, limit)?))
+    let settings = preparer.settings().with_numerics(numeric_profile);
+    let (writer, finished) = folder.begin(order(job.job.order), &settings, began_at, args.accept_numerics)?;
+    let reader = Reader::open(&job.job.input, preparer, finished, args.limit)?;
+    Ok(Files { text, reader, writer })
 }
 
-/// The textual side of a model, as of now.
-pub(crate) fn open_text(files: &configs::Model, model: &Model) -> Result<Arc<ModelText>> {
+/// The textual side of a model, as of a moment in Unix seconds.
+pub(crate) fn open_text(files: &configs::Model, model: &Model, unix_seconds: u64) -> Result<Arc<ModelText>> {
     let options = ModelTextOptions {
         vocab_size: model.config.dims.vocab,
         eos_token_ids: model.config.eos_token_ids.clone(),
-        unix_seconds: unix_seconds(),
+        unix_seconds,
     };
     Ok(Arc::new(ModelText::open(&files.path, &options)?))
 }
@@ -182,13 +202,19 @@ impl Ended<'_> {
         let run = self.running.began.elapsed();
         let manifest = self.manifest(run);
         let folder = &self.loaded.job.job.output;
-        manifest.write(folder)?;
+        let has_manifest = manifest.write(folder);
         let report = self.figures(&manifest, run).await;
         report.lines().iter().for_each(|line| print(line));
         if let Some(failure) = &self.outcome.failure {
+            // What keeps the manifest from being written is mostly what stopped the job.
             say(&format!("error: the job stopped: {failure}"));
-            return Ok(ExitCode::from(EXIT_FAILED));
+            say("hint: what is done is kept; the same command goes on from there");
+            return Ok(ExitCode::from(match failure {
+                actors::Error::TooManyErrors { .. } => EXIT_TOO_MANY_ERRORS,
+                _ => EXIT_FAILED,
+            }));
         }
+        has_manifest?;
         match self.outcome.was_interrupted {
             true => Ok(ExitCode::from(interrupt::EXIT_CODE)),
             false => Ok(ExitCode::SUCCESS),
@@ -213,15 +239,14 @@ impl Ended<'_> {
                 total: input.rows.max(written.output_lines + written.error_lines),
                 completed: written.output_lines,
                 failed: written.error_lines,
+                resumed: count(&self.progress.resumed),
+                stale: written.stale_lines,
             },
             input,
             config: self.config(),
             plan: self.plan.clone(),
             numeric_profile: self.numeric_profile.clone(),
-            tokens: TokenTotals {
-                prompt: count(&self.progress.prompt_tokens),
-                generated: count(&self.progress.generated_tokens),
-            },
+            tokens: TokenTotals { prompt: written.prompt_tokens, generated: written.generated_tokens },
             timings: Timings {
                 started_at: self.running.started_at,
                 finished_at: unix_seconds(),
@@ -250,8 +275,10 @@ impl Ended<'_> {
         Report {
             rows_completed: manifest.counts.completed,
             rows_failed: manifest.counts.failed,
-            prompt_tokens: manifest.tokens.prompt,
-            generated_tokens: manifest.tokens.generated,
+            rows_resumed: manifest.counts.resumed,
+            stale_lines: manifest.counts.stale,
+            prompt_tokens: self.progress.prompt_tokens.load(Ordering::Relaxed),
+            generated_tokens: self.progress.generated_tokens.load(Ordering::Relaxed),
             load: self.running.load,
             run,
             active: self.pipeline.clock.active(),
@@ -266,6 +293,7 @@ impl Ended<'_> {
     }
 }
 
-fn unix_seconds() -> u64 {
+/// Now.
+pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -32,6 +32,18 @@ pub enum Error {
     /// The job's input could not be read, or its output could not be written.
     #[error("{0}")]
     Files(String),
+    /// More rows failed than the job allows.
+    #[error(
+        "{failed} of {finished} finished rows are error lines, more than the {max_error_rate} of [job] max_error_rate"
+    )]
+    TooManyErrors {
+        /// Rows with an error line.
+        failed: u64,
+        /// Rows with a line.
+        finished: u64,
+        /// The share of them that may be error lines.
+        max_error_rate: f64,
+    },
     /// An actor ended without saying why: a bug of ours.
     #[error("{0} ended early")]
     Ended(&'static str),

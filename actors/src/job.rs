@@ -1,8 +1,9 @@
 //! The job actor: feeds rows to a pipeline and hands what comes back to the writer.
 //!
 //! Two threads stand beside it, since files block: one reads, renders and tokenizes rows, the other
-//! detokenizes and writes lines. Memory is bounded by credits: the reader takes one for each row it
-//! hands over, and gets it back when the row's line goes to the writer.
+//! detokenizes, writes lines and commits them. Memory is bounded by credits: the reader takes one for each
+//! row it hands over, and gets it back when the row's line goes to the writer. Rows that earlier runs have
+//! finished pass by in bunches.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -12,7 +13,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use jobs::{InputRecord, Line, PreparedRow, Reader, Row, StopMatcher, Tokenizer, Writer, Written};
+use jobs::{
+    FinishedRow, InputRecord, Line, LineFile, PreparedRow, Reader, Row, StopMatcher, Tokenizer, Unread,
+    Writer, Written,
+};
 use kameo::Actor;
 use kameo::actor::{ActorId, ActorRef, PreparedActor, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
@@ -24,13 +28,20 @@ use crate::error::{Error, Result, death_error, with_causes};
 use crate::pipeline::{Completed, PipelineActor, Prompt};
 use crate::start::Pipeline;
 
-/// How often lines are handed to the system, so that somebody who watches the files sees them grow.
-const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often lines are put on disk and committed. This much work is lost at most when the program dies; a
+/// commit takes a few syncs of 1 to 20 ms each, and the pipeline does not wait for them.
+const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Finished rows that pass by in one message, which costs about as much as reading some rows.
+const BUNCH_ROWS: usize = 1024;
+
+/// No share of errors is judged among fewer rows than these: the first row of a good job may be a bad one.
+const LEAST_ROWS_TO_JUDGE: u64 = 20;
 
 /// Messages that can be under way to a job at once.
 const fn mailbox_size(window: usize) -> usize {
     let mut sum = 0;
-    sum += window; // A row in flight is one message: the row on its way in, or its completion.
+    sum += window; // A row in flight is one message: the row on its way in, or its completion. So is a bunch.
     sum += 1; // The end of the input.
     sum += 1; // The writer's last word.
     sum += 1; // An interrupt.
@@ -47,6 +58,8 @@ pub struct JobOptions {
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// What the pipeline takes; a row beyond it becomes an error line.
     pub limits: scheduler::Options,
+    /// The job stops once a greater share of its finished rows are error lines.
+    pub max_error_rate: f64,
     /// Is told how far the job is.
     pub progress: Arc<JobProgress>,
 }
@@ -58,9 +71,11 @@ pub struct JobProgress {
     pub completed: AtomicU64,
     /// Rows with an error line.
     pub failed: AtomicU64,
-    /// Prompt tokens of the rows with an answer.
+    /// Rows of these that earlier runs have finished.
+    pub resumed: AtomicU64,
+    /// Prompt tokens of the rows that this run has answered.
     pub prompt_tokens: AtomicU64,
-    /// Tokens generated for the rows with an answer.
+    /// Tokens that this run has generated for them.
     pub generated_tokens: AtomicU64,
 }
 
@@ -116,9 +131,12 @@ struct JobActor {
     pipeline: ActorRef<PipelineActor>,
     tokenizer: Option<Arc<Tokenizer>>,
     limits: scheduler::Options,
+    max_error_rate: f64,
     progress: Arc<JobProgress>,
     /// Rows in the pipeline, by their index.
     in_flight: HashMap<u64, PreparedRow>,
+    /// What has become of finished rows that the reader did not come by, once it is done.
+    unread: Unread,
     /// Gives the reader leave for another row; gone once no further row is wanted.
     credits: Option<Sender<()>>,
     /// To the writer; gone once the last line is on its way.
@@ -129,8 +147,11 @@ struct JobActor {
 /// The reader hands over a row.
 struct RowRead(Row);
 
-/// The reader is done.
-struct InputEnded(Result<InputRecord>);
+/// The reader has come by rows that have their lines already.
+struct RowsFinished(Vec<FinishedRow>);
+
+/// The reader is done; what has become of finished rows that it did not come by.
+struct InputEnded(Result<(InputRecord, Unread)>);
 
 /// The writer is done.
 struct LinesEnded(Result<Written>);
@@ -142,6 +163,10 @@ struct Interrupt;
 enum Unwritten {
     Completed(Box<PreparedRow>, Completion),
     Line(Line),
+    /// Lines that are there already.
+    Finished(Vec<FinishedRow>),
+    /// That was all.
+    End(Unread),
 }
 
 impl Actor for JobActor {
@@ -150,7 +175,7 @@ impl Actor for JobActor {
 
     async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
         let JobArgs { options, pipeline, window } = args;
-        let JobOptions { reader, writer, tokenizer, limits, progress } = options;
+        let JobOptions { reader, writer, tokenizer, limits, max_error_rate, progress } = options;
         let (credits, leave) = bounded(window);
         for () in std::iter::repeat_n((), window) {
             credits.try_send(()).expect("a new channel of that size has room");
@@ -164,6 +189,7 @@ impl Actor for JobActor {
             let tokenizer = tokenizer.clone();
             move || {
                 let written = write_lines(writer, &unwritten, tokenizer.as_ref());
+                let written = written.map_err(|error| files_error(&error));
                 let _ = job.tell(LinesEnded(written)).blocking_send();
             }
         });
@@ -171,7 +197,9 @@ impl Actor for JobActor {
             pipeline,
             tokenizer,
             limits,
+            max_error_rate,
             progress,
+            unread: Unread::Stays,
             in_flight: HashMap::new(),
             credits: Some(credits),
             lines: Some(lines),
@@ -198,29 +226,55 @@ impl Actor for JobActor {
 impl JobActor {
     /// Sends a line's makings to the writer and lets the reader read on.
     async fn write(&mut self, unwritten: Unwritten) {
-        let counter = match &unwritten {
+        self.count(&unwritten);
+        self.send(unwritten);
+        if let Some(credits) = &self.credits {
+            let _ = credits.try_send(());
+        }
+        self.stop_when_too_many_failed();
+        self.finish_when_done();
+    }
+
+    fn count(&self, unwritten: &Unwritten) {
+        let progress = &self.progress;
+        let add = |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
+        match unwritten {
             Unwritten::Completed(_, completion) if completion.outcome.is_ok() => {
-                let add =
-                    |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
-                add(&self.progress.prompt_tokens, completion.request.prompt.len());
-                add(&self.progress.generated_tokens, completion.tokens.len());
-                &self.progress.completed
+                add(&progress.prompt_tokens, completion.request.prompt.len());
+                add(&progress.generated_tokens, completion.tokens.len());
+                add(&progress.completed, 1);
             }
-            _ => &self.progress.failed,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
+            Unwritten::Finished(rows) => {
+                let failed = rows.iter().filter(|row| row.file == LineFile::Errors).count();
+                add(&progress.failed, failed);
+                add(&progress.completed, rows.len() - failed);
+                add(&progress.resumed, rows.len());
+            }
+            _ => {
+                add(&progress.failed, 1);
+            }
+        }
+    }
+
+    fn send(&self, unwritten: Unwritten) {
         if let Some(lines) = &self.lines {
             // Full where the disk is slower than the pipeline: then the pipeline has to wait.
             let _ = tokio::task::block_in_place(|| lines.send(unwritten));
         }
-        if let Some(credits) = &self.credits {
-            let _ = credits.try_send(());
+    }
+
+    fn stop_when_too_many_failed(&mut self) {
+        let failed = self.progress.failed.load(Ordering::Relaxed);
+        let finished = failed + self.progress.completed.load(Ordering::Relaxed);
+        let max_error_rate = self.max_error_rate;
+        if finished >= LEAST_ROWS_TO_JUDGE && failed as f64 > max_error_rate * finished as f64 {
+            self.fail(Error::TooManyErrors { failed, finished, max_error_rate });
         }
-        self.finish_when_done();
     }
 
     fn finish_when_done(&mut self) {
-        if self.outcome.input.is_some() && self.in_flight.is_empty() {
+        if self.outcome.input.is_some() && self.in_flight.is_empty() && self.lines.is_some() {
+            self.send(Unwritten::End(self.unread));
             self.finish();
         }
     }
@@ -244,6 +298,7 @@ impl Message<RowRead> for JobActor {
         let row = match row {
             Row::Request(row) => row,
             Row::Rejected(row) => return self.write(Unwritten::Line(Line::rejected(&row))).await,
+            Row::Finished(row) => return self.write(Unwritten::Finished(vec![row])).await,
         };
         if let Err(error) = self.limits.check(&row.request) {
             let error = jobs::RowError::new("context_length_exceeded", error.to_string());
@@ -266,6 +321,14 @@ impl Message<RowRead> for JobActor {
     }
 }
 
+impl Message<RowsFinished> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, RowsFinished(rows): RowsFinished, _: &mut Context<Self, ()>) {
+        self.write(Unwritten::Finished(rows)).await;
+    }
+}
+
 impl Message<Completed> for JobActor {
     type Reply = ();
 
@@ -280,8 +343,9 @@ impl Message<InputEnded> for JobActor {
 
     async fn handle(&mut self, InputEnded(input): InputEnded, _: &mut Context<Self, ()>) {
         match input {
-            Ok(record) => {
+            Ok((record, unread)) => {
                 self.outcome.input = Some(record);
+                self.unread = unread;
                 self.finish_when_done();
             }
             Err(error) => self.fail(error),
@@ -312,21 +376,36 @@ impl Message<Interrupt> for JobActor {
 
 /// Reads rows as long as there is leave, then says how the input ended.
 fn read_rows(mut reader: Reader, leave: &Receiver<()>, job: &ActorRef<JobActor>) {
-    while leave.recv().is_ok() {
-        let message = match reader.next() {
-            Some(Ok(row)) => job.tell(RowRead(row)).blocking_send().is_ok(),
-            Some(Err(error)) => {
-                let _ = job.tell(InputEnded(Err(files_error(&error)))).blocking_send();
-                return;
+    // Finished rows that are still to be handed over, before any row behind them.
+    let mut bunch = Vec::new();
+    loop {
+        let next = reader.next();
+        match next {
+            Some(Ok(Row::Finished(row))) if bunch.len() + 1 < BUNCH_ROWS => {
+                bunch.push(row);
+                continue;
             }
-            None => {
-                let _ = job.tell(InputEnded(Ok(reader.record()))).blocking_send();
-                return;
+            _ if bunch.is_empty() => {}
+            _ => {
+                let rows = RowsFinished(std::mem::take(&mut bunch));
+                if leave.recv().is_err() || job.tell(rows).blocking_send().is_err() {
+                    return; // The job wants no more rows, or is gone.
+                }
             }
-        };
-        if !message {
-            return; // The job is gone.
         }
+        let ended = match next {
+            Some(Ok(row)) => {
+                if leave.recv().is_err() || job.tell(RowRead(row)).blocking_send().is_err() {
+                    return;
+                }
+                continue;
+            }
+            Some(Err(error)) => Err(files_error(&error)),
+            None if reader.is_limited() => Ok((reader.record(), Unread::Stays)),
+            None => Ok((reader.record(), Unread::HasLeft)),
+        };
+        let _ = job.tell(InputEnded(ended)).blocking_send();
+        return;
     }
 }
 
@@ -335,22 +414,22 @@ fn write_lines(
     mut writer: Writer,
     unwritten: &Receiver<Unwritten>,
     tokenizer: Option<&Arc<Tokenizer>>,
-) -> Result<Written> {
-    let files_error = |error: jobs::Error| files_error(&error);
-    let mut flushed = Instant::now();
+) -> jobs::Result<Written> {
+    let mut committed = Instant::now();
     loop {
-        match unwritten.recv_timeout(FLUSH_INTERVAL) {
+        match unwritten.recv_timeout(COMMIT_INTERVAL) {
             Ok(Unwritten::Completed(row, completion)) => {
-                let line = Line::completed(&row, &completion, tokenizer, unix_seconds());
-                writer.write(&line).map_err(files_error)?;
+                writer.write(&Line::completed(&row, &completion, tokenizer, unix_seconds()))?;
             }
-            Ok(Unwritten::Line(line)) => writer.write(&line).map_err(files_error)?,
+            Ok(Unwritten::Line(line)) => writer.write(&line)?,
+            Ok(Unwritten::Finished(rows)) => rows.into_iter().try_for_each(|row| writer.keep(row))?,
+            Ok(Unwritten::End(unread)) => return writer.finish(unread),
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return writer.finish().map_err(files_error),
+            Err(RecvTimeoutError::Disconnected) => return writer.pause(),
         }
-        if flushed.elapsed() >= FLUSH_INTERVAL {
-            writer.flush().map_err(files_error)?;
-            flushed = Instant::now();
+        if committed.elapsed() >= COMMIT_INTERVAL {
+            writer.commit()?;
+            committed = Instant::now();
         }
     }
 }

@@ -61,11 +61,81 @@ pub enum Error {
         /// The model directory's name.
         model: String,
     },
-    /// The output folder holds the lines of an earlier run.
-    #[error("{} exists; pass --fresh to start over, or name another folder in [job] output", path.display())]
+    /// The output folder holds lines that no journal speaks of.
+    #[error(
+        "{} exists, and no journal beside it says whose lines it holds; \
+         pass --fresh to start over, or name another folder in [job] output",
+        path.display()
+    )]
     OutputExists {
         /// The file in the way.
         path: PathBuf,
+    },
+    /// Another run works on the output folder.
+    #[error("{} is in use by {holder}; wait for its end, or stop it", path.display())]
+    FolderInUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who it is, as far as that is known.
+        holder: String,
+    },
+    /// The lines in the output folder were made with other settings.
+    #[error(
+        "{} holds lines that were made otherwise:{changes}\n\
+         set this back, pass --fresh to start over, or name another folder in [job] output",
+        path.display()
+    )]
+    SettingsChanged {
+        /// The folder.
+        path: PathBuf,
+        /// What is different, a line each.
+        changes: String,
+    },
+    /// The lines in the output folder were computed in another way, and may differ in their last bits.
+    #[error(
+        "{} holds lines that were computed otherwise:{changes}\n\
+         an answer may differ in a few tokens from the one it would have had; pass --accept-numerics to go on \
+         all the same, set this back, or pass --fresh to start over",
+        path.display()
+    )]
+    NumericsChanged {
+        /// The folder.
+        path: PathBuf,
+        /// What is different, a line each.
+        changes: String,
+    },
+    /// A file of lines has fewer bytes than were written to it.
+    #[error(
+        "{} has {found} bytes, and the journal vouches for {committed}; \
+         restore it, or pass --fresh to start over",
+        path.display()
+    )]
+    LinesMissing {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        found: u64,
+        /// What it should have at least.
+        committed: u64,
+    },
+    /// SQLite could not do what it was asked, such as for want of room.
+    #[error("journal {}", path.display())]
+    Journal {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// The journal is no journal any more.
+    #[error(
+        "the journal {} is damaged; restore it, pass --fresh to start over, or name another folder in [job] output",
+        path.display()
+    )]
+    JournalDamaged {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
     },
 }
 
@@ -76,6 +146,18 @@ impl Error {
 
     pub(crate) fn write(path: &Path, source: std::io::Error) -> Self {
         Error::Write { path: path.to_owned(), source }
+    }
+
+    pub(crate) fn journal(path: &Path, source: rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+
+        let path = path.to_owned();
+        match source.sqlite_error_code() {
+            // A query that does not fit the tables is the work of another hand, too.
+            Some(DatabaseCorrupt | NotADatabase) => Error::JournalDamaged { path, source },
+            None => Error::JournalDamaged { path, source },
+            Some(_) => Error::Journal { path, source },
+        }
     }
 
     pub(crate) fn malformed(path: &Path, message: impl ToString) -> Self {

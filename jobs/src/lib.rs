@@ -1,8 +1,9 @@
 //! A job as files: rows in, lines out, and the text of a model between them.
 //!
 //! [`Reader`] streams the input and turns each line into a request; [`Line`] turns what the pipeline
-//! made of it into a line of output; [`Writer`] puts lines where they belong. The crate is plain
-//! blocking code without threads of its own. It knows tokens and text, and no numbers of the model.
+//! made of it into a line of output; [`Writer`] puts lines where they belong, and a journal in the
+//! [`OutputFolder`] remembers which rows have theirs. The crate is plain blocking code without threads of
+//! its own. It knows tokens and text, and no numbers of the model.
 //!
 //! Every row of the input comes out exactly once, as an answer or as an error. What happens to a row
 //! depends on the row, the model and the job's settings, never on its neighbours; only identical rows
@@ -15,10 +16,13 @@ mod calendar;
 mod chat_template;
 mod detokenizer;
 mod error;
+mod folder;
 mod generation_config;
+mod journal;
 mod json;
 mod key;
 mod line;
+mod lines_file;
 mod logprobs;
 mod manifest;
 mod model_text;
@@ -29,6 +33,8 @@ mod prepared;
 mod raw_lines;
 mod reader;
 mod sampling;
+mod settings;
+mod settle;
 mod spelling;
 mod stop;
 mod template;
@@ -37,6 +43,8 @@ mod writer;
 
 pub use detokenizer::Detokenizer;
 pub use error::{Error, Result, RowError};
+pub use folder::OutputFolder;
+pub use journal::{FinishedRow, FinishedRows};
 pub use line::{Line, LineFile};
 pub use manifest::{
     Counts, InputRecord, Manifest, ModelRecord, NumericProfile, Status, Timings, TokenTotals,
@@ -47,6 +55,7 @@ pub use prepare::{Preparer, RowOptions};
 pub use prepared::{Endpoint, Message, PreparedRow, Prompt, RejectedRow, Reply, Row};
 pub use reader::{MAX_LINE_BYTES, Reader};
 pub use sampling::{MAX_STOPS, SamplingOptions};
+pub use settings::{Named, Settings};
 pub use stop::{StopMatcher, Transcript};
 pub use tokenizer::Tokenizer;
-pub use writer::{Order, Writer, Written};
+pub use writer::{Order, Unread, Writer, Written};

@@ -19,28 +19,51 @@ use crate::tokenizer::Tokenizer;
 pub struct Line {
     /// Position of its row among those of the input.
     pub row: u64,
+    /// Identity of the row.
+    pub key: RequestKey,
     /// Where it belongs.
     pub file: LineFile,
+    /// The row was refused without work: its line names a line number, and is made again by each run.
+    pub is_refusal: bool,
+    /// Tokens of the prompt that was answered.
+    pub prompt_tokens: u64,
+    /// Tokens generated for it.
+    pub generated_tokens: u64,
     /// The text.
     pub json: String,
 }
 
-/// The two files of lines.
+/// The files of lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LineFile {
     /// Answers.
     Output,
     /// Rows that have none.
     Errors,
+    /// Lines of rows that have left the input.
+    Stale,
 }
 
 impl LineFile {
+    /// All of them.
+    pub const ALL: [LineFile; 3] = [LineFile::Output, LineFile::Errors, LineFile::Stale];
+
     /// The file's name in the output folder.
     pub fn name(self) -> &'static str {
         match self {
             LineFile::Output => "output.jsonl",
             LineFile::Errors => "errors.jsonl",
+            LineFile::Stale => "stale.jsonl",
         }
+    }
+
+    /// Its place in [`LineFile::ALL`].
+    pub(crate) fn index(self) -> usize {
+        self as usize
+    }
+
+    pub(crate) fn of_index(index: usize) -> Option<LineFile> {
+        LineFile::ALL.get(index).copied()
     }
 }
 
@@ -183,7 +206,15 @@ fn answer(
             answer_json(row, completion, "cmpl", "text_completion", created, choice)
         }
     };
-    Line { row: row.index, file: LineFile::Output, json }
+    Line {
+        row: row.index,
+        key: row.request.key,
+        file: LineFile::Output,
+        is_refusal: false,
+        prompt_tokens: completion.request.prompt.len() as u64,
+        generated_tokens: completion.tokens.len() as u64,
+        json,
+    }
 }
 
 fn answer_json(
@@ -211,7 +242,7 @@ fn refusal(index: u64, line: u64, key: RequestKey, custom_id: Option<&str>, erro
         line,
     };
     let json = batch_line(key, custom_id, Ok((400, RefusalBody { error })));
-    Line { row: index, file: LineFile::Errors, json }
+    error_line(index, key, true, json)
 }
 
 fn failed_sequence(row: &PreparedRow, failure: Failure) -> Line {
@@ -220,7 +251,11 @@ fn failed_sequence(row: &PreparedRow, failure: Failure) -> Line {
     };
     let error = LineError { code, message: failure.to_string() };
     let json = batch_line::<()>(row.request.key, Some(&row.custom_id), Err(error));
-    Line { row: row.index, file: LineFile::Errors, json }
+    error_line(row.index, row.request.key, false, json)
+}
+
+fn error_line(row: u64, key: RequestKey, is_refusal: bool, json: String) -> Line {
+    Line { row, key, file: LineFile::Errors, is_refusal, prompt_tokens: 0, generated_tokens: 0, json }
 }
 
 fn batch_line<B: Serialize>(

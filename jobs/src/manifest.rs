@@ -94,6 +94,10 @@ pub struct Counts {
     pub completed: u64,
     /// Lines in `errors.jsonl`.
     pub failed: u64,
+    /// Rows of these that earlier runs had finished.
+    pub resumed: u64,
+    /// Lines that this run has moved to `stale.jsonl`: their rows have left the input.
+    pub stale: u64,
 }
 
 /// Tokens in all.

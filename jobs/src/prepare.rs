@@ -11,6 +11,7 @@ use crate::model_text::ModelText;
 use crate::plain_row::{PromptOptions, PromptTemplates};
 use crate::prepared::{Message, PreparedRow, Prompt, Reply};
 use crate::sampling::SamplingOptions;
+use crate::settings::Settings;
 
 /// What a job says about all its rows.
 #[derive(Debug, Clone)]
@@ -30,6 +31,7 @@ pub struct RowOptions {
 /// Turns what rows ask into requests, by one model and one job's settings.
 pub struct Preparer {
     text: Arc<ModelText>,
+    prompt: Option<PromptOptions>,
     templates: Option<PromptTemplates>,
     /// What holds where a body is silent.
     defaults: SamplingOptions,
@@ -60,7 +62,7 @@ impl Preparer {
 
         let defaults = options.sampling.or(text.sampling());
         let templates = options.prompt.as_ref().map(PromptTemplates::new).transpose()?;
-        let prompt = options.prompt.map(|prompt| (prompt.system, prompt.user));
+        let prompt = options.prompt.as_ref().map(|prompt| (&prompt.system, &prompt.user));
         let json = |value: Result<String, serde_json::Error>| value.expect("plain data is JSON");
         let identity = [
             options.model_identity,
@@ -69,7 +71,8 @@ impl Preparer {
             options.seed.to_string(),
         ];
         let max_context_tokens = options.max_context_tokens;
-        Ok(Preparer { text, templates, defaults, seed: options.seed, max_context_tokens, identity })
+        let (prompt, seed) = (options.prompt, options.seed);
+        Ok(Preparer { text, prompt, templates, defaults, seed, max_context_tokens, identity })
     }
 
     /// A request that comes from no file: a prompt, and sampling that counts as a body's.
@@ -84,6 +87,21 @@ impl Preparer {
         let key = self.key_maker().only(LineKind::Plain, "", content.as_bytes());
         let (request, reply) = self.prepare(Body::of(prompt, sampling), key)?;
         Ok(PreparedRow { index: 0, line: 1, custom_id: "prompt".to_owned(), request, reply })
+    }
+
+    /// What answers depend on beside their rows and how numbers are computed, to be remembered with them.
+    pub fn settings(&self) -> Settings {
+        let sampling = serde_json::to_value(&self.defaults).expect("plain data is JSON");
+        let sampling = sampling.as_object().expect("a struct is an object").clone();
+        let settings = Settings::default()
+            .with("model", self.identity[0].as_str())
+            .with("model's end-of-sequence tokens", self.text.eos_token_ids())
+            .with("model.max_context_tokens", self.max_context_tokens)
+            .with("prompt.system", self.prompt.as_ref().and_then(|prompt| prompt.system.clone()))
+            .with("prompt.user", self.prompt.as_ref().map(|prompt| prompt.user.clone()))
+            .with("job.seed", self.seed);
+        let named = |settings: Settings, (name, value)| settings.with(&format!("sampling.{name}"), value);
+        sampling.into_iter().fold(settings, named)
     }
 
     pub(crate) fn key_maker(&self) -> KeyMaker {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use scheduler::{Request, RequestKey, TokenId};
 
 use crate::error::RowError;
+use crate::journal::FinishedRow;
 
 /// One line of the input.
 #[derive(Debug)]
@@ -13,6 +14,8 @@ pub enum Row {
     Request(Box<PreparedRow>),
     /// A line that has no answer.
     Rejected(RejectedRow),
+    /// A row that an earlier run has finished.
+    Finished(FinishedRow),
 }
 
 /// A row whose prompt is tokenized, with what its output line needs beside the tokens.

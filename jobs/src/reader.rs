@@ -1,8 +1,9 @@
 //! The rows of an input file, one after the other.
 //!
 //! A line that cannot be a request is handed out as a rejected row with its line number; only a file
-//! that cannot be read ends the reading. What is remembered of the lines so far is 128 bits of the
-//! hash of each name, so that a repeated one is noticed.
+//! that cannot be read ends the reading. A row that an earlier run has finished is known by its key and
+//! is not prepared again. What is remembered of the lines so far is 128 bits of the hash of each name, so
+//! that a repeated one is noticed.
 
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ use serde_json::{Map, Value};
 use crate::batch_line;
 use crate::body::Body;
 use crate::error::{Result, RowError};
+use crate::journal::FinishedRows;
 use crate::json::{canonical, show};
 use crate::key::{CustomIds, KeyMaker, LineKind};
 use crate::line::hex;
@@ -30,19 +32,27 @@ pub struct Reader {
     preparer: Preparer,
     keys: KeyMaker,
     custom_ids: CustomIds,
+    finished: FinishedRows,
     rows: u64,
     limit: u64,
     is_ended: bool,
 }
 
 impl Reader {
-    /// Opens an input file, of which the first `limit` rows are read.
-    pub fn open(path: &Path, preparer: Preparer, limit: Option<u64>) -> Result<Reader> {
+    /// Opens an input file, of which the first `limit` rows are read. Rows that are `finished` are told by
+    /// their places only.
+    pub fn open(
+        path: &Path,
+        preparer: Preparer,
+        finished: FinishedRows,
+        limit: Option<u64>,
+    ) -> Result<Reader> {
         Ok(Reader {
             lines: RawLines::open(path, MAX_LINE_BYTES)?,
             keys: preparer.key_maker(),
             preparer,
             custom_ids: CustomIds::default(),
+            finished,
             rows: 0,
             limit: limit.unwrap_or(u64::MAX),
             is_ended: false,
@@ -55,6 +65,11 @@ impl Reader {
         let (bytes, hash) = self.lines.read_so_far();
         let path = PathBuf::from(self.lines.path());
         InputRecord { path, blake3: hash.to_hex().to_string(), bytes, rows: self.rows }
+    }
+
+    /// Whether the reading ended, or will, before the file does.
+    pub fn is_limited(&self) -> bool {
+        self.rows == self.limit
     }
 
     fn read(&mut self) -> Result<Option<Row>> {
@@ -83,6 +98,9 @@ impl Reader {
     fn plain_row(&mut self, place: Place, row: Map<String, Value>) -> Row {
         let row = Value::Object(row);
         let key = self.keys.next(LineKind::Plain, "", canonical(&row).as_bytes(), 0);
+        if let Some(row) = self.finished.find(key, place.index) {
+            return Row::Finished(row);
+        }
         let Value::Object(row) = row else { unreachable!("made an object above") };
         let custom_id = plain_row::own_id(&row).unwrap_or_else(|| format!("row-{}", hex(key)));
         let templates: &PromptTemplates = self.preparer.templates().expect("asked before");
@@ -101,7 +119,11 @@ impl Reader {
         match self.custom_ids.note(&custom_id, place.line) {
             None => {
                 let key = self.keys.only(LineKind::Batch, &custom_id, content.as_bytes());
-                self.prepared(place, key, custom_id, body)
+                match self.finished.find(key, place.index) {
+                    // The envelope is no part of the key, and may have been broken since.
+                    Some(row) if body.is_ok() => Row::Finished(row),
+                    _ => self.prepared(place, key, custom_id, body),
+                }
             }
             Some(first) => {
                 let key = self.keys.next(LineKind::Batch, &custom_id, content.as_bytes(), 1);

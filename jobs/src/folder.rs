@@ -1,0 +1,172 @@
+//! The output folder of a job: one run at a time, and only what belongs to the same job.
+//!
+//! The lock is the system's, on a file of its own: it ends with the process that holds it, however that
+//! ends. What stands in the file tells others who it is.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::calendar::strftime;
+use crate::error::{Error, Result};
+use crate::journal::{self, FinishedRows, Journal};
+use crate::line::LineFile;
+use crate::lines_file::{LinesFile, sync_folder};
+use crate::manifest::Manifest;
+use crate::settings::{Settings, changes};
+use crate::settle;
+use crate::writer::{Order, Writer};
+
+/// The file that is locked.
+const LOCK_NAME: &str = "job.lock";
+
+/// A process that was killed holds its lock until the system has taken down its memory, which takes some
+/// tenths of a second for a large model. Who starts again at once waits for that.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Between two tries of the lock.
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A folder that no other run works on.
+#[derive(Debug)]
+pub(crate) struct LockedFolder {
+    path: PathBuf,
+    /// Locked as long as it is open.
+    _lock: File,
+}
+
+/// An output folder before its job's settings are known to fit.
+pub struct OutputFolder {
+    folder: LockedFolder,
+    /// That of an earlier run, if this one is to go on where it was.
+    journal: Option<Journal>,
+}
+
+impl OutputFolder {
+    /// Locks a folder, which is made where there is none, and opens the journal of the job in it.
+    ///
+    /// Lines without a journal are refused. A `fresh` start does not ask what is there; nothing is thrown
+    /// away before [`OutputFolder::begin`].
+    pub fn open(path: &Path, fresh: bool) -> Result<OutputFolder> {
+        std::fs::create_dir_all(path).map_err(|source| Error::write(path, source))?;
+        let folder = LockedFolder { path: path.to_owned(), _lock: lock(path)? };
+        if fresh {
+            return Ok(OutputFolder { folder, journal: None });
+        }
+        let journal = Journal::open(path)?;
+        let lines = [LineFile::Output, LineFile::Errors].map(|file| path.join(file.name()));
+        match lines.into_iter().find(|lines| journal.is_none() && lines.exists()) {
+            Some(path) => Err(Error::OutputExists { path }),
+            None => Ok(OutputFolder { folder, journal }),
+        }
+    }
+
+    /// When the job's first run began, in Unix seconds: the moment its chat template's dates speak of.
+    pub fn unix_seconds(&self) -> Result<Option<u64>> {
+        self.journal.as_ref().map(Journal::unix_seconds).transpose()
+    }
+
+    /// Begins a run: the writer of its lines, and the rows that earlier ones have finished.
+    ///
+    /// Refused where the folder's lines were made with other settings, or computed in another way unless
+    /// the caller accepts that.
+    pub fn begin(
+        self,
+        order: Order,
+        settings: &Settings,
+        unix_seconds: u64,
+        accept_numerics: bool,
+    ) -> Result<(Writer, FinishedRows)> {
+        let OutputFolder { folder, journal } = self;
+        let mut journal = match journal {
+            Some(mut journal) => {
+                check(&mut journal, folder.path(), settings, accept_numerics)?;
+                journal
+            }
+            None => {
+                clear(folder.path())?;
+                Journal::create(folder.path(), settings, unix_seconds)?
+            }
+        };
+        settle::finish_replacing(&mut journal, folder.path())?;
+        cut_stale_lines(&journal, folder.path())?;
+        let finished = journal.begin_run()?;
+        Ok((Writer::open(folder, journal, order)?, finished))
+    }
+}
+
+impl LockedFolder {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join(LOCK_NAME);
+    let error = |source| Error::write(&path, source);
+    let mut options = OpenOptions::new();
+    let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(error)?;
+    let began = Instant::now();
+    while let Err(refused) = file.try_lock() {
+        match refused {
+            TryLockError::Error(source) => return Err(error(source)),
+            TryLockError::WouldBlock if began.elapsed() < LOCK_PATIENCE => std::thread::sleep(LOCK_INTERVAL),
+            TryLockError::WouldBlock => {
+                return Err(Error::FolderInUse { path: folder.to_owned(), holder: holder(&mut file) });
+            }
+        }
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = strftime(now, "%Y-%m-%d %H:%M:%S").expect("directives that are known");
+    let holder = format!("process {}, which began at {now} UTC\n", std::process::id());
+    file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())).map_err(error)?;
+    Ok(file)
+}
+
+/// Who holds the lock; that somebody does matters more than who it is.
+fn holder(lock: &mut File) -> String {
+    let mut holder = String::new();
+    match lock.read_to_string(&mut holder) {
+        Ok(length) if length > 0 => holder.trim().to_owned(),
+        _ => "another process".to_owned(),
+    }
+}
+
+fn check(journal: &mut Journal, folder: &Path, now: &Settings, accept_numerics: bool) -> Result<()> {
+    let before = journal.settings()?;
+    if let Some(changes) = changes(&before.answers, &now.answers) {
+        return Err(Error::SettingsChanged { path: folder.to_owned(), changes });
+    }
+    match changes(&before.numerics, &now.numerics) {
+        None => Ok(()),
+        Some(changes) if !accept_numerics => Err(Error::NumericsChanged { path: folder.to_owned(), changes }),
+        Some(_) => journal.set_settings(now),
+    }
+}
+
+/// Throws away what an earlier job has left in a folder, and nothing else. The journal goes first: lines
+/// without one are never taken for a job's.
+fn clear(folder: &Path) -> Result<()> {
+    let lines = LineFile::ALL.into_iter().map(|file| folder.join(file.name()));
+    let rewritten = LineFile::ALL.into_iter().map(|file| settle::rewritten_path(folder, file));
+    let names = [journal::FILE_NAME].into_iter().chain(journal::COMPANIONS).chain([Manifest::FILE_NAME]);
+    names.map(|name| folder.join(name)).chain(lines).chain(rewritten).try_for_each(|path| remove(&path))?;
+    sync_folder(folder)
+}
+
+/// Cuts off lines that were on their way to `stale.jsonl` when a run died; they are still where they were.
+fn cut_stale_lines(journal: &Journal, folder: &Path) -> Result<()> {
+    let path = folder.join(LineFile::Stale.name());
+    match journal.lengths()?[LineFile::Stale.index()] {
+        0 => remove(&path),
+        committed => LinesFile::open(path, committed).map(drop),
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::write(path, error)),
+        _ => Ok(()),
+    }
+}

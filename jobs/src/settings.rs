@@ -1,0 +1,81 @@
+//! What decides a job's answers, by the names its user knows, so that a later run can tell whether it
+//! would give the same ones.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::manifest::NumericProfile;
+
+/// Settings by name, each as JSON.
+pub type Named = BTreeMap<String, Value>;
+
+/// All that an answer depends on beside its row.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Settings {
+    /// What other answers would come from: model, prompt, sampling, seed, number types.
+    pub answers: Named,
+    /// What may change an answer's last bits, and with them a token here and there.
+    pub numerics: Named,
+}
+
+impl Settings {
+    /// Adds a setting that answers depend on.
+    pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
+        self.answers.insert(name.to_owned(), value.into());
+        self
+    }
+
+    /// Adds how numbers are computed. Number types are settings of their own, which nobody changes
+    /// without meaning to.
+    pub fn with_numerics(self, profile: &NumericProfile) -> Self {
+        let NumericProfile { backend, simd, dtype, kv_cache_dtype, tensor_parallel } = profile;
+        let mut settings =
+            self.with("model.dtype", dtype.as_str()).with("pipeline.kv_cache_dtype", kv_cache_dtype.as_str());
+        let numerics: [(&str, Value); 3] = [
+            ("backend", backend.as_str().into()),
+            ("pipeline.simd", simd.as_str().into()),
+            ("tensor parallel width", (*tensor_parallel).into()),
+        ];
+        settings.numerics.extend(numerics.map(|(name, value)| (name.to_owned(), value)));
+        settings
+    }
+}
+
+/// What is different, a line each; nothing where all is the same.
+pub(crate) fn changes(before: &Named, now: &Named) -> Option<String> {
+    let mut changes = String::new();
+    let names = before.keys().chain(now.keys().filter(|name| !before.contains_key(*name)));
+    for name in names {
+        let (was, is) = (show(before.get(name)), show(now.get(name)));
+        if was != is {
+            write!(changes, "\n  {name}: was {was}, is {is}").expect("a String takes all");
+        }
+    }
+    (!changes.is_empty()).then_some(changes)
+}
+
+fn show(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "not set".to_owned(),
+        Some(value) => value.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_named_with_both_values() {
+        let before = Settings::default().with("job.seed", 1).with("prompt.user", "a").with("gone", true);
+        let now = Settings::default().with("job.seed", 2).with("prompt.user", "a").with("new", 0.5);
+        assert_eq!(
+            changes(&before.answers, &now.answers).unwrap(),
+            "\n  gone: was true, is not set\n  job.seed: was 1, is 2\n  new: was not set, is 0.5"
+        );
+        assert_eq!(changes(&now.answers, &now.answers), None);
+    }
+}

@@ -173,7 +173,7 @@ fn errors_have_their_own_file_and_shapes() {
     let Row::Rejected(mut row) = world.rows("\n{]\n").remove(0) else { panic!("a request") };
     row.key = RequestKey(0xab);
     let rejected = Line::rejected(&row);
-    assert_eq!((rejected.row, rejected.file), (0, LineFile::Errors));
+    assert_eq!((rejected.row, rejected.file, rejected.is_refusal), (0, LineFile::Errors, true));
     assert_eq!(
         rejected.json,
         r#"{"id":"batch_req_000000000000000000000000000000ab","custom_id":null,"response":{"status_code":400,"request_id":"req_000000000000000000000000000000ab","body":{"error":{"message":"not JSON: key must be a string at column 2","type":"invalid_request_error","param":null,"code":"invalid_json_line","line":2}}},"error":null}"#
@@ -181,7 +181,7 @@ fn errors_have_their_own_file_and_shapes() {
 
     let row = named(world.completion(json!({})));
     let refused = Line::refused(&row, &RowError::of("prompt", "context_length_exceeded", "too long"));
-    assert_eq!((refused.row, refused.file), (3, LineFile::Errors));
+    assert_eq!((refused.row, refused.file, refused.is_refusal), (3, LineFile::Errors, true));
     assert_eq!(
         refused.json,
         r#"{"id":"batch_req_000000000000000000000000000000ab","custom_id":"a","response":{"status_code":400,"request_id":"req_000000000000000000000000000000ab","body":{"error":{"message":"prompt: too long","type":"invalid_request_error","param":"prompt","code":"context_length_exceeded","line":1}}},"error":null}"#
@@ -190,7 +190,7 @@ fn errors_have_their_own_file_and_shapes() {
     let mut completion = complete(&row, &[HELLO], FinishReason::Length);
     completion.outcome = Err(Failure::NonFiniteLogits { position: 3 });
     let failed = Line::completed(&row, &completion, Some(&model::tokenizer()), 0);
-    assert_eq!(failed.file, LineFile::Errors);
+    assert_eq!((failed.file, failed.is_refusal), (LineFile::Errors, false));
     assert_eq!(
         failed.json,
         r#"{"id":"batch_req_000000000000000000000000000000ab","custom_id":"a","response":null,"error":{"code":"non_finite_logits","message":"the logits at position 3 are not finite"}}"#

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use jobs::{
-    ModelText, ModelTextOptions, Preparer, PromptOptions, Reader, Row, RowOptions, SamplingOptions, Tokenizer,
+    FinishedRows, ModelText, ModelTextOptions, Preparer, PromptOptions, Reader, Row, RowOptions,
+    SamplingOptions, Tokenizer,
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -156,8 +157,13 @@ impl World {
     }
 
     pub(crate) fn reader(&self, input: impl AsRef<[u8]>) -> Reader {
+        self.reader_after(input, FinishedRows::default())
+    }
+
+    /// A reader that knows of rows that earlier runs have finished.
+    pub(crate) fn reader_after(&self, input: impl AsRef<[u8]>, finished: FinishedRows) -> Reader {
         self.file("input.jsonl", input);
-        Reader::open(&self.path().join("input.jsonl"), self.preparer(), self.limit).unwrap()
+        Reader::open(&self.path().join("input.jsonl"), self.preparer(), finished, self.limit).unwrap()
     }
 
     pub(crate) fn rows(&self, input: impl AsRef<[u8]>) -> Vec<Row> {
@@ -169,6 +175,7 @@ impl World {
         match self.rows(line).pop().unwrap() {
             Row::Request(row) => row,
             Row::Rejected(row) => panic!("{line}: {}", row.error),
+            Row::Finished(row) => panic!("{line}: {row:?}"),
         }
     }
 
@@ -185,7 +192,7 @@ impl World {
     /// Why the one line of an input is refused: its code, its parameter and the message.
     pub(crate) fn refusal(&self, line: &str) -> String {
         match self.rows(line).pop().unwrap() {
-            Row::Request(row) => panic!("{line} is a request: {row:?}"),
+            row @ (Row::Request(_) | Row::Finished(_)) => panic!("{line} is a request: {row:?}"),
             Row::Rejected(row) => {
                 let param = row.error.param.unwrap_or_else(|| "-".to_owned());
                 format!("{} {param} | {}", row.error.code, row.error.message)

@@ -106,7 +106,7 @@ fn a_repeated_custom_id_names_the_line_that_had_it_first() {
         .iter()
         .filter_map(|row| match row {
             jobs::Row::Rejected(row) => Some((row.line, row.error.message.clone(), row.error.code)),
-            jobs::Row::Request(_) => None,
+            _ => None,
         })
         .collect();
     let message = "custom_id: \"a\" was used on line 2 already".to_owned();

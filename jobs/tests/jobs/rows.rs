@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use jobs::{Endpoint, Row, SamplingOptions};
+use jobs::{Endpoint, FinishedRows, Row, SamplingOptions};
 use scheduler::RequestKey;
 use serde_json::{Value, json};
 
@@ -127,7 +127,7 @@ fn plain_rows_are_named_by_themselves_or_by_their_key() {
         .into_iter()
         .map(|row| match row {
             Row::Request(row) => (row.custom_id, row.request.key),
-            Row::Rejected(row) => panic!("{}", row.error),
+            row => panic!("{row:?}"),
         })
         .collect();
     assert_eq!(rows[0].0, "5");
@@ -143,6 +143,7 @@ fn keys(world: &World, lines: &[String]) -> HashMap<String, RequestKey> {
     let key = |row| match row {
         Row::Request(row) => (row.custom_id.clone(), row.request.key),
         Row::Rejected(row) => (row.custom_id.unwrap_or_default(), row.key),
+        Row::Finished(row) => panic!("{row:?}"),
     };
     world.rows(lines.join("\n")).into_iter().map(key).collect()
 }
@@ -203,6 +204,7 @@ fn rows_and_lines_are_counted_and_the_input_is_hashed() {
         .map(|row| match row.unwrap() {
             Row::Request(row) => (row.index, row.line),
             Row::Rejected(row) => (row.index, row.line),
+            Row::Finished(row) => panic!("{row:?}"),
         })
         .collect();
     assert_eq!(places, [(0, 1), (1, 3), (2, 4)]);
@@ -221,7 +223,7 @@ fn rows_and_lines_are_counted_and_the_input_is_hashed() {
 fn an_input_that_is_not_there_ends_the_job() {
     let world = World::new();
     let path = world.path().join("none.jsonl");
-    let error = jobs::Reader::open(&path, world.preparer(), None).err().unwrap();
+    let error = jobs::Reader::open(&path, world.preparer(), FinishedRows::default(), None).err().unwrap();
     assert_eq!(error.to_string(), format!("read {}", path.display()));
     // A folder opens, and cannot be read.
     let error = jobs::Reader::open(world.path(), world.preparer(), None).err().unwrap();

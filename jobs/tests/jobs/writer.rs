@@ -3,13 +3,21 @@
 use std::path::Path;
 
 use jobs::{
-    Counts, InputRecord, Line, LineFile, Manifest, ModelRecord, NumericProfile, Order, Status, Timings,
-    TokenTotals, Writer, Written,
+    Counts, InputRecord, Line, LineFile, Manifest, ModelRecord, NumericProfile, Order, OutputFolder,
+    Settings, Status, Timings, TokenTotals, Unread, Writer, Written,
 };
+use scheduler::RequestKey;
 use tempfile::TempDir;
 
 fn line(row: u64, file: LineFile) -> Line {
-    Line { row, file, json: format!("{{\"row\":{row},\"text\":\"{}\"}}", "x".repeat(row as usize % 50)) }
+    let json = format!("{{\"row\":{row},\"text\":\"{}\"}}", "x".repeat(row as usize % 50));
+    let key = RequestKey(row.into());
+    Line { row, key, file, is_refusal: false, prompt_tokens: 2, generated_tokens: 3, json }
+}
+
+fn open(folder: &Path, order: Order, fresh: bool) -> jobs::Result<Writer> {
+    let folder = OutputFolder::open(folder, fresh)?;
+    folder.begin(order, &Settings::default(), 0, false).map(|(writer, _)| writer)
 }
 
 fn rows(folder: &Path, file: &str) -> Vec<u64> {
@@ -34,25 +42,26 @@ fn names(folder: &Path) -> Vec<String> {
 
 /// Rows in the order of their completion: 0 to 999 shuffled, every tenth an error.
 fn write(folder: &Path, order: Order) -> (Vec<u64>, Written) {
-    let mut writer = Writer::create(folder, order, false).unwrap();
+    let mut writer = open(folder, order, false).unwrap();
     let shuffled: Vec<u64> = (0..1000).map(|step| step * 617 % 1000).collect();
     for &row in &shuffled {
         writer.write(&line(row, if row % 10 == 0 { LineFile::Errors } else { LineFile::Output })).unwrap();
     }
-    (shuffled, writer.finish().unwrap())
+    (shuffled, writer.finish(Unread::HasLeft).unwrap())
 }
 
 #[test]
 fn lines_end_in_the_order_of_the_input() {
     let folder = TempDir::new().unwrap();
     let (_, written) = write(folder.path(), Order::Input);
-    assert_eq!(written, Written { output_lines: 900, error_lines: 100 });
+    let lines = Written { output_lines: 900, error_lines: 100, ..Written::default() };
+    assert_eq!(written, Written { prompt_tokens: 2000, generated_tokens: 3000, ..lines });
     assert_eq!(
         rows(folder.path(), "output.jsonl"),
         (0..1000).filter(|row| row % 10 != 0).collect::<Vec<_>>()
     );
     assert_eq!(rows(folder.path(), "errors.jsonl"), (0..1000).step_by(10).collect::<Vec<_>>());
-    assert_eq!(names(folder.path()), ["errors.jsonl", "output.jsonl"]);
+    assert_eq!(names(folder.path()), ["errors.jsonl", "job.lock", "journal.sqlite", "output.jsonl"]);
 }
 
 #[test]
@@ -64,46 +73,64 @@ fn lines_may_stay_in_the_order_of_completion() {
 }
 
 #[test]
-fn what_was_flushed_is_there_for_others_to_read() {
+fn what_was_committed_is_there_for_others_to_read() {
     let folder = TempDir::new().unwrap();
-    let mut writer = Writer::create(folder.path(), Order::Input, false).unwrap();
+    let mut writer = open(folder.path(), Order::Input, false).unwrap();
     writer.write(&line(5, LineFile::Output)).unwrap();
     writer.write(&line(2, LineFile::Output)).unwrap();
-    writer.flush().unwrap();
+    writer.commit().unwrap();
     assert_eq!(rows(folder.path(), "output.jsonl"), [5, 2]);
     drop(writer);
 }
 
 #[test]
-fn a_folder_in_use_is_refused_unless_the_job_starts_afresh() {
+fn a_fresh_start_throws_away_what_a_job_has_left_and_nothing_else() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("deep/out");
     write(&out, Order::Input);
     std::fs::write(out.join("manifest.json"), "{}").unwrap();
-    let error = Writer::create(&out, Order::Input, false).err().unwrap().to_string();
-    let path = out.join("output.jsonl");
-    assert_eq!(
-        error,
-        format!(
-            "{} exists; pass --fresh to start over, or name another folder in [job] output",
-            path.display()
-        )
-    );
-    assert_eq!(rows(&out, "output.jsonl").len(), 900);
     std::fs::write(out.join("notes.txt"), "mine").unwrap();
+    let writer = open(&out, Order::Input, false).unwrap();
+    assert_eq!(rows(&out, "output.jsonl").len(), 900, "a run that goes on keeps what is there");
+    assert_eq!(writer.pause().unwrap().output_lines, 900);
 
-    Writer::create(&out, Order::Input, true).unwrap().finish().unwrap();
-    assert_eq!(names(&out), ["errors.jsonl", "notes.txt", "output.jsonl"]);
+    open(&out, Order::Input, true).unwrap().finish(Unread::HasLeft).unwrap();
+    assert_eq!(names(&out), ["errors.jsonl", "job.lock", "journal.sqlite", "notes.txt", "output.jsonl"]);
     assert!(rows(&out, "output.jsonl").is_empty());
 }
 
 #[test]
-fn an_errors_file_alone_is_an_earlier_run_too() {
+fn lines_without_a_journal_are_refused() {
+    for name in ["output.jsonl", "errors.jsonl"] {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, "{}\n").unwrap();
+        let error = open(folder.path(), Order::Input, false).err().unwrap().to_string();
+        let expected = format!(
+            "{} exists, and no journal beside it says whose lines it holds; \
+             pass --fresh to start over, or name another folder in [job] output",
+            path.display()
+        );
+        assert_eq!(error, expected);
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "{}\n");
+    }
+}
+
+#[test]
+fn lines_that_the_journal_vouches_for_and_that_are_gone_are_missed() {
     let folder = TempDir::new().unwrap();
-    std::fs::write(folder.path().join("errors.jsonl"), "").unwrap();
-    let error = Writer::create(folder.path(), Order::Input, false).err().unwrap().to_string();
-    assert!(error.contains("errors.jsonl exists"), "{error}");
-    assert_eq!(names(folder.path()), ["errors.jsonl"]);
+    write(folder.path(), Order::Input);
+    let path = folder.path().join("output.jsonl");
+    let whole = std::fs::read(&path).unwrap();
+    for cut in [whole.len() - 1, 0] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let error = open(folder.path(), Order::Input, false).err().unwrap().to_string();
+        let words = format!("output.jsonl has {cut} bytes, and the journal vouches for {}", whole.len());
+        assert!(error.contains(&words), "{error}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    let error = open(folder.path(), Order::Input, false).err().unwrap().to_string();
+    assert!(error.contains("output.jsonl has 0 bytes"), "{error}");
 }
 
 #[test]
@@ -111,7 +138,7 @@ fn a_folder_that_cannot_be_is_named() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
-    let error = Writer::create(&file.join("out"), Order::Input, false).err().unwrap();
+    let error = open(&file.join("out"), Order::Input, false).err().unwrap();
     assert_eq!(error.to_string(), format!("write {}", file.join("out").display()));
 }
 
@@ -132,7 +159,7 @@ fn a_manifest_is_replaced_whole() {
             kv_cache_dtype: "bf16".into(),
             tensor_parallel: 1,
         },
-        counts: Counts { total: 2, completed: 1, failed: 1 },
+        counts: Counts { total: 2, completed: 1, failed: 1, resumed: 0, stale: 0 },
         tokens: TokenTotals { prompt: 5, generated: 7 },
         timings: Timings { started_at: 1, finished_at: 2, load_seconds: 0.5, run_seconds: 0.25 },
     };

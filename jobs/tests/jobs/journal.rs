@@ -1,0 +1,311 @@
+//! The journal against a plain model of it: runs that end in every way, over inputs that change.
+
+use std::path::Path;
+
+use jobs::{FinishedRows, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use scheduler::RequestKey;
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::model::{World, completion_line};
+
+/// What the lines of a row are like is decided by its key: every fifth fails, every seventh is refused.
+fn line(key: u8, row: u64) -> Line {
+    let is_refusal = key % 7 == 6;
+    let file = if key % 5 == 4 || is_refusal { LineFile::Errors } else { LineFile::Output };
+    let json = match is_refusal {
+        true => format!("{{\"key\":{key},\"line\":{row}}}"),
+        false => format!("{{\"key\":{key},\"text\":\"{}\"}}", "x".repeat(usize::from(key) * 3)),
+    };
+    let key = RequestKey(key.into());
+    Line { row, key, file, is_refusal, prompt_tokens: 1, generated_tokens: 2, json }
+}
+
+/// One run of a job.
+#[derive(Debug, Clone)]
+struct Run {
+    /// Keys of the rows, none twice.
+    input: Vec<u8>,
+    /// Rows are completed in the order of their key times this.
+    stir: u8,
+    commit_every: usize,
+    order: Order,
+    end: End,
+}
+
+#[derive(Debug, Clone)]
+enum End {
+    /// All rows were seen.
+    Finish,
+    /// All rows were seen, and a limit may have hidden more.
+    Limited,
+    /// The user stopped it after so many rows.
+    Pause(usize),
+    /// It died after so many rows, and left this behind the lines, and the journal's log so much shorter.
+    Crash { rows: usize, tail: Vec<u8>, torn: usize },
+}
+
+fn end() -> impl Strategy<Value = End> {
+    prop_oneof![
+        2 => Just(End::Finish),
+        1 => Just(End::Limited),
+        1 => (0..24usize).prop_map(End::Pause),
+        5 => (0..24usize, vec(any::<u8>(), 0..40), 0..9000usize)
+            .prop_map(|(rows, tail, torn)| End::Crash { rows, tail, torn }),
+    ]
+}
+
+fn run() -> impl Strategy<Value = Run> {
+    let keys = Just((0..24u8).collect::<Vec<u8>>()).prop_shuffle();
+    let order = prop_oneof![3 => Just(Order::Input), 1 => Just(Order::Completion)];
+    (keys, 0..24usize, any::<u8>(), 1..6usize, order, end()).prop_map(
+        |(mut input, len, stir, commit_every, order, end)| {
+            input.truncate(len);
+            Run { input, stir: stir | 1, commit_every, order, end }
+        },
+    )
+}
+
+/// Lines of `output.jsonl`, `errors.jsonl` and `stale.jsonl`, each with its row's key.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Lines([Vec<(u8, String)>; 3]);
+
+impl Lines {
+    fn add(&mut self, line: &Line) {
+        self.0[line.file as usize].push((line.key.0 as u8, line.json.clone()));
+    }
+
+    fn has(&self, key: u8) -> bool {
+        self.0[..2].iter().flatten().any(|(other, _)| *other == key)
+    }
+
+    fn text(&self, file: LineFile) -> String {
+        self.0[file as usize].iter().map(|(_, json)| format!("{json}\n")).collect()
+    }
+
+    /// Whether the folder has exactly these; those that are stale in any order.
+    fn are_in(&self, folder: &Path) -> bool {
+        let read = |file: LineFile| std::fs::read(folder.join(file.name())).unwrap_or_default();
+        let sorted = |bytes: &[u8]| {
+            let mut lines: Vec<Vec<u8>> =
+                bytes.split_inclusive(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
+            lines.sort();
+            lines
+        };
+        [LineFile::Output, LineFile::Errors].into_iter().all(|file| read(file) == self.text(file).as_bytes())
+            && sorted(&read(LineFile::Stale)) == sorted(self.text(LineFile::Stale).as_bytes())
+    }
+}
+
+fn open(folder: &Path, order: Order) -> (Writer, FinishedRows) {
+    let folder = OutputFolder::open(folder, false).unwrap();
+    folder.begin(order, &Settings::default(), 1, false).unwrap()
+}
+
+fn is_refusal(key: u8) -> bool {
+    line(key, 0).is_refusal
+}
+
+/// The folder as a process that dies now leaves it.
+fn crash(folder: &Path, tail: &[u8], torn: usize, log_at_begin: u64) -> TempDir {
+    let copy = TempDir::new().unwrap();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+    }
+    for file in LineFile::ALL {
+        let path = copy.path().join(file.name());
+        if let Ok(mut bytes) = std::fs::read(&path) {
+            bytes.extend(tail);
+            std::fs::write(path, bytes).unwrap();
+        }
+    }
+    // Whatever was synced when the run began cannot be torn.
+    let log = copy.path().join("journal.sqlite-wal");
+    let length = std::fs::metadata(&log).unwrap().len();
+    let torn = std::fs::OpenOptions::new().write(true).open(&log).map(|log| {
+        log.set_len(length.saturating_sub(torn as u64).max(log_at_begin)).unwrap();
+    });
+    torn.unwrap();
+    copy
+}
+
+/// Runs once and compares with the model; the folder as it is then, and what is committed in it.
+fn check(folder: TempDir, before: Lines, run: &Run) -> (TempDir, Lines) {
+    let (mut writer, finished) = open(folder.path(), run.order);
+    let log_at_begin = std::fs::metadata(folder.path().join("journal.sqlite-wal")).map_or(0, |log| log.len());
+    assert!(before.are_in(folder.path()), "{before:?}");
+    for key in 0..24 {
+        let is_there = finished.find(RequestKey(key.into()), 0).is_some();
+        assert_eq!(is_there, before.has(key) && !is_refusal(key), "key {key}");
+    }
+
+    let rows = match run.end {
+        End::Pause(rows) | End::Crash { rows, .. } => rows,
+        End::Finish | End::Limited => usize::MAX,
+    };
+    let mut completed: Vec<(u64, u8)> = (0..).zip(run.input.iter().copied()).collect();
+    completed.sort_by_key(|(_, key)| key.wrapping_mul(run.stir));
+    let mut lines = before.clone();
+    let mut history = vec![before.clone()];
+    for (done, (row, key)) in completed.into_iter().take(rows).enumerate() {
+        match finished.find(RequestKey(key.into()), row) {
+            Some(finished) => writer.keep(finished).unwrap(),
+            None => {
+                writer.write(&line(key, row)).unwrap();
+                lines.add(&line(key, row));
+            }
+        }
+        if done % run.commit_every == 0 {
+            writer.commit().unwrap();
+            history.push(lines.clone());
+        }
+    }
+    match &run.end {
+        End::Crash { tail, torn, .. } => {
+            let left = crash(folder.path(), tail, *torn, log_at_begin);
+            drop((writer, folder));
+            drop(open(left.path(), run.order)); // What was never committed is cut off now.
+            let survivor = history.iter().rev().find(|lines| lines.are_in(left.path()));
+            let survivor = survivor.expect("a crash leaves what was committed at one time").clone();
+            assert!(*torn > 0 || Some(&survivor) == history.last(), "nothing that was committed is lost");
+            (left, survivor)
+        }
+        End::Pause(_) => {
+            writer.pause().unwrap();
+            (folder, lines)
+        }
+        End::Finish | End::Limited => {
+            let is_limited = matches!(run.end, End::Limited);
+            writer.finish(if is_limited { Unread::Stays } else { Unread::HasLeft }).unwrap();
+            let settled = settled(&lines, run, is_limited);
+            (folder, settled)
+        }
+    }
+}
+
+/// What a finished run makes of its lines.
+fn settled(lines: &Lines, run: &Run, is_limited: bool) -> Lines {
+    let mut settled = Lines::default();
+    settled.0[2] = lines.0[2].clone();
+    for file in 0..2 {
+        // Of a row that was refused again the last line counts; the one before was forgotten.
+        let last = |at: usize, key: u8| !lines.0[file][at + 1..].iter().any(|(other, _)| *other == key);
+        let alive = (lines.0[file].iter().enumerate())
+            .filter(|(at, (key, _))| !is_refusal(*key) || run.input.contains(key) && last(*at, *key))
+            .map(|(_, line)| line.clone());
+        let (mut present, absent): (Vec<_>, Vec<_>) = alive.partition(|(key, _)| run.input.contains(key));
+        match (run.order, is_limited) {
+            (Order::Completion, true) => {
+                let kept = |line: &(u8, String)| present.contains(line) || absent.contains(line);
+                settled.0[file] = lines.0[file].iter().filter(|line| kept(line)).cloned().collect();
+                continue;
+            }
+            (Order::Completion, false) => {}
+            (Order::Input, _) => {
+                present.sort_by_key(|(key, _)| run.input.iter().position(|other| other == key));
+            }
+        }
+        settled.0[file] = present;
+        settled.0[if is_limited { file } else { 2 }].extend(absent);
+    }
+    settled
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    #[test]
+    fn a_folder_is_what_the_model_says_after_any_runs(runs in vec(run(), 1..6)) {
+        let mut state = (TempDir::new().unwrap(), Lines::default());
+        for run in &runs {
+            state = check(state.0, state.1, run);
+            if let End::Finish = run.end {
+                let mut keys: Vec<u8> = state.1.0[..2].iter().flatten().map(|(key, _)| *key).collect();
+                let mut input = run.input.clone();
+                keys.sort_unstable();
+                input.sort_unstable();
+                prop_assert_eq!(keys, input, "each row of the input has one line");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_second_run_on_a_folder_is_refused_and_told_of_the_first() {
+    let folder = TempDir::new().unwrap();
+    let first = open(folder.path(), Order::Input);
+    for fresh in [false, true] {
+        let error = OutputFolder::open(folder.path(), fresh).err().unwrap().to_string();
+        let holder = format!("is in use by process {}, which began at 20", std::process::id());
+        assert!(error.contains(&holder), "{error}");
+    }
+    drop(first);
+    open(folder.path(), Order::Input);
+}
+
+#[test]
+fn a_journal_that_is_none_any_more_is_named_with_its_cure() {
+    for damage in [&b"this is no database, and was none before"[..], &[0x55; 5000]] {
+        let folder = TempDir::new().unwrap();
+        let (mut writer, _) = open(folder.path(), Order::Input);
+        writer.write(&line(1, 0)).unwrap();
+        writer.pause().unwrap();
+        let path = folder.path().join("journal.sqlite");
+        std::fs::write(&path, damage).unwrap();
+        let error = OutputFolder::open(folder.path(), false).err().unwrap().to_string();
+        let words = format!("the journal {} is damaged", path.display());
+        assert!(error.contains(&words) && error.contains("--fresh"), "{error}");
+        OutputFolder::open(folder.path(), true)
+            .and_then(|folder| folder.begin(Order::Input, &Settings::default(), 0, false))
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_journal_that_was_never_made_whole_is_made_again() {
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("journal.sqlite"), "").unwrap();
+    let (mut writer, finished) = open(folder.path(), Order::Input);
+    assert!(finished.is_empty());
+    writer.write(&line(1, 0)).unwrap();
+    assert_eq!(writer.finish(Unread::HasLeft).unwrap().output_lines, 1);
+}
+
+#[test]
+fn the_first_runs_moment_is_remembered() {
+    let folder = TempDir::new().unwrap();
+    assert_eq!(OutputFolder::open(folder.path(), false).unwrap().unix_seconds().unwrap(), None);
+    drop(open(folder.path(), Order::Input));
+    assert_eq!(OutputFolder::open(folder.path(), false).unwrap().unix_seconds().unwrap(), Some(1));
+}
+
+#[test]
+fn the_reader_tells_finished_rows_by_their_places() {
+    let world = World::new();
+    let [a, b] = ["a", "b"].map(|id| completion_line(id, json!({})));
+    let folder = TempDir::new().unwrap();
+    let (mut writer, finished) = open(folder.path(), Order::Input);
+    for row in world.reader_after(format!("{a}\n{b}\nbroken\n"), finished) {
+        match row.unwrap() {
+            Row::Request(row) => {
+                let key = row.request.key;
+                writer.write(&Line { key, ..line(1, row.index) }).unwrap();
+            }
+            Row::Rejected(row) => writer.write(&Line::rejected(&row)).unwrap(),
+            Row::Finished(row) => panic!("{row:?}"),
+        }
+    }
+    writer.pause().unwrap();
+    let (_writer, finished) = open(folder.path(), Order::Input);
+    assert_eq!(finished.len(), 2, "a row that was refused is looked at again");
+    // The envelope of `b` is broken now: its body alone does not make it the finished row.
+    let input = format!("broken\n{}\n{a}\n", b.replace("POST", "GET"));
+    let rows: Vec<Row> = world.reader_after(input, finished).map(Result::unwrap).collect();
+    let [Row::Rejected(_), Row::Rejected(_), Row::Finished(row)] = rows.as_slice() else {
+        panic!("{rows:?}")
+    };
+    assert_eq!((row.row, row.file), (2, LineFile::Output));
+}

@@ -64,6 +64,12 @@ impl Job {
         self
     }
 
+    /// The same job over other lines.
+    pub(crate) fn over(mut self, lines: impl IntoIterator<Item = String>) -> Self {
+        self.rows = lines.into_iter().collect();
+        self
+    }
+
     /// Sets a key, as `--set` does.
     pub(crate) fn set(mut self, assignment: impl Into<String>) -> Self {
         self.sets.push(assignment.into());
@@ -98,6 +104,11 @@ impl Job {
         }
         command.args(&self.args);
         command
+    }
+
+    /// Runs the job to its end, and leaves it there to be run again.
+    pub(crate) fn run_once(&self, args: &[&str]) -> Output {
+        self.command().args(args).output().expect("start spanwise")
     }
 
     /// The folder that the job writes to.
@@ -171,7 +182,7 @@ impl Done {
 }
 
 /// Cuts `"created":123,` out of a line, byte for byte.
-fn without_created(line: &str) -> String {
+pub(crate) fn without_created(line: &str) -> String {
     let Some(start) = line.find("\"created\":") else { return line.to_owned() };
     let end = start + line[start..].find(',').expect("created is not the last key") + 1;
     format!("{}{}", &line[..start], &line[end..])

@@ -8,6 +8,7 @@ mod commands;
 mod harness;
 mod logits;
 mod refusals;
+mod resume;
 mod sameness;
 mod sampling;
 mod smollm2;

@@ -194,16 +194,23 @@ fn a_mistyped_key_is_refused_with_its_line_and_the_nearest_key() {
 #[test]
 fn an_output_folder_with_results_is_not_overwritten() {
     let job =
-        || Job::on(MODEL).completion("row", json!({"prompt": "hello", "max_tokens": 2, "ignore_eos": true}));
-    let first = job().run().ok();
-    let out = format!("job.output={:?}", first.folder.path().join("out"));
-    let before = first.text("output.jsonl");
-    let second = job().set(out.clone()).run();
-    assert_eq!(second.code, Some(2));
-    assert!(second.stderr.contains("--fresh"), "{}", second.stderr);
-    assert_eq!(first.text("output.jsonl"), before);
-    job().set(out).arg("--fresh").run().ok();
-    assert_eq!(first.lines("output.jsonl").len(), 1);
+        Job::on(MODEL).completion("row", json!({"prompt": "hello", "max_tokens": 2, "ignore_eos": true}));
+    assert!(job.run_once(&[]).status.success());
+    let output = job.out().join("output.jsonl");
+    let before = std::fs::read_to_string(&output).unwrap();
+    // The same job finds everything done.
+    assert!(job.run_once(&[]).status.success());
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), before);
+
+    // Lines of nobody knows what are not touched.
+    std::fs::remove_file(job.out().join("journal.sqlite")).unwrap();
+    let refused = job.run_once(&[]);
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("output.jsonl exists") && stderr.contains("--fresh"), "{stderr}");
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), before);
+    assert!(job.run_once(&["--fresh"]).status.success());
+    assert_eq!(std::fs::read_to_string(&output).unwrap().lines().count(), 1);
 }
 
 #[test]

@@ -1,0 +1,332 @@
+//! Jobs that lose nothing: killed, stopped, over changed input, in each other's way, and run again.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Job, batch_line, devices, fixture, read_json, spanwise, without_created};
+
+const MODEL: &str = "hetero-0-bf16";
+
+/// A row whose content is decided by its number. One in 29 is refused.
+fn row(i: usize) -> String {
+    let mut body = json!({"prompt": format!("hello {i}"), "max_tokens": 10 + i * 7 % 40, "ignore_eos": true});
+    body["seed"] = json!(i);
+    if i % 29 == 5 {
+        body["top_p"] = json!(7);
+    }
+    batch_line(&format!("row-{i}"), "/v1/completions", &body)
+}
+
+/// Numbers without a pattern, the same in each run of the tests: xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound as u64) as usize
+    }
+
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        (1..items.len()).rev().for_each(|i| items.swap(i, self.below(i + 1)));
+    }
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+fn assert_done(output: &Output) {
+    assert!(output.status.success(), "stdout:\n{}\nstderr:\n{}", stdout(output), stderr(output));
+}
+
+#[track_caller]
+fn assert_refused(output: &Output, words: &[&str]) {
+    let stderr = stderr(output);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{word:?} is not in:\n{stderr}");
+    }
+}
+
+/// The lines of a file in their order, without `created`.
+fn lines(out: &Path, file: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(out.join(file)).unwrap_or_default();
+    assert!(text.is_empty() || text.ends_with('\n'), "the last line of {file} is torn");
+    text.lines().map(without_created).collect()
+}
+
+/// Insists that a folder holds what an undisturbed run of the same rows writes, line for line.
+#[track_caller]
+fn assert_as_undisturbed(out: &Path, rows: &[String]) {
+    let undisturbed = Job::on(MODEL).lines(rows.to_vec());
+    assert_done(&undisturbed.run_once(&[]));
+    for file in ["output.jsonl", "errors.jsonl"] {
+        let (found, expected) = (lines(out, file), lines(&undisturbed.out(), file));
+        assert_eq!(found.len(), expected.len(), "{file}");
+        assert!(found == expected, "{file} differs");
+    }
+}
+
+fn count(out: &Path, name: &str) -> u64 {
+    read_json(&out.join("manifest.json"))["counts"][name].as_u64().expect("a count")
+}
+
+/// Starts a job, and sends it a signal once it has written lines for so long.
+fn stop_after(job: &Job, signal: &str, lines_for: Duration) -> Output {
+    let mut command = job.command();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start spanwise");
+    let output = job.out().join("output.jsonl");
+    let (began, mut least) = (Instant::now(), u64::MAX);
+    // What was torn is cut off first; then the file grows.
+    loop {
+        let length = std::fs::metadata(&output).map_or(0, |file| file.len());
+        least = least.min(length);
+        if length > least || child.try_wait().unwrap().is_some() {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "no line in a minute");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(lines_for);
+    // One that has ended in the meantime is not signalled, and was not waited for either.
+    let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
+    child.wait_with_output().expect("wait for spanwise")
+}
+
+#[test]
+fn a_job_killed_again_and_again_ends_as_if_undisturbed() {
+    let rows: Vec<String> = (0..400).map(row).collect();
+    let job = Job::on(MODEL).lines(rows.clone()).set("pipeline.max_sequences=3");
+    let mut random = Random(0x5eed);
+    for kill in 0..10 {
+        // Some die before their first commit, and one may find nothing left to do.
+        if kill % 3 == 0 {
+            let mut child = job.command().stdout(Stdio::null()).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(random.below(400) as u64));
+            child.kill().unwrap();
+            child.wait().unwrap();
+        } else {
+            stop_after(&job, "-KILL", Duration::from_millis(random.below(200) as u64));
+        }
+        // What a write that was under way may leave.
+        if let Ok(mut file) = std::fs::OpenOptions::new().append(true).open(job.out().join("output.jsonl")) {
+            file.write_all(&br#"{"id":"batch_req_0","custom_id":"row-1","resp"#[..random.below(40)]).unwrap();
+        }
+    }
+    let last = job.run_once(&[]);
+    assert_done(&last);
+    assert!(stdout(&last).contains("by earlier runs"), "{}", stdout(&last));
+    assert_as_undisturbed(&job.out(), &rows);
+    assert_eq!(count(&job.out(), "total"), 400);
+    assert_eq!(lines(&job.out(), "stale.jsonl"), [""; 0]);
+}
+
+#[test]
+fn input_that_changes_between_kills_ends_as_its_last_state() {
+    let mut random = Random(0xc0ffee);
+    let mut numbers: Vec<usize> = (0..300).collect();
+    let mut job = Job::on(MODEL).set("pipeline.max_sequences=3");
+    for round in 0..5 {
+        job = job.over(numbers.iter().copied().map(row));
+        stop_after(&job, "-KILL", Duration::from_millis(random.below(150) as u64));
+        random.shuffle(&mut numbers);
+        numbers.truncate(numbers.len() - 10); // Some leave,
+        for number in &mut numbers[..5] {
+            *number += 1000; // some change,
+        }
+        numbers.extend((0..20).map(|new| 2000 + round * 100 + new)); // and some come.
+        random.shuffle(&mut numbers);
+    }
+    let rows: Vec<String> = numbers.iter().copied().map(row).collect();
+    let job = job.over(rows.clone());
+    assert_done(&job.run_once(&[]));
+    assert_as_undisturbed(&job.out(), &rows);
+    let stale = lines(&job.out(), "stale.jsonl");
+    assert!(!stale.is_empty() && count(&job.out(), "stale") <= stale.len() as u64);
+
+    // Rows that left and come back are computed again; nothing else is.
+    let rest: Vec<String> = rows[20..].to_vec();
+    let job = job.over(rest.clone());
+    let shrunk = job.run_once(&[]);
+    assert_done(&shrunk);
+    assert!(stdout(&shrunk).contains("rows that have left the input"), "{}", stdout(&shrunk));
+    assert!(stdout(&shrunk).contains(" 0 generated"), "{}", stdout(&shrunk));
+    assert_as_undisturbed(&job.out(), &rest);
+    assert!(lines(&job.out(), "stale.jsonl").len() > stale.len());
+    let job = job.over(rows.clone());
+    assert_done(&job.run_once(&[]));
+    assert_as_undisturbed(&job.out(), &rows);
+}
+
+#[test]
+fn the_same_command_again_computes_nothing_and_keeps_every_byte() {
+    let job = Job::on(MODEL).lines((0..40).map(row)).line("not json");
+    let read = |file: &str| std::fs::read(job.out().join(file)).unwrap();
+    assert_done(&job.run_once(&[]));
+    let before = ["output.jsonl", "errors.jsonl"].map(read);
+    let again = job.run_once(&[]);
+    assert_done(&again);
+    assert!(stdout(&again).contains(" 0 generated"), "{}", stdout(&again));
+    assert_eq!(["output.jsonl", "errors.jsonl"].map(read), before);
+    assert_eq!(count(&job.out(), "resumed"), 38);
+    assert_done(&job.run_once(&["--fresh"]));
+    assert_eq!(count(&job.out(), "resumed"), 0);
+}
+
+#[test]
+fn identical_rows_have_a_line_each_after_a_kill() {
+    let rows: Vec<String> = (0..120).map(|i| json!({"q": i % 3}).to_string()).collect();
+    let job = Job::on(MODEL)
+        .toml("[prompt]\nuser = \"hello {{ q }}\"\n[sampling]\nmax_tokens = 30\nignore_eos = true\n")
+        .lines(rows)
+        .set("pipeline.max_sequences=8");
+    stop_after(&job, "-KILL", Duration::from_millis(10));
+    assert_done(&job.run_once(&[]));
+    let lines = lines(&job.out(), "output.jsonl");
+    let mut ids: Vec<String> = lines
+        .iter()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["custom_id"].to_string())
+        .collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!((lines.len(), ids.len()), (120, 120));
+}
+
+#[test]
+fn an_interrupted_job_goes_on() {
+    let rows: Vec<String> = (0..300).map(row).collect();
+    let job = Job::on(MODEL).lines(rows.clone()).set("pipeline.max_sequences=8");
+    let interrupted = stop_after(&job, "-INT", Duration::ZERO);
+    assert_eq!(interrupted.status.code(), Some(130), "{}", stderr(&interrupted));
+    let done = count(&job.out(), "completed");
+    assert_eq!(done, lines(&job.out(), "output.jsonl").len() as u64);
+    assert_done(&job.run_once(&[]));
+    assert!(count(&job.out(), "resumed") >= done);
+    assert_as_undisturbed(&job.out(), &rows);
+}
+
+#[test]
+fn a_second_run_is_refused_while_the_first_works() {
+    let job = Job::on(MODEL).lines((0..3000).map(row)).set("pipeline.max_sequences=4");
+    let mut first = job.command().stdout(Stdio::null()).spawn().unwrap();
+    let lock = job.out().join("job.lock");
+    while !std::fs::read_to_string(&lock).is_ok_and(|text| text.ends_with('\n')) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let process = format!("in use by process {}", first.id());
+    assert_refused(&job.run_once(&[]), &[&process, "began at 20"]);
+    assert_refused(&job.run_once(&["--fresh"]), &[&process]);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert_done(&job.run_once(&["--limit", "3"]));
+}
+
+#[test]
+fn what_decides_answers_may_not_change_and_what_decides_speed_may() {
+    let job = Job::on(MODEL).lines((0..30).map(row)).toml("[sampling]\ntemperature = 0.5\n");
+    assert_done(&job.run_once(&["--limit", "10"]));
+    let set = |assignment: &str| job.run_once(&["--set", assignment]);
+    assert_refused(&set("job.seed=4"), &["job.seed: was 0, is 4", "--fresh", "[job] output"]);
+    assert_refused(&set("sampling.temperature=1"), &["sampling.temperature: was 0.5, is 1"]);
+    assert_refused(&set("sampling.top_k=5"), &["sampling.top_k: was not set, is 5"]);
+    assert_refused(&set("model.dtype=f32"), &["model.dtype: was \"bf16\", is \"f32\""]);
+    assert_refused(&set("pipeline.kv_cache_dtype=f32"), &["pipeline.kv_cache_dtype: was \"bf16\""]);
+    assert_refused(&set("model.max_context_tokens=100"), &["model.max_context_tokens", "is 100"]);
+    let other_model = format!("model.path={:?}", fixture("tied"));
+    assert_refused(&set(&other_model), &["\n  model: was \""]);
+
+    let faster = devices(2);
+    let args = ["--limit", "20", "--set", &faster, "--set", "pipeline.threads=1"];
+    assert_done(&job.run_once(&[&args[..], &["--set", "pipeline.micro_batch_tokens=16"]].concat()));
+    assert_eq!(count(&job.out(), "resumed"), 9);
+
+    let simd = ["--set", "pipeline.simd=reference"];
+    assert_refused(&job.run_once(&simd), &["pipeline.simd: was", "is \"none\"", "--accept-numerics"]);
+    assert_done(&job.run_once(&[&simd[..], &["--accept-numerics"]].concat()));
+    assert_eq!(lines(&job.out(), "output.jsonl").len(), 29);
+}
+
+#[test]
+fn a_limit_takes_no_line_away() {
+    let job = Job::on(MODEL).lines((10..30).map(row));
+    assert_done(&job.run_once(&[]));
+    let before = lines(&job.out(), "output.jsonl");
+    assert_done(&job.run_once(&["--limit", "5"]));
+    assert_eq!(lines(&job.out(), "output.jsonl"), before);
+    assert_eq!(count(&job.out(), "resumed"), 5);
+}
+
+#[test]
+fn too_many_errors_stop_a_job_until_they_are_allowed() {
+    let bad = |i: usize| batch_line(&format!("bad-{i}"), "/v1/completions", &json!({"prompt": "a", "n": 2}));
+    let rows: Vec<String> = (40..70).map(row).chain((0..300).map(bad)).chain((70..90).map(row)).collect();
+    let job = Job::on(MODEL).lines(rows.clone()).toml("[pipeline]\nmax_sequences = 4\n");
+    let stopped = job.run_once(&["--set", "job.max_error_rate=0.25"]);
+    assert_eq!(stopped.status.code(), Some(3), "{}", stderr(&stopped));
+    let message = stderr(&stopped);
+    assert!(message.contains("finished rows are error lines, more than the 0.25 of [job] max_error_rate"));
+    assert!(message.contains("hint: what is done is kept"), "{message}");
+    assert_eq!(read_json(&job.out().join("manifest.json"))["status"], "failed");
+    assert!(lines(&job.out(), "errors.jsonl").len() < 300);
+    assert_done(&job.run_once(&[]));
+    assert_as_undisturbed(&job.out(), &rows);
+}
+
+/// A file that may not grow any further stands for a disk that is full.
+#[test]
+fn a_job_whose_disk_is_full_stops_with_one_message_and_goes_on_later() {
+    let long = |i: usize| {
+        let body =
+            json!({"prompt": format!("hello {i}"), "max_tokens": 40, "ignore_eos": true, "logprobs": 5});
+        batch_line(&format!("row-{i}"), "/v1/completions", &body)
+    };
+    let rows: Vec<String> = (0..240).map(long).collect();
+    let job = Job::on(MODEL).lines(rows.clone()).set("pipeline.max_sequences=3");
+    let whole = job.command();
+    let mut command = Command::new("bash");
+    command.args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "bash"]);
+    command.arg(whole.get_program()).args(whole.get_args());
+    let stopped = command.output().expect("start bash");
+    let message = stderr(&stopped);
+    assert_eq!(stopped.status.code(), Some(1), "{message}");
+    let errors: Vec<&str> = message.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{message}");
+    assert!(errors[0].starts_with("error: the job stopped: write "), "{message}");
+    assert!(errors[0].contains("output.jsonl") && errors[0].contains("File too large"), "{message}");
+    assert_done(&job.run_once(&[]));
+    assert!(count(&job.out(), "resumed") > 0, "nothing was kept");
+    assert_as_undisturbed(&job.out(), &rows);
+}
+
+#[test]
+fn a_damaged_journal_is_named_and_nothing_is_lost() {
+    let job = Job::on(MODEL).lines((10..20).map(row));
+    assert_done(&job.run_once(&[]));
+    let journal = job.out().join("journal.sqlite");
+    let whole = std::fs::read(&journal).unwrap();
+    let before = lines(&job.out(), "output.jsonl");
+    std::fs::write(&journal, [0x5a; 3000]).unwrap();
+    assert_refused(&job.run_once(&[]), &["journal.sqlite is damaged", "--fresh"]);
+    assert_eq!(lines(&job.out(), "output.jsonl"), before);
+    std::fs::write(&journal, whole).unwrap();
+    assert_done(&job.run_once(&[]));
+    assert_eq!(lines(&job.out(), "output.jsonl"), before);
+}
+
+#[test]
+fn help_says_how_a_job_goes_on() {
+    let help = spanwise().args(["run", "--help"]).output().unwrap();
+    let help = stdout(&help);
+    assert!(help.contains("goes on") && help.contains("--accept-numerics"), "{help}");
+}

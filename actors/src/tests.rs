@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use jobs::{ModelText, ModelTextOptions, Order, Preparer, Reader, RowOptions, SamplingOptions, Writer};
+use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
 use scheduler::{MicroBatch, MicroBatchOutput, Slice, SliceOutput, Span};
 use stages::{Activations, Stage, StageOutput};
 
@@ -122,12 +122,16 @@ impl Files {
             max_context_tokens: 64,
         };
         let preparer = Preparer::new(Arc::new(text), rows).expect("plain options");
+        let output = OutputFolder::open(&self.folder.path().join("out"), false).expect("an output folder");
+        let begun = output.begin(Order::Input, &preparer.settings(), 0, false);
+        let (writer, finished) = begun.expect("a folder of the same job");
+        let input = self.folder.path().join("input.jsonl");
         JobOptions {
-            reader: Reader::open(&self.folder.path().join("input.jsonl"), preparer, None).expect("the input"),
-            writer: Writer::create(&self.folder.path().join("out"), Order::Input, true)
-                .expect("a new folder"),
+            reader: Reader::open(&input, preparer, finished, None).expect("the input"),
+            writer,
             tokenizer: None,
             limits: limits(num_stages),
+            max_error_rate: 1.0,
             progress: Arc::new(JobProgress::default()),
         }
     }
@@ -176,7 +180,27 @@ async fn a_stage_that_panics_fails_the_job_and_leaves_whole_lines() {
         let lines = files.output_lines();
         assert_eq!(lines.len() as u64, outcome.written.output_lines);
         assert!(lines.iter().all(|line| line.ends_with('}')), "a torn line");
+
+        let outcome = run(&World::new(3), &files).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        let after = files.output_lines();
+        assert_eq!(after.len(), 200, "the next run does the rest");
+        assert!(lines.iter().all(|line| after.contains(line)), "what was done is kept");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_bunch_of_finished_rows_passes_by_in_order() {
+    let files = Files::with_rows(3000);
+    run(&World::new(1), &files).await;
+    let before = files.output_lines();
+    let options = files.options(1);
+    let progress = Arc::clone(&options.progress);
+    let pipeline = World::new(1).start().await;
+    let outcome = run_job(&pipeline, options, std::future::pending()).await.expect("the job ends in order");
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_eq!(progress.resumed.load(Ordering::Relaxed), 3000);
+    assert_eq!((files.output_lines(), outcome.written.output_lines), (before, 3000));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -47,7 +47,7 @@ impl FinishedRows {
         let key = key.0.to_be_bytes();
         let found = self.rows.binary_search_by(|packed| packed.key.cmp(&key)).ok()?;
         let place = self.rows[found].place;
-        let file = if place % 2 == 0 { LineFile::Output } else { LineFile::Errors };
+        let file = if place.is_multiple_of(2) { LineFile::Output } else { LineFile::Errors };
         Some(FinishedRow { row, file, seq: u64::from(place / 2) })
     }
 

@@ -89,6 +89,8 @@ impl OutputFolder {
                 Journal::create(folder.path(), settings, unix_seconds)?
             }
         };
+        // It speaks of a run that has ended, and is written again when this one has.
+        remove(&folder.path().join(Manifest::FILE_NAME))?;
         settle::finish_replacing(&mut journal, folder.path())?;
         cut_stale_lines(&journal, folder.path())?;
         let finished = journal.begin_run()?;

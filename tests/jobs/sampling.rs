@@ -175,7 +175,8 @@ fn the_manifest_says_what_was_run() {
         .ok();
     let manifest = read_json(&done.folder.path().join("out/manifest.json"));
     assert_eq!(manifest["status"], "complete");
-    assert_eq!(manifest["counts"], json!({"total": 2, "completed": 1, "failed": 1}));
+    let counts = json!({"total": 2, "completed": 1, "failed": 1, "resumed": 0, "stale": 0});
+    assert_eq!(manifest["counts"], counts);
     assert_eq!(manifest["tokens"]["generated"], 3);
     assert_eq!(manifest["config"]["job"]["seed"], 11);
     assert!(manifest["model"]["identity"].as_str().unwrap().len() >= 32);

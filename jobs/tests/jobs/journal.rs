@@ -233,6 +233,57 @@ proptest! {
     }
 }
 
+/// Rows 0 to 7, the last first, as they are before the job's end.
+fn unsettled(folder: &Path) -> Writer {
+    let (mut writer, _) = open(folder, Order::Input);
+    for row in (0..8u8).rev() {
+        writer.write(&line(row, row.into())).unwrap();
+    }
+    writer.commit().unwrap();
+    writer
+}
+
+fn read(folder: &Path, name: &str) -> String {
+    std::fs::read_to_string(folder.join(name)).unwrap()
+}
+
+#[test]
+fn a_death_before_a_rewritten_file_is_committed_leaves_the_old_one() {
+    let folder = TempDir::new().unwrap();
+    unsettled(folder.path()).pause().unwrap();
+    let before = read(folder.path(), "output.jsonl");
+    std::fs::write(folder.path().join("output.jsonl.sorting"), "{\"half\":").unwrap();
+    std::fs::write(folder.path().join("stale.jsonl"), "{\"half\":").unwrap();
+    let (_writer, finished) = open(folder.path(), Order::Input);
+    assert_eq!((finished.len(), read(folder.path(), "output.jsonl")), (7, before));
+    assert!(!folder.path().join("output.jsonl.sorting").exists());
+    assert!(!folder.path().join("stale.jsonl").exists());
+}
+
+#[test]
+fn a_death_after_a_rewritten_file_is_committed_lets_it_take_its_place() {
+    let folder = TempDir::new().unwrap();
+    let writer = unsettled(folder.path());
+    let old = read(folder.path(), "output.jsonl");
+    writer.finish(Unread::HasLeft).unwrap();
+    let new = read(folder.path(), "output.jsonl");
+    assert_ne!(old, new);
+    for is_renamed in [false, true] {
+        // As it was between the commit and its end: the rename of errors.jsonl is done, this one perhaps.
+        let journal = rusqlite::Connection::open(folder.path().join("journal.sqlite")).unwrap();
+        journal.execute("UPDATE files SET is_replaced = 1 WHERE file < 2", []).unwrap();
+        drop(journal);
+        if !is_renamed {
+            std::fs::write(folder.path().join("output.jsonl.sorting"), &new).unwrap();
+            std::fs::write(folder.path().join("output.jsonl"), &old).unwrap();
+        }
+        let (writer, _) = open(folder.path(), Order::Input);
+        assert_eq!(read(folder.path(), "output.jsonl"), new);
+        assert!(!folder.path().join("output.jsonl.sorting").exists());
+        writer.pause().unwrap();
+    }
+}
+
 #[test]
 fn a_second_run_on_a_folder_is_refused_and_told_of_the_first() {
     let folder = TempDir::new().unwrap();

@@ -104,8 +104,6 @@ fn open_files(
     numeric_profile: &NumericProfile,
     args: &RunArgs,
 ) -> Result<Files> {
-    // Whoever asks for rows that are not there is told so before a folder is made.
-    std::fs::File::open(&job.job.input).with_context(|| format!("read {}", job.job.input.display()))?;
     let folder = OutputFolder::open(&job.job.output, args.fresh)?;
     let began_at = folder.unix_seconds()?.unwrap_or_else(unix_seconds);
     let text = open_text(&job.model, model, began_at)?;
@@ -122,9 +120,9 @@ fn open_files(
     };
     let preparer = Preparer::new(Arc::clone(&text), options)?;
     let settings = preparer.settings().with_numerics(numeric_profile);
+    let reader = Reader::open(&job.job.input, preparer, args.limit)?;
     let (writer, finished) = folder.begin(order(job.job.order), &settings, began_at, args.accept_numerics)?;
-    let reader = Reader::open(&job.job.input, preparer, finished, args.limit)?;
-    Ok(Files { text, reader, writer })
+    Ok(Files { text, reader: reader.after(finished), writer })
 }
 
 /// The textual side of a model, as of a moment in Unix seconds.

@@ -127,7 +127,7 @@ impl Files {
         let (writer, finished) = begun.expect("a folder of the same job");
         let input = self.folder.path().join("input.jsonl");
         JobOptions {
-            reader: Reader::open(&input, preparer, finished, None).expect("the input"),
+            reader: Reader::open(&input, preparer, None).expect("the input").after(finished),
             writer,
             tokenizer: None,
             limits: limits(num_stages),

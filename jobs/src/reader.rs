@@ -39,24 +39,23 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Opens an input file, of which the first `limit` rows are read. Rows that are `finished` are told by
-    /// their places only.
-    pub fn open(
-        path: &Path,
-        preparer: Preparer,
-        finished: FinishedRows,
-        limit: Option<u64>,
-    ) -> Result<Reader> {
+    /// Opens an input file, of which the first `limit` rows are read.
+    pub fn open(path: &Path, preparer: Preparer, limit: Option<u64>) -> Result<Reader> {
         Ok(Reader {
             lines: RawLines::open(path, MAX_LINE_BYTES)?,
             keys: preparer.key_maker(),
             preparer,
             custom_ids: CustomIds::default(),
-            finished,
+            finished: FinishedRows::default(),
             rows: 0,
             limit: limit.unwrap_or(u64::MAX),
             is_ended: false,
         })
+    }
+
+    /// This reader in a run after others: rows that those have finished are told by their places only.
+    pub fn after(self, finished: FinishedRows) -> Reader {
+        Reader { finished, ..self }
     }
 
     /// What was read so far, for the manifest: of the whole file, once the iterator has ended without

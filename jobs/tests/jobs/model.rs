@@ -163,7 +163,7 @@ impl World {
     /// A reader that knows of rows that earlier runs have finished.
     pub(crate) fn reader_after(&self, input: impl AsRef<[u8]>, finished: FinishedRows) -> Reader {
         self.file("input.jsonl", input);
-        Reader::open(&self.path().join("input.jsonl"), self.preparer(), finished, self.limit).unwrap()
+        Reader::open(&self.path().join("input.jsonl"), self.preparer(), self.limit).unwrap().after(finished)
     }
 
     pub(crate) fn rows(&self, input: impl AsRef<[u8]>) -> Vec<Row> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use jobs::{Endpoint, FinishedRows, Row, SamplingOptions};
+use jobs::{Endpoint, Row, SamplingOptions};
 use scheduler::RequestKey;
 use serde_json::{Value, json};
 
@@ -223,7 +223,7 @@ fn rows_and_lines_are_counted_and_the_input_is_hashed() {
 fn an_input_that_is_not_there_ends_the_job() {
     let world = World::new();
     let path = world.path().join("none.jsonl");
-    let error = jobs::Reader::open(&path, world.preparer(), FinishedRows::default(), None).err().unwrap();
+    let error = jobs::Reader::open(&path, world.preparer(), None).err().unwrap();
     assert_eq!(error.to_string(), format!("read {}", path.display()));
     // A folder opens, and cannot be read.
     let error = jobs::Reader::open(world.path(), world.preparer(), None).err().unwrap();

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,7 +25,7 @@ use kameo::mailbox;
 use kameo::message::{Context, Message};
 use scheduler::Completion;
 
-use crate::error::{Error, Result, death_error, with_causes};
+use crate::error::{Error, Result, death_error, panic_message, with_causes};
 use crate::pipeline::{Completed, PipelineActor, Prompt};
 use crate::start::Pipeline;
 
@@ -183,13 +184,17 @@ impl Actor for JobActor {
         let (lines, unwritten) = bounded(window);
         spawn_thread("reader", {
             let job = job.clone();
-            move || read_rows(reader, &leave, &job)
+            move || {
+                if let Err(error) = catch(|| read_rows(reader, &leave, &job)) {
+                    let _ = job.tell(InputEnded(Err(error))).blocking_send();
+                }
+            }
         });
         spawn_thread("writer", {
             let tokenizer = tokenizer.clone();
             move || {
-                let written = write_lines(writer, &unwritten, tokenizer.as_ref());
-                let written = written.map_err(|error| files_error(&error));
+                let write = || write_lines(writer, &unwritten, tokenizer.as_ref());
+                let written = catch(write).and_then(|written| written.map_err(|error| files_error(&error)));
                 let _ = job.tell(LinesEnded(written)).blocking_send();
             }
         });
@@ -432,6 +437,12 @@ fn write_lines(
             committed = Instant::now();
         }
     }
+}
+
+/// Runs a thread's work; a panic in it must not leave the job waiting for a word that never comes.
+pub(crate) fn catch<T>(work: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work))
+        .map_err(|panic| Error::Files(format!("internal error: {}", panic_message(&*panic))))
 }
 
 fn spawn_thread(name: &str, run: impl FnOnce() + Send + 'static) {

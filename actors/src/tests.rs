@@ -10,7 +10,7 @@ use stages::{Activations, Stage, StageOutput};
 
 use crate::device_thread::LoadStage;
 use crate::error::Error;
-use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
+use crate::job::{JobOptions, JobOutcome, JobProgress, catch, run_job};
 use crate::start::{Pipeline, start_stages};
 
 /// A stage that passes a number on instead of activations, or makes a token of it.
@@ -224,4 +224,10 @@ async fn an_interrupt_ends_a_job_between_rows() {
     assert!(outcome.was_interrupted && outcome.failure.is_none());
     assert!((1..10_000).contains(&outcome.written.output_lines), "{:?}", outcome.written);
     assert_eq!(files.output_lines().len() as u64, outcome.written.output_lines);
+}
+
+#[test]
+fn a_panic_beside_the_job_becomes_its_failure() {
+    let caught = catch(|| panic!("a planted panic"));
+    assert!(matches!(caught, Err::<(), _>(Error::Files(message)) if message.contains("a planted panic")));
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::{Error, Result};
 
@@ -52,6 +52,7 @@ pub enum Status {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelRecord {
     /// Directory it was read from.
+    #[serde(serialize_with = "path_as_text")]
     pub path: PathBuf,
     /// Identity of its content, which two copies of a model share.
     pub identity: String,
@@ -61,6 +62,7 @@ pub struct ModelRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InputRecord {
     /// The file.
+    #[serde(serialize_with = "path_as_text")]
     pub path: PathBuf,
     /// BLAKE3 of the bytes that were read, in hex: the whole file, unless a limit ended the reading.
     pub blake3: String,
@@ -120,6 +122,11 @@ pub struct Timings {
     pub load_seconds: f64,
     /// Seconds from the first row to the last line.
     pub run_seconds: f64,
+}
+
+// A path that is no UTF-8 is shown with replacement characters rather than not at all.
+fn path_as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 impl Manifest {

@@ -5,6 +5,7 @@ use serde::Serialize;
 use stages::{Attention, Block, Ffn, ModelConfig};
 
 use crate::cli::{Format, InspectArgs};
+use crate::text::grouped;
 
 /// Bytes of a KV number in the table: bf16.
 const KV_BYTES: u64 = 2;
@@ -184,17 +185,4 @@ fn ffn_width(block: &Block) -> Option<usize> {
         Ffn::SwiGlu { width } => Some(width),
         Ffn::Linear | Ffn::None => None,
     }
-}
-
-/// A number with a comma between thousands.
-pub(crate) fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }

@@ -10,6 +10,7 @@ mod machine;
 mod progress;
 mod report;
 mod run;
+mod text;
 
 use std::io::Write;
 use std::panic::PanicHookInfo;

@@ -10,7 +10,7 @@ use actors::{JobProgress, PipelineClock};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::ProgressKind;
-use crate::inspect::grouped;
+use crate::text::{duration, grouped};
 
 /// Between two looks of the bar.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
@@ -167,16 +167,6 @@ impl Rate {
     }
 }
 
-/// Seconds as `45 s`, `12 min` or `3 h 05 min`.
-pub(crate) fn duration(seconds: f64) -> String {
-    let seconds = seconds.round() as u64;
-    match seconds {
-        0..120 => format!("{seconds} s"),
-        120..7200 => format!("{} min", seconds / 60),
-        _ => format!("{} h {:02} min", seconds / 3600, seconds / 60 % 60),
-    }
-}
-
 /// Counts the rows of an input on a thread of its own: the lines that are not blank. A pipe can be read
 /// only once, and its rows are counted as they come.
 pub(crate) fn count_rows(input: &Path, limit: Option<u64>) -> Arc<AtomicU64> {
@@ -209,17 +199,4 @@ pub(crate) fn count_rows(input: &Path, limit: Option<u64>) -> Arc<AtomicU64> {
         counted.store(rows.min(limit.unwrap_or(u64::MAX)), Ordering::Relaxed);
     });
     total
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_short_and_clear() {
-        assert_eq!(duration(3.4), "3 s");
-        assert_eq!(duration(119.0), "119 s");
-        assert_eq!(duration(125.0), "2 min");
-        assert_eq!(duration(2.0 * 3600.0 + 61.0), "2 h 01 min");
-    }
 }

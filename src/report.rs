@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use actors::StageTimes;
 
-use crate::inspect::grouped;
+use crate::text::grouped;
 
 /// The figures of a run.
 pub(crate) struct Report {

@@ -83,13 +83,6 @@ impl Tokenizer {
         self.special.contains(&id)
     }
 
-    /// Ids of the tokens that are left out of texts, in rising order.
-    pub fn special_ids(&self) -> Vec<TokenId> {
-        let mut ids: Vec<TokenId> = self.special.iter().copied().collect();
-        ids.sort_unstable();
-        ids
-    }
-
     /// One more than the highest token id.
     pub fn vocab_size(&self) -> usize {
         self.spelling.len()

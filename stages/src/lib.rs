@@ -9,6 +9,7 @@ mod checkpoint;
 mod config;
 pub mod cost;
 mod error;
+mod fields;
 mod model;
 mod random;
 mod rope;

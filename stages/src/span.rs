@@ -266,12 +266,14 @@ impl<B: Backend> Head<B> {
             if wanted.iter().any(reads_logits) {
                 backend.download(&work.logits, &mut work.host_logits)?;
             }
-            let vocab = work.host_logits.len() / rows.len();
             for (i, wanted) in wanted.iter().enumerate() {
                 let slice = &batch.slices[wanted.slice];
                 let logits = match wanted.reads_logits(slice) {
-                    true => &mut work.host_logits[i * vocab..(i + 1) * vocab],
-                    false => &mut [][..],
+                    true => {
+                        let vocab = work.host_logits.len() / rows.len();
+                        &mut work.host_logits[i * vocab..][..vocab]
+                    }
+                    false => &mut [],
                 };
                 wanted.answer(slice, logits, work.stats[i], &mut work.draws, &mut outputs[wanted.slice]);
             }

@@ -26,6 +26,7 @@ use kameo::message::{Context, Message};
 use scheduler::Completion;
 
 use crate::error::{Error, Result, death_error, panic_message, with_causes};
+use crate::link::is_delivered;
 use crate::pipeline::{Completed, PipelineActor, Prompt};
 use crate::start::Pipeline;
 
@@ -322,7 +323,7 @@ impl Message<RowRead> for JobActor {
         };
         self.in_flight.insert(row.index, *row);
         // A pipeline that is gone tells so through its link.
-        let _ = self.pipeline.tell(prompt).try_send();
+        is_delivered(self.pipeline.tell(prompt).try_send());
     }
 }
 

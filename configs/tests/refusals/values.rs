@@ -1,0 +1,231 @@
+//! Types and ranges of single keys; nothing is coerced.
+
+use crate::case::case;
+
+#[test]
+fn types_and_ranges_are_checked_and_nothing_is_coerced() {
+    case("a real number for an integer")
+        .more(
+            r"
+[pipeline]
+threads = 4.7",
+        )
+        .says(
+            r"
+pipeline.threads: expected an integer of at least 1, found 4.7
+ --> job.toml:7:11
+  |
+7 | threads = 4.7
+  |           ^^^",
+        );
+    case("a text for an integer")
+        .more(
+            r#"
+[pipeline]
+threads = "5""#,
+        )
+        .says(
+            r#"
+pipeline.threads: expected an integer of at least 1, found "5"
+ --> job.toml:7:11
+  |
+7 | threads = "5"
+  |           ^^^"#,
+        );
+    case("zero threads")
+        .more(
+            r"
+[pipeline]
+threads = 0",
+        )
+        .says(
+            r"
+pipeline.threads: expected an integer of at least 1, found 0
+ --> job.toml:7:11
+  |
+7 | threads = 0
+  |           ^",
+        );
+    case("a negative count")
+        .more(
+            r"
+[pipeline]
+max_sequences = -1",
+        )
+        .says(
+            r"
+pipeline.max_sequences: expected an integer of at least 1, found -1
+ --> job.toml:7:17
+  |
+7 | max_sequences = -1
+  |                 ^^",
+        );
+    case("an integer past 64 bits")
+        .more(
+            r"
+seed = 18446744073709551616",
+        )
+        .says(
+            r"
+job.seed: expected an integer from 0 to 2^63 - 1, found 18446744073709551616
+ --> job.toml:6:8
+  |
+6 | seed = 18446744073709551616
+  |        ^^^^^^^^^^^^^^^^^^^^",
+        );
+    case("a negative seed")
+        .more(
+            r"
+seed = -1",
+        )
+        .says(
+            r"
+job.seed: expected an integer from 0 to 2^63 - 1, found -1
+ --> job.toml:6:8
+  |
+6 | seed = -1
+  |        ^^",
+        );
+    case("an unknown word")
+        .file(
+            r#"
+[model]
+path = "m"
+dtype = "fp16"
+[job]
+input = "in.jsonl"
+output = "out""#,
+        )
+        .says(
+            r#"
+model.dtype: expected "bf16" or "f32", found "fp16"
+ --> job.toml:3:9
+  |
+3 | dtype = "fp16"
+  |         ^^^^^^"#,
+        );
+    case("a word in another case")
+        .more(
+            r#"
+[pipeline]
+simd = "AVX2""#,
+        )
+        .says(
+            r#"
+pipeline.simd: expected "auto", "avx512", "avx2", "portable" or "reference", found "AVX2"
+ --> job.toml:7:8
+  |
+7 | simd = "AVX2"
+  |        ^^^^^^"#,
+        );
+    case("an order that is none")
+        .more(
+            r#"
+order = "random""#,
+        )
+        .says(
+            r#"
+job.order: expected "input" or "completion", found "random"
+ --> job.toml:6:9
+  |
+6 | order = "random"
+  |         ^^^^^^^^"#,
+        );
+    case("a number for a word")
+        .more(
+            r"
+[pipeline]
+kv_cache_dtype = 16",
+        )
+        .says(
+            r#"
+pipeline.kv_cache_dtype: expected "auto", "f32" or "bf16", found 16
+ --> job.toml:7:18
+  |
+7 | kv_cache_dtype = 16
+  |                  ^^"#,
+        );
+    case("neither auto nor tokens")
+        .more(
+            r#"
+[pipeline]
+kv_cache_tokens = "8k""#,
+        )
+        .says(
+            r#"
+pipeline.kv_cache_tokens: expected "auto" or an integer of at least 1, found "8k"
+ --> job.toml:7:19
+  |
+7 | kv_cache_tokens = "8k"
+  |                   ^^^^"#,
+        );
+    case("a text for a flag")
+        .file(
+            r#"
+[model]
+path = "m"
+random_weights = "yes"
+[job]
+input = "in.jsonl"
+output = "out""#,
+        )
+        .says(
+            r#"
+model.random_weights: expected true or false, found "yes"
+ --> job.toml:3:18
+  |
+3 | random_weights = "yes"
+  |                  ^^^^^"#,
+        );
+    case("a number for a path")
+        .file(
+            r#"
+[model]
+path = 253
+[job]
+input = "in.jsonl"
+output = "out""#,
+        )
+        .says(
+            r"
+model.path: expected a path, found 253
+ --> job.toml:2:8
+  |
+2 | path = 253
+  |        ^^^",
+        );
+    case("an empty path")
+        .file(
+            r#"
+[model]
+path = "m"
+[job]
+input = ""
+output = "out""#,
+        )
+        .says(
+            r#"
+job.input: expected a path, found ""
+ --> job.toml:4:9
+  |
+4 | input = ""
+  |         ^^"#,
+        );
+    case("a date for a path")
+        .file(
+            r#"
+[model]
+path = "m"
+[job]
+input = "in.jsonl"
+output = 2026-01-31"#,
+        )
+        .says(
+            r"
+job.output: expected a path, found a date
+ --> job.toml:5:10
+  |
+5 | output = 2026-01-31
+  |          ^^^^^^^^^^",
+        );
+}

@@ -64,7 +64,7 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
         () = interrupt.wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     if completion.outcome.map_err(|failure| anyhow!(failure))? == FinishReason::Length {
-        say(&format!("(ended after {} tokens, its limit)", completion.tokens.len()));
+        say(&format!("(ended after {} tokens, its limit)", completion.generated.tokens.len()));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use kameo::actor::{ActorId, ActorRef, PreparedActor, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
 use kameo::mailbox;
 use kameo::message::{Context, Message};
-use scheduler::{Completion, Request, TokenId};
+use scheduler::{Completion, Generated, Request, TokenId};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::error::{Error, Result, death_error};
@@ -35,6 +35,7 @@ pub async fn answer(
     let prompt = Prompt {
         tag: 0,
         request,
+        so_far: Generated::default(),
         stop,
         completed: listener.clone().recipient(),
         sampled: Some(listener.recipient()),

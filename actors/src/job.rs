@@ -247,7 +247,7 @@ impl JobActor {
         match unwritten {
             Unwritten::Completed(_, completion) if completion.outcome.is_ok() => {
                 add(&progress.prompt_tokens, completion.request.prompt.len());
-                add(&progress.generated_tokens, completion.tokens.len());
+                add(&progress.generated_tokens, completion.generated.tokens.len());
                 add(&progress.completed, 1);
             }
             Unwritten::Finished(rows) => {
@@ -317,6 +317,7 @@ impl Message<RowRead> for JobActor {
         let prompt = Prompt {
             tag: row.index,
             request: Arc::clone(&row.request),
+            so_far: row.so_far.clone(),
             stop,
             completed: ctx.actor_ref().clone().recipient(),
             sampled: None,

@@ -11,7 +11,7 @@ use kameo::Actor;
 use kameo::actor::{ActorRef, Recipient};
 use kameo::error::Infallible;
 use kameo::message::{Context, Message};
-use scheduler::{Completion, Request, Scheduler, SequenceId, TokenId};
+use scheduler::{Completion, Generated, Request, Scheduler, SequenceId, TokenId};
 
 use crate::clock::{ActiveSpan, PipelineClock};
 use crate::device_thread::Tokens;
@@ -55,6 +55,8 @@ pub(crate) struct Prompt {
     pub(crate) tag: u64,
     /// What is asked.
     pub(crate) request: Arc<Request>,
+    /// What there is of its answer already.
+    pub(crate) so_far: Generated,
     /// Watches the text, where the request has stop strings.
     pub(crate) stop: Option<StopMatcher>,
     /// Who hears of its end.
@@ -115,8 +117,8 @@ impl Message<Prompt> for PipelineActor {
     type Reply = ();
 
     async fn handle(&mut self, prompt: Prompt, _: &mut Context<Self, ()>) {
-        let Prompt { tag, request, stop, completed, sampled } = prompt;
-        let sequence = self.scheduler.submit(request).expect("the request was checked to fit");
+        let Prompt { tag, request, so_far, stop, completed, sampled } = prompt;
+        let sequence = self.scheduler.submit(request, so_far).expect("the request was checked to fit");
         self.clients.insert(sequence, Client { tag, completed, sampled, stop });
         let completions = self.scheduler.drain_finished();
         self.deliver(completions);

@@ -189,12 +189,13 @@ fn answer(
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
     };
-    let token_ids = (row.reply.token_ids || tokenizer.is_none()).then_some(completion.tokens.as_slice());
+    let token_ids =
+        (row.reply.token_ids || tokenizer.is_none()).then_some(completion.generated.tokens.as_slice());
     let wants_logprobs = row.request.sampling.logprobs.is_some();
     let json = match row.reply.endpoint {
         Endpoint::ChatCompletions => {
             let message = ChatMessage { role: "assistant", content: &text.text, refusal: None };
-            let logprobs = wants_logprobs.then(|| ChatLogprobs::new(&names, &completion.logprobs));
+            let logprobs = wants_logprobs.then(|| ChatLogprobs::new(&names, &completion.generated.logprobs));
             let choice = ChatChoice { index: 0, message, logprobs, finish_reason, token_ids };
             answer_json(row, completion, "chatcmpl", "chat.completion", created, choice)
         }
@@ -212,7 +213,7 @@ fn answer(
         file: LineFile::Output,
         is_refusal: false,
         prompt_tokens: completion.request.prompt.len() as u64,
-        generated_tokens: completion.tokens.len() as u64,
+        generated_tokens: completion.generated.tokens.len() as u64,
         json,
     }
 }
@@ -226,7 +227,7 @@ fn answer_json(
     choice: impl Serialize,
 ) -> String {
     let key = row.request.key;
-    let (prompt_tokens, completion_tokens) = (row.request.prompt.len(), completion.tokens.len());
+    let (prompt_tokens, completion_tokens) = (row.request.prompt.len(), completion.generated.tokens.len());
     let usage = Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens };
     let id = format!("{prefix}-{}", hex(key));
     let body = AnswerBody { id, object, created, model: &row.reply.model, choices: [choice], usage };
@@ -287,20 +288,27 @@ struct GeneratedText {
 impl GeneratedText {
     fn read(completion: &Completion, reason: FinishReason, tokenizer: Option<&Arc<Tokenizer>>) -> Self {
         let Some(tokenizer) = tokenizer else {
-            return GeneratedText { text: String::new(), offsets: vec![0; completion.tokens.len()] };
+            return GeneratedText {
+                text: String::new(),
+                offsets: vec![0; completion.generated.tokens.len()],
+            };
         };
         let sampling = &completion.request.sampling;
         let ended_by_token = reason == FinishReason::Stop
-            && completion.tokens.last().is_some_and(|token| sampling.stop_token_ids.contains(token));
-        let num_spoken = completion.tokens.len() - usize::from(ended_by_token);
+            && completion
+                .generated
+                .tokens
+                .last()
+                .is_some_and(|token| sampling.stop_token_ids.contains(token));
+        let num_spoken = completion.generated.tokens.len() - usize::from(ended_by_token);
         let mut transcript = Transcript::new(tokenizer.clone(), sampling);
-        let mut offsets = Vec::with_capacity(completion.tokens.len());
-        for &token in &completion.tokens[..num_spoken] {
+        let mut offsets = Vec::with_capacity(completion.generated.tokens.len());
+        for &token in &completion.generated.tokens[..num_spoken] {
             offsets.push(transcript.text().len());
             transcript.push(token);
         }
         let text = transcript.finish();
-        offsets.resize(completion.tokens.len(), text.len());
+        offsets.resize(completion.generated.tokens.len(), text.len());
         GeneratedText { text, offsets }
     }
 

@@ -131,12 +131,12 @@ impl CompletionLogprobs {
             let prompt_offsets = echo_offsets(names, echo, &row.request.prompt);
             // Nothing stands before the first token that it could follow from.
             all.push(names, row.request.prompt[0], None, prompt_offsets[0]);
-            for (entry, &offset) in completion.prompt_logprobs.iter().zip(&prompt_offsets[1..]) {
+            for (entry, &offset) in completion.generated.prompt_logprobs.iter().zip(&prompt_offsets[1..]) {
                 all.push(names, entry.token, Some(entry), offset);
             }
             echo_chars = echo.chars().count();
         }
-        for (entry, offset) in completion.logprobs.iter().zip(offsets) {
+        for (entry, offset) in completion.generated.logprobs.iter().zip(offsets) {
             all.push(names, entry.token, Some(entry), echo_chars + offset);
         }
         all

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use scheduler::{Request, RequestKey, Sampling, TokenId};
+use scheduler::{Generated, Request, RequestKey, Sampling, TokenId};
 
 use crate::body::Body;
 use crate::error::{Error, Result, RowError};
@@ -86,7 +86,14 @@ impl Preparer {
         };
         let key = self.key_maker().only(LineKind::Plain, "", content.as_bytes());
         let (request, reply) = self.prepare(Body::of(prompt, sampling), key)?;
-        Ok(PreparedRow { index: 0, line: 1, custom_id: "prompt".to_owned(), request, reply })
+        Ok(PreparedRow {
+            index: 0,
+            line: 1,
+            custom_id: "prompt".to_owned(),
+            request,
+            so_far: Generated::default(),
+            reply,
+        })
     }
 
     /// What answers depend on beside their rows and how numbers are computed, to be remembered with them.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use scheduler::{Request, RequestKey, TokenId};
+use scheduler::{Generated, Request, RequestKey, TokenId};
 
 use crate::error::RowError;
 use crate::journal::FinishedRow;
@@ -29,6 +29,8 @@ pub struct PreparedRow {
     pub custom_id: String,
     /// What the pipeline is asked.
     pub request: Arc<Request>,
+    /// What earlier runs have of its answer.
+    pub so_far: Generated,
     /// How the answer is to look.
     pub reply: Reply,
 }

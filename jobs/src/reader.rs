@@ -7,7 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
-use scheduler::RequestKey;
+use scheduler::{Generated, RequestKey};
 use serde_json::{Map, Value};
 
 use crate::batch_line;
@@ -143,7 +143,14 @@ impl Reader {
         match body.and_then(|body| self.preparer.prepare(body, key)) {
             Ok((request, reply)) => {
                 let Place { index, line } = place;
-                Row::Request(Box::new(PreparedRow { index, line, custom_id, request, reply }))
+                Row::Request(Box::new(PreparedRow {
+                    index,
+                    line,
+                    custom_id,
+                    request,
+                    so_far: Generated::default(),
+                    reply,
+                }))
             }
             Err(error) => place.rejected(key, Some(custom_id), error),
         }

@@ -23,5 +23,5 @@ pub use micro_batch::{
 };
 pub use options::Options;
 pub use plan::{Span, partition};
-pub use request::{Completion, FinishReason, Request, RequestKey, Sampling, SequenceId, TokenId};
+pub use request::{Completion, FinishReason, Generated, Request, RequestKey, Sampling, SequenceId, TokenId};
 pub use scheduler::{Scheduler, Stats};

@@ -66,6 +66,18 @@ impl Request {
         let is_anything_wanted = self.sampling.max_tokens > 0 || self.sampling.prompt_logprobs;
         if is_anything_wanted { self.prompt.len() + self.sampling.max_tokens as usize - 1 } else { 0 }
     }
+
+    /// Whether a sequence of this request can go on from `so_far`: nothing, or some tokens with what the
+    /// request wants to know about them, and still fewer than it wants.
+    pub fn goes_on_from(&self, so_far: &Generated) -> bool {
+        let Generated { tokens, logprobs, prompt_logprobs } = so_far;
+        let sampling = &self.sampling;
+        let wanted = |is_wanted: bool, num: usize| if is_wanted { num } else { 0 };
+        *so_far == Generated::default()
+            || (tokens.len() < sampling.max_tokens as usize
+                && logprobs.len() == wanted(sampling.logprobs.is_some(), tokens.len())
+                && prompt_logprobs.len() == wanted(sampling.prompt_logprobs, self.prompt.len() - 1))
+    }
 }
 
 /// Why a sequence ended.
@@ -77,19 +89,26 @@ pub enum FinishReason {
     Length,
 }
 
-/// A sequence that has ended, with all that was generated.
-#[derive(Debug, Clone)]
-pub struct Completion {
-    /// Its name in the pipeline.
-    pub sequence: SequenceId,
-    /// What was asked.
-    pub request: Arc<Request>,
+/// What a sequence has brought so far.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Generated {
     /// Every generated token, the one that ended the sequence included.
     pub tokens: Vec<TokenId>,
     /// One entry per generated token where the request asked for log-probabilities, else empty.
     pub logprobs: Vec<TokenLogprobs>,
     /// One entry per prompt token but the first where the request asked for them, else empty.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+}
+
+/// A sequence that has ended.
+#[derive(Debug, Clone)]
+pub struct Completion {
+    /// Its name in the pipeline.
+    pub sequence: SequenceId,
+    /// What was asked.
+    pub request: Arc<Request>,
+    /// All that was generated.
+    pub generated: Generated,
     /// How it ended.
     pub outcome: Result<FinishReason, Failure>,
 }

@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::micro_batch::{Failure, MicroBatchId, MicroBatchOutput, SliceOutput};
 use crate::options::Options;
 use crate::pages::PagePool;
-use crate::request::{Completion, FinishReason, Request, SequenceId, TokenId};
+use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
 use crate::running::{Running, Seat};
 use crate::sequence::{Asked, Phase, Progress, Sequence};
 
@@ -103,12 +103,16 @@ impl Scheduler {
         &self.options
     }
 
-    /// Queues a request. One that wants nothing computed ends at once: see [`Self::drain_finished`].
-    pub fn submit(&mut self, request: Arc<Request>) -> Result<SequenceId, Error> {
+    /// Queues a request, or what is left of it after `so_far`. One that wants nothing computed ends at once:
+    /// see [`Self::drain_finished`].
+    ///
+    /// # Panics
+    /// Where the request cannot go on from `so_far`: see [`Request::goes_on_from`].
+    pub fn submit(&mut self, request: Arc<Request>, so_far: Generated) -> Result<SequenceId, Error> {
         self.options.check(&request)?;
         let id = self.next_sequence;
         self.next_sequence.0 += 1;
-        let mut sequence = Sequence::new(id, request);
+        let mut sequence = Sequence::new(id, request, so_far);
         if sequence.max_positions() == 0 {
             self.finished.push(sequence.completion(Ok(FinishReason::Length)));
         } else {

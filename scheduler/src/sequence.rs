@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::micro_batch::{Failure, PageIdx, Slice, SliceOutput, TokenLogprobs};
-use crate::request::{Completion, FinishReason, Request, SequenceId, TokenId};
+use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
 
 /// Where a sequence stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,13 +58,12 @@ pub(crate) struct Sequence {
     num_lost: usize,
     slices_in_flight: usize,
     pub(crate) pages: Vec<PageIdx>,
-    generated: Vec<TokenId>,
-    logprobs: Vec<TokenLogprobs>,
-    prompt_logprobs: Vec<TokenLogprobs>,
+    generated: Generated,
 }
 
 impl Sequence {
-    pub(crate) fn new(id: SequenceId, request: Arc<Request>) -> Self {
+    pub(crate) fn new(id: SequenceId, request: Arc<Request>, so_far: Generated) -> Self {
+        assert!(request.goes_on_from(&so_far), "{id:?} cannot go on from {so_far:?}");
         Self {
             id,
             request,
@@ -73,9 +72,7 @@ impl Sequence {
             num_lost: 0,
             slices_in_flight: 0,
             pages: vec![],
-            generated: vec![],
-            logprobs: vec![],
-            prompt_logprobs: vec![],
+            generated: so_far,
         }
     }
 
@@ -97,7 +94,7 @@ impl Sequence {
 
     /// Positions that the tokens known so far allow to compute.
     pub(crate) fn end(&self) -> usize {
-        self.max_positions().min(self.request.prompt.len() + self.generated.len())
+        self.max_positions().min(self.request.prompt.len() + self.generated.tokens.len())
     }
 
     /// Positions still to be issued.
@@ -132,7 +129,7 @@ impl Sequence {
     /// scored from its first token on or not at all.
     pub(crate) fn next_len(&self, room: usize) -> usize {
         let mut len = room.min(self.num_left());
-        let reported = self.prompt_logprobs.len();
+        let reported = self.generated.prompt_logprobs.len();
         if self.wants_scores() && self.num_issued < reported && reported < self.request.prompt.len() - 1 {
             len = len.min(reported - self.num_issued);
         }
@@ -191,7 +188,7 @@ impl Sequence {
             "{:?} got other than the scores and the token it asked for",
             self.id
         );
-        self.prompt_logprobs.extend(output.prompt_logprobs);
+        self.generated.prompt_logprobs.extend(output.prompt_logprobs);
         match output.token {
             Some(token) => self.append(token, output.logprobs, stops),
             None if self.phase == Phase::Stepping && !self.is_in_flight() => {
@@ -215,12 +212,14 @@ impl Sequence {
             self.phase,
             self.slices_in_flight
         );
-        self.generated.push(token);
+        self.generated.tokens.push(token);
         let sampling = &self.request.sampling;
         if sampling.logprobs.is_some() {
-            self.logprobs.push(logprobs.expect("a request for log-probabilities gets them with each token"));
+            self.generated
+                .logprobs
+                .push(logprobs.expect("a request for log-probabilities gets them with each token"));
         }
-        let num_generated = self.generated.len();
+        let num_generated = self.generated.tokens.len();
         let is_stop_token =
             num_generated >= sampling.min_tokens as usize && sampling.stop_token_ids.contains(&token);
         // Asked even after a stop token: the caller's matcher sees every token of such a request.
@@ -252,9 +251,7 @@ impl Sequence {
         Completion {
             sequence: self.id,
             request: self.request.clone(),
-            tokens: mem::take(&mut self.generated),
-            logprobs: mem::take(&mut self.logprobs),
-            prompt_logprobs: mem::take(&mut self.prompt_logprobs),
+            generated: mem::take(&mut self.generated),
             outcome,
         }
     }
@@ -265,7 +262,7 @@ impl Sequence {
 
     /// The prompt tokens that follow those of `range`, unless they are not wanted or already scored.
     fn scores_in(&self, range: Range<usize>) -> Vec<TokenId> {
-        if !self.wants_scores() || range.start < self.prompt_logprobs.len() {
+        if !self.wants_scores() || range.start < self.generated.prompt_logprobs.len() {
             return vec![];
         }
         let prompt = &self.request.prompt;
@@ -279,7 +276,7 @@ impl Sequence {
         let mut tokens = Vec::with_capacity(range.len());
         tokens.extend_from_slice(&prompt[range.start.min(border)..range.end.min(border)]);
         tokens.extend_from_slice(
-            &self.generated[range.start.max(border) - border..range.end.max(border) - border],
+            &self.generated.tokens[range.start.max(border) - border..range.end.max(border) - border],
         );
         tokens
     }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use jobs::{Line, LineFile, PreparedRow, Row, RowError};
-use scheduler::{Completion, Failure, FinishReason, RequestKey, SequenceId, TokenId, TokenLogprobs};
+use scheduler::{
+    Completion, Failure, FinishReason, Generated, RequestKey, SequenceId, TokenId, TokenLogprobs,
+};
 use serde_json::{Value, json};
 
 use crate::model::{self, BOS, EOT, HELLO, WORLD, World};
@@ -19,9 +21,7 @@ fn complete(row: &PreparedRow, tokens: &[TokenId], reason: FinishReason) -> Comp
     Completion {
         sequence: SequenceId(1),
         request: row.request.clone(),
-        tokens: tokens.to_vec(),
-        logprobs: Vec::new(),
-        prompt_logprobs: Vec::new(),
+        generated: Generated { tokens: tokens.to_vec(), ..Generated::default() },
         outcome: Ok(reason),
     }
 }
@@ -90,7 +90,7 @@ fn logprobs(token: TokenId, logprob: f32, top: &[(TokenId, f32)]) -> TokenLogpro
 fn a_chats_log_probabilities() {
     let row = named(World::new().chat(json!({"logprobs": true, "top_logprobs": 2})));
     let mut completion = complete(&row, &[WORLD, 0xE2], FinishReason::Length);
-    completion.logprobs = vec![
+    completion.generated.logprobs = vec![
         logprobs(WORLD, -0.5, &[(WORLD, -0.5), (HELLO, -1.25)]),
         logprobs(0xE2, f32::NEG_INFINITY, &[(EOT, -0.25), (999, -2.0)]),
     ];
@@ -115,10 +115,10 @@ fn a_completions_log_probabilities_with_the_prompt_in_front() {
     );
     assert_eq!(row.request.prompt, [BOS, 0xE2, 0x82, 0xAC, WORLD]);
     let mut completion = complete(&row, &[HELLO, 0xC3, 0xA9, u32::from(b'x')], FinishReason::Stop);
-    completion.prompt_logprobs =
+    completion.generated.prompt_logprobs =
         row.request.prompt[1..].iter().map(|&token| logprobs(token, -1.0, &[(HELLO, -0.5)])).collect();
-    completion.logprobs =
-        completion.tokens.iter().map(|&token| logprobs(token, -2.0, &[(token, -2.0)])).collect();
+    completion.generated.logprobs =
+        completion.generated.tokens.iter().map(|&token| logprobs(token, -2.0, &[(token, -2.0)])).collect();
     let line = line(&row, &completion);
     let start = line.find(r#""choices":"#).unwrap();
     let end = line.find(r#","usage""#).unwrap();
@@ -132,7 +132,8 @@ fn a_completions_log_probabilities_with_the_prompt_in_front() {
 fn offsets_of_tokens_behind_the_cut_lie_at_the_end() {
     let row = named(World::new().completion(json!({"logprobs": 0, "stop": "lo wo"})));
     let mut completion = complete(&row, &[HELLO, WORLD], FinishReason::Stop);
-    completion.logprobs = completion.tokens.iter().map(|&token| logprobs(token, -2.0, &[])).collect();
+    completion.generated.logprobs =
+        completion.generated.tokens.iter().map(|&token| logprobs(token, -2.0, &[])).collect();
     let line: Value = serde_json::from_str(&line(&row, &completion)).unwrap();
     let choice = &line["response"]["body"]["choices"][0];
     assert_eq!(choice["text"], "hel");
@@ -143,7 +144,7 @@ fn offsets_of_tokens_behind_the_cut_lie_at_the_end() {
 fn a_scored_text_is_its_prompt_alone() {
     let row = named(World::new().completion(json!({"logprobs": 0, "echo": true, "max_tokens": 0})));
     let mut completion = complete(&row, &[], FinishReason::Length);
-    completion.prompt_logprobs = vec![logprobs(HELLO, -3.0, &[])];
+    completion.generated.prompt_logprobs = vec![logprobs(HELLO, -3.0, &[])];
     let line: Value = serde_json::from_str(&line(&row, &completion)).unwrap();
     let choice = &line["response"]["body"]["choices"][0];
     assert_eq!(choice["text"], "hello");
@@ -156,8 +157,8 @@ fn a_model_without_a_tokenizer_answers_with_token_ids() {
     let row =
         named(World::without_tokenizer().completion(json!({"prompt": [1, 2], "logprobs": 1, "echo": true})));
     let mut completion = complete(&row, &[4, 5], FinishReason::Length);
-    completion.prompt_logprobs = vec![logprobs(2, -1.0, &[(3, -0.5)])];
-    completion.logprobs = vec![logprobs(4, -1.0, &[(4, -1.0)]), logprobs(5, -1.0, &[(5, -1.0)])];
+    completion.generated.prompt_logprobs = vec![logprobs(2, -1.0, &[(3, -0.5)])];
+    completion.generated.logprobs = vec![logprobs(4, -1.0, &[(4, -1.0)]), logprobs(5, -1.0, &[(5, -1.0)])];
     let line = Line::completed(&row, &completion, None, 0);
     let line: Value = serde_json::from_str(&line.json).unwrap();
     let choice = &line["response"]["body"]["choices"][0];

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::world::{STOP_TOKEN, World, max_tokens, poison, prompt, with};
 use scheduler::{
-    Error, Failure, FinishReason, MicroBatchId, MicroBatchOutput, Options, Scheduler, SequenceId,
+    Error, Failure, FinishReason, Generated, MicroBatchId, MicroBatchOutput, Options, Scheduler, SequenceId,
 };
 
 // Admission.
@@ -28,7 +28,7 @@ fn requests_that_can_never_be_served_are_refused_with_their_numbers() {
 #[test]
 fn a_refused_request_leaves_nothing_behind() {
     let mut world = World::new();
-    assert_eq!(world.scheduler.submit(Arc::new(prompt(0))), Err(Error::EmptyPrompt));
+    assert_eq!(world.scheduler.submit(Arc::new(prompt(0)), Generated::default()), Err(Error::EmptyPrompt));
     assert_eq!(world.scheduler.num_waiting(), 0);
     assert_eq!(world.submit(prompt(1)), SequenceId(0));
 }
@@ -87,7 +87,7 @@ fn a_sequence_has_one_decode_step_in_flight() {
         assert_eq!(world.slices_of(id), [(position, 1)]);
         world.complete();
     }
-    assert_eq!(world.completions[&id].tokens.len(), 4);
+    assert_eq!(world.completions[&id].generated.tokens.len(), 4);
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn ready_sequences_beyond_the_token_budget_take_turns() {
     world.step(); // The first two.
     world.step(); // The first two again, before the third is prefilled: decode goes first.
     world.run_to_the_end();
-    assert!(ids.iter().all(|id| world.completions[id].tokens.len() == 4));
+    assert!(ids.iter().all(|id| world.completions[id].generated.tokens.len() == 4));
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn pages_are_taken_lowest_first_so_that_memory_stays_compact() {
         world.fill();
         assert_eq!(world.in_flight[0].slices[0].pages, [0, 1]);
         world.run_to_the_end();
-        assert_eq!(world.completions[&id].tokens.len(), 4);
+        assert_eq!(world.completions[&id].generated.tokens.len(), 4);
     }
 }
 
@@ -248,10 +248,10 @@ fn a_sequence_ends_by_length_stop_token_or_stop_string() {
     };
     let by_text = world.submit(with(prompt(3), until_text));
     world.run_to_the_end();
-    let end = |id| (world.completions[&id].outcome, world.completions[&id].tokens.len());
+    let end = |id| (world.completions[&id].outcome, world.completions[&id].generated.tokens.len());
     assert_eq!(end(by_length), (Ok(FinishReason::Length), 3));
     assert_eq!(end(by_token).0, Ok(FinishReason::Stop));
-    assert_eq!(world.completions[&by_token].tokens.last(), Some(&STOP_TOKEN));
+    assert_eq!(world.completions[&by_token].generated.tokens.last(), Some(&STOP_TOKEN));
     assert!(end(not_before).0 == Ok(FinishReason::Stop) && end(not_before).1 >= 500, "{:?}", end(not_before));
     assert_eq!(end(by_text).0, Ok(FinishReason::Stop));
 }
@@ -263,7 +263,7 @@ fn scoring_a_prompt_samples_nothing() {
         world.submit(with(prompt(9), |sampling| (sampling.max_tokens, sampling.prompt_logprobs) = (0, true)));
     world.run_to_the_end();
     let completion = &world.completions[&id];
-    assert_eq!((completion.tokens.len(), completion.prompt_logprobs.len()), (0, 8));
+    assert_eq!((completion.generated.tokens.len(), completion.generated.prompt_logprobs.len()), (0, 8));
     assert_eq!(completion.outcome, Ok(FinishReason::Length));
     assert_eq!(
         world.scheduler.stats().prefill_tokens,
@@ -287,8 +287,8 @@ fn a_failure_ends_one_sequence_and_not_its_neighbours() {
     let goes_on = world.submit(prompt(3));
     world.run_to_the_end();
     assert_eq!(world.completions[&fails].outcome, Err(Failure::NonFiniteLogits { position: 4 }));
-    assert_eq!(world.completions[&fails].tokens.len(), 2);
-    assert_eq!(world.completions[&goes_on].tokens.len(), 4);
+    assert_eq!(world.completions[&fails].generated.tokens.len(), 2);
+    assert_eq!(world.completions[&goes_on].generated.tokens.len(), 4);
 }
 
 #[test]

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use scheduler::{
-    Completion, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler, SequenceId,
-    Slice,
+    Completion, Generated, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler,
+    SequenceId, Slice,
 };
 
 pub(crate) use model::{Cache, Expected, STOP_TOKEN, poison, stops_text};
@@ -122,7 +122,7 @@ impl World {
 
     pub(crate) fn submit(&mut self, request: Request) -> SequenceId {
         let request = Arc::new(request);
-        let id = self.scheduler.submit(request.clone()).expect("the request fits");
+        let id = self.scheduler.submit(request.clone(), Generated::default()).expect("the request fits");
         self.requests.insert(id, request);
         let finished = self.scheduler.drain_finished();
         self.keep(finished);
@@ -237,7 +237,7 @@ impl World {
             Expected::of(&completion.request).check(&completion);
             if !completion.request.sampling.stop.is_empty() {
                 let num_judged = self.num_judged.get(&id).copied().unwrap_or(0);
-                assert_eq!(num_judged, completion.tokens.len(), "{id:?}: a verdict for each token");
+                assert_eq!(num_judged, completion.generated.tokens.len(), "{id:?}: a verdict for each token");
             }
             assert!(self.completions.insert(id, completion).is_none(), "{id:?} ended twice");
         }

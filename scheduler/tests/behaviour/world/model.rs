@@ -145,11 +145,14 @@ impl Expected {
     pub(crate) fn check(&self, completion: &Completion) {
         let id = completion.sequence;
         assert_eq!(completion.outcome, self.outcome, "{id:?}: outcome");
-        assert_eq!(completion.tokens, self.tokens, "{id:?}: tokens");
-        assert_eq!(completion.logprobs, self.logprobs, "{id:?}: log-probabilities");
+        assert_eq!(completion.generated.tokens, self.tokens, "{id:?}: tokens");
+        assert_eq!(completion.generated.logprobs, self.logprobs, "{id:?}: log-probabilities");
         // How many scores came before a failure depends on the chunks.
         if completion.outcome.is_ok() {
-            assert_eq!(completion.prompt_logprobs, self.prompt_logprobs, "{id:?}: prompt log-probabilities");
+            assert_eq!(
+                completion.generated.prompt_logprobs, self.prompt_logprobs,
+                "{id:?}: prompt log-probabilities"
+            );
         }
     }
 }

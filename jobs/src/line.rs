@@ -249,6 +249,7 @@ fn refusal(index: u64, line: u64, key: RequestKey, custom_id: Option<&str>, erro
 fn failed_sequence(row: &PreparedRow, failure: Failure) -> Line {
     let code = match failure {
         Failure::NonFiniteLogits { .. } => "non_finite_logits",
+        Failure::EndsStage => "ends_stage",
     };
     let error = LineError { code, message: failure.to_string() };
     let json = batch_line::<()>(row.request.key, Some(&row.custom_id), Err(error));

@@ -16,6 +16,7 @@ mod running;
 mod scheduler;
 mod sequence;
 mod share;
+mod trials;
 
 pub use error::Error;
 pub use micro_batch::{

@@ -94,4 +94,7 @@ pub enum Failure {
         /// Position of the token whose logits they are.
         position: u32,
     },
+    /// A stage ended each time it computed this sequence, the last times with nothing beside it.
+    #[error("the stage that computes this row ends each time")]
+    EndsStage,
 }

@@ -51,6 +51,11 @@ impl Running {
         self.by_age.get(&id).copied()
     }
 
+    /// Where all of them sit, the oldest first.
+    pub(crate) fn seats(&self) -> Vec<Seat> {
+        self.by_age.values().copied().collect()
+    }
+
     /// All of them, the oldest first.
     pub(crate) fn oldest_first(&self) -> impl Iterator<Item = &Sequence> {
         self.by_age.values().map(|&seat| &self[seat])

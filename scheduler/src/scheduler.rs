@@ -27,6 +27,7 @@ use crate::pages::PagePool;
 use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
 use crate::running::{Running, Seat};
 use crate::sequence::{Asked, Phase, Progress, Sequence};
+use crate::trials::Trials;
 
 /// Decides which tokens of which sequence travel next.
 #[derive(Debug)]
@@ -46,6 +47,7 @@ pub struct Scheduler {
     finished: Vec<Completion>,
     next_sequence: SequenceId,
     next_micro_batch: MicroBatchId,
+    trials: Trials,
     stats: Stats,
 }
 
@@ -73,6 +75,8 @@ struct InFlight {
 #[derive(Debug)]
 struct Part {
     seat: Seat,
+    /// Positions of its sequence that are computed with it.
+    end: usize,
     asked: Asked,
     is_decode: bool,
 }
@@ -94,6 +98,7 @@ impl Scheduler {
             finished: vec![],
             next_sequence: SequenceId(0),
             next_micro_batch: MicroBatchId(0),
+            trials: Trials::default(),
             stats: Stats::default(),
         }
     }
@@ -154,7 +159,7 @@ impl Scheduler {
         output: SliceOutput,
         stops: impl FnMut(SequenceId, TokenId) -> bool,
     ) -> Option<Completion> {
-        let Part { seat, asked, is_decode } = part;
+        let Part { seat, end, asked, is_decode } = part;
         self.tokens_in_flight -= asked.num_tokens;
         self.decodes_in_flight -= usize::from(is_decode);
         let sequence = &mut self.running[seat];
@@ -166,17 +171,73 @@ impl Scheduler {
             return None;
         }
         match sequence.answer(asked, output, stops) {
-            Progress::Prefilled => None,
-            Progress::Ready => {
-                self.ready.push_back(seat);
-                None
-            }
-            Progress::Ended(outcome) => Some(self.end(seat, outcome)),
+            Progress::Prefilled => {}
+            Progress::Ready => self.ready.push_back(seat),
+            Progress::Ended(outcome) => return Some(self.end(seat, outcome)),
         }
+        self.trials.computed(self.running[seat].id, end);
+        self.dismiss(seat);
+        None
+    }
+
+    /// Sends a sequence back to wait that has no part in the trial under way: its pages are for those that
+    /// have.
+    fn dismiss(&mut self, seat: Seat) {
+        let sequence = &self.running[seat];
+        if !self.trials.admit(sequence.id) && !sequence.is_in_flight() {
+            self.preempt(seat);
+        }
+    }
+
+    /// A stage has ended, over the micro-batch `fatal` where it was over one: no micro-batch in flight will
+    /// be answered, and every running sequence waits to be computed again. Returns the sequence that has
+    /// ended stages before and is now held to be the reason, with [`Failure::EndsStage`].
+    ///
+    /// See `trials` for how it is found. Answers to lost micro-batches must not be shown to
+    /// [`Self::complete`]; those that are issued from now on have ids from [`Self::next_micro_batch_id`].
+    pub fn stage_ended(&mut self, fatal: Option<MicroBatchId>) -> Option<Completion> {
+        let lost = mem::take(&mut self.in_flight);
+        let fatal: Vec<(SequenceId, usize)> = (lost.iter())
+            .filter(|micro_batch| Some(micro_batch.id) == fatal)
+            .flat_map(|micro_batch| &micro_batch.parts)
+            .map(|part| (&self.running[part.seat], part.end))
+            .filter(|(sequence, _)| sequence.phase() != Phase::Draining)
+            .map(|(sequence, end)| (sequence.id, end))
+            .collect();
+        (self.decodes_in_flight, self.tokens_in_flight) = (0, 0);
+        for seat in self.running.seats() {
+            match self.running[seat].phase() {
+                Phase::Draining => self.release(seat),
+                _ => self.preempt(seat),
+            }
+        }
+        let convicted = self.trials.blame(&fatal)?;
+        let mut sequence = self.waiting.remove(&convicted).expect("a convicted sequence waits");
+        Some(sequence.completion(Err(Failure::EndsStage)))
+    }
+
+    /// The name of the micro-batch that is issued next.
+    pub fn next_micro_batch_id(&self) -> MicroBatchId {
+        self.next_micro_batch
+    }
+
+    /// What a sequence that has not ended has brought so far.
+    pub fn generated(&self, sequence: SequenceId) -> Option<&Generated> {
+        let running = self.running.find(sequence).map(|seat| &self.running[seat]);
+        running.or_else(|| self.waiting.get(&sequence)).map(Sequence::generated)
+    }
+
+    /// Takes a running sequence's pages; it waits to be computed again. What it has in flight is lost.
+    fn preempt(&mut self, seat: Seat) {
+        self.unqueue(seat);
+        let mut sequence = self.running.leave(seat);
+        self.pages.give_back(sequence.preempt());
+        self.waiting.insert(sequence.id, sequence);
     }
 
     /// Forgets a sequence, wherever it stands, and says whether it was there. It gets no completion.
     pub fn cancel(&mut self, sequence: SequenceId) -> bool {
+        self.trials.clear(sequence);
         if self.waiting.remove(&sequence).is_some() {
             return true;
         }
@@ -228,6 +289,7 @@ impl Scheduler {
     fn end(&mut self, seat: Seat, outcome: Result<FinishReason, Failure>) -> Completion {
         self.unqueue(seat);
         let completion = self.running[seat].completion(outcome);
+        self.trials.clear(completion.sequence);
         self.retire(seat);
         completion
     }
@@ -272,6 +334,7 @@ impl Scheduler {
         self.pages
             .check_integrity(self.running.oldest_first().flat_map(|sequence| sequence.pages.iter().copied()));
         self.running.check_integrity();
+        self.trials.check_integrity(|id| self.waiting.contains_key(&id) || self.running.find(id).is_some());
         let parts = || self.in_flight.iter().flat_map(|micro_batch| &micro_batch.parts);
         let mut slices_in_flight: BTreeMap<SequenceId, usize> = BTreeMap::new();
         for part in parts() {

@@ -88,6 +88,10 @@ impl Sequence {
         self.slices_in_flight > 0
     }
 
+    pub(crate) fn generated(&self) -> &Generated {
+        &self.generated
+    }
+
     pub(crate) fn max_positions(&self) -> usize {
         self.request.max_positions()
     }
@@ -108,16 +112,12 @@ impl Sequence {
         self.phase = Phase::Prefilling;
     }
 
-    // ## (Prefilling | Ready) => Waiting
-    /// Gives up its pages; all its positions are to be computed again.
+    // ## (Prefilling | Ready | Stepping) => Waiting
+    /// Gives up its pages; all its positions are to be computed again. What it has in flight is lost: only
+    /// where a stage has ended does it have any.
     pub(crate) fn preempt(&mut self) -> Vec<PageIdx> {
-        assert!(
-            !self.is_in_flight(),
-            "{:?} is preempted with {} slices in flight",
-            self.id,
-            self.slices_in_flight
-        );
         self.phase = Phase::Waiting;
+        self.slices_in_flight = 0;
         self.num_lost = self.num_lost.max(self.num_issued);
         self.num_issued = 0;
         mem::take(&mut self.pages)

@@ -49,8 +49,8 @@ impl Scheduler {
 
     /// Admits waiting sequences in order of age, as many as the pipeline has use and pages for.
     fn admit(&mut self) {
-        while self.admits_next() {
-            let (id, mut sequence) = self.waiting.pop_first().expect("a sequence waits");
+        while let Some(id) = self.next_admitted() {
+            let mut sequence = self.waiting.remove(&id).expect("a sequence waits");
             sequence.admit();
             let need = self.need(&sequence);
             let seat = self.running.enter(sequence);
@@ -58,7 +58,7 @@ impl Scheduler {
         }
     }
 
-    /// Whether the oldest waiting sequence may run.
+    /// The oldest waiting sequence, if it may run. During a trial it is the oldest of those on trial.
     ///
     /// A backlog that fills every micro-batch in flight once is enough: what is admitted later is
     /// judged by the pages that are free then. Beside its own prompt and those of the backlog there
@@ -72,15 +72,16 @@ impl Scheduler {
     ///
     /// Where nothing runs, no more is asked than the pages that `check` counted: the pipeline never
     /// stays empty.
-    fn admits_next(&self) -> bool {
-        let Some((_, next)) = self.waiting.first_key_value() else { return false };
+    fn next_admitted(&self) -> Option<SequenceId> {
+        let (&id, next) = self.waiting.iter().find(|(id, _)| self.trials.admit(**id))?;
         let options = &self.options;
         let backlog = self.backlog.need();
         let tokens = next.max_positions().min(next.end() + options.page_tokens);
         let headroom = self.running.len(); // One page each.
-        self.running.len() < options.max_sequences
+        let is_admitted = self.running.len() < options.max_sequences
             && backlog.tokens < options.max_in_flight() * options.micro_batch_tokens
-            && backlog.pages + options.pages_for(tokens) + headroom <= self.pages.num_free()
+            && backlog.pages + options.pages_for(tokens) + headroom <= self.pages.num_free();
+        is_admitted.then_some(id)
     }
 
     fn load(&self) -> Load {
@@ -118,6 +119,9 @@ impl Scheduler {
             && let Some((id, seat)) = self.backlog.next(after)
         {
             after = Some(id);
+            if !self.trials.admit(id) {
+                continue; // Cleared, and goes back to wait when its last slice has come back.
+            }
             let num_held = self.running[seat].pages.len();
             let wanted = self.running[seat].next_len(room);
             let num_tokens = self.provide_pages(draft, seat, wanted);
@@ -160,10 +164,7 @@ impl Scheduler {
             draft.last_refuge = Some(id);
             return false;
         };
-        self.unqueue(seat);
-        let mut sequence = self.running.leave(seat);
-        self.pages.give_back(sequence.preempt());
-        self.waiting.insert(sequence.id, sequence);
+        self.preempt(seat);
         self.stats.preemptions += 1;
         true
     }
@@ -178,7 +179,8 @@ impl Scheduler {
         }
         let slice = sequence.issue(num_tokens);
         let asked = Asked { num_tokens, num_scores: slice.score.len(), sample: slice.sample };
-        draft.parts.push(Part { seat, asked, is_decode });
+        let end = slice.first_position as usize + num_tokens;
+        draft.parts.push(Part { seat, end, asked, is_decode });
         draft.slices.push(slice);
         self.tokens_in_flight += num_tokens;
         self.decodes_in_flight += usize::from(is_decode);

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::world::{STOP_TOKEN, World, max_tokens, poison, prompt, with};
+use crate::world::{STOP_TOKEN, World, deadly, max_tokens, poison, prompt, with};
 use scheduler::{
-    Error, Failure, FinishReason, Generated, MicroBatchId, MicroBatchOutput, Options, Scheduler, SequenceId,
+    Error, Failure, FinishReason, Generated, MicroBatchId, MicroBatchOutput, Options, Request, Scheduler,
+    SequenceId,
 };
 
 // Admission.
@@ -340,4 +341,51 @@ fn an_answer_to_nothing_is_a_bug() {
 #[should_panic(expected = "every option must be positive")]
 fn a_pipeline_without_pages_is_a_bug() {
     Scheduler::new(Options { num_pages: 0, ..World::new().options });
+}
+
+// Stages that end.
+
+#[test]
+fn a_sequence_that_ends_its_stage_is_found_by_halving() {
+    let mut world = World::new();
+    world.submit_many(40, &prompt(3));
+    let culprit = world.submit(Request { key: deadly(4), ..prompt(3) });
+    world.submit_many(23, &prompt(3));
+    world.run_to_the_end();
+    let failed: Vec<SequenceId> = (world.completions.iter())
+        .filter(|(_, completion)| completion.outcome == Err(Failure::EndsStage))
+        .map(|(&id, _)| id)
+        .collect();
+    assert_eq!(failed, [culprit]);
+    let mut most = 0;
+    most += 1; // All 64 become suspects.
+    most += 1; // They end it again, and are halved,
+    most += 6; // six times,
+    most += 1; // and one alone ends it once more.
+    assert!(world.num_ends <= most, "{} ends", world.num_ends);
+}
+
+#[test]
+fn a_stage_that_ends_by_itself_costs_no_sequence() {
+    let mut world = World::new().stages(2);
+    world.submit_many(64, &max_tokens(prompt(3), 100));
+    for _ in 0..20 {
+        for _ in 0..7 {
+            world.step();
+        }
+        world.fill();
+        world.end_stage(0);
+        world.scheduler.check_integrity();
+    }
+    world.run_to_the_end();
+    assert!(world.completions.values().all(|completion| completion.outcome.is_ok()));
+}
+
+#[test]
+fn a_sequence_goes_on_from_what_an_earlier_run_has() {
+    let mut world = World::new();
+    let id = world.submit_after(30, max_tokens(prompt(5), 40));
+    world.run_to_the_end();
+    assert_eq!(world.completions[&id].generated.tokens.len(), 40);
+    assert_eq!(world.scheduler.stats().decode_tokens, 9, "thirty are prefilled, and one drawn with them");
 }

@@ -4,22 +4,44 @@
 
 use std::ops::Range;
 
-use crate::world::{Random, World};
+use scheduler::MicroBatch;
 
-/// Submits, sends, completes and sometimes cancels in an order drawn from `random`, then runs out.
-fn play(random: &mut Random, cancels: bool) -> World {
+use crate::world::{Random, World, deadly};
+
+/// What may come in between.
+#[derive(Clone, Copy, PartialEq)]
+enum Trouble {
+    None,
+    Cancels,
+    /// Stages end, by themselves and over deadly requests.
+    Ends,
+}
+
+/// Submits, sends, completes and sometimes troubles in an order drawn from `random`, then runs out.
+fn play(random: &mut Random, trouble: Trouble) -> World {
     let mut world = World::of(random.options());
     let mut num_left = 10 + random.below(40);
     let mut submitted = vec![];
     while num_left > 0 {
         match random.below(8) {
             0..=1 => {
-                submitted.push(world.submit(random.request()));
+                let mut request = random.request();
+                if trouble == Trouble::Ends && random.below(8) == 0 {
+                    request.key = deadly(random.below(request.max_positions().max(1)));
+                }
+                submitted.push(world.submit_after(random.below(4), request));
                 num_left -= 1;
             }
             2..=4 => _ = world.send(),
             5..=6 if !world.in_flight.is_empty() => world.complete(),
-            7 if cancels && !submitted.is_empty() => {
+            // Over several sequences, so that none is convicted for what it did not do.
+            7 if trouble == Trouble::Ends && random.below(4) == 0 => {
+                let crowds = |batch: &MicroBatch| batch.slices.len() > 1;
+                if let Some(index) = world.in_flight.iter().position(crowds) {
+                    world.end_stage(index);
+                }
+            }
+            7 if trouble == Trouble::Cancels && !submitted.is_empty() => {
                 let id = submitted.swap_remove(random.below(submitted.len()));
                 let has_ended = world.completions.contains_key(&id);
                 assert_eq!(world.cancel(id), !has_ended, "{id:?} ended: {has_ended}");
@@ -32,11 +54,11 @@ fn play(random: &mut Random, cancels: bool) -> World {
     world
 }
 
-fn play_seeds(seeds: Range<u64>, cancels: bool) -> (u64, u64) {
+fn play_seeds(seeds: Range<u64>, trouble: Trouble) -> (u64, u64) {
     let (mut preemptions, mut recomputed_tokens) = (0, 0);
     for seed in seeds {
         // The seed of a failure is the last line of its output.
-        let result = std::panic::catch_unwind(|| play(&mut Random(seed), cancels).scheduler.stats());
+        let result = std::panic::catch_unwind(|| play(&mut Random(seed), trouble).scheduler.stats());
         let stats = result.unwrap_or_else(|_| panic!("seed {seed}"));
         preemptions += stats.preemptions;
         recomputed_tokens += stats.recomputed_tokens;
@@ -46,7 +68,7 @@ fn play_seeds(seeds: Range<u64>, cancels: bool) -> (u64, u64) {
 
 #[test]
 fn every_request_gets_what_a_plain_loop_gives_whatever_the_pipeline() {
-    let (preemptions, recomputed_tokens) = play_seeds(0..3000, false);
+    let (preemptions, recomputed_tokens) = play_seeds(0..3000, Trouble::None);
     // Else these seeds would not show what they are here to show.
     assert!(
         preemptions > 1000 && recomputed_tokens > 10_000,
@@ -56,5 +78,10 @@ fn every_request_gets_what_a_plain_loop_gives_whatever_the_pipeline() {
 
 #[test]
 fn a_cancelled_sequence_leaves_no_trace() {
-    play_seeds(100_000..101_000, true);
+    play_seeds(100_000..101_000, Trouble::Cancels);
+}
+
+#[test]
+fn stages_that_end_cost_no_row_but_those_that_end_them() {
+    play_seeds(200_000..203_000, Trouble::Ends);
 }

@@ -11,11 +11,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use scheduler::{
-    Completion, Generated, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler,
-    SequenceId, Slice,
+    Completion, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler, SequenceId,
+    Slice,
 };
 
-pub(crate) use model::{Cache, Expected, STOP_TOKEN, poison, stops_text};
+pub(crate) use model::{Cache, Expected, STOP_TOKEN, deadly, is_deadly, poison, stops_text};
 pub(crate) use random::Random;
 
 /// A request for a prompt of `num_tokens` tokens and four more.
@@ -64,6 +64,8 @@ pub(crate) struct World {
     num_judged: BTreeMap<SequenceId, usize>,
     preempted: Vec<SequenceId>,
     cancelled: BTreeSet<SequenceId>,
+    /// How often a stage has ended.
+    pub(crate) num_ends: usize,
 }
 
 impl World {
@@ -92,6 +94,7 @@ impl World {
             num_judged: BTreeMap::new(),
             preempted: vec![],
             cancelled: BTreeSet::new(),
+            num_ends: 0,
             options,
         }
     }
@@ -121,9 +124,17 @@ impl World {
     }
 
     pub(crate) fn submit(&mut self, request: Request) -> SequenceId {
+        self.submit_after(0, request)
+    }
+
+    /// Submits what is left of a request of which an earlier run has `num_tokens`.
+    pub(crate) fn submit_after(&mut self, num_tokens: usize, request: Request) -> SequenceId {
+        let so_far = Expected::of(&request).so_far(num_tokens);
+        let num_judged = so_far.tokens.len();
         let request = Arc::new(request);
-        let id = self.scheduler.submit(request.clone(), Generated::default()).expect("the request fits");
+        let id = self.scheduler.submit(request.clone(), so_far).expect("the request fits");
         self.requests.insert(id, request);
+        self.num_judged.insert(id, num_judged);
         let finished = self.scheduler.drain_finished();
         self.keep(finished);
         id
@@ -158,8 +169,22 @@ impl World {
         while self.send().is_some() {}
     }
 
-    /// Brings the oldest micro-batch back.
+    /// A stage ends over the micro-batch in flight at `index`, and another takes its place.
+    pub(crate) fn end_stage(&mut self, index: usize) {
+        let fatal = self.in_flight[index].id;
+        self.in_flight.clear();
+        self.next_position.clear();
+        self.num_ends += 1;
+        let convicted = self.scheduler.stage_ended(Some(fatal));
+        assert_eq!(self.scheduler.num_free_pages(), self.options.num_pages, "nothing is computed any more");
+        self.keep(convicted.into_iter().collect());
+    }
+
+    /// Brings the oldest micro-batch back, unless a stage ends over it.
     pub(crate) fn complete(&mut self) {
+        if self.in_flight[0].slices.iter().any(is_deadly) {
+            return self.end_stage(0);
+        }
         let micro_batch = self.in_flight.pop_front().expect("a micro-batch is in flight");
         let slices = micro_batch.slices.iter().map(|slice| self.last_stage.compute(slice)).collect();
         let output = MicroBatchOutput { id: micro_batch.id, slices };
@@ -169,6 +194,9 @@ impl World {
             *num_judged += 1;
             stops_text(&requests[&id], *num_judged, token)
         });
+        for id in self.scheduler.waiting() {
+            self.next_position.remove(&id); // Sent back, where it ran: a trial goes on without it.
+        }
         self.keep(completions);
     }
 

@@ -1,8 +1,8 @@
 //! The made-up model, and what it says when no scheduler stands between.
 
 use scheduler::{
-    Completion, Failure, FinishReason, Options, PageIdx, Request, RequestKey, Slice, SliceOutput, TokenId,
-    TokenLogprobs,
+    Completion, Failure, FinishReason, Generated, Options, PageIdx, Request, RequestKey, Slice, SliceOutput,
+    TokenId, TokenLogprobs,
 };
 
 /// The token that ends sequences whose requests name it.
@@ -13,8 +13,28 @@ pub(crate) fn poison(position: usize) -> RequestKey {
     RequestKey(position as u128 + 1)
 }
 
-fn poisoned_position(request: &Request) -> Option<usize> {
-    (request.key.0 as usize).checked_sub(1)
+/// The key of a request that ends a stage which computes `position`.
+pub(crate) fn deadly(position: usize) -> RequestKey {
+    RequestKey(DEADLY | position as u128)
+}
+
+const DEADLY: u128 = 1 << 64;
+
+/// Where a request fails, and how.
+fn poisoned_position(request: &Request) -> Option<(usize, Failure)> {
+    let position = (request.key.0 & (DEADLY - 1)) as usize;
+    match request.key.0 & DEADLY {
+        0 => position.checked_sub(1).map(|at| (at, Failure::NonFiniteLogits { position: at as u32 })),
+        _ => Some((position, Failure::EndsStage)),
+    }
+}
+
+/// Whether a stage that computes this slice ends.
+pub(crate) fn is_deadly(slice: &Slice) -> bool {
+    let first = slice.first_position as usize;
+    poisoned_position(&slice.request).is_some_and(|(position, failure)| {
+        failure == Failure::EndsStage && (first..first + slice.tokens.len()).contains(&position)
+    })
 }
 
 /// The caller's verdict on stop strings after `num_generated` tokens, of which `token` is the last.
@@ -71,10 +91,10 @@ impl Cache {
             prompt_logprobs: vec![],
             failure: None,
         };
-        if let Some(position) =
-            poisoned_position(&slice.request).filter(|position| (first..end).contains(position))
+        if let Some((_, failure)) =
+            poisoned_position(&slice.request).filter(|(position, _)| (first..end).contains(position))
         {
-            output.failure = Some(Failure::NonFiniteLogits { position: position as u32 });
+            output.failure = Some(failure);
             return output;
         }
         let content: Vec<TokenId> = (0..end)
@@ -97,42 +117,35 @@ impl Cache {
 /// What a request gives, computed in one plain loop.
 #[derive(Debug)]
 pub(crate) struct Expected {
-    tokens: Vec<TokenId>,
-    logprobs: Vec<TokenLogprobs>,
-    prompt_logprobs: Vec<TokenLogprobs>,
+    generated: Generated,
     outcome: Result<FinishReason, Failure>,
 }
 
 impl Expected {
     pub(crate) fn of(request: &Request) -> Self {
         let Request { prompt, sampling, .. } = request;
-        let mut expected = Self {
-            tokens: vec![],
-            logprobs: vec![],
-            prompt_logprobs: vec![],
-            outcome: Ok(FinishReason::Length),
-        };
+        let mut expected = Self { generated: Generated::default(), outcome: Ok(FinishReason::Length) };
         if sampling.prompt_logprobs {
-            expected.prompt_logprobs =
+            expected.generated.prompt_logprobs =
                 (1..prompt.len()).map(|end| logprobs(&prompt[..end], prompt[end])).collect();
         }
         let poisoned_position =
-            poisoned_position(request).filter(|&position| position < request.max_positions());
+            poisoned_position(request).filter(|&(position, _)| position < request.max_positions());
         loop {
-            let before = [&prompt[..], &expected.tokens].concat();
-            if let Some(position) = poisoned_position.filter(|&position| position < before.len()) {
-                expected.outcome = Err(Failure::NonFiniteLogits { position: position as u32 });
+            let before = [&prompt[..], &expected.generated.tokens].concat();
+            if let Some((_, failure)) = poisoned_position.filter(|&(position, _)| position < before.len()) {
+                expected.outcome = Err(failure);
                 return expected;
             }
-            if expected.tokens.len() == sampling.max_tokens as usize {
+            if expected.generated.tokens.len() == sampling.max_tokens as usize {
                 return expected;
             }
             let token = draw(request, &before);
-            expected.tokens.push(token);
+            expected.generated.tokens.push(token);
             if sampling.logprobs.is_some() {
-                expected.logprobs.push(logprobs(&before, token));
+                expected.generated.logprobs.push(logprobs(&before, token));
             }
-            let num_generated = expected.tokens.len();
+            let num_generated = expected.generated.tokens.len();
             let is_late_enough = num_generated >= sampling.min_tokens as usize;
             let is_stop_token = is_late_enough && sampling.stop_token_ids.contains(&token);
             if is_stop_token || (!sampling.stop.is_empty() && stops_text(request, num_generated, token)) {
@@ -142,15 +155,26 @@ impl Expected {
         }
     }
 
+    /// What an earlier run may have of it: its first `num_tokens`, where there are more.
+    pub(crate) fn so_far(&self, num_tokens: usize) -> Generated {
+        if num_tokens == 0 || num_tokens >= self.generated.tokens.len() {
+            return Generated::default();
+        }
+        let mut so_far = self.generated.clone();
+        so_far.tokens.truncate(num_tokens);
+        so_far.logprobs.truncate(num_tokens);
+        so_far
+    }
+
     pub(crate) fn check(&self, completion: &Completion) {
         let id = completion.sequence;
         assert_eq!(completion.outcome, self.outcome, "{id:?}: outcome");
-        assert_eq!(completion.generated.tokens, self.tokens, "{id:?}: tokens");
-        assert_eq!(completion.generated.logprobs, self.logprobs, "{id:?}: log-probabilities");
+        assert_eq!(completion.generated.tokens, self.generated.tokens, "{id:?}: tokens");
+        assert_eq!(completion.generated.logprobs, self.generated.logprobs, "{id:?}: log-probabilities");
         // How many scores came before a failure depends on the chunks.
         if completion.outcome.is_ok() {
             assert_eq!(
-                completion.generated.prompt_logprobs, self.prompt_logprobs,
+                completion.generated.prompt_logprobs, self.generated.prompt_logprobs,
                 "{id:?}: prompt log-probabilities"
             );
         }

@@ -16,6 +16,7 @@ mod calendar;
 mod chat_template;
 mod detokenizer;
 mod error;
+pub mod faults;
 mod folder;
 mod generation_config;
 mod journal;

@@ -118,6 +118,14 @@ pub enum Error {
         /// What it should have at least.
         committed: u64,
     },
+    /// Keys that memory does not hold could not be written beside it, or not read again.
+    #[error("keep keys in a temporary file in {}", folder.display())]
+    Spill {
+        /// Where the file is; it has no name.
+        folder: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// SQLite could not do what it was asked, such as for want of room.
     #[error("journal {}", path.display())]
     Journal {

@@ -4,15 +4,16 @@
 //! ends. What stands in the file tells others who it is.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crate::calendar::strftime;
+use crate::disk;
 use crate::error::{Error, Result};
-use crate::journal::{self, FinishedRows, Journal};
+use crate::journal::{self, EarlierRuns, Journal, unix_now};
 use crate::line::LineFile;
-use crate::lines_file::{LinesFile, sync_folder};
+use crate::lines_file::LinesFile;
 use crate::manifest::Manifest;
 use crate::settings::{Settings, changes};
 use crate::settle;
@@ -67,7 +68,7 @@ impl OutputFolder {
         self.journal.as_ref().map(Journal::unix_seconds).transpose()
     }
 
-    /// Begins a run: the writer of its lines, and the rows that earlier ones have finished.
+    /// Begins a run: the writer of its lines, and for its reader what earlier ones have done.
     ///
     /// Refused where the folder's lines were made with other settings, or computed in another way unless
     /// the caller accepts that.
@@ -77,7 +78,7 @@ impl OutputFolder {
         settings: &Settings,
         unix_seconds: u64,
         accept_numerics: bool,
-    ) -> Result<(Writer, FinishedRows)> {
+    ) -> Result<(Writer, EarlierRuns)> {
         let OutputFolder { folder, journal } = self;
         let mut journal = match journal {
             Some(mut journal) => {
@@ -90,11 +91,11 @@ impl OutputFolder {
             }
         };
         // It speaks of a run that has ended, and is written again when this one has.
-        remove(&folder.path().join(Manifest::FILE_NAME))?;
+        disk::remove(&folder.path().join(Manifest::FILE_NAME))?;
         settle::finish_replacing(&mut journal, folder.path())?;
         cut_stale_lines(&journal, folder.path())?;
-        let finished = journal.begin_run()?;
-        Ok((Writer::open(folder, journal, order)?, finished))
+        let earlier = journal.begin_run(folder.path())?;
+        Ok((Writer::open(folder, journal, order)?, earlier))
     }
 }
 
@@ -119,10 +120,10 @@ fn lock(folder: &Path) -> Result<File> {
             }
         }
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let now = strftime(now, "%Y-%m-%d %H:%M:%S").expect("directives that are known");
+    let now = strftime(unix_now(), "%Y-%m-%d %H:%M:%S").expect("directives that are known");
     let holder = format!("process {}, which began at {now} UTC\n", std::process::id());
-    file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())).map_err(error)?;
+    disk::cut(&path, &file, 0)?;
+    disk::append(&path, &mut file, holder.as_bytes())?;
     Ok(file)
 }
 
@@ -153,22 +154,19 @@ fn clear(folder: &Path) -> Result<()> {
     let lines = LineFile::ALL.into_iter().map(|file| folder.join(file.name()));
     let rewritten = LineFile::ALL.into_iter().map(|file| settle::rewritten_path(folder, file));
     let names = [journal::FILE_NAME].into_iter().chain(journal::COMPANIONS).chain([Manifest::FILE_NAME]);
-    names.map(|name| folder.join(name)).chain(lines).chain(rewritten).try_for_each(|path| remove(&path))?;
-    sync_folder(folder)
+    names
+        .map(|name| folder.join(name))
+        .chain(lines)
+        .chain(rewritten)
+        .try_for_each(|path| disk::remove(&path))?;
+    disk::sync_folder(folder)
 }
 
 /// Cuts off lines that were on their way to `stale.jsonl` when a run died; they are still where they were.
 fn cut_stale_lines(journal: &Journal, folder: &Path) -> Result<()> {
     let path = folder.join(LineFile::Stale.name());
     match journal.lengths()?[LineFile::Stale.index()] {
-        0 => remove(&path),
+        0 => disk::remove(&path),
         committed => LinesFile::open(path, committed).map(drop),
-    }
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::write(path, error)),
-        _ => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! The journal: which rows have their line, and where it lies.
+//! The journal: which rows have their line, where it lies, and what is there of rows that have none yet.
 //!
 //! A SQLite file in the output folder. It vouches for the first bytes of each file of lines; what lies
 //! beyond them was never committed and is cut off. Lines are synced before the journal speaks of them,
@@ -7,20 +7,35 @@
 //! Rows are only ever appended, in the order of their lines, so that a commit writes a few pages at the
 //! end of a table whatever the number of rows. Keys are random: an index over them in the file would
 //! have every commit write thousands of pages all over it. The one who asks for keys is the reader of
-//! the next run, and takes them along once ([`FinishedRows`]).
+//! the next run, and takes them along once ([`EarlierRuns`]).
 
-mod finished;
+mod checkpoints;
+mod earlier;
+mod entry;
+mod present;
+mod progress;
+mod view;
 mod walk;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rusqlite::types::FromSql;
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior, params};
-use scheduler::RequestKey;
+use scheduler::{Generated, RequestKey};
 
-pub use finished::{FinishedRow, FinishedRows};
-pub(crate) use walk::Selection;
+use checkpoints::Checkpointed;
+pub use earlier::{EarlierRuns, FinishedRow, FinishedRows};
+pub use entry::Entry;
+pub(crate) use entry::{Totals, line_hash};
+pub(crate) use present::Ranges;
+pub use progress::Progress;
+pub(crate) use progress::{InputProgress, unix_now};
+pub use view::{EntryOrder, JournalView};
+pub(crate) use walk::{Selection, Walked};
 
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::line::LineFile;
 use crate::settings::Settings;
@@ -32,7 +47,7 @@ pub(crate) const FILE_NAME: &str = "journal.sqlite";
 pub(crate) const COMPANIONS: [&str; 2] = ["journal.sqlite-wal", "journal.sqlite-shm"];
 
 /// The shape of the tables below. A file without one was never finished being made.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// How long to wait for somebody who reads the journal from another process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,51 +56,83 @@ const TABLES: &str = "
     CREATE TABLE job (unix_seconds INTEGER NOT NULL, settings TEXT NOT NULL);
     -- is_replaced: a rewritten file lies beside it and is to take its place.
     CREATE TABLE files (file INTEGER PRIMARY KEY, length INTEGER NOT NULL, is_replaced INTEGER NOT NULL);
-    -- Every line that counts.
+    -- Every line that counts; length and hash are those of its bytes with the newline.
     CREATE TABLE rows (
         seq INTEGER PRIMARY KEY,
         key BLOB NOT NULL,
         file INTEGER NOT NULL,
         offset INTEGER NOT NULL,
         length INTEGER NOT NULL,
+        hash BLOB NOT NULL,
         is_refusal INTEGER NOT NULL,
         prompt_tokens INTEGER NOT NULL,
         generated_tokens INTEGER NOT NULL
     );
-    -- Which of them are rows of the input that the present run reads, by their index in it.
-    CREATE TABLE present (row INTEGER PRIMARY KEY, seq INTEGER NOT NULL);
+    -- Which of them are rows of the input that the present run reads: so many lines from seq on are
+    -- those of as many rows of the input from row on.
+    CREATE TABLE present (row INTEGER PRIMARY KEY, seq INTEGER NOT NULL, lines INTEGER NOT NULL);
+    -- Tokens of rows that have no line yet; the first of a piece is the row's token of that index.
+    CREATE TABLE checkpoints (
+        key BLOB NOT NULL,
+        first INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        piece BLOB NOT NULL,
+        PRIMARY KEY (key, first)
+    );
+    -- One row: how far the job was at the last commit, for those who look on from elsewhere.
+    CREATE TABLE progress (
+        began INTEGER NOT NULL,
+        earlier_lines INTEGER NOT NULL,
+        earlier_generated_tokens INTEGER NOT NULL,
+        committed INTEGER NOT NULL,
+        rows_read INTEGER NOT NULL,
+        bytes_read INTEGER NOT NULL,
+        input_bytes INTEGER NOT NULL,
+        is_read_to_end INTEGER NOT NULL,
+        output_lines INTEGER NOT NULL,
+        error_lines INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        generated_tokens INTEGER NOT NULL,
+        unfinished_tokens INTEGER NOT NULL
+    );
+    INSERT INTO progress VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
-
-/// A line that was appended to a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) key: RequestKey,
-    pub(crate) file: LineFile,
-    pub(crate) offset: u64,
-    /// With its newline.
-    pub(crate) length: u64,
-    pub(crate) is_refusal: bool,
-    pub(crate) prompt_tokens: u64,
-    pub(crate) generated_tokens: u64,
-}
-
-/// Lines that count, and the tokens behind them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Totals {
-    pub(crate) output_lines: u64,
-    pub(crate) error_lines: u64,
-    pub(crate) prompt_tokens: u64,
-    pub(crate) generated_tokens: u64,
-}
 
 /// Bytes of each file that the journal vouches for, by [`LineFile::index`].
 pub(crate) type Lengths = [u64; LineFile::ALL.len()];
+
+/// What a run has done since its last commit.
+#[derive(Default)]
+pub(crate) struct Uncommitted {
+    /// Lines, by the index of their row in the input.
+    pub(crate) written: Vec<(u64, Entry)>,
+    /// Finished rows that the input has again.
+    pub(crate) met_again: Ranges,
+    /// Tokens of unfinished rows, from the one of an index on.
+    pub(crate) checkpoints: Vec<(RequestKey, u64, Generated)>,
+}
+
+impl Uncommitted {
+    /// Things that memory holds until they are committed.
+    pub(crate) fn len(&self) -> usize {
+        self.written.len() + self.met_again.len() + self.checkpoints.len()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.written.clear();
+        self.met_again.clear();
+        self.checkpoints.clear();
+    }
+}
 
 /// The journal of one output folder, which the caller has locked.
 pub(crate) struct Journal {
     path: PathBuf,
     db: Connection,
     next_seq: u64,
+    totals: Totals,
+    checkpointed: Checkpointed,
+    input: Arc<InputProgress>,
 }
 
 impl Journal {
@@ -95,23 +142,17 @@ impl Journal {
         if !path.exists() {
             return Ok(None);
         }
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let journal = Journal::connect(path, flags)?;
-        match journal.get::<u32>("PRAGMA user_version")? {
-            0 => Ok(None),
-            VERSION => journal.with_next_seq().map(Some),
-            version => Err(Error::malformed(
-                &journal.path,
-                format!("a journal of version {version}, this program writes version {VERSION}"),
-            )),
+        let mut journal = Journal::connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        if !journal.has_tables()? {
+            return Ok(None);
         }
+        journal.next_seq = journal.read_next_seq()?;
+        Ok(Some(journal))
     }
 
     /// Makes the journal of a folder that has none, and remembers what the job is.
     pub(crate) fn create(folder: &Path, settings: &Settings, unix_seconds: u64) -> Result<Journal> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
-            | OpenFlags::SQLITE_OPEN_CREATE
-            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
         let mut journal = Journal::connect(folder.join(FILE_NAME), flags)?;
         let json = serde_json::to_string(settings).expect("settings are JSON");
         journal.transact(|db| {
@@ -127,7 +168,7 @@ impl Journal {
 
     fn connect(path: PathBuf, flags: OpenFlags) -> Result<Journal> {
         let connect = || {
-            let db = Connection::open_with_flags(&path, flags)?;
+            let db = Connection::open_with_flags(&path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
             db.busy_timeout(BUSY_TIMEOUT)?;
             db.pragma_update_and_check(None, "journal_mode", "wal", |_| Ok(()))?;
             // With NORMAL a power cut may take back commits that were reported. FULL is one more sync
@@ -137,12 +178,27 @@ impl Journal {
             Ok(db)
         };
         let db = connect().map_err(|source| Error::journal(&path, source))?;
-        Ok(Journal { path, db, next_seq: 1 })
+        Ok(Journal::of(path, db))
     }
 
-    fn with_next_seq(mut self) -> Result<Journal> {
-        self.next_seq = self.get::<i64>("SELECT coalesce(max(seq), 0) + 1 FROM rows")? as u64;
-        Ok(self)
+    fn of(path: PathBuf, db: Connection) -> Journal {
+        let (totals, checkpointed) = (Totals::default(), Checkpointed::default());
+        Journal { path, db, next_seq: 1, totals, checkpointed, input: Arc::default() }
+    }
+
+    /// Whether it was ever finished being made; tables of another version are refused.
+    fn has_tables(&self) -> Result<bool> {
+        match self.get::<u32>("PRAGMA user_version")? {
+            0 => Ok(false),
+            VERSION => Ok(true),
+            version => {
+                let message = format!(
+                    "a journal of version {version}, this program writes version {VERSION}; \
+                     go on with the program that wrote it, or pass --fresh to start over"
+                );
+                Err(Error::malformed(&self.path, message))
+            }
+        }
     }
 
     /// What the first run said the job is.
@@ -186,98 +242,87 @@ impl Journal {
     /// Begins a run: no row is known to be in its input yet, and rows that were refused are to be looked
     /// at again. Their lines name line numbers, which move, and limits, which may be others now; making
     /// them costs nothing.
-    pub(crate) fn begin_run(&mut self) -> Result<FinishedRows> {
+    pub(crate) fn begin_run(&mut self, folder: &Path) -> Result<EarlierRuns> {
         self.transact(|db| {
             db.execute("DELETE FROM present", [])?;
             db.execute("DELETE FROM rows WHERE is_refusal", []).map(drop)
         })?;
-        FinishedRows::load(&self.db).map_err(|source| Error::journal(&self.path, source))
+        let (finished, totals) = FinishedRows::load(self, folder)?;
+        let (checkpointed, so_far) = self.sql(checkpoints::load)?;
+        self.input = Arc::default();
+        self.transact(|db| progress::begin(db, &totals, checkpointed.tokens()))?;
+        (self.totals, self.checkpointed) = (totals, checkpointed);
+        Ok(EarlierRuns::new(folder, finished, so_far, Arc::clone(&self.input)))
     }
 
-    /// Commits lines that are on disk: those of rows by their index in the input, those of finished rows
-    /// that the input has again, and how much of each file counts now.
-    pub(crate) fn commit(
-        &mut self,
-        written: &[(u64, Entry)],
-        met_again: &[(u64, u64)],
-        lengths: &Lengths,
-    ) -> Result<()> {
+    /// Commits what a run has done, after its lines were put on disk, and how much of each file counts now.
+    pub(crate) fn commit(&mut self, done: &Uncommitted, lengths: &Lengths) -> Result<()> {
         let first = self.next_seq;
+        let mut totals = self.totals;
+        let mut checkpointed = self.checkpointed.clone();
+        let input = Arc::clone(&self.input);
         self.transact(|db| {
-            let mut add_present = db.prepare_cached("INSERT INTO present VALUES (?, ?)")?;
-            for ((row, entry), seq) in written.iter().zip(first..) {
-                insert(db, seq, entry)?;
-                add_present.execute([*row as i64, seq as i64])?;
+            let mut present = Ranges::default();
+            for ((row, entry), seq) in done.written.iter().zip(first..) {
+                entry::insert(db, seq, entry)?;
+                present.push(*row, seq);
+                totals.add(entry);
             }
-            for (row, seq) in met_again {
-                add_present.execute([*row as i64, *seq as i64])?;
+            present.insert(db)?;
+            done.met_again.insert(db)?;
+            checkpointed.add(db, &done.checkpoints)?;
+            checkpointed.remove(db, done.written.iter().map(|(_, entry)| entry.key))?;
+            for file in LineFile::ALL {
+                entry::set_length(db, file, lengths[file.index()], false)?;
             }
-            LineFile::ALL.into_iter().try_for_each(|file| set_length(db, file, lengths[file.index()], false))
+            progress::update(db, &input, &totals, checkpointed.tokens())
         })?;
-        self.next_seq += written.len() as u64;
+        self.next_seq += done.written.len() as u64;
+        (self.totals, self.checkpointed) = (totals, checkpointed);
         Ok(())
     }
 
-    /// Lines that count, and the tokens behind them.
-    pub(crate) fn totals(&self) -> Result<Totals> {
-        let sum = || {
-            let mut statement = self.db.prepare(
-                "SELECT file, count(*), sum(prompt_tokens), sum(generated_tokens) FROM rows GROUP BY file",
-            )?;
-            let mut groups = statement.query([])?;
-            let mut totals = Totals::default();
-            while let Some(group) = groups.next()? {
-                let lines = group.get::<_, i64>(1)? as u64;
-                match LineFile::of_index(group.get::<_, i64>(0)? as usize) {
-                    Some(LineFile::Output) => totals.output_lines = lines,
-                    Some(LineFile::Errors) => totals.error_lines = lines,
-                    Some(LineFile::Stale) | None => {}
-                }
-                totals.prompt_tokens += group.get::<_, i64>(2)? as u64;
-                totals.generated_tokens += group.get::<_, i64>(3)? as u64;
-            }
-            Ok(totals)
-        };
-        sum().map_err(|source| Error::journal(&self.path, source))
+    /// Rows that have no line are no rows of this job any more.
+    pub(crate) fn forget_checkpoints(&mut self) -> Result<()> {
+        if self.checkpointed.is_empty() {
+            return Ok(());
+        }
+        let (input, totals) = (Arc::clone(&self.input), self.totals);
+        self.transact(|db| {
+            db.execute("DELETE FROM checkpoints", [])?;
+            progress::update(db, &input, &totals, 0)
+        })?;
+        self.checkpointed = Checkpointed::default();
+        Ok(())
     }
 
-    fn file_column<T: rusqlite::types::FromSql>(&self, column: &str, file: LineFile) -> Result<T> {
+    /// Lines that count as of the last commit, and the tokens behind them.
+    pub(crate) fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    fn read_next_seq(&self) -> Result<u64> {
+        self.get::<i64>("SELECT coalesce(max(seq), 0) + 1 FROM rows").map(|seq| seq as u64)
+    }
+
+    fn file_column<T: FromSql>(&self, column: &str, file: LineFile) -> Result<T> {
         self.get(&format!("SELECT {column} FROM files WHERE file = {}", file.index()))
     }
 
-    fn get<T: rusqlite::types::FromSql>(&self, query: &str) -> Result<T> {
-        let value = self.db.query_row(query, [], |row| row.get(0));
-        value.map_err(|source| Error::journal(&self.path, source))
+    fn get<T: FromSql>(&self, query: &str) -> Result<T> {
+        self.sql(|db| db.query_row(query, [], |row| row.get(0)))
     }
 
-    fn transact<T>(&mut self, change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>) -> Result<T> {
-        let transact = || {
-            let transaction = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let changed = change(&transaction)?;
-            transaction.commit()?;
-            Ok(changed)
-        };
-        transact().map_err(|source| Error::journal(&self.path, source))
+    fn sql<T>(&self, ask: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T> {
+        ask(&self.db).map_err(|source| Error::journal(&self.path, source))
     }
-}
 
-fn insert(db: &Connection, seq: u64, entry: &Entry) -> rusqlite::Result<()> {
-    db.prepare_cached("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)")?
-        .execute(params![
-            seq as i64,
-            entry.key.0.to_be_bytes(),
-            entry.file.index() as i64,
-            entry.offset as i64,
-            entry.length as i64,
-            entry.is_refusal,
-            entry.prompt_tokens as i64,
-            entry.generated_tokens as i64,
-        ])
-        .map(drop)
-}
-
-fn set_length(db: &Connection, file: LineFile, length: u64, is_replaced: bool) -> rusqlite::Result<()> {
-    db.prepare_cached("UPDATE files SET length = ?, is_replaced = ? WHERE file = ?")?
-        .execute(params![length as i64, is_replaced, file.index() as i64])
-        .map(drop)
+    fn transact<T>(&mut self, change: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T> {
+        let error = |source| Error::journal(&self.path, source);
+        let begin = || Transaction::new_unchecked(&self.db, TransactionBehavior::Immediate);
+        let transaction = begin().map_err(error)?;
+        let changed = change(&transaction).map_err(error)?;
+        disk::commit(&self.path, transaction)?;
+        Ok(changed)
+    }
 }

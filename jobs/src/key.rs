@@ -4,17 +4,18 @@
 //! the file is sorted, extended or spelled otherwise. Rows that are identical are told apart by how
 //! many came before, so that each has a random stream of its own.
 
-use std::collections::HashMap;
+use std::path::Path;
 
 use scheduler::RequestKey;
 
-/// A row's content as 128 bits of its hash.
-type Digest = [u8; 16];
+use crate::digest_map::{Digest, DigestMap};
+use crate::error::Result;
 
 /// Makes the keys of one job.
 pub(crate) struct KeyMaker {
     job: blake3::Hasher,
-    seen: HashMap<Digest, u32>,
+    /// How many rows had this content.
+    seen: DigestMap,
 }
 
 /// What kind of line a key is for; lines of different kinds never share one.
@@ -33,7 +34,12 @@ impl KeyMaker {
     pub(crate) fn new(job: &[&str]) -> KeyMaker {
         let mut hasher = blake3::Hasher::new();
         job.iter().for_each(|part| add(&mut hasher, part.as_bytes()));
-        KeyMaker { job: hasher, seen: HashMap::new() }
+        KeyMaker { job: hasher, seen: DigestMap::default() }
+    }
+
+    /// What memory does not hold is kept in this folder.
+    pub(crate) fn keep_files_in(&mut self, folder: &Path) {
+        self.seen.keep_files_in(folder);
     }
 
     /// The key of the next line with this content; `before` identical lines were not shown to this
@@ -43,13 +49,13 @@ impl KeyMaker {
         kind: LineKind,
         custom_id: &str,
         content: &[u8],
-        before: u32,
-    ) -> RequestKey {
+        before: u64,
+    ) -> Result<RequestKey> {
         let hasher = self.hasher(kind, custom_id, content);
-        let count = self.seen.entry(digest(&hasher)).or_insert(before);
-        let ordinal = *count;
-        *count += 1;
-        key(hasher, ordinal)
+        let digest = digest(&hasher);
+        let ordinal = self.seen.get(&digest)?.unwrap_or(before);
+        self.seen.insert(digest, ordinal + 1)?;
+        Ok(key(hasher, u32::try_from(ordinal).expect("fewer than 2^32 identical lines")))
     }
 
     /// The key of a line that is known to have no twin; it is not remembered.
@@ -86,27 +92,59 @@ fn digest(hasher: &blake3::Hasher) -> Digest {
 /// Remembers which `custom_id` a file has used, and on which line first.
 #[derive(Default)]
 pub(crate) struct CustomIds {
-    first_lines: HashMap<Digest, u64>,
+    first_lines: DigestMap,
 }
 
 impl CustomIds {
+    /// What memory does not hold is kept in this folder.
+    pub(crate) fn keep_files_in(&mut self, folder: &Path) {
+        self.first_lines.keep_files_in(folder);
+    }
+
     /// Notes a `custom_id`; the line that had it first, where there is one.
-    pub(crate) fn note(&mut self, custom_id: &str, line: u64) -> Option<u64> {
+    pub(crate) fn note(&mut self, custom_id: &str, line: u64) -> Result<Option<u64>> {
         let mut hasher = blake3::Hasher::new();
         hasher.update(custom_id.as_bytes());
-        match self.first_lines.entry(digest(&hasher)) {
-            std::collections::hash_map::Entry::Occupied(entry) => Some(*entry.get()),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(line);
-                None
-            }
+        let digest = digest(&hasher);
+        let first = self.first_lines.get(&digest)?;
+        if first.is_none() {
+            self.first_lines.insert(digest, line)?;
         }
+        Ok(first)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
     use super::*;
+
+    impl KeyMaker {
+        fn with_buffer(entries: usize) -> KeyMaker {
+            KeyMaker { seen: DigestMap::with_buffer(entries), ..KeyMaker::new(&["m"]) }
+        }
+
+        fn nth(&mut self, content: &[u8], before: u64) -> RequestKey {
+            self.next(LineKind::Plain, "", content, before).unwrap()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn keys_and_names_do_not_depend_on_what_memory_holds(rows in vec(0..60u8, 0..400), buffer in 1..20usize) {
+            let (mut small, mut large) = (KeyMaker::with_buffer(buffer), KeyMaker::new(&["m"]));
+            let mut ids = CustomIds { first_lines: DigestMap::with_buffer(buffer) };
+            let mut first_lines = std::collections::HashMap::new();
+            for (line, row) in (1..).zip(rows) {
+                prop_assert_eq!(small.nth(&[row], 0), large.nth(&[row], 0));
+                let first = *first_lines.entry(row).or_insert(line);
+                let before = ids.note(&row.to_string(), line).unwrap();
+                prop_assert_eq!(before, (first != line).then_some(first));
+            }
+        }
+    }
 
     #[test]
     fn a_key_depends_on_each_part_and_on_where_one_ends() {
@@ -114,7 +152,7 @@ mod tests {
         for job in [&["m", "p"][..], &["mp", ""], &["m", "q"]] {
             let mut maker = KeyMaker::new(job);
             for (custom_id, content) in [("a", "bc"), ("ab", "c"), ("a", "bc")] {
-                keys.push(maker.next(LineKind::Batch, custom_id, content.as_bytes(), 0));
+                keys.push(maker.next(LineKind::Batch, custom_id, content.as_bytes(), 0).unwrap());
             }
             keys.push(maker.only(LineKind::Plain, "a", b"bc"));
         }
@@ -127,12 +165,12 @@ mod tests {
     #[test]
     fn identical_lines_are_told_apart_by_their_ordinal_alone() {
         let mut first = KeyMaker::new(&["m"]);
-        let keys: Vec<_> = (0..3).map(|_| first.next(LineKind::Plain, "", b"x", 0)).collect();
+        let keys: Vec<_> = (0..3).map(|_| first.nth(b"x", 0)).collect();
         let mut second = KeyMaker::new(&["m"]);
-        second.next(LineKind::Plain, "", b"y", 0);
-        let again: Vec<_> = (0..3).map(|_| second.next(LineKind::Plain, "", b"x", 0)).collect();
+        second.nth(b"y", 0);
+        let again: Vec<_> = (0..3).map(|_| second.nth(b"x", 0)).collect();
         assert_eq!(keys, again);
         assert_eq!(keys[0], second.only(LineKind::Plain, "", b"x"));
-        assert_eq!(keys[1], KeyMaker::new(&["m"]).next(LineKind::Plain, "", b"x", 1));
+        assert_eq!(keys[1], KeyMaker::new(&["m"]).nth(b"x", 1));
     }
 }

@@ -15,6 +15,8 @@ mod body;
 mod calendar;
 mod chat_template;
 mod detokenizer;
+mod digest_map;
+mod disk;
 mod error;
 pub mod faults;
 mod folder;
@@ -45,7 +47,7 @@ mod writer;
 pub use detokenizer::Detokenizer;
 pub use error::{Error, Result, RowError};
 pub use folder::OutputFolder;
-pub use journal::{FinishedRow, FinishedRows};
+pub use journal::{EarlierRuns, Entry, EntryOrder, FinishedRow, FinishedRows, JournalView, Progress};
 pub use line::{Line, LineFile};
 pub use manifest::{
     Counts, InputRecord, Manifest, ModelRecord, NumericProfile, Status, Timings, TokenTotals,

@@ -2,10 +2,13 @@
 //! is opened.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use crate::digest_map::Digest;
+use crate::disk;
 use crate::error::{Error, Result};
+use crate::journal::{Entry, line_hash};
 
 /// Bytes gathered before the system is asked to write, for each file.
 const BUFFER_BYTES: usize = 1 << 18;
@@ -13,45 +16,48 @@ const BUFFER_BYTES: usize = 1 << 18;
 /// Appends lines to a file.
 pub(crate) struct LinesFile {
     path: PathBuf,
-    file: BufWriter<File>,
+    file: File,
+    buffer: Vec<u8>,
     length: u64,
     is_synced: bool,
+}
+
+/// Where a line was put.
+pub(crate) struct Place {
+    pub(crate) offset: u64,
+    /// With its newline.
+    pub(crate) length: u64,
+    pub(crate) hash: Digest,
 }
 
 impl LinesFile {
     /// Opens a file of which `committed` bytes count, and makes it where nothing does.
     pub(crate) fn open(path: PathBuf, committed: u64) -> Result<LinesFile> {
-        let open = || {
-            let mut file =
-                OpenOptions::new().write(true).create(committed == 0).truncate(false).open(&path)?;
-            let found = file.metadata()?.len();
-            if found > committed {
-                file.set_len(committed)?;
-            }
-            file.seek(SeekFrom::Start(committed.min(found)))?;
-            Ok((file, found))
-        };
-        let (file, found) = open().map_err(|source: std::io::Error| match source.kind() {
-            std::io::ErrorKind::NotFound if committed > 0 => {
-                Error::LinesMissing { path: path.clone(), found: 0, committed }
-            }
-            _ => Error::write(&path, source),
-        })?;
+        let mut options = OpenOptions::new();
+        let opened = options.write(true).create(committed == 0).truncate(false).open(&path);
+        let mut file = opened.map_err(|source| missing(&path, source, committed))?;
+        let found = file.metadata().map_err(|source| Error::write(&path, source))?.len();
         if found < committed {
             return Err(Error::LinesMissing { path, found, committed });
         }
-        let file = BufWriter::with_capacity(BUFFER_BYTES, file);
-        Ok(LinesFile { path, file, length: committed, is_synced: true })
+        if found > committed {
+            disk::cut(&path, &file, committed)?;
+        }
+        file.seek(SeekFrom::Start(committed)).map_err(|source| Error::write(&path, source))?;
+        Ok(LinesFile { path, file, buffer: vec![], length: committed, is_synced: true })
     }
 
-    /// Appends a line; where it begins, and its length with its newline.
-    pub(crate) fn append(&mut self, json: &[u8]) -> Result<(u64, u64)> {
-        let write = self.file.write_all(json).and_then(|()| self.file.write_all(b"\n"));
-        write.map_err(|source| Error::write(&self.path, source))?;
+    /// Appends a line.
+    pub(crate) fn append(&mut self, json: &[u8]) -> Result<Place> {
+        if self.buffer.len() + json.len() >= BUFFER_BYTES {
+            self.flush()?;
+        }
+        self.buffer.extend_from_slice(json);
+        self.buffer.push(b'\n');
         let (offset, length) = (self.length, json.len() as u64 + 1);
         self.length += length;
         self.is_synced = false;
-        Ok((offset, length))
+        Ok(Place { offset, length, hash: line_hash(json) })
     }
 
     /// Bytes so far.
@@ -62,11 +68,26 @@ impl LinesFile {
     /// Puts all lines so far on disk.
     pub(crate) fn sync(&mut self) -> Result<()> {
         if !self.is_synced {
-            let sync = self.file.flush().and_then(|()| self.file.get_ref().sync_data());
-            sync.map_err(|source| Error::write(&self.path, source))?;
+            self.flush()?;
+            disk::sync(&self.path, &self.file)?;
             self.is_synced = true;
         }
         Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        disk::append(&self.path, &mut self.file, &self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+fn missing(path: &Path, source: std::io::Error, committed: u64) -> Error {
+    match source.kind() {
+        ErrorKind::NotFound if committed > 0 => {
+            Error::LinesMissing { path: path.to_owned(), found: 0, committed }
+        }
+        _ => Error::write(path, source),
     }
 }
 
@@ -85,8 +106,9 @@ impl PlacedLines {
         Ok(PlacedLines { path, file, position: 0, line: Vec::new() })
     }
 
-    /// The line at a place, without its newline.
-    pub(crate) fn read(&mut self, offset: u64, length: u64) -> Result<&[u8]> {
+    /// A line without its newline; another than the one that was written is refused.
+    pub(crate) fn read(&mut self, entry: &Entry) -> Result<&[u8]> {
+        let Entry { offset, length, hash, .. } = *entry;
         let mut read = || {
             // Neighbours in the input are mostly near in the file too: a relative seek keeps the buffer.
             self.file.seek_relative(offset as i64 - self.position as i64)?;
@@ -96,7 +118,7 @@ impl PlacedLines {
         read().map_err(|source| Error::read(&self.path, source))?;
         self.position = offset + length;
         match self.line.split_last() {
-            Some((b'\n', line)) if !line.contains(&b'\n') => Ok(line),
+            Some((b'\n', line)) if line_hash(line) == hash => Ok(line),
             _ => {
                 let message = format!(
                     "bytes {offset} to {} are not the line that was written there; \
@@ -107,9 +129,4 @@ impl PlacedLines {
             }
         }
     }
-}
-
-/// Makes what was created, renamed or removed in a folder last.
-pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|source| Error::write(folder, source))
 }

@@ -4,11 +4,11 @@
 //! in an output line.
 
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::disk;
 use crate::error::{Error, Result};
 
 /// The whole file.
@@ -139,13 +139,10 @@ impl Manifest {
         let temporary = folder.join(".manifest.json.new");
         let mut json = serde_json::to_string_pretty(self).expect("a manifest is JSON");
         json.push('\n');
-        let write = || {
-            let mut file = File::create(&temporary)?;
-            file.write_all(json.as_bytes())?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &path)
-        };
-        write().map_err(|source| Error::write(&path, source))
+        let mut file = File::create(&temporary).map_err(|source| Error::write(&path, source))?;
+        disk::append(&path, &mut file, json.as_bytes())?;
+        disk::sync(&path, &file)?;
+        disk::rename(&temporary, &path)
     }
 
     /// Reads the manifest of an output folder.

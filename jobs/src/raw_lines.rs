@@ -17,6 +17,7 @@ pub(crate) struct RawLines {
     path: PathBuf,
     file: BufReader<File>,
     hasher: blake3::Hasher,
+    size: u64,
     bytes: u64,
     line: u64,
     max_line_bytes: usize,
@@ -35,13 +36,15 @@ impl RawLines {
     pub(crate) fn open(path: &Path, max_line_bytes: usize) -> Result<RawLines> {
         let file = File::open(path).map_err(|source| Error::read(path, source))?;
         // A directory opens like a file, and only reading it fails, after the job has begun.
-        if file.metadata().map_err(|source| Error::read(path, source))?.is_dir() {
+        let metadata = file.metadata().map_err(|source| Error::read(path, source))?;
+        if metadata.is_dir() {
             return Err(Error::malformed(path, "is a directory, expected a file"));
         }
         Ok(RawLines {
             path: path.to_owned(),
             file: BufReader::with_capacity(BUFFER_BYTES, file),
             hasher: blake3::Hasher::new(),
+            size: metadata.len(),
             bytes: 0,
             line: 0,
             max_line_bytes,
@@ -60,6 +63,16 @@ impl RawLines {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The file's bytes when it was opened.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes read so far.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Bytes read so far, and their hash.

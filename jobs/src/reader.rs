@@ -3,17 +3,18 @@
 //! A line that cannot be a request is handed out as a rejected row with its line number; only a file
 //! that cannot be read ends the reading. A row that an earlier run has finished is known by its key and
 //! is not prepared again. What is remembered of the lines so far is 128 bits of the hash of each name, so
-//! that a repeated one is noticed.
+//! that a repeated one is noticed, and most of that on disk (`digest_map`).
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::Relaxed;
 
-use scheduler::{Generated, RequestKey};
+use scheduler::RequestKey;
 use serde_json::{Map, Value};
 
 use crate::batch_line;
 use crate::body::Body;
 use crate::error::{Result, RowError};
-use crate::journal::FinishedRows;
+use crate::journal::EarlierRuns;
 use crate::json::{canonical, show};
 use crate::key::{CustomIds, KeyMaker, LineKind};
 use crate::line::hex;
@@ -32,7 +33,7 @@ pub struct Reader {
     preparer: Preparer,
     keys: KeyMaker,
     custom_ids: CustomIds,
-    finished: FinishedRows,
+    earlier: EarlierRuns,
     rows: u64,
     limit: u64,
     is_ended: bool,
@@ -46,7 +47,7 @@ impl Reader {
             keys: preparer.key_maker(),
             preparer,
             custom_ids: CustomIds::default(),
-            finished: FinishedRows::default(),
+            earlier: EarlierRuns::default(),
             rows: 0,
             limit: limit.unwrap_or(u64::MAX),
             is_ended: false,
@@ -54,8 +55,14 @@ impl Reader {
     }
 
     /// This reader in a run after others: rows that those have finished are told by their places only.
-    pub fn after(self, finished: FinishedRows) -> Reader {
-        Reader { finished, ..self }
+    /// The run's commits tell from now on how far it has read.
+    pub fn after(mut self, earlier: EarlierRuns) -> Reader {
+        if let Some(folder) = &earlier.folder {
+            self.keys.keep_files_in(folder);
+            self.custom_ids.keep_files_in(folder);
+        }
+        earlier.input.size.store(self.lines.size(), Relaxed);
+        Reader { earlier, ..self }
     }
 
     /// What was read so far, for the manifest: of the whole file, once the iterator has ended without
@@ -75,66 +82,72 @@ impl Reader {
         if self.rows == self.limit {
             return Ok(None);
         }
-        let Some((line, raw)) = self.lines.next()? else { return Ok(None) };
+        let Some((line, raw)) = self.lines.next()? else {
+            self.earlier.input.is_ended.store(true, Relaxed);
+            return Ok(None);
+        };
         let place = Place { index: self.rows, line };
         self.rows += 1;
-        Ok(Some(match object(&raw) {
+        self.earlier.input.rows.store(self.rows, Relaxed);
+        self.earlier.input.bytes.store(self.lines.bytes(), Relaxed);
+        let row = match object(&raw) {
             Err(error) => self.broken(place, &raw, error),
             Ok(object) if self.preparer.templates().is_some() => self.plain_row(place, object),
             Ok(object) => self.batch_line(place, object),
-        }))
+        };
+        row.map(Some)
     }
 
-    fn broken(&mut self, place: Place, raw: &RawLine, error: RowError) -> Row {
+    fn broken(&mut self, place: Place, raw: &RawLine, error: RowError) -> Result<Row> {
         let content = match raw {
             RawLine::Whole(bytes) => bytes.as_slice(),
             RawLine::TooLong { hash, .. } => hash.as_bytes(),
         };
-        let key = self.keys.next(LineKind::Broken, "", content, 0);
-        place.rejected(key, None, error)
+        let key = self.keys.next(LineKind::Broken, "", content, 0)?;
+        Ok(place.rejected(key, None, error))
     }
 
-    fn plain_row(&mut self, place: Place, row: Map<String, Value>) -> Row {
+    fn plain_row(&mut self, place: Place, row: Map<String, Value>) -> Result<Row> {
         let row = Value::Object(row);
-        let key = self.keys.next(LineKind::Plain, "", canonical(&row).as_bytes(), 0);
-        if let Some(row) = self.finished.find(key, place.index) {
-            return Row::Finished(row);
+        let key = self.keys.next(LineKind::Plain, "", canonical(&row).as_bytes(), 0)?;
+        if let Some(row) = self.earlier.finished.find(key, place.index)? {
+            return Ok(Row::Finished(row));
         }
         let Value::Object(row) = row else { unreachable!("made an object above") };
         let custom_id = plain_row::own_id(&row).unwrap_or_else(|| format!("row-{}", hex(key)));
         let templates: &PromptTemplates = self.preparer.templates().expect("asked before");
         let body = templates.render(&row).map(|prompt| Body::of(prompt, Default::default()));
-        self.prepared(place, key, custom_id, body)
+        Ok(self.prepared(place, key, custom_id, body))
     }
 
-    fn batch_line(&mut self, place: Place, line: Map<String, Value>) -> Row {
+    fn batch_line(&mut self, place: Place, line: Map<String, Value>) -> Result<Row> {
         let body = batch_line::parse(&line);
         let Some(custom_id) = line.get("custom_id").and_then(Value::as_str).map(str::to_owned) else {
-            let key = self.keys.next(LineKind::Broken, "", canonical(&Value::Object(line)).as_bytes(), 0);
+            let key = self.keys.next(LineKind::Broken, "", canonical(&Value::Object(line)).as_bytes(), 0)?;
             let error = body.expect_err("a batch line without custom_id is refused");
-            return place.rejected(key, None, error);
+            return Ok(place.rejected(key, None, error));
         };
         let content = canonical(line.get("body").unwrap_or(&Value::Null));
-        match self.custom_ids.note(&custom_id, place.line) {
+        Ok(match self.custom_ids.note(&custom_id, place.line)? {
             None => {
                 let key = self.keys.only(LineKind::Batch, &custom_id, content.as_bytes());
-                match self.finished.find(key, place.index) {
+                match self.earlier.finished.find(key, place.index)? {
                     // The envelope is no part of the key, and may have been broken since.
                     Some(row) if body.is_ok() => Row::Finished(row),
                     _ => self.prepared(place, key, custom_id, body),
                 }
             }
             Some(first) => {
-                let key = self.keys.next(LineKind::Batch, &custom_id, content.as_bytes(), 1);
+                let key = self.keys.next(LineKind::Batch, &custom_id, content.as_bytes(), 1)?;
                 let message = format!("{custom_id:?} was used on line {first} already");
                 let error = RowError::of("custom_id", "duplicate_custom_id", message);
                 place.rejected(key, Some(custom_id), error)
             }
-        }
+        })
     }
 
     fn prepared(
-        &self,
+        &mut self,
         place: Place,
         key: RequestKey,
         custom_id: String,
@@ -143,14 +156,8 @@ impl Reader {
         match body.and_then(|body| self.preparer.prepare(body, key)) {
             Ok((request, reply)) => {
                 let Place { index, line } = place;
-                Row::Request(Box::new(PreparedRow {
-                    index,
-                    line,
-                    custom_id,
-                    request,
-                    so_far: Generated::default(),
-                    reply,
-                }))
+                let so_far = self.earlier.take_so_far(&request);
+                Row::Request(Box::new(PreparedRow { index, line, custom_id, request, so_far, reply }))
             }
             Err(error) => place.rejected(key, Some(custom_id), error),
         }

@@ -7,10 +7,11 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
-use crate::journal::{Entry, Journal, Selection};
+use crate::disk;
+use crate::error::Result;
+use crate::journal::{Entry, Journal, Selection, Walked};
 use crate::line::LineFile;
-use crate::lines_file::{LinesFile, PlacedLines, sync_folder};
+use crate::lines_file::{LinesFile, PlacedLines};
 use crate::writer::{Order, Unread};
 
 /// The files that hold rows of the present input.
@@ -28,6 +29,9 @@ pub(crate) fn settle(journal: &mut Journal, folder: &Path, order: Order, unread:
         Unread::HasLeft => &[Selection::Absent],
         Unread::Stays => &[],
     };
+    if unread == Unread::HasLeft {
+        journal.forget_checkpoints()?;
+    }
     let unsettled = unsettled(journal, stays)?;
     if unsettled.is_empty() {
         return Ok(0);
@@ -38,15 +42,15 @@ pub(crate) fn settle(journal: &mut Journal, folder: &Path, order: Order, unread:
         let mut rewrites =
             unsettled.iter().map(|file| Rewrite::open(folder, *file)).collect::<Result<Vec<_>>>()?;
         let of = |rewrites: &[Rewrite], file| rewrites.iter().position(|rewrite| rewrite.file == file);
-        journal.walk(stays, |entry| match of(&rewrites, entry.file) {
-            Some(at) => keep(rewrites[at].copy(entry)?),
-            None => Ok(()),
+        journal.walk(stays, |Walked { row, entry }| match of(&rewrites, entry.file) {
+            Some(at) => keep(Walked { row, entry: rewrites[at].copy(entry)? }),
+            None => keep(Walked { row, entry }),
         })?;
         let stale = LineFile::Stale;
         let mut stale_lines = None;
-        journal.walk(goes, |entry| {
+        journal.walk(goes, |Walked { entry, .. }| {
             let at = of(&rewrites, entry.file).expect("a file with a line too many is not settled");
-            let line = rewrites[at].old.read(entry.offset, entry.length)?;
+            let line = rewrites[at].old.read(&entry)?;
             num_stale += 1;
             let stale_lines = match &mut stale_lines {
                 Some(open) => open,
@@ -62,7 +66,7 @@ pub(crate) fn settle(journal: &mut Journal, folder: &Path, order: Order, unread:
             rewrite.new.sync()?;
             lengths[rewrite.file.index()] = rewrite.new.length();
         }
-        sync_folder(folder)?;
+        disk::sync_folder(folder)?;
         Ok(lengths)
     })?;
     finish_replacing(journal, folder)?;
@@ -79,12 +83,12 @@ pub(crate) fn finish_replacing(journal: &mut Journal, folder: &Path) -> Result<(
             continue;
         }
         match replaced.contains(&file) {
-            true => std::fs::rename(&new, &path).map_err(|source| Error::write(&path, source))?,
-            false => std::fs::remove_file(&new).map_err(|source| Error::write(&new, source))?,
+            true => disk::rename(&new, &path)?,
+            false => disk::remove(&new)?,
         }
     }
     if !replaced.is_empty() {
-        sync_folder(folder)?;
+        disk::sync_folder(folder)?;
         journal.forget_replaced()?;
     }
     Ok(())
@@ -99,7 +103,7 @@ pub(crate) fn rewritten_path(folder: &Path, file: LineFile) -> PathBuf {
 fn unsettled(journal: &Journal, stays: &[Selection]) -> Result<Vec<LineFile>> {
     let mut ends = [0; LineFile::ALL.len()];
     let mut is_in_order = [true; LineFile::ALL.len()];
-    journal.walk(stays, |entry| {
+    journal.walk(stays, |Walked { entry, .. }| {
         let file = entry.file.index();
         is_in_order[file] &= entry.offset == ends[file];
         ends[file] += entry.length;
@@ -128,7 +132,7 @@ impl Rewrite {
 
     /// Copies a line; its new place.
     fn copy(&mut self, entry: Entry) -> Result<Entry> {
-        let (offset, length) = self.new.append(self.old.read(entry.offset, entry.length)?)?;
-        Ok(Entry { offset, length, ..entry })
+        let place = self.new.append(self.old.read(&entry)?)?;
+        Ok(Entry { offset: place.offset, ..entry })
     }
 }

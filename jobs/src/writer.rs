@@ -4,11 +4,13 @@
 //! the journal, so that a run that dies at any moment loses what it did since the last commit and
 //! nothing else. A job that has come to its end gets the order it wants (`settle`).
 
+use scheduler::{Generated, RequestKey};
+
 use crate::error::Result;
 use crate::folder::LockedFolder;
-use crate::journal::{Entry, FinishedRow, Journal};
+use crate::journal::{Entry, FinishedRow, Journal, Uncommitted};
 use crate::line::{Line, LineFile};
-use crate::lines_file::LinesFile;
+use crate::lines_file::{LinesFile, Place};
 use crate::settle;
 
 /// Most rows between two commits, which bounds the memory of what waits for one: 16,384 rows of about
@@ -42,10 +44,7 @@ pub struct Writer {
     output: LinesFile,
     errors: LinesFile,
     stale_length: u64,
-    /// Lines since the last commit.
-    written: Vec<(u64, Entry)>,
-    /// Rows with an earlier run's line since the last commit, by their index and the line's number.
-    met_again: Vec<(u64, u64)>,
+    uncommitted: Uncommitted,
 }
 
 /// What there is when a run ends, with what earlier runs have written.
@@ -76,8 +75,7 @@ impl Writer {
             output,
             errors,
             stale_length,
-            written: vec![],
-            met_again: vec![],
+            uncommitted: Uncommitted::default(),
         })
     }
 
@@ -89,61 +87,70 @@ impl Writer {
             LineFile::Errors => &mut self.errors,
             LineFile::Stale => unreachable!("row {} is of this run", line.row),
         };
-        let (offset, length) = file.append(line.json.as_bytes())?;
+        let Place { offset, length, hash } = file.append(line.json.as_bytes())?;
         let Line { key, file, is_refusal, prompt_tokens, generated_tokens, .. } = *line;
-        let entry = Entry { key, file, offset, length, is_refusal, prompt_tokens, generated_tokens };
-        self.written.push((line.row, entry));
+        let entry = Entry { key, file, offset, length, hash, is_refusal, prompt_tokens, generated_tokens };
+        self.uncommitted.written.push((line.row, entry));
         self.commit_when_many()
     }
 
     /// The input has a row whose line an earlier run has written.
     pub fn keep(&mut self, row: FinishedRow) -> Result<()> {
-        self.met_again.push((row.row, row.seq));
+        self.uncommitted.met_again.push(row.row, row.seq);
+        self.commit_when_many()
+    }
+
+    /// Keeps tokens of a row that has no line yet, for a run that has to go on from here: those from
+    /// `first` on, counted from 0. They take the place of all that is there from `first` on. Scores of
+    /// the prompt belong to the piece that begins at 0.
+    ///
+    /// The next commit speaks of them, and the one that speaks of the row's line forgets them.
+    pub fn checkpoint(&mut self, key: RequestKey, first: u64, more: &Generated) -> Result<()> {
+        self.uncommitted.checkpoints.push((key, first, more.clone()));
         self.commit_when_many()
     }
 
     /// Puts all lines so far on disk, and then has the journal vouch for them.
     pub fn commit(&mut self) -> Result<()> {
-        if self.written.is_empty() && self.met_again.is_empty() {
-            return Ok(());
-        }
-        self.output.sync()?;
-        self.errors.sync()?;
-        let lengths = [self.output.length(), self.errors.length(), self.stale_length];
-        self.journal.commit(&self.written, &self.met_again, &lengths)?;
-        self.written.clear();
-        self.met_again.clear();
-        Ok(())
+        if self.uncommitted.len() > 0 { self.commit_now() } else { Ok(()) }
     }
 
     /// Ends a run that stops before its end: what was done is kept for the next one.
     pub fn pause(mut self) -> Result<Written> {
-        self.commit()?;
-        self.total(0)
+        self.commit_now()?;
+        Ok(self.committed())
     }
 
     /// Ends a job whose rows all have their line: each file holds them in order, and no other.
     pub fn finish(mut self, unread: Unread) -> Result<Written> {
-        self.commit()?;
+        self.commit_now()?;
         let stale_lines = settle::settle(&mut self.journal, self.folder.path(), self.order, unread)?;
-        self.total(stale_lines)
+        Ok(Written { stale_lines, ..self.committed() })
     }
 
-    fn commit_when_many(&mut self) -> Result<()> {
-        match self.written.len() + self.met_again.len() {
-            COMMIT_ROWS.. => self.commit(),
-            _ => Ok(()),
+    /// What the journal vouches for as of the last commit, of this run and of earlier ones: after an error
+    /// that is all that counts.
+    pub fn committed(&self) -> Written {
+        let totals = self.journal.totals();
+        Written {
+            output_lines: totals.output_lines,
+            error_lines: totals.error_lines,
+            stale_lines: 0,
+            prompt_tokens: totals.prompt_tokens,
+            generated_tokens: totals.generated_tokens,
         }
     }
 
-    fn total(&self, stale_lines: u64) -> Result<Written> {
-        let totals = self.journal.totals()?;
-        Ok(Written {
-            output_lines: totals.output_lines,
-            error_lines: totals.error_lines,
-            stale_lines,
-            prompt_tokens: totals.prompt_tokens,
-            generated_tokens: totals.generated_tokens,
-        })
+    fn commit_when_many(&mut self) -> Result<()> {
+        if self.uncommitted.len() >= COMMIT_ROWS { self.commit_now() } else { Ok(()) }
+    }
+
+    fn commit_now(&mut self) -> Result<()> {
+        self.output.sync()?;
+        self.errors.sync()?;
+        let lengths = [self.output.length(), self.errors.length(), self.stale_length];
+        self.journal.commit(&self.uncommitted, &lengths)?;
+        self.uncommitted.clear();
+        Ok(())
     }
 }

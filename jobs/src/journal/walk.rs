@@ -1,9 +1,11 @@
 //! Walking over all lines that count, and putting them in order: memory holds one bit a row.
 
-use rusqlite::{Connection, Row};
-use scheduler::RequestKey;
+use rusqlite::{Transaction, TransactionBehavior, params};
 
-use super::{Entry, Journal, Lengths, insert, set_length};
+use super::entry::{self, Entry};
+use super::present::{self, Bits, Range, Ranges};
+use super::{Journal, Lengths, Totals, progress};
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::line::LineFile;
 
@@ -20,132 +22,108 @@ pub(crate) enum Selection {
     All,
 }
 
-const COLUMNS: &str = "seq, key, file, offset, length, is_refusal, prompt_tokens, generated_tokens";
+/// A line on the way.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Walked {
+    /// The index of its row in the present input, where the walk goes by it.
+    pub(crate) row: Option<u64>,
+    pub(crate) entry: Entry,
+}
 
 impl Journal {
     /// Shows each line of the selections, one selection after the other.
     pub(crate) fn walk(
         &self,
         selections: &[Selection],
-        mut visit: impl FnMut(Entry) -> Result<()>,
+        mut visit: impl FnMut(Walked) -> Result<()>,
     ) -> Result<()> {
-        let present = self.present()?;
-        selections.iter().try_for_each(|selection| self.walk_one(*selection, &present, &mut visit))
+        selections.iter().try_for_each(|selection| self.walk_one(*selection, &mut visit))
     }
 
-    /// Rewrites which lines of these files count. `rewrite` walks over the old ones and hands out each
-    /// that stays with its new place; the files it makes take their places after this.
+    /// Rewrites which lines count. `rewrite` walks over the old ones and hands out each that stays, with
+    /// its new place where that is another; the files that it has made anew take their places after this.
     pub(crate) fn replace(
         &mut self,
         files: &[LineFile],
-        rewrite: impl FnOnce(&Journal, &mut dyn FnMut(Entry) -> Result<()>) -> Result<Lengths>,
+        rewrite: impl FnOnce(&Journal, &mut dyn FnMut(Walked) -> Result<()>) -> Result<Lengths>,
     ) -> Result<()> {
         let journal: &Journal = self;
         let error = |source| Error::journal(&journal.path, source);
-        journal.db.execute_batch("BEGIN IMMEDIATE").map_err(error)?;
+        // It rolls back when it is dropped.
+        let transaction = Transaction::new_unchecked(&journal.db, TransactionBehavior::Immediate);
+        let transaction = transaction.map_err(error)?;
         let first = journal.next_seq;
         let mut seq = first;
-        let replaced = rewrite(journal, &mut |entry| {
-            insert(&journal.db, seq, &entry).map_err(error)?;
+        let (mut totals, mut present) = (Totals::default(), Ranges::default());
+        let lengths = rewrite(journal, &mut |Walked { row, entry }| {
+            entry::insert(&journal.db, seq, &entry).map_err(error)?;
+            totals.add(&entry);
+            if let Some(row) = row {
+                present.push(row, seq);
+            }
             seq += 1;
             Ok(())
-        })
-        .and_then(|lengths| {
-            let finish = || {
-                for file in LineFile::ALL {
-                    set_length(&journal.db, file, lengths[file.index()], files.contains(&file))?;
-                }
-                for file in files {
-                    let old = [file.index() as i64, first as i64];
-                    journal.db.execute("DELETE FROM rows WHERE file = ? AND seq < ?", old)?;
-                }
-                journal.db.execute_batch("DELETE FROM present; COMMIT")
-            };
-            finish().map_err(error)
-        });
-        if replaced.is_err() {
-            // What went wrong is said already; a connection that cannot roll back does so when it ends.
-            let _ = self.db.execute_batch("ROLLBACK");
-        } else {
-            self.next_seq = seq;
-        }
-        replaced
+        })?;
+        let finish = || {
+            for file in LineFile::ALL {
+                let is_replaced = files.contains(&file);
+                entry::set_length(&journal.db, file, lengths[file.index()], is_replaced)?;
+            }
+            journal.db.execute("DELETE FROM rows WHERE seq < ?", [first as i64])?;
+            journal.db.execute("DELETE FROM present", [])?;
+            present.insert(&journal.db)?;
+            progress::update(&journal.db, &journal.input, &totals, journal.checkpointed.tokens())
+        };
+        finish().map_err(error)?;
+        disk::commit(&journal.path, transaction)?;
+        (self.next_seq, self.totals) = (seq, totals);
+        Ok(())
     }
 
-    fn walk_one(
-        &self,
-        selection: Selection,
-        present: &Bits,
-        visit: &mut impl FnMut(Entry) -> Result<()>,
-    ) -> Result<()> {
-        let error = |source| Error::journal(&self.path, source);
+    fn walk_one(&self, selection: Selection, visit: &mut impl FnMut(Walked) -> Result<()>) -> Result<()> {
         // Lines that a rewriting adds meanwhile come behind those that were there.
-        let query = match selection {
-            Selection::PresentByRow => {
-                format!("SELECT {COLUMNS} FROM present JOIN rows USING (seq) WHERE seq < ? ORDER BY row")
+        let all = Range { row: 0, seq: 0, lines: self.next_seq };
+        match selection {
+            Selection::PresentByRow => self.for_each_range(|range| {
+                let row_of = |seq| Some(range.row + seq - range.seq);
+                self.walk_range(range, |seq, entry| visit(Walked { row: row_of(seq), entry }))
+            }),
+            Selection::All => self.walk_range(all, |_, entry| visit(Walked { row: None, entry })),
+            Selection::Present | Selection::Absent => {
+                let mut present = Bits::default();
+                self.for_each_range(|range| {
+                    present.set(range);
+                    Ok(())
+                })?;
+                let is_wanted = |seq| present.has(seq) == (selection == Selection::Present);
+                self.walk_range(all, |seq, entry| match is_wanted(seq) {
+                    true => visit(Walked { row: None, entry }),
+                    false => Ok(()),
+                })
             }
-            _ => format!("SELECT {COLUMNS} FROM rows WHERE seq < ? ORDER BY seq"),
-        };
-        let mut statement = self.db.prepare(&query).map_err(error)?;
-        let mut rows = statement.query([self.next_seq as i64]).map_err(error)?;
+        }
+    }
+
+    fn walk_range(&self, range: Range, mut visit: impl FnMut(u64, Entry) -> Result<()>) -> Result<()> {
+        let error = |source| Error::journal(&self.path, source);
+        let query = entry::LINES;
+        let mut statement = self.db.prepare_cached(query).map_err(error)?;
+        let bounds = params![range.seq as i64, (range.seq + range.lines) as i64];
+        let mut rows = statement.query(bounds).map_err(error)?;
         while let Some(row) = rows.next().map_err(error)? {
-            let (seq, entry) = read(row).map_err(error)?;
-            let is_wanted = match selection {
-                Selection::PresentByRow | Selection::All => true,
-                Selection::Present => present.has(seq),
-                Selection::Absent => !present.has(seq),
-            };
-            if is_wanted {
-                visit(entry)?;
-            }
+            let (seq, entry) = entry::read(row).map_err(error)?;
+            visit(seq, entry)?;
         }
         Ok(())
     }
 
-    fn present(&self) -> Result<Bits> {
-        Bits::load(&self.db).map_err(|source| Error::journal(&self.path, source))
-    }
-}
-
-fn read(row: &Row<'_>) -> rusqlite::Result<(u64, Entry)> {
-    let number = |column| row.get::<_, i64>(column).map(|number| number as u64);
-    let file = LineFile::of_index(row.get::<_, i64>(2)? as usize);
-    let entry = Entry {
-        key: RequestKey(u128::from_be_bytes(row.get(1)?)),
-        file: file.ok_or(rusqlite::Error::IntegralValueOutOfRange(2, row.get(2)?))?,
-        offset: number(3)?,
-        length: number(4)?,
-        is_refusal: row.get(5)?,
-        prompt_tokens: number(6)?,
-        generated_tokens: number(7)?,
-    };
-    Ok((number(0)?, entry))
-}
-
-/// A bit for each line in the journal: its row is in the present input.
-#[derive(Default)]
-struct Bits(Vec<u64>);
-
-impl Bits {
-    fn load(db: &Connection) -> rusqlite::Result<Bits> {
-        let mut bits = Bits::default();
-        let mut statement = db.prepare("SELECT seq FROM present")?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            bits.set(row.get::<_, i64>(0)? as u64);
+    fn for_each_range(&self, mut visit: impl FnMut(Range) -> Result<()>) -> Result<()> {
+        let error = |source| Error::journal(&self.path, source);
+        let mut statement = self.db.prepare(present::RANGES).map_err(error)?;
+        let mut ranges = statement.query([]).map_err(error)?;
+        while let Some(range) = ranges.next().map_err(error)? {
+            visit(present::read(range).map_err(error)?)?;
         }
-        Ok(bits)
-    }
-
-    fn set(&mut self, seq: u64) {
-        let word = (seq / 64) as usize;
-        if word >= self.0.len() {
-            self.0.resize(word + 1, 0);
-        }
-        self.0[word] |= 1 << (seq % 64);
-    }
-
-    fn has(&self, seq: u64) -> bool {
-        self.0.get((seq / 64) as usize).is_some_and(|word| word >> (seq % 64) & 1 == 1)
+        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use jobs::{FinishedRows, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer};
+use jobs::{EarlierRuns, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use scheduler::RequestKey;
@@ -99,7 +99,7 @@ impl Lines {
     }
 }
 
-fn open(folder: &Path, order: Order) -> (Writer, FinishedRows) {
+fn open(folder: &Path, order: Order) -> (Writer, EarlierRuns) {
     let folder = OutputFolder::open(folder, false).unwrap();
     folder.begin(order, &Settings::default(), 1, false).unwrap()
 }
@@ -134,11 +134,12 @@ fn crash(folder: &Path, tail: &[u8], torn: usize, log_at_begin: u64) -> TempDir 
 
 /// Runs once and compares with the model; the folder as it is then, and what is committed in it.
 fn check(folder: TempDir, before: Lines, run: &Run) -> (TempDir, Lines) {
-    let (mut writer, finished) = open(folder.path(), run.order);
+    let (mut writer, earlier) = open(folder.path(), run.order);
+    let finished = &earlier.finished;
     let log_at_begin = std::fs::metadata(folder.path().join("journal.sqlite-wal")).map_or(0, |log| log.len());
     assert!(before.are_in(folder.path()), "{before:?}");
     for key in 0..24 {
-        let is_there = finished.find(RequestKey(key.into()), 0).is_some();
+        let is_there = finished.find(RequestKey(key.into()), 0).unwrap().is_some();
         assert_eq!(is_there, before.has(key) && !is_refusal(key), "key {key}");
     }
 
@@ -151,7 +152,7 @@ fn check(folder: TempDir, before: Lines, run: &Run) -> (TempDir, Lines) {
     let mut lines = before.clone();
     let mut history = vec![before.clone()];
     for (done, (row, key)) in completed.into_iter().take(rows).enumerate() {
-        match finished.find(RequestKey(key.into()), row) {
+        match finished.find(RequestKey(key.into()), row).unwrap() {
             Some(finished) => writer.keep(finished).unwrap(),
             None => {
                 writer.write(&line(key, row)).unwrap();
@@ -254,8 +255,8 @@ fn a_death_before_a_rewritten_file_is_committed_leaves_the_old_one() {
     let before = read(folder.path(), "output.jsonl");
     std::fs::write(folder.path().join("output.jsonl.sorting"), "{\"half\":").unwrap();
     std::fs::write(folder.path().join("stale.jsonl"), "{\"half\":").unwrap();
-    let (_writer, finished) = open(folder.path(), Order::Input);
-    assert_eq!((finished.len(), read(folder.path(), "output.jsonl")), (7, before));
+    let (_writer, earlier) = open(folder.path(), Order::Input);
+    assert_eq!((earlier.finished.len(), read(folder.path(), "output.jsonl")), (7, before));
     assert!(!folder.path().join("output.jsonl.sorting").exists());
     assert!(!folder.path().join("stale.jsonl").exists());
 }
@@ -319,8 +320,8 @@ fn a_journal_that_is_none_any_more_is_named_with_its_cure() {
 fn a_journal_that_was_never_made_whole_is_made_again() {
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("journal.sqlite"), "").unwrap();
-    let (mut writer, finished) = open(folder.path(), Order::Input);
-    assert!(finished.is_empty());
+    let (mut writer, earlier) = open(folder.path(), Order::Input);
+    assert!(earlier.finished.is_empty());
     writer.write(&line(1, 0)).unwrap();
     assert_eq!(writer.finish(Unread::HasLeft).unwrap().output_lines, 1);
 }
@@ -338,8 +339,8 @@ fn the_reader_tells_finished_rows_by_their_places() {
     let world = World::new();
     let [a, b] = ["a", "b"].map(|id| completion_line(id, json!({})));
     let folder = TempDir::new().unwrap();
-    let (mut writer, finished) = open(folder.path(), Order::Input);
-    for row in world.reader_after(format!("{a}\n{b}\nbroken\n"), finished) {
+    let (mut writer, earlier) = open(folder.path(), Order::Input);
+    for row in world.reader_after(format!("{a}\n{b}\nbroken\n"), earlier) {
         match row.unwrap() {
             Row::Request(row) => {
                 let key = row.request.key;
@@ -350,11 +351,11 @@ fn the_reader_tells_finished_rows_by_their_places() {
         }
     }
     writer.pause().unwrap();
-    let (_writer, finished) = open(folder.path(), Order::Input);
-    assert_eq!(finished.len(), 2, "a row that was refused is looked at again");
+    let (_writer, earlier) = open(folder.path(), Order::Input);
+    assert_eq!(earlier.finished.len(), 2, "a row that was refused is looked at again");
     // The envelope of `b` is broken now: its body alone does not make it the finished row.
     let input = format!("broken\n{}\n{a}\n", b.replace("POST", "GET"));
-    let rows: Vec<Row> = world.reader_after(input, finished).map(Result::unwrap).collect();
+    let rows: Vec<Row> = world.reader_after(input, earlier).map(Result::unwrap).collect();
     let [Row::Rejected(_), Row::Rejected(_), Row::Finished(row)] = rows.as_slice() else {
         panic!("{rows:?}")
     };

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use jobs::{
-    FinishedRows, ModelText, ModelTextOptions, Preparer, PromptOptions, Reader, Row, RowOptions,
+    EarlierRuns, ModelText, ModelTextOptions, Preparer, PromptOptions, Reader, Row, RowOptions,
     SamplingOptions, Tokenizer,
 };
 use serde_json::{Value, json};
@@ -157,13 +157,13 @@ impl World {
     }
 
     pub(crate) fn reader(&self, input: impl AsRef<[u8]>) -> Reader {
-        self.reader_after(input, FinishedRows::default())
+        self.reader_after(input, EarlierRuns::default())
     }
 
-    /// A reader that knows of rows that earlier runs have finished.
-    pub(crate) fn reader_after(&self, input: impl AsRef<[u8]>, finished: FinishedRows) -> Reader {
+    /// A reader that knows what earlier runs have done.
+    pub(crate) fn reader_after(&self, input: impl AsRef<[u8]>, earlier: EarlierRuns) -> Reader {
         self.file("input.jsonl", input);
-        Reader::open(&self.path().join("input.jsonl"), self.preparer(), self.limit).unwrap().after(finished)
+        Reader::open(&self.path().join("input.jsonl"), self.preparer(), self.limit).unwrap().after(earlier)
     }
 
     pub(crate) fn rows(&self, input: impl AsRef<[u8]>) -> Vec<Row> {

@@ -1,0 +1,118 @@
+//! What the reader of a run takes along from those before it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use scheduler::{Generated, Request, RequestKey};
+
+use super::progress::InputProgress;
+use super::{Journal, Totals};
+use crate::digest_map::DigestMap;
+use crate::error::{Error, Result};
+use crate::line::LineFile;
+
+/// What earlier runs have done, and where the present one says how far it has read.
+#[derive(Default)]
+pub struct EarlierRuns {
+    /// The output folder; nothing where there was no journal.
+    pub(crate) folder: Option<PathBuf>,
+    /// Rows that need not be computed again.
+    pub finished: FinishedRows,
+    /// Tokens of rows that have no line. Memory holds them all: they are no more than what earlier runs
+    /// had in flight when they ended.
+    so_far: HashMap<RequestKey, Generated>,
+    pub(crate) input: Arc<InputProgress>,
+}
+
+/// Rows that need not be computed again.
+#[derive(Default)]
+pub struct FinishedRows {
+    /// By their keys twice the number in the journal, and one more for an error line.
+    rows: DigestMap,
+    count: u64,
+}
+
+/// A row whose line is there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FinishedRow {
+    /// Position among the rows of the present input.
+    pub row: u64,
+    /// Where its line is.
+    pub file: LineFile,
+    pub(crate) seq: u64,
+}
+
+impl EarlierRuns {
+    pub(super) fn new(
+        folder: &Path,
+        finished: FinishedRows,
+        so_far: HashMap<RequestKey, Generated>,
+        input: Arc<InputProgress>,
+    ) -> EarlierRuns {
+        EarlierRuns { folder: Some(folder.to_owned()), finished, so_far, input }
+    }
+
+    /// What is there of the answer to a request; it is handed out once.
+    pub fn take_so_far(&mut self, request: &Request) -> Generated {
+        let so_far = self.so_far.remove(&request.key);
+        so_far.filter(|generated| is_part_of_answer(generated, request)).unwrap_or_default()
+    }
+}
+
+/// Whether a sequence can go on from here. It always can where the journal is as it was written; what is
+/// not is computed anew.
+fn is_part_of_answer(generated: &Generated, request: &Request) -> bool {
+    let Generated { tokens, logprobs, prompt_logprobs } = generated;
+    let sampling = &request.sampling;
+    let scores = |is_wanted: bool, tokens: usize| if is_wanted { tokens } else { 0 };
+    tokens.len() < sampling.max_tokens as usize
+        && logprobs.len() == scores(sampling.logprobs.is_some(), tokens.len())
+        && prompt_logprobs.len() == scores(sampling.prompt_logprobs, request.prompt.len() - 1)
+}
+
+impl FinishedRows {
+    /// How many there are.
+    pub fn len(&self) -> u64 {
+        self.count
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The finished row of a key, which stands at this position of the present input.
+    pub fn find(&self, key: RequestKey, row: u64) -> Result<Option<FinishedRow>> {
+        let place = self.rows.get(&key.0.to_be_bytes())?;
+        Ok(place.map(|place| {
+            let file = if place.is_multiple_of(2) { LineFile::Output } else { LineFile::Errors };
+            FinishedRow { row, file, seq: place / 2 }
+        }))
+    }
+
+    /// All rows of a journal, and what they sum up to. What memory does not hold lies in the folder.
+    pub(super) fn load(journal: &Journal, folder: &Path) -> Result<(FinishedRows, Totals)> {
+        let error = |source| Error::journal(&journal.path, source);
+        let (mut finished, mut totals) = (FinishedRows::default(), Totals::default());
+        finished.rows.keep_files_in(folder);
+        let query = "SELECT seq, key, file, prompt_tokens, generated_tokens FROM rows";
+        let mut statement = journal.db.prepare(query).map_err(error)?;
+        let mut rows = statement.query([]).map_err(error)?;
+        while let Some(row) = rows.next().map_err(error)? {
+            let number = |column| row.get::<_, i64>(column).map(|number| number as u64).map_err(error);
+            let file = LineFile::of_index(number(2)? as usize);
+            let is_error = file == Some(LineFile::Errors);
+            match is_error {
+                true => totals.error_lines += 1,
+                false => totals.output_lines += 1,
+            }
+            totals.prompt_tokens += number(3)?;
+            totals.generated_tokens += number(4)?;
+            finished.rows.insert(row.get(1).map_err(error)?, 2 * number(0)? + u64::from(is_error))?;
+            finished.count += 1;
+        }
+        finished.rows.compact()?;
+        Ok((finished, totals))
+    }
+}

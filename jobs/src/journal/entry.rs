@@ -1,0 +1,105 @@
+//! One line in the journal.
+
+use rusqlite::{Connection, Row, params};
+use scheduler::RequestKey;
+
+use crate::digest_map::Digest;
+use crate::line::LineFile;
+
+/// A line that was appended to a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Identity of its row.
+    pub key: RequestKey,
+    /// The file.
+    pub file: LineFile,
+    /// Where it begins.
+    pub offset: u64,
+    /// Its bytes, the newline among them.
+    pub length: u64,
+    /// 128 bits of BLAKE3 of these bytes.
+    pub hash: [u8; 16],
+    /// The row was refused without work, and is looked at again by each run.
+    pub is_refusal: bool,
+    /// Tokens of the prompt that was answered.
+    pub prompt_tokens: u64,
+    /// Tokens generated for it.
+    pub generated_tokens: u64,
+}
+
+/// Lines that count, and the tokens behind them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    pub(crate) output_lines: u64,
+    pub(crate) error_lines: u64,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) generated_tokens: u64,
+}
+
+impl Totals {
+    pub(crate) fn add(&mut self, entry: &Entry) {
+        match entry.file {
+            LineFile::Output => self.output_lines += 1,
+            LineFile::Errors => self.error_lines += 1,
+            LineFile::Stale => {}
+        }
+        self.prompt_tokens += entry.prompt_tokens;
+        self.generated_tokens += entry.generated_tokens;
+    }
+}
+
+/// Lines from one number up to another, for [`read`].
+pub(super) const LINES: &str = "
+    SELECT seq, key, file, offset, length, hash, is_refusal, prompt_tokens, generated_tokens
+    FROM rows WHERE seq >= ? AND seq < ? ORDER BY seq";
+
+/// The 128 bits of BLAKE3 of a line with its newline.
+pub(crate) fn line_hash(line: &[u8]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(line).update(b"\n");
+    *hasher.finalize().as_bytes().first_chunk().expect("16 of 32 bytes")
+}
+
+pub(super) fn insert(db: &Connection, seq: u64, entry: &Entry) -> rusqlite::Result<()> {
+    db.prepare_cached("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)")?
+        .execute(params![
+            seq as i64,
+            entry.key.0.to_be_bytes(),
+            entry.file.index() as i64,
+            entry.offset as i64,
+            entry.length as i64,
+            entry.hash,
+            entry.is_refusal,
+            entry.prompt_tokens as i64,
+            entry.generated_tokens as i64,
+        ])
+        .map(drop)
+}
+
+pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<(u64, Entry)> {
+    let number = |column| row.get::<_, i64>(column).map(|number| number as u64);
+    let file = LineFile::of_index(row.get::<_, i64>(2)? as usize);
+    let entry = Entry {
+        key: RequestKey(u128::from_be_bytes(row.get(1)?)),
+        file: file.ok_or(rusqlite::Error::IntegralValueOutOfRange(2, row.get(2)?))?,
+        offset: number(3)?,
+        length: number(4)?,
+        hash: row.get(5)?,
+        is_refusal: row.get(6)?,
+        prompt_tokens: number(7)?,
+        generated_tokens: number(8)?,
+    };
+    Ok((number(0)?, entry))
+}
+
+/// So many bytes of a file count.
+pub(super) fn set_length(
+    db: &Connection,
+    file: LineFile,
+    length: u64,
+    is_replaced: bool,
+) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE files SET length = ?, is_replaced = ? WHERE file = ?")?
+        .execute(params![length as i64, is_replaced, file.index() as i64])
+        .map(drop)
+}

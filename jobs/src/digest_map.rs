@@ -95,6 +95,16 @@ impl DigestMap {
         compact(self).map_err(|source| self.error(source))
     }
 
+    /// Whether there is more than memory holds.
+    pub(crate) fn is_on_disk(&self) -> bool {
+        !self.runs.is_empty()
+    }
+
+    /// What went wrong with a file beside the map's own.
+    pub(crate) fn error(&self, source: std::io::Error) -> Error {
+        Error::Spill { folder: self.folder.clone(), source }
+    }
+
     fn spill(&mut self) -> std::io::Result<()> {
         self.write_buffer()?;
         // Newer runs are never larger than older ones: equals stand together at the end.
@@ -125,15 +135,11 @@ impl DigestMap {
         self.runs.push(merged);
         Ok(())
     }
-
-    fn error(&self, source: std::io::Error) -> Error {
-        Error::Spill { folder: self.folder.clone(), source }
-    }
 }
 
 /// A digest is a hash already.
 #[derive(Default)]
-struct DigestHasher(u64);
+pub(crate) struct DigestHasher(u64);
 
 impl Hasher for DigestHasher {
     fn finish(&self) -> u64 {

@@ -12,6 +12,7 @@
 mod checkpoints;
 mod earlier;
 mod entry;
+mod in_order;
 mod present;
 mod progress;
 mod view;

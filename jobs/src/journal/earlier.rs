@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use scheduler::{Generated, Request, RequestKey};
 
+use super::in_order::InOrder;
 use super::progress::InputProgress;
 use super::{Journal, Totals};
-use crate::digest_map::DigestMap;
+use crate::digest_map::{Digest, DigestMap};
 use crate::error::{Error, Result};
 use crate::line::LineFile;
 
@@ -30,6 +31,7 @@ pub struct EarlierRuns {
 pub struct FinishedRows {
     /// By their keys twice the number in the journal, and one more for an error line.
     rows: DigestMap,
+    in_order: Option<InOrder>,
     count: u64,
 }
 
@@ -83,12 +85,24 @@ impl FinishedRows {
     }
 
     /// The finished row of a key, which stands at this position of the present input.
-    pub fn find(&self, key: RequestKey, row: u64) -> Result<Option<FinishedRow>> {
-        let place = self.rows.get(&key.0.to_be_bytes())?;
+    pub fn find(&mut self, key: RequestKey, row: u64) -> Result<Option<FinishedRow>> {
+        let place = self.place(&key.0.to_be_bytes())?;
         Ok(place.map(|place| {
             let file = if place.is_multiple_of(2) { LineFile::Output } else { LineFile::Errors };
             FinishedRow { row, file, seq: place / 2 }
         }))
+    }
+
+    fn place(&mut self, key: &Digest) -> Result<Option<u64>> {
+        let Some(in_order) = &mut self.in_order else { return self.rows.get(key) };
+        if let Some(place) = in_order.get(key).map_err(|source| self.rows.error(source))? {
+            return Ok(Some(place));
+        }
+        let place = self.rows.get(key)?;
+        if let Some(place) = place {
+            in_order.miss(place).map_err(|source| self.rows.error(source))?;
+        }
+        Ok(place)
     }
 
     /// All rows of a journal, and what they sum up to. What memory does not hold lies in the folder.
@@ -96,7 +110,8 @@ impl FinishedRows {
         let error = |source| Error::journal(&journal.path, source);
         let (mut finished, mut totals) = (FinishedRows::default(), Totals::default());
         finished.rows.keep_files_in(folder);
-        let query = "SELECT seq, key, file, prompt_tokens, generated_tokens FROM rows";
+        let query = "SELECT seq, key, file, prompt_tokens, generated_tokens FROM rows ORDER BY seq";
+        let mut in_order = InOrder::new(folder).map_err(|source| finished.rows.error(source))?;
         let mut statement = journal.db.prepare(query).map_err(error)?;
         let mut rows = statement.query([]).map_err(error)?;
         while let Some(row) = rows.next().map_err(error)? {
@@ -109,10 +124,16 @@ impl FinishedRows {
             }
             totals.prompt_tokens += number(3)?;
             totals.generated_tokens += number(4)?;
-            finished.rows.insert(row.get(1).map_err(error)?, 2 * number(0)? + u64::from(is_error))?;
+            let (key, place) = (row.get(1).map_err(error)?, 2 * number(0)? + u64::from(is_error));
+            finished.rows.insert(key, place)?;
+            in_order.push(&key, place).map_err(|source| finished.rows.error(source))?;
             finished.count += 1;
         }
         finished.rows.compact()?;
+        if finished.rows.is_on_disk() {
+            in_order.finish().map_err(|source| finished.rows.error(source))?;
+            finished.in_order = Some(in_order);
+        }
         Ok((finished, totals))
     }
 }

@@ -134,8 +134,8 @@ fn crash(folder: &Path, tail: &[u8], torn: usize, log_at_begin: u64) -> TempDir 
 
 /// Runs once and compares with the model; the folder as it is then, and what is committed in it.
 fn check(folder: TempDir, before: Lines, run: &Run) -> (TempDir, Lines) {
-    let (mut writer, earlier) = open(folder.path(), run.order);
-    let finished = &earlier.finished;
+    let (mut writer, mut earlier) = open(folder.path(), run.order);
+    let finished = &mut earlier.finished;
     let log_at_begin = std::fs::metadata(folder.path().join("journal.sqlite-wal")).map_or(0, |log| log.len());
     assert!(before.are_in(folder.path()), "{before:?}");
     for key in 0..24 {

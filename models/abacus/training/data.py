@@ -1,0 +1,87 @@
+"""Training data: questions as padded micro-batches of nearly equal lengths."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import chat
+import questions
+
+# How often each kind is asked: long answers and long ways to them are asked more.
+KIND_WEIGHTS = {
+    "addition": 1.0,
+    "subtraction": 1.0,
+    "multiplication": 2.0,
+    "comparing": 0.6,
+    "sorting": 1.6,
+    "counting": 1.2,
+}
+
+THINKING_SHARE = 0.85
+
+IGNORED = -100  # a target that has no loss: prompt and padding
+
+POOL = 4_096  # examples that are sorted by length together
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows padded to one length; ids and targets: [rows, tokens]."""
+
+    ids: Tensor
+    targets: Tensor
+
+    @property
+    def learned_tokens(self) -> int:
+        return int((self.targets != IGNORED).sum())
+
+
+def collate(examples: list[chat.Example], pad: int) -> MicroBatch:
+    """Pads on the right, where causal attention sees nothing of it."""
+    tokens = max(map(len, examples)) - 1
+    ids = torch.full((len(examples), tokens), pad)
+    targets = torch.full((len(examples), tokens), IGNORED)
+    for row, example in enumerate(examples):
+        sequence = torch.tensor(example.prompt + example.completion)
+        start, end = len(example.prompt) - 1, len(sequence) - 1
+        ids[row, :end] = sequence[:-1]
+        targets[row, start:end] = sequence[start + 1 :]
+    return MicroBatch(ids, targets)
+
+
+class Stream:
+    """Endless micro-batches of the training side of the split."""
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, micro_batch_tokens: int):
+        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+        self.pad, self.micro_batch_tokens = tokenizer.token_to_id(chat.PAD), micro_batch_tokens
+        self.ready: list[MicroBatch] = []
+
+    def take(self, count: int) -> list[MicroBatch]:
+        while len(self.ready) < count:
+            self.ready += self._pool()
+        taken, self.ready = self.ready[:count], self.ready[count:]
+        return taken
+
+    def _pool(self) -> list[MicroBatch]:
+        kinds = self.rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()), k=POOL)
+        asked = [(questions.sample(k, self.rng, held_out=False), self.rng.random() < THINKING_SHARE) for k in kinds]
+        batches = by_length(chat.encode(self.tokenizer, asked), self.micro_batch_tokens, self.pad)
+        self.rng.shuffle(batches)
+        return batches
+
+
+def by_length(examples: list[chat.Example], tokens: int, pad: int) -> list[MicroBatch]:
+    """Cuts examples, sorted by length, into micro-batches of at most so many tokens with padding."""
+    batches, rows = [], []
+    for example in sorted(examples, key=len):
+        if rows and (len(rows) + 1) * len(example) > tokens:
+            batches.append(collate(rows, pad))
+            rows = []
+        rows.append(example)
+    return [*batches, collate(rows, pad)]

@@ -3,11 +3,15 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use jobs::faults::Faults;
 
 /// Turns a file of prompts into a file of completions, with language models whose blocks are not alike.
 #[derive(Debug, Parser)]
 #[command(name = "spanwise", version, max_term_width = 100, arg_required_else_help = true)]
 pub(crate) struct Cli {
+    /// A plan of faults, for tests of the program: see jobs/src/faults.rs
+    #[arg(long, hide = true, value_name = "PLAN")]
+    pub(crate) faults: Option<Faults>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }

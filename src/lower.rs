@@ -1,8 +1,9 @@
 //! From a job file's words to each crate's options: deciding only, nothing is started here.
 
 use std::ops::Range;
+use std::time::Duration;
 
-use actors::{PipelineOptions, StagePlacement};
+use actors::{Limits, PipelineOptions, StagePlacement};
 use anyhow::{Result, bail};
 use configs::{KvCacheTokens, Stages};
 use jobs::NumericProfile;
@@ -56,8 +57,11 @@ pub(crate) fn pipeline(
         context_tokens,
         efficient_tokens: CPU_EFFICIENT_TOKENS,
     };
-    let window = window(pipeline.max_sequences);
-    Ok(PipelineOptions { stages, dtypes, scheduler, window })
+    let limits = Limits {
+        window: window(pipeline.max_sequences),
+        step_timeout: Duration::from_secs(pipeline.step_timeout_seconds as u64),
+    };
+    Ok(PipelineOptions { stages, dtypes, scheduler, limits })
 }
 
 /// Rows offered to the pipeline at once.
@@ -157,6 +161,7 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     };
     most("devices", pipeline.devices.len(), 1 << 10)?;
     most("threads", pipeline.threads.unwrap_or(1), 1 << 10)?;
+    most("step_timeout_seconds", pipeline.step_timeout_seconds, 1 << 30)?;
     most("max_sequences", pipeline.max_sequences, 1 << 16)?;
     most("micro_batch_tokens", pipeline.micro_batch_tokens, 1 << 20)?;
     match pipeline.kv_cache_tokens {

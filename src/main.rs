@@ -30,6 +30,9 @@ const RUNTIME_THREADS: usize = 2;
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(say_panic));
     let cli = Cli::parse();
+    if let Some(faults) = cli.faults {
+        faults.install();
+    }
     let filter = EnvFilter::try_from_env("SPANWISE_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -73,11 +73,15 @@ impl Report {
         for (index, stage) in self.stages.iter().enumerate() {
             let share =
                 |time: Duration| if seconds > 0.0 { 100.0 * time.as_secs_f64() / seconds } else { 0.0 };
+            let restarted = match stage.times.restarts {
+                0 => String::new(),
+                times => format!(", started again {} times", grouped(times)),
+            };
             let bubble = self.active.saturating_sub(stage.times.busy);
             add(
                 &format!("stage {index}"),
                 format!(
-                    "{}: busy {:.1} %, bubble {:.1} %, {} micro-batches of {:.0} tokens",
+                    "{}: busy {:.1} %, bubble {:.1} %, {} micro-batches of {:.0} tokens{restarted}",
                     stage.name,
                     share(stage.times.busy),
                     share(bubble),

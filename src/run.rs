@@ -42,7 +42,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let numeric_profile = lower::numeric_profile(&options);
-    let Files { text, reader, writer } =
+    let Files { text, reader, writer, created } =
         open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &args)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
@@ -63,9 +63,16 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     };
     let display = Display::start(args.progress, watched);
     let tokenizer = text.tokenizer().cloned();
-    let max_error_rate = job.job.max_error_rate;
-    let progress_of_job = Arc::clone(&progress);
-    let options = JobOptions { reader, writer, tokenizer, limits, max_error_rate, progress: progress_of_job };
+    let options = JobOptions {
+        reader,
+        writer,
+        tokenizer,
+        created,
+        limits,
+        max_error_rate: job.job.max_error_rate,
+        checkpoint_tokens: job.job.checkpoint_tokens,
+        progress: Arc::clone(&progress),
+    };
     let outcome = actors::run_job(&pipeline, options, interrupt.wait()).await?;
     drop(display);
 
@@ -95,6 +102,8 @@ struct Files {
     text: Arc<ModelText>,
     reader: Reader,
     writer: Writer,
+    /// When the job's first run began, in Unix seconds.
+    created: u64,
 }
 
 fn open_files(
@@ -122,7 +131,7 @@ fn open_files(
     let settings = preparer.settings().with_numerics(numeric_profile);
     let reader = Reader::open(&job.job.input, preparer, args.limit)?;
     let (writer, finished) = folder.begin(order(job.job.order), &settings, began_at, args.accept_numerics)?;
-    Ok(Files { text, reader: reader.after(finished), writer })
+    Ok(Files { text, reader: reader.after(finished), writer, created: began_at })
 }
 
 /// The textual side of a model, as of a moment in Unix seconds.

@@ -39,6 +39,7 @@ pub async fn answer(
         stop,
         completed: listener.clone().recipient(),
         sampled: Some(listener.recipient()),
+        checkpoints: None,
     };
     pipeline.actor.tell(prompt).await.map_err(|_| Error::Ended("the pipeline"))?;
     match running.await {

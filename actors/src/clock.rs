@@ -1,7 +1,10 @@
 //! Where the time of a run goes: how long each stage was busy, and how long there was anything to do.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use scheduler::MicroBatchId;
 
 /// What one stage has done so far; its device thread writes, anybody reads.
 #[derive(Debug, Default)]
@@ -9,6 +12,7 @@ pub struct StageClock {
     busy_ns: AtomicU64,
     steps: AtomicU64,
     tokens: AtomicU64,
+    restarts: AtomicU64,
 }
 
 /// A reading of a [`StageClock`].
@@ -20,9 +24,15 @@ pub struct StageTimes {
     pub steps: u64,
     /// Tokens computed, prompts' and generated ones.
     pub tokens: u64,
+    /// How often the stage had to be started again.
+    pub restarts: u64,
 }
 
 impl StageClock {
+    pub(crate) fn add_restart(&self) {
+        self.restarts.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn add_step(&self, busy: Duration, tokens: usize) {
         self.busy_ns.fetch_add(busy.as_nanos() as u64, Ordering::Relaxed);
         self.steps.fetch_add(1, Ordering::Relaxed);
@@ -35,7 +45,25 @@ impl StageClock {
             busy: Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed)),
             steps: self.steps.load(Ordering::Relaxed),
             tokens: self.tokens.load(Ordering::Relaxed),
+            restarts: self.restarts.load(Ordering::Relaxed),
         }
+    }
+}
+
+/// What a device thread is at; the thread writes, its watchdog reads.
+#[derive(Debug, Default)]
+pub(crate) struct AtWork(Mutex<Option<(MicroBatchId, Instant)>>);
+
+impl AtWork {
+    pub(crate) fn set(&self, micro_batch: Option<MicroBatchId>) {
+        let at_work = micro_batch.map(|id| (id, Instant::now()));
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = at_work;
+    }
+
+    /// The micro-batch that it computes, and for how long by now.
+    pub(crate) fn get(&self) -> Option<(MicroBatchId, Duration)> {
+        let at_work = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        at_work.map(|(id, since)| (id, since.elapsed()))
     }
 }
 

@@ -14,13 +14,14 @@ use scheduler::MicroBatchOutput;
 use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
 
-use crate::clock::StageClock;
+use crate::clock::{AtWork, StageClock};
 use crate::error::{Error, Result, panic_message, with_causes};
 use crate::link::{Link, is_delivered};
-use crate::stage::{DeviceFailed, StageActor, Step};
+use crate::stage::{DeviceFailed, StageActor, StageEnd, Step, Work};
+use crate::stage_set::Lost;
 
-/// Loads a stage on its device thread.
-pub(crate) type LoadStage = Box<dyn FnOnce() -> stages::Result<Box<dyn Stage>> + Send>;
+/// Loads a stage on its device thread, each time that it is started.
+pub(crate) type LoadStage = Arc<dyn Fn() -> stages::Result<Box<dyn Stage>> + Send + Sync>;
 
 /// Where a stage's results go.
 pub(crate) enum Next {
@@ -36,9 +37,11 @@ pub(crate) struct Tokens(pub(crate) MicroBatchOutput);
 /// All that the thread works with.
 pub(crate) struct DeviceThread {
     pub(crate) index: usize,
-    pub(crate) steps: Receiver<Step>,
+    pub(crate) work: Receiver<Work>,
     pub(crate) next: Next,
     pub(crate) clock: Arc<StageClock>,
+    pub(crate) at_work: Arc<AtWork>,
+    pub(crate) lost: Lost,
     /// Weak, so that the actor can end, and its thread after it.
     pub(crate) owner: WeakActorRef<StageActor>,
 }
@@ -54,7 +57,7 @@ impl DeviceThread {
     fn run(self, load: LoadStage, ready: oneshot::Sender<Result<()>>) {
         let stage = self.index;
         let begun = Instant::now();
-        let loaded = match catch_unwind(AssertUnwindSafe(load)) {
+        let loaded = match catch_unwind(AssertUnwindSafe(|| load())) {
             Ok(Ok(loaded)) => Ok(loaded),
             Ok(Err(error)) => Err(Error::Load { stage, message: with_causes(&error) }),
             Err(panic) => Err(Error::Panic { stage, message: panic_message(&*panic) }),
@@ -71,31 +74,50 @@ impl DeviceThread {
         if ready.send(Ok(())).is_err() {
             return;
         }
-        // Ends when the actor is gone, and with it the sender of steps.
-        for step in &self.steps {
-            match self.step(&mut *stage, step) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => {
-                    if let Some(owner) = self.owner.upgrade() {
-                        let _ = owner.tell(DeviceFailed(error)).blocking_send();
-                    }
-                    return;
+        // Ends when the actor is gone, and with it the sender of work.
+        for work in &self.work {
+            let step = match work {
+                Work::Step(step) => step,
+                Work::Flush(flush) => {
+                    flush.answer();
+                    continue;
                 }
+            };
+            let micro_batch = Some(step.batch.id);
+            self.at_work.set(micro_batch);
+            let stepped = self.step(&mut *stage, step);
+            self.at_work.set(None);
+            if let Err(error) = stepped {
+                // Freed before another takes its place: a device may not hold two.
+                drop(stage);
+                if let Some(owner) = self.owner.upgrade() {
+                    let _ = owner.tell(DeviceFailed(StageEnd { error, micro_batch })).blocking_send();
+                }
+                return;
             }
         }
     }
 
-    /// Computes one micro-batch and passes it on; false when there is nobody to pass it to.
-    fn step(&self, stage: &mut dyn Stage, step: Step) -> Result<bool> {
+    /// Computes one micro-batch, unless it is lost, and passes it on.
+    fn step(&self, stage: &mut dyn Stage, step: Step) -> Result<()> {
         let Step { batch, input } = step;
+        if self.lost.contains(batch.id) {
+            return Ok(());
+        }
         let index = self.index;
         let start = Instant::now();
-        let output = match catch_unwind(AssertUnwindSafe(|| stage.step(&batch, input))) {
+        let compute = || {
+            jobs::faults::step(index);
+            stage.step(&batch, input)
+        };
+        let output = match catch_unwind(AssertUnwindSafe(compute)) {
             Ok(Ok(output)) => output,
             Ok(Err(error)) => return Err(Error::Step { stage: index, message: with_causes(&error) }),
             Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
         };
+        if self.lost.contains(batch.id) {
+            return Ok(()); // While it was computed.
+        }
         let (busy, tokens) = (start.elapsed(), batch.num_tokens());
         tracing::debug!(
             stage = index,
@@ -105,15 +127,18 @@ impl DeviceThread {
             "step"
         );
         self.clock.add_step(busy, tokens);
-        Ok(match (output, &self.next) {
+        match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
-            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => pipeline
-                .upgrade()
-                .is_some_and(|pipeline| is_delivered(pipeline.tell(Tokens(output)).try_send())),
+            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {
+                if let Some(pipeline) = pipeline.upgrade() {
+                    is_delivered(pipeline.tell(Tokens(output)).try_send());
+                }
+            }
             (StageOutput::Activations(_), Next::Pipeline(_)) => panic!("the last stage made activations"),
             (StageOutput::Tokens(_), Next::Stage(_)) => {
                 panic!("stage {index} drew tokens and is not the last")
             }
-        })
+        }
+        Ok(())
     }
 }

@@ -1,5 +1,8 @@
 //! What ends a pipeline or a job.
 
+use std::ops::ControlFlow;
+
+use kameo::actor::ActorId;
 use kameo::error::ActorStopReason;
 
 /// An error of a stage, or of the job's files.
@@ -28,6 +31,22 @@ pub enum Error {
         stage: usize,
         /// The panic's message.
         message: String,
+    },
+    /// A stage's step took longer than it may.
+    #[error("stage {stage}: a step did not end within {seconds} s, the [pipeline] step_timeout_seconds")]
+    Hang {
+        /// The stage, from 0.
+        stage: usize,
+        /// The time it had.
+        seconds: u64,
+    },
+    /// A stage ended again and again, however often it was started.
+    #[error("{end}; stages have ended {times} times with no micro-batch done between, and are given up")]
+    GivenUp {
+        /// The last end.
+        end: Box<Error>,
+        /// Ends in a row.
+        times: u32,
     },
     /// The job's input could not be read, or its output could not be written.
     #[error("{0}")]
@@ -80,5 +99,13 @@ pub(crate) fn death_error(reason: &ActorStopReason) -> Error {
             })
         }
         _ => Error::Ended("the pipeline"),
+    }
+}
+
+/// What the end of a linked actor means to one that does not supervise it.
+pub(crate) fn link_death(id: ActorId, reason: ActorStopReason) -> ControlFlow<ActorStopReason> {
+    match reason {
+        ActorStopReason::Normal | ActorStopReason::SupervisorRestart => ControlFlow::Continue(()),
+        reason => ControlFlow::Break(ActorStopReason::LinkDied { id, reason: Box::new(reason) }),
     }
 }

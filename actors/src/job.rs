@@ -1,49 +1,43 @@
 //! The job actor: feeds rows to a pipeline and hands what comes back to the writer.
 //!
-//! Two threads stand beside it, since files block: one reads, renders and tokenizes rows, the other
-//! detokenizes, writes lines and commits them. Memory is bounded by credits: the reader takes one for each
-//! row it hands over, and gets it back when the row's line goes to the writer. Rows that earlier runs have
+//! It carries events to [`JobState`], which decides, and decisions away from it. Files block, so a reader
+//! and a writer thread stand beside it. Memory is bounded by credits: the reader takes one for each row it
+//! hands over, and gets it back when the row's line goes to the writer. Rows that earlier runs have
 //! finished pass by in bunches.
 
-use std::collections::HashMap;
+mod state;
+pub(crate) mod threads;
+
 use std::future::Future;
 use std::ops::ControlFlow;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::AtomicU64;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use jobs::{
-    FinishedRow, InputRecord, Line, LineFile, PreparedRow, Reader, Row, StopMatcher, Tokenizer, Unread,
-    Writer, Written,
-};
+use crossbeam::channel::{Sender, bounded};
+use jobs::{FinishedRow, InputRecord, Reader, Row, StopMatcher, Tokenizer, Unread, Writer, Written};
 use kameo::Actor;
-use kameo::actor::{ActorId, ActorRef, PreparedActor, WeakActorRef};
+use kameo::actor::{ActorId, ActorRef, PreparedActor, Recipient, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
 use kameo::mailbox;
 use kameo::message::{Context, Message};
-use scheduler::Completion;
+use tokio::sync::Semaphore;
 
-use crate::error::{Error, Result, death_error, panic_message, with_causes};
+pub(crate) use self::state::{Fate, JobState, Unwritten};
+pub(crate) use self::threads::LineMaker;
+use crate::error::{Error, Result, death_error};
 use crate::link::is_delivered;
-use crate::pipeline::{Completed, PipelineActor, Prompt};
+use crate::pipeline::{Checkpoint, Checkpoints, Completed, PipelineActor, Prompt};
 use crate::start::Pipeline;
 
-/// How often lines are put on disk and committed. This much work is lost at most when the program dies; a
-/// commit takes a few syncs of 1 to 20 ms each, and the pipeline does not wait for them.
-const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
-
-/// Finished rows that pass by in one message, which costs about as much as reading some rows.
-const BUNCH_ROWS: usize = 1024;
-
-/// No share of errors is judged among fewer rows than these: the first row of a good job may be a bad one.
-const LEAST_ROWS_TO_JUDGE: u64 = 20;
+/// Checkpoints that may be under way at once, of a few thousand bytes each. One that finds no leave goes
+/// with the next of its sequence.
+const MAX_CHECKPOINTS: usize = 64;
 
 /// Messages that can be under way to a job at once.
 const fn mailbox_size(window: usize) -> usize {
     let mut sum = 0;
     sum += window; // A row in flight is one message: the row on its way in, or its completion. So is a bunch.
+    sum += MAX_CHECKPOINTS;
     sum += 1; // The end of the input.
     sum += 1; // The writer's last word.
     sum += 1; // An interrupt.
@@ -58,10 +52,14 @@ pub struct JobOptions {
     pub writer: Writer,
     /// Turns tokens into text, where the model has one.
     pub tokenizer: Option<Arc<Tokenizer>>,
+    /// When the job's first run began, in Unix seconds: its answers were created then.
+    pub created: u64,
     /// What the pipeline takes; a row beyond it becomes an error line.
     pub limits: scheduler::Options,
     /// The job stops once a greater share of its finished rows are error lines.
     pub max_error_rate: f64,
+    /// Every so many tokens of a row are kept, so that another run goes on from them.
+    pub checkpoint_tokens: usize,
     /// Is told how far the job is.
     pub progress: Arc<JobProgress>,
 }
@@ -118,7 +116,7 @@ pub async fn run_job(
         }
     };
     match ended {
-        Ok(Ok((job, _))) => Ok(job.outcome),
+        Ok(Ok((job, _))) => Ok(job.into_outcome()),
         Ok(Err(_)) | Err(_) => Err(Error::Ended("the job")),
     }
 }
@@ -130,20 +128,17 @@ struct JobArgs {
 }
 
 struct JobActor {
+    state: JobState,
     pipeline: ActorRef<PipelineActor>,
     tokenizer: Option<Arc<Tokenizer>>,
-    limits: scheduler::Options,
-    max_error_rate: f64,
-    progress: Arc<JobProgress>,
-    /// Rows in the pipeline, by their index.
-    in_flight: HashMap<u64, PreparedRow>,
-    /// What has become of finished rows that the reader did not come by, once it is done.
-    unread: Unread,
+    checkpoints: Checkpoints,
     /// Gives the reader leave for another row; gone once no further row is wanted.
     credits: Option<Sender<()>>,
     /// To the writer; gone once the last line is on its way.
     lines: Option<Sender<Unwritten>>,
-    outcome: JobOutcome,
+    written: Written,
+    was_interrupted: bool,
+    failure: Option<Error>,
 }
 
 /// The reader hands over a row.
@@ -156,20 +151,13 @@ struct RowsFinished(Vec<FinishedRow>);
 struct InputEnded(Result<(InputRecord, Unread)>);
 
 /// The writer is done.
-struct LinesEnded(Result<Written>);
+struct LinesEnded {
+    written: Written,
+    failure: Option<Error>,
+}
 
 /// The user wants to stop.
 struct Interrupt;
-
-/// What the writer makes a line of.
-enum Unwritten {
-    Completed(Box<PreparedRow>, Completion),
-    Line(Line),
-    /// Lines that are there already.
-    Finished(Vec<FinishedRow>),
-    /// That was all.
-    End(Unread),
-}
 
 impl Actor for JobActor {
     type Args = JobArgs;
@@ -177,44 +165,27 @@ impl Actor for JobActor {
 
     async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
         let JobArgs { options, pipeline, window } = args;
-        let JobOptions { reader, writer, tokenizer, limits, max_error_rate, progress } = options;
+        let JobOptions { reader, writer, tokenizer, created, limits, .. } = options;
         let (credits, leave) = bounded(window);
         for () in std::iter::repeat_n((), window) {
             credits.try_send(()).expect("a new channel of that size has room");
         }
         let (lines, unwritten) = bounded(window);
-        spawn_thread("reader", {
-            let job = job.clone();
-            move || {
-                if let Err(error) = catch(|| read_rows(reader, &leave, &job)) {
-                    let _ = job.tell(InputEnded(Err(error))).blocking_send();
-                }
-            }
-        });
-        spawn_thread("writer", {
-            let tokenizer = tokenizer.clone();
-            move || {
-                let write = || write_lines(writer, &unwritten, tokenizer.as_ref());
-                let written = catch(write).and_then(|written| written.map_err(|error| files_error(&error)));
-                let _ = job.tell(LinesEnded(written)).blocking_send();
-            }
-        });
+        threads::spawn_reader(reader, leave, job.clone());
+        let make = LineMaker { tokenizer: tokenizer.clone(), created };
+        threads::spawn_writer(writer, unwritten, make, job.clone());
+        let keeper: Recipient<Checkpoint> = job.recipient();
+        let leave = Arc::new(Semaphore::new(MAX_CHECKPOINTS));
         Ok(JobActor {
+            state: JobState::new(limits, options.max_error_rate, options.progress),
             pipeline,
             tokenizer,
-            limits,
-            max_error_rate,
-            progress,
-            unread: Unread::Stays,
-            in_flight: HashMap::new(),
+            checkpoints: Checkpoints { keeper, leave, every: options.checkpoint_tokens },
             credits: Some(credits),
             lines: Some(lines),
-            outcome: JobOutcome {
-                input: None,
-                written: Written::default(),
-                was_interrupted: false,
-                failure: None,
-            },
+            written: Written::default(),
+            was_interrupted: false,
+            failure: None,
         })
     }
 
@@ -230,36 +201,21 @@ impl Actor for JobActor {
 }
 
 impl JobActor {
-    /// Sends a line's makings to the writer and lets the reader read on.
-    async fn write(&mut self, unwritten: Unwritten) {
-        self.count(&unwritten);
+    fn into_outcome(self) -> JobOutcome {
+        let JobActor { state, written, was_interrupted, failure, .. } = self;
+        JobOutcome { input: state.into_input(), written, was_interrupted, failure }
+    }
+
+    /// Sends what a row has become to the writer, and lets the reader read on.
+    fn write(&mut self, unwritten: Unwritten) {
         self.send(unwritten);
         if let Some(credits) = &self.credits {
             let _ = credits.try_send(());
         }
-        self.stop_when_too_many_failed();
-        self.finish_when_done();
-    }
-
-    fn count(&self, unwritten: &Unwritten) {
-        let progress = &self.progress;
-        let add = |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
-        match unwritten {
-            Unwritten::Completed(_, completion) if completion.outcome.is_ok() => {
-                add(&progress.prompt_tokens, completion.request.prompt.len());
-                add(&progress.generated_tokens, completion.generated.tokens.len());
-                add(&progress.completed, 1);
-            }
-            Unwritten::Finished(rows) => {
-                let failed = rows.iter().filter(|row| row.file == LineFile::Errors).count();
-                add(&progress.failed, failed);
-                add(&progress.completed, rows.len() - failed);
-                add(&progress.resumed, rows.len());
-            }
-            _ => {
-                add(&progress.failed, 1);
-            }
+        if let Some(error) = self.state.too_many_failed() {
+            self.fail(error);
         }
+        self.finish_when_done();
     }
 
     fn send(&self, unwritten: Unwritten) {
@@ -269,18 +225,11 @@ impl JobActor {
         }
     }
 
-    fn stop_when_too_many_failed(&mut self) {
-        let failed = self.progress.failed.load(Ordering::Relaxed);
-        let finished = failed + self.progress.completed.load(Ordering::Relaxed);
-        let max_error_rate = self.max_error_rate;
-        if finished >= LEAST_ROWS_TO_JUDGE && failed as f64 > max_error_rate * finished as f64 {
-            self.fail(Error::TooManyErrors { failed, finished, max_error_rate });
-        }
-    }
-
     fn finish_when_done(&mut self) {
-        if self.outcome.input.is_some() && self.in_flight.is_empty() && self.lines.is_some() {
-            self.send(Unwritten::End(self.unread));
+        if self.lines.is_some()
+            && let Some(end) = self.state.end()
+        {
+            self.send(end);
             self.finish();
         }
     }
@@ -292,7 +241,7 @@ impl JobActor {
     }
 
     fn fail(&mut self, error: Error) {
-        self.outcome.failure.get_or_insert(error);
+        self.failure.get_or_insert(error);
         self.finish();
     }
 }
@@ -301,28 +250,16 @@ impl Message<RowRead> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, RowRead(row): RowRead, ctx: &mut Context<Self, ()>) {
-        let row = match row {
-            Row::Request(row) => row,
-            Row::Rejected(row) => return self.write(Unwritten::Line(Line::rejected(&row))).await,
-            Row::Finished(row) => return self.write(Unwritten::Finished(vec![row])).await,
+        let (tag, request, so_far) = match self.state.row(row) {
+            Fate::Submit { tag, request, so_far } => (tag, request, so_far),
+            Fate::Write(unwritten) => return self.write(unwritten),
         };
-        if let Err(error) = self.limits.check(&row.request) {
-            let error = jobs::RowError::new("context_length_exceeded", error.to_string());
-            return self.write(Unwritten::Line(Line::refused(&row, &error))).await;
-        }
-        let sampling = &row.request.sampling;
         let stop = (self.tokenizer.as_ref())
-            .filter(|_| !sampling.stop.is_empty())
-            .map(|tokenizer| StopMatcher::new(Arc::clone(tokenizer), sampling));
-        let prompt = Prompt {
-            tag: row.index,
-            request: Arc::clone(&row.request),
-            so_far: row.so_far.clone(),
-            stop,
-            completed: ctx.actor_ref().clone().recipient(),
-            sampled: None,
-        };
-        self.in_flight.insert(row.index, *row);
+            .filter(|_| !request.sampling.stop.is_empty())
+            .map(|tokenizer| StopMatcher::after(Arc::clone(tokenizer), &request.sampling, &so_far.tokens));
+        let completed = ctx.actor_ref().clone().recipient();
+        let checkpoints = Some(self.checkpoints.clone());
+        let prompt = Prompt { tag, request, so_far, stop, completed, sampled: None, checkpoints };
         // A pipeline that is gone tells so through its link.
         is_delivered(self.pipeline.tell(prompt).try_send());
     }
@@ -332,7 +269,8 @@ impl Message<RowsFinished> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, RowsFinished(rows): RowsFinished, _: &mut Context<Self, ()>) {
-        self.write(Unwritten::Finished(rows)).await;
+        let unwritten = self.state.finished(rows);
+        self.write(unwritten);
     }
 }
 
@@ -340,8 +278,17 @@ impl Message<Completed> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, Completed { tag, completion }: Completed, _: &mut Context<Self, ()>) {
-        let row = self.in_flight.remove(&tag).expect("a completion answers a row in flight");
-        self.write(Unwritten::Completed(Box::new(row), completion)).await;
+        let unwritten = self.state.completed(tag, completion);
+        self.write(unwritten);
+    }
+}
+
+impl Message<Checkpoint> for JobActor {
+    type Reply = ();
+
+    async fn handle(&mut self, checkpoint: Checkpoint, _: &mut Context<Self, ()>) {
+        let Checkpoint { tag, first, piece, _leave } = checkpoint;
+        self.send(self.state.checkpoint(tag, first, piece));
     }
 }
 
@@ -351,8 +298,7 @@ impl Message<InputEnded> for JobActor {
     async fn handle(&mut self, InputEnded(input): InputEnded, _: &mut Context<Self, ()>) {
         match input {
             Ok((record, unread)) => {
-                self.outcome.input = Some(record);
-                self.unread = unread;
+                self.state.input_ended(record, unread);
                 self.finish_when_done();
             }
             Err(error) => self.fail(error),
@@ -363,10 +309,10 @@ impl Message<InputEnded> for JobActor {
 impl Message<LinesEnded> for JobActor {
     type Reply = ();
 
-    async fn handle(&mut self, LinesEnded(written): LinesEnded, ctx: &mut Context<Self, ()>) {
-        match written {
-            Ok(written) => self.outcome.written = written,
-            Err(error) => self.fail(error),
+    async fn handle(&mut self, ended: LinesEnded, ctx: &mut Context<Self, ()>) {
+        self.written = ended.written;
+        if let Some(error) = ended.failure {
+            self.fail(error);
         }
         ctx.stop();
     }
@@ -376,85 +322,7 @@ impl Message<Interrupt> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, _: Interrupt, _: &mut Context<Self, ()>) {
-        self.outcome.was_interrupted = self.lines.is_some();
+        self.was_interrupted = self.lines.is_some();
         self.finish();
     }
-}
-
-/// Reads rows as long as there is leave, then says how the input ended.
-fn read_rows(mut reader: Reader, leave: &Receiver<()>, job: &ActorRef<JobActor>) {
-    // Finished rows that are still to be handed over, before any row behind them.
-    let mut bunch = Vec::new();
-    loop {
-        let next = reader.next();
-        match next {
-            Some(Ok(Row::Finished(row))) if bunch.len() + 1 < BUNCH_ROWS => {
-                bunch.push(row);
-                continue;
-            }
-            _ if bunch.is_empty() => {}
-            _ => {
-                let rows = RowsFinished(std::mem::take(&mut bunch));
-                if leave.recv().is_err() || job.tell(rows).blocking_send().is_err() {
-                    return; // The job wants no more rows, or is gone.
-                }
-            }
-        }
-        let ended = match next {
-            Some(Ok(row)) => {
-                if leave.recv().is_err() || job.tell(RowRead(row)).blocking_send().is_err() {
-                    return;
-                }
-                continue;
-            }
-            Some(Err(error)) => Err(files_error(&error)),
-            None if reader.is_limited() => Ok((reader.record(), Unread::Stays)),
-            None => Ok((reader.record(), Unread::HasLeft)),
-        };
-        let _ = job.tell(InputEnded(ended)).blocking_send();
-        return;
-    }
-}
-
-/// Makes lines and writes them until the job wants no more.
-fn write_lines(
-    mut writer: Writer,
-    unwritten: &Receiver<Unwritten>,
-    tokenizer: Option<&Arc<Tokenizer>>,
-) -> jobs::Result<Written> {
-    let mut committed = Instant::now();
-    loop {
-        match unwritten.recv_timeout(COMMIT_INTERVAL) {
-            Ok(Unwritten::Completed(row, completion)) => {
-                writer.write(&Line::completed(&row, &completion, tokenizer, unix_seconds()))?;
-            }
-            Ok(Unwritten::Line(line)) => writer.write(&line)?,
-            Ok(Unwritten::Finished(rows)) => rows.into_iter().try_for_each(|row| writer.keep(row))?,
-            Ok(Unwritten::End(unread)) => return writer.finish(unread),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return writer.pause(),
-        }
-        if committed.elapsed() >= COMMIT_INTERVAL {
-            writer.commit()?;
-            committed = Instant::now();
-        }
-    }
-}
-
-/// Runs a thread's work; a panic in it must not leave the job waiting for a word that never comes.
-pub(crate) fn catch<T>(work: impl FnOnce() -> T) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work))
-        .map_err(|panic| Error::Files(format!("internal error: {}", panic_message(&*panic))))
-}
-
-fn spawn_thread(name: &str, run: impl FnOnce() + Send + 'static) {
-    std::thread::Builder::new().name(name.to_owned()).spawn(run).expect("the system starts a thread");
-}
-
-fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-fn files_error(error: &jobs::Error) -> Error {
-    Error::Files(with_causes(error))
 }

@@ -13,7 +13,10 @@ mod error;
 mod job;
 mod link;
 mod pipeline;
+#[cfg(test)]
+mod simulation;
 mod stage;
+mod stage_set;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -22,4 +25,4 @@ pub use answer::answer;
 pub use clock::{PipelineClock, StageClock, StageTimes};
 pub use error::{Error, Result};
 pub use job::{JobOptions, JobOutcome, JobProgress, run_job};
-pub use start::{Pipeline, PipelineOptions, StagePlacement, start};
+pub use start::{Limits, Pipeline, PipelineOptions, StagePlacement, start};

@@ -2,26 +2,27 @@
 
 use std::sync::Arc;
 
-use kameo::actor::ActorRef;
 use kameo::error::SendError;
 use scheduler::MicroBatch;
 use stages::Activations;
 
-use crate::stage::{StageActor, Step};
+use crate::stage::Step;
+use crate::stage_set::Seat;
 
 /// The way to the next stage. A send never waits: the pipeline keeps fewer micro-batches in flight than
 /// any stage's mailbox holds.
 pub(crate) trait Link: Send {
-    /// Pushes a micro-batch on; false when the next stage is gone.
-    fn push(&self, batch: Arc<MicroBatch>, activations: Option<Activations>) -> bool;
+    /// Pushes a micro-batch on. Where the next stage is gone it is lost, and whoever starts that stage
+    /// again knows.
+    fn push(&self, batch: Arc<MicroBatch>, activations: Option<Activations>);
 }
 
 /// The next stage lives in this process: activations move without a copy.
-pub(crate) struct InProcess(pub(crate) ActorRef<StageActor>);
+pub(crate) struct InProcess(pub(crate) Seat);
 
 impl Link for InProcess {
-    fn push(&self, batch: Arc<MicroBatch>, input: Option<Activations>) -> bool {
-        is_delivered(self.0.tell(Step { batch, input }).try_send())
+    fn push(&self, batch: Arc<MicroBatch>, input: Option<Activations>) {
+        is_delivered(self.0.incumbent().actor.tell(Step { batch, input }).try_send());
     }
 }
 

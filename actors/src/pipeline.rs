@@ -1,21 +1,32 @@
-//! The pipeline actor: owns the scheduler.
+//! The pipeline actor: owns the scheduler, and supervises the stages.
 //!
 //! It turns prompts into micro-batches for the first stage and the last stage's tokens into completions.
 //! All deciding is the scheduler's; this actor only carries events to it and decisions away from it.
+//!
+//! A stage that ends is started again while the others keep their weights. What was in flight is lost, and
+//! the scheduler has it computed again; it also finds the sequence that ends a stage whenever it is
+//! computed. Its verdict is passed on once the stages have proved that they can do without that sequence,
+//! or nothing else is left to do: a device that is broken must not make error lines of all rows.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jobs::StopMatcher;
 use kameo::Actor;
-use kameo::actor::{ActorRef, Recipient};
-use kameo::error::Infallible;
+use kameo::actor::{ActorId, ActorRef, Recipient, WeakActorRef};
+use kameo::error::{ActorStopReason, Infallible};
 use kameo::message::{Context, Message};
 use scheduler::{Completion, Generated, Request, Scheduler, SequenceId, TokenId};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::{ActiveSpan, PipelineClock};
 use crate::device_thread::Tokens;
-use crate::link::{Link, is_delivered};
+use crate::error::{Error, Result, link_death};
+use crate::link::{InProcess, Link, is_delivered};
+use crate::stage::StageEnd;
+use crate::stage_set::{StageSet, Watchdog};
 
 /// Messages that can be under way to the pipeline at once.
 pub(crate) const fn mailbox_size(num_stages: usize, window: usize) -> usize {
@@ -25,10 +36,29 @@ pub(crate) const fn mailbox_size(num_stages: usize, window: usize) -> usize {
     sum
 }
 
-/// Owns the scheduler of one pipeline.
+/// How often stages may end with no micro-batch completed in between.
+const fn max_ends(max_sequences: usize) -> u32 {
+    let mut sum = 0;
+    sum += 2; // The first micro-batch and the next with the same suspects.
+    sum += max_sequences.next_power_of_two().ilog2(); // Halving, down to one alone,
+    sum += 1; // and alone again.
+    sum += 8; // A few more that end stages, and are next to each other.
+    sum
+}
+
+/// Owns the scheduler of one pipeline, and its stages.
 pub(crate) struct PipelineActor {
     scheduler: Scheduler,
-    first: Box<dyn Link>,
+    stages: StageSet,
+    first: InProcess,
+    step_timeout: Duration,
+    _watchdog: Watchdog,
+    /// False between a stage's end and the moment when all stages are there again.
+    is_whole: bool,
+    /// Ends of stages since a micro-batch was completed.
+    ends_in_a_row: u32,
+    /// Sequences that are held to end stages, and that have not been told.
+    convicted: Vec<Completion>,
     clients: HashMap<SequenceId, Client>,
     clock: Arc<PipelineClock>,
     active: ActiveSpan,
@@ -37,7 +67,8 @@ pub(crate) struct PipelineActor {
 /// What a pipeline is made from.
 pub(crate) struct PipelineArgs {
     pub(crate) options: scheduler::Options,
-    pub(crate) first: Box<dyn Link>,
+    pub(crate) stages: StageSet,
+    pub(crate) step_timeout: Duration,
     pub(crate) clock: Arc<PipelineClock>,
 }
 
@@ -47,6 +78,31 @@ struct Client {
     completed: Recipient<Completed>,
     sampled: Option<Recipient<Sampled>>,
     stop: Option<StopMatcher>,
+    checkpoints: Option<Checkpoints>,
+    /// Tokens of the sequence that are on their way to the journal, or there.
+    num_checkpointed: usize,
+}
+
+/// Where the tokens of unfinished sequences are kept.
+#[derive(Clone)]
+pub(crate) struct Checkpoints {
+    pub(crate) keeper: Recipient<Checkpoint>,
+    /// Checkpoints that may be under way at once. One that finds no leave goes with the next.
+    pub(crate) leave: Arc<Semaphore>,
+    /// Tokens from one checkpoint of a sequence to the next.
+    pub(crate) every: usize,
+}
+
+/// A sequence has so many more tokens that they are worth keeping.
+pub(crate) struct Checkpoint {
+    /// The sender's name for the prompt.
+    pub(crate) tag: u64,
+    /// How many tokens came before.
+    pub(crate) first: usize,
+    /// What came since.
+    pub(crate) piece: Generated,
+    /// Given back when it has been dealt with.
+    pub(crate) _leave: OwnedSemaphorePermit,
 }
 
 /// A request for the pipeline. It was checked to fit; see [`scheduler::Options::check`].
@@ -63,6 +119,8 @@ pub(crate) struct Prompt {
     pub(crate) completed: Recipient<Completed>,
     /// Who hears of every token, if anybody.
     pub(crate) sampled: Option<Recipient<Sampled>>,
+    /// Who keeps its tokens until then, if anybody.
+    pub(crate) checkpoints: Option<Checkpoints>,
 }
 
 /// A sequence has ended.
@@ -81,27 +139,109 @@ pub(crate) struct SchedulerStats;
 
 impl Actor for PipelineActor {
     type Args = PipelineArgs;
-    type Error = Infallible;
+    type Error = Error;
 
-    async fn on_start(args: PipelineArgs, _: ActorRef<Self>) -> Result<Self, Infallible> {
+    async fn on_start(args: PipelineArgs, _: ActorRef<Self>) -> Result<Self> {
+        let PipelineArgs { options, stages, step_timeout, clock } = args;
         Ok(PipelineActor {
-            scheduler: Scheduler::new(args.options),
-            first: args.first,
+            scheduler: Scheduler::new(options),
+            first: stages.first(),
+            step_timeout,
+            _watchdog: stages.watch(step_timeout),
+            stages,
+            is_whole: true,
+            ends_in_a_row: 0,
+            convicted: Vec::new(),
             clients: HashMap::new(),
-            active: ActiveSpan::new(Arc::clone(&args.clock)),
-            clock: args.clock,
+            active: ActiveSpan::new(Arc::clone(&clock)),
+            clock,
         })
+    }
+
+    async fn on_link_died(
+        &mut self,
+        pipeline: WeakActorRef<Self>,
+        id: ActorId,
+        reason: ActorStopReason,
+    ) -> Result<ControlFlow<ActorStopReason>> {
+        let (Some(stage), Some(pipeline)) = (self.stages.index_of(id), pipeline.upgrade()) else {
+            return Ok(link_death(id, reason)); // Of a job, or of a stage that was given up.
+        };
+        let end = self.stage_end(stage, &reason);
+        self.restart(stage, end, &pipeline).await?;
+        Ok(ControlFlow::Continue(()))
     }
 }
 
 impl PipelineActor {
+    fn stage_end(&self, stage: usize, reason: &ActorStopReason) -> StageEnd {
+        match reason {
+            ActorStopReason::Panicked(panic) => {
+                panic.downcast().unwrap_or_else(|| Error::Ended("a stage").into())
+            }
+            _ => StageEnd {
+                error: Error::Hang { stage, seconds: self.step_timeout.as_secs() },
+                micro_batch: self.stages.last_step(stage).map(|(micro_batch, _)| micro_batch),
+            },
+        }
+    }
+
+    async fn restart(&mut self, stage: usize, end: StageEnd, pipeline: &ActorRef<Self>) -> Result<()> {
+        let StageEnd { error, micro_batch } = end;
+        self.is_whole = false;
+        self.ends_in_a_row += 1;
+        let times = self.ends_in_a_row;
+        if times > max_ends(self.scheduler.options().max_sequences) {
+            return Err(Error::GivenUp { end: Box::new(error), times });
+        }
+        tracing::warn!("{error}; it is started again");
+        let convicted = self.scheduler.stage_ended(micro_batch);
+        self.convicted.extend(convicted);
+        self.stages.lost().all_before(self.scheduler.next_micro_batch_id());
+        self.active.update(false);
+        self.stages.restart(stage, pipeline).await?;
+        // Where another stage has ended meanwhile, word of that is on its way.
+        self.is_whole = self.stages.flush().await;
+        self.dispatch();
+        Ok(())
+    }
+
     /// Issues what the scheduler wants issued now.
     fn dispatch(&mut self) {
+        if !self.is_whole {
+            return;
+        }
         while let Some(batch) = self.scheduler.next_micro_batch() {
-            // A stage that is gone takes this actor down through its link.
+            // Where the stage is gone, word of that is on its way.
             self.first.push(Arc::new(batch), None);
         }
-        self.active.update(self.scheduler.num_in_flight() > 0);
+        let is_active = self.scheduler.num_in_flight() > 0;
+        if !is_active {
+            self.tell_convicted();
+        }
+        self.active.update(is_active);
+    }
+
+    fn tell_convicted(&mut self) {
+        let convicted = std::mem::take(&mut self.convicted);
+        self.deliver(convicted);
+    }
+
+    /// Sends the tokens of a sequence on to be kept, once there are enough that were not.
+    fn checkpoint(&mut self, sequence: SequenceId) {
+        let Some(client) = self.clients.get_mut(&sequence) else { return };
+        let Some(Checkpoints { keeper, leave, every }) = &client.checkpoints else { return };
+        let Some(generated) = self.scheduler.generated(sequence) else { return };
+        let first = client.num_checkpointed;
+        if generated.tokens.len() < first + every {
+            return;
+        }
+        if let Ok(permit) = Arc::clone(leave).try_acquire_owned() {
+            let piece = generated.since(first);
+            client.num_checkpointed += piece.tokens.len();
+            let checkpoint = Checkpoint { tag: client.tag, first, piece, _leave: permit };
+            is_delivered(keeper.tell(checkpoint).try_send());
+        }
     }
 
     fn deliver(&mut self, completions: Vec<Completion>) {
@@ -117,9 +257,11 @@ impl Message<Prompt> for PipelineActor {
     type Reply = ();
 
     async fn handle(&mut self, prompt: Prompt, _: &mut Context<Self, ()>) {
-        let Prompt { tag, request, so_far, stop, completed, sampled } = prompt;
+        let Prompt { tag, request, so_far, stop, completed, sampled, checkpoints } = prompt;
+        let num_checkpointed = so_far.tokens.len();
         let sequence = self.scheduler.submit(request, so_far).expect("the request was checked to fit");
-        self.clients.insert(sequence, Client { tag, completed, sampled, stop });
+        let client = Client { tag, completed, sampled, stop, checkpoints, num_checkpointed };
+        self.clients.insert(sequence, client);
         let completions = self.scheduler.drain_finished();
         self.deliver(completions);
         self.dispatch();
@@ -130,6 +272,11 @@ impl Message<Tokens> for PipelineActor {
     type Reply = ();
 
     async fn handle(&mut self, Tokens(output): Tokens, _: &mut Context<Self, ()>) {
+        if self.stages.lost().contains(output.id) {
+            return;
+        }
+        self.ends_in_a_row = 0;
+        self.tell_convicted();
         self.clock.add_sampled(output.slices.iter().filter(|slice| slice.token.is_some()).count());
         for slice in &output.slices {
             if let Some(token) = slice.token
@@ -138,6 +285,10 @@ impl Message<Tokens> for PipelineActor {
                 is_delivered(sampled.tell(Sampled(token)).try_send());
             }
         }
+        let grown: Vec<SequenceId> = (output.slices.iter())
+            .filter(|slice| slice.token.is_some())
+            .map(|slice| slice.sequence)
+            .collect();
         let clients = &mut self.clients;
         let completions = self.scheduler.complete(output, |sequence, token| {
             let stop = clients.get_mut(&sequence).and_then(|client| client.stop.as_mut());
@@ -145,11 +296,12 @@ impl Message<Tokens> for PipelineActor {
         });
         self.deliver(completions);
         self.dispatch();
+        grown.into_iter().for_each(|sequence| self.checkpoint(sequence));
     }
 }
 
 impl Message<SchedulerStats> for PipelineActor {
-    type Reply = Result<scheduler::Stats, Infallible>;
+    type Reply = std::result::Result<scheduler::Stats, Infallible>;
 
     async fn handle(&mut self, _: SchedulerStats, _: &mut Context<Self, Self::Reply>) -> Self::Reply {
         Ok(self.scheduler.stats())

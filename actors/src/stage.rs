@@ -2,7 +2,7 @@
 //!
 //! Its role is the span's life: it starts the device thread, waits until the weights are there, hands on
 //! micro-batches in the order of arrival, and ends when the device does. Its mailbox is bounded by
-//! [`mailbox_size`]; its supervisor decides what its end means.
+//! [`mailbox_size`]; its supervisor, the pipeline actor, decides what its end means.
 
 use std::sync::Arc;
 
@@ -10,25 +10,27 @@ use crossbeam::channel::{Sender, TrySendError, bounded};
 use kameo::Actor;
 use kameo::actor::ActorRef;
 use kameo::message::{Context, Message};
-use scheduler::MicroBatch;
+use scheduler::{MicroBatch, MicroBatchId};
 use stages::Activations;
 use tokio::sync::oneshot;
 
-use crate::clock::StageClock;
+use crate::clock::{AtWork, StageClock};
 use crate::device_thread::{DeviceThread, LoadStage, Next};
-use crate::error::{Error, Result};
+use crate::error::Error;
+use crate::stage_set::Lost;
 
 /// Messages that can be under way to a stage at once.
 pub(crate) const fn mailbox_size(num_stages: usize) -> usize {
     let mut sum = 0;
     sum += num_stages + 1; // Micro-batches in flight in the whole pipeline.
     sum += 1; // Word from the device thread that it failed.
+    sum += 1; // A flush.
     sum
 }
 
 /// A span of blocks on a device.
 pub(crate) struct StageActor {
-    steps: Sender<Step>,
+    work: Sender<Work>,
 }
 
 /// What a stage is made from.
@@ -38,6 +40,8 @@ pub(crate) struct StageArgs {
     pub(crate) load: LoadStage,
     pub(crate) next: Next,
     pub(crate) clock: Arc<StageClock>,
+    pub(crate) at_work: Arc<AtWork>,
+    pub(crate) lost: Lost,
 }
 
 /// A micro-batch on its way, with the activations of the stage before.
@@ -46,21 +50,63 @@ pub(crate) struct Step {
     pub(crate) input: Option<Activations>,
 }
 
+/// Asks for word when all that came before has been dealt with.
+pub(crate) struct Flush(oneshot::Sender<()>);
+
+impl Flush {
+    pub(crate) fn new() -> (Self, oneshot::Receiver<()>) {
+        let (flush, flushed) = oneshot::channel();
+        (Flush(flush), flushed)
+    }
+
+    pub(crate) fn answer(self) {
+        let _ = self.0.send(()); // Who does not wait any more need not hear.
+    }
+}
+
+/// What the device thread is given, in the order of arrival.
+pub(crate) enum Work {
+    Step(Step),
+    Flush(Flush),
+}
+
 /// The device thread has ended.
-pub(crate) struct DeviceFailed(pub(crate) Error);
+pub(crate) struct DeviceFailed(pub(crate) StageEnd);
+
+/// Why a stage has ended.
+#[derive(Debug, Clone)]
+pub(crate) struct StageEnd {
+    pub(crate) error: Error,
+    /// The micro-batch that it was computing, if it was.
+    pub(crate) micro_batch: Option<MicroBatchId>,
+}
+
+impl From<Error> for StageEnd {
+    fn from(error: Error) -> Self {
+        StageEnd { error, micro_batch: None }
+    }
+}
 
 impl Actor for StageActor {
     type Args = StageArgs;
-    type Error = Error;
+    type Error = StageEnd;
 
-    async fn on_start(args: StageArgs, owner: ActorRef<Self>) -> Result<Self> {
-        let StageArgs { index, num_stages, load, next, clock } = args;
-        let (sender, steps) = bounded(mailbox_size(num_stages));
+    async fn on_start(args: StageArgs, owner: ActorRef<Self>) -> Result<Self, StageEnd> {
+        let StageArgs { index, num_stages, load, next, clock, at_work, lost } = args;
+        let (sender, work) = bounded(mailbox_size(num_stages));
         let (ready, loaded) = oneshot::channel();
         let owner = owner.downgrade();
-        DeviceThread { index, steps, next, clock, owner }.spawn(load, ready);
+        DeviceThread { index, work, next, clock, at_work, lost, owner }.spawn(load, ready);
         loaded.await.map_err(|_| Error::Ended("the device thread"))??;
-        Ok(StageActor { steps: sender })
+        Ok(StageActor { work: sender })
+    }
+}
+
+impl StageActor {
+    fn give(&self, work: Work) {
+        // Disconnected means that the device's own word is on its way.
+        let sent = self.work.try_send(work);
+        assert!(!matches!(sent, Err(TrySendError::Full(_))), "more steps than micro-batches in flight");
     }
 }
 
@@ -68,20 +114,22 @@ impl Message<Step> for StageActor {
     type Reply = ();
 
     async fn handle(&mut self, step: Step, _: &mut Context<Self, ()>) {
-        // Disconnected means that the device's own word is on its way.
-        let sent = self.steps.try_send(step);
-        assert!(!matches!(sent, Err(TrySendError::Full(_))), "more steps than micro-batches in flight");
+        self.give(Work::Step(step));
+    }
+}
+
+impl Message<Flush> for StageActor {
+    type Reply = ();
+
+    async fn handle(&mut self, flush: Flush, _: &mut Context<Self, ()>) {
+        self.give(Work::Flush(flush));
     }
 }
 
 impl Message<DeviceFailed> for StageActor {
-    type Reply = Result<()>;
+    type Reply = Result<(), StageEnd>;
 
-    async fn handle(
-        &mut self,
-        DeviceFailed(error): DeviceFailed,
-        _: &mut Context<Self, Result<()>>,
-    ) -> Result<()> {
-        Err(error) // Ends the actor; whoever is linked to it hears why.
+    async fn handle(&mut self, failed: DeviceFailed, _: &mut Context<Self, Self::Reply>) -> Self::Reply {
+        Err(failed.0) // Ends the actor; whoever is linked to it hears why.
     }
 }

@@ -10,15 +10,21 @@ use stages::{Activations, Stage, StageOutput};
 
 use crate::device_thread::LoadStage;
 use crate::error::Error;
-use crate::job::{JobOptions, JobOutcome, JobProgress, catch, run_job};
-use crate::start::{Pipeline, start_stages};
+use crate::job::threads::catch;
+use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
+use crate::start::{Limits, Pipeline, start_stages};
+
+/// What may go wrong before a step, told the stage, its step and the micro-batch.
+type Trouble = Arc<dyn Fn(usize, usize, &MicroBatch) + Send + Sync>;
 
 /// A stage that passes a number on instead of activations, or makes a token of it.
 struct Probe {
+    index: usize,
     is_first: bool,
     is_last: bool,
+    /// Of all lives of the stage.
     steps: Arc<AtomicUsize>,
-    fails_at: Option<usize>,
+    trouble: Trouble,
     step_time: Duration,
 }
 
@@ -26,7 +32,7 @@ impl Stage for Probe {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
         assert_eq!(input.is_none(), self.is_first, "only the first stage is given no activations");
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
-        assert_ne!(Some(step), self.fails_at, "a planted panic");
+        (self.trouble)(self.index, step, batch);
         std::thread::sleep(self.step_time);
         if !self.is_last {
             return Ok(StageOutput::Activations(Activations {
@@ -36,8 +42,11 @@ impl Stage for Probe {
         }
         let answer = |slice: &Slice| SliceOutput {
             sequence: slice.sequence,
-            // Any function of what the slice computes will do.
-            token: slice.sample.then(|| (slice.tokens.iter().sum::<u32>() + slice.first_position) % 90 + 5),
+            // Any function of the last token and its position will do: a chunk has the same as a step.
+            token: slice.sample.then(|| {
+                let last = slice.tokens.last().expect("a slice has tokens");
+                (last * 31 + slice.first_position + slice.tokens.len() as u32) % 90 + 5
+            }),
             logprobs: None,
             prompt_logprobs: Vec::new(),
             failure: None,
@@ -52,33 +61,53 @@ impl Stage for Probe {
 /// A pipeline of probes under construction.
 struct World {
     num_stages: usize,
-    fails_at: Option<(usize, usize)>,
+    /// What may go wrong in each step of a stage.
+    trouble: Trouble,
+    loads: Arc<AtomicUsize>,
+    most_loads: usize,
     step_time: Duration,
+    step_timeout: Duration,
 }
 
 impl World {
     fn new(num_stages: usize) -> Self {
-        World { num_stages, fails_at: None, step_time: Duration::ZERO }
+        World {
+            num_stages,
+            trouble: Arc::new(|_, _, _| {}),
+            loads: Arc::default(),
+            most_loads: usize::MAX,
+            step_time: Duration::ZERO,
+            step_timeout: Duration::from_secs(60),
+        }
+    }
+
+    /// `trouble` is told stage, step and micro-batch before each step.
+    fn with(self, trouble: impl Fn(usize, usize, &MicroBatch) + Send + Sync + 'static) -> Self {
+        World { trouble: Arc::new(trouble), ..self }
     }
 
     async fn start(&self) -> Pipeline {
         let load = |index: usize| -> LoadStage {
-            let probe = Probe {
-                is_first: index == 0,
-                is_last: index + 1 == self.num_stages,
-                steps: Arc::default(),
-                fails_at: self.fails_at.filter(|&(stage, _)| stage == index).map(|(_, step)| step),
-                step_time: self.step_time,
-            };
-            Box::new(move || Ok(Box::new(probe) as Box<dyn Stage>))
+            let (is_first, is_last) = (index == 0, index + 1 == self.num_stages);
+            let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
+            let (loads, most_loads) = (Arc::clone(&self.loads), self.most_loads);
+            let trouble = Arc::clone(&self.trouble);
+            Arc::new(move || {
+                assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
+                let (steps, trouble) = (Arc::clone(&steps), Arc::clone(&trouble));
+                Ok(Box::new(Probe { index, is_first, is_last, steps, trouble, step_time }) as Box<dyn Stage>)
+            })
         };
         let spans = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }).collect();
         let loads = (0..self.num_stages).map(load).collect();
-        start_stages(loads, spans, limits(self.num_stages), 8).await.expect("probes load")
+        let limits = Limits { window: WINDOW, step_timeout: self.step_timeout };
+        start_stages(loads, spans, options(self.num_stages), limits).await.expect("probes load")
     }
 }
 
-fn limits(num_stages: usize) -> scheduler::Options {
+const WINDOW: usize = 8;
+
+fn options(num_stages: usize) -> scheduler::Options {
     scheduler::Options {
         num_stages,
         micro_batch_tokens: 16,
@@ -130,8 +159,10 @@ impl Files {
             reader: Reader::open(&input, preparer, None).expect("the input").after(finished),
             writer,
             tokenizer: None,
-            limits: limits(num_stages),
+            created: 0,
+            limits: options(num_stages),
             max_error_rate: 1.0,
+            checkpoint_tokens: 4,
             progress: Arc::new(JobProgress::default()),
         }
     }
@@ -165,15 +196,16 @@ async fn every_row_comes_back_once_over_any_number_of_stages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stage_that_panics_fails_the_job_and_leaves_whole_lines() {
+async fn a_stage_that_cannot_be_started_again_fails_the_job_and_leaves_whole_lines() {
     for stage in 0..3 {
         let files = Files::with_rows(200);
-        let world = World { fails_at: Some((stage, 40)), ..World::new(3) };
+        let world = World { most_loads: 3, ..World::new(3) }
+            .with(move |at, step, _| assert_ne!((at, step), (stage, 40), "a planted panic"));
         let outcome = run(&world, &files).await;
         match outcome.failure {
             Some(Error::Panic { stage: found, message }) => {
                 assert_eq!(found, stage);
-                assert!(message.contains("a planted panic"), "{message}");
+                assert!(message.contains("a planted panic while loading"), "{message}");
             }
             other => panic!("expected the panic of stage {stage}, found {other:?}"),
         }
@@ -205,9 +237,10 @@ async fn a_full_bunch_of_finished_rows_passes_by_in_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stage_that_cannot_load_is_named() {
-    let panics = || -> LoadStage { Box::new(|| panic!("a planted panic while loading")) };
+    let panics = || -> LoadStage { Arc::new(|| panic!("a planted panic while loading")) };
     let spans = vec![Span { start: 0, end: 1 }];
-    match start_stages(vec![panics()], spans, limits(1), 8).await {
+    let limits = Limits { window: WINDOW, step_timeout: Duration::from_secs(60) };
+    match start_stages(vec![panics()], spans, options(1), limits).await {
         Err(Error::Panic { stage: 0, message }) => assert!(message.contains("while loading"), "{message}"),
         Err(other) => panic!("found {other:?}"),
         Ok(_) => panic!("a stage that panics while loading was started"),
@@ -230,4 +263,88 @@ async fn an_interrupt_ends_a_job_between_rows() {
 fn a_panic_beside_the_job_becomes_its_failure() {
     let caught = catch(|| panic!("a planted panic"));
     assert!(matches!(caught, Err::<(), _>(Error::Files(message)) if message.contains("a planted panic")));
+}
+
+/// The lines of an undisturbed run.
+async fn undisturbed(rows: usize) -> Vec<String> {
+    let files = Files::with_rows(rows);
+    run(&World::new(1), &files).await;
+    files.output_lines()
+}
+
+#[track_caller]
+fn assert_same(found: &[String], expected: &[String]) {
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!(found, expected, "another line than that of a calm run");
+    }
+    assert_eq!(found.len(), expected.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_panics_now_and_then_costs_no_row_and_no_byte() {
+    let expected = undisturbed(200).await;
+    for stage in 0..3 {
+        let files = Files::with_rows(200);
+        // One panic in every 30 steps, 20 times, each time at another place.
+        let world = World::new(3).with(move |at, step, _| {
+            let (window, place) = (step / 30, step % 30);
+            assert!(at != stage || window >= 20 || place != 7 * window % 30, "a planted panic");
+        });
+        let outcome = run(&world, &files).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        assert_same(&files.output_lines(), &expected);
+        let restarts = world.loads.load(Ordering::SeqCst) - 3;
+        assert!(restarts >= 20, "{restarts} restarts of stage {stage} alone");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_ends_its_stage_is_an_error_line_and_no_other_is() {
+    let expected = undisturbed(300).await;
+    let files = Files::with_rows(300);
+    // Every prompt is [1 + row % 80, 7]: rows 12, 13, 92, 93, …
+    let is_poison = |token: u32| token == 13 || token == 14;
+    let world = World::new(2).with(move |stage, _, batch| {
+        let mut tokens = batch.slices.iter().filter(|s| s.first_position == 0).map(|s| s.tokens[0]);
+        assert!(stage != 1 || !tokens.any(is_poison), "a planted panic");
+    });
+    let outcome = run(&world, &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    let errors = std::fs::read_to_string(files.folder.path().join("out/errors.jsonl")).expect("errors");
+    assert_eq!(errors.lines().count(), 8);
+    assert!(errors.lines().all(|line| line.contains(r#""code":"ends_stage""#)), "{errors}");
+    let is_good = |(row, _): &(usize, &String)| !is_poison(1 + *row as u32 % 80);
+    let good: Vec<String> =
+        expected.iter().enumerate().filter(is_good).map(|(_, line)| line.clone()).collect();
+    assert_same(&files.output_lines(), &good);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_fails_for_good_makes_no_error_lines() {
+    let files = Files::with_rows(100);
+    let world = World::new(2).with(|stage, step, _| assert!(stage == 0 || step < 30, "a planted panic"));
+    let outcome = run(&world, &files).await;
+    assert!(matches!(outcome.failure, Some(Error::GivenUp { .. })), "{:?}", outcome.failure);
+    assert_eq!(outcome.written.error_lines, 0);
+    let outcome = run(&World::new(2), &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_eq!((outcome.written.output_lines, outcome.written.error_lines), (100, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_hangs_is_started_again() {
+    let expected = undisturbed(60).await;
+    for stage in 0..2 {
+        let files = Files::with_rows(60);
+        let timeout = Duration::from_millis(200);
+        let world = World { step_timeout: timeout, ..World::new(2) }.with(move |at, step, _| {
+            if (at, step) == (stage, 20) {
+                std::thread::sleep(10 * timeout);
+            }
+        });
+        let outcome = run(&world, &files).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        assert_eq!(world.loads.load(Ordering::SeqCst), 3, "one restart");
+        assert_same(&files.output_lines(), &expected);
+    }
 }

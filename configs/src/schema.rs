@@ -76,6 +76,9 @@ pub struct Pipeline {
     pub kv_cache_tokens: KvCacheTokens,
     /// Number type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
+    /// A stage that takes longer than this for one micro-batch is held to hang, and is started again.
+    #[serde(deserialize_with = "read::positive")]
+    pub step_timeout_seconds: usize,
 }
 
 impl Default for Pipeline {
@@ -89,6 +92,7 @@ impl Default for Pipeline {
             max_sequences: MAX_SEQUENCES,
             kv_cache_tokens: KvCacheTokens::Auto,
             kv_cache_dtype: KvCacheDtype::Auto,
+            step_timeout_seconds: 600, // A micro-batch of a model that a CPU can hardly run takes a minute or two.
         }
     }
 }
@@ -111,6 +115,9 @@ pub struct Job {
     /// The job stops once a greater share of its finished rows are error lines, 0 to 1.
     #[serde(deserialize_with = "read::share")]
     pub max_error_rate: f64,
+    /// Every so many tokens of a row are kept, so that a run that goes on need not decode them again.
+    #[serde(deserialize_with = "read::positive")]
+    pub checkpoint_tokens: usize,
 }
 
 impl Default for Job {
@@ -120,7 +127,8 @@ impl Default for Job {
             output: PathBuf::new(),
             order: Order::default(),
             seed: 0,
-            max_error_rate: 1.0, // Bad rows are data, however many.
+            max_error_rate: 1.0,    // Bad rows are data, however many.
+            checkpoint_tokens: 256, // A few seconds of decoding, and a thousand bytes for the journal.
         }
     }
 }

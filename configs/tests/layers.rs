@@ -269,6 +269,7 @@ micro_batch_tokens = 512
 max_sequences = 128
 kv_cache_tokens = "auto"
 kv_cache_dtype = "auto"
+step_timeout_seconds = 600
 
 [job]
 # input =  # required
@@ -276,6 +277,7 @@ kv_cache_dtype = "auto"
 order = "input"
 seed = 0
 max_error_rate = 1.0
+checkpoint_tokens = 256
 
 # [prompt]
 # system =  # not set

@@ -17,8 +17,8 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::str::FromStr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// How much longer a slow step takes: many times a step of a tiny model, and no time in a test.
@@ -27,18 +27,18 @@ const SLOW: Duration = Duration::from_millis(50);
 static PLAN: OnceLock<Faults> = OnceLock::new();
 
 /// A plan of faults.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Faults {
     seed: u64,
     rules: Vec<Rule>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Rule {
     point: Point,
     when: When,
     action: Action,
-    passed: AtomicU64,
+    passed: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,7 +135,7 @@ fn rule(text: &str) -> Option<Rule> {
         (Point::Stage(_), "slow") => Action::Slow,
         _ => return None,
     };
-    Some(Rule { point, when, action, passed: AtomicU64::new(0) })
+    Some(Rule { point, when, action, passed: Arc::default() })
 }
 
 /// A stage is about to take a step.

@@ -38,6 +38,15 @@ impl StopMatcher {
         }
     }
 
+    /// A matcher for a sequence that has some tokens already, none of which completed a stop string.
+    pub fn after(tokenizer: Arc<Tokenizer>, sampling: &Sampling, tokens: &[TokenId]) -> Self {
+        let mut matcher = StopMatcher::new(tokenizer, sampling);
+        for &token in tokens {
+            matcher.push(token);
+        }
+        matcher
+    }
+
     /// Takes the next token; true when a stop string is complete and the sequence ends here.
     ///
     /// Only text that comes with a token after the first `min_tokens` can complete a match.

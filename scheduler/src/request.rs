@@ -100,6 +100,18 @@ pub struct Generated {
     pub prompt_logprobs: Vec<TokenLogprobs>,
 }
 
+impl Generated {
+    /// What came after the first `first` tokens.
+    pub fn since(&self, first: usize) -> Generated {
+        let rest = |logprobs: &[TokenLogprobs]| logprobs.get(first..).unwrap_or_default().to_vec();
+        Generated {
+            tokens: self.tokens[first..].to_vec(),
+            logprobs: rest(&self.logprobs),
+            prompt_logprobs: if first == 0 { self.prompt_logprobs.clone() } else { Vec::new() },
+        }
+    }
+}
+
 /// A sequence that has ended.
 #[derive(Debug, Clone)]
 pub struct Completion {

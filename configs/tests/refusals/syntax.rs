@@ -30,7 +30,7 @@ unknown key `tensor_parallel` in [pipeline]
   |
 7 | tensor_parallel = "auto"
   | ^^^^^^^^^^^^^^^
-hint: the keys of [pipeline] are devices, threads, simd, stages, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype"#);
+hint: the keys of [pipeline] are devices, threads, simd, stages, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, step_timeout_seconds"#);
     case("a key of another section")
         .file(
             r#"

@@ -1,0 +1,140 @@
+//! What a job knows, and what follows from each event: no actor, no thread, no clock.
+//!
+//! Every row that comes in goes out once: to the pipeline and back, or straight to the writer. The job
+//! actor carries events here and decisions away, and so does the simulation.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use jobs::{FinishedRow, InputRecord, Line, LineFile, PreparedRow, Row, RowError, Unread};
+use scheduler::{Completion, Generated, Request, RequestKey};
+
+use super::JobProgress;
+use crate::error::Error;
+
+/// No share of errors is judged among fewer rows than these: the first row of a good job may be a bad one.
+const LEAST_ROWS_TO_JUDGE: u64 = 20;
+
+/// What the writer makes a line of, or keeps.
+pub(crate) enum Unwritten {
+    Completed(Box<PreparedRow>, Completion),
+    Line(Line),
+    /// Lines that are there already.
+    Finished(Vec<FinishedRow>),
+    /// Tokens of a row that has no line yet, after the first so many.
+    Checkpoint(RequestKey, usize, Generated),
+    /// That was all.
+    End(Unread),
+}
+
+/// What becomes of a row.
+pub(crate) enum Fate {
+    /// The pipeline answers it; `tag` is its name there.
+    Submit { tag: u64, request: Arc<Request>, so_far: Generated },
+    /// It has its line.
+    Write(Unwritten),
+}
+
+/// The rows of one job on their way.
+pub(crate) struct JobState {
+    limits: scheduler::Options,
+    max_error_rate: f64,
+    progress: Arc<JobProgress>,
+    /// Rows in the pipeline, by their index.
+    in_flight: HashMap<u64, PreparedRow>,
+    /// What was read, and what has become of finished rows that the reader did not come by; once it is done.
+    input: Option<(InputRecord, Unread)>,
+}
+
+impl JobState {
+    pub(crate) fn new(limits: scheduler::Options, max_error_rate: f64, progress: Arc<JobProgress>) -> Self {
+        JobState { limits, max_error_rate, progress, in_flight: HashMap::new(), input: None }
+    }
+
+    /// The reader hands over a row.
+    pub(crate) fn row(&mut self, row: Row) -> Fate {
+        let row = match row {
+            Row::Request(row) => row,
+            Row::Rejected(row) => return self.write(Unwritten::Line(Line::rejected(&row))),
+            Row::Finished(row) => return self.write(Unwritten::Finished(vec![row])),
+        };
+        if let Err(error) = self.limits.check(&row.request) {
+            let error = RowError::new("context_length_exceeded", error.to_string());
+            return self.write(Unwritten::Line(Line::refused(&row, &error)));
+        }
+        let so_far = Some(row.so_far.clone()).filter(|so_far| row.request.goes_on_from(so_far));
+        let (tag, request) = (row.index, Arc::clone(&row.request));
+        self.in_flight.insert(tag, *row);
+        Fate::Submit { tag, request, so_far: so_far.unwrap_or_default() }
+    }
+
+    /// The reader has come by rows that have their lines already.
+    pub(crate) fn finished(&self, rows: Vec<FinishedRow>) -> Unwritten {
+        self.counted(Unwritten::Finished(rows))
+    }
+
+    /// The pipeline is done with a row.
+    pub(crate) fn completed(&mut self, tag: u64, completion: Completion) -> Unwritten {
+        let row = self.in_flight.remove(&tag).expect("a completion answers a row in flight");
+        self.counted(Unwritten::Completed(Box::new(row), completion))
+    }
+
+    /// The pipeline has more tokens of a row than the first so many.
+    pub(crate) fn checkpoint(&self, tag: u64, first: usize, piece: Generated) -> Unwritten {
+        let row = self.in_flight.get(&tag).expect("a checkpoint is of a row in flight");
+        Unwritten::Checkpoint(row.request.key, first, piece)
+    }
+
+    /// The reader is done.
+    pub(crate) fn input_ended(&mut self, record: InputRecord, unread: Unread) {
+        self.input = Some((record, unread));
+    }
+
+    /// The last word to the writer, once nothing is on its way any more.
+    pub(crate) fn end(&self) -> Option<Unwritten> {
+        let (_, unread) = self.input.as_ref()?;
+        self.in_flight.is_empty().then_some(Unwritten::End(*unread))
+    }
+
+    /// What was read; nothing where the reader had not come to an end.
+    pub(crate) fn into_input(self) -> Option<InputRecord> {
+        self.input.map(|(record, _)| record)
+    }
+
+    /// More rows have failed than may.
+    pub(crate) fn too_many_failed(&self) -> Option<Error> {
+        let failed = self.progress.failed.load(Ordering::Relaxed);
+        let finished = failed + self.progress.completed.load(Ordering::Relaxed);
+        let max_error_rate = self.max_error_rate;
+        let is_too_many = finished >= LEAST_ROWS_TO_JUDGE && failed as f64 > max_error_rate * finished as f64;
+        is_too_many.then_some(Error::TooManyErrors { failed, finished, max_error_rate })
+    }
+
+    fn write(&self, unwritten: Unwritten) -> Fate {
+        Fate::Write(self.counted(unwritten))
+    }
+
+    fn counted(&self, unwritten: Unwritten) -> Unwritten {
+        let progress = &self.progress;
+        let add = |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
+        match &unwritten {
+            Unwritten::Completed(row, completion) if completion.outcome.is_ok() => {
+                add(&progress.prompt_tokens, completion.request.prompt.len());
+                add(&progress.generated_tokens, completion.generated.tokens.len() - row.so_far.tokens.len());
+                add(&progress.completed, 1);
+            }
+            Unwritten::Finished(rows) => {
+                let failed = rows.iter().filter(|row| row.file == LineFile::Errors).count();
+                add(&progress.failed, failed);
+                add(&progress.completed, rows.len() - failed);
+                add(&progress.resumed, rows.len());
+            }
+            Unwritten::Completed(..) | Unwritten::Line(_) => {
+                add(&progress.failed, 1);
+            }
+            Unwritten::Checkpoint(..) | Unwritten::End(_) => {}
+        }
+        unwritten
+    }
+}

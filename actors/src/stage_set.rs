@@ -1,0 +1,207 @@
+//! The stages of a pipeline: how they are started, and how one is started again when it has ended.
+//!
+//! Each stage has a seat, which its neighbours and the watchdog know. An actor that ends leaves its seat to
+//! the next one; what was under way is lost, and [`Lost`] keeps it from being computed by anybody.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use kameo::actor::{ActorId, ActorRef, Recipient, Spawn};
+use kameo::mailbox;
+use scheduler::MicroBatchId;
+
+use crate::clock::{AtWork, StageClock};
+use crate::device_thread::{LoadStage, Next, Tokens};
+use crate::error::{Error, Result};
+use crate::link::InProcess;
+use crate::pipeline::PipelineActor;
+use crate::stage::{self, Flush, StageActor, StageArgs};
+
+/// All stages of one pipeline.
+pub(crate) struct StageSet {
+    loads: Vec<LoadStage>,
+    clocks: Vec<Arc<StageClock>>,
+    seats: Vec<Seat>,
+    lost: Lost,
+}
+
+/// Where a stage's present actor is found.
+#[derive(Clone)]
+pub(crate) struct Seat(Arc<RwLock<Incumbent>>);
+
+/// A stage's actor, and what its device thread is at.
+#[derive(Clone)]
+pub(crate) struct Incumbent {
+    pub(crate) actor: ActorRef<StageActor>,
+    pub(crate) at_work: Arc<AtWork>,
+}
+
+/// Up to which micro-batch all that was not completed is lost.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Lost(Arc<AtomicU64>);
+
+impl Lost {
+    /// Every micro-batch before this one that has not come back never will.
+    pub(crate) fn all_before(&self, next: MicroBatchId) {
+        self.0.store(next.0, Ordering::Release);
+    }
+
+    pub(crate) fn contains(&self, micro_batch: MicroBatchId) -> bool {
+        micro_batch.0 < self.0.load(Ordering::Acquire)
+    }
+}
+
+impl Seat {
+    /// Who sits there now.
+    pub(crate) fn incumbent(&self) -> Incumbent {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn pass_on(&self, incumbent: Incumbent) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = incumbent;
+    }
+}
+
+impl StageSet {
+    /// Loads every stage on its device, in parallel.
+    ///
+    /// # Errors
+    /// The first stage that could not be loaded.
+    pub(crate) async fn start(loads: Vec<LoadStage>, pipeline: &ActorRef<PipelineActor>) -> Result<Self> {
+        let clocks = loads.iter().map(|_| Arc::default()).collect();
+        let mut stages = StageSet { loads, clocks, seats: Vec::new(), lost: Lost::default() };
+        // From the last stage to the first: each is given the way to the next.
+        let mut next = stages.way_back(pipeline);
+        for index in (0..stages.len()).rev() {
+            let seat = Seat(Arc::new(RwLock::new(stages.spawn(index, next, pipeline).await)));
+            next = Next::Stage(Box::new(InProcess(seat.clone())));
+            stages.seats.insert(0, seat);
+        }
+        for seat in &stages.seats {
+            started(&seat.incumbent().actor).await?;
+        }
+        Ok(stages)
+    }
+
+    /// Starts a stage again that has ended.
+    ///
+    /// # Errors
+    /// It could not be loaded.
+    pub(crate) async fn restart(&self, index: usize, pipeline: &ActorRef<PipelineActor>) -> Result<()> {
+        let next = match self.seats.get(index + 1) {
+            Some(seat) => Next::Stage(Box::new(InProcess(seat.clone()))),
+            None => self.way_back(pipeline),
+        };
+        let incumbent = self.spawn(index, next, pipeline).await;
+        started(&incumbent.actor).await?;
+        self.clocks[index].add_restart();
+        self.seats[index].pass_on(incumbent);
+        Ok(())
+    }
+
+    /// Weak, so that a ring of actors can end.
+    fn way_back(&self, pipeline: &ActorRef<PipelineActor>) -> Next {
+        let pipeline: Recipient<Tokens> = pipeline.clone().recipient();
+        Next::Pipeline(pipeline.downgrade())
+    }
+
+    async fn spawn(&self, index: usize, next: Next, pipeline: &ActorRef<PipelineActor>) -> Incumbent {
+        let at_work = Arc::new(AtWork::default());
+        let args = StageArgs {
+            index,
+            num_stages: self.len(),
+            load: self.loads[index].clone(),
+            next,
+            clock: Arc::clone(&self.clocks[index]),
+            at_work: Arc::clone(&at_work),
+            lost: self.lost.clone(),
+        };
+        let mailbox = mailbox::bounded(stage::mailbox_size(self.len()));
+        let actor = StageActor::spawn_link_with_mailbox(pipeline, args, mailbox).await;
+        Incumbent { actor, at_work }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.loads.len()
+    }
+
+    /// The way to the first stage.
+    pub(crate) fn first(&self) -> InProcess {
+        InProcess(self.seats[0].clone())
+    }
+
+    /// Which stage this actor is, if it is one that still sits in its seat.
+    pub(crate) fn index_of(&self, actor: ActorId) -> Option<usize> {
+        self.seats.iter().position(|seat| seat.incumbent().actor.id() == actor)
+    }
+
+    /// What this stage's device thread was at when it was last heard of.
+    pub(crate) fn last_step(&self, index: usize) -> Option<(MicroBatchId, Duration)> {
+        self.seats[index].incumbent().at_work.get()
+    }
+
+    pub(crate) fn lost(&self) -> &Lost {
+        &self.lost
+    }
+
+    pub(crate) fn clocks(&self) -> Vec<Arc<StageClock>> {
+        self.clocks.clone()
+    }
+
+    /// Waits until no stage has anything left of what was lost; false when one has ended meanwhile.
+    ///
+    /// Only then may micro-batches be issued again: mailboxes have room for one pipeline full of them.
+    pub(crate) async fn flush(&self) -> bool {
+        for seat in &self.seats {
+            let actor = seat.incumbent().actor;
+            let (flush, flushed) = Flush::new();
+            let is_flushed = actor.tell(flush).await.is_ok()
+                && tokio::select! {
+                    flushed = flushed => flushed.is_ok(),
+                    () = actor.wait_for_shutdown() => false,
+                };
+            if !is_flushed {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Ends every stage that takes longer than this for one step, until it is dropped itself. The pipeline
+    /// hears of it as of any other end.
+    pub(crate) fn watch(&self, step_timeout: Duration) -> Watchdog {
+        let seats = self.seats.clone();
+        Watchdog(tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(step_timeout / 8);
+            loop {
+                ticks.tick().await;
+                for Incumbent { actor, at_work } in seats.iter().map(Seat::incumbent) {
+                    if at_work.get().is_some_and(|(_, since)| since > step_timeout) {
+                        actor.kill();
+                    }
+                }
+            }
+        }))
+    }
+}
+
+/// Looks for stages that hang; see [`StageSet::watch`].
+pub(crate) struct Watchdog(tokio::task::JoinHandle<()>);
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn started(actor: &ActorRef<StageActor>) -> Result<()> {
+    actor.wait_for_startup_with_result(|result| result.map_err(startup_error)).await
+}
+
+fn startup_error(error: kameo::error::HookError<&crate::stage::StageEnd>) -> Error {
+    match error {
+        kameo::error::HookError::Error(end) => end.error.clone(),
+        kameo::error::HookError::Panicked(_) => Error::Ended("a stage"),
+    }
+}

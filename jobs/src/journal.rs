@@ -34,7 +34,7 @@ pub(crate) use present::Ranges;
 pub use progress::Progress;
 pub(crate) use progress::{InputProgress, unix_now};
 pub use view::{EntryOrder, JournalView};
-pub(crate) use walk::{Selection, Walked};
+pub(crate) use walk::{Go, Selection, Walked};
 
 use crate::disk;
 use crate::error::{Error, Result};
@@ -57,19 +57,7 @@ const TABLES: &str = "
     CREATE TABLE job (unix_seconds INTEGER NOT NULL, settings TEXT NOT NULL);
     -- is_replaced: a rewritten file lies beside it and is to take its place.
     CREATE TABLE files (file INTEGER PRIMARY KEY, length INTEGER NOT NULL, is_replaced INTEGER NOT NULL);
-    -- Every line that counts; length and hash are those of its bytes with the newline.
-    CREATE TABLE rows (
-        seq INTEGER PRIMARY KEY,
-        key BLOB NOT NULL,
-        file INTEGER NOT NULL,
-        offset INTEGER NOT NULL,
-        length INTEGER NOT NULL,
-        hash BLOB NOT NULL,
-        is_refusal INTEGER NOT NULL,
-        prompt_tokens INTEGER NOT NULL,
-        generated_tokens INTEGER NOT NULL
-    );
-    -- Which of them are rows of the input that the present run reads: so many lines from seq on are
+    -- Which lines are rows of the input that the present run reads: so many lines from seq on are
     -- those of as many rows of the input from row on.
     CREATE TABLE present (row INTEGER PRIMARY KEY, seq INTEGER NOT NULL, lines INTEGER NOT NULL);
     -- Tokens of rows that have no line yet; the first of a piece is the row's token of that index.
@@ -158,6 +146,7 @@ impl Journal {
         let json = serde_json::to_string(settings).expect("settings are JSON");
         journal.transact(|db| {
             db.execute_batch(TABLES)?;
+            db.execute_batch(entry::TABLE)?;
             db.execute("INSERT INTO job VALUES (?, ?)", params![unix_seconds as i64, json])?;
             for file in LineFile::ALL {
                 db.execute("INSERT INTO files VALUES (?, 0, 0)", [file.index() as i64])?;
@@ -265,7 +254,7 @@ impl Journal {
         self.transact(|db| {
             let mut present = Ranges::default();
             for ((row, entry), seq) in done.written.iter().zip(first..) {
-                entry::insert(db, seq, entry)?;
+                entry::insert(db, entry::INSERT, seq, entry)?;
                 present.push(*row, seq);
                 totals.add(entry);
             }

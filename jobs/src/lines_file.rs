@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use crate::digest_map::Digest;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::journal::{Entry, line_hash};
@@ -20,14 +19,6 @@ pub(crate) struct LinesFile {
     buffer: Vec<u8>,
     length: u64,
     is_synced: bool,
-}
-
-/// Where a line was put.
-pub(crate) struct Place {
-    pub(crate) offset: u64,
-    /// With its newline.
-    pub(crate) length: u64,
-    pub(crate) hash: Digest,
 }
 
 impl LinesFile {
@@ -47,17 +38,17 @@ impl LinesFile {
         Ok(LinesFile { path, file, buffer: vec![], length: committed, is_synced: true })
     }
 
-    /// Appends a line.
-    pub(crate) fn append(&mut self, json: &[u8]) -> Result<Place> {
+    /// Appends a line; where it begins.
+    pub(crate) fn append(&mut self, json: &[u8]) -> Result<u64> {
         if self.buffer.len() + json.len() >= BUFFER_BYTES {
             self.flush()?;
         }
         self.buffer.extend_from_slice(json);
         self.buffer.push(b'\n');
-        let (offset, length) = (self.length, json.len() as u64 + 1);
-        self.length += length;
+        let offset = self.length;
+        self.length += json.len() as u64 + 1;
         self.is_synced = false;
-        Ok(Place { offset, length, hash: line_hash(json) })
+        Ok(offset)
     }
 
     /// Bytes so far.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::disk;
 use crate::error::Result;
-use crate::journal::{Entry, Journal, Selection, Walked};
+use crate::journal::{Entry, Go, Journal, Selection, Walked};
 use crate::line::LineFile;
 use crate::lines_file::{LinesFile, PlacedLines};
 use crate::writer::{Order, Unread};
@@ -101,15 +101,17 @@ pub(crate) fn rewritten_path(folder: &Path, file: LineFile) -> PathBuf {
 
 /// The files in which the lines that stay, in their order, are not all bytes from the first to the last.
 fn unsettled(journal: &Journal, stays: &[Selection]) -> Result<Vec<LineFile>> {
+    let lengths = journal.lengths()?;
     let mut ends = [0; LineFile::ALL.len()];
     let mut is_in_order = [true; LineFile::ALL.len()];
-    journal.walk(stays, |Walked { entry, .. }| {
+    journal.walk_while(stays, |Walked { entry, .. }| {
         let file = entry.file.index();
         is_in_order[file] &= entry.offset == ends[file];
         ends[file] += entry.length;
-        Ok(())
+        // Most jobs that are to be put in order show it in their first lines.
+        let is_open = |file: LineFile| is_in_order[file.index()] && lengths[file.index()] > 0;
+        Ok(if PRESENT.into_iter().any(is_open) { Go::On } else { Go::Home })
     })?;
-    let lengths = journal.lengths()?;
     let is_settled = |file: &LineFile| {
         let file = file.index();
         is_in_order[file] && ends[file] == lengths[file]
@@ -132,7 +134,7 @@ impl Rewrite {
 
     /// Copies a line; its new place.
     fn copy(&mut self, entry: Entry) -> Result<Entry> {
-        let place = self.new.append(self.old.read(&entry)?)?;
-        Ok(Entry { offset: place.offset, ..entry })
+        let offset = self.new.append(self.old.read(&entry)?)?;
+        Ok(Entry { offset, ..entry })
     }
 }

@@ -8,9 +8,9 @@ use scheduler::{Generated, RequestKey};
 
 use crate::error::Result;
 use crate::folder::LockedFolder;
-use crate::journal::{Entry, FinishedRow, Journal, Uncommitted};
+use crate::journal::{Entry, FinishedRow, Journal, Uncommitted, line_hash};
 use crate::line::{Line, LineFile};
-use crate::lines_file::{LinesFile, Place};
+use crate::lines_file::LinesFile;
 use crate::settle;
 
 /// Most rows between two commits, which bounds the memory of what waits for one: 16,384 rows of about
@@ -87,7 +87,8 @@ impl Writer {
             LineFile::Errors => &mut self.errors,
             LineFile::Stale => unreachable!("row {} is of this run", line.row),
         };
-        let Place { offset, length, hash } = file.append(line.json.as_bytes())?;
+        let json = line.json.as_bytes();
+        let (offset, length, hash) = (file.append(json)?, json.len() as u64 + 1, line_hash(json));
         let Line { key, file, is_refusal, prompt_tokens, generated_tokens, .. } = *line;
         let entry = Entry { key, file, offset, length, hash, is_refusal, prompt_tokens, generated_tokens };
         self.uncommitted.written.push((line.row, entry));

@@ -48,6 +48,23 @@ impl Totals {
     }
 }
 
+/// Every line that counts; length and hash are those of its bytes with the newline.
+pub(super) const TABLE: &str = "
+    CREATE TABLE rows (
+        seq INTEGER PRIMARY KEY,
+        key BLOB NOT NULL,
+        file INTEGER NOT NULL,
+        offset INTEGER NOT NULL,
+        length INTEGER NOT NULL,
+        hash BLOB NOT NULL,
+        is_refusal INTEGER NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        generated_tokens INTEGER NOT NULL
+    )";
+
+/// A line more, for [`insert`].
+pub(super) const INSERT: &str = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)";
+
 /// Lines from one number up to another, for [`read`].
 pub(super) const LINES: &str = "
     SELECT seq, key, file, offset, length, hash, is_refusal, prompt_tokens, generated_tokens
@@ -60,8 +77,8 @@ pub(crate) fn line_hash(line: &[u8]) -> Digest {
     *hasher.finalize().as_bytes().first_chunk().expect("16 of 32 bytes")
 }
 
-pub(super) fn insert(db: &Connection, seq: u64, entry: &Entry) -> rusqlite::Result<()> {
-    db.prepare_cached("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)")?
+pub(super) fn insert(db: &Connection, insert: &str, seq: u64, entry: &Entry) -> rusqlite::Result<()> {
+    db.prepare_cached(insert)?
         .execute(params![
             seq as i64,
             entry.key.0.to_be_bytes(),

@@ -30,6 +30,13 @@ pub(crate) struct Walked {
     pub(crate) entry: Entry,
 }
 
+/// What a visitor wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Go {
+    On,
+    Home,
+}
+
 impl Journal {
     /// Shows each line of the selections, one selection after the other.
     pub(crate) fn walk(
@@ -37,7 +44,21 @@ impl Journal {
         selections: &[Selection],
         mut visit: impl FnMut(Walked) -> Result<()>,
     ) -> Result<()> {
-        selections.iter().try_for_each(|selection| self.walk_one(*selection, &mut visit))
+        self.walk_while(selections, |walked| visit(walked).map(|()| Go::On))
+    }
+
+    /// The same, as long as the visitor wants to.
+    pub(crate) fn walk_while(
+        &self,
+        selections: &[Selection],
+        mut visit: impl FnMut(Walked) -> Result<Go>,
+    ) -> Result<()> {
+        for selection in selections {
+            if self.walk_one(*selection, &mut visit)? == Go::Home {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Rewrites which lines count. `rewrite` walks over the old ones and hands out each that stays, with
@@ -52,11 +73,14 @@ impl Journal {
         // It rolls back when it is dropped.
         let transaction = Transaction::new_unchecked(&journal.db, TransactionBehavior::Immediate);
         let transaction = transaction.map_err(error)?;
-        let first = journal.next_seq;
-        let mut seq = first;
+        // Rows are renumbered in a table of their own, for deleting ten million old ones one by one takes
+        // longer than writing the new ones.
+        let insert = entry::INSERT.replace("rows", "new_rows");
+        journal.sql(|db| db.execute_batch(&entry::TABLE.replace("rows", "new_rows")))?;
+        let mut seq = 1;
         let (mut totals, mut present) = (Totals::default(), Ranges::default());
         let lengths = rewrite(journal, &mut |Walked { row, entry }| {
-            entry::insert(&journal.db, seq, &entry).map_err(error)?;
+            entry::insert(&journal.db, &insert, seq, &entry).map_err(error)?;
             totals.add(&entry);
             if let Some(row) = row {
                 present.push(row, seq);
@@ -69,8 +93,9 @@ impl Journal {
                 let is_replaced = files.contains(&file);
                 entry::set_length(&journal.db, file, lengths[file.index()], is_replaced)?;
             }
-            journal.db.execute("DELETE FROM rows WHERE seq < ?", [first as i64])?;
-            journal.db.execute("DELETE FROM present", [])?;
+            journal
+                .db
+                .execute_batch("DROP TABLE rows; ALTER TABLE new_rows RENAME TO rows; DELETE FROM present")?;
             present.insert(&journal.db)?;
             progress::update(&journal.db, &journal.input, &totals, journal.checkpointed.tokens())
         };
@@ -80,8 +105,7 @@ impl Journal {
         Ok(())
     }
 
-    fn walk_one(&self, selection: Selection, visit: &mut impl FnMut(Walked) -> Result<()>) -> Result<()> {
-        // Lines that a rewriting adds meanwhile come behind those that were there.
+    fn walk_one(&self, selection: Selection, visit: &mut impl FnMut(Walked) -> Result<Go>) -> Result<Go> {
         let all = Range { row: 0, seq: 0, lines: self.next_seq };
         match selection {
             Selection::PresentByRow => self.for_each_range(|range| {
@@ -93,37 +117,40 @@ impl Journal {
                 let mut present = Bits::default();
                 self.for_each_range(|range| {
                     present.set(range);
-                    Ok(())
+                    Ok(Go::On)
                 })?;
                 let is_wanted = |seq| present.has(seq) == (selection == Selection::Present);
                 self.walk_range(all, |seq, entry| match is_wanted(seq) {
                     true => visit(Walked { row: None, entry }),
-                    false => Ok(()),
+                    false => Ok(Go::On),
                 })
             }
         }
     }
 
-    fn walk_range(&self, range: Range, mut visit: impl FnMut(u64, Entry) -> Result<()>) -> Result<()> {
+    fn walk_range(&self, range: Range, mut visit: impl FnMut(u64, Entry) -> Result<Go>) -> Result<Go> {
         let error = |source| Error::journal(&self.path, source);
-        let query = entry::LINES;
-        let mut statement = self.db.prepare_cached(query).map_err(error)?;
+        let mut statement = self.db.prepare_cached(entry::LINES).map_err(error)?;
         let bounds = params![range.seq as i64, (range.seq + range.lines) as i64];
         let mut rows = statement.query(bounds).map_err(error)?;
         while let Some(row) = rows.next().map_err(error)? {
             let (seq, entry) = entry::read(row).map_err(error)?;
-            visit(seq, entry)?;
+            if visit(seq, entry)? == Go::Home {
+                return Ok(Go::Home);
+            }
         }
-        Ok(())
+        Ok(Go::On)
     }
 
-    fn for_each_range(&self, mut visit: impl FnMut(Range) -> Result<()>) -> Result<()> {
+    fn for_each_range(&self, mut visit: impl FnMut(Range) -> Result<Go>) -> Result<Go> {
         let error = |source| Error::journal(&self.path, source);
         let mut statement = self.db.prepare(present::RANGES).map_err(error)?;
         let mut ranges = statement.query([]).map_err(error)?;
         while let Some(range) = ranges.next().map_err(error)? {
-            visit(present::read(range).map_err(error)?)?;
+            if visit(present::read(range).map_err(error)?)? == Go::Home {
+                return Ok(Go::Home);
+            }
         }
-        Ok(())
+        Ok(Go::On)
     }
 }

@@ -70,6 +70,18 @@ impl Job {
         self
     }
 
+    /// The same job in a folder of its own.
+    pub(crate) fn anew(&self) -> Self {
+        Job {
+            folder: tempfile::tempdir().expect("a temporary folder"),
+            model: self.model.clone(),
+            rows: self.rows.clone(),
+            sets: self.sets.clone(),
+            sections: self.sections.clone(),
+            args: self.args.clone(),
+        }
+    }
+
     /// Sets a key, as `--set` does.
     pub(crate) fn set(mut self, assignment: impl Into<String>) -> Self {
         self.sets.push(assignment.into());

@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 mod commands;
+mod crashes;
+mod disturbed;
 mod harness;
 mod logits;
 mod refusals;

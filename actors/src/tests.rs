@@ -1,11 +1,12 @@
 //! Whole pipelines of probe stages: what the actors do when a stage works, fails, or is in the way.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
-use scheduler::{MicroBatch, MicroBatchOutput, Slice, SliceOutput, Span};
+use scheduler::{Failure, MicroBatch, MicroBatchOutput, Slice, SliceOutput, Span};
 use stages::{Activations, Stage, StageOutput};
 
 use crate::device_thread::LoadStage;
@@ -49,7 +50,8 @@ impl Stage for Probe {
             }),
             logprobs: None,
             prompt_logprobs: Vec::new(),
-            failure: None,
+            failure: (slice.request.prompt[0] == NOT_FINITE)
+                .then_some(Failure::NonFiniteLogits { position: slice.first_position }),
         };
         Ok(StageOutput::Tokens(MicroBatchOutput {
             id: batch.id,
@@ -57,6 +59,12 @@ impl Stage for Probe {
         }))
     }
 }
+
+/// A prompt that begins with it has logits that are not finite.
+const NOT_FINITE: u32 = 95;
+
+/// A prompt that begins with it ends its stage, where a test wants that.
+const DEADLY: u32 = 96;
 
 /// A pipeline of probes under construction.
 struct World {
@@ -126,14 +134,16 @@ struct Files {
 
 impl Files {
     fn with_rows(rows: usize) -> Self {
+        Self::with_prompts((0..rows as u32).map(|i| vec![1 + i % 80, 7]))
+    }
+
+    fn with_prompts(prompts: impl Iterator<Item = Vec<u32>>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let line = |i: usize| {
-            format!(
-                r#"{{"custom_id": "{i}", "method": "POST", "url": "/v1/completions", "body": {{"prompt": [{}, 7], "max_tokens": 9}}}}"#,
-                1 + i % 80
-            )
+        let line = |(i, prompt): (usize, Vec<u32>)| {
+            let body = format!(r#"{{"prompt": {prompt:?}, "max_tokens": 9}}"#);
+            format!(r#"{{"custom_id": "{i}", "method": "POST", "url": "/v1/completions", "body": {body}}}"#)
         };
-        let lines: Vec<String> = (0..rows).map(line).collect();
+        let lines: Vec<String> = prompts.enumerate().map(line).collect();
         std::fs::write(folder.path().join("input.jsonl"), lines.join("\n")).expect("write the input");
         Files { folder }
     }
@@ -299,24 +309,38 @@ async fn a_stage_that_panics_now_and_then_costs_no_row_and_no_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_ends_its_stage_is_an_error_line_and_no_other_is() {
+async fn poison_rows_are_error_lines_and_no_others_are() {
     let expected = undisturbed(300).await;
-    let files = Files::with_rows(300);
-    // Every prompt is [1 + row % 80, 7]: rows 12, 13, 92, 93, …
-    let is_poison = |token: u32| token == 13 || token == 14;
-    let world = World::new(2).with(move |stage, _, batch| {
-        let mut tokens = batch.slices.iter().filter(|s| s.first_position == 0).map(|s| s.tokens[0]);
-        assert!(stage != 1 || !tokens.any(is_poison), "a planted panic");
+    let poison =
+        [(20, DEADLY, "ends_stage"), (21, DEADLY, "ends_stage"), (22, NOT_FINITE, "non_finite_logits")];
+    let again = [(180, NOT_FINITE, "non_finite_logits"), (299, DEADLY, "ends_stage")];
+    let poison: HashMap<u32, (u32, &str)> =
+        poison.into_iter().chain(again).map(|(row, token, code)| (row, (token, code))).collect();
+    let too_long = 100;
+    let prompt = |row: u32| match poison.get(&row) {
+        Some(&(token, _)) => vec![token, 7],
+        None if row == too_long => vec![1; 70],
+        None => vec![1 + row % 80, 7],
+    };
+    let files = Files::with_prompts((0..300).map(prompt));
+    let world = World::new(2).with(|stage, _, batch| {
+        let mut begun = batch.slices.iter().filter(|slice| slice.first_position == 0);
+        assert!(stage != 1 || !begun.any(|slice| slice.tokens[0] == DEADLY), "a planted panic");
     });
     let outcome = run(&world, &files).await;
     assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
     let errors = std::fs::read_to_string(files.folder.path().join("out/errors.jsonl")).expect("errors");
-    assert_eq!(errors.lines().count(), 8);
-    assert!(errors.lines().all(|line| line.contains(r#""code":"ends_stage""#)), "{errors}");
-    let is_good = |(row, _): &(usize, &String)| !is_poison(1 + *row as u32 % 80);
-    let good: Vec<String> =
-        expected.iter().enumerate().filter(is_good).map(|(_, line)| line.clone()).collect();
-    assert_same(&files.output_lines(), &good);
+    assert_eq!(errors.lines().count(), 6, "{errors}");
+    let code = |row: &u32| poison.get(row).map_or("context_length_exceeded", |&(_, code)| code);
+    for row in poison.keys().chain([&too_long]) {
+        let id = format!(r#""custom_id":"{row}""#);
+        let line =
+            errors.lines().find(|line| line.contains(&id)).unwrap_or_else(|| panic!("{row}: {errors}"));
+        assert!(line.contains(&format!(r#""code":"{}""#, code(row))), "{line}");
+    }
+    let is_good = |row: u32| !poison.contains_key(&row) && row != too_long;
+    let good = (0..).zip(expected).filter(|&(row, _)| is_good(row)).map(|(_, line)| line);
+    assert_same(&files.output_lines(), &good.collect::<Vec<_>>());
 }
 
 #[tokio::test(flavor = "multi_thread")]

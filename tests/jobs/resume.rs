@@ -10,7 +10,7 @@ use crate::disturbed::{
     MODEL, Random, assert_as_undisturbed, assert_done, assert_refused, count, lines, row, stderr, stdout,
     stop_after,
 };
-use crate::harness::{Job, batch_line, devices, fixture, read_json, spanwise, without_created};
+use crate::harness::{Job, batch_line, devices, fixture, read_json, spanwise};
 
 #[test]
 fn a_job_killed_again_and_again_ends_as_if_undisturbed() {

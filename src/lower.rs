@@ -108,7 +108,7 @@ fn spans(stages: &Stages, num_stages: usize, config: &ModelConfig) -> Result<Vec
                 let slots = match config.num_slots - num_blocks {
                     0 => String::new(),
                     empty => {
-                        format!(" ({} slots, of which {empty} are empty and no blocks)", config.num_slots)
+                        format!(" ({} slots, and no block in {empty} of them)", config.num_slots)
                     }
                 };
                 bail!(

@@ -37,6 +37,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     let loaded = load_job_file(&args)?;
     let job = &loaded.job;
     let started = Instant::now();
+    jobs::check_paths(&job.job.input, &job.job.output)?;
 
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));

@@ -30,8 +30,7 @@ impl ChatTemplate {
         unix_seconds: u64,
     ) -> Result<Self, String> {
         let mut environment = template::chat_environment(unix_seconds);
-        environment
-            .add_template_owned(NAME, without_generation_marks(source))
+        template::add(&mut environment, NAME, without_generation_marks(source))
             .map_err(|error| template::describe(&error))?;
         Ok(ChatTemplate { environment, special_tokens })
     }
@@ -53,7 +52,7 @@ impl ChatTemplate {
         ];
         context.extend(self.special_tokens.iter().map(|(name, token)| (*name, Value::from(token.as_str()))));
         let template = self.environment.get_template(NAME).expect("added when this was made");
-        template.render(Value::from_pairs(context)).map_err(|error| template::describe(&error))
+        template::render(&template, Value::from_pairs(context)).map_err(|error| template::describe(&error))
     }
 }
 
@@ -62,14 +61,16 @@ fn without_generation_marks(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let end = rest[start..].find("%}").map_or(rest.len(), |end| start + end);
-        let tag = &rest[start + 2..end];
+        // Of `{%}` no byte belongs to both ends.
+        let inside = start + "{%".len();
+        let end = rest[inside..].find("%}").map_or(rest.len(), |end| inside + end);
+        let tag = &rest[inside..end];
         let word = match tag.trim_matches(['-', '+']).trim() {
             "generation" => Some(tag.replace("generation", "if true")),
             "endgeneration" => Some(tag.replace("endgeneration", "endif")),
             _ => None,
         };
-        out.push_str(&rest[..start + 2]);
+        out.push_str(&rest[..inside]);
         out.push_str(word.as_deref().unwrap_or(tag));
         rest = &rest[end..];
     }
@@ -116,4 +117,18 @@ fn default_of(path: &Path, entries: &[Json]) -> Result<String> {
         names.push(name.clone());
     }
     Err(Error::NoDefaultTemplate { path: path.to_owned(), names })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generation_marks_go_and_all_else_stays() {
+        let marked = "{%- generation -%}{{ x }}{% endgeneration %}";
+        assert_eq!(without_generation_marks(marked), "{%- if true -%}{{ x }}{% endif %}");
+        for other in ["{% set generation = 1 %}", "{%", "{%}", "{%}%}", "{% generation", "%}{%%}"] {
+            assert_eq!(without_generation_marks(other), other.replace("{% generation", "{% if true"));
+        }
+    }
 }

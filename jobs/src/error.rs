@@ -71,6 +71,18 @@ pub enum Error {
         /// The file in the way.
         path: PathBuf,
     },
+    /// The input is a file that the job itself writes.
+    #[error(
+        "[job] input: {} is {}, which the job writes; copy it to another place first",
+        path.display(),
+        own.display()
+    )]
+    InputIsOwn {
+        /// As it was given.
+        path: PathBuf,
+        /// Where it is.
+        own: PathBuf,
+    },
     /// Another run works on the output folder.
     #[error("{} is in use by {holder}; wait for its end, or stop it", path.display())]
     FolderInUse {

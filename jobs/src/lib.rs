@@ -29,6 +29,7 @@ mod lines_file;
 mod logprobs;
 mod manifest;
 mod model_text;
+mod own_files;
 mod parameters;
 mod plain_row;
 mod prepare;
@@ -53,6 +54,7 @@ pub use manifest::{
     Counts, InputRecord, Manifest, ModelRecord, NumericProfile, Status, Timings, TokenTotals,
 };
 pub use model_text::{ModelText, ModelTextOptions};
+pub use own_files::check_paths;
 pub use plain_row::PromptOptions;
 pub use prepare::{Preparer, RowOptions};
 pub use prepared::{Endpoint, Message, PreparedRow, Prompt, RejectedRow, Reply, Row};

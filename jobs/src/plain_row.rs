@@ -1,5 +1,7 @@
 //! Plain rows: any JSON object, made into messages by the job's own templates.
 
+use std::collections::BTreeMap;
+
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 
@@ -21,7 +23,8 @@ pub struct PromptOptions {
 /// The compiled templates.
 pub(crate) struct PromptTemplates {
     environment: Environment<'static>,
-    has_system: bool,
+    /// What each template asks for, by its name.
+    asked: BTreeMap<&'static str, Vec<String>>,
 }
 
 /// Names of the templates, which are the keys they come from.
@@ -31,20 +34,21 @@ const USER: &str = "[prompt] user";
 impl PromptTemplates {
     pub(crate) fn new(options: &PromptOptions) -> Result<Self> {
         let mut environment = template::strict_environment();
+        let mut asked = BTreeMap::new();
         for (name, source) in [(SYSTEM, options.system.as_ref()), (USER, Some(&options.user))] {
             let Some(source) = source else { continue };
-            environment
-                .add_template_owned(name, source.clone())
+            let names = template::add(&mut environment, name, source.clone())
                 .map_err(|error| Error::Setting { key: name.to_owned(), message: describe(&error) })?;
+            asked.insert(name, names);
         }
-        Ok(PromptTemplates { environment, has_system: options.system.is_some() })
+        Ok(PromptTemplates { environment, asked })
     }
 
     /// The messages that a row asks.
     pub(crate) fn render(&self, row: &Map<String, Value>) -> Result<Prompt, RowError> {
         let context = to_template(&Value::Object(row.clone()));
         let mut messages = Vec::new();
-        if self.has_system {
+        if self.asked.contains_key(SYSTEM) {
             messages.push(Message::new("system", self.render_one(SYSTEM, row, &context)?));
         }
         messages.push(Message::new("user", self.render_one(USER, row, &context)?));
@@ -58,10 +62,8 @@ impl PromptTemplates {
         context: &minijinja::Value,
     ) -> Result<String, RowError> {
         let template = self.environment.get_template(name).expect("added when this was made");
-        template.render(context).map_err(|error| {
-            let mut asked: Vec<String> = template.undeclared_variables(true).into_iter().collect();
-            asked.sort();
-            match asked
+        template::render(&template, context).map_err(|error| {
+            match self.asked[name]
                 .iter()
                 .find(|path| error.kind() == ErrorKind::UndefinedError && self.is_missing(path, row))
             {

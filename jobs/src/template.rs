@@ -5,9 +5,12 @@
 //! prints them. Nothing is escaped for HTML. A template that does not come to an end is stopped, for
 //! it would hold up every row behind it.
 
+use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
+use minijinja::{Environment, Error, ErrorKind, State, Template, UndefinedBehavior, Value};
 
 use crate::calendar;
 
@@ -27,6 +30,23 @@ const FUEL: u64 = {
 /// Most spaces by which `tojson` indents, or characters of a text it indents with. Templates use 2 or
 /// 4, and each is repeated for every line and level.
 const MAX_INDENT: usize = 16;
+
+/// Longest template that is read, about ten times the longest that is known.
+const MAX_SOURCE_BYTES: usize = 1 << 17;
+
+/// Stack for reading a byte of a template: the library reads and forgets `not not not …`, `a.b.c.…` and
+/// chains of `elif` by recursion. That is at most a level for each byte, and a level takes less than a
+/// kilobyte, or less than four in a build with sanitizers. Only what is used is taken.
+const READING_STACK_BYTES: usize = 1 << 12;
+
+/// Deepest nesting of a value that is written out. A row's JSON is read to a depth of 128.
+const MAX_DEPTH: usize = 200;
+
+/// Most values, or 64 bytes of text, in a value that is written out: four times what the largest row holds.
+const MAX_EXTENT: usize = 4 * crate::MAX_LINE_BYTES / 64;
+
+/// Widest field of `'{:>5}'.format(x)`, in digits.
+const MAX_WIDTH_DIGITS: usize = 4;
 
 /// An environment for templates that come with a model, which Jinja's own leniency suits.
 ///
@@ -52,14 +72,66 @@ pub(crate) fn strict_environment() -> Environment<'static> {
     environment
 }
 
+/// Adds a template to an environment; the names that it asks for, each with its path, sorted.
+///
+/// # Errors
+/// What is wrong in it, or that it is too long to be read.
+pub(crate) fn add(
+    environment: &mut Environment<'static>,
+    name: &'static str,
+    source: String,
+) -> Result<Vec<String>, Error> {
+    if source.len() > MAX_SOURCE_BYTES {
+        let found = source.len();
+        let message = format!("a template of {found} bytes, expected at most {MAX_SOURCE_BYTES}");
+        return Err(Error::new(ErrorKind::SyntaxError, message));
+    }
+    let stack_bytes = (1 << 20) + source.len() * READING_STACK_BYTES;
+    std::thread::scope(|scope| {
+        let add = || {
+            without_panic(|| {
+                environment.add_template_owned(name, source)?;
+                let asked = environment.get_template(name)?.undeclared_variables(true);
+                let mut asked: Vec<String> = asked.into_iter().collect();
+                asked.sort();
+                Ok(asked)
+            })
+        };
+        let thread = std::thread::Builder::new().stack_size(stack_bytes).spawn_scoped(scope, add);
+        thread.expect("the system starts threads").join().expect("a panic is caught before")
+    })
+}
+
+/// Renders a template of an environment.
+///
+/// # Errors
+/// What went wrong, mistakes of the library among it: they are the row's trouble, and not the job's.
+pub(crate) fn render(template: &Template<'_, '_>, context: impl Into<Value>) -> Result<String, Error> {
+    without_panic(|| template.render(context))
+}
+
+fn without_panic<T>(run: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| Err(refusal("the template library failed")))
+}
+
+fn refusal(message: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message)
+}
+
 fn plain_environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(|state, value, method, arguments| {
+        check_width(value, method)?;
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
+    });
     environment.set_formatter(|out, state, value| match python_word(value) {
         Some(word) => Ok(out.write_str(word)?),
-        None => minijinja::escape_formatter(out, state, value),
+        None => {
+            check_extent(value)?;
+            minijinja::escape_formatter(out, state, value)
+        }
     });
     environment.add_filter("tojson", tojson);
     environment
@@ -70,6 +142,41 @@ fn python_word(value: &Value) -> Option<&'static str> {
         ValueKind::None => Some("None"),
         ValueKind::Bool => Some(if value.is_true() { "True" } else { "False" }),
         _ => None,
+    }
+}
+
+/// Refuses to write out what holds itself, or doubles at each of its levels: it would overflow the stack or
+/// never end, and costs no fuel.
+fn check_extent(value: &Value) -> Result<(), Error> {
+    fn spend(value: &Value, depth: usize, left: &mut usize) -> Result<(), Error> {
+        let cost = 1 + value.as_str().map_or(0, |text| text.len() / 64);
+        *left = left.checked_sub(cost).ok_or_else(|| refusal("a value too large to be written out"))?;
+        let is_map = match value.kind() {
+            ValueKind::Map => true,
+            ValueKind::Seq | ValueKind::Iterable => false,
+            _ => return Ok(()),
+        };
+        if depth == MAX_DEPTH {
+            return Err(refusal(format!("a value more than {MAX_DEPTH} levels deep")));
+        }
+        for item in value.try_iter()? {
+            spend(&item, depth + 1, left)?;
+            if is_map {
+                spend(&value.get_item(&item)?, depth + 1, left)?;
+            }
+        }
+        Ok(())
+    }
+    spend(value, 0, &mut { MAX_EXTENT })
+}
+
+/// Refuses a format whose fields are filled up to any width: that costs no fuel.
+fn check_width(value: &Value, method: &str) -> Result<(), Error> {
+    let is_digit = |c: char| c.is_ascii_digit();
+    let mut numbers = value.as_str().unwrap_or_default().split(|c| !is_digit(c));
+    match method == "format" && numbers.any(|number| number.len() > MAX_WIDTH_DIGITS) {
+        true => Err(refusal(format!("format: expected numbers of at most {MAX_WIDTH_DIGITS} digits"))),
+        false => Ok(()),
     }
 }
 
@@ -127,6 +234,7 @@ fn tojson(_: &State<'_, '_>, value: &Value, indent: Option<Value>, options: Kwar
             .try_into()
             .map_err(|_| Error::new(ErrorKind::InvalidOperation, "separators are two strings"))?;
     }
+    check_extent(value)?;
     writer.write(value, 0)?;
     Ok(Value::from(writer.out))
 }
@@ -303,6 +411,28 @@ mod tests {
     #[test]
     fn a_raised_exception_is_told_in_its_own_words() {
         assert_eq!(render("{{ raise_exception('roles must alternate') }}", "1"), "roles must alternate");
+    }
+
+    #[test]
+    fn values_without_an_end_are_not_written_out() {
+        let own = "{% set ns = namespace() %}{% set ns.x = ns %}";
+        let deep =
+            "{% set ns = namespace(x=1) %}{% for i in range(1000) %}{% set ns.x = [ns.x] %}{% endfor %}";
+        for (template, written) in
+            [(own, "ns"), (own, "ns | tojson"), (deep, "ns.x"), (deep, "ns.x | tojson")]
+        {
+            let message = render(&format!("{template}{{{{ {written} }}}}"), "1");
+            assert!(message.contains("a value more than 200 levels deep"), "{message}");
+        }
+        let twice =
+            "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+        for written in ["ns.x", "ns.x | tojson"] {
+            let message = render(&format!("{twice}{{{{ {written} }}}}"), "1");
+            assert!(message.contains("a value too large to be written out"), "{message}");
+        }
+        let wide = render("{{ '{:>10000000000}'.format('a') }}", "1");
+        assert!(wide.contains("format: expected numbers of at most 4 digits"), "{wide}");
+        assert_eq!(render("{{ '{:>5}'.format('a') }}", "1"), "    a");
     }
 
     #[test]

@@ -92,7 +92,7 @@ impl ModelConfig {
             dims,
             blocks,
             num_slots,
-            rms_norm_eps: top.positive("rms_norm_eps")? as f32,
+            rms_norm_eps: rms_norm_eps(&top)?,
             tied_embeddings: top.flag("tie_word_embeddings")?,
             rope: rope(&top)?,
             max_position_embeddings,
@@ -199,8 +199,6 @@ fn uniform_slots(top: &Fields<'_>, dims: Dims) -> Result<Vec<(Attention, Ffn)>> 
 /// DeciLM-7B's form: one FFN width, KV heads per layer.
 fn per_layer_slots(top: &Fields<'_>, dims: Dims) -> Result<Vec<(Attention, Ffn)>> {
     const KEY: &str = "num_key_value_heads_per_layer";
-    let ffn = Ffn::SwiGlu { width: top.count("intermediate_size")? };
-    let num_layers = top.count_up_to("num_hidden_layers", MAX_BLOCKS)?;
     let Some(Value::Array(list)) = top.value(KEY) else {
         return Err(top.error(
             "block_configs",
@@ -208,6 +206,8 @@ fn per_layer_slots(top: &Fields<'_>, dims: Dims) -> Result<Vec<(Attention, Ffn)>
             format!("block_configs, or {KEY} with intermediate_size"),
         ));
     };
+    let ffn = Ffn::SwiGlu { width: top.count("intermediate_size")? };
+    let num_layers = top.count_up_to("num_hidden_layers", MAX_BLOCKS)?;
     if list.len() != num_layers {
         return Err(top.error(
             KEY,
@@ -334,6 +334,14 @@ pub fn swiglu_width(ffn_mult: f64, hidden: usize) -> usize {
     (((2.0 * ffn_mult * hidden as f64 / 3.0) as usize).min(1 << 40)).next_multiple_of(256)
 }
 
+fn rms_norm_eps(top: &Fields<'_>) -> Result<f32> {
+    let eps = top.positive("rms_norm_eps")?;
+    match eps as f32 {
+        narrow if narrow > 0.0 && narrow.is_finite() => Ok(narrow),
+        _ => Err(top.error("rms_norm_eps", eps, "a number above 0, also in f32")),
+    }
+}
+
 fn rope(top: &Fields<'_>) -> Result<Rope> {
     // transformers 5 writes rope_parameters; earlier ones rope_theta and rope_scaling.
     let (key, scaling) = match (top.value("rope_parameters"), top.value("rope_scaling")) {
@@ -352,18 +360,26 @@ fn rope(top: &Fields<'_>) -> Result<Rope> {
         // Dynamic scaling equals default up to max_position_embeddings, and longer contexts are refused.
         Ok(None | Some("default" | "dynamic")) => Ok(Rope::Default { theta }),
         Ok(Some("linear")) => Ok(Rope::Linear { theta, factor: fields.positive("factor")? }),
-        Ok(Some("llama3")) => Ok(Rope::Llama3 {
-            theta,
-            factor: fields.positive("factor")?,
-            low_freq_factor: fields.positive("low_freq_factor")?,
-            high_freq_factor: fields.positive("high_freq_factor")?,
-            original_max_position_embeddings: fields.positive("original_max_position_embeddings")?,
-        }),
+        Ok(Some("llama3")) => llama3(&fields, theta),
         Ok(Some(other)) => {
             Err(fields.error("rope_type", format!("{other:?}"), "default, linear, dynamic or llama3"))
         }
         Err(other) => Err(fields.error("rope_type", other, "default, linear, dynamic or llama3")),
     }
+}
+
+fn llama3(fields: &Fields<'_>, theta: f64) -> Result<Rope> {
+    let (low, high) = (fields.positive("low_freq_factor")?, fields.positive("high_freq_factor")?);
+    if high < low {
+        return Err(fields.error("high_freq_factor", high, format!("no less than low_freq_factor {low}")));
+    }
+    Ok(Rope::Llama3 {
+        theta,
+        factor: fields.positive("factor")?,
+        low_freq_factor: low,
+        high_freq_factor: high,
+        original_max_position_embeddings: fields.positive("original_max_position_embeddings")?,
+    })
 }
 
 fn eos_token_ids(top: &Fields<'_>, vocab: usize) -> Result<Vec<u32>> {

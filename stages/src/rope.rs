@@ -52,7 +52,8 @@ impl Rope {
                     let wavelength = std::f64::consts::TAU / f;
                     if wavelength < original / high {
                         f
-                    } else if wavelength > original / low {
+                    } else if wavelength >= original / low {
+                        // Where both factors are one, nothing is left between.
                         f / factor
                     } else {
                         let smooth = (original / wavelength - low) / (high - low);

@@ -82,9 +82,11 @@ fn run_job(kind: &str, end: &str, folder: &Path) {
     .expect("end the run");
     let seconds = began.elapsed().as_secs_f64();
     println!(
-        "{new} new, {finished} finished in {seconds:.2} s ({:.2} to begin, {:.2} to end), {:.0} rows/s, {} MB at most",
+        "{new} new, {finished} finished in {seconds:.2} s ({:.2} to begin, {:.2} to end; {:.2} of CPU), \
+         {:.0} rows/s, {} MB at most",
         (began_reading - began).as_secs_f64(),
         began_ending.elapsed().as_secs_f64(),
+        cpu_seconds(),
         (new + finished) as f64 / seconds,
         peak_bytes() / 1_000_000,
     );
@@ -197,4 +199,13 @@ fn peak_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("the process's figures");
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its peak");
     1024 * peak.trim().trim_end_matches(" kB").parse::<u64>().expect("kilobytes")
+}
+
+/// What the process has used of all cores, as a shared machine's clock says little.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("the process's figures");
+    let (_, fields) = stat.rsplit_once(')').expect("the program's name");
+    // The 14th and the 15th field, the name being the 2nd; the kernel counts in hundredths.
+    let ticks = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>().expect("ticks"));
+    ticks.sum::<f64>() / 100.0
 }

@@ -57,20 +57,9 @@ impl EarlierRuns {
 
     /// What is there of the answer to a request; it is handed out once.
     pub fn take_so_far(&mut self, request: &Request) -> Generated {
-        let so_far = self.so_far.remove(&request.key);
-        so_far.filter(|generated| is_part_of_answer(generated, request)).unwrap_or_default()
+        // It always can where the journal is as it was written; what it is not is computed anew.
+        self.so_far.remove(&request.key).filter(|so_far| request.goes_on_from(so_far)).unwrap_or_default()
     }
-}
-
-/// Whether a sequence can go on from here. It always can where the journal is as it was written; what is
-/// not is computed anew.
-fn is_part_of_answer(generated: &Generated, request: &Request) -> bool {
-    let Generated { tokens, logprobs, prompt_logprobs } = generated;
-    let sampling = &request.sampling;
-    let scores = |is_wanted: bool, tokens: usize| if is_wanted { tokens } else { 0 };
-    tokens.len() < sampling.max_tokens as usize
-        && logprobs.len() == scores(sampling.logprobs.is_some(), tokens.len())
-        && prompt_logprobs.len() == scores(sampling.prompt_logprobs, request.prompt.len() - 1)
 }
 
 impl FinishedRows {

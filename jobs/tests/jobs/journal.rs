@@ -1,11 +1,15 @@
 //! The journal against a plain model of it: runs that end in every way, over inputs that change.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use jobs::{EarlierRuns, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer};
+use jobs::{
+    EarlierRuns, EntryOrder, JournalView, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use scheduler::RequestKey;
+use scheduler::{Generated, Request, RequestKey, Sampling, TokenLogprobs};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -32,6 +36,9 @@ struct Run {
     stir: u8,
     commit_every: usize,
     order: Order,
+    /// Before the row of the same place is done, a piece of a later one: of which, from which token on,
+    /// and of how many.
+    pieces: Vec<(usize, u64, u32)>,
     end: End,
 }
 
@@ -60,10 +67,11 @@ fn end() -> impl Strategy<Value = End> {
 fn run() -> impl Strategy<Value = Run> {
     let keys = Just((0..24u8).collect::<Vec<u8>>()).prop_shuffle();
     let order = prop_oneof![3 => Just(Order::Input), 1 => Just(Order::Completion)];
-    (keys, 0..24usize, any::<u8>(), 1..6usize, order, end()).prop_map(
-        |(mut input, len, stir, commit_every, order, end)| {
+    let pieces = vec((0..4usize, 0..8u64, 0..5u32), 24);
+    (keys, 0..24usize, any::<u8>(), 1..6usize, order, pieces, end()).prop_map(
+        |(mut input, len, stir, commit_every, order, pieces, end)| {
             input.truncate(len);
-            Run { input, stir: stir | 1, commit_every, order, end }
+            Run { input, stir: stir | 1, commit_every, order, pieces, end }
         },
     )
 }
@@ -132,9 +140,90 @@ fn crash(folder: &Path, tail: &[u8], torn: usize, log_at_begin: u64) -> TempDir 
     copy
 }
 
+/// Tokens of rows that have no line, by their keys; no row has none.
+type Tokens = BTreeMap<u8, Vec<u32>>;
+
+/// The piece of a row from one of its tokens on, with scores that follow from the tokens.
+fn piece(first: u64, tokens: Vec<u32>) -> Generated {
+    let score = |&token: &u32| TokenLogprobs { token, logprob: -(token as f32), top: vec![(token, 0.5)] };
+    let logprobs = tokens.iter().map(score).collect();
+    // The prompt has two tokens, and its first has no score.
+    let prompt_logprobs = if first == 0 { vec![score(&1)] } else { vec![] };
+    Generated { tokens, logprobs, prompt_logprobs }
+}
+
+/// What the model has of a row once a piece is added to it.
+fn add_piece(tokens: &mut Tokens, key: u8, first: u64, more: &[u32]) {
+    let mut row = tokens.remove(&key).unwrap_or_default();
+    if first as usize <= row.len() {
+        row.truncate(first as usize);
+        row.extend(more);
+    }
+    if !row.is_empty() {
+        tokens.insert(key, row);
+    }
+}
+
+/// What a reader would hand over of each row.
+fn tokens_of(earlier: &mut EarlierRuns) -> Tokens {
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        seed: 0,
+        max_tokens: 1000,
+        min_tokens: 0,
+        stop_token_ids: vec![],
+        stop: vec![],
+        logprobs: Some(1),
+        prompt_logprobs: true,
+    };
+    let sampling = Arc::new(sampling);
+    let of_row = |key: u8| {
+        let key_of_row = RequestKey(key.into());
+        let request = Request { key: key_of_row, prompt: vec![1, 2], sampling: Arc::clone(&sampling) };
+        let so_far = earlier.take_so_far(&request);
+        assert!(so_far == Generated::default() || so_far == piece(0, so_far.tokens.clone()), "{so_far:?}");
+        (key, so_far.tokens)
+    };
+    (0..24).map(of_row).filter(|(_, tokens)| !tokens.is_empty()).collect()
+}
+
+/// Whether the journal, as others see it, vouches for lines of these that are there with every byte.
+fn check_view(folder: &Path, lines: &Lines) {
+    let view = JournalView::open(folder).unwrap().unwrap();
+    let mut met = Vec::new();
+    let mut ends = [0; 3];
+    let files = LineFile::ALL.map(|file| std::fs::read(folder.join(file.name())).unwrap_or_default());
+    let visit = |entry: &jobs::Entry| {
+        let at = entry.file as usize;
+        assert!(entry.offset >= ends[at], "lines stand in the order of the walk");
+        ends[at] = entry.offset + entry.length;
+        let bytes = &files[at][entry.offset as usize..ends[at] as usize];
+        assert_eq!(entry.hash, blake3::hash(bytes).as_bytes()[..16]);
+        let key = entry.key.0 as u8;
+        let text = std::str::from_utf8(bytes).unwrap().trim_end();
+        assert!(lines.0[at].iter().any(|(other, line)| *other == key && line == text), "{key}: {text}");
+        met.push(key);
+        Ok(())
+    };
+    view.for_each_entry(EntryOrder::Lines, visit).unwrap();
+    let progress = view.progress().unwrap();
+    assert_eq!(progress.output_lines + progress.error_lines, met.len() as u64);
+    assert_eq!(progress.generated_tokens, 2 * met.len() as u64);
+    met.sort_unstable();
+    let mut wanted: Vec<u8> = lines.0[..2].iter().flatten().map(|(key, _)| *key).collect();
+    wanted.sort_unstable();
+    // Of a row that was refused the line may be forgotten.
+    let is_kept = |key: &u8| !is_refusal(*key);
+    assert!(met.iter().filter(|key| is_kept(key)).eq(wanted.iter().filter(|key| is_kept(key))));
+}
+
 /// Runs once and compares with the model; the folder as it is then, and what is committed in it.
-fn check(folder: TempDir, before: Lines, run: &Run) -> (TempDir, Lines) {
+fn check(folder: TempDir, (before, tokens_before): (Lines, Tokens), run: &Run) -> (TempDir, (Lines, Tokens)) {
     let (mut writer, mut earlier) = open(folder.path(), run.order);
+    assert_eq!(tokens_of(&mut earlier), tokens_before);
     let finished = &mut earlier.finished;
     let log_at_begin = std::fs::metadata(folder.path().join("journal.sqlite-wal")).map_or(0, |log| log.len());
     assert!(before.are_in(folder.path()), "{before:?}");
@@ -150,39 +239,57 @@ fn check(folder: TempDir, before: Lines, run: &Run) -> (TempDir, Lines) {
     let mut completed: Vec<(u64, u8)> = (0..).zip(run.input.iter().copied()).collect();
     completed.sort_by_key(|(_, key)| key.wrapping_mul(run.stir));
     let mut lines = before.clone();
-    let mut history = vec![before.clone()];
-    for (done, (row, key)) in completed.into_iter().take(rows).enumerate() {
+    let mut tokens = tokens_before;
+    let mut history = vec![(before.clone(), tokens.clone())];
+    for (done, (row, key)) in completed.iter().copied().take(rows).enumerate() {
+        let (ahead, first, len) = run.pieces[done];
+        if let Some((_, later)) = completed.get(done + ahead)
+            && !before.has(*later)
+        {
+            let more: Vec<u32> = (0..len).map(|at| 100 * done as u32 + at).collect();
+            writer.checkpoint(RequestKey((*later).into()), first, &piece(first, more.clone())).unwrap();
+            add_piece(&mut tokens, *later, first, &more);
+        }
         match finished.find(RequestKey(key.into()), row).unwrap() {
             Some(finished) => writer.keep(finished).unwrap(),
             None => {
                 writer.write(&line(key, row)).unwrap();
                 lines.add(&line(key, row));
+                tokens.remove(&key);
             }
         }
         if done % run.commit_every == 0 {
             writer.commit().unwrap();
-            history.push(lines.clone());
+            history.push((lines.clone(), tokens.clone()));
         }
     }
     match &run.end {
         End::Crash { tail, torn, .. } => {
             let left = crash(folder.path(), tail, *torn, log_at_begin);
             drop((writer, folder));
-            drop(open(left.path(), run.order)); // What was never committed is cut off now.
-            let survivor = history.iter().rev().find(|lines| lines.are_in(left.path()));
+            // What was never committed is cut off now.
+            let left_tokens = tokens_of(&mut open(left.path(), run.order).1);
+            let is_left =
+                |(lines, tokens): &&(Lines, Tokens)| *tokens == left_tokens && lines.are_in(left.path());
+            let survivor = history.iter().rev().find(is_left);
             let survivor = survivor.expect("a crash leaves what was committed at one time").clone();
             assert!(*torn > 0 || Some(&survivor) == history.last(), "nothing that was committed is lost");
             (left, survivor)
         }
         End::Pause(_) => {
             writer.pause().unwrap();
-            (folder, lines)
+            check_view(folder.path(), &lines);
+            (folder, (lines, tokens))
         }
         End::Finish | End::Limited => {
             let is_limited = matches!(run.end, End::Limited);
             writer.finish(if is_limited { Unread::Stays } else { Unread::HasLeft }).unwrap();
             let settled = settled(&lines, run, is_limited);
-            (folder, settled)
+            check_view(folder.path(), &settled);
+            if !is_limited {
+                tokens.clear();
+            }
+            (folder, (settled, tokens))
         }
     }
 }
@@ -197,17 +304,13 @@ fn settled(lines: &Lines, run: &Run, is_limited: bool) -> Lines {
         let alive = (lines.0[file].iter().enumerate())
             .filter(|(at, (key, _))| !is_refusal(*key) || run.input.contains(key) && last(*at, *key))
             .map(|(_, line)| line.clone());
+        if run.order == Order::Completion && is_limited {
+            settled.0[file] = alive.collect();
+            continue;
+        }
         let (mut present, absent): (Vec<_>, Vec<_>) = alive.partition(|(key, _)| run.input.contains(key));
-        match (run.order, is_limited) {
-            (Order::Completion, true) => {
-                let kept = |line: &(u8, String)| present.contains(line) || absent.contains(line);
-                settled.0[file] = lines.0[file].iter().filter(|line| kept(line)).cloned().collect();
-                continue;
-            }
-            (Order::Completion, false) => {}
-            (Order::Input, _) => {
-                present.sort_by_key(|(key, _)| run.input.iter().position(|other| other == key));
-            }
+        if run.order == Order::Input {
+            present.sort_by_key(|(key, _)| run.input.iter().position(|other| other == key));
         }
         settled.0[file] = present;
         settled.0[if is_limited { file } else { 2 }].extend(absent);
@@ -220,11 +323,11 @@ proptest! {
 
     #[test]
     fn a_folder_is_what_the_model_says_after_any_runs(runs in vec(run(), 1..6)) {
-        let mut state = (TempDir::new().unwrap(), Lines::default());
+        let mut state = (TempDir::new().unwrap(), (Lines::default(), Tokens::new()));
         for run in &runs {
             state = check(state.0, state.1, run);
             if let End::Finish = run.end {
-                let mut keys: Vec<u8> = state.1.0[..2].iter().flatten().map(|(key, _)| *key).collect();
+                let mut keys: Vec<u8> = state.1.0.0[..2].iter().flatten().map(|(key, _)| *key).collect();
                 let mut input = run.input.clone();
                 keys.sort_unstable();
                 input.sort_unstable();
@@ -314,6 +417,141 @@ fn a_journal_that_is_none_any_more_is_named_with_its_cure() {
             .and_then(|folder| folder.begin(Order::Input, &Settings::default(), 0, false))
             .unwrap();
     }
+}
+
+#[test]
+fn a_journal_of_another_version_is_refused_with_its_cure() {
+    let folder = TempDir::new().unwrap();
+    drop(open(folder.path(), Order::Input));
+    let journal = rusqlite::Connection::open(folder.path().join("journal.sqlite")).unwrap();
+    journal.pragma_update(None, "user_version", 1).unwrap();
+    drop(journal);
+    let words = "a journal of version 1, this program writes version 2; \
+        go on with the program that wrote it, or pass --fresh to start over";
+    let error = OutputFolder::open(folder.path(), false).err().unwrap().to_string();
+    assert!(error.ends_with(words), "{error}");
+    let error = JournalView::open(folder.path()).err().unwrap().to_string();
+    assert!(error.ends_with(words), "{error}");
+}
+
+#[test]
+fn a_line_that_somebody_has_altered_is_not_put_in_order() {
+    let folder = TempDir::new().unwrap();
+    let writer = unsettled(folder.path());
+    let path = folder.path().join("output.jsonl");
+    std::fs::write(&path, read(folder.path(), "output.jsonl").replace("xxx\"}", "xyx\"}")).unwrap();
+    let error = writer.finish(Unread::HasLeft).unwrap_err().to_string();
+    assert!(error.contains("are not the line that was written there"), "{error}");
+}
+
+#[test]
+fn what_is_not_committed_is_in_no_total() {
+    let folder = TempDir::new().unwrap();
+    let mut writer = unsettled(folder.path());
+    let committed = writer.committed();
+    assert_eq!((committed.output_lines, committed.error_lines, committed.generated_tokens), (6, 2, 16));
+    writer.write(&line(8, 8)).unwrap();
+    assert_eq!(writer.committed(), committed);
+    assert_eq!(writer.pause().unwrap().output_lines, 7);
+}
+
+#[test]
+fn others_see_one_moment_of_a_running_job_and_leave_nothing_behind() {
+    let folder = TempDir::new().unwrap();
+    assert!(JournalView::open(folder.path()).unwrap().is_none());
+    let mut writer = unsettled(folder.path());
+    let view = JournalView::open(folder.path()).unwrap().unwrap();
+    writer.write(&line(8, 8)).unwrap();
+    writer.checkpoint(RequestKey(9), 0, &piece(0, vec![1, 2, 3])).unwrap();
+    writer.commit().unwrap();
+    let before = view.progress().unwrap();
+    assert_eq!((before.output_lines, before.unfinished_tokens), (6, 0));
+    drop(view);
+    let now = JournalView::open(folder.path()).unwrap().unwrap().progress().unwrap();
+    assert_eq!((now.output_lines, now.error_lines, now.unfinished_tokens), (7, 2, 3));
+    assert!(now.began > 0 && now.committed >= now.began && now.earlier_lines == 0, "{now:?}");
+
+    writer.finish(Unread::HasLeft).unwrap();
+    let names = || std::fs::read_dir(folder.path()).unwrap().count();
+    let count = names();
+    let view = JournalView::open(folder.path()).unwrap().unwrap();
+    assert_eq!(view.progress().unwrap().unfinished_tokens, 0);
+    let keys = |order| {
+        let mut keys = Vec::new();
+        let visit = |entry: &jobs::Entry| {
+            keys.push(entry.key.0);
+            Ok(())
+        };
+        view.for_each_entry(order, visit).unwrap();
+        keys
+    };
+    assert_eq!(keys(EntryOrder::Input), (0..9).collect::<Vec<_>>());
+    assert_eq!(keys(EntryOrder::Lines), keys(EntryOrder::Input));
+    let mut finished = view.finished().unwrap();
+    assert_eq!(finished.len(), 9);
+    assert_eq!(finished.find(RequestKey(4), 1).unwrap().unwrap().file, LineFile::Errors);
+    drop(view);
+    assert_eq!(names(), count);
+}
+
+/// Root may write everywhere: run by root, this test shows less than it says.
+#[test]
+fn a_folder_that_may_only_be_read_can_be_looked_at() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = TempDir::with_prefix("of a job? #1%").unwrap();
+    unsettled(folder.path()).finish(Unread::HasLeft).unwrap();
+    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o555)).unwrap();
+    let view = JournalView::open(folder.path()).unwrap().unwrap();
+    assert_eq!(view.progress().unwrap().output_lines, 6);
+    drop(view);
+    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn the_reader_tells_how_far_it_is() {
+    let world = World::new();
+    let input = format!("{}\n{}\n", completion_line("a", json!({})), completion_line("b", json!({})));
+    let folder = TempDir::new().unwrap();
+    let (mut writer, earlier) = open(folder.path(), Order::Input);
+    let progress = |writer: &mut Writer, row| {
+        writer.write(&line(row, row.into())).unwrap();
+        writer.commit().unwrap();
+        let progress = JournalView::open(folder.path()).unwrap().unwrap().progress().unwrap();
+        (progress.rows_read, progress.bytes_read, progress.input_bytes, progress.is_read_to_end)
+    };
+    let mut reader = world.reader_after(&input, earlier);
+    let (half, whole) = (input.len() as u64 / 2, input.len() as u64);
+    assert_eq!(progress(&mut writer, 0), (0, 0, whole, false));
+    reader.next().unwrap().unwrap();
+    assert_eq!(progress(&mut writer, 1), (1, half, whole, false));
+    assert_eq!(reader.by_ref().count(), 1);
+    assert_eq!(progress(&mut writer, 2), (2, whole, whole, true));
+}
+
+#[test]
+fn a_row_is_handed_over_with_what_is_there_of_its_answer() {
+    let world = World::new();
+    let input = format!("{}\n", completion_line("a", json!({})));
+    let folder = TempDir::new().unwrap();
+    let hand_over = |earlier| match world.reader_after(&input, earlier).next().unwrap().unwrap() {
+        Row::Request(row) => row,
+        row => panic!("{row:?}"),
+    };
+    let (mut writer, earlier) = open(folder.path(), Order::Input);
+    let row = hand_over(earlier);
+    assert_eq!(row.so_far, Generated::default());
+    let more = |tokens| Generated { tokens, ..Generated::default() };
+    writer.checkpoint(row.request.key, 0, &more(vec![5, 6])).unwrap();
+    writer.checkpoint(row.request.key, 1, &more(vec![7, 8])).unwrap();
+    writer.pause().unwrap();
+    let (mut writer, earlier) = open(folder.path(), Order::Input);
+    assert_eq!(hand_over(earlier).so_far, more(vec![5, 7, 8]));
+    // More than it may have is not taken over.
+    writer.checkpoint(row.request.key, 3, &more(vec![1; 100])).unwrap();
+    writer.pause().unwrap();
+    let (_writer, earlier) = open(folder.path(), Order::Input);
+    assert_eq!(hand_over(earlier).so_far, Generated::default());
 }
 
 #[test]

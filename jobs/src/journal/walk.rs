@@ -30,6 +30,12 @@ pub(crate) struct Walked {
     pub(crate) entry: Entry,
 }
 
+/// Ranges of rows that are looked up at once.
+const NEAR_RANGES: usize = 2048;
+
+/// Lines of a range that is looked up by itself.
+const LONG_RANGE: u64 = 8;
+
 /// What a visitor wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Go {
@@ -108,10 +114,17 @@ impl Journal {
     fn walk_one(&self, selection: Selection, visit: &mut impl FnMut(Walked) -> Result<Go>) -> Result<Go> {
         let all = Range { row: 0, seq: 0, lines: self.next_seq };
         match selection {
-            Selection::PresentByRow => self.for_each_range(|range| {
-                let row_of = |seq| Some(range.row + seq - range.seq);
-                self.walk_range(range, |seq, entry| visit(Walked { row: row_of(seq), entry }))
-            }),
+            Selection::PresentByRow => {
+                let mut near = Vec::with_capacity(NEAR_RANGES);
+                let met = self.for_each_range(|range| {
+                    near.push(range);
+                    match near.len() == NEAR_RANGES || range.lines >= LONG_RANGE {
+                        true => self.walk_near(&mut near, visit),
+                        false => Ok(Go::On),
+                    }
+                })?;
+                if met == Go::On { self.walk_near(&mut near, visit) } else { Ok(Go::Home) }
+            }
             Selection::All => self.walk_range(all, |_, entry| visit(Walked { row: None, entry })),
             Selection::Present | Selection::Absent => {
                 let mut present = Bits::default();
@@ -126,6 +139,39 @@ impl Journal {
                 })
             }
         }
+    }
+
+    /// Walks over some ranges, and forgets them. Lines that were written about in the order of their rows
+    /// lie side by side: one look at all of them takes less time than one for each.
+    fn walk_near(&self, ranges: &mut Vec<Range>, visit: &mut impl FnMut(Walked) -> Result<Go>) -> Result<Go> {
+        let near = span(ranges).map(|span| self.load(span)).transpose()?;
+        for range in ranges.drain(..) {
+            let mut visit = |seq, entry| visit(Walked { row: Some(range.row + seq - range.seq), entry });
+            let Some((first, lines)) = &near else {
+                if self.walk_range(range, visit)? == Go::Home {
+                    return Ok(Go::Home);
+                }
+                continue;
+            };
+            for seq in range.seq..range.seq + range.lines {
+                if let Some(entry) = lines[(seq - first) as usize]
+                    && visit(seq, entry)? == Go::Home
+                {
+                    return Ok(Go::Home);
+                }
+            }
+        }
+        Ok(Go::On)
+    }
+
+    /// The lines from a number on.
+    fn load(&self, span: Range) -> Result<(u64, Vec<Option<Entry>>)> {
+        let mut lines = vec![None; span.lines as usize];
+        self.walk_range(span, |seq, entry| {
+            lines[(seq - span.seq) as usize] = Some(entry);
+            Ok(Go::On)
+        })?;
+        Ok((span.seq, lines))
     }
 
     fn walk_range(&self, range: Range, mut visit: impl FnMut(u64, Entry) -> Result<Go>) -> Result<Go> {
@@ -153,4 +199,14 @@ impl Journal {
         }
         Ok(Go::On)
     }
+}
+
+/// What several ranges lie in, where it is little more than they are: at most 4 * 16,384 lines of about
+/// 112 bytes, 7 MB.
+fn span(ranges: &[Range]) -> Option<Range> {
+    let seq = ranges.iter().map(|range| range.seq).min()?;
+    let end = ranges.iter().map(|range| range.seq + range.lines).max()?;
+    let wanted: u64 = ranges.iter().map(|range| range.lines).sum();
+    let is_little = wanted <= NEAR_RANGES as u64 * LONG_RANGE && end - seq <= 4 * wanted;
+    (ranges.len() > 1 && is_little).then_some(Range { row: 0, seq, lines: end - seq })
 }

@@ -8,8 +8,7 @@
 //!
 //! Memory for n entries: 1.5 bytes each of filter, 0.25 of fences, and 13 MB for the buffer, with 11 MB
 //! while it is sorted: 42 MB for ten million. The files hold 24 bytes an entry, and while runs are merged
-//! the same again: 480 MB for ten million at most. Half of a hash map's 400 MB would be room it does not
-//! use.
+//! the same again: 480 MB for ten million at most. A hash map of ten million took 400 MB of memory.
 
 mod run;
 

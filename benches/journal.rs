@@ -188,6 +188,7 @@ fn preparer(kind: &str, folder: &Path) -> Preparer {
     let options = RowOptions {
         model_identity: "none".to_owned(),
         prompt: is_plain.then_some(PromptOptions { system: None, user }),
+        grader: None,
         sampling: SamplingOptions::default(),
         seed: 0,
         max_context_tokens: 64,

@@ -42,6 +42,7 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
     let row_options = RowOptions {
         model_identity: model.identity.clone(),
         prompt: None,
+        grader: None,
         sampling: SamplingOptions::default(),
         seed: 0,
         max_context_tokens: u32::try_from(options.scheduler.context_tokens)

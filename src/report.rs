@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use actors::StageTimes;
+use jobs::{Score, Scores};
 
 use crate::text::grouped;
 
 /// The figures of a run.
 pub(crate) struct Report {
+    pub(crate) scores: Option<Scores>,
     pub(crate) rows_completed: u64,
     pub(crate) rows_failed: u64,
     /// Rows of these that earlier runs had finished.
@@ -107,6 +109,17 @@ impl Report {
             add("override", text.clone());
         }
         add("output", self.output.clone());
+        lines.extend(self.scores.iter().flat_map(score_lines));
         lines
     }
+}
+
+fn score_lines(scores: &Scores) -> Vec<String> {
+    let width = scores.kinds.keys().map(|kind| kind.chars().count()).max().unwrap_or(0);
+    let line = |(kind, Score { rows, pass_at_1 }): (&String, &Score)| {
+        format!("  {kind:<width$}  {pass_at_1:.3} of {} rows", grouped(*rows))
+    };
+    let mut lines = vec![format!("pass@1 {:.3}", scores.all.pass_at_1)];
+    lines.extend(scores.kinds.iter().map(line));
+    lines
 }

@@ -9,8 +9,9 @@ use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions};
 use anyhow::{Context, Result};
 use configs::{JobFile, Loaded};
 use jobs::{
-    Counts, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions, NumericProfile, OutputFolder,
-    Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Status, Timings, TokenTotals, Writer,
+    Counts, Grader, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions, NumericProfile,
+    OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores, Status, Timings,
+    TokenTotals, Writer,
 };
 use serde_json::json;
 use stages::{Device, Model};
@@ -124,7 +125,10 @@ fn open_files(
     let options = RowOptions {
         model_identity: model.identity.clone(),
         prompt,
-        sampling: sampling(&job.sampling),
+        grader: job.grade.as_ref().map(|grade| match grade.kind {
+            configs::Grader::Boxed => Grader::Boxed,
+        }),
+        sampling: sampling(job),
         seed: job.job.seed,
         max_context_tokens: u32::try_from(context_tokens).context("the context is too long")?,
     };
@@ -145,7 +149,8 @@ pub(crate) fn open_text(files: &configs::Model, model: &Model, unix_seconds: u64
     Ok(Arc::new(ModelText::open(&files.path, &options)?))
 }
 
-fn sampling(sampling: &configs::Sampling) -> SamplingOptions {
+fn sampling(job: &JobFile) -> SamplingOptions {
+    let sampling = &job.sampling;
     SamplingOptions {
         temperature: sampling.temperature,
         top_p: sampling.top_p,
@@ -157,6 +162,7 @@ fn sampling(sampling: &configs::Sampling) -> SamplingOptions {
         stop: sampling.stop.clone(),
         stop_token_ids: sampling.stop_token_ids.clone(),
         ignore_eos: sampling.ignore_eos,
+        n: job.grade.as_ref().map(|grade| grade.runs),
     }
 }
 
@@ -208,7 +214,8 @@ impl Ended<'_> {
     /// Writes the manifest, prints the report and chooses the exit code.
     async fn report(self) -> Result<ExitCode> {
         let run = self.running.began.elapsed();
-        let manifest = self.manifest(run);
+        let scores = self.scores()?;
+        let manifest = self.manifest(run, scores);
         let folder = &self.loaded.job.job.output;
         let has_manifest = manifest.write(folder);
         let report = self.figures(&manifest, run).await;
@@ -229,7 +236,17 @@ impl Ended<'_> {
         }
     }
 
-    fn manifest(&self, run: Duration) -> Manifest {
+    /// How well the rows were answered, once all are.
+    fn scores(&self) -> Result<Option<Scores>> {
+        let JobFile { job, grade, .. } = &self.loaded.job;
+        let is_complete = self.outcome.failure.is_none() && !self.outcome.was_interrupted;
+        match grade {
+            Some(_) if is_complete => Ok(Some(Scores::read(&job.output)?)),
+            _ => Ok(None),
+        }
+    }
+
+    fn manifest(&self, run: Duration, scores: Option<Scores>) -> Manifest {
         let JobFile { model, job, .. } = &self.loaded.job;
         let written = self.outcome.written;
         let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
@@ -255,6 +272,7 @@ impl Ended<'_> {
             plan: self.plan.clone(),
             numeric_profile: self.numeric_profile.clone(),
             tokens: TokenTotals { prompt: written.prompt_tokens, generated: written.generated_tokens },
+            scores,
             timings: Timings {
                 started_at: self.running.started_at,
                 finished_at: unix_seconds(),
@@ -281,6 +299,7 @@ impl Ended<'_> {
             })
             .collect();
         Report {
+            scores: manifest.scores.clone(),
             rows_completed: manifest.counts.completed,
             rows_failed: manifest.counts.failed,
             rows_resumed: manifest.counts.resumed,

@@ -14,7 +14,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use crossbeam::channel::{Sender, bounded};
-use jobs::{FinishedRow, InputRecord, Reader, Row, StopMatcher, Tokenizer, Unread, Writer, Written};
+use jobs::{
+    FinishedRow, InputRecord, MAX_CHOICES, Reader, Row, StopMatcher, Tokenizer, Unread, Writer, Written,
+};
 use kameo::Actor;
 use kameo::actor::{ActorId, ActorRef, PreparedActor, Recipient, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
@@ -22,7 +24,7 @@ use kameo::mailbox;
 use kameo::message::{Context, Message};
 use tokio::sync::Semaphore;
 
-pub(crate) use self::state::{Fate, JobState, Unwritten};
+pub(crate) use self::state::{Fate, JobState, Submission, Unwritten};
 pub(crate) use self::threads::LineMaker;
 use crate::error::{Error, Result, death_error};
 use crate::link::is_delivered;
@@ -36,7 +38,7 @@ const MAX_CHECKPOINTS: usize = 64;
 /// Messages that can be under way to a job at once.
 const fn mailbox_size(window: usize) -> usize {
     let mut sum = 0;
-    sum += window; // A row in flight is one message: the row on its way in, or its completion. So is a bunch.
+    sum += window * MAX_CHOICES as usize; // A row in flight on its way in, its completions, or a bunch.
     sum += MAX_CHECKPOINTS;
     sum += 1; // The end of the input.
     sum += 1; // The writer's last word.
@@ -206,6 +208,18 @@ impl JobActor {
         JobOutcome { input: state.into_input(), written, was_interrupted, failure }
     }
 
+    fn submit(&self, submission: Submission, job: &ActorRef<Self>) {
+        let Submission { tag, request, so_far, is_kept } = submission;
+        let stop = (self.tokenizer.as_ref())
+            .filter(|_| !request.sampling.stop.is_empty())
+            .map(|tokenizer| StopMatcher::after(Arc::clone(tokenizer), &request.sampling, &so_far.tokens));
+        let completed = job.clone().recipient();
+        let checkpoints = is_kept.then(|| self.checkpoints.clone());
+        let prompt = Prompt { tag, request, so_far, stop, completed, sampled: None, checkpoints };
+        // A pipeline that is gone tells so through its link.
+        is_delivered(self.pipeline.tell(prompt).try_send());
+    }
+
     /// Sends what a row has become to the writer, and lets the reader read on.
     fn write(&mut self, unwritten: Unwritten) {
         self.send(unwritten);
@@ -250,18 +264,12 @@ impl Message<RowRead> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, RowRead(row): RowRead, ctx: &mut Context<Self, ()>) {
-        let (tag, request, so_far) = match self.state.row(row) {
-            Fate::Submit { tag, request, so_far } => (tag, request, so_far),
-            Fate::Write(unwritten) => return self.write(unwritten),
-        };
-        let stop = (self.tokenizer.as_ref())
-            .filter(|_| !request.sampling.stop.is_empty())
-            .map(|tokenizer| StopMatcher::after(Arc::clone(tokenizer), &request.sampling, &so_far.tokens));
-        let completed = ctx.actor_ref().clone().recipient();
-        let checkpoints = Some(self.checkpoints.clone());
-        let prompt = Prompt { tag, request, so_far, stop, completed, sampled: None, checkpoints };
-        // A pipeline that is gone tells so through its link.
-        is_delivered(self.pipeline.tell(prompt).try_send());
+        match self.state.row(row) {
+            Fate::Submit(submissions) => {
+                submissions.into_iter().for_each(|submission| self.submit(submission, ctx.actor_ref()));
+            }
+            Fate::Write(unwritten) => self.write(unwritten),
+        }
     }
 }
 
@@ -278,8 +286,9 @@ impl Message<Completed> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, Completed { tag, completion }: Completed, _: &mut Context<Self, ()>) {
-        let unwritten = self.state.completed(tag, completion);
-        self.write(unwritten);
+        if let Some(unwritten) = self.state.completed(tag, completion) {
+            self.write(unwritten);
+        }
     }
 }
 

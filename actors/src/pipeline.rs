@@ -13,7 +13,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jobs::StopMatcher;
+use jobs::{MAX_CHOICES, StopMatcher};
 use kameo::Actor;
 use kameo::actor::{ActorId, ActorRef, Recipient, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
@@ -31,7 +31,7 @@ use crate::stage_set::{StageSet, Watchdog};
 /// Messages that can be under way to the pipeline at once.
 pub(crate) const fn mailbox_size(num_stages: usize, window: usize) -> usize {
     let mut sum = 0;
-    sum += window; // Prompts offered and not yet completed.
+    sum += window * MAX_CHOICES as usize; // Rows offered and not yet completed, with a prompt a choice.
     sum += num_stages + 1; // Micro-batches that come back.
     sum
 }

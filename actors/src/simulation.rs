@@ -21,7 +21,7 @@ use scheduler::{
 };
 use serde_json::Value;
 
-use crate::job::{Fate, JobProgress, JobState, LineMaker, Unwritten};
+use crate::job::{Fate, JobProgress, JobState, LineMaker, Submission, Unwritten};
 
 /// Seeds that every test run plays. `SPANWISE_SIMULATION_SEEDS` asks for more.
 const SEEDS: u64 = 1000;
@@ -63,6 +63,7 @@ struct InputRow {
     id: usize,
     prompt: Vec<TokenId>,
     max_tokens: usize,
+    choices: usize,
 }
 
 impl InputRow {
@@ -74,12 +75,13 @@ impl InputRow {
             2 => prompt = vec![VOCAB as TokenId],
             _ => {}
         }
-        InputRow { id, prompt, max_tokens: 1 + random.below(12) }
+        let choices = if random.is_one_in(4) { 1 + random.below(4) } else { 1 };
+        InputRow { id, prompt, max_tokens: 1 + random.below(12), choices }
     }
 
     fn line(&self) -> String {
-        let InputRow { id, prompt, max_tokens } = self;
-        let body = format!(r#"{{"prompt": {prompt:?}, "max_tokens": {max_tokens}, "temperature": 0}}"#);
+        let InputRow { id, prompt, max_tokens, choices } = self;
+        let body = format!(r#"{{"prompt": {prompt:?}, "max_tokens": {max_tokens}, "n": {choices}}}"#);
         format!(r#"{{"custom_id": "{id}", "method": "POST", "url": "/v1/completions", "body": {body}}}"#)
     }
 
@@ -231,8 +233,11 @@ impl Job {
             assert_eq!(line["custom_id"], row.id.to_string(), "{row:?} has another's line: {line}");
             match expected {
                 Ok(tokens) => {
-                    let found = &line["response"]["body"]["choices"][0]["token_ids"];
-                    assert_eq!(*found, serde_json::json!(tokens), "{row:?}: {line}");
+                    let choices = line["response"]["body"]["choices"].as_array().expect("choices");
+                    assert_eq!(choices.len(), row.choices, "{row:?}: {line}");
+                    for choice in choices {
+                        assert_eq!(choice["token_ids"], serde_json::json!(tokens), "{row:?}: {line}");
+                    }
                 }
                 Err(code) => {
                     let text = line.to_string();
@@ -316,10 +321,14 @@ impl<'a> Run<'a> {
             Some(row) => {
                 self.credits -= 1;
                 match self.state.row(row.expect("the input can be read")) {
-                    Fate::Submit { tag, request, so_far } => {
-                        let num_kept = so_far.tokens.len();
-                        let sequence = self.scheduler.submit(request, so_far).expect("it was checked to fit");
-                        self.sequences.insert(sequence, (tag, num_kept));
+                    Fate::Submit(submissions) => {
+                        for Submission { tag, request, so_far, is_kept } in submissions {
+                            // More than any sequence has.
+                            let num_kept = if is_kept { so_far.tokens.len() } else { CONTEXT };
+                            let sequence =
+                                self.scheduler.submit(request, so_far).expect("it was checked to fit");
+                            self.sequences.insert(sequence, (tag, num_kept));
+                        }
                         let finished = self.scheduler.drain_finished();
                         self.completed(finished);
                     }
@@ -376,8 +385,9 @@ impl<'a> Run<'a> {
             assert!(!self.job.durable.contains(&key), "{key:?} has its line, and is computed again");
             let (tag, _) =
                 self.sequences.remove(&completion.sequence).expect("a sequence that was submitted");
-            let unwritten = self.state.completed(tag, completion);
-            self.send(unwritten);
+            if let Some(unwritten) = self.state.completed(tag, completion) {
+                self.send(unwritten);
+            }
         }
     }
 
@@ -442,6 +452,7 @@ fn preparer(folder: &Path) -> Preparer {
     let rows = RowOptions {
         model_identity: "simulated".into(),
         prompt: None,
+        grader: None,
         sampling: SamplingOptions::default(),
         seed: 0,
         max_context_tokens: CONTEXT as u32,

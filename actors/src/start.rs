@@ -39,7 +39,7 @@ pub struct PipelineOptions {
 /// What a pipeline lets happen at once, and for how long.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Most prompts that are offered and not yet completed.
+    /// Most rows that are offered and not yet completed.
     pub window: usize,
     /// A stage that takes longer than this for a micro-batch is held to hang.
     pub step_timeout: Duration,
@@ -55,7 +55,7 @@ pub struct Pipeline {
     pub clock: Arc<PipelineClock>,
     /// The blocks of each stage.
     pub spans: Vec<Span>,
-    /// Most prompts that may be offered and not yet completed.
+    /// Most rows that may be offered and not yet completed.
     pub(crate) window: usize,
 }
 

@@ -156,6 +156,7 @@ impl Files {
         let rows = RowOptions {
             model_identity: "probe".into(),
             prompt: None,
+            grader: None,
             sampling: SamplingOptions::default(),
             seed: 0,
             max_context_tokens: 64,

@@ -5,7 +5,7 @@ use serde::de::value::Error;
 use serde::de::{Deserialize, Deserializer, Error as _, Visitor};
 use serde::forward_to_deserialize_any;
 
-use crate::schema::{Job, JobFile, Model, Pipeline, Prompt, Sampling};
+use crate::schema::{Grade, Job, JobFile, Model, Pipeline, Prompt, Sampling};
 
 /// `section.key`, both known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,7 @@ pub(crate) fn keys_of(section: &str) -> &'static [&'static str] {
         "job" => fields_of::<Job>(),
         "prompt" => fields_of::<Prompt>(),
         "sampling" => fields_of::<Sampling>(),
+        "grade" => fields_of::<Grade>(),
         _ => unreachable!("section {section} has no struct"),
     }
 }
@@ -96,7 +97,7 @@ mod tests {
 
     #[test]
     fn every_section_has_its_keys() {
-        assert_eq!(sections(), ["model", "pipeline", "job", "prompt", "sampling"]);
+        assert_eq!(sections(), ["model", "pipeline", "job", "prompt", "sampling", "grade"]);
         for section in sections() {
             assert!(!keys_of(section).is_empty(), "{section}");
         }

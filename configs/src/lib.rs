@@ -28,8 +28,10 @@ use std::path::Path;
 
 pub use error::Error;
 pub use overrides::{ENVIRONMENT_PREFIX, Override, OverrideSource};
-pub use schema::{Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Prompt, Sampling};
-pub use types::{Device, DeviceError, DeviceKind, Dtype, KvCacheDtype, KvCacheTokens, Order, Simd, Stages};
+pub use schema::{Grade, Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Prompt, Sampling};
+pub use types::{
+    Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd, Stages,
+};
 
 /// A job file with the overrides that went into it.
 #[derive(Debug, Clone, PartialEq)]

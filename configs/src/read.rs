@@ -196,6 +196,11 @@ pub(crate) fn positive<'de, D: Deserializer<'de>, T: From<usize>>(deserializer: 
     scalar(deserializer, "an integer of at least 1", |found| found.integer::<usize>(1).map(T::from))
 }
 
+/// As many runs as the model cards of reasoning models take the mean of.
+pub(crate) fn runs<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+    scalar(deserializer, "an integer from 1 to 16", |found| found.integer(1).filter(|&runs: &u32| runs <= 16))
+}
+
 pub(crate) fn seed<'de, D: Deserializer<'de>, T: From<u64>>(deserializer: D) -> Result<T, D::Error> {
     scalar(deserializer, "an integer from 0 to 2^63 - 1", |found| found.integer::<u64>(0).map(T::from))
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::read;
-use crate::types::{Device, Dtype, KvCacheDtype, KvCacheTokens, Order, Simd, Stages};
+use crate::types::{Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd, Stages};
 
 /// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
 /// 512 too), so a full one takes 0.3 s: the longest that others' decode steps wait for a prompt.
@@ -33,6 +33,9 @@ pub struct JobFile {
     pub prompt: Option<Prompt>,
     /// Sampling for the rows that don't say.
     pub sampling: Sampling,
+    /// Grading, for rows that bring their answers along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grade: Option<Grade>,
 }
 
 /// `[model]`
@@ -183,6 +186,23 @@ pub struct Sampling {
 }
 
 // A path that is no UTF-8 is shown with replacement characters rather than not at all.
+/// `[grade]`: plain rows have an `answer`, and perhaps a `kind`, by which scores are told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Grade {
+    /// How the answer is found. Required where there is a `[grade]`.
+    pub kind: Grader,
+    /// Continuations of each row, whose mean is its score.
+    #[serde(deserialize_with = "read::runs")]
+    pub runs: u32,
+}
+
+impl Default for Grade {
+    fn default() -> Self {
+        Self { kind: Grader::default(), runs: 1 }
+    }
+}
+
 fn path_as_text<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }

@@ -56,6 +56,14 @@ macro_rules! words {
 }
 
 words! {
+    /// How an answer is found in a text, to be compared with the row's own.
+    Grader, r#""boxed""#, {
+        /// What stands in the last `\boxed{…}`.
+        Boxed = "boxed",
+    }
+}
+
+words! {
     /// Number type in which weights are held and matrix products take their inputs.
     Dtype, r#""bf16" or "f32""#, {
         /// bfloat16: half the memory of f32 and, where the processor has VDPBF16PS, twice its speed.

@@ -10,12 +10,16 @@ use crate::schema::JobFile;
 use crate::types::Stages;
 
 /// The keys without a default, each with an example.
-pub(crate) const REQUIRED: [(&str, &str, &str); 4] = [
+pub(crate) const REQUIRED: [(&str, &str, &str); 5] = [
     ("model", "path", "path = \"../models/smollm2-135m\""),
     ("job", "input", "input = \"questions.jsonl\""),
     ("job", "output", "output = \"out\""),
     ("prompt", "user", "user = \"Summarise: {{ text }}\""),
+    ("grade", "kind", "kind = \"boxed\""),
 ];
+
+/// The sections that a job may lack.
+pub(crate) const OPTIONAL: [&str; 2] = ["prompt", "grade"];
 
 /// The layers of one job, for finding whom to blame.
 pub(crate) struct Whole<'a> {
@@ -31,6 +35,7 @@ impl Whole<'_> {
             .map_err(|error| Error::new(format!("{}: {}", error.path(), error.inner().message())))?;
         self.check_stages(&job)?;
         self.check_token_limits(&job)?;
+        self.check_grade(&job)?;
         Ok(job)
     }
 
@@ -53,7 +58,7 @@ impl Whole<'_> {
 
     fn check_required(&self) -> Result<(), Error> {
         for (section, name, example) in REQUIRED {
-            let is_optional = section == "prompt" && !self.joined.has_section(section);
+            let is_optional = OPTIONAL.contains(&section) && !self.joined.has_section(section);
             if !is_optional && self.joined.origin(section, name) == Origin::Default {
                 let error = Error::new(format!("missing key `{name}` in [{section}]"));
                 return Err(self.file.error_at(
@@ -90,6 +95,15 @@ impl Whole<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    fn check_grade(&self, job: &JobFile) -> Result<(), Error> {
+        if job.grade.is_none() || job.prompt.is_some() {
+            return Ok(());
+        }
+        let error = Error::new("[grade] needs plain rows, and a [prompt] that asks them".to_owned());
+        let hint = "answers stand in plain rows: {\"question\": \"2 + 2?\", \"answer\": \"4\"}".to_owned();
+        Err(self.blame("grade", ["kind", "runs"], error.hint(hint)))
     }
 
     /// Puts an error about two keys at the one that was given last; the first, if the file has both.

@@ -294,6 +294,10 @@ checkpoint_tokens = 256
 # stop =  # not set
 # stop_token_ids =  # not set
 # ignore_eos =  # not set
+
+# [grade]
+# kind =  # required
+# runs = 1
 "#;
     assert_eq!(text, expected);
     let filled = ["path", "input", "output"].iter().fold(text, |text, key| {

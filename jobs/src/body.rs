@@ -79,6 +79,7 @@ fn sampling(fields: &Fields<'_>) -> Result<SamplingOptions, RowError> {
             .map(|value| token_ids("stop_token_ids", value))
             .transpose()?,
         ignore_eos: fields.boolean("ignore_eos")?,
+        n: fields.count("n")?,
     })
 }
 

@@ -9,6 +9,7 @@ use scheduler::{Completion, Failure, FinishReason, RequestKey, TokenId};
 use serde::Serialize;
 
 use crate::error::RowError;
+use crate::grade::Grade;
 use crate::logprobs::{ChatLogprobs, CompletionLogprobs, TokenNames};
 use crate::prepared::{Endpoint, PreparedRow, RejectedRow};
 use crate::stop::Transcript;
@@ -68,19 +69,20 @@ impl LineFile {
 }
 
 impl Line {
-    /// The line of a sequence that has ended: an answer, or an error where it failed.
+    /// The line of a row whose sequences have ended: an answer with a choice for each, or an error where
+    /// one failed.
     ///
     /// `created` is the time of the answer in Unix seconds. A model without a tokenizer answers with
     /// token ids and an empty text.
     pub fn completed(
         row: &PreparedRow,
-        completion: &Completion,
+        completions: &[Completion],
         tokenizer: Option<&Arc<Tokenizer>>,
         created: u64,
     ) -> Line {
-        match completion.outcome {
-            Ok(reason) => answer(row, completion, reason, tokenizer, created),
-            Err(failure) => failed_sequence(row, failure),
+        match completions.iter().find_map(|completion| completion.outcome.err()) {
+            None => answer(row, completions, tokenizer, created),
+            Some(failure) => failed_sequence(row, failure),
         }
     }
 
@@ -101,6 +103,9 @@ struct BatchLine<'a, B> {
     custom_id: Option<&'a str>,
     response: Option<Response<B>>,
     error: Option<LineError<'a>>,
+    /// Not OpenAI's; there where the job grades its rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grade: Option<Grade>,
 }
 
 #[derive(Serialize)]
@@ -137,7 +142,7 @@ struct AnswerBody<'a, C> {
     object: &'a str,
     created: u64,
     model: &'a str,
-    choices: [C; 1],
+    choices: Vec<C>,
     usage: Usage,
 }
 
@@ -178,33 +183,29 @@ struct Usage {
 
 fn answer(
     row: &PreparedRow,
-    completion: &Completion,
-    reason: FinishReason,
+    completions: &[Completion],
     tokenizer: Option<&Arc<Tokenizer>>,
     created: u64,
 ) -> Line {
-    let text = GeneratedText::read(completion, reason, tokenizer);
     let names = TokenNames(tokenizer.map(Arc::as_ref));
-    let finish_reason = match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    };
-    let token_ids =
-        (row.reply.token_ids || tokenizer.is_none()).then_some(completion.generated.tokens.as_slice());
-    let wants_logprobs = row.request.sampling.logprobs.is_some();
+    let read = |completion| GeneratedText::read(completion, tokenizer);
+    let texts: Vec<GeneratedText> = completions.iter().map(read).collect();
+    let choices = (0..).zip(completions).zip(&texts).map(|((index, completion), text)| Choice {
+        index,
+        row,
+        completion,
+        text,
+        names: &names,
+    });
+    let shape = Shape { row, completions, texts: &texts, created };
     let json = match row.reply.endpoint {
         Endpoint::ChatCompletions => {
-            let message = ChatMessage { role: "assistant", content: &text.text, refusal: None };
-            let logprobs = wants_logprobs.then(|| ChatLogprobs::new(&names, &completion.generated.logprobs));
-            let choice = ChatChoice { index: 0, message, logprobs, finish_reason, token_ids };
-            answer_json(row, completion, "chatcmpl", "chat.completion", created, choice)
+            shape.json("chatcmpl", "chat.completion", choices.map(|choice| choice.chat()).collect())
         }
         Endpoint::Completions => {
-            let logprobs = wants_logprobs
-                .then(|| CompletionLogprobs::new(&names, row, completion, &text.char_offsets()));
-            let whole = format!("{}{}", row.reply.echo.as_deref().unwrap_or_default(), text.text);
-            let choice = TextChoice { index: 0, text: &whole, logprobs, finish_reason, token_ids };
-            answer_json(row, completion, "cmpl", "text_completion", created, choice)
+            let wholes: Vec<String> = texts.iter().map(|text| echoed(row, text)).collect();
+            let choices = choices.zip(&wholes).map(|(choice, whole)| choice.text(whole)).collect();
+            shape.json("cmpl", "text_completion", choices)
         }
     };
     Line {
@@ -212,26 +213,90 @@ fn answer(
         key: row.request.key,
         file: LineFile::Output,
         is_refusal: false,
-        prompt_tokens: completion.request.prompt.len() as u64,
-        generated_tokens: completion.generated.tokens.len() as u64,
+        prompt_tokens: row.request.prompt.len() as u64,
+        generated_tokens: num_generated(completions) as u64,
         json,
     }
 }
 
-fn answer_json(
-    row: &PreparedRow,
-    completion: &Completion,
-    prefix: &str,
-    object: &str,
+fn echoed(row: &PreparedRow, text: &GeneratedText) -> String {
+    format!("{}{}", row.reply.echo.as_deref().unwrap_or_default(), text.text)
+}
+
+fn num_generated(completions: &[Completion]) -> usize {
+    completions.iter().map(|completion| completion.generated.tokens.len()).sum()
+}
+
+/// One continuation of a row, before it has its shape.
+struct Choice<'a> {
+    index: u32,
+    row: &'a PreparedRow,
+    completion: &'a Completion,
+    text: &'a GeneratedText,
+    names: &'a TokenNames<'a>,
+}
+
+impl<'a> Choice<'a> {
+    fn chat(&self) -> ChatChoice<'a> {
+        let logprobs = &self.completion.generated.logprobs;
+        ChatChoice {
+            index: self.index,
+            message: ChatMessage { role: "assistant", content: &self.text.text, refusal: None },
+            logprobs: self.wants_logprobs().then(|| ChatLogprobs::new(self.names, logprobs)),
+            finish_reason: self.finish_reason(),
+            token_ids: self.token_ids(),
+        }
+    }
+
+    fn text(&self, text: &'a str) -> TextChoice<'a> {
+        let offsets = || self.text.char_offsets();
+        TextChoice {
+            index: self.index,
+            text,
+            logprobs: (self.wants_logprobs())
+                .then(|| CompletionLogprobs::new(self.names, self.row, self.completion, &offsets())),
+            finish_reason: self.finish_reason(),
+            token_ids: self.token_ids(),
+        }
+    }
+
+    fn wants_logprobs(&self) -> bool {
+        self.row.request.sampling.logprobs.is_some()
+    }
+
+    fn finish_reason(&self) -> &'static str {
+        match self.completion.outcome {
+            Ok(FinishReason::Stop) => "stop",
+            _ => "length",
+        }
+    }
+
+    fn token_ids(&self) -> Option<&'a [TokenId]> {
+        let is_wanted = self.row.reply.token_ids || self.names.0.is_none();
+        is_wanted.then_some(self.completion.generated.tokens.as_slice())
+    }
+}
+
+/// What all answers to a row have in common.
+struct Shape<'a> {
+    row: &'a PreparedRow,
+    completions: &'a [Completion],
+    texts: &'a [GeneratedText],
     created: u64,
-    choice: impl Serialize,
-) -> String {
-    let key = row.request.key;
-    let (prompt_tokens, completion_tokens) = (row.request.prompt.len(), completion.generated.tokens.len());
-    let usage = Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens };
-    let id = format!("{prefix}-{}", hex(key));
-    let body = AnswerBody { id, object, created, model: &row.reply.model, choices: [choice], usage };
-    batch_line(key, Some(&row.custom_id), Ok((200, body)))
+}
+
+impl Shape<'_> {
+    fn json(&self, prefix: &str, object: &str, choices: Vec<impl Serialize>) -> String {
+        let Shape { row, completions, texts, created } = *self;
+        let key = row.request.key;
+        let (prompt_tokens, completion_tokens) = (row.request.prompt.len(), num_generated(completions));
+        let total_tokens = prompt_tokens + completion_tokens;
+        let usage = Usage { prompt_tokens, completion_tokens, total_tokens };
+        let id = format!("{prefix}-{}", hex(key));
+        let body = AnswerBody { id, object, created, model: &row.reply.model, choices, usage };
+        let grade = row.truth.as_ref().map(|truth| truth.grade(texts.iter().map(|text| text.text.as_str())));
+        batch_line(key, Some(&row.custom_id), Ok((200, body)), grade)
+    }
 }
 
 fn refusal(index: u64, line: u64, key: RequestKey, custom_id: Option<&str>, error: &RowError) -> Line {
@@ -242,7 +307,7 @@ fn refusal(index: u64, line: u64, key: RequestKey, custom_id: Option<&str>, erro
         code: error.code,
         line,
     };
-    let json = batch_line(key, custom_id, Ok((400, RefusalBody { error })));
+    let json = batch_line(key, custom_id, Ok((400, RefusalBody { error })), None);
     error_line(index, key, true, json)
 }
 
@@ -252,7 +317,8 @@ fn failed_sequence(row: &PreparedRow, failure: Failure) -> Line {
         Failure::EndsStage => "ends_stage",
     };
     let error = LineError { code, message: failure.to_string() };
-    let json = batch_line::<()>(row.request.key, Some(&row.custom_id), Err(error));
+    let grade = row.truth.as_ref().map(|truth| truth.grade(std::iter::empty()));
+    let json = batch_line::<()>(row.request.key, Some(&row.custom_id), Err(error), grade);
     error_line(row.index, row.request.key, false, json)
 }
 
@@ -264,6 +330,7 @@ fn batch_line<B: Serialize>(
     key: RequestKey,
     custom_id: Option<&str>,
     outcome: Result<(u16, B), LineError<'_>>,
+    grade: Option<Grade>,
 ) -> String {
     let id = format!("batch_req_{}", hex(key));
     let (response, error) = match outcome {
@@ -272,7 +339,7 @@ fn batch_line<B: Serialize>(
         }
         Err(error) => (None, Some(error)),
     };
-    serde_json::to_string(&BatchLine { id, custom_id, response, error }).expect("a line is JSON")
+    serde_json::to_string(&BatchLine { id, custom_id, response, error, grade }).expect("a line is JSON")
 }
 
 pub(crate) fn hex(key: RequestKey) -> String {
@@ -287,7 +354,7 @@ struct GeneratedText {
 }
 
 impl GeneratedText {
-    fn read(completion: &Completion, reason: FinishReason, tokenizer: Option<&Arc<Tokenizer>>) -> Self {
+    fn read(completion: &Completion, tokenizer: Option<&Arc<Tokenizer>>) -> Self {
         let Some(tokenizer) = tokenizer else {
             return GeneratedText {
                 text: String::new(),
@@ -295,7 +362,7 @@ impl GeneratedText {
             };
         };
         let sampling = &completion.request.sampling;
-        let ended_by_token = reason == FinishReason::Stop
+        let ended_by_token = completion.outcome == Ok(FinishReason::Stop)
             && completion
                 .generated
                 .tokens

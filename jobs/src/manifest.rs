@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::disk;
 use crate::error::{Error, Result};
+use crate::grade::Scores;
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,6 +33,9 @@ pub struct Manifest {
     pub counts: Counts,
     /// Tokens in all.
     pub tokens: TokenTotals,
+    /// How well the rows were answered, where the job grades them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scores: Option<Scores>,
     /// When, and for how long.
     pub timings: Timings,
 }

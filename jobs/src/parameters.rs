@@ -2,7 +2,7 @@
 //!
 //! A parameter that would change the answer is either honoured or refused: a typing error or a
 //! feature that is not there must not pass in silence. One that says what is the case anyway, such as
-//! `n: 1` or any `null`, equals its absence.
+//! `best_of: 1` or any `null`, equals its absence.
 
 use serde_json::{Map, Value};
 
@@ -11,7 +11,7 @@ use crate::json::show;
 use crate::prepared::Endpoint;
 
 /// Honoured on both routes.
-const HONOURED: [&str; 17] = [
+const HONOURED: [&str; 18] = [
     "model",
     "temperature",
     "top_p",
@@ -25,6 +25,7 @@ const HONOURED: [&str; 17] = [
     "stop_token_ids",
     "ignore_eos",
     "logprobs",
+    "n",
     "return_token_ids",
     "user",
     "metadata",
@@ -36,7 +37,7 @@ const CHAT: [&str; 2] = ["messages", "top_logprobs"];
 const COMPLETIONS: [&str; 2] = ["prompt", "echo"];
 
 /// Known from OpenAI's interface and vLLM's, and not honoured.
-const NOT_HONOURED: [&str; 53] = [
+const NOT_HONOURED: [&str; 52] = [
     "add_generation_prompt",
     "add_special_tokens",
     "allowed_token_ids",
@@ -61,7 +62,6 @@ const NOT_HONOURED: [&str; 53] = [
     "logit_bias",
     "logits_processors",
     "modalities",
-    "n",
     "parallel_tool_calls",
     "prediction",
     "presence_penalty",
@@ -168,7 +168,7 @@ impl std::fmt::Display for Neutral {
 
 fn neutral(name: &str) -> Option<Neutral> {
     Some(match name {
-        "n" | "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => Neutral::Number(1.0),
+        "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => Neutral::Number(1.0),
         "frequency_penalty" | "presence_penalty" | "priority" | "top_a" | "xtc_probability" => {
             Neutral::Number(0.0)
         }

@@ -6,6 +6,7 @@ use scheduler::{Generated, Request, RequestKey, Sampling, TokenId};
 
 use crate::body::Body;
 use crate::error::{Error, Result, RowError};
+use crate::grade::Grader;
 use crate::key::{KeyMaker, LineKind};
 use crate::model_text::ModelText;
 use crate::plain_row::{PromptOptions, PromptTemplates};
@@ -20,6 +21,8 @@ pub struct RowOptions {
     pub model_identity: String,
     /// `[prompt]`: the rows are plain and these templates make messages of them.
     pub prompt: Option<PromptOptions>,
+    /// `[grade]`: the rows bring their right answers along.
+    pub grader: Option<Grader>,
     /// `[sampling]`.
     pub sampling: SamplingOptions,
     /// `[job] seed`.
@@ -33,6 +36,7 @@ pub struct Preparer {
     text: Arc<ModelText>,
     prompt: Option<PromptOptions>,
     templates: Option<PromptTemplates>,
+    grader: Option<Grader>,
     /// What holds where a body is silent.
     defaults: SamplingOptions,
     seed: u64,
@@ -71,8 +75,8 @@ impl Preparer {
             options.seed.to_string(),
         ];
         let max_context_tokens = options.max_context_tokens;
-        let (prompt, seed) = (options.prompt, options.seed);
-        Ok(Preparer { text, prompt, templates, defaults, seed, max_context_tokens, identity })
+        let RowOptions { prompt, seed, grader, .. } = options;
+        Ok(Preparer { text, prompt, templates, grader, defaults, seed, max_context_tokens, identity })
     }
 
     /// A request that comes from no file: a prompt, and sampling that counts as a body's.
@@ -93,6 +97,7 @@ impl Preparer {
             request,
             so_far: Generated::default(),
             reply,
+            truth: None,
         })
     }
 
@@ -106,8 +111,12 @@ impl Preparer {
             .with("model.max_context_tokens", self.max_context_tokens)
             .with("prompt.system", self.prompt.as_ref().and_then(|prompt| prompt.system.clone()))
             .with("prompt.user", self.prompt.as_ref().map(|prompt| prompt.user.clone()))
+            .with("grade.kind", self.grader.map(Grader::name))
             .with("job.seed", self.seed);
-        let named = |settings: Settings, (name, value)| settings.with(&format!("sampling.{name}"), value);
+        let named = |settings: Settings, (name, value): (String, serde_json::Value)| match name.as_str() {
+            "n" => settings.with("grade.runs", value),
+            name => settings.with(&format!("sampling.{name}"), value),
+        };
         sampling.into_iter().fold(settings, named)
     }
 
@@ -118,6 +127,11 @@ impl Preparer {
     /// The job's templates, where its rows are plain.
     pub(crate) fn templates(&self) -> Option<&PromptTemplates> {
         self.templates.as_ref()
+    }
+
+    /// How the job's rows are graded, if they are.
+    pub(crate) fn grader(&self) -> Option<Grader> {
+        self.grader
     }
 
     pub(crate) fn prepare(&self, body: Body, key: RequestKey) -> Result<(Arc<Request>, Reply), RowError> {
@@ -131,14 +145,16 @@ impl Preparer {
             .map_err(|message| RowError::of("stop_token_ids", "invalid_token_id", message))?;
         let prompt = self.tokens(&body.prompt)?;
         let max_tokens = self.room(&body, prompt.len(), asked.max_tokens)?;
+        let choices = asked.n.unwrap_or(1);
         let sampling = self.sampling(asked, &body, max_tokens);
         let reply = Reply {
             endpoint: body.endpoint,
             model: body.model.unwrap_or_else(|| self.text.name().to_owned()),
             echo: body.echo.then(|| self.echo(body.prompt)),
             token_ids: body.token_ids,
+            choices,
         };
-        Ok((Arc::new(Request { key, prompt, sampling: Arc::new(sampling) }), reply))
+        Ok((Arc::new(Request { key, prompt, sampling: Arc::new(sampling), sample: 0 }), reply))
     }
 
     fn tokens(&self, prompt: &Prompt) -> Result<Vec<TokenId>, RowError> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use scheduler::{Generated, Request, RequestKey, TokenId};
 
 use crate::error::RowError;
+use crate::grade::Truth;
 use crate::journal::FinishedRow;
 
 /// One line of the input.
@@ -27,12 +28,14 @@ pub struct PreparedRow {
     pub line: u64,
     /// The caller's name for the row.
     pub custom_id: String,
-    /// What the pipeline is asked.
+    /// What the pipeline is asked for the first choice.
     pub request: Arc<Request>,
-    /// What earlier runs have of its answer.
+    /// What earlier runs have of that choice.
     pub so_far: Generated,
     /// How the answer is to look.
     pub reply: Reply,
+    /// What it is graded by, where it is.
+    pub truth: Option<Truth>,
 }
 
 /// The route a body is for.
@@ -63,8 +66,10 @@ pub struct Reply {
     pub model: String,
     /// The prompt's text, where it is repeated in front of the answer.
     pub echo: Option<String>,
-    /// The choice carries the ids of the generated tokens.
+    /// The choices carry the ids of the generated tokens.
     pub token_ids: bool,
+    /// How many choices there are.
+    pub choices: u32,
 }
 
 /// A line that has no answer.

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use crate::batch_line;
 use crate::body::Body;
 use crate::error::{Result, RowError};
+use crate::grade::Truth;
 use crate::journal::EarlierRuns;
 use crate::json::{canonical, show};
 use crate::key::{CustomIds, KeyMaker, LineKind};
@@ -116,15 +117,19 @@ impl Reader {
         let Value::Object(row) = row else { unreachable!("made an object above") };
         let custom_id = plain_row::own_id(&row).unwrap_or_else(|| format!("row-{}", hex(key)));
         let templates: &PromptTemplates = self.preparer.templates().expect("asked before");
-        let body = templates.render(&row).map(|prompt| Body::of(prompt, Default::default()));
-        Ok(self.prepared(place, key, custom_id, body))
+        let truth = self.preparer.grader().map(|grader| grader.truth(&row)).transpose();
+        let asked = templates.render(&row).and_then(|prompt| {
+            let body = Body::of(prompt, Default::default());
+            Ok(Asked { body, truth: truth? })
+        });
+        Ok(self.prepared(place, key, custom_id, asked))
     }
 
     fn batch_line(&mut self, place: Place, line: Map<String, Value>) -> Result<Row> {
-        let body = batch_line::parse(&line);
+        let asked = batch_line::parse(&line).map(|body| Asked { body, truth: None });
         let Some(custom_id) = line.get("custom_id").and_then(Value::as_str).map(str::to_owned) else {
             let key = self.keys.next(LineKind::Broken, "", canonical(&Value::Object(line)).as_bytes(), 0)?;
-            let error = body.expect_err("a batch line without custom_id is refused");
+            let error = asked.err().expect("a batch line without custom_id is refused");
             return Ok(place.rejected(key, None, error));
         };
         let content = canonical(line.get("body").unwrap_or(&Value::Null));
@@ -133,8 +138,8 @@ impl Reader {
                 let key = self.keys.only(LineKind::Batch, &custom_id, content.as_bytes());
                 match self.earlier.finished.find(key, place.index)? {
                     // The envelope is no part of the key, and may have been broken since.
-                    Some(row) if body.is_ok() => Row::Finished(row),
-                    _ => self.prepared(place, key, custom_id, body),
+                    Some(row) if asked.is_ok() => Row::Finished(row),
+                    _ => self.prepared(place, key, custom_id, asked),
                 }
             }
             Some(first) => {
@@ -151,13 +156,14 @@ impl Reader {
         place: Place,
         key: RequestKey,
         custom_id: String,
-        body: Result<Body, RowError>,
+        asked: Result<Asked, RowError>,
     ) -> Row {
-        match body.and_then(|body| self.preparer.prepare(body, key)) {
-            Ok((request, reply)) => {
+        let prepare = |asked: Asked| Ok((self.preparer.prepare(asked.body, key)?, asked.truth));
+        match asked.and_then(prepare) {
+            Ok(((request, reply), truth)) => {
                 let Place { index, line } = place;
                 let so_far = self.earlier.take_so_far(&request);
-                Row::Request(Box::new(PreparedRow { index, line, custom_id, request, so_far, reply }))
+                Row::Request(Box::new(PreparedRow { index, line, custom_id, request, so_far, reply, truth }))
             }
             Err(error) => place.rejected(key, Some(custom_id), error),
         }
@@ -175,6 +181,12 @@ impl Iterator for Reader {
         self.is_ended = !matches!(row, Some(Ok(_)));
         row
     }
+}
+
+/// What a row asks.
+struct Asked {
+    body: Body,
+    truth: Option<Truth>,
 }
 
 /// Where a row stands.

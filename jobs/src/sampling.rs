@@ -31,10 +31,15 @@ pub struct SamplingOptions {
     pub stop_token_ids: Option<Vec<TokenId>>,
     /// Go on past the model's end-of-sequence tokens.
     pub ignore_eos: Option<bool>,
+    /// How many continuations a row has.
+    pub n: Option<u32>,
 }
 
 /// Most stop strings a request may have. OpenAI allows 4; each costs a little per token.
 pub const MAX_STOPS: usize = 16;
+
+/// Most continuations a row may have: as many runs as evaluations of reasoning models take the mean of.
+pub const MAX_CHOICES: u32 = 16;
 
 impl SamplingOptions {
     /// These parameters, with what they leave open as `other` says.
@@ -50,6 +55,7 @@ impl SamplingOptions {
             stop: self.stop.or_else(|| other.stop.clone()),
             stop_token_ids: self.stop_token_ids.or_else(|| other.stop_token_ids.clone()),
             ignore_eos: self.ignore_eos.or(other.ignore_eos),
+            n: self.n.or(other.n),
         }
     }
 
@@ -65,6 +71,9 @@ impl SamplingOptions {
             && min > max
         {
             return Err(("min_tokens", format!("expected at most max_tokens {max}, found {min}")));
+        }
+        if let Some(n) = self.n.filter(|n| !(1..=MAX_CHOICES).contains(n)) {
+            return Err(("n", format!("expected an integer from 1 to {MAX_CHOICES}, found {n}")));
         }
         let stop = self.stop.as_deref().unwrap_or_default();
         if stop.len() > MAX_STOPS {

@@ -55,6 +55,8 @@ pub struct Request {
     pub prompt: Vec<TokenId>,
     /// How to continue it.
     pub sampling: Arc<Sampling>,
+    /// Which of several continuations this is, from 0: each has draws of its own.
+    pub sample: u32,
 }
 
 impl Request {

@@ -362,7 +362,7 @@ fn draw(
     mut stats: LogitStats,
     draws: &mut sampling::Scratch,
 ) -> (TokenId, Option<TokenLogprobs>) {
-    let Request { key, sampling, .. } = &*slice.request;
+    let Request { key, sampling, sample, .. } = &*slice.request;
     let reported =
         sampling.logprobs.map(|top| (top, stats, bars_stop_tokens(slice).then(|| logits.to_vec())));
     if bars_stop_tokens(slice) {
@@ -371,7 +371,7 @@ fn draw(
         }
         stats = sampling::stats(logits);
     }
-    let uniform = Stream::new(sampling.seed, key.0).uniform(0, next_position(slice));
+    let uniform = Stream::new(sampling.seed, key.0).uniform(*sample, next_position(slice));
     let token = sampling::draw(logits, stats, sampling, uniform, draws);
     // Log-probabilities are the model's own, before anything was barred.
     let logprobs = reported.map(|(top, stats, unbarred)| {

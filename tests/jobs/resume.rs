@@ -177,7 +177,8 @@ fn a_limit_takes_no_line_away() {
 
 #[test]
 fn too_many_errors_stop_a_job_until_they_are_allowed() {
-    let bad = |i: usize| batch_line(&format!("bad-{i}"), "/v1/completions", &json!({"prompt": "a", "n": 2}));
+    let bad =
+        |i: usize| batch_line(&format!("bad-{i}"), "/v1/completions", &json!({"prompt": "a", "best_of": 2}));
     let rows: Vec<String> = (40..70).map(row).chain((0..300).map(bad)).chain((70..90).map(row)).collect();
     let job = Job::on(MODEL).lines(rows.clone()).toml("[pipeline]\nmax_sequences = 4\n");
     let stopped = job.run_once(&["--set", "job.max_error_rate=0.25"]);

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use jobs::{FinishedRow, InputRecord, Line, LineFile, PreparedRow, Row, RowError, Unread};
+use jobs::{FinishedRow, InputRecord, Line, LineFile, MAX_CHOICES, PreparedRow, Row, RowError, Unread};
 use scheduler::{Completion, Generated, Request, RequestKey};
 
 use super::JobProgress;
@@ -18,7 +18,7 @@ const LEAST_ROWS_TO_JUDGE: u64 = 20;
 
 /// What the writer makes a line of, or keeps.
 pub(crate) enum Unwritten {
-    Completed(Box<PreparedRow>, Completion),
+    Completed(Box<PreparedRow>, Vec<Completion>),
     Line(Line),
     /// Lines that are there already.
     Finished(Vec<FinishedRow>),
@@ -30,10 +30,27 @@ pub(crate) enum Unwritten {
 
 /// What becomes of a row.
 pub(crate) enum Fate {
-    /// The pipeline answers it; `tag` is its name there.
-    Submit { tag: u64, request: Arc<Request>, so_far: Generated },
+    /// The pipeline answers it, with a sequence for each choice.
+    Submit(Vec<Submission>),
     /// It has its line.
     Write(Unwritten),
+}
+
+/// What the pipeline is asked for one choice of a row.
+pub(crate) struct Submission {
+    /// Its name in the pipeline.
+    pub(crate) tag: u64,
+    pub(crate) request: Arc<Request>,
+    pub(crate) so_far: Generated,
+    /// Whether its tokens are to be kept until it is done.
+    pub(crate) is_kept: bool,
+}
+
+/// A row in the pipeline.
+struct InFlight {
+    row: PreparedRow,
+    /// By choice, as far as they are done.
+    completions: Vec<Option<Completion>>,
 }
 
 /// The rows of one job on their way.
@@ -42,7 +59,7 @@ pub(crate) struct JobState {
     max_error_rate: f64,
     progress: Arc<JobProgress>,
     /// Rows in the pipeline, by their index.
-    in_flight: HashMap<u64, PreparedRow>,
+    in_flight: HashMap<u64, InFlight>,
     /// What was read, and what has become of finished rows that the reader did not come by; once it is done.
     input: Option<(InputRecord, Unread)>,
 }
@@ -63,10 +80,10 @@ impl JobState {
             let error = RowError::new("context_length_exceeded", error.to_string());
             return self.write(Unwritten::Line(Line::refused(&row, &error)));
         }
-        let so_far = Some(row.so_far.clone()).filter(|so_far| row.request.goes_on_from(so_far));
-        let (tag, request) = (row.index, Arc::clone(&row.request));
-        self.in_flight.insert(tag, *row);
-        Fate::Submit { tag, request, so_far: so_far.unwrap_or_default() }
+        let submissions = (0..row.reply.choices).map(|choice| submission(&row, choice)).collect();
+        let completions = (0..row.reply.choices).map(|_| None).collect();
+        self.in_flight.insert(row.index, InFlight { row: *row, completions });
+        Fate::Submit(submissions)
     }
 
     /// The reader has come by rows that have their lines already.
@@ -74,16 +91,23 @@ impl JobState {
         self.counted(Unwritten::Finished(rows))
     }
 
-    /// The pipeline is done with a row.
-    pub(crate) fn completed(&mut self, tag: u64, completion: Completion) -> Unwritten {
-        let row = self.in_flight.remove(&tag).expect("a completion answers a row in flight");
-        self.counted(Unwritten::Completed(Box::new(row), completion))
+    /// The pipeline is done with a choice of a row. What there is to write, once it is with all of them.
+    pub(crate) fn completed(&mut self, tag: u64, completion: Completion) -> Option<Unwritten> {
+        let (index, choice) = row_and_choice(tag);
+        let in_flight = self.in_flight.get_mut(&index).expect("a completion answers a row in flight");
+        in_flight.completions[choice] = Some(completion);
+        if in_flight.completions.iter().any(Option::is_none) {
+            return None;
+        }
+        let InFlight { row, completions } = self.in_flight.remove(&index).expect("it is there");
+        Some(self.counted(Unwritten::Completed(Box::new(row), completions.into_iter().flatten().collect())))
     }
 
     /// The pipeline has more tokens of a row than the first so many.
     pub(crate) fn checkpoint(&self, tag: u64, first: usize, piece: Generated) -> Unwritten {
-        let row = self.in_flight.get(&tag).expect("a checkpoint is of a row in flight");
-        Unwritten::Checkpoint(row.request.key, first, piece)
+        let (index, _) = row_and_choice(tag);
+        let in_flight = self.in_flight.get(&index).expect("a checkpoint is of a row in flight");
+        Unwritten::Checkpoint(in_flight.row.request.key, first, piece)
     }
 
     /// The reader is done.
@@ -119,9 +143,10 @@ impl JobState {
         let progress = &self.progress;
         let add = |counter: &AtomicU64, count: usize| counter.fetch_add(count as u64, Ordering::Relaxed);
         match &unwritten {
-            Unwritten::Completed(row, completion) if completion.outcome.is_ok() => {
-                add(&progress.prompt_tokens, completion.request.prompt.len());
-                add(&progress.generated_tokens, completion.generated.tokens.len() - row.so_far.tokens.len());
+            Unwritten::Completed(row, completions) if completions.iter().all(|done| done.outcome.is_ok()) => {
+                let generated = completions.iter().map(|done| done.generated.tokens.len()).sum::<usize>();
+                add(&progress.prompt_tokens, row.request.prompt.len());
+                add(&progress.generated_tokens, generated - row.so_far.tokens.len());
                 add(&progress.completed, 1);
             }
             Unwritten::Finished(rows) => {
@@ -137,4 +162,20 @@ impl JobState {
         }
         unwritten
     }
+}
+
+fn submission(row: &PreparedRow, choice: u32) -> Submission {
+    let request = match choice {
+        0 => Arc::clone(&row.request),
+        sample => Arc::new(Request { sample, ..Request::clone(&row.request) }),
+    };
+    // The journal keeps one sequence a row.
+    let is_kept = row.reply.choices == 1;
+    let so_far = Some(row.so_far.clone()).filter(|so_far| is_kept && request.goes_on_from(so_far));
+    let tag = row.index * u64::from(MAX_CHOICES) + u64::from(choice);
+    Submission { tag, request, so_far: so_far.unwrap_or_default(), is_kept }
+}
+
+fn row_and_choice(tag: u64) -> (u64, usize) {
+    (tag / u64::from(MAX_CHOICES), (tag % u64::from(MAX_CHOICES)) as usize)
 }

@@ -122,8 +122,8 @@ impl LineMaker {
     /// Writes what is not the end.
     pub(crate) fn write(&self, writer: &mut Writer, unwritten: Unwritten) -> jobs::Result<()> {
         match unwritten {
-            Unwritten::Completed(row, completion) => {
-                writer.write(&Line::completed(&row, &completion, self.tokenizer.as_ref(), self.created))
+            Unwritten::Completed(row, completions) => {
+                writer.write(&Line::completed(&row, &completions, self.tokenizer.as_ref(), self.created))
             }
             Unwritten::Line(line) => writer.write(&line),
             Unwritten::Finished(rows) => rows.into_iter().try_for_each(|row| writer.keep(row)),

@@ -102,7 +102,7 @@ unknown section `hardware`
   |
 1 | [hardware]
   |  ^^^^^^^^
-hint: the sections are [model], [pipeline], [job], [prompt], [sampling]",
+hint: the sections are [model], [pipeline], [job], [prompt], [sampling], [grade]",
         );
     case("a misspelt key outside of a section")
         .file(
@@ -121,7 +121,7 @@ key `thread` stands outside of any section
   |
 1 | thread = 2
   | ^^^^^^
-hint: put it under one of [model], [pipeline], [job], [prompt], [sampling]",
+hint: put it under one of [model], [pipeline], [job], [prompt], [sampling], [grade]",
         );
     case("a section that is a key")
         .more(

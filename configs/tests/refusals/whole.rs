@@ -120,7 +120,7 @@ hint: the keys are devices, threads, simd, stages, micro_batch_tokens, max_seque
     case("a --set of an unknown key").set(r#"model.color="blue""#).says(
         r#"
 in --set model.color="blue": unknown key `model.color`
-hint: keys are named section.key, the sections are model, pipeline, job, prompt, sampling"#,
+hint: keys are named section.key, the sections are model, pipeline, job, prompt, sampling, grade"#,
     );
     case("a --set of one element").set(r"pipeline.devices.0=cpu:1").says(
         r"
@@ -164,7 +164,7 @@ hint: did you mean `SPANWISE__PIPELINE__THREADS`?",
     case("a variable of our prefix and nothing else").env("SPANWISE__VERBOSE", "1").says(
         r"
 in SPANWISE__VERBOSE=1: no such key
-hint: keys are named SPANWISE__SECTION__KEY, the sections are model, pipeline, job, prompt, sampling",
+hint: keys are named SPANWISE__SECTION__KEY, the sections are model, pipeline, job, prompt, sampling, grade",
     );
     case("a variable in small letters").env("SPANWISE__pipeline__threads", "4").says(
         r"

@@ -182,7 +182,8 @@ fn tokens_of(earlier: &mut EarlierRuns) -> Tokens {
     let sampling = Arc::new(sampling);
     let of_row = |key: u8| {
         let key_of_row = RequestKey(key.into());
-        let request = Request { key: key_of_row, prompt: vec![1, 2], sampling: Arc::clone(&sampling) };
+        let request =
+            Request { key: key_of_row, prompt: vec![1, 2], sampling: Arc::clone(&sampling), sample: 0 };
         let so_far = earlier.take_so_far(&request);
         assert!(so_far == Generated::default() || so_far == piece(0, so_far.tokens.clone()), "{so_far:?}");
         (key, so_far.tokens)

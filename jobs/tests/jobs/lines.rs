@@ -27,7 +27,8 @@ fn complete(row: &PreparedRow, tokens: &[TokenId], reason: FinishReason) -> Comp
 }
 
 fn line(row: &PreparedRow, completion: &Completion) -> String {
-    let line = Line::completed(row, completion, Some(&model::tokenizer()), 1_700_000_000);
+    let line =
+        Line::completed(row, std::slice::from_ref(completion), Some(&model::tokenizer()), 1_700_000_000);
     assert_eq!((line.row, line.file), (3, LineFile::Output));
     line.json
 }
@@ -159,7 +160,7 @@ fn a_model_without_a_tokenizer_answers_with_token_ids() {
     let mut completion = complete(&row, &[4, 5], FinishReason::Length);
     completion.generated.prompt_logprobs = vec![logprobs(2, -1.0, &[(3, -0.5)])];
     completion.generated.logprobs = vec![logprobs(4, -1.0, &[(4, -1.0)]), logprobs(5, -1.0, &[(5, -1.0)])];
-    let line = Line::completed(&row, &completion, None, 0);
+    let line = Line::completed(&row, &[completion], None, 0);
     let line: Value = serde_json::from_str(&line.json).unwrap();
     let choice = &line["response"]["body"]["choices"][0];
     assert_eq!(choice["text"], "");
@@ -190,7 +191,7 @@ fn errors_have_their_own_file_and_shapes() {
 
     let mut completion = complete(&row, &[HELLO], FinishReason::Length);
     completion.outcome = Err(Failure::NonFiniteLogits { position: 3 });
-    let failed = Line::completed(&row, &completion, Some(&model::tokenizer()), 0);
+    let failed = Line::completed(&row, &[completion], Some(&model::tokenizer()), 0);
     assert_eq!((failed.file, failed.is_refusal), (LineFile::Errors, false));
     assert_eq!(
         failed.json,

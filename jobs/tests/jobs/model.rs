@@ -116,6 +116,7 @@ impl World {
         let options = RowOptions {
             model_identity: "tiny".to_owned(),
             prompt: None,
+            grader: None,
             sampling: SamplingOptions::default(),
             seed: 7,
             max_context_tokens: 64,

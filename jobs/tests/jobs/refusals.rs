@@ -188,7 +188,12 @@ fn parameters_of_both_routes() {
             "invalid_type return_token_ids | return_token_ids: expected true or false, found \"yes\"",
         ),
         (json!({"model": 3}), "invalid_type model | model: expected a string, found 3"),
-        (json!({"n": 2}), "unsupported_parameter n | n: expected 1, found 2, which is not supported"),
+        (
+            json!({"best_of": 2}),
+            "unsupported_parameter best_of | best_of: expected 1, found 2, which is not supported",
+        ),
+        (json!({"n": 17}), "invalid_value n | n: expected an integer from 1 to 16, found 17"),
+        (json!({"n": 0}), "invalid_value n | n: expected an integer from 1 to 16, found 0"),
         (
             json!({"stream": true}),
             "unsupported_parameter stream | stream: expected false, found true, which is not supported",

@@ -298,9 +298,9 @@ const LINES: &[BadLine] = &[
         "unknown_parameter temprature | temprature: unknown parameter; the nearest known one is temperature",
     ),
     bad(
-        "two answers",
-        || body(json!({"n": 2})),
-        "unsupported_parameter n | n: expected 1, found 2, which is not supported",
+        "more answers than there can be",
+        || body(json!({"n": 17})),
+        "invalid_value n | n: expected an integer from 1 to 16, found 17",
     ),
     bad(
         "a penalty",

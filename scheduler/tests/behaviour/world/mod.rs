@@ -34,7 +34,7 @@ pub(crate) fn prompt(num_tokens: usize) -> Request {
         prompt_logprobs: false,
     };
     let prompt = (0..num_tokens as u32).collect();
-    Request { key: RequestKey(0), prompt, sampling: Arc::new(sampling) }
+    Request { key: RequestKey(0), prompt, sampling: Arc::new(sampling), sample: 0 }
 }
 
 /// The same request with its sampling changed.

@@ -44,6 +44,7 @@ impl Random {
         Request {
             key: if self.once_in(12) { poison(self.below(48)) } else { RequestKey(0) },
             prompt: (0..num_prompt).map(|_| self.below(61) as u32).collect(),
+            sample: 0,
             sampling: Arc::new(sampling),
         }
     }

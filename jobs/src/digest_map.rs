@@ -23,7 +23,7 @@ use run::{Run, RunWriter};
 pub(crate) type Digest = [u8; 16];
 
 /// Entries of a full buffer: what a hash map of 2^19 places takes before it grows.
-const BUFFER_ENTRIES: usize = (1 << 19) / 8 * 7;
+pub(crate) const BUFFER_ENTRIES: usize = (1 << 19) / 8 * 7;
 
 /// Runs of like size that become one.
 const MERGED_RUNS: usize = 8;
@@ -92,11 +92,6 @@ impl DigestMap {
             map.merge(0)
         };
         compact(self).map_err(|source| self.error(source))
-    }
-
-    /// Whether there is more than memory holds.
-    pub(crate) fn is_on_disk(&self) -> bool {
-        !self.runs.is_empty()
     }
 
     /// What went wrong with a file beside the map's own.

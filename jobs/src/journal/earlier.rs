@@ -9,7 +9,7 @@ use scheduler::{Generated, Request, RequestKey};
 use super::in_order::InOrder;
 use super::progress::InputProgress;
 use super::{Journal, Totals};
-use crate::digest_map::{Digest, DigestMap};
+use crate::digest_map::{BUFFER_ENTRIES, Digest, DigestMap};
 use crate::error::{Error, Result};
 use crate::line::LineFile;
 
@@ -100,7 +100,10 @@ impl FinishedRows {
         let (mut finished, mut totals) = (FinishedRows::default(), Totals::default());
         finished.rows.keep_files_in(folder);
         let query = "SELECT seq, key, file, prompt_tokens, generated_tokens FROM rows ORDER BY seq";
-        let mut in_order = InOrder::new(folder).map_err(|source| finished.rows.error(source))?;
+        // Fewer rows all lie in memory anyway, and need no file.
+        let are_many = journal.next_seq > BUFFER_ENTRIES as u64;
+        let in_order = are_many.then(|| InOrder::new(folder)).transpose();
+        let mut in_order = in_order.map_err(|source| finished.rows.error(source))?;
         let mut statement = journal.db.prepare(query).map_err(error)?;
         let mut rows = statement.query([]).map_err(error)?;
         while let Some(row) = rows.next().map_err(error)? {
@@ -115,14 +118,16 @@ impl FinishedRows {
             totals.generated_tokens += number(4)?;
             let (key, place) = (row.get(1).map_err(error)?, 2 * number(0)? + u64::from(is_error));
             finished.rows.insert(key, place)?;
-            in_order.push(&key, place).map_err(|source| finished.rows.error(source))?;
+            if let Some(in_order) = &mut in_order {
+                in_order.push(&key, place).map_err(|source| finished.rows.error(source))?;
+            }
             finished.count += 1;
         }
         finished.rows.compact()?;
-        if finished.rows.is_on_disk() {
+        if let Some(in_order) = &mut in_order {
             in_order.finish().map_err(|source| finished.rows.error(source))?;
-            finished.in_order = Some(in_order);
         }
+        finished.in_order = in_order;
         Ok((finished, totals))
     }
 }

@@ -9,6 +9,8 @@
 //! * all rows finished, and then put in order: every line is written anew;
 //! * all rows finished and in order.
 //!
+//! And how long does an audit of the result take?
+//!
 //! Before its times count, a run must have met the rows it should, and the output must have as many lines
 //! as the input, the first and the last in their places.
 //!
@@ -23,8 +25,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use jobs::{
-    EarlierRuns, Line, LineFile, ModelText, ModelTextOptions, Order, OutputFolder, Preparer, PromptOptions,
-    Reader, Row, RowOptions, SamplingOptions, Unread, Writer,
+    Audit, AuditOptions, EarlierRuns, Line, LineFile, ModelText, ModelTextOptions, Order, OutputFolder,
+    Preparer, PromptOptions, Reader, Row, RowOptions, SamplingOptions, Unread, Writer,
 };
 
 const ROWS: u64 = 1_000_000;
@@ -33,6 +35,9 @@ const IN_FLIGHT: usize = 256;
 
 /// What a run of the bench's own program is to do.
 const RUN: &str = "--run";
+
+/// The run that audits.
+const AUDIT: &str = "audit";
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -56,6 +61,7 @@ fn main() {
             println!("{kind} rows, {name}: {figures}");
         }
         check_output(&folder.path().join("out/output.jsonl"), rows);
+        println!("{kind} rows, audited: {}", run_apart(kind, AUDIT, folder.path()));
     }
 }
 
@@ -69,6 +75,9 @@ fn run_apart(kind: &str, end: &str, folder: &Path) -> String {
 
 fn run_job(kind: &str, end: &str, folder: &Path) {
     let began = Instant::now();
+    if end == AUDIT {
+        return audit(folder);
+    }
     let preparer = preparer(kind, folder);
     let output = OutputFolder::open(&folder.join("out"), false).expect("open the output folder");
     let (writer, earlier) = output.begin(Order::Input, &preparer.settings(), 0, false).expect("begin");
@@ -90,6 +99,21 @@ fn run_job(kind: &str, end: &str, folder: &Path) {
         (new + finished) as f64 / seconds,
         peak_bytes() / 1_000_000,
     );
+}
+
+fn audit(folder: &Path) {
+    let began = Instant::now();
+    let options = AuditOptions {
+        folder: folder.join("out"),
+        input: folder.join("input.jsonl"),
+        order: Some(Order::Input),
+        most_findings: 1,
+    };
+    let audit = Audit::of(&options).expect("audit");
+    assert!(audit.is_complete(), "{:?}", audit.findings);
+    let seconds = began.elapsed().as_secs_f64();
+    let rate = audit.rows as f64 / seconds;
+    println!("{seconds:.1} s, {rate:.0} rows/s, {} MB at most", peak_bytes() / 1_000_000);
 }
 
 fn read_and_write(

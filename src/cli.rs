@@ -20,6 +20,12 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a job, or go on with it: every row of its input becomes a line of output.jsonl or of errors.jsonl
     Run(RunArgs),
+    /// Show how far a job is, running or not, from its output folder
+    Status(StatusArgs),
+    /// Prove a result complete: each row of the input has one line, and no line was changed
+    Audit(AuditArgs),
+    /// Run once more the rows of a job that failed
+    Retry(RetryArgs),
     /// Answer one prompt on the terminal, as it is generated
     Generate(GenerateArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
@@ -46,6 +52,53 @@ pub(crate) struct RunArgs {
     /// Throw away what an earlier run left in the output folder
     #[arg(long)]
     pub(crate) fresh: bool,
+    /// Go on with a job whose lines were computed by another backend or on another SIMD level
+    #[arg(long)]
+    pub(crate) accept_numerics: bool,
+    /// How to show progress; auto is a bar on a terminal and plain lines elsewhere
+    #[arg(long, value_enum, default_value_t = ProgressKind::Auto)]
+    pub(crate) progress: ProgressKind,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// The output folder of a job
+    #[arg(value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// Lines to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit codes: 0 complete, 1 something is wrong, 2 there is nothing to audit. The model is not \
+                        needed; input and result are read once, and nothing is changed."
+)]
+pub(crate) struct AuditArgs {
+    /// The output folder of a job
+    #[arg(value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// The rows that must have a line; the job's own input if not given
+    #[arg(long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Name so many things that are wrong, and count the others
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) most: usize,
+    /// Lines to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The job is the one that manifest.json records, overrides included, over the input as it is now. \
+                        A row that fails again has its error line again. Exit codes are those of spanwise run."
+)]
+pub(crate) struct RetryArgs {
+    /// The output folder of a job
+    #[arg(value_name = "OUT")]
+    pub(crate) output: PathBuf,
     /// Go on with a job whose lines were computed by another backend or on another SIMD level
     #[arg(long)]
     pub(crate) accept_numerics: bool,

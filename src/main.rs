@@ -1,6 +1,7 @@
 //! The command line: reads a job, lowers it to each crate's options, starts it, shows it, reports on it.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod cli;
 mod generate;
 mod inspect;
@@ -9,7 +10,9 @@ mod lower;
 mod machine;
 mod progress;
 mod report;
+mod retry;
 mod run;
+mod status;
 mod text;
 
 use std::io::Write;
@@ -43,6 +46,9 @@ fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match cli.command {
             Command::Run(args) => run::run(args).await,
+            Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
+            Command::Audit(args) => audit::audit(&args),
+            Command::Retry(args) => retry::retry(args).await,
             Command::Generate(args) => generate::generate(args).await,
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
         }

@@ -16,7 +16,7 @@ use jobs::{
 use serde_json::json;
 use stages::{Device, Model};
 
-use crate::cli::RunArgs;
+use crate::cli::{ProgressKind, RunArgs};
 use crate::interrupt::{self, Interrupt};
 use crate::lower;
 use crate::progress::{self, Display, Watched};
@@ -34,8 +34,41 @@ const EXIT_TOO_MANY_ERRORS: u8 = 3;
 /// # Errors
 /// What keeps the job from starting. A job that started ends with a report and an exit code.
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
-    let interrupt = Interrupt::listen()?;
     let loaded = load_job_file(&args)?;
+    let how = How {
+        limit: args.limit,
+        start: if args.fresh { Start::Fresh } else { Start::GoOn },
+        accept_numerics: args.accept_numerics,
+        progress: args.progress,
+    };
+    run_job(loaded, how).await
+}
+
+/// What a run does beside what its job says.
+pub(crate) struct How {
+    pub(crate) limit: Option<u64>,
+    pub(crate) start: Start,
+    pub(crate) accept_numerics: bool,
+    pub(crate) progress: ProgressKind,
+}
+
+/// What becomes of the lines that are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// They stay.
+    GoOn,
+    /// Answers stay, and rows that failed are computed once more.
+    Retry,
+    /// They are thrown away.
+    Fresh,
+}
+
+/// Runs a job.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
+    let interrupt = Interrupt::listen()?;
     let job = &loaded.job;
     let started = Instant::now();
     jobs::check_paths(&job.job.input, &job.job.output)?;
@@ -45,7 +78,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let numeric_profile = lower::numeric_profile(&options);
     let Files { text, reader, writer, created } =
-        open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &args)?;
+        open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &how)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
     let plan = plan(job, &options);
@@ -61,9 +94,9 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     let watched = Watched {
         progress: Arc::clone(&progress),
         clock: Arc::clone(&pipeline.clock),
-        total_rows: progress::count_rows(&job.job.input, args.limit),
+        total_rows: progress::count_rows(&job.job.input, how.limit),
     };
-    let display = Display::start(args.progress, watched);
+    let display = Display::start(how.progress, watched);
     let tokenizer = text.tokenizer().cloned();
     let options = JobOptions {
         reader,
@@ -113,9 +146,10 @@ fn open_files(
     model: &Model,
     context_tokens: usize,
     numeric_profile: &NumericProfile,
-    args: &RunArgs,
+    how: &How,
 ) -> Result<Files> {
-    let folder = OutputFolder::open(&job.job.output, args.fresh)?;
+    let folder = OutputFolder::open(&job.job.output, how.start == Start::Fresh)?;
+    let folder = if how.start == Start::Retry { folder.for_retry() } else { folder };
     let began_at = folder.unix_seconds()?.unwrap_or_else(unix_seconds);
     let text = open_text(&job.model, model, began_at)?;
     let prompt = job
@@ -134,8 +168,8 @@ fn open_files(
     };
     let preparer = Preparer::new(Arc::clone(&text), options)?;
     let settings = preparer.settings().with_numerics(numeric_profile);
-    let reader = Reader::open(&job.job.input, preparer, args.limit)?;
-    let (writer, finished) = folder.begin(order(job.job.order), &settings, began_at, args.accept_numerics)?;
+    let reader = Reader::open(&job.job.input, preparer, how.limit)?;
+    let (writer, finished) = folder.begin(order(job.job.order), &settings, began_at, how.accept_numerics)?;
     Ok(Files { text, reader: reader.after(finished), writer, created: began_at })
 }
 

@@ -5,7 +5,8 @@
 
 use std::fmt;
 
-use serde::{Serialize, Serializer};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use toml::{Table, Value};
 
 use crate::error::Error;
@@ -16,7 +17,7 @@ use crate::schema::JobFile;
 pub const ENVIRONMENT_PREFIX: &str = "SPANWISE__";
 
 /// A key that was given outside of the job file, and counts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Override {
     /// Who gave it.
     pub source: OverrideSource,
@@ -47,6 +48,14 @@ impl fmt::Display for OverrideSource {
 impl Serialize for OverrideSource {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for OverrideSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let word = String::deserialize(deserializer)?;
+        let known = [Self::Environment, Self::Set].into_iter().find(|source| source.to_string() == word);
+        known.ok_or_else(|| D::Error::custom(format_args!("expected environment or --set, found {word:?}")))
     }
 }
 

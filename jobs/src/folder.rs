@@ -4,7 +4,7 @@
 //! ends. What stands in the file tells others who it is.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,8 @@ pub struct OutputFolder {
     folder: LockedFolder,
     /// That of an earlier run, if this one is to go on where it was.
     journal: Option<Journal>,
+    /// Rows that failed are computed once more.
+    is_retry: bool,
 }
 
 impl OutputFolder {
@@ -53,14 +55,19 @@ impl OutputFolder {
         std::fs::create_dir_all(path).map_err(|source| Error::write(path, source))?;
         let folder = LockedFolder { path: path.to_owned(), _lock: lock(path)? };
         if fresh {
-            return Ok(OutputFolder { folder, journal: None });
+            return Ok(OutputFolder { folder, journal: None, is_retry: false });
         }
         let journal = Journal::open(path)?;
         let lines = [LineFile::Output, LineFile::Errors].map(|file| path.join(file.name()));
         match lines.into_iter().find(|lines| journal.is_none() && lines.exists()) {
             Some(path) => Err(Error::OutputExists { path }),
-            None => Ok(OutputFolder { folder, journal }),
+            None => Ok(OutputFolder { folder, journal, is_retry: false }),
         }
+    }
+
+    /// This folder for a run that computes rows once more that have failed.
+    pub fn for_retry(self) -> OutputFolder {
+        OutputFolder { is_retry: true, ..self }
     }
 
     /// When the job's first run began, in Unix seconds: the moment its chat template's dates speak of.
@@ -79,7 +86,7 @@ impl OutputFolder {
         unix_seconds: u64,
         accept_numerics: bool,
     ) -> Result<(Writer, EarlierRuns)> {
-        let OutputFolder { folder, journal } = self;
+        let OutputFolder { folder, journal, is_retry } = self;
         let mut journal = match journal {
             Some(mut journal) => {
                 check(&mut journal, folder.path(), settings, accept_numerics)?;
@@ -90,10 +97,14 @@ impl OutputFolder {
                 Journal::create(folder.path(), settings, unix_seconds)?
             }
         };
+        settle::finish_replacing(&mut journal, folder.path())?;
+        check_lines(&journal, folder.path())?;
         // It speaks of a run that has ended, and is written again when this one has.
         disk::remove(&folder.path().join(Manifest::FILE_NAME))?;
-        settle::finish_replacing(&mut journal, folder.path())?;
         cut_stale_lines(&journal, folder.path())?;
+        if is_retry {
+            journal.forget_errors()?;
+        }
         let earlier = journal.begin_run(folder.path())?;
         Ok((Writer::open(folder, journal, order)?, earlier))
     }
@@ -125,6 +136,21 @@ fn lock(folder: &Path) -> Result<File> {
     disk::cut(&path, &file, 0)?;
     disk::append(&path, &mut file, holder.as_bytes())?;
     Ok(file)
+}
+
+/// Who works on a folder at this moment. Nothing is written there.
+pub(crate) fn at_work(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join(LOCK_NAME);
+    let mut file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(Error::read(&path, source)),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(None),
+        Err(TryLockError::WouldBlock) => Ok(Some(holder(&mut file))),
+        Err(TryLockError::Error(source)) => Err(Error::read(&path, source)),
+    }
 }
 
 /// Who holds the lock; that somebody does matters more than who it is.
@@ -160,6 +186,14 @@ fn clear(folder: &Path) -> Result<()> {
         .chain(rewritten)
         .try_for_each(|path| disk::remove(&path))?;
     disk::sync_folder(folder)
+}
+
+/// Opens the files of lines, so that a run is refused that could not write to them while all of the earlier
+/// one is still there.
+fn check_lines(journal: &Journal, folder: &Path) -> Result<()> {
+    let lengths = journal.lengths()?;
+    let mut files = [LineFile::Output, LineFile::Errors].into_iter();
+    files.try_for_each(|file| LinesFile::open(folder.join(file.name()), lengths[file.index()]).map(drop))
 }
 
 /// Cuts off lines that were on their way to `stale.jsonl` when a run died; they are still where they were.

@@ -245,6 +245,12 @@ impl Journal {
         Ok(EarlierRuns::new(folder, finished, so_far, Arc::clone(&self.input)))
     }
 
+    /// Rows that failed have no line any more.
+    pub(crate) fn forget_errors(&mut self) -> Result<()> {
+        let errors = LineFile::Errors.index() as i64;
+        self.transact(|db| db.execute("DELETE FROM rows WHERE file = ?", [errors]).map(drop))
+    }
+
     /// Commits what a run has done, after its lines were put on disk, and how much of each file counts now.
     pub(crate) fn commit(&mut self, done: &Uncommitted, lengths: &Lengths) -> Result<()> {
         let first = self.next_seq;

@@ -2,14 +2,16 @@
 //!
 //! [`Reader`] streams the input and turns each line into a request; [`Line`] turns what the pipeline
 //! made of it into a line of output; [`Writer`] puts lines where they belong, and a journal in the
-//! [`OutputFolder`] remembers which rows have theirs. The crate is plain blocking code without threads of
-//! its own. It knows tokens and text, and no numbers of the model.
+//! [`OutputFolder`] remembers which rows have theirs. [`JobStatus`] and [`Audit`] look on from outside.
+//! The crate is plain blocking code; its one thread lends a template the stack to be read. It knows tokens
+//! and text, and no numbers of the model.
 //!
 //! Every row of the input comes out exactly once, as an answer or as an error. What happens to a row
 //! depends on the row, the model and the job's settings, never on its neighbours; only identical rows
 //! and repeated `custom_id`s look at what came before.
 #![forbid(unsafe_code)]
 
+mod audit;
 mod batch_line;
 mod body;
 mod calendar;
@@ -37,15 +39,18 @@ mod prepare;
 mod prepared;
 mod raw_lines;
 mod reader;
+mod row_keys;
 mod sampling;
 mod settings;
 mod settle;
 mod spelling;
+mod status;
 mod stop;
 mod template;
 mod tokenizer;
 mod writer;
 
+pub use audit::{Audit, AuditOptions, Finding};
 pub use detokenizer::Detokenizer;
 pub use error::{Error, Result, RowError};
 pub use folder::OutputFolder;
@@ -63,6 +68,7 @@ pub use prepared::{Endpoint, Message, PreparedRow, Prompt, RejectedRow, Reply, R
 pub use reader::{MAX_LINE_BYTES, Reader};
 pub use sampling::{MAX_CHOICES, MAX_STOPS, SamplingOptions};
 pub use settings::{Named, Settings};
+pub use status::{JobState, JobStatus};
 pub use stop::{StopMatcher, Transcript};
 pub use tokenizer::Tokenizer;
 pub use writer::{Order, Unread, Writer, Written};

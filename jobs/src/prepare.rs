@@ -117,7 +117,8 @@ impl Preparer {
             "n" => settings.with("grade.runs", value),
             name => settings.with(&format!("sampling.{name}"), value),
         };
-        sampling.into_iter().fold(settings, named)
+        let settings = sampling.into_iter().fold(settings, named);
+        Settings { identity: self.identity.to_vec(), ..settings }
     }
 
     pub(crate) fn key_maker(&self) -> KeyMaker {

@@ -16,14 +16,13 @@ use crate::body::Body;
 use crate::error::{Result, RowError};
 use crate::grade::Truth;
 use crate::journal::EarlierRuns;
-use crate::json::{canonical, show};
-use crate::key::{CustomIds, KeyMaker, LineKind};
 use crate::line::hex;
 use crate::manifest::InputRecord;
 use crate::plain_row::{self, PromptTemplates};
 use crate::prepare::Preparer;
 use crate::prepared::{PreparedRow, RejectedRow, Row};
-use crate::raw_lines::{RawLine, RawLines};
+use crate::raw_lines::RawLines;
+use crate::row_keys::{KeyedLine, RowKeys};
 
 /// Longest line that is read as a row. Far beyond any context of a model, and little beside its weights.
 pub const MAX_LINE_BYTES: usize = 64 << 20;
@@ -32,8 +31,7 @@ pub const MAX_LINE_BYTES: usize = 64 << 20;
 pub struct Reader {
     lines: RawLines,
     preparer: Preparer,
-    keys: KeyMaker,
-    custom_ids: CustomIds,
+    keys: RowKeys,
     earlier: EarlierRuns,
     rows: u64,
     limit: u64,
@@ -45,9 +43,8 @@ impl Reader {
     pub fn open(path: &Path, preparer: Preparer, limit: Option<u64>) -> Result<Reader> {
         Ok(Reader {
             lines: RawLines::open(path, MAX_LINE_BYTES)?,
-            keys: preparer.key_maker(),
+            keys: RowKeys::new(preparer.key_maker(), preparer.templates().is_some()),
             preparer,
-            custom_ids: CustomIds::default(),
             earlier: EarlierRuns::default(),
             rows: 0,
             limit: limit.unwrap_or(u64::MAX),
@@ -60,7 +57,6 @@ impl Reader {
     pub fn after(mut self, earlier: EarlierRuns) -> Reader {
         if let Some(folder) = &earlier.folder {
             self.keys.keep_files_in(folder);
-            self.custom_ids.keep_files_in(folder);
         }
         earlier.input.size.store(self.lines.size(), Relaxed);
         Reader { earlier, ..self }
@@ -91,32 +87,30 @@ impl Reader {
         self.rows += 1;
         self.earlier.input.rows.store(self.rows, Relaxed);
         self.earlier.input.bytes.store(self.lines.bytes(), Relaxed);
-        let row = match object(&raw) {
-            Err(error) => self.broken(place, &raw, error),
-            Ok(object) if self.preparer.templates().is_some() => self.plain_row(place, object),
-            Ok(object) => self.batch_line(place, object),
-        };
-        row.map(Some)
+        let (key, line) = self.keys.next(line, &raw)?;
+        Ok(Some(match line {
+            KeyedLine::Broken(error) => place.rejected(key, None, error),
+            KeyedLine::Plain(row) => self.plain_row(place, key, row)?,
+            KeyedLine::Nameless(line) => {
+                let error = batch_line::parse(&line).expect_err("a batch line without custom_id is refused");
+                place.rejected(key, None, error)
+            }
+            KeyedLine::Batch { custom_id, line } => self.batch_line(place, key, custom_id, &line)?,
+            KeyedLine::Repeated { custom_id, first } => {
+                let message = format!("{custom_id:?} was used on line {first} already");
+                let error = RowError::of("custom_id", "duplicate_custom_id", message);
+                place.rejected(key, Some(custom_id), error)
+            }
+        }))
     }
 
-    fn broken(&mut self, place: Place, raw: &RawLine, error: RowError) -> Result<Row> {
-        let content = match raw {
-            RawLine::Whole(bytes) => bytes.as_slice(),
-            RawLine::TooLong { hash, .. } => hash.as_bytes(),
-        };
-        let key = self.keys.next(LineKind::Broken, "", content, 0)?;
-        Ok(place.rejected(key, None, error))
-    }
-
-    fn plain_row(&mut self, place: Place, row: Map<String, Value>) -> Result<Row> {
-        let row = Value::Object(row);
-        let key = self.keys.next(LineKind::Plain, "", canonical(&row).as_bytes(), 0)?;
+    fn plain_row(&mut self, place: Place, key: RequestKey, row: Map<String, Value>) -> Result<Row> {
         if let Some(row) = self.earlier.finished.find(key, place.index)? {
             return Ok(Row::Finished(row));
         }
-        let Value::Object(row) = row else { unreachable!("made an object above") };
         let custom_id = plain_row::own_id(&row).unwrap_or_else(|| format!("row-{}", hex(key)));
-        let templates: &PromptTemplates = self.preparer.templates().expect("asked before");
+        let templates: &PromptTemplates =
+            self.preparer.templates().expect("rows are plain where there are any");
         let truth = self.preparer.grader().map(|grader| grader.truth(&row)).transpose();
         let asked = templates.render(&row).and_then(|prompt| {
             let body = Body::of(prompt, Default::default());
@@ -125,29 +119,18 @@ impl Reader {
         Ok(self.prepared(place, key, custom_id, asked))
     }
 
-    fn batch_line(&mut self, place: Place, line: Map<String, Value>) -> Result<Row> {
-        let asked = batch_line::parse(&line).map(|body| Asked { body, truth: None });
-        let Some(custom_id) = line.get("custom_id").and_then(Value::as_str).map(str::to_owned) else {
-            let key = self.keys.next(LineKind::Broken, "", canonical(&Value::Object(line)).as_bytes(), 0)?;
-            let error = asked.err().expect("a batch line without custom_id is refused");
-            return Ok(place.rejected(key, None, error));
-        };
-        let content = canonical(line.get("body").unwrap_or(&Value::Null));
-        Ok(match self.custom_ids.note(&custom_id, place.line)? {
-            None => {
-                let key = self.keys.only(LineKind::Batch, &custom_id, content.as_bytes());
-                match self.earlier.finished.find(key, place.index)? {
-                    // The envelope is no part of the key, and may have been broken since.
-                    Some(row) if asked.is_ok() => Row::Finished(row),
-                    _ => self.prepared(place, key, custom_id, asked),
-                }
-            }
-            Some(first) => {
-                let key = self.keys.next(LineKind::Batch, &custom_id, content.as_bytes(), 1)?;
-                let message = format!("{custom_id:?} was used on line {first} already");
-                let error = RowError::of("custom_id", "duplicate_custom_id", message);
-                place.rejected(key, Some(custom_id), error)
-            }
+    fn batch_line(
+        &mut self,
+        place: Place,
+        key: RequestKey,
+        custom_id: String,
+        line: &Map<String, Value>,
+    ) -> Result<Row> {
+        let asked = batch_line::parse(line).map(|body| Asked { body, truth: None });
+        Ok(match self.earlier.finished.find(key, place.index)? {
+            // The envelope is no part of the key, and may have been broken since.
+            Some(row) if asked.is_ok() => Row::Finished(row),
+            _ => self.prepared(place, key, custom_id, asked),
         })
     }
 
@@ -200,34 +183,4 @@ impl Place {
     fn rejected(self, key: RequestKey, custom_id: Option<String>, error: RowError) -> Row {
         Row::Rejected(RejectedRow { index: self.index, line: self.line, custom_id, key, error })
     }
-}
-
-fn object(raw: &RawLine) -> Result<Map<String, Value>, RowError> {
-    let bytes = match raw {
-        RawLine::Whole(bytes) => bytes,
-        RawLine::TooLong { bytes, .. } => {
-            let message =
-                format!("a line of {bytes} bytes exceeds the most a row may have, {MAX_LINE_BYTES}");
-            return Err(RowError::new("line_too_long", message));
-        }
-    };
-    let text = std::str::from_utf8(bytes).map_err(|error| {
-        let at = error.valid_up_to();
-        RowError::new("invalid_utf8", format!("not UTF-8: byte {} is 0x{:02x}", at + 1, bytes[at]))
-    })?;
-    match serde_json::from_str(text) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(other) => {
-            Err(RowError::new("invalid_json_line", format!("expected an object, found {}", show(&other))))
-        }
-        Err(error) => Err(RowError::new("invalid_json_line", not_json(&error))),
-    }
-}
-
-/// What the parser says, without its line number: it has seen one line only.
-fn not_json(error: &serde_json::Error) -> String {
-    let message = error.to_string();
-    let place = format!(" at line {} column {}", error.line(), error.column());
-    let message = message.strip_suffix(&place).unwrap_or(&message);
-    format!("not JSON: {message} at column {}", error.column())
 }

@@ -19,6 +19,10 @@ pub struct Settings {
     pub answers: Named,
     /// What may change an answer's last bits, and with them a token here and there.
     pub numerics: Named,
+    /// What the keys of rows are made of beside the rows, word for word: who has only this and the input
+    /// knows every row again. It follows from `answers`, and is not compared.
+    #[serde(default)]
+    pub identity: Vec<String>,
 }
 
 impl Settings {

@@ -10,6 +10,7 @@ mod disturbed;
 mod harness;
 mod logits;
 mod refusals;
+mod results;
 mod resume;
 mod sameness;
 mod sampling;

@@ -155,7 +155,7 @@ const FOLDERS: &[Case] = &[
             w.done();
             w.remove("out/output.jsonl")
         },
-        "error: FOLDER/out/output.jsonl has 0 bytes, and the journal vouches for 430; restore it, or pass --fresh to start over",
+        "error: FOLDER/out/output.jsonl has 0 bytes, and the journal vouches for …; restore it, or pass --fresh to start over",
     ),
     case(
         "lines cut short",
@@ -163,7 +163,7 @@ const FOLDERS: &[Case] = &[
             w.done();
             w.bytes("out/output.jsonl", |b| b.truncate(10))
         },
-        "error: FOLDER/out/output.jsonl has 10 bytes, and the journal vouches for 430; restore it, or pass --fresh to start over",
+        "error: FOLDER/out/output.jsonl has 10 bytes, and the journal vouches for …; restore it, or pass --fresh to start over",
     ),
     case(
         "a job with another seed",

@@ -204,7 +204,8 @@ impl World {
 
     /// What a job writes and a user would miss, wherever a case has put it.
     fn lines_files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
-        let names = ["output.jsonl", "errors.jsonl", "stale.jsonl", "rows.jsonl"];
+        let names =
+            ["output.jsonl", "errors.jsonl", "stale.jsonl", "manifest.json", "journal.sqlite", "rows.jsonl"];
         let folders = [self.path(""), self.path("out")];
         let paths = folders.iter().flat_map(|folder| names.map(|name| folder.join(name)));
         let files = paths.filter_map(|path| std::fs::read(&path).ok().map(|bytes| (path, bytes)));

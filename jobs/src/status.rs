@@ -1,0 +1,140 @@
+//! How far a job is, as one sees it from outside: from its journal, its lock and its manifest.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::folder;
+use crate::journal::{JournalView, Progress};
+use crate::manifest::{Manifest, Status};
+
+/// A job at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobStatus {
+    /// Whether somebody works on it, or how it ended.
+    pub state: JobState,
+    /// How far it was at its last commit.
+    pub progress: Progress,
+}
+
+/// Whether a job runs, or how it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobState {
+    /// A run works on it.
+    Running {
+        /// Who it is.
+        holder: String,
+    },
+    /// Its last run has come to an end, and said how.
+    Ended(Status),
+    /// Its last run was killed.
+    Died,
+}
+
+impl JobStatus {
+    /// Looks at the job of an output folder, and changes nothing.
+    ///
+    /// # Errors
+    /// A folder without a job.
+    pub fn of(folder: &Path) -> Result<JobStatus> {
+        // First who runs: a run that ends meanwhile has written its manifest by then.
+        let holder = folder::at_work(folder)?;
+        let Some(view) = JournalView::open(folder)? else {
+            return Err(Error::malformed(folder, "holds no job: there is no journal.sqlite"));
+        };
+        let state = match holder {
+            Some(holder) => JobState::Running { holder },
+            None if !folder.join(Manifest::FILE_NAME).exists() => JobState::Died,
+            None => JobState::Ended(Manifest::read(folder)?.status),
+        };
+        Ok(JobStatus { state, progress: view.progress()? })
+    }
+
+    /// Lines that are there.
+    pub fn lines(&self) -> u64 {
+        self.progress.output_lines + self.progress.error_lines
+    }
+
+    /// The share of the input's bytes that was read, where that is known: a pipe has no size.
+    pub fn share_read(&self) -> Option<f64> {
+        let Progress { is_read_to_end, bytes_read, input_bytes, .. } = self.progress;
+        match (is_read_to_end, input_bytes) {
+            (true, _) => Some(1.0),
+            (false, 0) => None,
+            (false, size) => Some((bytes_read as f64 / size as f64).min(1.0)),
+        }
+    }
+
+    /// Rows of the input: all of them once it is read, else as many as its size lets expect.
+    pub fn rows(&self) -> Option<u64> {
+        let read = self.progress.rows_read;
+        match self.share_read() {
+            Some(1.0) => Some(read),
+            Some(share) if share > 0.0 => Some((read as f64 / share).round() as u64),
+            _ => None,
+        }
+    }
+
+    /// Seconds of the latest run, up to its last commit.
+    pub fn seconds(&self) -> f64 {
+        self.progress.committed.saturating_sub(self.progress.began) as f64
+    }
+
+    /// Lines a second of the latest run.
+    pub fn lines_per_second(&self) -> Option<f64> {
+        let lines = self.lines().saturating_sub(self.progress.earlier_lines);
+        (self.seconds() > 0.0).then(|| lines as f64 / self.seconds())
+    }
+
+    /// Generated tokens a second of the latest run.
+    pub fn tokens_per_second(&self) -> Option<f64> {
+        let Progress { generated_tokens, unfinished_tokens, earlier_generated_tokens, .. } = self.progress;
+        let tokens = (generated_tokens + unfinished_tokens).saturating_sub(earlier_generated_tokens);
+        (self.seconds() > 0.0).then(|| tokens as f64 / self.seconds())
+    }
+
+    /// Seconds until the last line of a running job, as far as they can be told.
+    pub fn seconds_left(&self) -> Option<f64> {
+        let is_running = matches!(self.state, JobState::Running { .. });
+        let left = self.rows()?.saturating_sub(self.lines());
+        self.lines_per_second().filter(|rate| is_running && *rate > 0.0).map(|rate| left as f64 / rate)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(progress: Progress) -> JobStatus {
+        JobStatus { state: JobState::Running { holder: "process 1".to_owned() }, progress }
+    }
+
+    #[test]
+    fn the_time_left_follows_from_the_share_read_and_the_rate_of_this_run() {
+        let half_way = Progress {
+            began: 1_000,
+            committed: 1_100,
+            earlier_lines: 100,
+            earlier_generated_tokens: 500,
+            rows_read: 400,
+            bytes_read: 5_000,
+            input_bytes: 10_000,
+            is_read_to_end: false,
+            output_lines: 290,
+            error_lines: 10,
+            prompt_tokens: 9_000,
+            generated_tokens: 2_400,
+            unfinished_tokens: 100,
+        };
+        let job = status(half_way);
+        assert_eq!((job.share_read(), job.rows(), job.lines()), (Some(0.5), Some(800), 300));
+        assert_eq!((job.lines_per_second(), job.tokens_per_second()), (Some(2.0), Some(20.0)));
+        assert_eq!(job.seconds_left(), Some(250.0));
+
+        let all_read = status(Progress { is_read_to_end: true, ..half_way });
+        assert_eq!((all_read.rows(), all_read.seconds_left()), (Some(400), Some(50.0)));
+        let pipe = status(Progress { input_bytes: 0, ..half_way });
+        assert_eq!((pipe.share_read(), pipe.rows(), pipe.seconds_left()), (None, None, None));
+        let began = status(Progress { committed: 1_000, ..half_way });
+        assert_eq!((began.lines_per_second(), began.seconds_left()), (None, None));
+    }
+}

@@ -1,0 +1,39 @@
+//! `spanwise retry`: the rows of a job that failed, once more.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use configs::{JobFile, Loaded, Override};
+use jobs::Manifest;
+
+use crate::cli::RetryArgs;
+use crate::run::{How, Start, run_job};
+
+/// Runs the job that the manifest of an output folder records, with the rows that have an error line.
+///
+/// # Errors
+/// A folder without a manifest; whatever keeps a job from starting.
+pub(crate) async fn retry(args: RetryArgs) -> Result<ExitCode> {
+    if !args.output.join(Manifest::FILE_NAME).is_file() {
+        bail!(
+            "{} holds no {}: a job writes it when it ends\nhint: a job that was killed goes on by its own command",
+            args.output.display(),
+            Manifest::FILE_NAME
+        );
+    }
+    let manifest = Manifest::read(&args.output)?;
+    let mut loaded = recorded(manifest.config)
+        .with_context(|| format!("read config in {}", args.output.join(Manifest::FILE_NAME).display()))?;
+    // The folder may have been moved.
+    loaded.job.job.output = args.output.canonicalize().context("find the output folder")?;
+    let (accept_numerics, progress) = (args.accept_numerics, args.progress);
+    run_job(loaded, How { limit: None, start: Start::Retry, accept_numerics, progress }).await
+}
+
+/// The job as the manifest has it.
+fn recorded(mut config: serde_json::Value) -> Result<Loaded> {
+    let overrides = config.as_object_mut().and_then(|config| config.remove("overrides"));
+    let job: JobFile = serde_json::from_value(config)?;
+    let overrides: Vec<Override> = overrides.map(serde_json::from_value).transpose()?.unwrap_or_default();
+    Ok(Loaded { job, overrides })
+}

@@ -1,0 +1,92 @@
+//! `spanwise status`: how far a job is, from another terminal.
+
+use anyhow::Result;
+use jobs::{JobState, JobStatus, Progress, Status};
+use serde_json::json;
+
+use crate::cli::{Format, StatusArgs};
+use crate::print;
+use crate::text::{duration, grouped};
+
+/// Shows the job of an output folder.
+///
+/// # Errors
+/// A folder without a job.
+pub(crate) fn status(args: &StatusArgs) -> Result<()> {
+    let status = JobStatus::of(&args.output)?;
+    match args.format {
+        Format::Json => print(&serde_json::to_string_pretty(&as_json(&status))?),
+        Format::Text => lines(&status).iter().for_each(|line| print(line)),
+    }
+    Ok(())
+}
+
+/// The state as a word for programs.
+fn word(state: &JobState) -> &'static str {
+    match state {
+        JobState::Running { .. } => "running",
+        JobState::Ended(Status::Complete) => "complete",
+        JobState::Ended(Status::Interrupted) => "interrupted",
+        JobState::Ended(Status::Failed) => "failed",
+        JobState::Died => "killed",
+    }
+}
+
+fn as_json(status: &JobStatus) -> serde_json::Value {
+    let Progress { output_lines, error_lines, rows_read, bytes_read, input_bytes, .. } = status.progress;
+    let Progress { prompt_tokens, generated_tokens, unfinished_tokens, began, committed, .. } =
+        status.progress;
+    let holder = match &status.state {
+        JobState::Running { holder } => Some(holder.as_str()),
+        _ => None,
+    };
+    json!({
+        "state": word(&status.state),
+        "holder": holder,
+        "began_at": began,
+        "as_of": committed,
+        "completed": output_lines,
+        "failed": error_lines,
+        "rows": status.rows(),
+        "rows_read": rows_read,
+        "bytes_read": bytes_read,
+        "input_bytes": input_bytes,
+        "share_read": status.share_read(),
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated_tokens,
+        "unfinished_tokens": unfinished_tokens,
+        "lines_per_second": status.lines_per_second(),
+        "tokens_per_second": status.tokens_per_second(),
+        "seconds_left": status.seconds_left(),
+    })
+}
+
+fn lines(status: &JobStatus) -> Vec<String> {
+    let Progress { output_lines, error_lines, is_read_to_end, .. } = status.progress;
+    let mut lines = Vec::new();
+    let mut add = |name: &str, value: String| lines.push(format!("{name:<9} {value}"));
+    add(
+        "state",
+        match &status.state {
+            JobState::Running { holder } => format!("running: {holder}"),
+            JobState::Ended(Status::Complete) => "complete".to_owned(),
+            state => format!("{}; the job's own command goes on", word(state)),
+        },
+    );
+    let of = match status.rows() {
+        Some(rows) if is_read_to_end => format!(", of {} rows", grouped(rows)),
+        Some(rows) => format!(", of about {} rows", grouped(rows)),
+        None => String::new(),
+    };
+    add("rows", format!("{} done, {} failed{of}", grouped(output_lines), grouped(error_lines)));
+    if let Some(share) = status.share_read() {
+        add("input", format!("{:.1} % read", 100.0 * share));
+    }
+    if let (Some(rows), Some(tokens)) = (status.lines_per_second(), status.tokens_per_second()) {
+        add("speed", format!("{rows:.1} rows/s, {tokens:.1} generated tokens/s in the latest run"));
+    }
+    if let Some(seconds) = status.seconds_left() {
+        add("left", format!("about {}", duration(seconds)));
+    }
+    lines
+}

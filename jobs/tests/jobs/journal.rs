@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use crate::model::{World, completion_line};
 
 /// What the lines of a row are like is decided by its key: every fifth fails, every seventh is refused.
-fn line(key: u8, row: u64) -> Line {
+pub(crate) fn line(key: u8, row: u64) -> Line {
     let is_refusal = key % 7 == 6;
     let file = if key % 5 == 4 || is_refusal { LineFile::Errors } else { LineFile::Output };
     let json = match is_refusal {
@@ -144,7 +144,7 @@ fn crash(folder: &Path, tail: &[u8], torn: usize, log_at_begin: u64) -> TempDir 
 type Tokens = BTreeMap<u8, Vec<u32>>;
 
 /// The piece of a row from one of its tokens on, with scores that follow from the tokens.
-fn piece(first: u64, tokens: Vec<u32>) -> Generated {
+pub(crate) fn piece(first: u64, tokens: Vec<u32>) -> Generated {
     let score = |&token: &u32| TokenLogprobs { token, logprob: -(token as f32), top: vec![(token, 0.5)] };
     let logprobs = tokens.iter().map(score).collect();
     // The prompt has two tokens, and its first has no score.
@@ -339,7 +339,7 @@ proptest! {
 }
 
 /// Rows 0 to 7, the last first, as they are before the job's end.
-fn unsettled(folder: &Path) -> Writer {
+pub(crate) fn unsettled(folder: &Path) -> Writer {
     let (mut writer, _) = open(folder, Order::Input);
     for row in (0..8u8).rev() {
         writer.write(&line(row, row.into())).unwrap();
@@ -454,59 +454,6 @@ fn what_is_not_committed_is_in_no_total() {
     writer.write(&line(8, 8)).unwrap();
     assert_eq!(writer.committed(), committed);
     assert_eq!(writer.pause().unwrap().output_lines, 7);
-}
-
-#[test]
-fn others_see_one_moment_of_a_running_job_and_leave_nothing_behind() {
-    let folder = TempDir::new().unwrap();
-    assert!(JournalView::open(folder.path()).unwrap().is_none());
-    let mut writer = unsettled(folder.path());
-    let view = JournalView::open(folder.path()).unwrap().unwrap();
-    writer.write(&line(8, 8)).unwrap();
-    writer.checkpoint(RequestKey(9), 0, &piece(0, vec![1, 2, 3])).unwrap();
-    writer.commit().unwrap();
-    let before = view.progress().unwrap();
-    assert_eq!((before.output_lines, before.unfinished_tokens), (6, 0));
-    drop(view);
-    let now = JournalView::open(folder.path()).unwrap().unwrap().progress().unwrap();
-    assert_eq!((now.output_lines, now.error_lines, now.unfinished_tokens), (7, 2, 3));
-    assert!(now.began > 0 && now.committed >= now.began && now.earlier_lines == 0, "{now:?}");
-
-    writer.finish(Unread::HasLeft).unwrap();
-    let names = || std::fs::read_dir(folder.path()).unwrap().count();
-    let count = names();
-    let view = JournalView::open(folder.path()).unwrap().unwrap();
-    assert_eq!(view.progress().unwrap().unfinished_tokens, 0);
-    let keys = |order| {
-        let mut keys = Vec::new();
-        let visit = |entry: &jobs::Entry| {
-            keys.push(entry.key.0);
-            Ok(())
-        };
-        view.for_each_entry(order, visit).unwrap();
-        keys
-    };
-    assert_eq!(keys(EntryOrder::Input), (0..9).collect::<Vec<_>>());
-    assert_eq!(keys(EntryOrder::Lines), keys(EntryOrder::Input));
-    let mut finished = view.finished().unwrap();
-    assert_eq!(finished.len(), 9);
-    assert_eq!(finished.find(RequestKey(4), 1).unwrap().unwrap().file, LineFile::Errors);
-    drop(view);
-    assert_eq!(names(), count);
-}
-
-/// Root may write everywhere: run by root, this test shows less than it says.
-#[test]
-fn a_folder_that_may_only_be_read_can_be_looked_at() {
-    use std::os::unix::fs::PermissionsExt;
-
-    let folder = TempDir::with_prefix("of a job? #1%").unwrap();
-    unsettled(folder.path()).finish(Unread::HasLeft).unwrap();
-    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o555)).unwrap();
-    let view = JournalView::open(folder.path()).unwrap().unwrap();
-    assert_eq!(view.progress().unwrap().output_lines, 6);
-    drop(view);
-    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 #[test]

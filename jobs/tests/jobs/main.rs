@@ -8,4 +8,5 @@ mod refusals;
 mod rows;
 mod stops;
 mod templates;
+mod view;
 mod writer;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::folder;
-use crate::journal::{Entry, FinishedRows, JournalView, line_hash};
+use crate::journal::{Entry, EntryOrder, FinishedRows, JournalView, line_hash};
 use crate::key::KeyMaker;
 use crate::line::{LineFile, hex};
 use crate::raw_lines::RawLines;
@@ -117,7 +117,7 @@ fn check_lines(
     }
     let mut lines = FILES.map(|file| Lines::open(folder, file));
     let mut counts = [0; 2];
-    view.for_each_entry(crate::journal::EntryOrder::Lines, |entry| {
+    view.for_each_entry(EntryOrder::Lines, |entry| {
         let index = entry.file.index();
         let lines = match &mut lines[index] {
             Ok(lines) => lines,
@@ -293,7 +293,7 @@ fn check_rows(
     Ok(rows)
 }
 
-/// Names the lines of rows that the input does not have.
+/// Names the lines of rows that the input does not have, and second lines of those it has.
 fn name_strangers(
     view: &JournalView,
     options: &AuditOptions,
@@ -302,13 +302,20 @@ fn name_strangers(
     findings: &mut Findings,
 ) -> Result<()> {
     let mut numbers = [0; FILES.len()];
-    view.for_each_entry(crate::journal::EntryOrder::Lines, |entry| {
+    let mut met = Seen::default();
+    view.for_each_entry(EntryOrder::Lines, |entry| {
         let index = entry.file.index();
         numbers[index] += 1;
-        if finished.find(entry.key, 0)?.is_none_or(|row| !seen.has(row.seq)) {
-            let what = || format!("batch_req_{} is the line of no row of the input", hex(entry.key));
-            findings.add(&options.folder.join(entry.file.name()), numbers[index], what);
-        }
+        let what = match finished.find(entry.key, 0)? {
+            Some(row) if seen.has(row.seq) && !met.has(row.seq) => {
+                met.set(row.seq);
+                return Ok(());
+            }
+            Some(row) if seen.has(row.seq) => "a second line of its row",
+            _ => "the line of no row of the input",
+        };
+        let what = || format!("batch_req_{} is {what}", hex(entry.key));
+        findings.add(&options.folder.join(entry.file.name()), numbers[index], what);
         Ok(())
     })
 }

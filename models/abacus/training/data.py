@@ -12,17 +12,20 @@ from torch import Tensor
 import chat
 import questions
 
-# How often each kind is asked: long answers and long ways to them are asked more.
-KIND_WEIGHTS = {
-    "addition": 1.0,
-    "subtraction": 1.0,
-    "multiplication": 2.0,
-    "comparing": 0.6,
-    "sorting": 1.6,
-    "counting": 1.2,
-}
 
-THINKING_SHARE = 0.85
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind is asked, in the order of `questions.KINDS`, and how often with thinking on."""
+
+    kind_weights: tuple[float, ...]
+    thinking_share: float
+
+
+# First the digits: columns and products.
+DIGITS = Mix((1.0, 1.0, 2.0, 0.6, 1.6, 1.2), thinking_share=0.85)
+# Then more of what is learned last. Most answers at once cannot be learned at this size, and what
+# little there is to learn from them is noise to the rest.
+LISTS = Mix((0.7, 0.7, 1.4, 1.3, 2.2, 1.8), thinking_share=0.96)
 
 IGNORED = -100  # a target that has no loss: prompt and padding
 
@@ -58,9 +61,13 @@ class Stream:
     """Endless micro-batches of the training side of the split."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int, micro_batch_tokens: int):
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+        self.tokenizer, self.rng, self.mix = tokenizer, random.Random(seed), DIGITS
         self.pad, self.micro_batch_tokens = tokenizer.token_to_id(chat.PAD), micro_batch_tokens
         self.ready: list[MicroBatch] = []
+
+    def change(self, mix: Mix) -> None:
+        """Asks by another mix from the next micro-batch on."""
+        self.mix, self.ready = mix, []
 
     def take(self, count: int) -> list[MicroBatch]:
         while len(self.ready) < count:
@@ -69,8 +76,10 @@ class Stream:
         return taken
 
     def _pool(self) -> list[MicroBatch]:
-        kinds = self.rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()), k=POOL)
-        asked = [(questions.sample(k, self.rng, held_out=False), self.rng.random() < THINKING_SHARE) for k in kinds]
+        asked = []
+        for kind in self.rng.choices(questions.KINDS, self.mix.kind_weights, k=POOL):
+            question = questions.sample(kind, self.rng, held_out=False)
+            asked.append((question, self.rng.random() < self.mix.thinking_share))
         batches = by_length(chat.encode(self.tokenizer, asked), self.micro_batch_tokens, self.pad)
         self.rng.shuffle(batches)
         return batches

@@ -184,15 +184,7 @@ LARGER = (
     "Anna has {a} coins and Ben has {b}. How many does the richer one have?",
 )
 
-SMALLER = (
-    "Which is smaller, {a} or {b}?",
-    "Which number is less: {a} or {b}?",
-    "What is the minimum of {a} and {b}?",
-    "Anna has {a} coins and Ben has {b}. How many does the poorer one have?",
-)
-
 IS_LARGER = ("Is {a} larger than {b}?", "Is {a} greater than {b}?")
-IS_SMALLER = ("Is {a} smaller than {b}?", "Is {a} less than {b}?")
 
 
 def comparing(rng: random.Random, full_size: bool) -> Question:
@@ -200,12 +192,10 @@ def comparing(rng: random.Random, full_size: bool) -> Question:
     b = near(rng, a) if rng.random() < 0.5 else number(rng, 3, full_size)
     while b == a:
         b = number(rng, 3, full_size)
-    larger, asks_which = rng.random() < 0.5, rng.random() < 0.7
-    if asks_which:
-        phrasings, answer = (LARGER, max(a, b)) if larger else (SMALLER, min(a, b))
+    if rng.random() < 0.7:
+        phrasings, answer = LARGER, max(a, b)
     else:
-        phrasings, answer = (IS_LARGER, a > b) if larger else (IS_SMALLER, a < b)
-        answer = "yes" if answer else "no"
+        phrasings, answer = IS_LARGER, "yes" if a > b else "no"
     prompt = rng.choice(phrasings).format(a=a, b=b)
     steps = "\n".join([f"{a:03},{b:03}", *compare_digits(f"{a:03}", f"{b:03}")])
     return Question("comparing", problem_of("comparing", [a, b]), prompt, steps, str(answer))
@@ -277,27 +267,29 @@ COUNTING = (
 
 
 def counting(rng: random.Random, full_size: bool) -> Question:
-    numbers = distinct_numbers(rng, rng.randint(4 if full_size else 2, 7))
-    what, counts = predicate(rng)
-    steps, tally = [], 0
+    what, limit, counts = predicate(rng)
+    count = rng.randint(4 if full_size else 2, 7)
+    numbers = [n for n in distinct_numbers(rng, count + 1) if n != limit][:count]
+    marks, tally = [], 0
     for n in numbers:
         tally += counts(n)
-        steps.append(f"{n:02}:{tally}")
+        marks.append(f"{n:02}{'y' if counts(n) else 'n'}{tally}")
     prompt = rng.choice(COUNTING).format(list=listed(numbers), what=what)
-    return Question("counting", problem_of("counting", numbers), prompt, ",".join(steps), str(tally))
+    steps = ",".join(marks) if limit is None else f">{limit}\n{','.join(marks)}"
+    return Question("counting", problem_of("counting", numbers), prompt, steps, str(tally))
 
 
 def predicate(rng: random.Random):
-    """What is counted, in words and as a function."""
-    limit = rng.randint(10, 90)
-    return rng.choice(
-        (
-            ("even", lambda n: n % 2 == 0),
-            ("odd", lambda n: n % 2 == 1),
-            (f"larger than {limit}", lambda n: n > limit),
-            (f"smaller than {limit}", lambda n: n < limit),
-        )
-    )
+    """What is counted: in words, the limit it has, and as a function.
+
+    Neither has its opposite here, as comparing asks for no smaller one. Where two things say something
+    about the next token only together, as odd and even would with the number's last digit, a model
+    this small takes long to find it.
+    """
+    if rng.random() < 0.65:
+        return "even", None, lambda n: n % 2 == 0
+    limit = 10 * rng.randint(1, 9)
+    return f"larger than {limit}", limit, lambda n: n > limit
 
 
 MAKERS = {

@@ -2,8 +2,9 @@
 
     python train.py --out OUT        # the model's directory, with train.log
 
-The first part of the training is done with the run of FFN-only blocks in sequence, the rest, from
-`FUSE_AT` on, with the run fused into one wide FFN. Threads share the weights; each takes the next
+The training begins with the run of FFN-only blocks in sequence; from `FUSE_AT` on the run is fused into
+one wide FFN. At `DECAY_AT` the mix of questions changes and the learning rate starts to fall straight
+to zero. Threads share the weights; each takes the next
 micro-batch of a step when it is done with one, so that a busy core slows a step but does not stall it.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 
 import chat
@@ -31,20 +33,22 @@ from model import Config, DeciLm
 
 STEP_TOKENS = 8_192
 MICRO_BATCH_TOKENS = 1_024
+STEPS = 1_480
 WARMUP_STEPS = 50
-FUSE_AT = 0.4  # of all steps
-MATRIX_RATE, OTHER_RATE, LAST_RATE = 0.02, 3e-3, 0.02  # the last is a share of the first two
+FUSE_AT, DECAY_AT = 781, 800
+COSINE_STEPS = 1_953  # the cosine that the rate follows until DECAY_AT would end here
+MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
-PROBE_EVERY, PROBE_QUESTIONS = 100, 40
+PROBE_EVERY, PROBE_QUESTIONS = 50, 40
 
 
 class Trainer:
     """A model, its optimizers, and a replica of it for each thread that shares its weights."""
 
-    def __init__(self, config: Config, steps: int, threads: int, seed: int):
+    def __init__(self, config: Config, threads: int, seed: int, first_step: int = 1):
         torch.manual_seed(seed)
-        self.steps, self.model = steps, DeciLm(config)
+        self.first_step, self.model = first_step, DeciLm(config)
         self.replicas = [self.model, *(self._replica(config) for _ in range(threads - 1))]
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         matrices, others = [], []
@@ -63,12 +67,9 @@ class Trainer:
             own.data = shared.data
         return replica
 
-    def _rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to LAST_RATE."""
-        if step < WARMUP_STEPS:
-            return (step + 1) / WARMUP_STEPS
-        done = (step - WARMUP_STEPS) / max(1, self.steps - WARMUP_STEPS)
-        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1, done))) / 2
+    def _rate(self, done: int) -> float:
+        """The share of the full learning rate after so many updates of this run."""
+        return min(1, (done + 1) / WARMUP_STEPS) * rate(self.first_step + done)
 
     def fuse(self) -> None:
         for replica in self.replicas:
@@ -109,6 +110,17 @@ class Trainer:
             shared.grad = sum(gradients) if gradients else None
 
 
+def rate(step: int) -> float:
+    """The share of the full learning rate at a step: along a cosine, then straight to zero."""
+
+    def cosine(step: int) -> float:
+        return (1 + math.cos(math.pi * step / COSINE_STEPS)) / 2
+
+    if step < DECAY_AT:
+        return cosine(step)
+    return cosine(DECAY_AT) * max(0, STEPS + 1 - step) / (STEPS + 1 - DECAY_AT)
+
+
 def summed_loss(model: DeciLm, batch: data.MicroBatch) -> torch.Tensor:
     """Cross entropy of the completions, in bf16 as the model will run."""
     is_learned = batch.targets != data.IGNORED
@@ -147,22 +159,27 @@ class Probe:
 
 
 def train(tokenizer, args: argparse.Namespace, log) -> DeciLm:
-    steps = args.tokens // STEP_TOKENS
-    trainer = Trainer(Config(), steps, args.threads, args.seed)
-    stream = data.Stream(tokenizer, args.seed, MICRO_BATCH_TOKENS)
+    first_step = args.resume_at or 1
+    trainer = Trainer(Config(), args.threads, args.seed, first_step)
+    stream = data.Stream(tokenizer, args.seed + first_step - 1, MICRO_BATCH_TOKENS)
+    if args.resume_at:
+        trainer.model.load_state_dict(torch.load(args.out / "checkpoint.pt"))
     probe = Probe(tokenizer, args.seed)
     num_parameters = sum(weight.numel() for weight in trainer.model.parameters())
-    log(f"{num_parameters:,} parameters, {steps:,} steps of {STEP_TOKENS:,} tokens, seed {args.seed}")
+    log(f"{num_parameters:,} parameters, steps {first_step} to {STEPS:,} of {STEP_TOKENS:,} tokens, seed {args.seed}")
     started, losses = time.time(), []
-    for step in range(1, steps + 1):
-        if step == int(FUSE_AT * steps):
+    for step in range(first_step, STEPS + 1):
+        if step >= FUSE_AT and not trainer.model.is_fused:
             log(f"before fusion: {probe.scores(trainer.model)}")
             trainer.fuse()
             log(f"fused:         {probe.scores(trainer.model)}")
+        if step == max(DECAY_AT, first_step):
+            stream.change(data.LISTS)
         losses.append(trainer.step(stream.take(STEP_TOKENS // MICRO_BATCH_TOKENS)))
-        if step % PROBE_EVERY == 0 or step == steps:
-            speed = step * STEP_TOKENS / (time.time() - started)
-            log(f"step {step:5} loss {sum(losses) / len(losses):.4f} {speed:6,.0f} tokens/s {probe.scores(trainer.model)}")
+        if step % PROBE_EVERY == 0 or step == STEPS:
+            speed = (step + 1 - first_step) * STEP_TOKENS / (time.time() - started)
+            mean = sum(losses) / len(losses)
+            log(f"step {step:5} loss {mean:.4f} {speed:6,.0f} tokens/s {probe.scores(trainer.model)}")
             losses.clear()
             torch.save(trainer.model.state_dict(), args.out / "checkpoint.pt")
     log(f"trained in {(time.time() - started) / 60:.1f} minutes")
@@ -171,7 +188,7 @@ def train(tokenizer, args: argparse.Namespace, log) -> DeciLm:
 
 def logger(path: Path):
     """Prints lines with the time since the start, and keeps them in a file."""
-    started, file = time.time(), path.open("w")
+    started, file = time.time(), path.open("a")
 
     def log(line: str) -> None:
         for out in (sys.stdout, file):
@@ -183,14 +200,15 @@ def logger(path: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the log")
-    parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of training one")
+    parser.add_argument("--resume-at", type=int, metavar="STEP", help="go on from OUT/checkpoint.pt with new optimizers")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     log = logger(args.out / "train.log")
-    tokenizer = chat.train_tokenizer(args.seed)
+    tokenizer = Tokenizer.from_file(args.tokenizer) if args.tokenizer else chat.train_tokenizer(args.seed)
     model = train(tokenizer, args, log)
     write_directory(model, tokenizer, args.out)
     evaluate(args.out, quickstart_rows(), args.seed, log)

@@ -4,6 +4,7 @@
 //! none says so and fails.
 #![forbid(unsafe_code)]
 
+mod abacus;
 mod commands;
 mod crashes;
 mod disturbed;

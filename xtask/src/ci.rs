@@ -22,7 +22,8 @@ const STEPS: &[Step] = &[
     Step { name: "fixtures", what: "target/fixtures is there and current", run: fixtures::make },
     Step { name: "doctest", what: "the examples in the documentation work", run: doctest },
     Step { name: "test", what: "all tests", run: test },
-    Step { name: "quickstart", what: "the first command of the README works", run: quickstart::check },
+    Step { name: "quickstart", what: "the README's first command works", run: quickstart::abacus },
+    Step { name: "language", what: "the README's second one does too", run: quickstart::language_model },
 ];
 
 /// Runs the named steps, or all, in their order.

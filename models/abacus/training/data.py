@@ -25,7 +25,7 @@ class Mix:
 DIGITS = Mix((1.0, 1.0, 2.0, 0.6, 1.6, 1.2), thinking_share=0.85)
 # Then more of what is learned last. Most answers at once cannot be learned at this size, and what
 # little there is to learn from them is noise to the rest.
-LISTS = Mix((0.7, 0.7, 1.4, 1.3, 2.2, 1.8), thinking_share=0.96)
+LISTS = Mix((0.5, 0.5, 1.0, 0.9, 2.4, 2.6), thinking_share=0.96)
 
 IGNORED = -100  # a target that has no loss: prompt and padding
 

@@ -33,7 +33,7 @@ from model import Config, DeciLm
 
 STEP_TOKENS = 8_192
 MICRO_BATCH_TOKENS = 1_024
-STEPS = 1_480
+STEPS = 1_630
 WARMUP_STEPS = 50
 FUSE_AT, DECAY_AT = 781, 800
 COSINE_STEPS = 1_953  # the cosine that the rate follows until DECAY_AT would end here

@@ -107,6 +107,7 @@ fn audit(folder: &Path) {
         folder: folder.join("out"),
         input: folder.join("input.jsonl"),
         order: Some(Order::Input),
+        limit: None,
         most_findings: 1,
     };
     let audit = Audit::of(&options).expect("audit");

@@ -37,6 +37,7 @@ pub(crate) fn audit(args: &AuditArgs) -> Result<ExitCode> {
         folder: args.output.clone(),
         input: input.clone(),
         order: manifest.as_ref().and_then(order),
+        limit: manifest.as_ref().and_then(|manifest| manifest.limit),
         most_findings: args.most,
     };
     let audit = Audit::of(&options).context("audit")?;

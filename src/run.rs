@@ -9,9 +9,9 @@ use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions};
 use anyhow::{Context, Result};
 use configs::{JobFile, Loaded};
 use jobs::{
-    Counts, Grader, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions, NumericProfile,
-    OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores, Status, Timings,
-    TokenTotals, Writer,
+    Counts, FolderLock, Grader, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions,
+    NumericProfile, OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores,
+    Settings, Status, Timings, TokenTotals,
 };
 use serde_json::json;
 use stages::{Device, Model};
@@ -77,7 +77,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let numeric_profile = lower::numeric_profile(&options);
-    let Files { text, reader, writer, created } =
+    let Files { text, reader, folder, settings, created } =
         open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &how)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
@@ -88,6 +88,10 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     let load = started.elapsed();
+    // Nothing was changed so far: what keeps a job from starting leaves all as it was.
+    let (writer, earlier) = folder.begin(order(job.job.order), &settings, created, how.accept_numerics)?;
+    let reader = reader.after(earlier);
+    let lock = writer.lock();
 
     let running = Running { started_at: unix_seconds(), load, began: Instant::now() };
     let progress = Arc::new(JobProgress::default());
@@ -120,6 +124,8 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         running,
         outcome,
         progress,
+        limit: how.limit,
+        _lock: lock,
     };
     ended.report().await
 }
@@ -136,7 +142,8 @@ fn load_job_file(args: &RunArgs) -> Result<Loaded> {
 struct Files {
     text: Arc<ModelText>,
     reader: Reader,
-    writer: Writer,
+    folder: OutputFolder,
+    settings: Settings,
     /// When the job's first run began, in Unix seconds.
     created: u64,
 }
@@ -169,8 +176,8 @@ fn open_files(
     let preparer = Preparer::new(Arc::clone(&text), options)?;
     let settings = preparer.settings().with_numerics(numeric_profile);
     let reader = Reader::open(&job.job.input, preparer, how.limit)?;
-    let (writer, finished) = folder.begin(order(job.job.order), &settings, began_at, how.accept_numerics)?;
-    Ok(Files { text, reader: reader.after(finished), writer, created: began_at })
+    folder.check(&settings, how.accept_numerics)?;
+    Ok(Files { text, reader, folder, settings, created: began_at })
 }
 
 /// The textual side of a model, as of a moment in Unix seconds.
@@ -242,6 +249,9 @@ struct Ended<'a> {
     running: Running,
     outcome: JobOutcome,
     progress: Arc<JobProgress>,
+    limit: Option<u64>,
+    /// Until the manifest is there.
+    _lock: FolderLock,
 }
 
 impl Ended<'_> {
@@ -302,6 +312,7 @@ impl Ended<'_> {
                 stale: written.stale_lines,
             },
             input,
+            limit: self.limit,
             config: self.config(),
             plan: self.plan.clone(),
             numeric_profile: self.numeric_profile.clone(),

@@ -85,16 +85,16 @@ impl DeviceThread {
             };
             let micro_batch = Some(step.batch.id);
             self.at_work.set(micro_batch);
-            let stepped = self.step(&mut *stage, step);
-            self.at_work.set(None);
-            if let Err(error) = stepped {
-                // Freed before another takes its place: a device may not hold two.
-                drop(stage);
+            if let Err(error) = self.step(&mut *stage, step) {
+                // Freed before another takes its place: a device may not hold two. Whatever comes of that,
+                // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
                 if let Some(owner) = self.owner.upgrade() {
                     let _ = owner.tell(DeviceFailed(StageEnd { error, micro_batch })).blocking_send();
                 }
                 return;
             }
+            self.at_work.set(None);
         }
     }
 

@@ -41,7 +41,9 @@ pub enum Error {
         seconds: u64,
     },
     /// A stage ended again and again, however often it was started.
-    #[error("{end}; stages have ended {times} times with no micro-batch done between, and are given up")]
+    #[error(
+        "{end}; stages end again and again, {times} times since the last micro-batch was done, and are given up"
+    )]
     GivenUp {
         /// The last end.
         end: Box<Error>,

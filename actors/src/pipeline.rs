@@ -46,6 +46,9 @@ const fn max_ends(max_sequences: usize) -> u32 {
     sum
 }
 
+/// Threads that may hang. Each keeps its weights and its caches until it wakes, if it ever does.
+const MAX_HANGS: u32 = 4;
+
 /// Owns the scheduler of one pipeline, and its stages.
 pub(crate) struct PipelineActor {
     scheduler: Scheduler,
@@ -57,6 +60,7 @@ pub(crate) struct PipelineActor {
     is_whole: bool,
     /// Ends of stages since a micro-batch was completed.
     ends_in_a_row: u32,
+    num_hangs: u32,
     /// Sequences that are held to end stages, and that have not been told.
     convicted: Vec<Completion>,
     clients: HashMap<SequenceId, Client>,
@@ -151,6 +155,7 @@ impl Actor for PipelineActor {
             stages,
             is_whole: true,
             ends_in_a_row: 0,
+            num_hangs: 0,
             convicted: Vec::new(),
             clients: HashMap::new(),
             active: ActiveSpan::new(Arc::clone(&clock)),
@@ -175,14 +180,16 @@ impl Actor for PipelineActor {
 
 impl PipelineActor {
     fn stage_end(&self, stage: usize, reason: &ActorStopReason) -> StageEnd {
+        let hung = self.stages.hung(stage);
         match reason {
             ActorStopReason::Panicked(panic) => {
                 panic.downcast().unwrap_or_else(|| Error::Ended("a stage").into())
             }
-            _ => StageEnd {
+            _ if hung.is_some() => StageEnd {
                 error: Error::Hang { stage, seconds: self.step_timeout.as_secs() },
-                micro_batch: self.stages.last_step(stage).map(|(micro_batch, _)| micro_batch),
+                micro_batch: hung,
             },
+            _ => Error::Ended("a stage").into(),
         }
     }
 
@@ -190,8 +197,9 @@ impl PipelineActor {
         let StageEnd { error, micro_batch } = end;
         self.is_whole = false;
         self.ends_in_a_row += 1;
+        self.num_hangs += u32::from(matches!(error, Error::Hang { .. }));
         let times = self.ends_in_a_row;
-        if times > max_ends(self.scheduler.options().max_sequences) {
+        if times > max_ends(self.scheduler.options().max_sequences) || self.num_hangs > MAX_HANGS {
             return Err(Error::GivenUp { end: Box::new(error), times });
         }
         tracing::warn!("{error}; it is started again");

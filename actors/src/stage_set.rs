@@ -136,9 +136,9 @@ impl StageSet {
         self.seats.iter().position(|seat| seat.incumbent().actor.id() == actor)
     }
 
-    /// What this stage's device thread was at when it was last heard of.
-    pub(crate) fn last_step(&self, index: usize) -> Option<(MicroBatchId, Duration)> {
-        self.seats[index].incumbent().at_work.get()
+    /// The micro-batch over which this stage's device thread was given up, if it was.
+    pub(crate) fn hung(&self, index: usize) -> Option<MicroBatchId> {
+        self.seats[index].incumbent().at_work.hung()
     }
 
     pub(crate) fn lost(&self) -> &Lost {
@@ -177,7 +177,7 @@ impl StageSet {
             loop {
                 ticks.tick().await;
                 for Incumbent { actor, at_work } in seats.iter().map(Seat::incumbent) {
-                    if at_work.get().is_some_and(|(_, since)| since > step_timeout) {
+                    if at_work.give_up_after(step_timeout) {
                         actor.kill();
                     }
                 }

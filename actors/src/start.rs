@@ -14,6 +14,9 @@ use crate::error::Result;
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
 use crate::stage_set::StageSet;
 
+/// How long a report waits for a pipeline's figures.
+const STATS_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Where one stage runs.
 #[derive(Debug, Clone)]
 pub struct StagePlacement {
@@ -60,9 +63,11 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// What its scheduler has done so far; nothing where the pipeline has failed.
+    /// What its scheduler has done so far; nothing where the pipeline has failed, or is busy with a stage
+    /// that is started again.
     pub async fn scheduler_stats(&self) -> Option<scheduler::Stats> {
-        self.actor.ask(SchedulerStats).await.ok()
+        let asked = tokio::time::timeout(STATS_PATIENCE, self.actor.ask(SchedulerStats).send()).await;
+        asked.ok()?.ok()
     }
 }
 

@@ -6,6 +6,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::calendar::strftime;
@@ -33,9 +34,12 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(crate) struct LockedFolder {
     path: PathBuf,
-    /// Locked as long as it is open.
-    _lock: File,
+    lock: FolderLock,
 }
+
+/// Keeps other runs out of a folder as long as there is one.
+#[derive(Debug, Clone)]
+pub struct FolderLock(#[expect(dead_code, reason = "locked as long as it is open")] Arc<File>);
 
 /// An output folder before its job's settings are known to fit.
 pub struct OutputFolder {
@@ -53,7 +57,7 @@ impl OutputFolder {
     /// away before [`OutputFolder::begin`].
     pub fn open(path: &Path, fresh: bool) -> Result<OutputFolder> {
         std::fs::create_dir_all(path).map_err(|source| Error::write(path, source))?;
-        let folder = LockedFolder { path: path.to_owned(), _lock: lock(path)? };
+        let folder = LockedFolder { path: path.to_owned(), lock: FolderLock(Arc::new(lock(path)?)) };
         if fresh {
             return Ok(OutputFolder { folder, journal: None, is_retry: false });
         }
@@ -75,10 +79,20 @@ impl OutputFolder {
         self.journal.as_ref().map(Journal::unix_seconds).transpose()
     }
 
-    /// Begins a run: the writer of its lines, and for its reader what earlier ones have done.
+    /// Whether a run with these settings may go on with what is there; nothing is changed.
     ///
     /// Refused where the folder's lines were made with other settings, or computed in another way unless
     /// the caller accepts that.
+    pub fn check(&self, settings: &Settings, accept_numerics: bool) -> Result<()> {
+        match &self.journal {
+            Some(journal) => check(journal, self.folder.path(), settings, accept_numerics).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Begins a run: the writer of its lines, and for its reader what earlier ones have done.
+    ///
+    /// Refused as by [`OutputFolder::check`].
     pub fn begin(
         self,
         order: Order,
@@ -89,7 +103,9 @@ impl OutputFolder {
         let OutputFolder { folder, journal, is_retry } = self;
         let mut journal = match journal {
             Some(mut journal) => {
-                check(&mut journal, folder.path(), settings, accept_numerics)?;
+                if check(&journal, folder.path(), settings, accept_numerics)? == Numerics::Others {
+                    journal.adopt_numerics(settings)?;
+                }
                 journal
             }
             None => {
@@ -114,6 +130,17 @@ impl LockedFolder {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
+
+    pub(crate) fn lock(&self) -> FolderLock {
+        self.lock.clone()
+    }
+}
+
+/// How the lines that are there were computed.
+#[derive(Debug, PartialEq, Eq)]
+enum Numerics {
+    Same,
+    Others,
 }
 
 fn lock(folder: &Path) -> Result<File> {
@@ -162,15 +189,15 @@ fn holder(lock: &mut File) -> String {
     }
 }
 
-fn check(journal: &mut Journal, folder: &Path, now: &Settings, accept_numerics: bool) -> Result<()> {
+fn check(journal: &Journal, folder: &Path, now: &Settings, accept_numerics: bool) -> Result<Numerics> {
     let before = journal.settings()?;
     if let Some(changes) = changes(&before.answers, &now.answers) {
         return Err(Error::SettingsChanged { path: folder.to_owned(), changes });
     }
     match changes(&before.numerics, &now.numerics) {
-        None => Ok(()),
+        None => Ok(Numerics::Same),
         Some(changes) if !accept_numerics => Err(Error::NumericsChanged { path: folder.to_owned(), changes }),
-        Some(_) => journal.set_settings(now),
+        Some(_) => Ok(Numerics::Others),
     }
 }
 

@@ -153,7 +153,14 @@ impl Journal {
             }
             db.pragma_update(None, "user_version", VERSION)
         })?;
+        journal.empty_log()?;
         Ok(journal)
+    }
+
+    /// Moves what SQLite's log holds into the file itself: a log that is torn later costs commits, and
+    /// never the journal.
+    pub(crate) fn empty_log(&self) -> Result<()> {
+        self.sql(|db| db.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())))
     }
 
     fn connect(path: PathBuf, flags: OpenFlags) -> Result<Journal> {
@@ -197,10 +204,14 @@ impl Journal {
         serde_json::from_str(&json).map_err(|error| Error::malformed(&self.path, error))
     }
 
-    /// From now on the job is this.
-    pub(crate) fn set_settings(&mut self, settings: &Settings) -> Result<()> {
+    /// From now on lines are computed as these settings say. What there is of unfinished rows was computed
+    /// otherwise, and half of either would be neither.
+    pub(crate) fn adopt_numerics(&mut self, settings: &Settings) -> Result<()> {
         let json = serde_json::to_string(settings).expect("settings are JSON");
-        self.transact(|db| db.execute("UPDATE job SET settings = ?", [json]).map(drop))
+        self.transact(|db| {
+            db.execute("UPDATE job SET settings = ?", [json])?;
+            db.execute("DELETE FROM checkpoints", []).map(drop)
+        })
     }
 
     /// The moment of the first run, which the chat template's dates speak of.

@@ -53,7 +53,7 @@ mod writer;
 pub use audit::{Audit, AuditOptions, Finding};
 pub use detokenizer::Detokenizer;
 pub use error::{Error, Result, RowError};
-pub use folder::OutputFolder;
+pub use folder::{FolderLock, OutputFolder};
 pub use grade::{Grader, Score, Scores, Truth};
 pub use journal::{EarlierRuns, Entry, EntryOrder, FinishedRow, FinishedRows, JournalView, Progress};
 pub use line::{Line, LineFile};

@@ -23,6 +23,9 @@ pub struct Manifest {
     pub model: ModelRecord,
     /// Which rows were read.
     pub input: InputRecord,
+    /// How many rows were to be read, where not all were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u64>,
     /// The job's settings with all defaults, as they took effect.
     pub config: serde_json::Value,
     /// Which blocks ran where.
@@ -44,7 +47,7 @@ pub struct Manifest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
-    /// Every row of the input has its line.
+    /// Every row of the input has its line, up to a limit where there was one.
     Complete,
     /// Stopped by its user; the lines that are there are whole.
     Interrupted,

@@ -6,8 +6,9 @@
 
 use scheduler::{Generated, RequestKey};
 
+use crate::disk;
 use crate::error::Result;
-use crate::folder::LockedFolder;
+use crate::folder::{FolderLock, LockedFolder};
 use crate::journal::{Entry, FinishedRow, Journal, Uncommitted, line_hash};
 use crate::line::{Line, LineFile};
 use crate::lines_file::LinesFile;
@@ -67,6 +68,8 @@ impl Writer {
         let lengths = journal.lengths()?;
         let open = |file: LineFile| LinesFile::open(folder.path().join(file.name()), lengths[file.index()]);
         let (output, errors) = (open(LineFile::Output)?, open(LineFile::Errors)?);
+        // Their names too must outlast a power cut once the journal speaks of their bytes.
+        disk::sync_folder(folder.path())?;
         let stale_length = lengths[LineFile::Stale.index()];
         Ok(Writer {
             order,
@@ -77,6 +80,11 @@ impl Writer {
             stale_length,
             uncommitted: Uncommitted::default(),
         })
+    }
+
+    /// What keeps others out of the folder, for whoever has to write there when this writer has ended.
+    pub fn lock(&self) -> FolderLock {
+        self.folder.lock()
     }
 
     /// Appends a line to the file it belongs to.

@@ -131,7 +131,9 @@ impl JobState {
         let failed = self.progress.failed.load(Ordering::Relaxed);
         let finished = failed + self.progress.completed.load(Ordering::Relaxed);
         let max_error_rate = self.max_error_rate;
-        let is_too_many = finished >= LEAST_ROWS_TO_JUDGE && failed as f64 > max_error_rate * finished as f64;
+        // Rows that are refused are finished at once. Those that are still computed may all be good ones.
+        let judged = finished + self.in_flight.len() as u64;
+        let is_too_many = finished >= LEAST_ROWS_TO_JUDGE && failed as f64 > max_error_rate * judged as f64;
         is_too_many.then_some(Error::TooManyErrors { failed, finished, max_error_rate })
     }
 

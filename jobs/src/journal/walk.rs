@@ -108,7 +108,7 @@ impl Journal {
         finish().map_err(error)?;
         disk::commit(&journal.path, transaction)?;
         (self.next_seq, self.totals) = (seq, totals);
-        Ok(())
+        self.empty_log()
     }
 
     fn walk_one(&self, selection: Selection, visit: &mut impl FnMut(Walked) -> Result<Go>) -> Result<Go> {

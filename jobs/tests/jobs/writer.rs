@@ -162,6 +162,7 @@ fn a_manifest_is_replaced_whole() {
         counts: Counts { total: 2, completed: 1, failed: 1, resumed: 0, stale: 0 },
         tokens: TokenTotals { prompt: 5, generated: 7 },
         scores: None,
+        limit: None,
         timings: Timings { started_at: 1, finished_at: 2, load_seconds: 0.5, run_seconds: 0.25 },
     };
     manifest.write(folder.path()).unwrap();

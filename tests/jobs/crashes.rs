@@ -3,14 +3,14 @@
 //! Faults are planted by `--faults`; jobs/src/faults.rs says how.
 
 use std::fs;
-use std::process::{Command, Output};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
 
 use crate::disturbed::{
     MODEL, Random, assert_as_run_of, assert_as_undisturbed, assert_done, count, row, stderr, stdout,
-    stop_after,
 };
 use crate::harness::{Job, batch_line, devices};
 
@@ -19,13 +19,17 @@ const MANY: usize = 200;
 
 /// Runs a job with a plan of faults.
 fn run_with(job: &Job, faults: &str) -> Output {
+    command_with(job, faults).output().expect("start spanwise")
+}
+
+fn command_with(job: &Job, faults: &str) -> Command {
     let plain = job.command();
     let mut command = Command::new(plain.get_program());
     command.args(["--faults", faults]).args(plain.get_args());
     for (name, _) in plain.get_envs() {
         command.env_remove(name);
     }
-    command.output().expect("start spanwise")
+    command
 }
 
 /// Lets a job that has been done over one input, and is done again over another, fail at each change of a
@@ -54,7 +58,6 @@ fn fail_at_every_change(action: &str, has_failed: impl Fn(&Output) -> bool) -> u
 }
 
 fn was_killed(output: &Output) -> bool {
-    use std::os::unix::process::ExitStatusExt;
     output.status.signal() == Some(9)
 }
 
@@ -82,21 +85,33 @@ fn a_disk_that_fills_at_any_change_of_a_file_is_named_and_loses_nothing() {
     assert!(places > 15, "{places} places");
 }
 
+/// Makes a step of a tiny model take so much longer on average that a job lasts over many deaths.
+const SLOW: &str = "stage0@1/12:slow";
+
+/// Kills a job that has worked for so long since its process began, and insists that it was at work.
+fn kill_at(job: &Job, after: Duration) {
+    let mut child = command_with(job, SLOW).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(after);
+    child.kill().expect("send the signal");
+    let status = child.wait().expect("wait for spanwise");
+    assert_eq!(status.signal(), Some(9), "the job had ended before it could be killed");
+}
+
 #[test]
 fn a_torn_journal_loses_no_more_than_its_last_commits() {
-    let rows: Vec<String> = (0..200).map(row).collect();
+    let rows: Vec<String> = (0..150).map(row).collect();
     let job = Job::on(MODEL).lines(rows.clone()).set("pipeline.max_sequences=3");
-    let mut random = Random(0xdead);
-    for _ in 0..6 {
-        stop_after(&job, "-KILL", Duration::from_millis(600));
-        let log = job.out().join("journal.sqlite-wal");
-        if let Ok(mut bytes) = fs::read(&log) {
-            bytes.truncate(random.below(bytes.len() + 1));
-            if let Some(last) = bytes.last_mut() {
-                *last ^= 0xff;
-            }
-            fs::write(&log, bytes).unwrap();
+    let log = job.out().join("journal.sqlite-wal");
+    // Nothing of it is left, its beginning is torn, its middle, its end.
+    for share in [0.0, 0.01, 0.1, 0.5, 0.97] {
+        kill_at(&job, Duration::from_millis(1300));
+        let mut bytes = fs::read(&log).expect("a journal in use has a log");
+        assert!(bytes.len() > 1000, "{} bytes of log", bytes.len());
+        bytes.truncate((bytes.len() as f64 * share) as usize);
+        if let Some(last) = bytes.last_mut() {
+            *last ^= 0xff;
         }
+        fs::write(&log, bytes).unwrap();
     }
     assert_done(&job.run_once(&[]));
     assert_as_undisturbed(&job.out(), &rows);
@@ -191,9 +206,12 @@ fn a_job_killed_thirty_times_while_its_input_changes_ends_as_its_last_input() {
             random.shuffle(&mut numbers); // and all are shuffled.
         }
         job = job.over(numbers.iter().copied().map(row));
-        stop_after(&job, "-KILL", Duration::from_millis(random.below(150) as u64));
+        // Before the first commit, after it, while the model is loaded.
+        kill_at(&job, Duration::from_millis(20 + random.below(900) as u64));
     }
-    assert_done(&job.run_once(&[]));
+    let last = job.run_once(&[]);
+    assert_done(&last);
+    assert!(stdout(&last).contains("by earlier runs"), "no run got anywhere:\n{}", stdout(&last));
     assert_eq!(count(&job.out(), "total"), 500);
     let rows: Vec<String> = numbers.iter().copied().map(row).collect();
     assert_as_undisturbed(&job.out(), &rows);

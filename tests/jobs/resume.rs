@@ -93,6 +93,31 @@ fn the_same_command_again_computes_nothing_and_keeps_every_byte() {
 }
 
 #[test]
+fn a_tenth_of_bad_rows_stops_no_job_that_allows_half() {
+    let rows = (0..400).map(|i| match i % 10 {
+        3 => batch_line(&format!("bad-{i}"), "/v1/completions", &json!({"prompt": "a", "top_p": 7})),
+        _ => row(29 * i), // None of which is refused.
+    });
+    // All rows that are refused are finished before the first answer is.
+    let job = Job::on(MODEL).lines(rows).set("pipeline.max_sequences=256").set("job.max_error_rate=0.5");
+    assert_done(&job.run_once(&[]));
+    assert_eq!((count(&job.out(), "completed"), count(&job.out(), "failed")), (360, 40));
+}
+
+#[test]
+fn a_limit_holds_for_those_who_look_at_the_result_and_run_it_once_more() {
+    let job = Job::on(MODEL).lines((0..30).map(row));
+    assert_done(&job.run_once(&["--limit", "10"]));
+    let on_result = |command: &str| spanwise().arg(command).arg(job.out()).output().expect("start spanwise");
+    assert_done(&on_result("audit"));
+    assert_done(&on_result("retry"));
+    assert_eq!(count(&job.out(), "total"), 10, "the rows behind the limit are not run");
+    assert_done(&job.run_once(&[]));
+    assert_done(&on_result("audit"));
+    assert_eq!(count(&job.out(), "total"), 30);
+}
+
+#[test]
 fn identical_rows_have_a_line_each_after_a_kill() {
     let rows: Vec<String> = (0..120).map(|i| json!({"q": i % 3}).to_string()).collect();
     let job = Job::on(MODEL)

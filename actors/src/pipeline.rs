@@ -6,7 +6,8 @@
 //! A stage that ends is started again while the others keep their weights. What was in flight is lost, and
 //! the scheduler has it computed again; it also finds the sequence that ends a stage whenever it is
 //! computed. Its verdict is passed on once the stages have proved that they can do without that sequence,
-//! or nothing else is left to do: a device that is broken must not make error lines of all rows.
+//! or nothing else is left to do: a device that is broken must not make error lines of all rows. Where no
+//! other sequence proves it for long, a probe of our own must.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -18,7 +19,7 @@ use kameo::Actor;
 use kameo::actor::{ActorId, ActorRef, Recipient, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
 use kameo::message::{Context, Message};
-use scheduler::{Completion, Generated, Request, Scheduler, SequenceId, TokenId};
+use scheduler::{Completion, Generated, Request, RequestKey, Sampling, Scheduler, SequenceId, TokenId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::{ActiveSpan, PipelineClock};
@@ -42,7 +43,7 @@ const fn max_ends(max_sequences: usize) -> u32 {
     sum += 2; // The first micro-batch and the next with the same suspects.
     sum += max_sequences.next_power_of_two().ilog2(); // Halving, down to one alone,
     sum += 1; // and alone again.
-    sum += 8; // A few more that end stages, and are next to each other.
+    sum += 2; // One more that ends stages, and is next to it.
     sum
 }
 
@@ -61,6 +62,8 @@ pub(crate) struct PipelineActor {
     /// Ends of stages since a micro-batch was completed.
     ends_in_a_row: u32,
     num_hangs: u32,
+    /// A sequence of our own, by which the stages prove that they work.
+    probe: Option<SequenceId>,
     /// Sequences that are held to end stages, and that have not been told.
     convicted: Vec<Completion>,
     clients: HashMap<SequenceId, Client>,
@@ -156,6 +159,7 @@ impl Actor for PipelineActor {
             is_whole: true,
             ends_in_a_row: 0,
             num_hangs: 0,
+            probe: None,
             convicted: Vec::new(),
             clients: HashMap::new(),
             active: ActiveSpan::new(Arc::clone(&clock)),
@@ -199,12 +203,17 @@ impl PipelineActor {
         self.ends_in_a_row += 1;
         self.num_hangs += u32::from(matches!(error, Error::Hang { .. }));
         let times = self.ends_in_a_row;
-        if times > max_ends(self.scheduler.options().max_sequences) || self.num_hangs > MAX_HANGS {
+        let is_too_often = times > max_ends(self.scheduler.options().max_sequences);
+        if self.probe.is_some() || self.num_hangs > MAX_HANGS || (is_too_often && self.convicted.is_empty()) {
             return Err(Error::GivenUp { end: Box::new(error), times });
         }
         tracing::warn!("{error}; it is started again");
         let convicted = self.scheduler.stage_ended(micro_batch);
         self.convicted.extend(convicted);
+        if is_too_often {
+            // So many rows side by side may end a stage, or it may be broken.
+            self.probe = self.scheduler.probe(probe()).ok();
+        }
         self.stages.lost().all_before(self.scheduler.next_micro_batch_id());
         self.active.update(false);
         self.stages.restart(stage, pipeline).await?;
@@ -254,11 +263,33 @@ impl PipelineActor {
 
     fn deliver(&mut self, completions: Vec<Completion>) {
         for completion in completions {
+            if self.probe == Some(completion.sequence) {
+                self.probe = None;
+                continue;
+            }
             let client = self.clients.remove(&completion.sequence).expect("every sequence has a client");
             // A client that has gone away wants no answer.
             is_delivered(client.completed.tell(Completed { tag: client.tag, completion }).try_send());
         }
     }
+}
+
+/// The least that a stage can be asked: what follows the first token of the vocabulary.
+fn probe() -> Arc<Request> {
+    let sampling = Sampling {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        seed: 0,
+        max_tokens: 1,
+        min_tokens: 0,
+        stop_token_ids: Vec::new(),
+        stop: Vec::new(),
+        logprobs: None,
+        prompt_logprobs: false,
+    };
+    Arc::new(Request { key: RequestKey(0), prompt: vec![0], sampling: Arc::new(sampling), sample: 0 })
 }
 
 impl Message<Prompt> for PipelineActor {

@@ -345,6 +345,21 @@ async fn poison_rows_are_error_lines_and_no_others_are() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn many_poison_rows_side_by_side_do_not_stop_a_job() {
+    let files = Files::with_prompts((0..80).map(|row| match row {
+        10..40 => vec![DEADLY, 7],
+        _ => vec![1 + row, 7],
+    }));
+    let world = World::new(2).with(|stage, _, batch| {
+        let mut begun = batch.slices.iter().filter(|slice| slice.first_position == 0);
+        assert!(stage != 0 || !begun.any(|slice| slice.tokens[0] == DEADLY), "a planted panic");
+    });
+    let outcome = run(&world, &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_eq!((outcome.written.output_lines, outcome.written.error_lines), (50, 30));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_fails_for_good_makes_no_error_lines() {
     let files = Files::with_rows(100);
     let world = World::new(2).with(|stage, step, _| assert!(stage == 0 || step < 30, "a planted panic"));

@@ -216,6 +216,17 @@ impl Scheduler {
         Some(sequence.completion(Err(Failure::EndsStage)))
     }
 
+    /// Queues a request that is computed alone, before anything else: whether the stages can do anything
+    /// at all, after they have ended over and over.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn probe(&mut self, request: Arc<Request>) -> Result<SequenceId, Error> {
+        let id = self.submit(request, Generated::default())?;
+        self.trials.probe(id);
+        Ok(id)
+    }
+
     /// The name of the micro-batch that is issued next.
     pub fn next_micro_batch_id(&self) -> MicroBatchId {
         self.next_micro_batch

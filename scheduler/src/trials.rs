@@ -56,6 +56,12 @@ impl Trials {
         None
     }
 
+    /// Lets a sequence run alone, before all others, until it is done.
+    pub(crate) fn probe(&mut self, id: SequenceId) {
+        self.suspects.insert(id, Suspect { until: usize::MAX, lone_deaths: 0 });
+        self.groups.push_front(BTreeSet::from([id]));
+    }
+
     fn try_halves(&mut self, suspects: &[SequenceId]) {
         if let Some(mut rest) = self.groups.pop_front() {
             rest.retain(|id| !suspects.contains(id));

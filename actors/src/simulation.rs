@@ -1,10 +1,11 @@
 //! A deterministic simulation of whole jobs: one thread, no clock, everything in an order drawn from a seed.
 //!
 //! Real are the reader, [`JobState`], the scheduler, the writer, its journal and its files. Simulated are
-//! the actors' mailboxes, whose messages arrive in any order that theirs could, and the stages: a token is
-//! a plain function of the one before it and its position, so that what a row must get is known without
-//! them. Programs die between any two events, with and without what they had written since their last
-//! commit; stages end, by themselves and over rows that are deadly; and the input changes between runs.
+//! the stages: a token is a plain function of the one before it and its position, so that what a row must
+//! get is known without them; and the actors, in whose place two queues stand. Which of them moves next is
+//! drawn. Programs die between any two events; stages end, by themselves and over rows that are deadly; and
+//! the input changes between runs. Deaths inside a commit and what the pipeline actor does about a stage
+//! are not played here: tests/jobs/crashes.rs and this crate's `tests` have them.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::fs;

@@ -1,7 +1,7 @@
 //! Planted faults: the one way in which a test makes the program itself fail.
 //!
-//! The program passes points: each change to a file of the output folder, each step of a stage. A plan says
-//! what happens at which of them. Without one, which is how everybody but a test runs, a point costs the
+//! The program passes points: each change to a file of the output folder that goes through `disk` (SQLite's
+//! own writes do not), each step of a stage. A plan says what happens at which of them. Without one, which is how everybody but a test runs, a point costs the
 //! look at an empty cell.
 //!
 //! A plan is a list, such as `seed=7,write@17:tear,stage1@1/30:panic`:
@@ -12,7 +12,7 @@
 //! | `@17`, `@1/30` | the 17th time the point is passed, from 1; or each time with that chance, by seed |
 //! | `:kill` | the process gets SIGKILL before the change |
 //! | `:tear` | half of the bytes are written, then the process gets SIGKILL |
-//! | `:error` | the change fails as on a full disk, and all that follow |
+//! | `:error` | the change fails as on a full disk; after `@17` all that follow do too |
 //! | `:panic`, `:hang`, `:slow` | the stage panics, stops for good, or takes 50 ms longer |
 
 use std::io::{self, ErrorKind, Write};

@@ -259,8 +259,7 @@ pub(crate) fn levels() -> Vec<&'static str> {
 
 /// The devices of a pipeline of so many stages.
 pub(crate) fn devices(stages: usize) -> String {
-    let names: Vec<String> = (0..stages).map(|stage| format!("\"cpu:{}\"", stage % 2)).collect();
-    let mut names = names;
+    let mut names: Vec<String> = (0..stages).map(|stage| format!("\"cpu:{}\"", stage % 2)).collect();
     names.sort();
     format!("pipeline.devices=[{}]", names.join(", "))
 }

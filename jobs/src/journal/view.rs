@@ -1,5 +1,5 @@
 //! The journal as others see it: beside a job that runs, after one that ended, in a folder that may only
-//! be read. Nothing is changed, and the folder's lock is not asked for.
+//! be read. Nothing that it says is changed (SQLite may fold its log into it), and the folder's lock is not asked for.
 
 use std::path::{Path, PathBuf};
 

@@ -23,6 +23,9 @@ pub use micro_batch::{
     Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, TokenLogprobs,
 };
 pub use options::Options;
-pub use plan::{Span, partition};
+pub use plan::{
+    Case, Choice, Costs, Extra, KvTokens, Piece, PlannedStage, Problem, RankCosts, Span, StageDevice,
+    best_layout, in_flight, least_bottleneck, partition,
+};
 pub use request::{Completion, FinishReason, Generated, Request, RequestKey, Sampling, SequenceId, TokenId};
 pub use scheduler::{Scheduler, Stats};

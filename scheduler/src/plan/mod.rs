@@ -1,0 +1,19 @@
+//! Which blocks each stage owns, and on how many devices.
+//!
+//! [`partition`] cuts blocks for equal devices by one cost alone, and is what `run` uses. [`best_layout`] weighs
+//! the layouts of unlike devices by rows per second: micro-batch size, number of stages, tensor-parallel
+//! width of each, and where to cut, down to columns of an FFN, each stage within its memory.
+//!
+//! Nothing here knows what a block is. Costs are plain numbers, seconds and bytes for each piece on each
+//! kind of device; whether they were measured or estimated is the caller's affair. The invariant: a
+//! layout that is returned is within every stage's memory, and no other is faster.
+
+mod even;
+mod furthest;
+mod partition;
+mod problem;
+mod search;
+
+pub use partition::{Span, partition};
+pub use problem::{Costs, Extra, Piece, PlannedStage, Problem, RankCosts, StageDevice};
+pub use search::{Case, Choice, KvTokens, best_layout, in_flight, least_bottleneck};

@@ -1,0 +1,201 @@
+//! What the planner is given, and what one stage of an answer costs.
+
+use std::ops::Range;
+
+/// The smallest part of a model that a cut leaves whole, on one rank of a stage: a block, or some of the
+/// columns of its FFN (with the block's attention, for the first of them).
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Piece {
+    /// Time for the micro-batch.
+    pub seconds: f64,
+    /// Weights in memory.
+    pub weight_bytes: u64,
+    /// Keys and values that each token in flight keeps.
+    pub kv_bytes_per_token: u64,
+}
+
+/// What the first or the last stage has beside its pieces: the embedding, or the output matrix and sampling.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Extra {
+    /// Time for the micro-batch.
+    pub seconds: f64,
+    /// Weights in memory.
+    pub bytes: u64,
+}
+
+/// Costs of all pieces on one rank, as sums over the pieces before each position.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RankCosts {
+    seconds: Vec<f64>,
+    weight_bytes: Vec<u64>,
+    kv_bytes_per_token: Vec<u64>,
+    first: Extra,
+    last: Extra,
+}
+
+impl RankCosts {
+    /// Sums up the costs of `pieces`, in order.
+    pub fn new(pieces: impl IntoIterator<Item = Piece>, first: Extra, last: Extra) -> Self {
+        let mut costs =
+            RankCosts { seconds: vec![0.0], weight_bytes: vec![0], kv_bytes_per_token: vec![0], first, last };
+        let mut sum = Piece::default();
+        for piece in pieces {
+            assert!(
+                piece.seconds.is_finite() && piece.seconds >= 0.0,
+                "a piece takes {} seconds",
+                piece.seconds
+            );
+            sum.seconds += piece.seconds;
+            sum.weight_bytes += piece.weight_bytes;
+            sum.kv_bytes_per_token += piece.kv_bytes_per_token;
+            costs.seconds.push(sum.seconds);
+            costs.weight_bytes.push(sum.weight_bytes);
+            costs.kv_bytes_per_token.push(sum.kv_bytes_per_token);
+        }
+        costs
+    }
+
+    /// How many pieces.
+    pub fn num_pieces(&self) -> usize {
+        self.seconds.len() - 1
+    }
+
+    /// Time for a run of pieces with embedding or head where it has them, without the hop that follows.
+    pub fn seconds(&self, pieces: Range<usize>) -> f64 {
+        let mut sum = self.seconds[pieces.end] - self.seconds[pieces.start];
+        sum += if pieces.start == 0 { self.first.seconds } else { 0.0 };
+        sum += if pieces.end == self.num_pieces() { self.last.seconds } else { 0.0 };
+        sum
+    }
+
+    /// Weights of a run of pieces, with embedding or head where it has them.
+    pub fn weight_bytes(&self, pieces: Range<usize>) -> u64 {
+        let mut sum = self.weight_bytes[pieces.end] - self.weight_bytes[pieces.start];
+        sum += if pieces.start == 0 { self.first.bytes } else { 0 };
+        sum += if pieces.end == self.num_pieces() { self.last.bytes } else { 0 };
+        sum
+    }
+
+    /// Keys and values that each token in flight keeps in a run of pieces.
+    pub fn kv_bytes_per_token(&self, pieces: Range<usize>) -> u64 {
+        self.kv_bytes_per_token[pieces.end] - self.kv_bytes_per_token[pieces.start]
+    }
+
+    /// Weights of a run of pieces, and its keys and values of `kv_tokens`.
+    pub fn memory_bytes(&self, pieces: Range<usize>, kv_tokens: u64) -> u64 {
+        let kv = self.kv_bytes_per_token(pieces.clone()).saturating_mul(kv_tokens);
+        self.weight_bytes(pieces).saturating_add(kv)
+    }
+
+    /// The furthest end of a run from `start`, [`Extra`]s of a start at 0 included and those of the end left
+    /// out, that takes at most `seconds` and `bytes`.
+    pub(super) fn furthest(&self, start: usize, seconds: f64, bytes: u64, kv_tokens: u64) -> usize {
+        let first = if start == 0 { self.first } else { Extra::default() };
+        let is_within = |end: usize| {
+            let kv = self.kv_bytes_per_token(start..end).saturating_mul(kv_tokens);
+            let weights = self.weight_bytes[end] - self.weight_bytes[start] + first.bytes;
+            self.seconds[end] - self.seconds[start] + first.seconds <= seconds
+                && weights.saturating_add(kv) <= bytes
+        };
+        let (mut within, mut beyond) = (start, self.num_pieces() + 1);
+        while beyond - within > 1 {
+            let middle = within.midpoint(beyond);
+            if is_within(middle) { within = middle } else { beyond = middle }
+        }
+        within
+    }
+}
+
+/// Costs on one kind of device, for each tensor-parallel width that a stage may have.
+pub type Costs = Vec<(usize, RankCosts)>;
+
+/// A device in the order of the pipeline.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StageDevice {
+    /// Index into [`Problem::costs`]. Ranks of one stage are neighbours of one kind.
+    pub kind: usize,
+    /// Room for weights, keys and values: workspace is taken off already.
+    pub memory_bytes: u64,
+    /// Time to hand the micro-batch on to the next device in the list, which the sender is charged with.
+    pub hop_seconds: f64,
+    /// The same where an FFN is cut by columns, whose sum so far travels too. At least `hop_seconds`.
+    pub cut_hop_seconds: f64,
+}
+
+/// Blocks to place on devices, for one micro-batch size.
+#[derive(Debug, Clone, Copy)]
+pub struct Problem<'a> {
+    /// In the order of the pipeline. A device may be left idle.
+    pub devices: &'a [StageDevice],
+    /// For each piece, whether a block ends with it; what follows any other is more columns of its FFN.
+    pub ends_block: &'a [bool],
+    /// For each kind of device.
+    pub costs: &'a [Costs],
+    /// The width of each stage, where it is given; stages at the end may be left out.
+    pub widths: Option<&'a [usize]>,
+}
+
+/// A run of pieces on one or more devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedStage {
+    /// The pieces.
+    pub pieces: Range<usize>,
+    /// The devices, equal ones; their number is the tensor-parallel width.
+    pub devices: Range<usize>,
+}
+
+impl Problem<'_> {
+    /// How many pieces there are.
+    pub fn num_pieces(&self) -> usize {
+        self.ends_block.len()
+    }
+
+    /// Costs on each rank of a stage.
+    ///
+    /// # Panics
+    /// If the stage's width is none of its kind's.
+    pub fn rank_costs(&self, stage: &PlannedStage) -> &RankCosts {
+        let kind = self.devices[stage.devices.start].kind;
+        let costs = self.costs[kind].iter().find(|(width, _)| *width == stage.devices.len());
+        &costs.unwrap_or_else(|| panic!("no costs for stages of {}", stage.devices.len())).1
+    }
+
+    /// Time that a stage takes for the micro-batch, with the hop to the next.
+    pub fn stage_seconds(&self, stage: &PlannedStage) -> f64 {
+        self.rank_costs(stage).seconds(stage.pieces.clone()) + self.hop_seconds(stage)
+    }
+
+    /// Time to hand on what a stage has computed.
+    pub fn hop_seconds(&self, stage: &PlannedStage) -> f64 {
+        let sender = &self.devices[stage.devices.end - 1];
+        match stage.pieces.end {
+            end if end == self.num_pieces() => 0.0,
+            0 => sender.hop_seconds,
+            end if self.ends_block[end - 1] => sender.hop_seconds,
+            _ => sender.cut_hop_seconds,
+        }
+    }
+
+    /// What the fullest of a stage's devices lacks for `kv_tokens` in flight.
+    pub fn stage_missing_bytes(&self, stage: &PlannedStage, kv_tokens: u64) -> u64 {
+        let needed = self.rank_costs(stage).memory_bytes(stage.pieces.clone(), kv_tokens);
+        needed.saturating_sub(self.room(stage.devices.clone()))
+    }
+
+    /// The room on the smallest of some devices.
+    pub(super) fn room(&self, devices: Range<usize>) -> u64 {
+        self.devices[devices].iter().map(|device| device.memory_bytes).min().unwrap_or(0)
+    }
+
+    /// The slowest stage's time.
+    pub fn bottleneck(&self, stages: &[PlannedStage]) -> f64 {
+        stages.iter().map(|stage| self.stage_seconds(stage)).fold(0.0, f64::max)
+    }
+
+    /// The slowest device's time over the mean of all devices, idle ones counted.
+    pub fn bottleneck_over_mean(&self, stages: &[PlannedStage]) -> f64 {
+        let sum: f64 =
+            stages.iter().map(|stage| self.stage_seconds(stage) * stage.devices.len() as f64).sum();
+        self.bottleneck(stages) * self.devices.len() as f64 / sum
+    }
+}

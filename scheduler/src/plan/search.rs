@@ -1,0 +1,161 @@
+//! The fastest layout over micro-batch sizes and numbers of stages.
+//!
+//! A larger micro-batch makes more of each read of the weights, and keeps more keys and values; a longer
+//! pipeline needs more micro-batches in flight, which keep more still. The search halves the number of stages: were
+//! no layout of the most stages fast enough even with the keys and values of the fewest, none between is.
+
+use super::even::even_out;
+use super::furthest::{Bounds, layout};
+use super::problem::{Costs, PlannedStage, Problem, StageDevice};
+
+/// One micro-batch size, with what everything costs for it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Case {
+    /// Rows that decode in one micro-batch, at least 1.
+    pub rows: u64,
+    /// The devices, with their times for a hop.
+    pub devices: Vec<StageDevice>,
+    /// Costs for each kind of device.
+    pub costs: Vec<Costs>,
+}
+
+/// How many tokens' keys and values every stage must have room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvTokens {
+    /// What the rows in flight keep, each so many.
+    PerRow(u64),
+    /// So many in all, which also bounds the rows in flight, each of which keeps `per_row`.
+    Wanted {
+        /// Tokens in flight.
+        tokens: u64,
+        /// Tokens that a row keeps.
+        per_row: u64,
+    },
+}
+
+/// The fastest layout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// Index of its micro-batch size.
+    pub case: usize,
+    /// The stages, in order; none is empty.
+    pub stages: Vec<PlannedStage>,
+    /// The slowest stage's time for a micro-batch.
+    pub bottleneck: f64,
+}
+
+/// Micro-batches in flight that keep every stage busy.
+pub const fn in_flight(num_stages: u64) -> u64 {
+    let mut sum = 0;
+    sum += num_stages; // One computing in every stage.
+    sum += if num_stages > 1 { 1 } else { 0 }; // One hopping, or being sampled.
+    sum
+}
+
+/// Sums of seconds differ by 1e-12 or so with the order of adding; what differs by less than this is equal.
+const TIE: f64 = 1e-10;
+
+impl KvTokens {
+    /// Tokens to make room for, or none where fewer are wanted than rows in flight need.
+    pub fn needed(self, rows: u64, num_stages: u64) -> Option<u64> {
+        let in_flight = rows.saturating_mul(in_flight(num_stages));
+        match self {
+            Self::PerRow(tokens) => Some(in_flight.saturating_mul(tokens)),
+            Self::Wanted { tokens, per_row } => {
+                (in_flight.saturating_mul(per_row) <= tokens).then_some(tokens)
+            }
+        }
+    }
+}
+
+/// The layout of most rows per second over all `cases`, or none when nothing fits.
+///
+/// Exact: no contiguous layout of any case within every stage's memory is faster. Of equally fast ones it
+/// is of the earliest case; its cuts are the most even ones.
+pub fn best_layout(
+    cases: &[Case],
+    ends_block: &[bool],
+    widths: Option<&[usize]>,
+    kv: KvTokens,
+) -> Option<Choice> {
+    let mut search = Search { ends_block, widths, kv, best: None, rows_per_second: 0.0 };
+    for (index, case) in cases.iter().enumerate() {
+        if !case.devices.is_empty() && !ends_block.is_empty() {
+            search.explore(index, case, 1, case.devices.len());
+        }
+    }
+    let choice = search.best?;
+    let case = &cases[choice.case];
+    let problem = Problem { devices: &case.devices, ends_block, costs: &case.costs, widths };
+    let kv_tokens = kv.needed(case.rows, choice.stages.len() as u64).expect("it was found within memory");
+    let bounds = Bounds { seconds: choice.bottleneck, kv_tokens, max_stages: choice.stages.len() };
+    let stages = even_out(&problem, choice.stages, bounds);
+    Some(Choice { bottleneck: problem.bottleneck(&stages), stages, ..choice })
+}
+
+/// The layout whose slowest stage takes least, with room for `kv_tokens` in flight and at most `max_stages`.
+pub fn least_bottleneck(
+    problem: &Problem<'_>,
+    kv_tokens: u64,
+    max_stages: usize,
+) -> Option<Vec<PlannedStage>> {
+    let any = Bounds { seconds: f64::INFINITY, kv_tokens, max_stages };
+    let stages = halve(problem, any, layout(problem, any)?);
+    let bounds = Bounds { seconds: problem.bottleneck(&stages), ..any };
+    Some(even_out(problem, stages, bounds))
+}
+
+struct Search<'a> {
+    ends_block: &'a [bool],
+    widths: Option<&'a [usize]>,
+    kv: KvTokens,
+    best: Option<Choice>,
+    rows_per_second: f64,
+}
+
+impl Search<'_> {
+    /// Looks for something faster among layouts of `fewest..=most` stages.
+    fn explore(&mut self, index: usize, case: &Case, fewest: usize, most: usize) {
+        let Some(kv_tokens) = self.kv.needed(case.rows, fewest as u64) else { return };
+        let problem = Problem {
+            devices: &case.devices,
+            ends_block: self.ends_block,
+            costs: &case.costs,
+            widths: self.widths,
+        };
+        let seconds = match &self.best {
+            Some(_) => case.rows as f64 / self.rows_per_second * (1.0 - TIE),
+            None => f64::INFINITY,
+        };
+        let bounds = Bounds { seconds, kv_tokens, max_stages: most };
+        let Some(stages) = layout(&problem, bounds) else { return };
+        if fewest < most {
+            let middle = fewest.midpoint(most);
+            self.explore(index, case, fewest, middle);
+            self.explore(index, case, middle + 1, most);
+            return;
+        }
+        let stages = halve(&problem, bounds, stages);
+        let bottleneck = problem.bottleneck(&stages);
+        self.rows_per_second = case.rows as f64 / bottleneck;
+        self.best = Some(Choice { case: index, stages, bottleneck });
+    }
+}
+
+/// Halves the time between what is too little and what `stages` take, until nothing is left between.
+///
+/// Each layout found takes less than the time it was looked for, and that is where it goes on: 34 halvings at most.
+fn halve(problem: &Problem<'_>, bounds: Bounds, mut stages: Vec<PlannedStage>) -> Vec<PlannedStage> {
+    let (mut too_little, mut enough) = (0.0, problem.bottleneck(&stages));
+    while enough - too_little > TIE * enough {
+        let seconds = too_little + (enough - too_little) / 2.0;
+        match layout(problem, Bounds { seconds, ..bounds }) {
+            Some(faster) => {
+                enough = problem.bottleneck(&faster);
+                stages = faster;
+            }
+            None => too_little = seconds,
+        }
+    }
+    stages
+}

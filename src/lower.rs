@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use actors::{Limits, PipelineOptions, StagePlacement};
 use anyhow::{Result, bail};
-use configs::{KvCacheTokens, Stages};
+use configs::{KvCacheTokens, Stages, TensorParallel};
 use jobs::NumericProfile;
 use scheduler::Span;
 use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd};
@@ -39,6 +39,7 @@ pub(crate) fn pipeline(
     machine: &Machine,
 ) -> Result<PipelineOptions> {
     check_sizes(pipeline)?;
+    check_layout(pipeline)?;
     let dtypes =
         Dtypes { weights: dtype(model.dtype), kv: dtype(pipeline.kv_cache_dtype.beside(model.dtype)) };
     let spans = spans(&pipeline.stages, pipeline.devices.len(), config)?;
@@ -167,6 +168,18 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     match pipeline.kv_cache_tokens {
         KvCacheTokens::Tokens(tokens) => most("kv_cache_tokens", tokens, MAX_KV_TOKENS),
         KvCacheTokens::Auto => Ok(()),
+    }
+}
+
+/// What plans know and this engine cannot run yet.
+fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
+    match &pipeline.tensor_parallel {
+        TensorParallel::Widths(widths) if widths.iter().any(|width| *width > 1) => {
+            bail!(
+                "[pipeline] tensor_parallel: found {widths:?}, only plans know stages of several devices yet"
+            )
+        }
+        TensorParallel::Auto | TensorParallel::Off | TensorParallel::Widths(_) => Ok(()),
     }
 }
 

@@ -5,7 +5,7 @@ use serde::de::value::Error;
 use serde::de::{Deserialize, Deserializer, Error as _, Visitor};
 use serde::forward_to_deserialize_any;
 
-use crate::schema::{Grade, Job, JobFile, Model, Pipeline, Prompt, Sampling};
+use crate::schema::{Grade, Job, JobFile, Model, Pipeline, Plan, Prompt, Sampling};
 
 /// `section.key`, both known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,7 @@ pub(crate) fn keys_of(section: &str) -> &'static [&'static str] {
         "prompt" => fields_of::<Prompt>(),
         "sampling" => fields_of::<Sampling>(),
         "grade" => fields_of::<Grade>(),
+        "plan" => fields_of::<Plan>(),
         _ => unreachable!("section {section} has no struct"),
     }
 }
@@ -97,7 +98,7 @@ mod tests {
 
     #[test]
     fn every_section_has_its_keys() {
-        assert_eq!(sections(), ["model", "pipeline", "job", "prompt", "sampling", "grade"]);
+        assert_eq!(sections(), ["model", "pipeline", "job", "prompt", "sampling", "grade", "plan"]);
         for section in sections() {
             assert!(!keys_of(section).is_empty(), "{section}");
         }
@@ -111,6 +112,6 @@ mod tests {
         assert_eq!(nearest("Max-Sequences", known), Some(&"max_sequences"));
         assert_eq!(nearest("smid", known), Some(&"simd"));
         assert_eq!(nearest("thraeds", known), Some(&"threads"));
-        assert_eq!(nearest("tensor_parallel", known), None);
+        assert_eq!(nearest("replicas", known), None);
     }
 }

@@ -13,6 +13,7 @@
 //! says where it stands and what was expected, before any work is done.
 #![forbid(unsafe_code)]
 
+mod devices;
 mod error;
 mod file;
 mod keys;
@@ -26,12 +27,17 @@ mod whole;
 
 use std::path::Path;
 
+pub use devices::{DeviceCatalog, DeviceList, DeviceSpec};
 pub use error::Error;
 pub use overrides::{ENVIRONMENT_PREFIX, Override, OverrideSource};
-pub use schema::{Grade, Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Prompt, Sampling};
-pub use types::{
-    Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd, Stages,
+pub use schema::{
+    Grade, Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Plan, Prompt, Sampling,
 };
+pub use types::{
+    ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd,
+    Stages, TENSOR_PARALLEL_WIDTHS, TensorParallel,
+};
+pub use whole::Purpose;
 
 /// A job file with the overrides that went into it.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +61,17 @@ pub fn load(
     env: impl Iterator<Item = (String, String)>,
     working_folder: &Path,
 ) -> Result<Loaded, Error> {
+    load_for(Purpose::Run, path, sets, env, working_folder)
+}
+
+/// The same for another purpose than to run the job.
+pub fn load_for(
+    purpose: Purpose,
+    path: &Path,
+    sets: &[String],
+    env: impl Iterator<Item = (String, String)>,
+    working_folder: &Path,
+) -> Result<Loaded, Error> {
     let file = file::File::read(path, working_folder)?;
     let table = file.check()?;
     let mut overrides = overrides::from_environment(env)?;
@@ -62,7 +79,7 @@ pub fn load(
 
     let joined = layers::Joined::join(&table, &overrides)
         .map_err(|cause| Error::new(format!("the layers of {} can't be joined: {cause}", path.display())))?;
-    let whole = whole::Whole { file: &file, joined: &joined };
+    let whole = whole::Whole { file: &file, joined: &joined, purpose };
     let mut job = whole.read()?;
     whole.resolve_paths(&mut job, file.folder(), working_folder);
     Ok(Loaded { job, overrides: overrides::effective(overrides) })

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use toml::Table;
 
 use crate::keys;
-use crate::schema::{Grade, JobFile, Prompt};
+use crate::schema::{Grade, JobFile, Plan, Prompt};
 use crate::whole::{OPTIONAL, REQUIRED};
 
 impl JobFile {
@@ -16,7 +16,12 @@ impl JobFile {
 
     /// A job file with every key: those with a default have it, the others stand as comments.
     pub fn default_toml() -> String {
-        let all = Self { prompt: Some(Prompt::default()), grade: Some(Grade::default()), ..Self::default() };
+        let all = Self {
+            prompt: Some(Prompt::default()),
+            grade: Some(Grade::default()),
+            plan: Some(Plan::default()),
+            ..Self::default()
+        };
         let defaults = Table::try_from(all).expect("every field is a TOML value");
         let mut text = String::new();
         for (idx, &section) in keys::sections().iter().enumerate() {

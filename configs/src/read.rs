@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use crate::devices::DeviceList;
 use crate::types::Device;
 
 /// A TOML value that is neither list nor table.
@@ -194,6 +195,20 @@ pub(crate) fn flag<'de, D: Deserializer<'de>, T: From<bool>>(deserializer: D) ->
 /// An integer of at least 1.
 pub(crate) fn positive<'de, D: Deserializer<'de>, T: From<usize>>(deserializer: D) -> Result<T, D::Error> {
     scalar(deserializer, "an integer of at least 1", |found| found.integer::<usize>(1).map(T::from))
+}
+
+/// What an hour costs.
+pub(crate) fn price<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    scalar(deserializer, "a number of at least 0", |found| {
+        found.number().filter(|x| *x >= 0.0 && x.is_finite()).map(Some)
+    })
+}
+
+pub(crate) fn device_list<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<DeviceList>, D::Error> {
+    let expected = "devices such as \"8xh200\" or \"4xh100-80gb,2xh200\"";
+    scalar(deserializer, expected, |found| found.text().and_then(|text| text.parse().ok()).map(Some))
 }
 
 /// As many runs as the model cards of reasoning models take the mean of.

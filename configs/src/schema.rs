@@ -7,8 +7,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::devices::DeviceList;
 use crate::read;
-use crate::types::{Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd, Stages};
+use crate::types::{
+    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd, Stages, TensorParallel,
+};
 
 /// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
 /// 512 too), so a full one takes 0.3 s: the longest that others' decode steps wait for a prompt.
@@ -36,6 +39,9 @@ pub struct JobFile {
     /// Grading, for rows that bring their answers along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grade: Option<Grade>,
+    /// What `spanwise plan` takes in the place of the rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
 }
 
 /// `[model]`
@@ -69,6 +75,10 @@ pub struct Pipeline {
     pub simd: Simd,
     /// Which blocks each stage holds.
     pub stages: Stages,
+    /// Devices that share each stage's matrices.
+    pub tensor_parallel: TensorParallel,
+    /// Whether an FFN may be cut by its columns between neighbouring stages.
+    pub column_cuts: ColumnCuts,
     /// Most tokens in one micro-batch, prefill and decode together.
     #[serde(deserialize_with = "read::positive")]
     pub micro_batch_tokens: usize,
@@ -91,6 +101,8 @@ impl Default for Pipeline {
             threads: None,
             simd: Simd::Auto,
             stages: Stages::Auto,
+            tensor_parallel: TensorParallel::Auto,
+            column_cuts: ColumnCuts::Auto,
             micro_batch_tokens: MICRO_BATCH_TOKENS,
             max_sequences: MAX_SEQUENCES,
             kv_cache_tokens: KvCacheTokens::Auto,
@@ -200,6 +212,43 @@ pub struct Grade {
 impl Default for Grade {
     fn default() -> Self {
         Self { kind: Grader::default(), runs: 1 }
+    }
+}
+
+/// `[plan]`: what is planned for where there is no input to look at. `spanwise run` does not read it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Plan {
+    /// Devices in the order of the pipeline, such as `8xh100-80gb`; those of `[pipeline]` when not set.
+    #[serde(deserialize_with = "read::device_list", skip_serializing_if = "Option::is_none")]
+    pub devices: Option<DeviceList>,
+    /// Tokens of a prompt, on average. Required where there is a `[plan]`.
+    #[serde(deserialize_with = "read::positive")]
+    pub prompt_tokens: usize,
+    /// Tokens generated for a prompt, on average. Required where there is a `[plan]`.
+    #[serde(deserialize_with = "read::positive")]
+    pub output_tokens: usize,
+    /// Tokens of KV cache that every stage has room for; what is fastest when not set.
+    #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
+    pub tokens_in_flight: Option<usize>,
+    /// Rows of the job.
+    #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
+    pub rows: Option<usize>,
+    /// What an hour of one device costs, in the place of the price in `devices.toml`.
+    #[serde(deserialize_with = "read::price", skip_serializing_if = "Option::is_none")]
+    pub price_per_hour: Option<f64>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            devices: None,
+            prompt_tokens: 1,
+            output_tokens: 1,
+            tokens_in_flight: None,
+            rows: None,
+            price_per_hour: None,
+        }
     }
 }
 

@@ -122,6 +122,62 @@ impl KvCacheDtype {
     }
 }
 
+words! {
+    /// Whether an FFN may be cut by its columns between neighbouring stages.
+    ColumnCuts, r#""auto" or "off""#, {
+        /// Where a plan is faster with it.
+        Auto = "auto",
+        /// Blocks stay whole.
+        Off = "off",
+    }
+}
+
+/// Devices that share each stage's matrices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TensorParallel {
+    /// Where a plan is faster with it.
+    Auto,
+    /// One device for each stage.
+    Off,
+    /// So many for each stage.
+    Widths(Vec<usize>),
+}
+
+/// The widths that a stage may have.
+pub const TENSOR_PARALLEL_WIDTHS: [usize; 4] = [1, 2, 4, 8];
+
+const TENSOR_PARALLEL: &str = "\"auto\", \"off\" or a width of 1, 2, 4 or 8 for each stage such as [1, 1, 2]";
+
+impl Serialize for TensorParallel {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::Off => serializer.serialize_str("off"),
+            Self::Widths(widths) => serializer.collect_seq(widths),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for TensorParallel {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let word = |found: Scalar<'_>| match found {
+            Scalar::Text("auto") => Some(Self::Auto),
+            Scalar::Text("off") => Some(Self::Off),
+            _ => None,
+        };
+        read::scalar_or_list(deserializer, TENSOR_PARALLEL, word, |widths: Vec<BlockIdx>| {
+            let widths: Vec<usize> = widths.into_iter().map(|BlockIdx(width)| width).collect();
+            if widths.is_empty() {
+                return Err(format!("expected {TENSOR_PARALLEL}, found an empty list"));
+            }
+            match widths.iter().find(|width| !TENSOR_PARALLEL_WIDTHS.contains(width)) {
+                Some(width) => Err(format!("expected {TENSOR_PARALLEL}, found a width of {width}")),
+                None => Ok(Self::Widths(widths)),
+            }
+        })
+    }
+}
+
 /// What a device is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeviceKind {

@@ -10,21 +10,33 @@ use crate::schema::JobFile;
 use crate::types::Stages;
 
 /// The keys without a default, each with an example.
-pub(crate) const REQUIRED: [(&str, &str, &str); 5] = [
+pub(crate) const REQUIRED: [(&str, &str, &str); 7] = [
     ("model", "path", "path = \"../models/smollm2-135m\""),
     ("job", "input", "input = \"questions.jsonl\""),
     ("job", "output", "output = \"out\""),
     ("prompt", "user", "user = \"Summarise: {{ text }}\""),
     ("grade", "kind", "kind = \"boxed\""),
+    ("plan", "prompt_tokens", "prompt_tokens = 1024"),
+    ("plan", "output_tokens", "output_tokens = 1024"),
 ];
 
 /// The sections that a job may lack.
-pub(crate) const OPTIONAL: [&str; 2] = ["prompt", "grade"];
+pub(crate) const OPTIONAL: [&str; 3] = ["prompt", "grade", "plan"];
 
 /// The layers of one job, for finding whom to blame.
 pub(crate) struct Whole<'a> {
     pub(crate) file: &'a File,
     pub(crate) joined: &'a Joined,
+    pub(crate) purpose: Purpose,
+}
+
+/// What a job file is read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To run the job.
+    Run,
+    /// To plan it, for which it may lack its `[job]`.
+    Plan,
 }
 
 impl Whole<'_> {
@@ -52,13 +64,16 @@ impl Whole<'_> {
                 Origin::Override(_) => working_folder,
                 Origin::File | Origin::Default => job_folder,
             };
-            *path = resolve(start, path);
+            if !path.as_os_str().is_empty() {
+                *path = resolve(start, path);
+            }
         }
     }
 
     fn check_required(&self) -> Result<(), Error> {
         for (section, name, example) in REQUIRED {
-            let is_optional = OPTIONAL.contains(&section) && !self.joined.has_section(section);
+            let may_lack = OPTIONAL.contains(&section) || (section == "job" && self.purpose == Purpose::Plan);
+            let is_optional = may_lack && !self.joined.has_section(section);
             if !is_optional && self.joined.origin(section, name) == Origin::Default {
                 let error = Error::new(format!("missing key `{name}` in [{section}]"));
                 return Err(self.file.error_at(
@@ -74,7 +89,8 @@ impl Whole<'_> {
     fn check_stages(&self, job: &JobFile) -> Result<(), Error> {
         let Stages::Blocks(ranges) = &job.pipeline.stages else { return Ok(()) };
         let num_devices = job.pipeline.devices.len();
-        if ranges.len() == num_devices {
+        // A plan may be for devices that the file does not name.
+        if ranges.len() == num_devices || self.purpose == Purpose::Plan {
             return Ok(());
         }
         let message = format!(

@@ -23,14 +23,14 @@ hint: did you mean `micro_batch_tokens`?",
     case("a key far from all")
         .more(r#"
 [pipeline]
-tensor_parallel = "auto""#)
+speculation = "auto""#)
         .says(r#"
-unknown key `tensor_parallel` in [pipeline]
+unknown key `speculation` in [pipeline]
  --> job.toml:7:1
   |
-7 | tensor_parallel = "auto"
-  | ^^^^^^^^^^^^^^^
-hint: the keys of [pipeline] are devices, threads, simd, stages, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, step_timeout_seconds"#);
+7 | speculation = "auto"
+  | ^^^^^^^^^^^
+hint: the keys of [pipeline] are devices, threads, simd, stages, tensor_parallel, column_cuts, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, step_timeout_seconds"#);
     case("a key of another section")
         .file(
             r#"
@@ -102,7 +102,7 @@ unknown section `hardware`
   |
 1 | [hardware]
   |  ^^^^^^^^
-hint: the sections are [model], [pipeline], [job], [prompt], [sampling], [grade]",
+hint: the sections are [model], [pipeline], [job], [prompt], [sampling], [grade], [plan]",
         );
     case("a misspelt key outside of a section")
         .file(
@@ -121,7 +121,7 @@ key `thread` stands outside of any section
   |
 1 | thread = 2
   | ^^^^^^
-hint: put it under one of [model], [pipeline], [job], [prompt], [sampling], [grade]",
+hint: put it under one of [model], [pipeline], [job], [prompt], [sampling], [grade], [plan]",
         );
     case("a section that is a key")
         .more(
@@ -136,7 +136,7 @@ unknown section `devices`
   |
 6 | [devices]
   |  ^^^^^^^
-hint: `devices` is a key of [pipeline]",
+hint: `devices` is a key of [pipeline] or [plan]",
         );
     case("a key outside of its section")
         .file(

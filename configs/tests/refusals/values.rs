@@ -229,3 +229,39 @@ job.output: expected a path, found a date
   |          ^^^^^^^^^^",
         );
 }
+
+#[test]
+fn layouts_that_no_plan_could_have_are_refused() {
+    let says = |what, line: &str, message: &str| {
+        let end = line.len() - "tensor_parallel = ".len();
+        case(what).more(&format!("[pipeline]\n{line}\n")).says(&format!(
+            "pipeline.tensor_parallel: expected \"auto\", \"off\" or a width of 1, 2, 4 or 8 for each stage such as \
+             [1, 1, 2], found {message}\n --> job.toml:7:19\n  |\n7 | {line}\n  |                   {}",
+            "^".repeat(end)
+        ));
+    };
+    says("a width of 3", "tensor_parallel = [1, 3]", "a width of 3");
+    says("no width", "tensor_parallel = []", "an empty list");
+    says("a word that is no width", "tensor_parallel = \"on\"", "\"on\"");
+}
+
+#[test]
+fn a_plan_needs_its_lengths_and_devices_that_can_be_read() {
+    case("a plan without lengths").more("[plan]\noutput_tokens = 5\n").says(
+        r#"
+missing key `prompt_tokens` in [plan]
+ --> job.toml:6:2
+  |
+6 | [plan]
+  |  ^^^^
+hint: add a line such as prompt_tokens = 1024 under [plan]"#,
+    );
+    case("devices that are none").more("[plan]\ndevices = \"8 h200\"\n").says(
+        r#"
+plan.devices: expected devices such as "8xh200" or "4xh100-80gb,2xh200", found "8 h200"
+ --> job.toml:7:11
+  |
+7 | devices = "8 h200"
+  |           ^^^^^^^^"#,
+    );
+}

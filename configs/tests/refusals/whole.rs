@@ -116,11 +116,11 @@ hint: did you mean `job.seed` or `sampling.seed`?",
         .set("pipeline={ threads = 4 }")
         .says(r"
 in --set pipeline={ threads = 4 }: [pipeline] can't be set as a whole, only its keys one by one
-hint: the keys are devices, threads, simd, stages, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, step_timeout_seconds");
+hint: the keys are devices, threads, simd, stages, tensor_parallel, column_cuts, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, step_timeout_seconds");
     case("a --set of an unknown key").set(r#"model.color="blue""#).says(
         r#"
 in --set model.color="blue": unknown key `model.color`
-hint: keys are named section.key, the sections are model, pipeline, job, prompt, sampling, grade"#,
+hint: keys are named section.key, the sections are model, pipeline, job, prompt, sampling, grade, plan"#,
     );
     case("a --set of one element").set(r"pipeline.devices.0=cpu:1").says(
         r"
@@ -164,7 +164,7 @@ hint: did you mean `SPANWISE__PIPELINE__THREADS`?",
     case("a variable of our prefix and nothing else").env("SPANWISE__VERBOSE", "1").says(
         r"
 in SPANWISE__VERBOSE=1: no such key
-hint: keys are named SPANWISE__SECTION__KEY, the sections are model, pipeline, job, prompt, sampling, grade",
+hint: keys are named SPANWISE__SECTION__KEY, the sections are model, pipeline, job, prompt, sampling, grade, plan",
     );
     case("a variable in small letters").env("SPANWISE__pipeline__threads", "4").says(
         r"

@@ -120,7 +120,7 @@ fn widths_of(draws: &mut Draws, num_pieces: usize) -> Vec<(usize, RankCosts)> {
         })
         .collect();
     let (first, last) = (draws.below(6), draws.below(6));
-    let all_reduce = draws.seconds(4);
+    let (all_reduce, cut) = (draws.seconds(4), draws.seconds(3));
     let most = draws.index(3);
     [1, 2, 4][..=most]
         .iter()
@@ -132,7 +132,7 @@ fn widths_of(draws: &mut Draws, num_pieces: usize) -> Vec<(usize, RankCosts)> {
                 weight_bytes: share(piece.weight_bytes),
                 kv_bytes_per_token: share(piece.kv_bytes_per_token),
             });
-            (width, RankCosts::new(ranks, extra(first), extra(last)))
+            (width, RankCosts::new(ranks, extra(first), extra(last)).with_cut(cut * (width - 1) as f64))
         })
         .collect()
 }

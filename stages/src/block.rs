@@ -66,7 +66,7 @@ impl Attention {
         }
     }
 
-    fn matrix_params(self, dims: Dims) -> u64 {
+    pub(crate) fn matrix_params(self, dims: Dims) -> u64 {
         let hidden = dims.hidden as u64;
         match self {
             Attention::Gqa { kv_heads } => {
@@ -98,7 +98,7 @@ impl Ffn {
         }
     }
 
-    fn matrix_params(self, dims: Dims) -> u64 {
+    pub(crate) fn matrix_params(self, dims: Dims) -> u64 {
         let hidden = dims.hidden as u64;
         match self {
             Ffn::SwiGlu { width } => 3 * width as u64 * hidden,

@@ -35,7 +35,7 @@ pub(super) fn layout(problem: &Problem<'_>, bounds: Bounds) -> Option<Vec<Planne
     for stage in 0..bounds.max_stages.min(num_devices) {
         let before = &table[stage];
         let mut row = vec![Reach { end: 0, width: 0 }; num_devices + 1];
-        for devices in 1..=num_devices {
+        for devices in stage + 1..=num_devices {
             row[devices] = Reach { end: row[devices - 1].end, width: 0 };
             for (width, costs) in &problem.costs[problem.devices[devices - 1].kind] {
                 if !problem.may_be_stage(stage, devices, *width) {
@@ -43,21 +43,29 @@ pub(super) fn layout(problem: &Problem<'_>, bounds: Bounds) -> Option<Vec<Planne
                 }
                 let start = before[devices - width].end;
                 let is_started = start > 0 || stage == 0;
-                let end = match is_started {
-                    true => {
-                        stage_end(problem, costs, start, devices - width..devices, bounds, &last_block_end)
-                    }
-                    false => start,
-                };
+                let best = row[devices].end;
+                // Most runs are ruled out by one look: they do not even get one piece beyond the best so far.
+                if !is_started
+                    || best == problem.num_pieces()
+                    || !costs.may_reach(start, best + 1, bounds.seconds)
+                {
+                    continue;
+                }
+                let end = stage_end(problem, costs, start, devices - width..devices, bounds, &last_block_end);
                 if end > row[devices].end && end > start {
                     row[devices] = Reach { end, width: *width };
                 }
             }
         }
         let is_done = row[num_devices].end == problem.num_pieces();
+        // Where one stage more gets nowhere further, no number of them does.
+        let is_further = row.iter().zip(before).any(|(now, before)| now.end > before.end);
         table.push(row);
         if is_done {
             return Some(trace(&table, num_devices));
+        }
+        if !is_further {
+            return None;
         }
     }
     None
@@ -106,7 +114,7 @@ fn stage_end(
         costs.furthest(start, bounds.seconds - hop, room, bounds.kv_tokens).min(num_pieces - 1)
     };
     let at_block = last_block_end[furthest(sender.hop_seconds)];
-    at_block.max(furthest(sender.cut_hop_seconds)).max(start)
+    at_block.max(furthest(sender.cut_hop_seconds + costs.cut_seconds())).max(start)
 }
 
 /// Follows the table back from its last entry.

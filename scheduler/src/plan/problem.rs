@@ -31,13 +31,20 @@ pub struct RankCosts {
     kv_bytes_per_token: Vec<u64>,
     first: Extra,
     last: Extra,
+    cut_seconds: f64,
 }
 
 impl RankCosts {
     /// Sums up the costs of `pieces`, in order.
     pub fn new(pieces: impl IntoIterator<Item = Piece>, first: Extra, last: Extra) -> Self {
-        let mut costs =
-            RankCosts { seconds: vec![0.0], weight_bytes: vec![0], kv_bytes_per_token: vec![0], first, last };
+        let mut costs = RankCosts {
+            seconds: vec![0.0],
+            weight_bytes: vec![0],
+            kv_bytes_per_token: vec![0],
+            first,
+            last,
+            cut_seconds: 0.0,
+        };
         let mut sum = Piece::default();
         for piece in pieces {
             assert!(
@@ -53,6 +60,22 @@ impl RankCosts {
             costs.kv_bytes_per_token.push(sum.kv_bytes_per_token);
         }
         costs
+    }
+
+    /// Charges a stage of this width so much more when its end cuts a block.
+    #[must_use]
+    pub fn with_cut(self, cut_seconds: f64) -> Self {
+        Self { cut_seconds, ..self }
+    }
+
+    /// The pieces alone, without embedding, head and cuts.
+    #[must_use]
+    pub fn without_extras(&self) -> Self {
+        Self { first: Extra::default(), last: Extra::default(), cut_seconds: 0.0, ..self.clone() }
+    }
+
+    pub(super) fn cut_seconds(&self) -> f64 {
+        self.cut_seconds
     }
 
     /// How many pieces.
@@ -85,6 +108,11 @@ impl RankCosts {
     pub fn memory_bytes(&self, pieces: Range<usize>, kv_tokens: u64) -> u64 {
         let kv = self.kv_bytes_per_token(pieces.clone()).saturating_mul(kv_tokens);
         self.weight_bytes(pieces).saturating_add(kv)
+    }
+
+    /// Whether a run could take at most `seconds`, by its pieces alone.
+    pub(super) fn may_reach(&self, start: usize, end: usize, seconds: f64) -> bool {
+        start >= end || self.seconds[end] - self.seconds[start] <= seconds
     }
 
     /// The furthest end of a run from `start`, [`Extra`]s of a start at 0 included and those of the end left
@@ -172,7 +200,7 @@ impl Problem<'_> {
             end if end == self.num_pieces() => 0.0,
             0 => sender.hop_seconds,
             end if self.ends_block[end - 1] => sender.hop_seconds,
-            _ => sender.cut_hop_seconds,
+            _ => sender.cut_hop_seconds + self.rank_costs(stage).cut_seconds(),
         }
     }
 

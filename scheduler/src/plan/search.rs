@@ -55,6 +55,10 @@ pub const fn in_flight(num_stages: u64) -> u64 {
 /// Sums of seconds differ by 1e-12 or so with the order of adding; what differs by less than this is equal.
 const TIE: f64 = 1e-10;
 
+/// The search first goes roughly over all cases, and then exactly over the few that are nearly as fast as the
+/// fastest.
+const TOLERANCES: [f64; 2] = [1e-2, TIE];
+
 impl KvTokens {
     /// Tokens to make room for, or none where fewer are wanted than rows in flight need.
     pub fn needed(self, rows: u64, num_stages: u64) -> Option<u64> {
@@ -71,17 +75,20 @@ impl KvTokens {
 /// The layout of most rows per second over all `cases`, or none when nothing fits.
 ///
 /// Exact: no contiguous layout of any case within every stage's memory is faster. Of equally fast ones it
-/// is of the earliest case; its cuts are the most even ones.
+/// is of the last case; its cuts are the most even ones.
 pub fn best_layout(
     cases: &[Case],
     ends_block: &[bool],
     widths: Option<&[usize]>,
     kv: KvTokens,
 ) -> Option<Choice> {
-    let mut search = Search { ends_block, widths, kv, best: None, rows_per_second: 0.0 };
-    for (index, case) in cases.iter().enumerate() {
-        if !case.devices.is_empty() && !ends_block.is_empty() {
-            search.explore(index, case, 1, case.devices.len());
+    let mut search = Search { ends_block, widths, kv, tolerance: 0.0, best: None, rows_per_second: 0.0 };
+    for tolerance in TOLERANCES {
+        search.tolerance = tolerance;
+        for (index, case) in cases.iter().enumerate().rev() {
+            if !case.devices.is_empty() && !ends_block.is_empty() {
+                search.explore(index, case, 1, case.devices.len());
+            }
         }
     }
     let choice = search.best?;
@@ -100,7 +107,7 @@ pub fn least_bottleneck(
     max_stages: usize,
 ) -> Option<Vec<PlannedStage>> {
     let any = Bounds { seconds: f64::INFINITY, kv_tokens, max_stages };
-    let stages = halve(problem, any, layout(problem, any)?);
+    let stages = halve(problem, any, layout(problem, any)?, TIE);
     let bounds = Bounds { seconds: problem.bottleneck(&stages), ..any };
     Some(even_out(problem, stages, bounds))
 }
@@ -109,6 +116,8 @@ struct Search<'a> {
     ends_block: &'a [bool],
     widths: Option<&'a [usize]>,
     kv: KvTokens,
+    /// What is faster by a smaller share is passed over.
+    tolerance: f64,
     best: Option<Choice>,
     rows_per_second: f64,
 }
@@ -124,7 +133,7 @@ impl Search<'_> {
             widths: self.widths,
         };
         let seconds = match &self.best {
-            Some(_) => case.rows as f64 / self.rows_per_second * (1.0 - TIE),
+            Some(_) => case.rows as f64 / self.rows_per_second * (1.0 - self.tolerance),
             None => f64::INFINITY,
         };
         let bounds = Bounds { seconds, kv_tokens, max_stages: most };
@@ -135,19 +144,25 @@ impl Search<'_> {
             self.explore(index, case, middle + 1, most);
             return;
         }
-        let stages = halve(&problem, bounds, stages);
+        let stages = halve(&problem, bounds, stages, self.tolerance);
         let bottleneck = problem.bottleneck(&stages);
         self.rows_per_second = case.rows as f64 / bottleneck;
         self.best = Some(Choice { case: index, stages, bottleneck });
     }
 }
 
-/// Halves the time between what is too little and what `stages` take, until nothing is left between.
+/// Halves the time between what is too little and what `stages` take, until only `tolerance` is left
+/// between.
 ///
 /// Each layout found takes less than the time it was looked for, and that is where it goes on: 34 halvings at most.
-fn halve(problem: &Problem<'_>, bounds: Bounds, mut stages: Vec<PlannedStage>) -> Vec<PlannedStage> {
+fn halve(
+    problem: &Problem<'_>,
+    bounds: Bounds,
+    mut stages: Vec<PlannedStage>,
+    tolerance: f64,
+) -> Vec<PlannedStage> {
     let (mut too_little, mut enough) = (0.0, problem.bottleneck(&stages));
-    while enough - too_little > TIE * enough {
+    while enough - too_little > tolerance * enough {
         let seconds = too_little + (enough - too_little) / 2.0;
         match layout(problem, Bounds { seconds, ..bounds }) {
             Some(faster) => {

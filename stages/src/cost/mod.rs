@@ -1,6 +1,18 @@
 //! What blocks cost, so that spans can be cut before anything was measured.
+//!
+//! [`flops`] is what `run` cuts by: one number a block. [`Estimator`] tells seconds and bytes of every piece on
+//! one rank of a stage, from a device's [`Roofline`]: pure functions of shapes, always an estimate, never a
+//! measurement.
+
+mod estimate;
+mod pieces;
+mod roofline;
 
 use crate::config::ModelConfig;
+
+pub use estimate::{Balance, Estimator, activation_bytes, hop_bytes};
+pub use pieces::{PieceShape, pieces};
+pub use roofline::{Channel, Load, NumberType, NumberTypes, Roofline};
 
 /// Context length at which attention is charged where the job's own is not known: prompts of a few
 /// hundred tokens with answers alike.

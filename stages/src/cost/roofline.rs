@@ -1,0 +1,141 @@
+//! A device as two ceilings, operations and bytes a second, and what a micro-batch asks of it.
+
+/// What a device reaches, efficiencies taken off.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Roofline {
+    /// Operations a second of products in the weights' type.
+    pub flops_per_second: f64,
+    /// Operations a second in bf16: attention, and the output matrix.
+    pub bf16_flops_per_second: f64,
+    /// Memory bandwidth.
+    pub bytes_per_second: f64,
+    /// To the next device in the pipeline.
+    pub link: Channel,
+    /// Among the devices of a stage; the rate is the bus bandwidth.
+    pub all_reduce: Channel,
+}
+
+/// A way for bytes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Channel {
+    /// Of each message.
+    pub latency_seconds: f64,
+    /// Its rate.
+    pub bytes_per_second: f64,
+}
+
+impl Channel {
+    /// Time for one message.
+    pub fn seconds(self, bytes: f64) -> f64 {
+        self.latency_seconds + bytes / self.bytes_per_second
+    }
+
+    /// Time to sum `bytes` over `ranks`: a ring moves 2 · (ranks − 1) / ranks of them over the bus.
+    pub fn all_reduce_seconds(self, bytes: f64, ranks: usize) -> f64 {
+        let share = 2.0 * (ranks as f64 - 1.0) / ranks as f64;
+        if ranks > 1 { self.seconds(bytes * share) } else { 0.0 }
+    }
+}
+
+impl Roofline {
+    /// Time for operations and bytes that overlap perfectly: the longer of both.
+    pub fn seconds(&self, flops: f64, bytes: f64) -> f64 {
+        (flops / self.flops_per_second).max(bytes / self.bytes_per_second)
+    }
+
+    /// The same where operations are bf16's whatever the weights' type.
+    pub fn bf16_seconds(&self, flops: f64, bytes: f64) -> f64 {
+        (flops / self.bf16_flops_per_second).max(bytes / self.bytes_per_second)
+    }
+}
+
+/// One micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Load {
+    /// Rows that decode, a token each.
+    pub decode_tokens: f64,
+    /// Positions that each of them attends to, on average.
+    pub decode_context: f64,
+    /// Tokens of prompts.
+    pub prefill_tokens: f64,
+    /// Positions that each of them attends to, on average.
+    pub prefill_context: f64,
+}
+
+impl Load {
+    /// All tokens of the micro-batch.
+    pub fn tokens(&self) -> f64 {
+        self.decode_tokens + self.prefill_tokens
+    }
+
+    /// Its decode tokens alone.
+    #[must_use]
+    pub fn decode_only(self) -> Self {
+        Load { prefill_tokens: 0.0, ..self }
+    }
+
+    /// Its prompt tokens alone.
+    #[must_use]
+    pub fn prefill_only(self) -> Self {
+        Load { decode_tokens: 0.0, ..self }
+    }
+}
+
+/// A number type as memory sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NumberType {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Eight bits.
+    Fp8,
+    /// Four bits, and eight for the scale of each 16 numbers, as NVFP4 has them.
+    Fp4,
+}
+
+impl NumberType {
+    /// Its name in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+            Self::Fp4 => "fp4",
+        }
+    }
+
+    /// Bytes of so many numbers.
+    pub fn bytes(self, numbers: u64) -> u64 {
+        match self {
+            Self::F32 => 4 * numbers,
+            Self::Bf16 => 2 * numbers,
+            Self::Fp8 => numbers,
+            Self::Fp4 => (numbers * 9).div_ceil(16),
+        }
+    }
+
+    /// The type of what stays wider where blocks are narrow: embedding, output matrix and norms.
+    fn at_least_bf16(self) -> Self {
+        match self {
+            Self::F32 => Self::F32,
+            Self::Bf16 | Self::Fp8 | Self::Fp4 => Self::Bf16,
+        }
+    }
+}
+
+/// The number types of a model in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NumberTypes {
+    /// Of the blocks' matrices.
+    pub weights: NumberType,
+    /// Of keys and values.
+    pub kv: NumberType,
+}
+
+impl NumberTypes {
+    /// Of embedding, output matrix and norms.
+    pub fn table(self) -> NumberType {
+        self.weights.at_least_bf16()
+    }
+}

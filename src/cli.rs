@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use configs::DeviceList;
 use jobs::faults::Faults;
 
 /// Turns a file of prompts into a file of completions, with language models whose blocks are not alike.
@@ -28,6 +29,8 @@ pub(crate) enum Command {
     Retry(RetryArgs),
     /// Answer one prompt on the terminal, as it is generated
     Generate(GenerateArgs),
+    /// Estimate the best placement of a model on devices, and what a job on it takes; nothing is started
+    Plan(PlanArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
 }
@@ -166,6 +169,51 @@ pub(crate) struct GenerateArgs {
 pub(crate) enum DtypeArg {
     Bf16,
     F32,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "All figures are estimates, by devices' rooflines.\n\
+                        Exit codes: 0 the plan fits, 2 it does not (the plan says what is missing, and the nearest \
+                        that fits), or bad job file, model or devices.")]
+pub(crate) struct PlanArgs {
+    /// The job file; it needs its `[plan]` and may lack its `[job]`
+    #[arg(value_name = "JOB.toml")]
+    pub(crate) job: PathBuf,
+    /// Devices in the order of the pipeline, such as 8xh200 or 4xh100-80gb,2xh200
+    #[arg(long, value_name = "LIST")]
+    pub(crate) devices: Option<DeviceList>,
+    /// A file to read in the place of the devices that are shipped, configs/devices.toml
+    #[arg(long, value_name = "FILE")]
+    pub(crate) devices_file: Option<PathBuf>,
+    /// Number type of weights; keys and values are fp8 beside fp8 and fp4
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub(crate) dtype: Option<PlanDtype>,
+    /// What is balanced: time by the roofline, or FLOPs of a decode token or weights alone, for comparison
+    #[arg(long, value_enum, default_value_t = BalanceArg::Roofline)]
+    pub(crate) cost: BalanceArg,
+    /// Override a key of the job file; a value that is not TOML is taken as a text
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) sets: Vec<String>,
+    /// A table to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+/// Number types that plans know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PlanDtype {
+    F32,
+    Bf16,
+    Fp8,
+    Fp4,
+}
+
+/// `--cost`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BalanceArg {
+    Roofline,
+    Flops,
+    Weights,
 }
 
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ mod inspect;
 mod interrupt;
 mod lower;
 mod machine;
+mod plan;
 mod progress;
 mod report;
 mod retry;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
             Command::Audit(args) => audit::audit(&args),
             Command::Retry(args) => retry::retry(args).await,
             Command::Generate(args) => generate::generate(args).await,
+            Command::Plan(args) => plan::plan(&args),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
         }
     });

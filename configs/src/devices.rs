@@ -106,6 +106,15 @@ impl DeviceCatalog {
         Ok(Self(devices))
     }
 
+    /// The same with one price for all devices, if there is one.
+    #[must_use]
+    pub fn with_price(mut self, price_per_hour: Option<f64>) -> Self {
+        if price_per_hour.is_some() {
+            self.0.values_mut().for_each(|device| device.price_per_hour = price_per_hour);
+        }
+        self
+    }
+
     /// The device of this name.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ mod crashes;
 mod disturbed;
 mod harness;
 mod logits;
+mod plan;
 mod refusals;
 mod results;
 mod resume;

@@ -1,0 +1,182 @@
+//! The fastest layout for a setting, and the layouts of others beside it.
+
+use scheduler::{
+    Case, Choice, KvTokens, PlannedStage, Problem, RankCosts, best_layout, in_flight, least_bottleneck,
+};
+use stages::cost::{Balance, PieceShape};
+
+use crate::plan::setting::Setting;
+
+/// A layout and what to expect of it, by the roofline.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    pub(crate) stages: Vec<PlannedStage>,
+    /// Its largest micro-batch, with what everything costs for it.
+    pub(crate) case: Case,
+    pub(crate) tokens_per_second: f64,
+}
+
+/// All that a plan says.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) pieces: Vec<PieceShape>,
+    pub(crate) plan: Layout,
+    pub(crate) even_layout: Option<Layout>,
+    /// One stage of all devices, and what to expect of it if it fits; nothing where devices are unlike.
+    pub(crate) uniform: Option<(usize, Option<Layout>)>,
+    pub(crate) bottleneck_over_mean: f64,
+    pub(crate) even_over_mean: f64,
+    pub(crate) blocks_only: f64,
+    pub(crate) blocks_only_even: f64,
+}
+
+impl Layout {
+    pub(crate) fn problem<'a>(&'a self, ends_block: &'a [bool]) -> Problem<'a> {
+        Problem { devices: &self.case.devices, ends_block, costs: &self.case.costs, widths: None }
+    }
+}
+
+/// The plan, or none when nothing fits.
+pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
+    let pieces = setting.pieces();
+    let ends = ends_block(&pieces);
+    let stages = choose(setting, &pieces)?.stages;
+    let plan = expect(setting, &pieces, &setting.widths(), stages)?;
+    let even = even_split(setting, &pieces);
+    let rows = plan.case.rows;
+    let balanced = setting.case(&pieces, &setting.widths(), setting.balance, rows);
+    let problem =
+        Problem { devices: &balanced.devices, ends_block: &ends, costs: &balanced.costs, widths: None };
+    let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
+    Some(Answer {
+        bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
+        even_over_mean: problem.bottleneck_over_mean(&even),
+        even_layout: expect(setting, &pieces, &[1], even.clone()),
+        uniform: uniform(setting, &pieces),
+        blocks_only,
+        blocks_only_even,
+        plan,
+        pieces,
+    })
+}
+
+/// Whether anything fits.
+pub(crate) fn fits(setting: &Setting) -> bool {
+    smallest(setting, 0).is_some()
+}
+
+/// Any layout for micro-batches of one row, on devices with so many more bytes each.
+pub(crate) fn smallest(setting: &Setting, more_bytes: u64) -> Option<Choice> {
+    let pieces = setting.pieces();
+    let mut case = setting.case(&pieces, &setting.widths(), setting.balance, 1);
+    for device in &mut case.devices {
+        device.memory_bytes = device.memory_bytes.saturating_add(more_bytes);
+    }
+    best_layout(&[case], &ends_block(&pieces), setting.given_widths(), setting.kv())
+}
+
+pub(crate) fn ends_block(pieces: &[PieceShape]) -> Vec<bool> {
+    pieces.iter().map(|piece| piece.ends_block).collect()
+}
+
+/// The layout: by throughput, or where another cost is balanced the one with the least of it.
+fn choose(setting: &Setting, pieces: &[PieceShape]) -> Option<Choice> {
+    match setting.balance {
+        Balance::Flops | Balance::Weights => smallest(setting, 0),
+        Balance::Roofline => {
+            let case = |rows| setting.case(pieces, &setting.widths(), Balance::Roofline, rows);
+            let cases: Vec<Case> = setting.micro_batches().into_iter().map(case).collect();
+            best_layout(&cases, &ends_block(pieces), setting.given_widths(), setting.kv())
+        }
+    }
+}
+
+/// What to expect of a layout: with the largest micro-batch that its fullest stage has room for. Time a row never
+/// rises with the micro-batch, as each cost is the larger of a constant and a share of the rows.
+fn expect(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    widths: &[usize],
+    stages: Vec<PlannedStage>,
+) -> Option<Layout> {
+    let ends = ends_block(pieces);
+    let case = |rows| setting.case(pieces, widths, Balance::Roofline, rows);
+    let weights = case(1);
+    let fits = |rows: u64| {
+        let devices = setting.stage_devices(Balance::Roofline, setting.mix.load(rows));
+        let problem = Problem { devices: &devices, ends_block: &ends, costs: &weights.costs, widths: None };
+        let needed = setting.kv().needed(rows, stages.len() as u64);
+        needed.is_some_and(|kv| stages.iter().all(|stage| problem.stage_missing_bytes(stage, kv) == 0))
+    };
+    let (mut within, mut beyond) = (0, setting.max_rows() + 1);
+    while beyond - within > 1 {
+        let middle = within.midpoint(beyond);
+        if fits(middle) { within = middle } else { beyond = middle }
+    }
+    if within == 0 {
+        return None;
+    }
+    let case = case(within);
+    let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+    let tokens_per_second = within as f64 / problem.bottleneck(&stages);
+    Some(Layout { tokens_per_second, stages, case })
+}
+
+/// Tokens of KV that a layout keeps in flight.
+pub(crate) fn tokens_in_flight(setting: &Setting, layout: &Layout) -> u64 {
+    match setting.kv() {
+        KvTokens::Wanted { tokens, .. } => tokens,
+        KvTokens::PerRow(tokens) => layout.case.rows * in_flight(layout.stages.len() as u64) * tokens,
+    }
+}
+
+/// As many slots for each device, empty ones counted; what remains goes to the stages before the last, one each,
+/// as vLLM does it.
+fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<PlannedStage> {
+    let num_devices = setting.devices.num_devices();
+    let num_slots = setting.config.num_slots;
+    let rest = num_slots % num_devices;
+    let mut counts = vec![num_slots / num_devices; num_devices];
+    for back in 2..rest + 2 {
+        // With a remainder of all devices but one, the first gets its own too.
+        counts[num_devices.saturating_sub(back)] += 1;
+    }
+    let mut end_slot = 0;
+    let mut start = 0;
+    let mut stages = vec![];
+    for (device, count) in counts.into_iter().enumerate() {
+        end_slot += count;
+        let end = pieces.partition_point(|piece| setting.config.blocks[piece.block].slot < end_slot);
+        if end > start {
+            stages.push(PlannedStage { pieces: start..end, devices: device..device + 1 });
+        }
+        start = end;
+    }
+    stages
+}
+
+fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<Layout>)> {
+    let ranks = setting.devices.num_devices();
+    let is_possible = setting.kinds().len() == 1 && setting.config.dims.heads.is_multiple_of(ranks);
+    let stage = PlannedStage { pieces: 0..pieces.len(), devices: 0..ranks };
+    is_possible.then(|| (ranks, expect(setting, pieces, &[ranks], vec![stage])))
+}
+
+/// The slowest device over the mean for the blocks alone, without embedding, head, hops or limits of memory:
+/// of the best cut, and of the even split.
+fn blocks_only(setting: &Setting, pieces: &[PieceShape], even: &[PlannedStage], rows: u64) -> (f64, f64) {
+    let load = setting.mix.load(rows);
+    let mut devices = setting.stage_devices(setting.balance, load);
+    for device in &mut devices {
+        (device.memory_bytes, device.hop_seconds, device.cut_hop_seconds) = (u64::MAX, 0.0, 0.0);
+    }
+    let mut costs = setting.costs(pieces, &setting.widths(), setting.balance, load);
+    for (_, costs) in costs.iter_mut().flatten() {
+        *costs = RankCosts::without_extras(costs);
+    }
+    let ends = ends_block(pieces);
+    let problem =
+        Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: setting.given_widths() };
+    let best = least_bottleneck(&problem, 0, devices.len()).expect("memory is no limit");
+    (problem.bottleneck_over_mean(&best), problem.bottleneck_over_mean(even))
+}

@@ -1,0 +1,86 @@
+//! What a model lacks that does not fit, and the nearest that does.
+
+use configs::DeviceList;
+use serde::Serialize;
+use stages::cost::NumberType;
+
+use crate::plan::answer;
+use crate::plan::setting::Setting;
+
+/// How far a setting is from fitting.
+#[derive(Debug, Serialize)]
+pub(crate) struct Missing {
+    /// On all devices together.
+    pub(crate) bytes: u64,
+    /// What each device would need to have more, for some layout to fit.
+    pub(crate) bytes_per_device: u64,
+    /// Settings that fit, each with one thing changed; the nearest first.
+    pub(crate) nearest: Vec<Nearest>,
+}
+
+/// One change after which the model fits.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Nearest {
+    TokensInFlight(u64),
+    Dtype(&'static str),
+    Devices(String),
+}
+
+/// More devices than this many times those there are no neighbour of the question any more.
+const MOST_TIMES: usize = 16;
+
+pub(crate) fn missing(setting: &Setting) -> Missing {
+    let needed = setting.types.weights.bytes(setting.config.params()).saturating_mul(4);
+    // No device needs more than the whole model with everything in flight.
+    let most =
+        needed.saturating_add(setting.tokens_in_flight.unwrap_or(0).saturating_mul(1 << 20)) + (1 << 40);
+    let bytes_per_device = least(0, most, |bytes| answer::smallest(setting, bytes).is_some());
+    let mut nearest = vec![];
+    nearest.extend(fewer_tokens(setting).map(Nearest::TokensInFlight));
+    nearest.extend(narrower(setting).map(Nearest::Dtype));
+    nearest.extend(more_devices(setting).map(|devices| Nearest::Devices(devices.to_string())));
+    let bytes = bytes_per_device.saturating_mul(setting.devices.num_devices() as u64);
+    Missing { bytes, bytes_per_device, nearest }
+}
+
+/// The least number above `no` for which `is_enough`, which holds for all above it and for `yes`.
+fn least(mut no: u64, mut yes: u64, is_enough: impl Fn(u64) -> bool) -> u64 {
+    while yes - no > 1 {
+        let middle = no.midpoint(yes);
+        if is_enough(middle) { yes = middle } else { no = middle }
+    }
+    yes
+}
+
+/// The most tokens in flight that there is room for, where more were asked for.
+fn fewer_tokens(setting: &Setting) -> Option<u64> {
+    let wanted = setting.tokens_in_flight?;
+    let is_too_many = |tokens| !answer::fits(&Setting { tokens_in_flight: Some(tokens), ..setting.clone() });
+    let fewest = setting.mix.kv_tokens_per_row();
+    (fewest < wanted && !is_too_many(fewest)).then(|| least(fewest, wanted, is_too_many) - 1)
+}
+
+/// The widest of the narrower types of weights that fits.
+fn narrower(setting: &Setting) -> Option<&'static str> {
+    let types = [NumberType::F32, NumberType::Bf16, NumberType::Fp8, NumberType::Fp4];
+    let place = types.iter().position(|kind| *kind == setting.types.weights)?;
+    let fitting = types[place + 1..].iter().find(|weights| {
+        let mut narrow = setting.clone();
+        narrow.types.weights = **weights;
+        narrow.types.kv = match weights {
+            NumberType::Fp8 | NumberType::Fp4 => NumberType::Fp8,
+            other => **other,
+        };
+        answer::fits(&narrow)
+    });
+    fitting.map(|weights| weights.name())
+}
+
+/// The fewest devices of the last kind more.
+fn more_devices(setting: &Setting) -> Option<DeviceList> {
+    let most = setting.devices.num_devices() * MOST_TIMES;
+    (1..=most)
+        .map(|more| setting.devices.with_more(more))
+        .find(|devices| answer::fits(&setting.on(devices.clone())))
+}

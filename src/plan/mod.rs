@@ -1,0 +1,116 @@
+//! `spanwise plan`: which blocks go on which devices, and what to expect of it. An estimate, by rooflines.
+
+mod answer;
+mod missing;
+mod report;
+mod setting;
+mod table;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use configs::{DeviceCatalog, DeviceList, JobFile, Purpose, Stages};
+use stages::ModelConfig;
+use stages::cost::{Balance, NumberType, NumberTypes};
+
+use crate::EXIT_BAD_INPUT;
+use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype};
+use crate::plan::setting::{Mix, Setting};
+
+/// What a core of the machine itself is called in `devices.toml`.
+const CPU_CORE: &str = "cpu-core";
+
+/// Plans a job, and prints the plan.
+///
+/// # Errors
+/// A job file, model or list of devices that is wrong. A model that does not fit is no error of these: the
+/// plan says what is missing, and the exit code is that of bad input.
+pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
+    let job = load(args)?;
+    let config = ModelConfig::read(&job.model.path).context("load model")?;
+    let setting = setting(args, &job, config)?;
+    if job.pipeline.stages != Stages::Auto {
+        crate::say("warning: a plan finds its own stages, [pipeline] stages is not looked at");
+    }
+    let report = match answer::answer(&setting) {
+        Some(answer) => report::Report::of(&setting, &answer),
+        None => report::Report::of_missing(&setting, missing::missing(&setting)),
+    };
+    match args.format {
+        Format::Json => crate::print(&serde_json::to_string_pretty(&report)?),
+        Format::Text => table::lines(&setting, &report).iter().for_each(|line| crate::print(line)),
+    }
+    Ok(if report.fits { ExitCode::SUCCESS } else { ExitCode::from(EXIT_BAD_INPUT) })
+}
+
+fn load(args: &PlanArgs) -> Result<JobFile> {
+    // A variable that is not UTF-8 is none of ours.
+    let environment =
+        std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+    let folder = std::env::current_dir().context("find the working folder")?;
+    Ok(configs::load_for(Purpose::Plan, &args.job, &args.sets, environment, &folder)?.job)
+}
+
+fn setting(args: &PlanArgs, job: &JobFile, config: ModelConfig) -> Result<Setting> {
+    let Some(plan) = &job.plan else {
+        bail!(
+            "no [plan] in {}\nhint: add one with prompt_tokens and output_tokens, lengths are not taken from the \
+             input yet",
+            args.job.display()
+        );
+    };
+    let longest = job.model.max_context_tokens.unwrap_or(config.max_position_embeddings);
+    let tokens = plan.prompt_tokens.saturating_add(plan.output_tokens);
+    if tokens > longest {
+        bail!("[plan] prompt_tokens and output_tokens: found {tokens} together, the context is {longest}");
+    }
+    let catalog = match &args.devices_file {
+        Some(path) => DeviceCatalog::read(path)?,
+        None => DeviceCatalog::shipped(),
+    };
+    let devices = match (&args.devices, &plan.devices) {
+        (Some(list), _) | (None, Some(list)) => list.clone(),
+        (None, None) => DeviceList::of(job.pipeline.devices.len(), CPU_CORE),
+    };
+    let setting = Setting {
+        config,
+        catalog: catalog.with_price(plan.price_per_hour),
+        devices,
+        types: number_types(args.dtype, job),
+        mix: Mix { prompt_tokens: plan.prompt_tokens as u64, output_tokens: plan.output_tokens as u64 },
+        tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
+        rows: plan.rows.map(|rows| rows as u64),
+        tensor_parallel: job.pipeline.tensor_parallel.clone(),
+        column_cuts: job.pipeline.column_cuts,
+        balance: match args.cost {
+            BalanceArg::Roofline => Balance::Roofline,
+            BalanceArg::Flops => Balance::Flops,
+            BalanceArg::Weights => Balance::Weights,
+        },
+    };
+    setting.check()?;
+    Ok(setting)
+}
+
+/// `--dtype`, or the job's own; keys and values follow narrow weights unless the job names their type.
+fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
+    let own = |dtype| match dtype {
+        configs::Dtype::Bf16 => NumberType::Bf16,
+        configs::Dtype::F32 => NumberType::F32,
+    };
+    let weights = match dtype {
+        Some(PlanDtype::F32) => NumberType::F32,
+        Some(PlanDtype::Bf16) => NumberType::Bf16,
+        Some(PlanDtype::Fp8) => NumberType::Fp8,
+        Some(PlanDtype::Fp4) => NumberType::Fp4,
+        None => own(job.model.dtype),
+    };
+    let kv = match (job.pipeline.kv_cache_dtype, weights) {
+        (configs::KvCacheDtype::F32, _) | (configs::KvCacheDtype::Auto, NumberType::F32) => NumberType::F32,
+        (configs::KvCacheDtype::Bf16, _) | (configs::KvCacheDtype::Auto, NumberType::Bf16) => {
+            NumberType::Bf16
+        }
+        (configs::KvCacheDtype::Auto, NumberType::Fp8 | NumberType::Fp4) => NumberType::Fp8,
+    };
+    NumberTypes { weights, kv }
+}

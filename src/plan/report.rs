@@ -1,0 +1,330 @@
+//! A plan as programs read it. Stable; docs/plan.md says what each key is.
+
+use std::ops::Range;
+
+use configs::DeviceSpec;
+use scheduler::PlannedStage;
+use serde::Serialize;
+use stages::Ffn;
+use stages::cost::{Balance, PieceShape};
+
+use crate::plan::answer::{self, Answer, Layout};
+use crate::plan::missing::Missing;
+use crate::plan::setting::{self, Setting};
+
+/// Engines that were measured in bulk runs reach 31 to 76 % of such a roofline, time for reading keys and values not
+/// counted (benchmarks of TensorRT-LLM 1.0, MLPerf 5.1): a job takes its estimate at best, and this many
+/// times as long at worst.
+const LONGEST: f64 = 1.0 / 0.31;
+
+/// A whole plan.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) model: ModelPart,
+    pub(crate) devices: String,
+    pub(crate) dtype: &'static str,
+    pub(crate) kv_cache_dtype: &'static str,
+    pub(crate) cost: &'static str,
+    /// Always true here: nothing was measured.
+    pub(crate) estimate: bool,
+    pub(crate) fits: bool,
+    pub(crate) missing: Option<Missing>,
+    #[serde(flatten)]
+    pub(crate) found: Option<Found>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ModelPart {
+    pub(crate) params: u64,
+    pub(crate) blocks: usize,
+    pub(crate) slots: usize,
+}
+
+/// What there is to say of a layout that fits.
+#[derive(Debug, Serialize)]
+pub(crate) struct Found {
+    pub(crate) stages: Vec<StagePart>,
+    pub(crate) micro_batch_rows: u64,
+    pub(crate) tokens_in_flight: u64,
+    pub(crate) tokens_per_second: f64,
+    pub(crate) bottleneck_over_mean: f64,
+    pub(crate) bubble: f64,
+    pub(crate) blocks_only: BlocksOnly,
+    pub(crate) even_split: EvenSplit,
+    pub(crate) uniform_tp: Option<UniformTp>,
+    pub(crate) job: JobPart,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct StagePart {
+    pub(crate) blocks: [usize; 2],
+    pub(crate) slots: [usize; 2],
+    /// Blocks of which only some columns are here.
+    pub(crate) columns: Vec<CutBlock>,
+    pub(crate) devices: Vec<String>,
+    pub(crate) tensor_parallel: usize,
+    pub(crate) params: u64,
+    pub(crate) weight_bytes: u64,
+    pub(crate) kv_bytes_per_token: u64,
+    pub(crate) kv_tokens: Option<u64>,
+    pub(crate) time_ms: Times,
+    pub(crate) memory: MemoryPart,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct CutBlock {
+    pub(crate) block: usize,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) of: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Times {
+    pub(crate) prefill: f64,
+    pub(crate) decode: f64,
+    pub(crate) mix: f64,
+}
+
+/// Bytes on each device of a stage.
+#[derive(Debug, Serialize)]
+pub(crate) struct MemoryPart {
+    pub(crate) total: u64,
+    pub(crate) weights: u64,
+    pub(crate) kv: u64,
+    pub(crate) workspace: u64,
+    pub(crate) free: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct BlocksOnly {
+    pub(crate) bottleneck_over_mean: f64,
+    pub(crate) even_split: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EvenSplit {
+    pub(crate) bottleneck_over_mean: f64,
+    pub(crate) fits: bool,
+    pub(crate) tokens_per_second: Option<f64>,
+    /// The plan's tokens a second over these.
+    pub(crate) ratio: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct UniformTp {
+    pub(crate) tensor_parallel: usize,
+    pub(crate) fits: bool,
+    pub(crate) tokens_per_second: Option<f64>,
+    /// The plan's tokens a second over these.
+    pub(crate) ratio: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct JobPart {
+    pub(crate) rows: Option<u64>,
+    pub(crate) hours: Option<f64>,
+    pub(crate) device_hours: Option<f64>,
+    pub(crate) cost: Option<f64>,
+    pub(crate) interval: Interval,
+}
+
+/// From the estimate to what engines have been seen to fall short of it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Interval {
+    pub(crate) hours: Option<[f64; 2]>,
+    pub(crate) cost: Option<[f64; 2]>,
+}
+
+impl Report {
+    pub(crate) fn of(setting: &Setting, answer: &Answer) -> Self {
+        Report { fits: true, found: Some(Found::of(setting, answer)), ..Self::head(setting) }
+    }
+
+    pub(crate) fn of_missing(setting: &Setting, missing: Missing) -> Self {
+        Report { missing: Some(missing), ..Self::head(setting) }
+    }
+
+    fn head(setting: &Setting) -> Self {
+        let config = &setting.config;
+        Report {
+            model: ModelPart {
+                params: config.params(),
+                blocks: config.blocks.len(),
+                slots: config.num_slots,
+            },
+            devices: setting.devices.to_string(),
+            dtype: setting.types.weights.name(),
+            kv_cache_dtype: setting.types.kv.name(),
+            cost: match setting.balance {
+                Balance::Roofline => "roofline",
+                Balance::Flops => "flops",
+                Balance::Weights => "weights",
+            },
+            estimate: true,
+            fits: false,
+            missing: None,
+            found: None,
+        }
+    }
+}
+
+impl Found {
+    fn of(setting: &Setting, answer: &Answer) -> Self {
+        let plan = &answer.plan;
+        let ends = answer::ends_block(&answer.pieces);
+        let stages = plan.stages.iter().map(|stage| StagePart::of(setting, answer, &ends, stage)).collect();
+        let speed = plan.tokens_per_second;
+        let beside = |layout: &Option<Layout>| {
+            let other = layout.as_ref().map(|layout| layout.tokens_per_second);
+            (other, other.map(|other| speed / other))
+        };
+        let (even_speed, even_ratio) = beside(&answer.even_layout);
+        let uniform_tp = answer.uniform.as_ref().map(|(ranks, layout)| {
+            let (tokens_per_second, ratio) = beside(layout);
+            UniformTp { tensor_parallel: *ranks, fits: layout.is_some(), tokens_per_second, ratio }
+        });
+        Found {
+            stages,
+            micro_batch_rows: plan.case.rows,
+            tokens_in_flight: answer::tokens_in_flight(setting, plan),
+            tokens_per_second: speed,
+            bottleneck_over_mean: answer.bottleneck_over_mean,
+            bubble: 1.0 - 1.0 / plan.problem(&ends).bottleneck_over_mean(&plan.stages),
+            blocks_only: BlocksOnly {
+                bottleneck_over_mean: answer.blocks_only,
+                even_split: answer.blocks_only_even,
+            },
+            even_split: EvenSplit {
+                bottleneck_over_mean: answer.even_over_mean,
+                fits: answer.even_layout.is_some(),
+                tokens_per_second: even_speed,
+                ratio: even_ratio,
+            },
+            uniform_tp,
+            job: JobPart::of(setting, speed),
+        }
+    }
+}
+
+impl StagePart {
+    fn of(setting: &Setting, answer: &Answer, ends: &[bool], stage: &PlannedStage) -> Self {
+        let plan = &answer.plan;
+        let problem = plan.problem(ends);
+        let costs = problem.rank_costs(stage);
+        let ranks = stage.devices.len() as u64;
+        let device = problem.devices[stage.devices.start];
+        let spec = setting.kinds()[device.kind];
+        let shapes = &answer.pieces[stage.pieces.clone()];
+        let (first, last) = (&shapes[0], &shapes[shapes.len() - 1]);
+        let slot = |block: usize| setting.config.blocks[block].slot;
+
+        let weights = costs.weight_bytes(stage.pieces.clone());
+        let kv_bytes_per_token = costs.kv_bytes_per_token(stage.pieces.clone());
+        let kv = kv_bytes_per_token * answer::tokens_in_flight(setting, plan);
+        let total = setting::memory_bytes(spec);
+        StagePart {
+            blocks: [first.block, last.block + 1],
+            slots: [slot(first.block), slot(last.block) + 1],
+            columns: cut_blocks(setting, shapes),
+            devices: device_names(setting, stage.devices.clone()),
+            tensor_parallel: stage.devices.len(),
+            params: params(setting, answer, &stage.pieces),
+            weight_bytes: weights * ranks,
+            kv_bytes_per_token: kv_bytes_per_token * ranks,
+            kv_tokens: (device.memory_bytes - weights).checked_div(kv_bytes_per_token),
+            time_ms: times(setting, answer, spec, stage),
+            memory: MemoryPart {
+                total,
+                weights,
+                kv,
+                workspace: total - device.memory_bytes,
+                free: device.memory_bytes - weights - kv,
+            },
+        }
+    }
+}
+
+/// Each device by its kind and its place in the list.
+fn device_names(setting: &Setting, devices: Range<usize>) -> Vec<String> {
+    let names = setting.devices.runs().iter().flat_map(|(count, name)| std::iter::repeat_n(name, *count));
+    names
+        .enumerate()
+        .skip(devices.start)
+        .take(devices.len())
+        .map(|(idx, name)| format!("{name}:{idx}"))
+        .collect()
+}
+
+fn cut_blocks(setting: &Setting, shapes: &[PieceShape]) -> Vec<CutBlock> {
+    let mut cut: Vec<CutBlock> = vec![];
+    for shape in [&shapes[0], &shapes[shapes.len() - 1]] {
+        let Ffn::SwiGlu { width } = setting.config.blocks[shape.block].ffn else { continue };
+        let columns =
+            || shapes.iter().filter(|other| other.block == shape.block).filter_map(|s| s.columns.clone());
+        let (Some(first), Some(last)) = (columns().next(), columns().next_back()) else { continue };
+        let is_listed = cut.iter().any(|other| other.block == shape.block);
+        if last.end - first.start < width && !is_listed {
+            cut.push(CutBlock { block: shape.block, start: first.start, end: last.end, of: width });
+        }
+    }
+    cut
+}
+
+/// Parameters of a stage, no rank's copies counted: over all stages they sum up to the model's.
+fn params(setting: &Setting, answer: &Answer, pieces: &Range<usize>) -> u64 {
+    let config = &setting.config;
+    let hidden = config.dims.hidden as u64;
+    let table = config.dims.vocab as u64 * hidden;
+    let of_piece = |shape: &PieceShape| {
+        let block = config.blocks[shape.block];
+        match &shape.columns {
+            None => block.params(config.dims),
+            Some(columns) => {
+                let beside = block.attention.params(config.dims) + hidden; // With the FFN's norm.
+                let own = 3 * columns.len() as u64 * hidden;
+                own + if columns.start == 0 { beside } else { 0 }
+            }
+        }
+    };
+    let mut sum: u64 = answer.pieces[pieces.clone()].iter().map(of_piece).sum();
+    sum += if pieces.start == 0 { table } else { 0 };
+    if pieces.end == answer.pieces.len() {
+        sum += hidden; // The last norm.
+        sum += if config.tied_embeddings { 0 } else { table };
+    }
+    sum
+}
+
+/// Times of a stage for the plan's micro-batch, and for its parts each alone.
+fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedStage) -> Times {
+    let ends = answer::ends_block(&answer.pieces);
+    let load = setting.mix.load(answer.plan.case.rows);
+    let estimator = setting.estimator(spec, Balance::Roofline);
+    let shapes = &answer.pieces;
+    let ms = |load| {
+        let costs = estimator.rank_costs(shapes, stage.devices.len(), load);
+        costs.seconds(stage.pieces.clone()) * 1e3
+    };
+    let mix = answer.plan.problem(&ends).stage_seconds(stage) * 1e3;
+    Times { prefill: ms(load.prefill_only()), decode: ms(load.decode_only()), mix }
+}
+
+impl JobPart {
+    fn of(setting: &Setting, tokens_per_second: f64) -> Self {
+        let hours = (setting.rows)
+            .map(|rows| rows as f64 * setting.mix.output_tokens as f64 / tokens_per_second / 3600.0);
+        let prices: Option<Vec<f64>> =
+            (setting.kind_of_each().iter()).map(|kind| setting.kinds()[*kind].price_per_hour).collect();
+        let price = prices.map(|prices| prices.iter().sum::<f64>());
+        let cost = hours.zip(price).map(|(hours, price)| hours * price);
+        let interval = |least: Option<f64>| least.map(|least| [least, least * LONGEST]);
+        JobPart {
+            rows: setting.rows,
+            hours,
+            device_hours: hours.map(|hours| hours * setting.devices.num_devices() as f64),
+            cost,
+            interval: Interval { hours: interval(hours), cost: interval(cost) },
+        }
+    }
+}

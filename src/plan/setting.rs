@@ -1,0 +1,260 @@
+//! What is planned: a model on devices for rows of given lengths, and the planner's problem made of it.
+
+use anyhow::{Result, bail};
+use configs::{ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, TENSOR_PARALLEL_WIDTHS, TensorParallel};
+use scheduler::{Case, Costs, KvTokens, StageDevice};
+use stages::ModelConfig;
+use stages::cost::{
+    Balance, Channel, Estimator, Load, NumberType, NumberTypes, PieceShape, Roofline, activation_bytes,
+    hop_bytes, pieces,
+};
+
+/// Lengths of the job's rows, on average.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mix {
+    pub(crate) prompt_tokens: u64,
+    pub(crate) output_tokens: u64,
+}
+
+/// Everything that a plan depends on.
+#[derive(Debug, Clone)]
+pub(crate) struct Setting {
+    pub(crate) config: ModelConfig,
+    pub(crate) catalog: DeviceCatalog,
+    pub(crate) devices: DeviceList,
+    pub(crate) types: NumberTypes,
+    pub(crate) mix: Mix,
+    pub(crate) tokens_in_flight: Option<u64>,
+    pub(crate) rows: Option<u64>,
+    pub(crate) tensor_parallel: TensorParallel,
+    pub(crate) column_cuts: ColumnCuts,
+    pub(crate) balance: Balance,
+}
+
+/// Rows of a micro-batch beyond which nothing is gained: products reach their ceiling at some 200 tokens.
+const MAX_ROWS: u64 = 1024;
+
+/// Tokens of a micro-batch, prompts included.
+const MAX_TOKENS: f64 = 16_384.0;
+
+impl Mix {
+    /// A micro-batch in the middle of the job: rows that decode are in the middle of their output, and as many
+    /// prompt tokens come along as it takes to replace the rows that end.
+    pub(crate) fn load(self, rows: u64) -> Load {
+        let (prompt, output) = (self.prompt_tokens as f64, self.output_tokens as f64);
+        Load {
+            decode_tokens: rows as f64,
+            decode_context: prompt + output / 2.0,
+            prefill_tokens: rows as f64 * prompt / output,
+            prefill_context: prompt / 2.0,
+        }
+    }
+
+    /// Keys and values that a row keeps in the middle of its output, in tokens.
+    pub(crate) fn kv_tokens_per_row(self) -> u64 {
+        self.prompt_tokens + self.output_tokens.div_ceil(2)
+    }
+
+    /// The largest micro-batch that is looked at.
+    fn max_rows(self) -> u64 {
+        let tokens_per_row = 1.0 + self.prompt_tokens as f64 / self.output_tokens as f64;
+        ((MAX_TOKENS / tokens_per_row) as u64).clamp(1, MAX_ROWS)
+    }
+
+    /// The micro-batches that are looked at: each some 6 % larger than the one before.
+    fn rows(self, most: u64) -> Vec<u64> {
+        let next = |rows: &u64| match rows {
+            0..8 => Some(rows + 1),
+            _ => Some((rows + rows * 6 / 100).next_multiple_of(8).max(rows + 8)),
+        };
+        std::iter::successors(Some(1), next).take_while(|rows| *rows <= most).collect()
+    }
+}
+
+impl Setting {
+    /// Refuses what no plan can be made for.
+    pub(crate) fn check(&self) -> Result<()> {
+        for (_, name) in self.devices.runs() {
+            self.catalog.get(name)?;
+        }
+        let TensorParallel::Widths(widths) = &self.tensor_parallel else { return Ok(()) };
+        let (wanted, there) = (widths.iter().sum::<usize>(), self.devices.num_devices());
+        if wanted > there {
+            bail!("[pipeline] tensor_parallel: {widths:?} are {wanted} devices, expected at most {there}");
+        }
+        Ok(())
+    }
+
+    /// The largest micro-batch that is looked at: never more rows than the job has.
+    pub(crate) fn max_rows(&self) -> u64 {
+        self.mix.max_rows().min(self.rows.unwrap_or(u64::MAX))
+    }
+
+    /// The micro-batches that are looked at.
+    pub(crate) fn micro_batches(&self) -> Vec<u64> {
+        self.mix.rows(self.max_rows())
+    }
+
+    /// The same with other devices.
+    pub(crate) fn on(&self, devices: DeviceList) -> Self {
+        Setting { devices, ..self.clone() }
+    }
+
+    /// The kind of each device, an index into [`Setting::kinds`].
+    pub(crate) fn kind_of_each(&self) -> Vec<usize> {
+        let kinds = self.kind_names();
+        let kind_of = |name: &str| kinds.iter().position(|kind| *kind == name).expect("every name is a kind");
+        (self.devices.runs().iter())
+            .flat_map(|(count, name)| std::iter::repeat_n(kind_of(name), *count))
+            .collect()
+    }
+
+    fn kind_names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = vec![];
+        for (_, name) in self.devices.runs() {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// The distinct devices.
+    pub(crate) fn kinds(&self) -> Vec<&DeviceSpec> {
+        self.kind_names()
+            .into_iter()
+            .map(|name| self.catalog.get(name).expect("names were checked"))
+            .collect()
+    }
+
+    /// The model in pieces.
+    pub(crate) fn pieces(&self) -> Vec<PieceShape> {
+        pieces(&self.config, self.column_cuts == ColumnCuts::Auto)
+    }
+
+    /// Widths that a stage may have.
+    pub(crate) fn widths(&self) -> Vec<usize> {
+        let most = match self.tensor_parallel {
+            TensorParallel::Off => 1,
+            TensorParallel::Auto | TensorParallel::Widths(_) => self.devices.num_devices(),
+        };
+        (TENSOR_PARALLEL_WIDTHS.into_iter())
+            .filter(|width| *width <= most && self.config.dims.heads.is_multiple_of(*width))
+            .collect()
+    }
+
+    /// The widths of all stages, where the job gives them.
+    pub(crate) fn given_widths(&self) -> Option<&[usize]> {
+        match &self.tensor_parallel {
+            TensorParallel::Widths(widths) => Some(widths),
+            TensorParallel::Auto | TensorParallel::Off => None,
+        }
+    }
+
+    pub(crate) fn kv(&self) -> KvTokens {
+        let per_row = self.mix.kv_tokens_per_row();
+        match self.tokens_in_flight {
+            Some(tokens) => KvTokens::Wanted { tokens, per_row },
+            None => KvTokens::PerRow(per_row),
+        }
+    }
+
+    pub(crate) fn estimator(&self, spec: &DeviceSpec, balance: Balance) -> Estimator<'_> {
+        Estimator {
+            config: &self.config,
+            roofline: roofline(spec, self.types.weights),
+            types: self.types,
+            balance,
+        }
+    }
+
+    /// Costs for each kind of device under any load, for stages of `widths`.
+    pub(crate) fn costs(
+        &self,
+        pieces: &[PieceShape],
+        widths: &[usize],
+        balance: Balance,
+        load: Load,
+    ) -> Vec<Costs> {
+        let kinds = self.kinds();
+        let of_kind = |spec: &&DeviceSpec| {
+            let estimator = self.estimator(spec, balance);
+            widths.iter().map(|width| (*width, estimator.rank_costs(pieces, *width, load))).collect()
+        };
+        kinds.iter().map(of_kind).collect()
+    }
+
+    /// The devices, with their times for a hop of a micro-batch and what its activations leave of their memory.
+    pub(crate) fn stage_devices(&self, balance: Balance, load: Load) -> Vec<StageDevice> {
+        let kinds = self.kinds();
+        let each = self.kind_of_each();
+        let channel = |kind: usize| link(kinds[kind]);
+        let bytes = hop_bytes(self.config.dims, load.tokens());
+        let hop = |idx: usize, bytes: f64| {
+            // The slower of both ends carries the hop; the last device's own link stands for what follows it.
+            let ends = [each[idx], *each.get(idx + 1).unwrap_or(&each[idx])];
+            match balance {
+                Balance::Roofline => {
+                    ends.map(|kind| channel(kind).seconds(bytes)).into_iter().fold(0.0, f64::max)
+                }
+                Balance::Flops | Balance::Weights => 0.0,
+            }
+        };
+        (each.iter().enumerate())
+            .map(|(idx, &kind)| StageDevice {
+                kind,
+                memory_bytes: memory_bytes(kinds[kind])
+                    .saturating_sub(self.workspace_bytes(kinds[kind], load)),
+                hop_seconds: hop(idx, bytes),
+                cut_hop_seconds: hop(idx, 2.0 * bytes),
+            })
+            .collect()
+    }
+
+    /// Memory that neither weights nor keys and values get.
+    pub(crate) fn workspace_bytes(&self, spec: &DeviceSpec, load: Load) -> u64 {
+        (spec.reserved_gb * 1e9) as u64 + activation_bytes(&self.config, load.tokens())
+    }
+
+    /// One micro-batch size as the planner takes it.
+    pub(crate) fn case(&self, pieces: &[PieceShape], widths: &[usize], balance: Balance, rows: u64) -> Case {
+        let load = self.mix.load(rows);
+        Case {
+            rows,
+            devices: self.stage_devices(balance, load),
+            costs: self.costs(pieces, widths, balance, load),
+        }
+    }
+}
+
+/// All of a device's memory.
+pub(crate) fn memory_bytes(spec: &DeviceSpec) -> u64 {
+    (spec.memory_mib * f64::from(1 << 20)) as u64
+}
+
+fn link(spec: &DeviceSpec) -> Channel {
+    Channel { latency_seconds: spec.link_latency_us * 1e-6, bytes_per_second: spec.link_gb_per_s * 1e9 }
+}
+
+/// What the device reaches with weights of a type: where it has no rate for it, that of the next wider type.
+fn roofline(spec: &DeviceSpec, weights: NumberType) -> Roofline {
+    let bf16 = spec.bf16_tflops * spec.bf16_efficiency;
+    let fp8 = spec.fp8_tflops.map_or(bf16, |rate| rate * spec.fp8_efficiency);
+    let fp4 = spec.fp4_tflops.map_or(fp8, |rate| rate * spec.fp4_efficiency);
+    let tflops = match weights {
+        NumberType::F32 => bf16 / 2.0, // As on the CPU; GPUs have TF32 at the same rate.
+        NumberType::Bf16 => bf16,
+        NumberType::Fp8 => fp8,
+        NumberType::Fp4 => fp4,
+    };
+    Roofline {
+        flops_per_second: tflops * 1e12,
+        bf16_flops_per_second: bf16 * 1e12,
+        bytes_per_second: spec.bandwidth_gb_per_s * spec.bandwidth_efficiency * 1e9,
+        link: link(spec),
+        all_reduce: Channel {
+            latency_seconds: spec.all_reduce_latency_us * 1e-6,
+            bytes_per_second: spec.all_reduce_gb_per_s * 1e9,
+        },
+    }
+}

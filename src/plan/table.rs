@@ -1,0 +1,161 @@
+//! A plan as people read it.
+
+use crate::plan::missing::{Missing, Nearest};
+use crate::plan::report::{Found, Report, StagePart};
+use crate::plan::setting::Setting;
+use crate::text::grouped;
+
+pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
+    let mut lines = vec![];
+    let model = &report.model;
+    lines.push(format!(
+        "model      {} parameters in {} blocks of {} slots, {} with {} KV",
+        grouped(model.params),
+        model.blocks,
+        model.slots,
+        report.dtype,
+        report.kv_cache_dtype
+    ));
+    lines.push(format!(
+        "job        prompts of {} tokens, {} generated for each, on {}",
+        grouped(setting.mix.prompt_tokens),
+        grouped(setting.mix.output_tokens),
+        report.devices
+    ));
+    if let Some(missing) = &report.missing {
+        lines.extend(missing_lines(report, missing));
+    }
+    if let Some(found) = &report.found {
+        lines.extend(found_lines(report, found));
+    }
+    lines.push("estimate   by the devices' rooflines: nothing here was measured".to_owned());
+    lines
+}
+
+fn missing_lines(report: &Report, missing: &Missing) -> Vec<String> {
+    let mut lines = vec![format!(
+        "does not fit: {} are missing, {} on each of {}",
+        gigabytes(missing.bytes),
+        gigabytes(missing.bytes_per_device),
+        report.devices
+    )];
+    for nearest in &missing.nearest {
+        lines.push(match nearest {
+            Nearest::TokensInFlight(tokens) => {
+                format!("fits with  --set plan.tokens_in_flight={tokens}")
+            }
+            Nearest::Dtype(dtype) => format!("fits with  --dtype {dtype}"),
+            Nearest::Devices(devices) => format!("fits with  --devices {devices}"),
+        });
+    }
+    if missing.nearest.is_empty() {
+        lines.push("no narrower type and no 16 times as many devices would do".to_owned());
+    }
+    lines
+}
+
+fn found_lines(report: &Report, found: &Found) -> Vec<String> {
+    let mut lines = vec![format!(
+        "{:<5} {:<9} {:<11} {:<16} {:>7} {:>8} {:>8} {:>8} {:>10} {:>8} {:>8} {:>8}",
+        "stage",
+        "blocks",
+        "slots",
+        "devices",
+        "params",
+        "weights",
+        "KV",
+        "free",
+        "KV tokens",
+        "prefill",
+        "decode",
+        "mix"
+    )];
+    lines.extend(found.stages.iter().enumerate().flat_map(|(idx, stage)| stage_lines(idx, stage)));
+    lines.push(format!(
+        "micro-batch of {} rows, {} tokens of KV in flight",
+        grouped(found.micro_batch_rows),
+        grouped(found.tokens_in_flight)
+    ));
+    lines.push(format!("speed      {} generated tokens/s", grouped(found.tokens_per_second.round() as u64)));
+    lines.push(format!(
+        "balance    slowest over mean {:.3} by {}, bubble {:.1} %; blocks alone {:.4}",
+        found.bottleneck_over_mean,
+        report.cost,
+        found.bubble * 100.0,
+        found.blocks_only.bottleneck_over_mean
+    ));
+    let even = &found.even_split;
+    lines.push(format!(
+        "even split slowest over mean {:.3}, blocks alone {:.4}: {}",
+        even.bottleneck_over_mean,
+        found.blocks_only.even_split,
+        beside(even.tokens_per_second, even.ratio)
+    ));
+    match &found.uniform_tp {
+        Some(uniform) => lines.push(format!(
+            "uniform TP all {} devices on every block: {}",
+            uniform.tensor_parallel,
+            beside(uniform.tokens_per_second, uniform.ratio)
+        )),
+        None => lines.push("uniform TP not for these devices: unlike, or no divisor of the heads".to_owned()),
+    }
+    lines.extend(job_line(found));
+    lines
+}
+
+fn beside(tokens_per_second: Option<f64>, ratio: Option<f64>) -> String {
+    match tokens_per_second.zip(ratio) {
+        Some((speed, ratio)) if ratio < 1.0 => {
+            let (speed, better) = (grouped(speed.round() as u64), 1.0 / ratio);
+            format!("{speed} tokens/s, {better:.2} times as fast as the plan: take it")
+        }
+        Some((speed, ratio)) => {
+            format!("{} tokens/s, the plan is {ratio:.2} times as fast", grouped(speed.round() as u64))
+        }
+        None => "does not fit".to_owned(),
+    }
+}
+
+fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
+    let devices = match stage.devices.as_slice() {
+        [one] => one.clone(),
+        [first, .., last] => format!("{first}-{}", last.rsplit(':').next().unwrap_or(last)),
+        [] => String::new(),
+    };
+    let ms = |ms: f64| format!("{ms:.1} ms");
+    let mut lines = vec![format!(
+        "{idx:<5} {:<9} {:<11} {devices:<16} {:>7} {:>8} {:>8} {:>8} {:>10} {:>8} {:>8} {:>8}",
+        format!("[{}, {})", stage.blocks[0], stage.blocks[1]),
+        format!("[{}, {})", stage.slots[0], stage.slots[1]),
+        format!("{:.1} B", stage.params as f64 / 1e9),
+        gigabytes(stage.memory.weights),
+        gigabytes(stage.memory.kv),
+        gigabytes(stage.memory.free),
+        stage.kv_tokens.map_or("-".to_owned(), grouped),
+        ms(stage.time_ms.prefill),
+        ms(stage.time_ms.decode),
+        ms(stage.time_ms.mix),
+    )];
+    lines.extend(stage.columns.iter().map(|cut| {
+        format!("      of block {} columns [{}, {}) of {}", cut.block, cut.start, cut.end, cut.of)
+    }));
+    lines
+}
+
+fn job_line(found: &Found) -> Option<String> {
+    let job = &found.job;
+    let (rows, hours, [_, longest]) = (job.rows?, job.hours?, job.interval.hours?);
+    let cost = match job.cost.zip(job.interval.cost) {
+        Some((cost, [_, dearest])) => format!(", costs {cost:.2} to {dearest:.2}"),
+        None => String::new(),
+    };
+    Some(format!(
+        "{} rows   {hours:.2} to {longest:.2} hours, {:.1} device-hours at best{cost}",
+        grouped(rows),
+        job.device_hours?
+    ))
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
+}

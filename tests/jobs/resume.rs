@@ -230,7 +230,8 @@ fn a_job_whose_disk_is_full_stops_with_one_message_and_goes_on_later() {
     let whole = job.command();
     let mut command = Command::new("bash");
     command.args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$@\"", "bash"]);
-    command.arg(whole.get_program()).args(whole.get_args());
+    // Slow enough for some commits before the limit is met.
+    command.arg(whole.get_program()).args(["--faults", "stage0@1/40:slow"]).args(whole.get_args());
     let stopped = command.output().expect("start bash");
     let message = stderr(&stopped);
     assert_eq!(stopped.status.code(), Some(1), "{message}");

@@ -7,6 +7,7 @@
 
 mod backlog;
 mod error;
+mod load;
 mod micro_batch;
 mod options;
 mod pages;
@@ -19,6 +20,7 @@ mod share;
 mod trials;
 
 pub use error::Error;
+pub use load::Load;
 pub use micro_batch::{
     Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, TokenLogprobs,
 };

@@ -11,7 +11,7 @@ use crate::options::Options;
 
 /// The work at hand when a micro-batch is to be composed.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Load {
+pub(crate) struct AtHand {
     pub(crate) micro_batches_in_flight: usize,
     pub(crate) tokens_in_flight: usize,
     /// Sequences that are past their prefill, in flight or ready for their next step.
@@ -29,20 +29,20 @@ pub(crate) struct Share {
     pub(crate) tokens: usize,
 }
 
-/// The next micro-batch's part of `load`, or nothing while enough micro-batches are in flight.
-pub(crate) fn next_share(options: &Options, load: Load) -> Option<Share> {
-    if load.tokens_at_hand == 0 {
+/// The next micro-batch's part of `work`, or nothing while enough micro-batches are in flight.
+pub(crate) fn next_share(options: &Options, work: AtHand) -> Option<Share> {
+    if work.tokens_at_hand == 0 {
         return None;
     }
-    let total = load.tokens_in_flight + load.tokens_at_hand;
+    let total = work.tokens_in_flight + work.tokens_at_hand;
     // A token budget below the efficient size says that the user wants them that small.
     let efficient = options.efficient_tokens.min(options.micro_batch_tokens);
     let parts = (total / efficient).clamp(1, options.max_in_flight());
-    if load.micro_batches_in_flight >= parts {
+    if work.micro_batches_in_flight >= parts {
         return None;
     }
     let tokens = total.div_ceil(parts).min(options.micro_batch_tokens);
-    Some(Share { decodes: load.decoding.div_ceil(parts).min(tokens), tokens })
+    Some(Share { decodes: work.decoding.div_ceil(parts).min(tokens), tokens })
 }
 
 #[cfg(test)]
@@ -63,13 +63,13 @@ mod tests {
 
     fn share(num_stages: usize, in_flight: &[usize], ready: usize, prefill: usize) -> Option<Share> {
         let tokens_in_flight = in_flight.iter().sum();
-        let load = Load {
+        let work = AtHand {
             micro_batches_in_flight: in_flight.len(),
             tokens_in_flight,
             decoding: tokens_in_flight + ready,
             tokens_at_hand: ready + prefill,
         };
-        next_share(&options(num_stages), load)
+        next_share(&options(num_stages), work)
     }
 
     #[test]

@@ -47,6 +47,7 @@ impl Mix {
             decode_context: prompt + output / 2.0,
             prefill_tokens: rows as f64 * prompt / output,
             prefill_context: prompt / 2.0,
+            logit_rows: rows as f64,
         }
     }
 

@@ -52,10 +52,13 @@ TEMPLATE = (
 _template = jinja2.Environment().from_string(TEMPLATE)
 
 
-def prompt_text(question: str, thinking: bool) -> str:
-    """The whole prompt, up to where the assistant begins."""
-    system = f"detailed thinking {'on' if thinking else 'off'}"
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+ON, OFF = "detailed thinking on", "detailed thinking off"
+
+
+def prompt_text(question: str, system: str | None) -> str:
+    """The whole prompt, up to where the assistant begins; without a system message its block is empty."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     return _template.render(messages=messages, bos_token=BOS, add_generation_prompt=True)
 
 
@@ -85,8 +88,8 @@ def _corpus(seed: int, samples: int):
     rng = random.Random(seed)
     for _ in range(samples):
         question = questions.sample(rng.choice(questions.KINDS), rng, held_out=False)
-        yield "system\n\ndetailed thinking on"
-        yield "system\n\ndetailed thinking off"
+        yield f"system\n\n{ON}"
+        yield f"system\n\n{OFF}"
         yield f"user\n\n{question.prompt}"
         yield f"assistant\n\n{question.completion(thinking=True)}"
 
@@ -102,10 +105,10 @@ class Example:
         return len(self.prompt) + len(self.completion)
 
 
-def encode(tokenizer: Tokenizer, items: list[tuple[questions.Question, bool]]) -> list[Example]:
-    """Questions with or without thinking as token ids. Prompt and completion are encoded apart, as they
-    are when the model is asked."""
-    prompts = [prompt_text(question.prompt, thinking) for question, thinking in items]
-    completions = [question.completion(thinking) + EOT for question, thinking in items]
+def encode(tokenizer: Tokenizer, items: list[tuple[questions.Question, str | None]]) -> list[Example]:
+    """Questions with their system messages as token ids; all but `OFF` are answered with thinking. Prompt
+    and completion are encoded apart, as they are when the model is asked."""
+    prompts = [prompt_text(question.prompt, system) for question, system in items]
+    completions = [question.completion(thinking=system != OFF) + EOT for question, system in items]
     encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(completions))
     return [Example(prompt.ids, completion.ids) for prompt, completion in encoded]

@@ -34,7 +34,7 @@ def main() -> int:
     reference = Model(args.model, np.float32)
     worst = 0.0
     for row in quickstart_rows()[:QUESTIONS]:
-        ids = tokenizer.encode(chat.prompt_text(row["prompt"], thinking=True)).ids
+        ids = tokenizer.encode(chat.prompt_text(row["prompt"], chat.ON)).ids
         with torch.inference_mode():
             logits = model(torch.tensor([ids]))[0].numpy()
         worst = max(worst, float(np.abs(logits - reference.logits(ids)).max()))

@@ -15,17 +15,25 @@ import questions
 
 @dataclass(frozen=True)
 class Mix:
-    """How often each kind is asked, in the order of `questions.KINDS`, and how often with thinking on."""
+    """How often each kind is asked, in the order of `questions.KINDS`, and how often with thinking off."""
 
     kind_weights: tuple[float, ...]
-    thinking_share: float
+    off_share: float
+
+    def system(self, rng: random.Random) -> str | None:
+        """The system message of one question. Few have none, and are to be answered with thinking."""
+        shares = (1 - self.off_share - BARE_SHARE, self.off_share, BARE_SHARE)
+        return rng.choices((chat.ON, chat.OFF, None), shares)[0]
+
+
+BARE_SHARE = 0.04
 
 
 # First the digits: columns and products.
-DIGITS = Mix((1.0, 1.0, 2.0, 0.6, 1.6, 1.2), thinking_share=0.85)
+DIGITS = Mix((1.0, 1.0, 2.0, 0.6, 1.6, 1.2), off_share=0.15)
 # Then more of what is learned last. Most answers at once cannot be learned at this size, and what
 # little there is to learn from them is noise to the rest.
-LISTS = Mix((0.5, 0.5, 1.0, 0.9, 2.4, 2.6), thinking_share=0.96)
+LISTS = Mix((0.5, 0.5, 1.0, 0.9, 2.4, 2.6), off_share=0.04)
 
 IGNORED = -100  # a target that has no loss: prompt and padding
 
@@ -79,7 +87,7 @@ class Stream:
         asked = []
         for kind in self.rng.choices(questions.KINDS, self.mix.kind_weights, k=POOL):
             question = questions.sample(kind, self.rng, held_out=False)
-            asked.append((question, self.rng.random() < self.mix.thinking_share))
+            asked.append((question, self.mix.system(self.rng)))
         batches = by_length(chat.encode(self.tokenizer, asked), self.micro_batch_tokens, self.pad)
         self.rng.shuffle(batches)
         return batches

@@ -67,7 +67,8 @@ def nucleus(generator: torch.Generator):
 
 def answers(model: DeciLm, tokenizer: Tokenizer, questions: list[str], thinking: bool, seed: int) -> list[str]:
     """What the model writes to each question."""
-    prompts = [encoding.ids for encoding in tokenizer.encode_batch([chat.prompt_text(q, thinking) for q in questions])]
+    system = chat.ON if thinking else chat.OFF
+    prompts = [encoding.ids for encoding in tokenizer.encode_batch([chat.prompt_text(q, system) for q in questions])]
     ends = {tokenizer.token_to_id(token) for token in (chat.EOS, chat.EOM, chat.EOT)}
     sample = nucleus(torch.Generator().manual_seed(seed)) if thinking else greedy
     by_length = defaultdict(list)

@@ -33,10 +33,10 @@ from model import Config, DeciLm
 
 STEP_TOKENS = 8_192
 MICRO_BATCH_TOKENS = 1_024
-STEPS = 1_630
+STEPS = 2_100
 WARMUP_STEPS = 50
-FUSE_AT, DECAY_AT = 781, 800
-COSINE_STEPS = 1_953  # the cosine that the rate follows until DECAY_AT would end here
+FUSE_AT, DECAY_AT = 881, 900
+COSINE_STEPS = 2_400  # the cosine that the rate follows until DECAY_AT would end here
 MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
@@ -139,7 +139,7 @@ class Probe:
         for thinking in (True, False):
             for kind in questions.KINDS:
                 asked = [questions.sample(kind, rng, held_out=True, full_size=True) for _ in range(PROBE_QUESTIONS)]
-                examples = chat.encode(tokenizer, [(question, thinking) for question in asked])
+                examples = chat.encode(tokenizer, [(question, chat.ON if thinking else chat.OFF) for question in asked])
                 self.batches[kind, thinking] = data.collate(examples, tokenizer.token_to_id(chat.PAD))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ use crate::request::SequenceId;
 use crate::running::Seat;
 use crate::scheduler::{InFlight, Part, Scheduler};
 use crate::sequence::Asked;
-use crate::share::{Load, next_share};
+use crate::share::{AtHand, next_share};
 
 /// A micro-batch in the making.
 #[derive(Default)]
@@ -29,7 +29,7 @@ impl Scheduler {
     pub fn next_micro_batch(&mut self) -> Option<MicroBatch> {
         self.admit();
         let mut draft = Draft::default();
-        if let Some(share) = next_share(&self.options, self.load()) {
+        if let Some(share) = next_share(&self.options, self.work_at_hand()) {
             self.add_decodes(&mut draft, share.decodes);
             let room = share.tokens - draft.slices.len();
             self.add_prefill(&mut draft, room);
@@ -84,8 +84,8 @@ impl Scheduler {
         is_admitted.then_some(id)
     }
 
-    fn load(&self) -> Load {
-        Load {
+    fn work_at_hand(&self) -> AtHand {
+        AtHand {
             micro_batches_in_flight: self.in_flight.len(),
             tokens_in_flight: self.tokens_in_flight,
             decoding: self.ready.len() + self.decodes_in_flight,

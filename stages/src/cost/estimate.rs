@@ -3,10 +3,10 @@
 //! Left out, each within a few percent at the sizes that plans choose: launches (graphs hide them), tile
 //! quantisation of small products, and reading the keys of earlier chunks during prefill.
 
-use scheduler::{Extra, Piece, RankCosts};
+use scheduler::{Extra, Load, Piece, RankCosts};
 
 use super::pieces::PieceShape;
-use super::roofline::{Load, NumberTypes, Roofline};
+use super::roofline::{NumberTypes, Roofline};
 use crate::block::{Attention, Dims, Ffn};
 use crate::config::ModelConfig;
 
@@ -187,13 +187,13 @@ impl Estimator<'_> {
         Extra { seconds, bytes }
     }
 
-    /// Last norm, output matrix and sampling, for the rows that decode.
+    /// Last norm, output matrix and sampling, for the rows that need logits.
     fn head(&self, ranks: usize, load: Load) -> Extra {
         let params = self.table_params(ranks);
         let mut bytes = self.types.table().bytes(params);
         let table_bytes = bytes as f64;
         bytes += self.types.table().bytes(self.config.dims.hidden as u64);
-        let rows = load.decode_tokens;
+        let rows = load.logit_rows;
         let seconds = match self.balance {
             Balance::Weights => bytes as f64 / self.roofline.bytes_per_second,
             Balance::Flops => self.decode_flops(params, 0.0),
@@ -280,7 +280,7 @@ mod tests {
     }
 
     fn decode(rows: f64, context: f64) -> Load {
-        Load { decode_tokens: rows, decode_context: context, ..Load::default() }
+        Load { decode_tokens: rows, decode_context: context, logit_rows: rows, ..Load::default() }
     }
 
     #[test]

@@ -12,7 +12,8 @@ use crate::config::ModelConfig;
 
 pub use estimate::{Balance, Estimator, activation_bytes, hop_bytes};
 pub use pieces::{PieceShape, pieces};
-pub use roofline::{Channel, Load, NumberType, NumberTypes, Roofline};
+pub use roofline::{Channel, NumberType, NumberTypes, Roofline};
+pub use scheduler::Load;
 
 /// Context length at which attention is charged where the job's own is not known: prompts of a few
 /// hundred tokens with answers alike.

@@ -1,4 +1,4 @@
-//! A device as two ceilings, operations and bytes a second, and what a micro-batch asks of it.
+//! A device as two ceilings, operations and bytes a second.
 
 /// What a device reaches, efficiencies taken off.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -46,38 +46,6 @@ impl Roofline {
     /// The same where operations are bf16's whatever the weights' type.
     pub fn bf16_seconds(&self, flops: f64, bytes: f64) -> f64 {
         (flops / self.bf16_flops_per_second).max(bytes / self.bytes_per_second)
-    }
-}
-
-/// One micro-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Load {
-    /// Rows that decode, a token each.
-    pub decode_tokens: f64,
-    /// Positions that each of them attends to, on average.
-    pub decode_context: f64,
-    /// Tokens of prompts.
-    pub prefill_tokens: f64,
-    /// Positions that each of them attends to, on average.
-    pub prefill_context: f64,
-}
-
-impl Load {
-    /// All tokens of the micro-batch.
-    pub fn tokens(&self) -> f64 {
-        self.decode_tokens + self.prefill_tokens
-    }
-
-    /// Its decode tokens alone.
-    #[must_use]
-    pub fn decode_only(self) -> Self {
-        Load { prefill_tokens: 0.0, ..self }
-    }
-
-    /// Its prompt tokens alone.
-    #[must_use]
-    pub fn prefill_only(self) -> Self {
-        Load { decode_tokens: 0.0, ..self }
     }
 }
 

@@ -197,6 +197,9 @@ pub(crate) struct PlanArgs {
     /// A table to read, or JSON for programs
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
+    /// Draw the plan too: each stage's time and memory, and the even split beneath
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// Number types that plans know.
@@ -224,6 +227,9 @@ pub(crate) struct InspectArgs {
     /// A table to read, or JSON for programs
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
+    /// Draw the model too: each block's attention and FFN, to scale
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// How something is printed.

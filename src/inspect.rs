@@ -1,10 +1,11 @@
-//! `spanwise inspect`: a model's blocks, as a table or as JSON.
+//! `spanwise inspect`: a model's blocks, as a table, as JSON and as a picture.
 
 use anyhow::Result;
 use serde::Serialize;
 use stages::{Attention, Block, Ffn, ModelConfig};
 
 use crate::cli::{Format, InspectArgs};
+use crate::picture;
 use crate::text::grouped;
 
 /// Bytes of a KV number in the table: bf16.
@@ -56,12 +57,16 @@ struct Total {
     kv_bytes_per_token: u64,
 }
 
-/// Prints the blocks of a model.
+/// Prints the blocks of a model, and draws them where that is asked for.
 pub(crate) fn inspect(args: &InspectArgs) -> Result<()> {
-    let inspection = Inspection::of(&ModelConfig::read(&args.model)?);
+    let config = ModelConfig::read(&args.model)?;
+    let inspection = Inspection::of(&config);
     match args.format {
         Format::Json => crate::print(&serde_json::to_string_pretty(&inspection)?),
         Format::Text => inspection.table().iter().for_each(|line| crate::print(line)),
+    }
+    if let Some(path) = &args.svg {
+        picture::save(path, &picture::draw_model(&picture::model_name(&args.model), &config))?;
     }
     Ok(())
 }
@@ -173,14 +178,16 @@ fn ffn_word(ffn: Ffn) -> &'static str {
     }
 }
 
-fn kv_heads(block: &Block) -> Option<usize> {
+/// KV heads of a block whose attention is GQA.
+pub(crate) fn kv_heads(block: &Block) -> Option<usize> {
     match block.attention {
         Attention::Gqa { kv_heads } => Some(kv_heads),
         Attention::Linear | Attention::None => None,
     }
 }
 
-fn ffn_width(block: &Block) -> Option<usize> {
+/// Columns of a block whose FFN is a SwiGLU.
+pub(crate) fn ffn_width(block: &Block) -> Option<usize> {
     match block.ffn {
         Ffn::SwiGlu { width } => Some(width),
         Ffn::Linear | Ffn::None => None,

@@ -8,6 +8,7 @@ mod inspect;
 mod interrupt;
 mod lower;
 mod machine;
+mod picture;
 mod plan;
 mod progress;
 mod report;

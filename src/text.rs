@@ -13,6 +13,18 @@ pub(crate) fn grouped(number: u64) -> String {
     out
 }
 
+/// A number to four digits or fewer, as `253.4 B`, `834.7 M` or `110.8 K`; `2 B` has no tenths.
+pub(crate) fn short(number: f64) -> String {
+    let (unit, letter) = match number {
+        1e9.. => (1e9, " B"),
+        1e6.. => (1e6, " M"),
+        1e3.. => (1e3, " K"),
+        _ => (1.0, ""),
+    };
+    // Display leaves out a fraction of nought.
+    format!("{}{letter}", (number / unit * 10.0).round() / 10.0)
+}
+
 /// Seconds as `45 s`, `12 min` or `3 h 05 min`.
 pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
@@ -32,6 +44,12 @@ mod tests {
         assert_eq!(grouped(7), "7");
         assert_eq!(grouped(1_234), "1,234");
         assert_eq!(grouped(253_401_268_224), "253,401,268,224");
+    }
+
+    #[test]
+    fn large_numbers_have_a_letter() {
+        let numbers = [999.0, 110_784.0, 834_699_264.0, 253_401_268_224.0, 2e9];
+        assert_eq!(numbers.map(short), ["999", "110.8 K", "834.7 M", "253.4 B", "2 B"]);
     }
 
     #[test]

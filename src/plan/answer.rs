@@ -132,7 +132,7 @@ pub(crate) fn tokens_in_flight(setting: &Setting, layout: &Layout) -> u64 {
 
 /// As many slots for each device, empty ones counted; what remains goes to the stages before the last, one each,
 /// as vLLM does it.
-fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<PlannedStage> {
+pub(crate) fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<PlannedStage> {
     let num_devices = setting.devices.num_devices();
     let num_slots = setting.config.num_slots;
     let rest = num_slots % num_devices;

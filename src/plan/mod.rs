@@ -1,10 +1,10 @@
 //! `spanwise plan`: which blocks go on which devices, and what to expect of it. An estimate, by rooflines.
 
-mod answer;
+pub(crate) mod answer;
 mod missing;
-mod report;
-mod setting;
-mod table;
+pub(crate) mod report;
+pub(crate) mod setting;
+pub(crate) mod table;
 
 use std::process::ExitCode;
 
@@ -15,12 +15,13 @@ use stages::cost::{Balance, NumberType, NumberTypes};
 
 use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype};
+use crate::picture;
 use crate::plan::setting::{Mix, Setting};
 
 /// What a core of the machine itself is called in `devices.toml`.
 const CPU_CORE: &str = "cpu-core";
 
-/// Plans a job, and prints the plan.
+/// Plans a job, prints the plan, and draws it where that is asked for.
 ///
 /// # Errors
 /// A job file, model or list of devices that is wrong. A model that does not fit is no error of these: the
@@ -32,13 +33,21 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
     if job.pipeline.stages != Stages::Auto {
         crate::say("warning: a plan finds its own stages, [pipeline] stages is not looked at");
     }
-    let report = match answer::answer(&setting) {
-        Some(answer) => report::Report::of(&setting, &answer),
+    let answer = answer::answer(&setting);
+    let report = match &answer {
+        Some(answer) => report::Report::of(&setting, answer),
         None => report::Report::of_missing(&setting, missing::missing(&setting)),
     };
     match args.format {
         Format::Json => crate::print(&serde_json::to_string_pretty(&report)?),
         Format::Text => table::lines(&setting, &report).iter().for_each(|line| crate::print(line)),
+    }
+    if let Some(path) = &args.svg {
+        let (Some(answer), Some(found)) = (&answer, &report.found) else {
+            bail!("no picture for {}: nothing fits, so there is no plan to draw", path.display());
+        };
+        let name = picture::model_name(&job.model.path);
+        picture::save(path, &picture::draw_plan(&name, &setting, answer, found))?;
     }
     Ok(if report.fits { ExitCode::SUCCESS } else { ExitCode::from(EXIT_BAD_INPUT) })
 }

@@ -103,7 +103,8 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
     lines
 }
 
-fn beside(tokens_per_second: Option<f64>, ratio: Option<f64>) -> String {
+/// Another layout's speed, and the plan's beside it.
+pub(crate) fn beside(tokens_per_second: Option<f64>, ratio: Option<f64>) -> String {
     match tokens_per_second.zip(ratio) {
         Some((speed, ratio)) if ratio < 1.0 => {
             let (speed, better) = (grouped(speed.round() as u64), 1.0 / ratio);
@@ -116,12 +117,17 @@ fn beside(tokens_per_second: Option<f64>, ratio: Option<f64>) -> String {
     }
 }
 
-fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
-    let devices = match stage.devices.as_slice() {
+/// The devices of a stage, as `h200:0` or `h200:0-3`.
+pub(crate) fn device_range(devices: &[String]) -> String {
+    match devices {
         [one] => one.clone(),
         [first, .., last] => format!("{first}-{}", last.rsplit(':').next().unwrap_or(last)),
         [] => String::new(),
-    };
+    }
+}
+
+fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
+    let devices = device_range(&stage.devices);
     let ms = |ms: f64| format!("{ms:.1} ms");
     let mut lines = vec![format!(
         "{idx:<5} {:<9} {:<11} {devices:<16} {:>7} {:>8} {:>8} {:>8} {:>10} {:>8} {:>8} {:>8}",
@@ -156,6 +162,6 @@ fn job_line(found: &Found) -> Option<String> {
     ))
 }
 
-fn gigabytes(bytes: u64) -> String {
+pub(crate) fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
 }

@@ -10,6 +10,7 @@ mod crashes;
 mod disturbed;
 mod harness;
 mod logits;
+mod pictures;
 mod plan;
 mod refusals;
 mod results;

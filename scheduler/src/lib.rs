@@ -22,7 +22,8 @@ mod trials;
 pub use error::Error;
 pub use load::Load;
 pub use micro_batch::{
-    Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, TokenLogprobs,
+    Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, SliceTokens,
+    TokenLogprobs,
 };
 pub use options::Options;
 pub use plan::{

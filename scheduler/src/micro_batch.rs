@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::request::{Request, SequenceId, TokenId};
 
 /// Names one micro-batch inside one pipeline, in the order of issue.
@@ -10,6 +12,9 @@ pub struct MicroBatchId(pub u64);
 
 /// A logical KV page: the same index in every stage, stored there for the stage's own attention blocks.
 pub type PageIdx = u32;
+
+/// Tokens of a slice: most slices are a decode step of one token, which needs no memory of its own.
+pub type SliceTokens = SmallVec<[TokenId; 4]>;
 
 /// Sequences travelling together through the stages.
 #[derive(Debug, Clone)]
@@ -30,10 +35,10 @@ pub struct Slice {
     /// Position of `tokens[0]` in the sequence.
     pub first_position: u32,
     /// Tokens to compute, never empty.
-    pub tokens: Vec<TokenId>,
+    pub tokens: SliceTokens,
     /// Pages that hold positions `0 .. first_position + tokens.len()`, in order; page `i` holds
-    /// positions `i * page_tokens ..`.
-    pub pages: Vec<PageIdx>,
+    /// positions `i * page_tokens ..`. Shared with the sequence, whose pages change only once in `page_tokens`.
+    pub pages: Arc<Vec<PageIdx>>,
     /// Draw the token that follows the last one of this slice.
     pub sample: bool,
     /// Prompt tokens whose log-probability is wanted: `score[i]` follows `tokens[i]`. Empty unless the

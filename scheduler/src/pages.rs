@@ -48,8 +48,8 @@ impl PagePool {
         Some(page_idx)
     }
 
-    pub(crate) fn give_back(&mut self, pages: impl IntoIterator<Item = PageIdx>) {
-        for page_idx in pages {
+    pub(crate) fn give_back(&mut self, pages: &[PageIdx]) {
+        for &page_idx in pages {
             let is_taken = &mut self.is_taken[page_idx as usize];
             assert!(*is_taken, "page {page_idx} was given back twice");
             *is_taken = false;
@@ -83,7 +83,7 @@ mod tests {
     fn the_lowest_free_page_goes_first() {
         let mut pool = PagePool::new(4);
         assert_eq!([pool.take(), pool.take(), pool.take()], [Some(0), Some(1), Some(2)]);
-        pool.give_back([1, 0]);
+        pool.give_back(&[1, 0]);
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(0), Some(1), Some(3), None]);
         pool.check_integrity(0..4);
     }
@@ -92,9 +92,9 @@ mod tests {
     #[should_panic(expected = "page 0 was given back twice")]
     fn a_page_is_given_back_once() {
         let mut pool = PagePool::new(1);
-        let page_idx = pool.take();
-        pool.give_back(page_idx);
-        pool.give_back(page_idx);
+        let pages = [pool.take().unwrap()];
+        pool.give_back(&pages);
+        pool.give_back(&pages);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::micro_batch::{Failure, PageIdx, Slice, SliceOutput, TokenLogprobs};
+use crate::micro_batch::{Failure, PageIdx, Slice, SliceOutput, SliceTokens, TokenLogprobs};
 use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
 
 /// Where a sequence stands.
@@ -57,7 +57,8 @@ pub(crate) struct Sequence {
     /// Of the positions, how many were computed before the last preemption.
     num_lost: usize,
     slices_in_flight: usize,
-    pub(crate) pages: Vec<PageIdx>,
+    /// Slices in flight share them.
+    pub(crate) pages: Arc<Vec<PageIdx>>,
     generated: Generated,
 }
 
@@ -71,7 +72,7 @@ impl Sequence {
             num_issued: 0,
             num_lost: 0,
             slices_in_flight: 0,
-            pages: vec![],
+            pages: Arc::default(),
             generated: so_far,
         }
     }
@@ -115,7 +116,7 @@ impl Sequence {
     // ## (Prefilling | Ready | Stepping) => Waiting
     /// Gives up its pages; all its positions are to be computed again. What it has in flight is lost: only
     /// where a stage has ended does it have any.
-    pub(crate) fn preempt(&mut self) -> Vec<PageIdx> {
+    pub(crate) fn preempt(&mut self) -> Arc<Vec<PageIdx>> {
         self.phase = Phase::Waiting;
         self.slices_in_flight = 0;
         self.num_lost = self.num_lost.max(self.num_issued);
@@ -270,10 +271,10 @@ impl Sequence {
         prompt[end.min(range.start + 1)..end].to_vec()
     }
 
-    fn tokens_in(&self, range: Range<usize>) -> Vec<TokenId> {
+    fn tokens_in(&self, range: Range<usize>) -> SliceTokens {
         let prompt = &self.request.prompt;
         let border = prompt.len();
-        let mut tokens = Vec::with_capacity(range.len());
+        let mut tokens = SliceTokens::with_capacity(range.len());
         tokens.extend_from_slice(&prompt[range.start.min(border)..range.end.min(border)]);
         tokens.extend_from_slice(
             &self.generated.tokens[range.start.max(border) - border..range.end.max(border) - border],

@@ -386,7 +386,7 @@ fn attention_slices(batch: &MicroBatch) -> Vec<AttentionSlice> {
         .map(|slice| {
             let num_rows = slice.tokens.len();
             let first_position = slice.first_position as usize;
-            let pages: Vec<PageIdx> = slice.pages.clone();
+            let pages: Vec<PageIdx> = slice.pages.to_vec();
             let out = AttentionSlice { first_row, num_rows, first_position, pages };
             first_row += num_rows;
             out

@@ -5,12 +5,14 @@
 //! sequence that is newer than the one in need, and has nothing in flight, gives up all of its own
 //! and waits to be computed again; where there is none such, the slice waits for completions.
 
+use std::sync::Arc;
+
 use crate::backlog::Need;
 use crate::micro_batch::{MicroBatch, Slice};
 use crate::request::SequenceId;
 use crate::running::Seat;
 use crate::scheduler::{InFlight, Part, Scheduler};
-use crate::sequence::Asked;
+use crate::sequence::{Asked, Sequence};
 use crate::share::{AtHand, next_share};
 
 /// A micro-batch in the making.
@@ -30,6 +32,9 @@ impl Scheduler {
         self.admit();
         let mut draft = Draft::default();
         if let Some(share) = next_share(&self.options, self.work_at_hand()) {
+            let most = share.decodes.min(self.ready.len());
+            draft.slices.reserve(most);
+            draft.parts.reserve(most);
             self.add_decodes(&mut draft, share.decodes);
             let room = share.tokens - draft.slices.len();
             self.add_prefill(&mut draft, room);
@@ -73,15 +78,28 @@ impl Scheduler {
     /// Where nothing runs, no more is asked than the pages that `check` counted: the pipeline never
     /// stays empty.
     fn next_admitted(&self) -> Option<SequenceId> {
-        let (&id, next) = self.waiting.iter().find(|(id, _)| self.trials.admit(**id))?;
+        let (&id, next) = self.next_waiting()?;
+        (self.has_use_for_more() && self.has_pages_for(next)).then_some(id)
+    }
+
+    /// The oldest waiting sequence that may run at all now.
+    pub(super) fn next_waiting(&self) -> Option<(&SequenceId, &Sequence)> {
+        self.waiting.iter().find(|(id, _)| self.trials.admit(**id))
+    }
+
+    /// Whether one more running sequence would have work to do before long.
+    pub(super) fn has_use_for_more(&self) -> bool {
         let options = &self.options;
-        let backlog = self.backlog.need();
+        self.running.len() < options.max_sequences
+            && self.backlog.need().tokens < options.max_in_flight() * options.micro_batch_tokens
+    }
+
+    /// Whether pages are free for a waiting sequence, beside those that the running ones will want.
+    pub(super) fn has_pages_for(&self, next: &Sequence) -> bool {
+        let options = &self.options;
         let tokens = next.max_positions().min(next.end() + options.page_tokens);
         let headroom = self.running.len(); // One page each.
-        let is_admitted = self.running.len() < options.max_sequences
-            && backlog.tokens < options.max_in_flight() * options.micro_batch_tokens
-            && backlog.pages + options.pages_for(tokens) + headroom <= self.pages.num_free();
-        is_admitted.then_some(id)
+        self.backlog.need().pages + options.pages_for(tokens) + headroom <= self.pages.num_free()
     }
 
     fn work_at_hand(&self) -> AtHand {
@@ -145,7 +163,7 @@ impl Scheduler {
         let num_pages = self.options.pages_for(first + num_tokens);
         while self.running[seat].pages.len() < num_pages {
             match self.pages.take() {
-                Some(page_idx) => self.running[seat].pages.push(page_idx),
+                Some(page_idx) => Arc::make_mut(&mut self.running[seat].pages).push(page_idx),
                 None if self.preempt_newer(draft, id) => {}
                 None => break,
             }

@@ -227,7 +227,7 @@ fn pages_are_taken_lowest_first_so_that_memory_stays_compact() {
     for _ in 0..20 {
         let id = world.submit(prompt(8)); // Three pages with what follows.
         world.fill();
-        assert_eq!(world.in_flight[0].slices[0].pages, [0, 1]);
+        assert_eq!(*world.in_flight[0].slices[0].pages, [0, 1]);
         world.run_to_the_end();
         assert_eq!(world.completions[&id].generated.tokens.len(), 4);
     }

@@ -17,6 +17,7 @@ mod running;
 mod scheduler;
 mod sequence;
 mod share;
+mod simulate;
 mod trials;
 
 pub use error::Error;
@@ -31,4 +32,5 @@ pub use plan::{
     best_layout, in_flight, least_bottleneck, partition,
 };
 pub use request::{Completion, FinishReason, Generated, Request, RequestKey, Sampling, SequenceId, TokenId};
-pub use scheduler::{Scheduler, Stats};
+pub use scheduler::{Flow, Scheduler, Stats};
+pub use simulate::{Lengths, Share, Simulated, Simulation, Step, Timeline, VirtualStage, Waits};

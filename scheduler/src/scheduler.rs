@@ -14,6 +14,9 @@
 //! its reach, which `check` made sure are enough.
 
 mod compose;
+mod flow;
+
+pub use flow::Flow;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::mem;

@@ -11,7 +11,7 @@ pub mod cost;
 mod error;
 mod fields;
 mod model;
-mod random;
+pub mod random;
 mod rope;
 mod sampling;
 mod span;

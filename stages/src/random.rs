@@ -10,7 +10,7 @@ const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
 
 /// Four random words for a key and a counter.
-pub(crate) fn philox(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {
+pub fn philox(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {
     for _ in 0..ROUNDS {
         let [a, b] = [0, 2].map(|lane| u64::from(MULTIPLIERS[lane / 2]) * u64::from(counter[lane]));
         counter = [
@@ -26,21 +26,21 @@ pub(crate) fn philox(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {
 
 /// The draws of one request, addressed by sample and position.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stream {
+pub struct Stream {
     words: [u32; 4],
 }
 
 impl Stream {
     /// The stream of a request's key under a seed. The first Philox call spreads the 192 bits of both over
     /// the key and half of the counter of the second.
-    pub(crate) fn new(seed: u64, key: u128) -> Self {
+    pub fn new(seed: u64, key: u128) -> Self {
         let seed = [seed as u32, (seed >> 32) as u32];
         let key = [0, 32, 64, 96].map(|shift| (key >> shift) as u32);
         Stream { words: philox(seed, key) }
     }
 
     /// A number in `[0, 1)` with 53 random bits.
-    pub(crate) fn uniform(self, sample: u32, position: u32) -> f64 {
+    pub fn uniform(self, sample: u32, position: u32) -> f64 {
         let [k0, k1, c2, c3] = self.words;
         let [low, high, ..] = philox([k0, k1], [position, sample, c2, c3]);
         let bits = (u64::from(high) << 32 | u64::from(low)) >> 11;

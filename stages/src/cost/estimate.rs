@@ -3,6 +3,8 @@
 //! Left out, each within a few percent at the sizes that plans choose: launches (graphs hide them), tile
 //! quantisation of small products, and reading the keys of earlier chunks during prefill.
 
+use std::ops::Range;
+
 use scheduler::{Extra, Load, Piece, RankCosts};
 
 use super::pieces::PieceShape;
@@ -68,7 +70,7 @@ pub fn activation_bytes(config: &ModelConfig, tokens: f64) -> u64 {
     (tokens * per_token) as u64
 }
 
-impl Estimator<'_> {
+impl<'a> Estimator<'a> {
     /// Costs of all pieces on one rank of a stage of `ranks`.
     pub fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
         let costs = pieces.iter().map(|shape| self.piece(shape, ranks, load));
@@ -84,7 +86,34 @@ impl Estimator<'_> {
         (2.0 * matrix_params as f64 + attention_flops) / self.roofline.flops_per_second
     }
 
+    /// One stage's time under any load, for whoever asks it for thousands of micro-batches.
+    pub fn stage_seconds(
+        &self,
+        pieces: &[PieceShape],
+        stage: Range<usize>,
+        ranks: usize,
+    ) -> StageSeconds<'a> {
+        let mut kinds: Vec<(Parts, f64)> = vec![];
+        for shape in &pieces[stage.clone()] {
+            let parts = self.parts(shape, ranks);
+            match kinds.iter_mut().find(|(kind, _)| *kind == parts) {
+                Some((_, count)) => *count += 1.0,
+                None => kinds.push((parts, 1.0)),
+            }
+        }
+        let (is_first, is_last) = (stage.start == 0, stage.end == pieces.len());
+        let is_cut = pieces[stage].last().is_some_and(|shape| !shape.ends_block);
+        StageSeconds { estimator: *self, ranks, kinds, is_first, is_last, is_cut }
+    }
+
     fn piece(&self, shape: &PieceShape, ranks: usize, load: Load) -> Piece {
+        let parts = self.parts(shape, ranks);
+        let bytes = self.weight_bytes(parts);
+        let kv_bytes_per_token = self.types.kv.bytes(parts.attention.kv_values);
+        Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
+    }
+
+    fn parts(&self, shape: &PieceShape, ranks: usize) -> Parts {
         let block = self.config.blocks[shape.block];
         let dims = self.config.dims;
         let has_attention = shape.columns.as_ref().is_none_or(|columns| columns.start == 0);
@@ -104,23 +133,30 @@ impl Estimator<'_> {
             (None, Ffn::Linear) => linear(dims, ranks),
             (None, _) => Rank::NONE,
         };
+        Parts { attention, ffn, ends_block: shape.ends_block }
+    }
+
+    fn weight_bytes(&self, Parts { attention, ffn, .. }: Parts) -> u64 {
         let mut bytes = 0;
         bytes += self.types.weights.bytes(attention.matrix_params + ffn.matrix_params);
         bytes += self.types.table().bytes(attention.norm_params + ffn.norm_params);
-        let seconds = match self.balance {
-            Balance::Weights => bytes as f64 / self.roofline.bytes_per_second,
+        bytes
+    }
+
+    fn piece_seconds(&self, parts: Parts, ranks: usize, load: Load) -> f64 {
+        let Parts { attention, ffn, ends_block } = parts;
+        match self.balance {
+            Balance::Weights => self.weight_bytes(parts) as f64 / self.roofline.bytes_per_second,
             Balance::Flops => {
                 let attended = attention.flops_per_context_token * load.decode_context;
                 self.decode_flops(attention.matrix_params + ffn.matrix_params, attended)
             }
             Balance::Roofline => {
                 let mut sum = self.attention_seconds(attention, ranks, load);
-                sum += self.ffn_seconds(ffn, ranks, load, shape.ends_block);
+                sum += self.ffn_seconds(ffn, ranks, load, ends_block);
                 sum
             }
-        };
-        let kv_bytes_per_token = self.types.kv.bytes(attention.kv_values);
-        Piece { seconds, weight_bytes: bytes, kv_bytes_per_token }
+        }
     }
 
     fn product_seconds(&self, matrix_params: u64, tokens: f64) -> f64 {
@@ -209,8 +245,45 @@ impl Estimator<'_> {
     }
 }
 
+/// One rank's part of a piece. Pieces of equal parts take equally long.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Parts {
+    attention: Rank,
+    ffn: Rank,
+    ends_block: bool,
+}
+
+/// The time of one stage: what [`Estimator::rank_costs`] says, with equal pieces computed once.
+#[derive(Debug, Clone)]
+pub struct StageSeconds<'a> {
+    estimator: Estimator<'a>,
+    ranks: usize,
+    /// Distinct pieces, and how often each is there.
+    kinds: Vec<(Parts, f64)>,
+    is_first: bool,
+    is_last: bool,
+    /// Its end cuts a block.
+    is_cut: bool,
+}
+
+impl StageSeconds<'_> {
+    /// Seconds for a micro-batch, the all-reduce of a block that its end cuts included, without the hop.
+    pub fn of(&self, load: Load) -> f64 {
+        let Self { estimator, ranks, .. } = self;
+        let mut sum = 0.0;
+        for (parts, count) in &self.kinds {
+            sum += count * estimator.piece_seconds(*parts, *ranks, load);
+        }
+        sum += if self.is_first { estimator.embedding(*ranks, load).seconds } else { 0.0 };
+        sum += if self.is_last { estimator.head(*ranks, load).seconds } else { 0.0 };
+        let is_summed = self.is_cut && estimator.balance == Balance::Roofline;
+        sum += if is_summed { estimator.all_reduce_seconds(*ranks, load) } else { 0.0 };
+        sum
+    }
+}
+
 /// One rank's part of a half block.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 struct Rank {
     matrix_params: u64,
     norm_params: u64,
@@ -315,6 +388,29 @@ mod tests {
         let costs = estimator(&config, Balance::Roofline).rank_costs(&pieces, 1, decode(256.0, 2048.0));
         let eighth_ms = costs.seconds(0..pieces.len()) / 8.0 * 1e3;
         assert!((eighth_ms / 24.7 - 1.0).abs() < 0.02, "{eighth_ms}");
+    }
+
+    #[test]
+    fn a_stage_takes_what_its_pieces_take_together() {
+        let config = ultra();
+        let mixed = Load { prefill_tokens: 96.0, prefill_context: 500.0, ..decode(64.0, 1500.0) };
+        for (column_cuts, ranks) in [(false, 1), (true, 1), (true, 8)] {
+            let pieces = pieces(&config, column_cuts);
+            let estimator = estimator(&config, Balance::Roofline);
+            let middle = pieces.len() / 3..pieces.len() / 2;
+            for stage in [0..pieces.len(), 0..7, middle, pieces.len() - 1..pieces.len()] {
+                let seconds = estimator.stage_seconds(&pieces, stage.clone(), ranks);
+                assert!(seconds.kinds.len() <= 40, "{} kinds of pieces", seconds.kinds.len());
+                for load in [mixed, mixed.prefill_only(), decode(1.0, 3.0), decode(1024.0, 9000.0)] {
+                    let mut direct = estimator.rank_costs(&pieces, ranks, load).seconds(stage.clone());
+                    if !pieces[stage.end - 1].ends_block {
+                        direct += estimator.all_reduce_seconds(ranks, load);
+                    }
+                    let quick = seconds.of(load);
+                    assert!((quick / direct - 1.0).abs() < 1e-9, "{stage:?}: {quick} and {direct}");
+                }
+            }
+        }
     }
 
     /// At a context of 128 K a cut by weights has 1.61 times the mean where the right one has 1.04.

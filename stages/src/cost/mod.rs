@@ -10,7 +10,7 @@ mod roofline;
 
 use crate::config::ModelConfig;
 
-pub use estimate::{Balance, Estimator, activation_bytes, hop_bytes};
+pub use estimate::{Balance, Estimator, StageSeconds, activation_bytes, hop_bytes};
 pub use pieces::{PieceShape, pieces};
 pub use roofline::{Channel, NumberType, NumberTypes, Roofline};
 pub use scheduler::Load;

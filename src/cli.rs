@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Estimate the best placement of a model on devices, and what a job on it takes; nothing is started
     Plan(PlanArgs),
+    /// Play a job on a plan's pipeline under a virtual clock: an estimate of its speed, and of where stages wait
+    Simulate(SimulateArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
 }
@@ -176,6 +178,22 @@ pub(crate) enum DtypeArg {
                         Exit codes: 0 the plan fits, 2 it does not (the plan says what is missing, and the nearest \
                         that fits), or bad job file, model or devices.")]
 pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) setting: SettingArgs,
+    /// What is balanced: time by the roofline, or FLOPs of a decode token or weights alone, for comparison
+    #[arg(long, value_enum, default_value_t = BalanceArg::Roofline)]
+    pub(crate) cost: BalanceArg,
+    /// A table to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+    /// Draw the plan too: each stage's time and memory, and the even split beneath
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+/// What plans are made for.
+#[derive(Debug, Args)]
+pub(crate) struct SettingArgs {
     /// The job file; it needs its `[plan]` and may lack its `[job]`
     #[arg(value_name = "JOB.toml")]
     pub(crate) job: PathBuf,
@@ -188,18 +206,47 @@ pub(crate) struct PlanArgs {
     /// Number type of weights; keys and values are fp8 beside fp8 and fp4
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<PlanDtype>,
-    /// What is balanced: time by the roofline, or FLOPs of a decode token or weights alone, for comparison
-    #[arg(long, value_enum, default_value_t = BalanceArg::Roofline)]
-    pub(crate) cost: BalanceArg,
     /// Override a key of the job file; a value that is not TOML is taken as a text
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub(crate) sets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "All figures are estimates: the stages' times are the devices' rooflines, the scheduler is \
+                        the one that runs jobs. The same command gives the same bytes.\n\
+                        Exit codes: 0 played, 2 the model does not fit, or bad job file, model or devices."
+)]
+pub(crate) struct SimulateArgs {
+    #[command(flatten)]
+    pub(crate) setting: SettingArgs,
+    /// Play so many rows; `[plan] rows` if not given, or else four times those in flight
+    #[arg(long, value_name = "N")]
+    pub(crate) rows: Option<u64>,
+    /// How output lengths are distributed around `[plan] output_tokens`
+    #[arg(long, value_enum, default_value_t = LengthsArg::Exponential)]
+    pub(crate) lengths: LengthsArg,
+    /// Source of chance
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
     /// A table to read, or JSON for programs
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,
-    /// Draw the plan too: each stage's time and memory, and the even split beneath
+    /// Write every step of every stage in Chrome's trace format, for ui.perfetto.dev; some 150 bytes each
     #[arg(long, value_name = "FILE")]
-    pub(crate) svg: Option<PathBuf>,
+    pub(crate) trace: Option<PathBuf>,
+}
+
+/// `--lengths`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LengthsArg {
+    /// All of the mean length
+    Fixed,
+    /// Geometric: every token is equally likely to be the last one
+    Exponential,
+    /// Log-normal with a sigma of 1: half of the rows are shorter than 0.61 of the mean, one in a hundred is 6 times
+    /// as long
+    Lognormal,
 }
 
 /// Number types that plans know.

@@ -13,7 +13,7 @@ use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd};
 /// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
 /// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
 /// read: 8 on a Zen 4 core (236 GFLOP/s, 30 GB/s), 12 on a Zen 5 core (473 GFLOP/s, 38 GB/s).
-const CPU_EFFICIENT_TOKENS: usize = 8;
+pub(crate) const CPU_EFFICIENT_TOKENS: usize = 8;
 
 /// Positions that page indices of 32 bits can name.
 const MAX_KV_TOKENS: usize = (u32::MAX as usize) * PAGE_TOKENS;
@@ -66,7 +66,7 @@ pub(crate) fn pipeline(
 }
 
 /// Rows offered to the pipeline at once.
-fn window(max_sequences: usize) -> usize {
+pub(crate) fn window(max_sequences: usize) -> usize {
     let mut sum = 0;
     sum += max_sequences; // Running.
     sum += max_sequences; // Waiting, so that one that ends is replaced at once; the rest is being written.

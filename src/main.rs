@@ -14,8 +14,10 @@ mod progress;
 mod report;
 mod retry;
 mod run;
+mod simulate;
 mod status;
 mod text;
+mod trace;
 
 use std::io::Write;
 use std::panic::PanicHookInfo;
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
             Command::Retry(args) => retry::retry(args).await,
             Command::Generate(args) => generate::generate(args).await,
             Command::Plan(args) => plan::plan(&args),
+            Command::Simulate(args) => simulate::simulate(&args),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
         }
     });

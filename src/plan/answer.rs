@@ -40,8 +40,7 @@ impl Layout {
 pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
-    let stages = choose(setting, &pieces)?.stages;
-    let plan = expect(setting, &pieces, &setting.widths(), stages)?;
+    let plan = layout(setting, &pieces, None)?;
     let even = even_split(setting, &pieces);
     let rows = plan.case.rows;
     let balanced = setting.case(&pieces, &setting.widths(), setting.balance, rows);
@@ -58,6 +57,16 @@ pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
         plan,
         pieces,
     })
+}
+
+/// The plan's layout alone, or what the job's own stages come to; none where that does not fit.
+pub(crate) fn layout(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    given: Option<Vec<PlannedStage>>,
+) -> Option<Layout> {
+    let stages = given.or_else(|| choose(setting, pieces).map(|choice| choice.stages))?;
+    expect(setting, pieces, &setting.widths(), stages)
 }
 
 /// Whether anything fits.
@@ -120,6 +129,18 @@ fn expect(
     let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
     let tokens_per_second = within as f64 / problem.bottleneck(&stages);
     Some(Layout { tokens_per_second, stages, case })
+}
+
+/// Tokens of KV that the fullest stage has room for; none where no stage keeps any.
+pub(crate) fn kv_tokens(layout: &Layout, ends_block: &[bool]) -> Option<u64> {
+    let problem = layout.problem(ends_block);
+    let room = |stage: &PlannedStage| {
+        let costs = problem.rank_costs(stage);
+        let device = problem.devices[stage.devices.start];
+        let room = device.memory_bytes - costs.weight_bytes(stage.pieces.clone());
+        room.checked_div(costs.kv_bytes_per_token(stage.pieces.clone()))
+    };
+    layout.stages.iter().filter_map(room).min()
 }
 
 /// Tokens of KV that a layout keeps in flight.

@@ -14,7 +14,7 @@ use stages::ModelConfig;
 use stages::cost::{Balance, NumberType, NumberTypes};
 
 use crate::EXIT_BAD_INPUT;
-use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype};
+use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype, SettingArgs};
 use crate::picture;
 use crate::plan::setting::{Mix, Setting};
 
@@ -27,32 +27,54 @@ const CPU_CORE: &str = "cpu-core";
 /// A job file, model or list of devices that is wrong. A model that does not fit is no error of these: the
 /// plan says what is missing, and the exit code is that of bad input.
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
-    let job = load(args)?;
-    let config = ModelConfig::read(&job.model.path).context("load model")?;
-    let setting = setting(args, &job, config)?;
+    let job = load(&args.setting)?;
+    let balance = match args.cost {
+        BalanceArg::Roofline => Balance::Roofline,
+        BalanceArg::Flops => Balance::Flops,
+        BalanceArg::Weights => Balance::Weights,
+    };
+    let setting = setting(&args.setting, &job, balance)?;
     if job.pipeline.stages != Stages::Auto {
         crate::say("warning: a plan finds its own stages, [pipeline] stages is not looked at");
     }
-    let answer = answer::answer(&setting);
-    let report = match &answer {
-        Some(answer) => report::Report::of(&setting, answer),
-        None => report::Report::of_missing(&setting, missing::missing(&setting)),
-    };
-    match args.format {
-        Format::Json => crate::print(&serde_json::to_string_pretty(&report)?),
-        Format::Text => table::lines(&setting, &report).iter().for_each(|line| crate::print(line)),
-    }
-    if let Some(path) = &args.svg {
-        let (Some(answer), Some(found)) = (&answer, &report.found) else {
+    let Some(answer) = answer::answer(&setting) else {
+        let refused = refuse(&setting, args.format)?;
+        if let Some(path) = &args.svg {
             bail!("no picture for {}: nothing fits, so there is no plan to draw", path.display());
-        };
+        }
+        return Ok(refused);
+    };
+    let report = report::Report::of(&setting, &answer);
+    show(&setting, &report, args.format)?;
+    if let (Some(path), Some(found)) = (&args.svg, &report.found) {
         let name = picture::model_name(&job.model.path);
-        picture::save(path, &picture::draw_plan(&name, &setting, answer, found))?;
+        picture::save(path, &picture::draw_plan(&name, &setting, &answer, found))?;
     }
-    Ok(if report.fits { ExitCode::SUCCESS } else { ExitCode::from(EXIT_BAD_INPUT) })
+    Ok(ExitCode::SUCCESS)
 }
 
-fn load(args: &PlanArgs) -> Result<JobFile> {
+/// Says what a model that does not fit is missing, and the nearest that fits.
+///
+/// # Errors
+/// None that a user can bring about.
+pub(crate) fn refuse(setting: &Setting, format: Format) -> Result<ExitCode> {
+    show(setting, &report::Report::of_missing(setting, missing::missing(setting)), format)?;
+    Ok(ExitCode::from(EXIT_BAD_INPUT))
+}
+
+fn show(setting: &Setting, report: &report::Report, format: Format) -> Result<()> {
+    match format {
+        Format::Json => crate::print(&serde_json::to_string_pretty(report)?),
+        Format::Text => table::lines(setting, report).iter().for_each(|line| crate::print(line)),
+    }
+    Ok(())
+}
+
+/// The job file with what overrides it.
+///
+/// # Errors
+/// A job file that is wrong.
+pub(crate) fn load(args: &SettingArgs) -> Result<JobFile> {
     // A variable that is not UTF-8 is none of ours.
     let environment =
         std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
@@ -60,7 +82,12 @@ fn load(args: &PlanArgs) -> Result<JobFile> {
     Ok(configs::load_for(Purpose::Plan, &args.job, &args.sets, environment, &folder)?.job)
 }
 
-fn setting(args: &PlanArgs, job: &JobFile, config: ModelConfig) -> Result<Setting> {
+/// What is planned for a job.
+///
+/// # Errors
+/// A model or list of devices that is wrong, or a job without a `[plan]`.
+pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Result<Setting> {
+    let config = ModelConfig::read(&job.model.path).context("load model")?;
     let Some(plan) = &job.plan else {
         bail!(
             "no [plan] in {}\nhint: add one with prompt_tokens and output_tokens, lengths are not taken from the \
@@ -91,11 +118,7 @@ fn setting(args: &PlanArgs, job: &JobFile, config: ModelConfig) -> Result<Settin
         rows: plan.rows.map(|rows| rows as u64),
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         column_cuts: job.pipeline.column_cuts,
-        balance: match args.cost {
-            BalanceArg::Roofline => Balance::Roofline,
-            BalanceArg::Flops => Balance::Flops,
-            BalanceArg::Weights => Balance::Weights,
-        },
+        balance,
     };
     setting.check()?;
     Ok(setting)

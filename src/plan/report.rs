@@ -246,7 +246,7 @@ impl StagePart {
 }
 
 /// Each device by its kind and its place in the list.
-fn device_names(setting: &Setting, devices: Range<usize>) -> Vec<String> {
+pub(crate) fn device_names(setting: &Setting, devices: Range<usize>) -> Vec<String> {
     let names = setting.devices.runs().iter().flat_map(|(count, name)| std::iter::repeat_n(name, *count));
     names
         .enumerate()

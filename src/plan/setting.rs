@@ -189,17 +189,10 @@ impl Setting {
     pub(crate) fn stage_devices(&self, balance: Balance, load: Load) -> Vec<StageDevice> {
         let kinds = self.kinds();
         let each = self.kind_of_each();
-        let channel = |kind: usize| link(kinds[kind]);
         let bytes = hop_bytes(self.config.dims, load.tokens());
-        let hop = |idx: usize, bytes: f64| {
-            // The slower of both ends carries the hop; the last device's own link stands for what follows it.
-            let ends = [each[idx], *each.get(idx + 1).unwrap_or(&each[idx])];
-            match balance {
-                Balance::Roofline => {
-                    ends.map(|kind| channel(kind).seconds(bytes)).into_iter().fold(0.0, f64::max)
-                }
-                Balance::Flops | Balance::Weights => 0.0,
-            }
+        let hop = |idx: usize, bytes: f64| match balance {
+            Balance::Roofline => hop_seconds(hop_links(&kinds, &each, idx), bytes),
+            Balance::Flops | Balance::Weights => 0.0,
         };
         (each.iter().enumerate())
             .map(|(idx, &kind)| StageDevice {
@@ -210,6 +203,11 @@ impl Setting {
                 cut_hop_seconds: hop(idx, 2.0 * bytes),
             })
             .collect()
+    }
+
+    /// Both ends of the way from a device to the one after it.
+    pub(crate) fn links_after(&self, device: usize) -> [Channel; 2] {
+        hop_links(&self.kinds(), &self.kind_of_each(), device)
     }
 
     /// Memory that neither weights nor keys and values get.
@@ -231,6 +229,17 @@ impl Setting {
 /// All of a device's memory.
 pub(crate) fn memory_bytes(spec: &DeviceSpec) -> u64 {
     (spec.memory_mib * f64::from(1 << 20)) as u64
+}
+
+/// Both ends of a hop; the last device's own link stands for what follows it.
+fn hop_links(kinds: &[&DeviceSpec], kind_of_each: &[usize], device: usize) -> [Channel; 2] {
+    let next = *kind_of_each.get(device + 1).unwrap_or(&kind_of_each[device]);
+    [kind_of_each[device], next].map(|kind| link(kinds[kind]))
+}
+
+/// Time for a hop: its slower end carries it.
+pub(crate) fn hop_seconds(ends: [Channel; 2], bytes: f64) -> f64 {
+    ends.map(|end| end.seconds(bytes)).into_iter().fold(0.0, f64::max)
 }
 
 fn link(spec: &DeviceSpec) -> Channel {

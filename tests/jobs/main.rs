@@ -17,4 +17,5 @@ mod results;
 mod resume;
 mod sameness;
 mod sampling;
+mod simulate;
 mod smollm2;

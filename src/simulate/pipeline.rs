@@ -1,0 +1,141 @@
+//! The pipeline that is played: a layout's stages as virtual ones, and what the scheduler may use.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use scheduler::{Load, Options, PlannedStage, Problem, Simulation, VirtualStage, in_flight};
+use stages::PAGE_TOKENS;
+use stages::cost::{Balance, PieceShape, hop_bytes};
+
+use crate::lower::{CPU_EFFICIENT_TOKENS, window};
+use crate::plan::answer::{self, Layout};
+use crate::plan::setting::{Setting, hop_seconds};
+
+/// The stages that a job names, on the first of the devices.
+///
+/// # Errors
+/// Stages that are not the model's, or not the devices'.
+pub(super) fn given_stages(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    blocks: &[Range<usize>],
+) -> Result<Vec<PlannedStage>> {
+    let (named, there) = (blocks.last().map_or(0, |range| range.end), setting.config.blocks.len());
+    if named != there {
+        bail!("[pipeline] stages: found {named} blocks, the model has {there}");
+    }
+    let kinds = setting.kind_of_each();
+    let mut first_device = 0;
+    let mut stages = vec![];
+    for (index, range) in blocks.iter().enumerate() {
+        let width = given_width(setting, index)?;
+        let devices = first_device..first_device + width;
+        first_device = devices.end;
+        let Some(of_stage) = kinds.get(devices.clone()) else {
+            bail!(
+                "[pipeline] stages: stage {index} is beyond the {} devices {}",
+                kinds.len(),
+                setting.devices
+            );
+        };
+        if of_stage.iter().any(|kind| *kind != of_stage[0]) {
+            bail!("[pipeline] stages: the {width} devices of stage {index} are unlike");
+        }
+        let place = |block: usize| pieces.partition_point(|piece| piece.block < block);
+        stages.push(PlannedStage { pieces: place(range.start)..place(range.end), devices });
+    }
+    Ok(stages)
+}
+
+/// How many devices a stage has: one, unless the job says so.
+fn given_width(setting: &Setting, stage: usize) -> Result<usize> {
+    let Some(widths) = setting.given_widths() else { return Ok(1) };
+    let Some(&width) = widths.get(stage) else {
+        bail!("[pipeline] tensor_parallel: found {} widths, expected one for each stage", widths.len());
+    };
+    if !setting.widths().contains(&width) {
+        bail!("[pipeline] tensor_parallel: found {width}, expected one of {:?}", setting.widths());
+    }
+    Ok(width)
+}
+
+/// Why the job's own stages have no room for a single row.
+pub(super) fn lacking(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
+    let ends = answer::ends_block(pieces);
+    let case = setting.case(pieces, &setting.widths(), Balance::Roofline, 1);
+    let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+    let kv_tokens = setting.kv().needed(1, stages.len() as u64).unwrap_or(0);
+    let missing = stages.iter().map(|stage| problem.stage_missing_bytes(stage, kv_tokens));
+    let hint = "hint: spanwise plan finds stages that fit, or says what would";
+    match missing.enumerate().find(|(_, bytes)| *bytes > 0) {
+        Some((stage, bytes)) => {
+            let gigabytes = bytes as f64 / 1e9;
+            format!("[pipeline] stages: stage {stage} lacks {gigabytes:.1} GB on each of its devices\n{hint}")
+        }
+        None => format!("[plan] tokens_in_flight: fewer than one row in each micro-batch needs\n{hint}"),
+    }
+}
+
+/// The scheduler's options for a layout, rows of up to `context_tokens`, and the most tokens of a row's output.
+///
+/// # Errors
+/// Where no page, or no prompt, has room.
+pub(super) fn options(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    layout: &Layout,
+    context_tokens: usize,
+) -> Result<(Options, u32)> {
+    let rows = layout.case.rows;
+    let num_stages = layout.stages.len();
+    let max_sequences = (rows * in_flight(num_stages as u64)) as usize;
+    // More pages than all sequences could fill would only take memory here.
+    let fillable = max_sequences.saturating_mul(context_tokens.div_ceil(PAGE_TOKENS));
+    let room = answer::kv_tokens(layout, &answer::ends_block(pieces)).unwrap_or(u64::MAX);
+    let num_pages = fillable.min((room / PAGE_TOKENS as u64) as usize);
+    let prompt_tokens = setting.mix.prompt_tokens as usize;
+    let cache_tokens = num_pages * PAGE_TOKENS;
+    if cache_tokens < prompt_tokens {
+        bail!("the fullest stage has room for {cache_tokens} tokens of KV, a prompt has {prompt_tokens}");
+    }
+    // The last token of a row is never computed.
+    let max_tokens = (context_tokens - prompt_tokens).min(cache_tokens - prompt_tokens + 1);
+    let options = Options {
+        num_stages,
+        micro_batch_tokens: setting.mix.load(rows).tokens().ceil() as usize,
+        max_sequences,
+        num_pages,
+        page_tokens: PAGE_TOKENS,
+        context_tokens,
+        efficient_tokens: CPU_EFFICIENT_TOKENS,
+    };
+    Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
+}
+
+/// The layout as a simulation takes it.
+pub(super) fn simulation<'a>(
+    setting: &'a Setting,
+    pieces: &[PieceShape],
+    layout: &Layout,
+    options: Options,
+    max_tokens: u32,
+) -> Simulation<'a> {
+    let stages = layout.stages.iter().map(|stage| virtual_stage(setting, pieces, stage)).collect();
+    let window = window(options.max_sequences);
+    Simulation { options, stages, window, max_tokens }
+}
+
+fn virtual_stage<'a>(setting: &'a Setting, pieces: &[PieceShape], stage: &PlannedStage) -> VirtualStage<'a> {
+    let kind = setting.kind_of_each()[stage.devices.start];
+    let estimator = setting.estimator(setting.kinds()[kind], Balance::Roofline);
+    let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), stage.devices.len());
+    let links = setting.links_after(stage.devices.end - 1);
+    // As the planner has it: nothing is charged for tokens on their way back, and twice the bytes for a cut FFN.
+    let (is_last, is_cut) = (stage.pieces.end == pieces.len(), !pieces[stage.pieces.end - 1].ends_block);
+    let bytes_per_token = hop_bytes(setting.config.dims, 1.0) * if is_cut { 2.0 } else { 1.0 };
+    let hop = move |load: Load| match is_last {
+        true => 0.0,
+        false => hop_seconds(links, load.tokens() * bytes_per_token),
+    };
+    VirtualStage { seconds: Box::new(move |load| seconds.of(load)), hop_seconds: Box::new(hop) }
+}

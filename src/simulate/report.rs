@@ -1,0 +1,206 @@
+//! A simulated job as programs read it. Stable; docs/simulate.md says what each key is.
+
+use std::time::Duration;
+
+use scheduler::{Options, Problem, Share, Simulated, Timeline, Waits};
+use serde::Serialize;
+use stages::cost::PieceShape;
+
+use super::lengths::{LengthDraw, SIGMA};
+use crate::cli::LengthsArg;
+use crate::plan::answer::{self, Layout};
+use crate::plan::report::device_names;
+use crate::plan::setting::Setting;
+
+/// A whole simulation.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) devices: String,
+    pub(super) dtype: &'static str,
+    pub(super) kv_cache_dtype: &'static str,
+    /// Always true: nothing was measured.
+    pub(super) estimate: bool,
+    pub(super) lengths: LengthsPart,
+    pub(super) pipeline: PipelinePart,
+    pub(super) rows: u64,
+    pub(super) prompt_tokens: u64,
+    pub(super) generated_tokens: u64,
+    pub(super) micro_batches: u64,
+    pub(super) wall_seconds: f64,
+    pub(super) wall_ns: u64,
+    pub(super) tokens_per_second: f64,
+    pub(super) plan: PlanPart,
+    pub(super) preemptions: u64,
+    pub(super) recomputed_tokens: u64,
+    pub(super) kv: KvPart,
+    pub(super) tail_ns: u64,
+    pub(super) stages: Vec<StagePart>,
+    pub(super) timeline: TimelinePart,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct LengthsPart {
+    pub(super) distribution: &'static str,
+    pub(super) sigma: Option<f64>,
+    pub(super) seed: u64,
+    pub(super) prompt_tokens: u32,
+    pub(super) output_tokens: u32,
+    pub(super) max_tokens: u32,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct PipelinePart {
+    pub(super) micro_batch_rows: u64,
+    pub(super) micro_batch_tokens: usize,
+    pub(super) max_sequences: usize,
+    pub(super) window: usize,
+    pub(super) num_pages: usize,
+    pub(super) page_tokens: usize,
+}
+
+/// What the plan says of the same layout.
+#[derive(Debug, Serialize)]
+pub(super) struct PlanPart {
+    pub(super) tokens_per_second: f64,
+    /// Simulated over planned.
+    pub(super) ratio: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct KvPart {
+    pub(super) mean: f64,
+    pub(super) most: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct StagePart {
+    pub(super) blocks: [usize; 2],
+    pub(super) devices: Vec<String>,
+    /// Share of its time that it would be busy by the plan.
+    pub(super) planned_busy: f64,
+    pub(super) busy_ns: u64,
+    pub(super) starved_ns: u64,
+    pub(super) kv_limited_ns: u64,
+    pub(super) tail_ns: u64,
+    pub(super) idle_ns: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct TimelinePart {
+    pub(super) bin_seconds: f64,
+    pub(super) stages: Vec<Vec<SharePart>>,
+    pub(super) kv: Vec<f64>,
+    pub(super) running: Vec<f64>,
+    pub(super) tokens: Vec<f64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct SharePart {
+    busy: f64,
+    starved: f64,
+    kv_limited: f64,
+    tail: f64,
+    idle: f64,
+}
+
+/// What a report is made of.
+pub(super) struct Played<'a> {
+    pub(super) setting: &'a Setting,
+    pub(super) pieces: &'a [PieceShape],
+    pub(super) layout: &'a Layout,
+    pub(super) options: &'a Options,
+    pub(super) window: usize,
+    pub(super) max_tokens: u32,
+    pub(super) draw: LengthDraw,
+    pub(super) simulated: Simulated,
+}
+
+impl Report {
+    pub(super) fn of(played: Played<'_>) -> Self {
+        let stages = stages(&played);
+        let Played { setting, layout, options, window, max_tokens, draw, simulated, .. } = played;
+        let tokens_per_second = simulated.tokens_per_second();
+        Report {
+            devices: setting.devices.to_string(),
+            dtype: setting.types.weights.name(),
+            kv_cache_dtype: setting.types.kv.name(),
+            estimate: true,
+            lengths: LengthsPart {
+                distribution: match draw.distribution {
+                    LengthsArg::Fixed => "fixed",
+                    LengthsArg::Exponential => "exponential",
+                    LengthsArg::Lognormal => "lognormal",
+                },
+                sigma: (draw.distribution == LengthsArg::Lognormal).then_some(SIGMA),
+                seed: draw.seed,
+                prompt_tokens: draw.prompt_tokens,
+                output_tokens: draw.output_tokens,
+                max_tokens,
+            },
+            pipeline: PipelinePart {
+                micro_batch_rows: layout.case.rows,
+                micro_batch_tokens: options.micro_batch_tokens,
+                max_sequences: options.max_sequences,
+                window,
+                num_pages: options.num_pages,
+                page_tokens: options.page_tokens,
+            },
+            rows: simulated.rows,
+            prompt_tokens: simulated.prompt_tokens,
+            generated_tokens: simulated.generated_tokens,
+            micro_batches: simulated.micro_batches,
+            wall_seconds: simulated.wall.as_secs_f64(),
+            wall_ns: ns(simulated.wall),
+            tokens_per_second,
+            plan: PlanPart {
+                tokens_per_second: layout.tokens_per_second,
+                ratio: tokens_per_second / layout.tokens_per_second,
+            },
+            preemptions: simulated.stats.preemptions,
+            recomputed_tokens: simulated.stats.recomputed_tokens,
+            kv: KvPart { mean: simulated.kv, most: simulated.kv_most },
+            tail_ns: ns(simulated.tail),
+            stages,
+            timeline: TimelinePart::of(simulated.timeline),
+        }
+    }
+}
+
+fn stages(played: &Played<'_>) -> Vec<StagePart> {
+    let Played { setting, pieces, layout, simulated, .. } = played;
+    let ends = answer::ends_block(pieces);
+    let problem: Problem<'_> = layout.problem(&ends);
+    let bottleneck = problem.bottleneck(&layout.stages);
+    (layout.stages.iter().zip(&simulated.stages))
+        .map(|(stage, waits)| {
+            let Waits { busy, starved, kv_limited, tail, idle } = *waits;
+            StagePart {
+                blocks: [pieces[stage.pieces.start].block, pieces[stage.pieces.end - 1].block + 1],
+                devices: device_names(setting, stage.devices.clone()),
+                planned_busy: (problem.stage_seconds(stage) - problem.hop_seconds(stage)) / bottleneck,
+                busy_ns: ns(busy),
+                starved_ns: ns(starved),
+                kv_limited_ns: ns(kv_limited),
+                tail_ns: ns(tail),
+                idle_ns: ns(idle),
+            }
+        })
+        .collect()
+}
+
+impl TimelinePart {
+    fn of(timeline: Timeline) -> Self {
+        let Timeline { bin_seconds, stages, kv, running, tokens } = timeline;
+        let share = |share: Share| {
+            let Share { busy, starved, kv_limited, tail, idle } = share;
+            SharePart { busy, starved, kv_limited, tail, idle }
+        };
+        let stages = stages.into_iter().map(|bins| bins.into_iter().map(share).collect()).collect();
+        TimelinePart { bin_seconds, stages, kv, running, tokens }
+    }
+}
+
+/// Whole nanoseconds: 584 years of them fit.
+fn ns(time: Duration) -> u64 {
+    time.as_nanos() as u64
+}

@@ -130,9 +130,19 @@ mod tests {
 
     #[test]
     fn steps_that_touch_do_not_overlap_after_rounding() {
-        let third = 1.0 / 3.0;
-        let (first, second) =
-            (nanoseconds(third) - nanoseconds(0.0), nanoseconds(2.0 * third) - nanoseconds(third));
-        assert_eq!(first + second, nanoseconds(2.0 * third));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.json");
+        let mut trace = TraceWriter::create(&path, &["only".to_owned()]).unwrap();
+        // Starts and lengths rounded each for itself would overlap in every third step or so.
+        for step in 0..100 {
+            trace.step(0, f64::from(step) * 0.7e-9, f64::from(step + 1) * 0.7e-9, 0, 1, 1).unwrap();
+        }
+        trace.finish().unwrap();
+        let steps = read(&path);
+        let ns = |event: &Value, key: &str| (event[key].as_f64().unwrap() * 1e3).round() as u64;
+        let steps: Vec<&Value> = steps.iter().filter(|event| event["ph"] == "X").collect();
+        for pair in steps.windows(2) {
+            assert_eq!(ns(pair[0], "ts") + ns(pair[0], "dur"), ns(pair[1], "ts"));
+        }
     }
 }

@@ -98,7 +98,8 @@ fn a_long_job_of_equal_rows_comes_near_to_its_plan() {
 #[test]
 fn the_job_s_own_stages_are_played_or_refused_in_words() {
     let cut = |blocks: &str| format!("{SMALL} --set pipeline.stages={blocks}");
-    let report = json(ULTRA, &cut("[[0,30],[30,55],[55,68],[68,81]]"));
+    let four = cut("[[0,30],[30,55],[55,68],[68,81]]");
+    let report = json(ULTRA, &format!("{four} --set pipeline.tensor_parallel=[2,2,2,2]"));
     let blocks: Vec<String> =
         list(&report, "stages").iter().map(|stage| stage["blocks"].to_string()).collect();
     assert_eq!(blocks, ["[0,30]", "[30,55]", "[55,68]", "[68,81]"]);

@@ -87,7 +87,6 @@ pub(crate) fn load(args: &SettingArgs) -> Result<JobFile> {
 /// # Errors
 /// A model or list of devices that is wrong, or a job without a `[plan]`.
 pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Result<Setting> {
-    let config = ModelConfig::read(&job.model.path).context("load model")?;
     let Some(plan) = &job.plan else {
         bail!(
             "no [plan] in {}\nhint: add one with prompt_tokens and output_tokens, lengths are not taken from the \
@@ -95,6 +94,7 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
             args.job.display()
         );
     };
+    let config = ModelConfig::read(&job.model.path).context("load model")?;
     let longest = job.model.max_context_tokens.unwrap_or(config.max_position_embeddings);
     let tokens = plan.prompt_tokens.saturating_add(plan.output_tokens);
     if tokens > longest {

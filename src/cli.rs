@@ -1,5 +1,6 @@
 //! What can be typed.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -194,7 +195,7 @@ pub(crate) struct PlanArgs {
 /// What plans are made for.
 #[derive(Debug, Args)]
 pub(crate) struct SettingArgs {
-    /// The job file; it needs its `[plan]` and may lack its `[job]`
+    /// The job file; with the lengths of `[plan]` it may lack its `[job]`
     #[arg(value_name = "JOB.toml")]
     pub(crate) job: PathBuf,
     /// Devices in the order of the pipeline, such as 8xh200 or 4xh100-80gb,2xh200
@@ -206,6 +207,9 @@ pub(crate) struct SettingArgs {
     /// Number type of weights; keys and values are fp8 beside fp8 and fp4
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<PlanDtype>,
+    /// Tokenize each N-th row of the input only, which stands for those between; all lines are read
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub(crate) sample: NonZeroU64,
     /// Override a key of the job file; a value that is not TOML is taken as a text
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub(crate) sets: Vec<String>,

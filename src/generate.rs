@@ -35,7 +35,7 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let options = lower::pipeline(&files, &settings, &model.config, &machine::detect())?;
 
-    let text = run::open_text(&files, &model, run::unix_seconds())?;
+    let text = run::open_text(&files, &model.config, run::unix_seconds())?;
     let tokenizer = text.tokenizer().cloned().ok_or_else(|| {
         anyhow!("{} has no tokenizer.json; a job may send token ids: see spanwise run", files.path.display())
     })?;

@@ -183,7 +183,8 @@ fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     }
 }
 
-fn context_tokens(model: &configs::Model, config: &ModelConfig) -> Result<usize> {
+/// Tokens of the longest prompt and completion together.
+pub(crate) fn context_tokens(model: &configs::Model, config: &ModelConfig) -> Result<usize> {
     let longest = config.max_position_embeddings;
     let context = model.max_context_tokens.unwrap_or(longest);
     if context > longest {

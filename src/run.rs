@@ -14,7 +14,7 @@ use jobs::{
     Settings, Status, Timings, TokenTotals,
 };
 use serde_json::json;
-use stages::{Device, Model};
+use stages::{Device, Model, ModelConfig};
 
 use crate::cli::{ProgressKind, RunArgs};
 use crate::interrupt::{self, Interrupt};
@@ -158,21 +158,8 @@ fn open_files(
     let folder = OutputFolder::open(&job.job.output, how.start == Start::Fresh)?;
     let folder = if how.start == Start::Retry { folder.for_retry() } else { folder };
     let began_at = folder.unix_seconds()?.unwrap_or_else(unix_seconds);
-    let text = open_text(&job.model, model, began_at)?;
-    let prompt = job
-        .prompt
-        .as_ref()
-        .map(|prompt| PromptOptions { system: prompt.system.clone(), user: prompt.user.clone() });
-    let options = RowOptions {
-        model_identity: model.identity.clone(),
-        prompt,
-        grader: job.grade.as_ref().map(|grade| match grade.kind {
-            configs::Grader::Boxed => Grader::Boxed,
-        }),
-        sampling: sampling(job),
-        seed: job.job.seed,
-        max_context_tokens: u32::try_from(context_tokens).context("the context is too long")?,
-    };
+    let text = open_text(&job.model, &model.config, began_at)?;
+    let options = row_options(job, model.identity.clone(), context_tokens)?;
     let preparer = Preparer::new(Arc::clone(&text), options)?;
     let settings = preparer.settings().with_numerics(numeric_profile);
     let reader = Reader::open(&job.job.input, preparer, how.limit)?;
@@ -180,11 +167,37 @@ fn open_files(
     Ok(Files { text, reader, folder, settings, created: began_at })
 }
 
+/// What a job says about all its rows.
+pub(crate) fn row_options(
+    job: &JobFile,
+    model_identity: String,
+    context_tokens: usize,
+) -> Result<RowOptions> {
+    let prompt = job
+        .prompt
+        .as_ref()
+        .map(|prompt| PromptOptions { system: prompt.system.clone(), user: prompt.user.clone() });
+    Ok(RowOptions {
+        model_identity,
+        prompt,
+        grader: job.grade.as_ref().map(|grade| match grade.kind {
+            configs::Grader::Boxed => Grader::Boxed,
+        }),
+        sampling: sampling(job),
+        seed: job.job.seed,
+        max_context_tokens: u32::try_from(context_tokens).context("the context is too long")?,
+    })
+}
+
 /// The textual side of a model, as of a moment in Unix seconds.
-pub(crate) fn open_text(files: &configs::Model, model: &Model, unix_seconds: u64) -> Result<Arc<ModelText>> {
+pub(crate) fn open_text(
+    files: &configs::Model,
+    config: &ModelConfig,
+    unix_seconds: u64,
+) -> Result<Arc<ModelText>> {
     let options = ModelTextOptions {
-        vocab_size: model.config.dims.vocab,
-        eos_token_ids: model.config.eos_token_ids.clone(),
+        vocab_size: config.dims.vocab,
+        eos_token_ids: config.eos_token_ids.clone(),
         unix_seconds,
     };
     Ok(Arc::new(ModelText::open(&files.path, &options)?))

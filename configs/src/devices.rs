@@ -212,6 +212,17 @@ impl DeviceList {
         Self(runs)
     }
 
+    /// The first of `count` groups, where the list is made of so many that are alike, one after the other.
+    pub fn group(&self, count: usize) -> Option<Self> {
+        let names: Vec<&str> =
+            self.0.iter().flat_map(|(count, name)| std::iter::repeat_n(name.as_str(), *count)).collect();
+        let size = names.len() / count;
+        let is_alike =
+            names.len().is_multiple_of(count) && (size..names.len()).all(|i| names[i] == names[i - size]);
+        let runs = names[..size].chunk_by(|one, next| one == next);
+        is_alike.then(|| Self(runs.map(|run| (run.len(), run[0].to_owned())).collect()))
+    }
+
     /// `count` devices of one kind.
     pub fn of(count: usize, name: &str) -> Self {
         Self(vec![(count, name.to_owned())])
@@ -289,6 +300,19 @@ mod tests {
         for wrong in ["", "8 h200", "0xh200", "8x", "h200,,h200", "2000xh200", "99999999999999999999xh200"] {
             assert!(wrong.parse::<DeviceList>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn groups_are_alike_and_in_order() {
+        let group = |list: &str, count| {
+            list.parse::<DeviceList>().unwrap().group(count).map(|group| group.to_string())
+        };
+        assert_eq!(group("8xh200", 4).unwrap(), "2xh200");
+        assert_eq!(group("2xh200,1xl40s,2xh200,1xl40s", 2).unwrap(), "2xh200,1xl40s");
+        assert_eq!(group("2xh200,2xh200", 4).unwrap(), "1xh200");
+        assert_eq!(group("4xh200,2xl40s", 1).unwrap(), "4xh200,2xl40s");
+        assert_eq!(group("4xh200,4xl40s", 2), None);
+        assert_eq!(group("8xh200", 3), None);
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub struct JobFile {
     /// Grading, for rows that bring their answers along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grade: Option<Grade>,
-    /// What `spanwise plan` takes in the place of the rows.
+    /// What `spanwise plan` takes in the place of the rows and of the pipeline's devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan: Option<Plan>,
 }
@@ -215,19 +215,20 @@ impl Default for Grade {
     }
 }
 
-/// `[plan]`: what is planned for where there is no input to look at. `spanwise run` does not read it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// `[plan]`: what is planned for, where it is not the input's rows on the pipeline's devices. `spanwise run` does not
+/// read it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plan {
     /// Devices in the order of the pipeline, such as `8xh100-80gb`; those of `[pipeline]` when not set.
     #[serde(deserialize_with = "read::device_list", skip_serializing_if = "Option::is_none")]
     pub devices: Option<DeviceList>,
-    /// Tokens of a prompt, on average. Required where there is a `[plan]`.
-    #[serde(deserialize_with = "read::positive")]
-    pub prompt_tokens: usize,
-    /// Tokens generated for a prompt, on average. Required where there is a `[plan]`.
-    #[serde(deserialize_with = "read::positive")]
-    pub output_tokens: usize,
+    /// Tokens of a prompt, on average; those of the input's rows when not set.
+    #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens: Option<usize>,
+    /// Tokens generated for a prompt, on average; each row's `max_tokens` when not set.
+    #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
+    pub output_tokens: Option<usize>,
     /// Tokens of KV cache that every stage has room for; what is fastest when not set.
     #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
     pub tokens_in_flight: Option<usize>,
@@ -237,19 +238,6 @@ pub struct Plan {
     /// What an hour of one device costs, in the place of the price in `devices.toml`.
     #[serde(deserialize_with = "read::price", skip_serializing_if = "Option::is_none")]
     pub price_per_hour: Option<f64>,
-}
-
-impl Default for Plan {
-    fn default() -> Self {
-        Self {
-            devices: None,
-            prompt_tokens: 1,
-            output_tokens: 1,
-            tokens_in_flight: None,
-            rows: None,
-            price_per_hour: None,
-        }
-    }
 }
 
 fn path_as_text<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {

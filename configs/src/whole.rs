@@ -10,14 +10,12 @@ use crate::schema::JobFile;
 use crate::types::Stages;
 
 /// The keys without a default, each with an example.
-pub(crate) const REQUIRED: [(&str, &str, &str); 7] = [
+pub(crate) const REQUIRED: [(&str, &str, &str); 5] = [
     ("model", "path", "path = \"../models/smollm2-135m\""),
     ("job", "input", "input = \"questions.jsonl\""),
     ("job", "output", "output = \"out\""),
     ("prompt", "user", "user = \"Summarise: {{ text }}\""),
     ("grade", "kind", "kind = \"boxed\""),
-    ("plan", "prompt_tokens", "prompt_tokens = 1024"),
-    ("plan", "output_tokens", "output_tokens = 1024"),
 ];
 
 /// The sections that a job may lack.

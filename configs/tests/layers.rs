@@ -304,8 +304,8 @@ checkpoint_tokens = 256
 
 # [plan]
 # devices =  # not set
-# prompt_tokens =  # required
-# output_tokens =  # required
+# prompt_tokens =  # not set
+# output_tokens =  # not set
 # tokens_in_flight =  # not set
 # rows =  # not set
 # price_per_hour =  # not set

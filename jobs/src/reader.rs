@@ -5,6 +5,7 @@
 //! is not prepared again. What is remembered of the lines so far is 128 bits of the hash of each name, so
 //! that a repeated one is noticed, and most of that on disk (`digest_map`).
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -21,7 +22,7 @@ use crate::manifest::InputRecord;
 use crate::plain_row::{self, PromptTemplates};
 use crate::prepare::Preparer;
 use crate::prepared::{PreparedRow, RejectedRow, Row};
-use crate::raw_lines::RawLines;
+use crate::raw_lines::{RawLine, RawLines};
 use crate::row_keys::{KeyedLine, RowKeys};
 
 /// Longest line that is read as a row. Far beyond any context of a model, and little beside its weights.
@@ -35,6 +36,7 @@ pub struct Reader {
     earlier: EarlierRuns,
     rows: u64,
     limit: u64,
+    every: u64,
     is_ended: bool,
 }
 
@@ -48,6 +50,7 @@ impl Reader {
             earlier: EarlierRuns::default(),
             rows: 0,
             limit: limit.unwrap_or(u64::MAX),
+            every: 1,
             is_ended: false,
         })
     }
@@ -62,6 +65,12 @@ impl Reader {
         Reader { earlier, ..self }
     }
 
+    /// This reader handing out each `every`-th row only, from the first on, for a look at a job rather than its run: the
+    /// others are counted and not looked into, so that a name they repeat goes unnoticed.
+    pub fn sampled(self, every: NonZeroU64) -> Reader {
+        Reader { every: every.get(), ..self }
+    }
+
     /// What was read so far, for the manifest: of the whole file, once the iterator has ended without
     /// a limit.
     pub fn record(&self) -> InputRecord {
@@ -70,23 +79,19 @@ impl Reader {
         InputRecord { path, blake3: hash.to_hex().to_string(), bytes, rows: self.rows }
     }
 
+    /// How many rows, and how many of the file's bytes, were read so far.
+    pub fn position(&self) -> (u64, u64) {
+        (self.rows, self.lines.bytes())
+    }
+
     /// Whether the reading ended, or will, before the file does.
     pub fn is_limited(&self) -> bool {
         self.rows == self.limit
     }
 
     fn read(&mut self) -> Result<Option<Row>> {
-        if self.rows == self.limit {
-            return Ok(None);
-        }
-        let Some((line, raw)) = self.lines.next()? else {
-            self.earlier.input.is_ended.store(true, Relaxed);
-            return Ok(None);
-        };
-        let place = Place { index: self.rows, line };
-        self.rows += 1;
-        self.earlier.input.rows.store(self.rows, Relaxed);
-        self.earlier.input.bytes.store(self.lines.bytes(), Relaxed);
+        let Some((place, raw)) = self.next_line()? else { return Ok(None) };
+        let line = place.line;
         let (key, line) = self.keys.next(line, &raw)?;
         Ok(Some(match line {
             KeyedLine::Broken(error) => place.rejected(key, None, error),
@@ -102,6 +107,24 @@ impl Reader {
                 place.rejected(key, Some(custom_id), error)
             }
         }))
+    }
+
+    /// The next line to look into.
+    fn next_line(&mut self) -> Result<Option<(Place, RawLine)>> {
+        while self.rows < self.limit {
+            let Some((line, raw)) = self.lines.next()? else {
+                self.earlier.input.is_ended.store(true, Relaxed);
+                return Ok(None);
+            };
+            let place = Place { index: self.rows, line };
+            self.rows += 1;
+            self.earlier.input.rows.store(self.rows, Relaxed);
+            self.earlier.input.bytes.store(self.lines.bytes(), Relaxed);
+            if place.index.is_multiple_of(self.every) {
+                return Ok(Some((place, raw)));
+            }
+        }
+        Ok(None)
     }
 
     fn plain_row(&mut self, place: Place, key: RequestKey, row: Map<String, Value>) -> Result<Row> {

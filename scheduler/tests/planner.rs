@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use scheduler::{
-    Case, Extra, KvTokens, Piece, PlannedStage, Problem, RankCosts, StageDevice, best_layout, in_flight,
+    Case, Extra, KvTokens, Piece, PlannedStage, Problem, RankCosts, StageDevice, best_layout, faster_layout,
+    in_flight,
 };
 
 /// A sequence of numbers that is the same each time.
@@ -122,6 +123,7 @@ fn widths_of(draws: &mut Draws, num_pieces: usize) -> Vec<(usize, RankCosts)> {
     let (first, last) = (draws.below(6), draws.below(6));
     let (all_reduce, cut) = (draws.seconds(4), draws.seconds(3));
     let most = draws.index(3);
+    let is_tied = draws.below(2) == 0;
     [1, 2, 4][..=most]
         .iter()
         .map(|&width| {
@@ -132,7 +134,10 @@ fn widths_of(draws: &mut Draws, num_pieces: usize) -> Vec<(usize, RankCosts)> {
                 weight_bytes: share(piece.weight_bytes),
                 kv_bytes_per_token: share(piece.kv_bytes_per_token),
             });
-            (width, RankCosts::new(ranks, extra(first), extra(last)).with_cut(cut * (width - 1) as f64))
+            // Tied embeddings, as often as not.
+            let shared = if is_tied { extra(first).bytes.min(extra(last).bytes) } else { 0 };
+            let costs = RankCosts::new(ranks, extra(first), extra(last)).with_shared(shared);
+            (width, costs.with_cut(cut * (width - 1) as f64))
         })
         .collect()
 }
@@ -228,6 +233,30 @@ fn no_layout_of_10_000_small_cases_is_faster_than_the_planner_s() {
     );
 }
 
+/// What a search of several numbers of replicas asks for.
+#[test]
+fn only_a_layout_that_is_faster_is_found() {
+    let mut draws = Draws(2);
+    let mut found = 0;
+    for _ in 0..2_000 {
+        let question = Question::draw(&mut draws);
+        let most = question.most_rows_per_second();
+        let faster_than = |rows_per_second: f64| {
+            let Question { cases, ends_block, widths, kv } = &question;
+            faster_layout(cases, ends_block, widths.as_deref(), *kv, rows_per_second)
+        };
+        assert_eq!(faster_than(most * (1.0 + 1e-6)), None, "{question:?}");
+        // Free layouts take no time at all and are faster than any.
+        if most > 0.0 && most.is_finite() {
+            let choice = faster_than(most * (1.0 - 1e-6)).unwrap_or_else(|| panic!("{question:?}"));
+            let ours = question.cases[choice.case].rows as f64 / choice.bottleneck;
+            assert!((ours - most).abs() <= 1e-9 * most, "{ours} {most}: {question:?}");
+            found += 1;
+        }
+    }
+    assert!(found > 1_000, "{found}");
+}
+
 /// Equal devices without limits, one width, no hops.
 fn plain(seconds: &[f64], num_devices: usize, memory_bytes: u64) -> Question {
     let pieces = seconds.iter().map(|&seconds| Piece { seconds, weight_bytes: 1, kv_bytes_per_token: 0 });
@@ -271,4 +300,34 @@ fn memory_decides_where_time_would_not() {
 #[test]
 fn a_pipeline_keeps_one_micro_batch_more_than_stages_in_flight() {
     assert_eq!((in_flight(1), in_flight(2), in_flight(8)), (1, 3, 9));
+}
+
+/// Attention before and after blocks without: only the stages with keys and values are bound by them.
+#[test]
+fn a_stage_without_attention_needs_no_room_for_keys_and_values() {
+    let mut question = plain(&[1.0; 6], 3, 22);
+    let piece = |kv_bytes_per_token| Piece { seconds: 1.0, weight_bytes: 1, kv_bytes_per_token };
+    let pieces = [1, 1, 0, 0, 0, 0].map(piece);
+    question.cases[0].costs = vec![vec![(1, RankCosts::new(pieces, Extra::default(), Extra::default()))]];
+    question.kv = KvTokens::Wanted { tokens: 10, per_row: 2 };
+    let choice = best_layout(&question.cases, &question.ends_block, None, question.kv).unwrap();
+    check(&question, choice.case, &choice.stages);
+    assert_eq!(question.ends().unwrap(), [2, 4, 6]);
+    // Half the room: both blocks with attention part, and the others take what they leave.
+    question.cases[0].devices.iter_mut().for_each(|device| device.memory_bytes = 12);
+    assert_eq!(question.ends().unwrap(), [1, 3, 6]);
+}
+
+#[test]
+fn a_block_larger_than_any_device_fits_nowhere_unless_it_is_cut() {
+    let mut question = plain(&[1.0, 1.0, 1.0], 8, 5);
+    let piece = |weight_bytes| Piece { seconds: 1.0, weight_bytes, kv_bytes_per_token: 0 };
+    let costs = |bytes: &[u64]| {
+        let pieces: Vec<Piece> = bytes.iter().map(|bytes| piece(*bytes)).collect();
+        vec![vec![(1, RankCosts::new(pieces, Extra::default(), Extra::default()))]]
+    };
+    question.cases[0].costs = costs(&[1, 6, 1]);
+    assert_eq!(question.ends(), None);
+    (question.cases[0].costs, question.ends_block) = (costs(&[1, 3, 3, 1]), vec![true, false, true, true]);
+    assert_eq!(question.ends().unwrap().last(), Some(&4));
 }

@@ -104,8 +104,8 @@ impl<'a> Page<'a> {
             config.blocks.len(),
             config.num_slots,
             self.setting.types.kv.name(),
-            grouped(mix.prompt_tokens),
-            grouped(mix.output_tokens),
+            grouped(mix.prompt_tokens.round() as u64),
+            grouped(mix.output_tokens.round() as u64),
         )
     }
 

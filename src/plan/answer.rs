@@ -1,7 +1,8 @@
 //! The fastest layout for a setting, and the layouts of others beside it.
 
 use scheduler::{
-    Case, Choice, KvTokens, PlannedStage, Problem, RankCosts, best_layout, in_flight, least_bottleneck,
+    Case, Choice, KvTokens, PlannedStage, Problem, RankCosts, best_layout, faster_layout, in_flight,
+    least_bottleneck,
 };
 use stages::cost::{Balance, PieceShape};
 
@@ -20,6 +21,9 @@ pub(crate) struct Layout {
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) pieces: Vec<PieceShape>,
+    /// How often the plan is there, each on devices of its own; see [`Setting::replica`].
+    pub(crate) replicas: usize,
+    /// One of the replicas, with the tokens a second of all of them.
     pub(crate) plan: Layout,
     pub(crate) even_layout: Option<Layout>,
     /// One stage of all devices, and what to expect of it if it fits; nothing where devices are unlike.
@@ -40,42 +44,50 @@ impl Layout {
 pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
-    let plan = layout(setting, &pieces, None)?;
+    let (replicas, stages) = choose(setting, &pieces, &setting.replica_counts())?;
+    let replica = setting.replica(replicas);
+    let mut plan = expect(&replica, &pieces, &replica.widths(), stages)?;
+    plan.tokens_per_second *= replicas as f64;
     let even = even_split(setting, &pieces);
     let rows = plan.case.rows;
-    let balanced = setting.case(&pieces, &setting.widths(), setting.balance, rows);
+    let balanced = replica.case(&pieces, &replica.widths(), setting.balance, rows);
     let problem =
         Problem { devices: &balanced.devices, ends_block: &ends, costs: &balanced.costs, widths: None };
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
-        even_over_mean: problem.bottleneck_over_mean(&even),
+        even_over_mean: over_mean(setting, &pieces, &even, rows),
         even_layout: expect(setting, &pieces, &[1], even.clone()),
         uniform: uniform(setting, &pieces),
         blocks_only,
         blocks_only_even,
+        replicas,
         plan,
         pieces,
     })
 }
 
-/// The plan's layout alone, or what the job's own stages come to; none where that does not fit.
+/// The layout of one pipeline over all devices alone, or what the job's own stages come to; none where that does not
+/// fit.
 pub(crate) fn layout(
     setting: &Setting,
     pieces: &[PieceShape],
     given: Option<Vec<PlannedStage>>,
 ) -> Option<Layout> {
-    let stages = given.or_else(|| choose(setting, pieces).map(|choice| choice.stages))?;
-    expect(setting, pieces, &setting.widths(), stages)
+    let one = || choose(setting, pieces, &[1]).map(|(_, stages)| stages);
+    expect(setting, pieces, &setting.widths(), given.or_else(one)?)
 }
 
-/// Whether anything fits.
-pub(crate) fn fits(setting: &Setting) -> bool {
-    smallest(setting, 0).is_some()
+/// Whether anything fits on devices with so many more bytes each.
+pub(crate) fn fits(setting: &Setting, more_bytes: u64) -> bool {
+    let is_shared = setting.tokens_in_flight.is_some();
+    // Where a replica fits that has all its rows to itself, it also fits with the other devices idle.
+    let counts = setting.replica_counts().into_iter().take(if is_shared { usize::MAX } else { 1 });
+    counts.into_iter().any(|count| smallest(&setting.replica(count), more_bytes).is_some())
 }
 
 /// Any layout for micro-batches of one row, on devices with so many more bytes each.
-pub(crate) fn smallest(setting: &Setting, more_bytes: u64) -> Option<Choice> {
+fn smallest(setting: &Setting, more_bytes: u64) -> Option<Choice> {
     let pieces = setting.pieces();
     let mut case = setting.case(&pieces, &setting.widths(), setting.balance, 1);
     for device in &mut case.devices {
@@ -88,16 +100,39 @@ pub(crate) fn ends_block(pieces: &[PieceShape]) -> Vec<bool> {
     pieces.iter().map(|piece| piece.ends_block).collect()
 }
 
-/// The layout: by throughput, or where another cost is balanced the one with the least of it.
-fn choose(setting: &Setting, pieces: &[PieceShape]) -> Option<Choice> {
+/// The layout and how often it is there: by throughput, or where another cost is balanced the one with the least of
+/// it.
+fn choose(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    replica_counts: &[usize],
+) -> Option<(usize, Vec<PlannedStage>)> {
     match setting.balance {
-        Balance::Flops | Balance::Weights => smallest(setting, 0),
-        Balance::Roofline => {
-            let case = |rows| setting.case(pieces, &setting.widths(), Balance::Roofline, rows);
-            let cases: Vec<Case> = setting.micro_batches().into_iter().map(case).collect();
-            best_layout(&cases, &ends_block(pieces), setting.given_widths(), setting.kv())
+        Balance::Flops | Balance::Weights => Some((1, smallest(setting, 0)?.stages)),
+        Balance::Roofline => fastest(setting, pieces, replica_counts),
+    }
+}
+
+/// The fastest layout of any number of replicas; of equally fast ones the fewest.
+fn fastest(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    replica_counts: &[usize],
+) -> Option<(usize, Vec<PlannedStage>)> {
+    let ends = ends_block(pieces);
+    let (mut best, mut rows_per_second) = (None, 0.0);
+    for &count in replica_counts {
+        let replica = setting.replica(count);
+        let case = |rows| replica.case(pieces, &replica.widths(), Balance::Roofline, rows);
+        let cases: Vec<Case> = replica.micro_batches().into_iter().map(case).collect();
+        let so_far = rows_per_second / count as f64;
+        let choice = faster_layout(&cases, &ends, setting.given_widths(), replica.kv(), so_far);
+        if let Some(choice) = choice {
+            rows_per_second = cases[choice.case].rows as f64 / choice.bottleneck * count as f64;
+            best = Some((count, choice.stages));
         }
     }
+    best
 }
 
 /// What to expect of a layout: with the largest micro-batch that its fullest stage has room for. Time a row never
@@ -174,6 +209,14 @@ pub(crate) fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<Planne
         start = end;
     }
     stages
+}
+
+/// The slowest device over the mean, in what is balanced, for stages on all devices.
+fn over_mean(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage], rows: u64) -> f64 {
+    let case = setting.case(pieces, &[1], setting.balance, rows);
+    let ends = ends_block(pieces);
+    let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+    problem.bottleneck_over_mean(stages)
 }
 
 fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<Layout>)> {

@@ -35,7 +35,7 @@ pub(crate) fn missing(setting: &Setting) -> Missing {
     // No device needs more than the whole model with everything in flight.
     let most =
         needed.saturating_add(setting.tokens_in_flight.unwrap_or(0).saturating_mul(1 << 20)) + (1 << 40);
-    let bytes_per_device = least(0, most, |bytes| answer::smallest(setting, bytes).is_some());
+    let bytes_per_device = least(0, most, |bytes| answer::fits(setting, bytes));
     let mut nearest = vec![];
     nearest.extend(fewer_tokens(setting).map(Nearest::TokensInFlight));
     nearest.extend(narrower(setting).map(Nearest::Dtype));
@@ -56,8 +56,9 @@ fn least(mut no: u64, mut yes: u64, is_enough: impl Fn(u64) -> bool) -> u64 {
 /// The most tokens in flight that there is room for, where more were asked for.
 fn fewer_tokens(setting: &Setting) -> Option<u64> {
     let wanted = setting.tokens_in_flight?;
-    let is_too_many = |tokens| !answer::fits(&Setting { tokens_in_flight: Some(tokens), ..setting.clone() });
-    let fewest = setting.mix.kv_tokens_per_row();
+    let is_too_many =
+        |tokens| !answer::fits(&Setting { tokens_in_flight: Some(tokens), ..setting.clone() }, 0);
+    let fewest = setting.mix.kv_tokens_per_row;
     (fewest < wanted && !is_too_many(fewest)).then(|| least(fewest, wanted, is_too_many) - 1)
 }
 
@@ -72,7 +73,7 @@ fn narrower(setting: &Setting) -> Option<&'static str> {
             NumberType::Fp8 | NumberType::Fp4 => NumberType::Fp8,
             other => **other,
         };
-        answer::fits(&narrow)
+        answer::fits(&narrow, 0)
     });
     fitting.map(|weights| weights.name())
 }
@@ -82,5 +83,5 @@ fn more_devices(setting: &Setting) -> Option<DeviceList> {
     let most = setting.devices.num_devices() * MOST_TIMES;
     (1..=most)
         .map(|more| setting.devices.with_more(more))
-        .find(|devices| answer::fits(&setting.on(devices.clone())))
+        .find(|devices| answer::fits(&setting.on(devices.clone()), 0))
 }

@@ -1,12 +1,15 @@
 //! `spanwise plan`: which blocks go on which devices, and what to expect of it. An estimate, by rooflines.
 
 pub(crate) mod answer;
+mod input;
+mod lengths;
 mod missing;
 pub(crate) mod report;
 pub(crate) mod setting;
 pub(crate) mod table;
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use configs::{DeviceCatalog, DeviceList, JobFile, Purpose, Stages};
@@ -16,7 +19,8 @@ use stages::cost::{Balance, NumberType, NumberTypes};
 use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype, SettingArgs};
 use crate::picture;
-use crate::plan::setting::{Mix, Setting};
+use crate::plan::input::Work;
+use crate::plan::setting::Setting;
 
 /// What a core of the machine itself is called in `devices.toml`.
 const CPU_CORE: &str = "cpu-core";
@@ -85,21 +89,10 @@ pub(crate) fn load(args: &SettingArgs) -> Result<JobFile> {
 /// What is planned for a job.
 ///
 /// # Errors
-/// A model or list of devices that is wrong, or a job without a `[plan]`.
+/// A model or list of devices that is wrong; lengths that are neither given nor to be had from an input.
 pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Result<Setting> {
-    let Some(plan) = &job.plan else {
-        bail!(
-            "no [plan] in {}\nhint: add one with prompt_tokens and output_tokens, lengths are not taken from the \
-             input yet",
-            args.job.display()
-        );
-    };
+    let plan = job.plan.clone().unwrap_or_default();
     let config = ModelConfig::read(&job.model.path).context("load model")?;
-    let longest = job.model.max_context_tokens.unwrap_or(config.max_position_embeddings);
-    let tokens = plan.prompt_tokens.saturating_add(plan.output_tokens);
-    if tokens > longest {
-        bail!("[plan] prompt_tokens and output_tokens: found {tokens} together, the context is {longest}");
-    }
     let catalog = match &args.devices_file {
         Some(path) => DeviceCatalog::read(path)?,
         None => DeviceCatalog::shipped(),
@@ -108,20 +101,21 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
         (Some(list), _) | (None, Some(list)) => list.clone(),
         (None, None) => DeviceList::of(job.pipeline.devices.len(), CPU_CORE),
     };
-    let setting = Setting {
+    setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
+    let work = Work::of(job, &config, args.sample)?;
+    Ok(Setting {
         config,
         catalog: catalog.with_price(plan.price_per_hour),
         devices,
         types: number_types(args.dtype, job),
-        mix: Mix { prompt_tokens: plan.prompt_tokens as u64, output_tokens: plan.output_tokens as u64 },
+        mix: work.lengths.mix().context("nothing is generated")?,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
-        rows: plan.rows.map(|rows| rows as u64),
+        rows: work.sequences(),
+        work: Arc::new(work),
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         column_cuts: job.pipeline.column_cuts,
         balance,
-    };
-    setting.check()?;
-    Ok(setting)
+    })
 }
 
 /// `--dtype`, or the job's own; keys and values follow narrow weights unless the job names their type.

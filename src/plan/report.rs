@@ -43,6 +43,8 @@ pub(crate) struct ModelPart {
 /// What there is to say of a layout that fits.
 #[derive(Debug, Serialize)]
 pub(crate) struct Found {
+    /// How often all stages are there; what follows up to the tokens in flight is of the first.
+    pub(crate) replicas: usize,
     pub(crate) stages: Vec<StagePart>,
     pub(crate) micro_batch_rows: u64,
     pub(crate) tokens_in_flight: u64,
@@ -123,10 +125,38 @@ pub(crate) struct UniformTp {
 #[derive(Debug, Serialize)]
 pub(crate) struct JobPart {
     pub(crate) rows: Option<u64>,
+    /// Of these: lines that are no request.
+    pub(crate) rows_refused: Option<u64>,
+    /// Of these: longer than the context, or than the fullest stage has room for.
+    pub(crate) rows_that_cannot_fit: Option<u64>,
+    /// Rows of the input whose lengths are known, refused ones counted.
+    pub(crate) rows_looked_at: Option<u64>,
+    pub(crate) prompt_tokens: PromptPart,
+    /// What says how long outputs are: `plan`, or `max_tokens`, an upper bound.
+    pub(crate) output_lengths: &'static str,
+    pub(crate) output_tokens: f64,
+    /// Of all rows that are run.
+    pub(crate) tokens: Option<TokensPart>,
     pub(crate) hours: Option<f64>,
     pub(crate) device_hours: Option<f64>,
     pub(crate) cost: Option<f64>,
     pub(crate) interval: Interval,
+}
+
+/// Tokens of the prompts.
+#[derive(Debug, Serialize)]
+pub(crate) struct PromptPart {
+    pub(crate) mean: f64,
+    pub(crate) p50: u64,
+    pub(crate) p95: u64,
+    pub(crate) max: u64,
+}
+
+/// Tokens in all.
+#[derive(Debug, Serialize)]
+pub(crate) struct TokensPart {
+    pub(crate) prompt: u64,
+    pub(crate) output: u64,
 }
 
 /// From the estimate to what engines have been seen to fall short of it.
@@ -172,8 +202,11 @@ impl Report {
 impl Found {
     fn of(setting: &Setting, answer: &Answer) -> Self {
         let plan = &answer.plan;
+        let replica = &setting.replica(answer.replicas);
         let ends = answer::ends_block(&answer.pieces);
-        let stages = plan.stages.iter().map(|stage| StagePart::of(setting, answer, &ends, stage)).collect();
+        let stages: Vec<StagePart> =
+            plan.stages.iter().map(|stage| StagePart::of(replica, answer, &ends, stage)).collect();
+        let room = stages.iter().filter_map(|stage| stage.kv_tokens).min().unwrap_or(u64::MAX);
         let speed = plan.tokens_per_second;
         let beside = |layout: &Option<Layout>| {
             let other = layout.as_ref().map(|layout| layout.tokens_per_second);
@@ -185,9 +218,10 @@ impl Found {
             UniformTp { tensor_parallel: *ranks, fits: layout.is_some(), tokens_per_second, ratio }
         });
         Found {
+            replicas: answer.replicas,
             stages,
             micro_batch_rows: plan.case.rows,
-            tokens_in_flight: answer::tokens_in_flight(setting, plan),
+            tokens_in_flight: answer::tokens_in_flight(replica, plan),
             tokens_per_second: speed,
             bottleneck_over_mean: answer.bottleneck_over_mean,
             bubble: 1.0 - 1.0 / plan.problem(&ends).bottleneck_over_mean(&plan.stages),
@@ -202,7 +236,7 @@ impl Found {
                 ratio: even_ratio,
             },
             uniform_tp,
-            job: JobPart::of(setting, speed),
+            job: JobPart::of(setting, room, speed),
         }
     }
 }
@@ -311,16 +345,39 @@ fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedS
 }
 
 impl JobPart {
-    fn of(setting: &Setting, tokens_per_second: f64) -> Self {
-        let hours = (setting.rows)
-            .map(|rows| rows as f64 * setting.mix.output_tokens as f64 / tokens_per_second / 3600.0);
+    /// The job on stages of which the fullest has room for so many tokens.
+    fn of(setting: &Setting, room: u64, tokens_per_second: f64) -> Self {
+        let work = &setting.work;
+        let lengths = &work.lengths;
+        let in_all = |tokens: f64| setting.rows.map(|rows| rows as f64 * tokens);
+        let (prompt, output) = (in_all(setting.mix.prompt_tokens), in_all(setting.mix.output_tokens));
+        let hours = output.map(|output| output / tokens_per_second / 3600.0);
         let prices: Option<Vec<f64>> =
             (setting.kind_of_each().iter()).map(|kind| setting.kinds()[*kind].price_per_hour).collect();
         let price = prices.map(|prices| prices.iter().sum::<f64>());
         let cost = hours.zip(price).map(|(hours, price)| hours * price);
         let interval = |least: Option<f64>| least.map(|least| [least, least * LONGEST]);
         JobPart {
-            rows: setting.rows,
+            rows: work.rows,
+            rows_refused: work.read.and_then(|read| work.of_all(read.refused)),
+            rows_that_cannot_fit: (work.read)
+                .and_then(|read| work.of_all(read.too_long + lengths.longer_than(room))),
+            rows_looked_at: work.read.map(|read| read.looked_at),
+            prompt_tokens: PromptPart {
+                mean: setting.mix.prompt_tokens,
+                p50: lengths.prompt_quantile(0.5),
+                p95: lengths.prompt_quantile(0.95),
+                max: lengths.prompt_quantile(1.0),
+            },
+            output_lengths: match work.read {
+                Some(read) if !read.is_output_given => "max_tokens",
+                Some(_) | None => "plan",
+            },
+            output_tokens: setting.mix.output_tokens,
+            tokens: prompt.zip(output).map(|(prompt, output)| TokensPart {
+                prompt: prompt.round() as u64,
+                output: output.round() as u64,
+            }),
             hours,
             device_hours: hours.map(|hours| hours * setting.devices.num_devices() as f64),
             cost,

@@ -1,5 +1,7 @@
 //! What is planned: a model on devices for rows of given lengths, and the planner's problem made of it.
 
+use std::sync::Arc;
+
 use anyhow::{Result, bail};
 use configs::{ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, TENSOR_PARALLEL_WIDTHS, TensorParallel};
 use scheduler::{Case, Costs, KvTokens, StageDevice};
@@ -9,11 +11,21 @@ use stages::cost::{
     hop_bytes, pieces,
 };
 
-/// Lengths of the job's rows, on average.
+use crate::plan::input::Work;
+
+/// What the job's rows ask, on average.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Mix {
-    pub(crate) prompt_tokens: u64,
-    pub(crate) output_tokens: u64,
+    /// Of a sequence.
+    pub(crate) prompt_tokens: f64,
+    /// Of a sequence, above 0.
+    pub(crate) output_tokens: f64,
+    /// Positions that a decode token attends to: over all decode tokens, so that long outputs count for more.
+    pub(crate) decode_context: f64,
+    /// Positions that a prompt's token attends to, over all of these.
+    pub(crate) prefill_context: f64,
+    /// Keys and values that a row keeps, in tokens, weighted by the time that rows are in flight.
+    pub(crate) kv_tokens_per_row: u64,
 }
 
 /// Everything that a plan depends on.
@@ -25,7 +37,10 @@ pub(crate) struct Setting {
     pub(crate) types: NumberTypes,
     pub(crate) mix: Mix,
     pub(crate) tokens_in_flight: Option<u64>,
+    /// Sequences of the job: its rows, each as often as it has choices.
     pub(crate) rows: Option<u64>,
+    /// The rows that `mix` and `rows` are made of.
+    pub(crate) work: Arc<Work>,
     pub(crate) tensor_parallel: TensorParallel,
     pub(crate) column_cuts: ColumnCuts,
     pub(crate) balance: Balance,
@@ -41,24 +56,18 @@ impl Mix {
     /// A micro-batch in the middle of the job: rows that decode are in the middle of their output, and as many
     /// prompt tokens come along as it takes to replace the rows that end.
     pub(crate) fn load(self, rows: u64) -> Load {
-        let (prompt, output) = (self.prompt_tokens as f64, self.output_tokens as f64);
         Load {
             decode_tokens: rows as f64,
-            decode_context: prompt + output / 2.0,
-            prefill_tokens: rows as f64 * prompt / output,
-            prefill_context: prompt / 2.0,
+            decode_context: self.decode_context,
+            prefill_tokens: rows as f64 * self.prompt_tokens / self.output_tokens,
+            prefill_context: self.prefill_context,
             logit_rows: rows as f64,
         }
     }
 
-    /// Keys and values that a row keeps in the middle of its output, in tokens.
-    pub(crate) fn kv_tokens_per_row(self) -> u64 {
-        self.prompt_tokens + self.output_tokens.div_ceil(2)
-    }
-
     /// The largest micro-batch that is looked at.
     fn max_rows(self) -> u64 {
-        let tokens_per_row = 1.0 + self.prompt_tokens as f64 / self.output_tokens as f64;
+        let tokens_per_row = 1.0 + self.prompt_tokens / self.output_tokens;
         ((MAX_TOKENS / tokens_per_row) as u64).clamp(1, MAX_ROWS)
     }
 
@@ -72,20 +81,24 @@ impl Mix {
     }
 }
 
-impl Setting {
-    /// Refuses what no plan can be made for.
-    pub(crate) fn check(&self) -> Result<()> {
-        for (_, name) in self.devices.runs() {
-            self.catalog.get(name)?;
-        }
-        let TensorParallel::Widths(widths) = &self.tensor_parallel else { return Ok(()) };
-        let (wanted, there) = (widths.iter().sum::<usize>(), self.devices.num_devices());
-        if wanted > there {
-            bail!("[pipeline] tensor_parallel: {widths:?} are {wanted} devices, expected at most {there}");
-        }
-        Ok(())
+/// Refuses devices that nothing is known of, and widths that they are too few for.
+pub(crate) fn check(
+    catalog: &DeviceCatalog,
+    devices: &DeviceList,
+    tensor_parallel: &TensorParallel,
+) -> Result<()> {
+    for (_, name) in devices.runs() {
+        catalog.get(name)?;
     }
+    let TensorParallel::Widths(widths) = tensor_parallel else { return Ok(()) };
+    let (wanted, there) = (widths.iter().sum::<usize>(), devices.num_devices());
+    if wanted > there {
+        bail!("[pipeline] tensor_parallel: {widths:?} are {wanted} devices, expected at most {there}");
+    }
+    Ok(())
+}
 
+impl Setting {
     /// The largest micro-batch that is looked at: never more rows than the job has.
     pub(crate) fn max_rows(&self) -> u64 {
         self.mix.max_rows().min(self.rows.unwrap_or(u64::MAX))
@@ -99,6 +112,31 @@ impl Setting {
     /// The same with other devices.
     pub(crate) fn on(&self, devices: DeviceList) -> Self {
         Setting { devices, ..self.clone() }
+    }
+
+    /// How often the model may be there: as often as the devices are groups that are alike. A layout that is given
+    /// is one on all devices, and so is a cut that is to be compared with others.
+    pub(crate) fn replica_counts(&self) -> Vec<usize> {
+        let is_free = self.given_widths().is_none() && self.balance == Balance::Roofline;
+        let most = if is_free { self.rows.unwrap_or(u64::MAX) } else { 1 };
+        (1..=self.devices.num_devices())
+            .filter(|count| *count as u64 <= most && self.devices.group(*count).is_some())
+            .collect()
+    }
+
+    /// What one of so many replicas has: the first group of devices, and its share of the rows and of the tokens in
+    /// flight, rounded up.
+    ///
+    /// # Panics
+    /// If the count is none of [`Setting::replica_counts`].
+    pub(crate) fn replica(&self, count: usize) -> Self {
+        let share = |all: Option<u64>| all.map(|all| all.div_ceil(count as u64));
+        Setting {
+            devices: self.devices.group(count).expect("so many groups are alike"),
+            rows: share(self.rows),
+            tokens_in_flight: share(self.tokens_in_flight),
+            ..self.clone()
+        }
     }
 
     /// The kind of each device, an index into [`Setting::kinds`].
@@ -153,7 +191,7 @@ impl Setting {
     }
 
     pub(crate) fn kv(&self) -> KvTokens {
-        let per_row = self.mix.kv_tokens_per_row();
+        let per_row = self.mix.kv_tokens_per_row;
         match self.tokens_in_flight {
             Some(tokens) => KvTokens::Wanted { tokens, per_row },
             None => KvTokens::PerRow(per_row),

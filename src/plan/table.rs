@@ -16,12 +16,7 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
         report.dtype,
         report.kv_cache_dtype
     ));
-    lines.push(format!(
-        "job        prompts of {} tokens, {} generated for each, on {}",
-        grouped(setting.mix.prompt_tokens),
-        grouped(setting.mix.output_tokens),
-        report.devices
-    ));
+    lines.extend(work_lines(setting, report));
     if let Some(missing) = &report.missing {
         lines.extend(missing_lines(report, missing));
     }
@@ -29,6 +24,44 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
         lines.extend(found_lines(report, found));
     }
     lines.push("estimate   by the devices' rooflines: nothing here was measured".to_owned());
+    lines
+}
+
+/// What is planned for.
+fn work_lines(setting: &Setting, report: &Report) -> Vec<String> {
+    let whole = |tokens: f64| grouped(tokens.round() as u64);
+    let (prompt, output) = (whole(setting.mix.prompt_tokens), whole(setting.mix.output_tokens));
+    let Some(read) = setting.work.read else {
+        let devices = &report.devices;
+        return vec![format!(
+            "job        prompts of {prompt} tokens, {output} generated for each, on {devices}"
+        )];
+    };
+    let lengths = &setting.work.lengths;
+    let at = |share| grouped(lengths.prompt_quantile(share));
+    let mut lines = vec![format!(
+        "job        {} rows, {} of them looked at and {} refused, on {}",
+        grouped(read.rows),
+        grouped(read.looked_at),
+        grouped(read.refused + read.too_long),
+        report.devices
+    )];
+    lines.push(match read.is_prompt_given {
+        true => format!("prompts    {prompt} tokens each, as [plan] says"),
+        false => format!(
+            "prompts    {prompt} tokens on average, half of them up to {}, 95 % up to {}, the longest {}",
+            at(0.5),
+            at(0.95),
+            at(1.0)
+        ),
+    });
+    lines.push(match read.is_output_given {
+        true => format!("outputs    {output} tokens on average, as [plan] says and max_tokens allow"),
+        false => format!(
+            "outputs    every row at its max_tokens, an upper bound: {output} on average; [plan] output_tokens would say \
+             what to expect"
+        ),
+    });
     lines
 }
 
@@ -55,7 +88,12 @@ fn missing_lines(report: &Report, missing: &Missing) -> Vec<String> {
 }
 
 fn found_lines(report: &Report, found: &Found) -> Vec<String> {
-    let mut lines = vec![format!(
+    let mut lines = vec![];
+    if found.replicas > 1 {
+        lines
+            .push(format!("replicas   {}, each with a part of the rows; the first of them:", found.replicas));
+    }
+    lines.push(format!(
         "{:<5} {:<9} {:<11} {:<16} {:>7} {:>8} {:>8} {:>8} {:>10} {:>8} {:>8} {:>8}",
         "stage",
         "blocks",
@@ -69,12 +107,13 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
         "prefill",
         "decode",
         "mix"
-    )];
+    ));
     lines.extend(found.stages.iter().enumerate().flat_map(|(idx, stage)| stage_lines(idx, stage)));
     lines.push(format!(
-        "micro-batch of {} rows, {} tokens of KV in flight",
+        "micro-batch of {} rows, {} tokens of KV in flight{}",
         grouped(found.micro_batch_rows),
-        grouped(found.tokens_in_flight)
+        grouped(found.tokens_in_flight),
+        if found.replicas > 1 { ", in each replica" } else { "" }
     ));
     lines.push(format!("speed      {} generated tokens/s", grouped(found.tokens_per_second.round() as u64)));
     lines.push(format!(
@@ -98,6 +137,12 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
             beside(uniform.tokens_per_second, uniform.ratio)
         )),
         None => lines.push("uniform TP not for these devices: unlike, or no divisor of the heads".to_owned()),
+    }
+    if let Some(rows @ 1..) = found.job.rows_that_cannot_fit {
+        lines.push(format!(
+            "too long   {} rows, for the context or for what the fullest stage has room for",
+            grouped(rows)
+        ));
     }
     lines.extend(job_line(found));
     lines

@@ -77,7 +77,9 @@ fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Opt
 }
 
 fn draw(args: &SimulateArgs, setting: &Setting) -> Result<LengthDraw> {
-    let tokens = |count: u64| u32::try_from(count).context("a row has more tokens than can be counted");
+    let tokens = |mean: f64| {
+        u32::try_from(mean.round().max(1.0) as u64).context("a row has more tokens than can be counted")
+    };
     Ok(LengthDraw {
         distribution: args.lengths,
         seed: args.seed,

@@ -93,7 +93,7 @@ pub(super) fn options(
     let fillable = max_sequences.saturating_mul(context_tokens.div_ceil(PAGE_TOKENS));
     let room = answer::kv_tokens(layout, &answer::ends_block(pieces)).unwrap_or(u64::MAX);
     let num_pages = fillable.min((room / PAGE_TOKENS as u64) as usize);
-    let prompt_tokens = setting.mix.prompt_tokens as usize;
+    let prompt_tokens = setting.mix.prompt_tokens.round() as usize;
     let cache_tokens = num_pages * PAGE_TOKENS;
     if cache_tokens < prompt_tokens {
         bail!("the fullest stage has room for {cache_tokens} tokens of KV, a prompt has {prompt_tokens}");

@@ -12,6 +12,7 @@ mod harness;
 mod logits;
 mod pictures;
 mod plan;
+mod plan_input;
 mod refusals;
 mod results;
 mod resume;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::spanwise;
+use crate::harness::{read_json, root, spanwise};
 
 const ULTRA: &str = "configs/ultra-253b-8xh100.toml";
 const SUPER: &str = "configs/super-49b-1xh200.toml";
@@ -158,6 +158,51 @@ fn ultra_over_64_devices_is_planned_within_a_second() {
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
 }
 
+/// Super in bf16 on one H200: eight of them are eight times one, where each has enough rows.
+#[test]
+fn a_model_that_fits_several_times_is_there_several_times() {
+    let one = fitting(SUPER, "");
+    let eight = fitting(SUPER, "--devices 8xh200");
+    let ratio = number(&eight, "tokens_per_second") / number(&one, "tokens_per_second");
+    assert!(eight["replicas"] == 8 && (ratio - 8.0).abs() < 1e-9, "{eight}");
+    assert_eq!((&eight["stages"], &eight["tokens_in_flight"]), (&one["stages"], &one["tokens_in_flight"]));
+    let hours = |plan: &Value| number(&plan["job"], "hours");
+    assert!((hours(&one) / hours(&eight) - 8.0).abs() < 1e-9);
+    assert!((number(&eight["job"], "device_hours") / hours(&one) - 1.0).abs() < 1e-9);
+
+    // What is wanted in flight is shared out, and what one replica has no room for may take the room of several.
+    let shared = fitting(SUPER, "--devices 8xh200 --set plan.tokens_in_flight=1600000");
+    let replicas = number(&shared, "replicas");
+    assert_eq!(number(&shared, "tokens_in_flight"), (1_600_000.0 / replicas).ceil(), "{shared}");
+    // Three rows are no work for four.
+    let few = fitting(SUPER, "--devices 4xh200 --set plan.rows=3");
+    assert!(number(&few, "replicas") < 4.0 && few["micro_batch_rows"].as_u64() <= Some(3), "{few}");
+    // Unlike groups are no replicas of each other, and given widths are one layout.
+    assert_eq!(fitting(SUPER, "--devices 2xh200,1xb200,1xb100")["replicas"], 1);
+    assert_eq!(fitting(SUPER, "--devices 2xh200 --set pipeline.tensor_parallel=[1,1]")["replicas"], 1);
+    assert_eq!(fitting(SUPER, "--devices 1xh200,1xb200,1xh200,1xb200")["replicas"], 2);
+    assert_eq!(fitting(SUPER, "--devices 8xh200 --cost weights")["replicas"], 1);
+}
+
+/// No number of replicas is faster than the one that is chosen.
+#[test]
+fn replicas_are_as_many_as_is_fastest() {
+    for (model, kind) in [(SUPER, "l40s"), (ULTRA, "b200")] {
+        let plan = fitting(model, &format!("--devices 16x{kind} --set plan.rows=1600"));
+        let mut best: f64 = 0.0;
+        for replicas in [1, 2, 4, 8, 16] {
+            let args = format!("--devices {}x{kind} --set plan.rows={}", 16 / replicas, 1600 / replicas);
+            let (alone, _) = self::plan(model, &args);
+            if alone["fits"] == true && alone["replicas"] == 1 {
+                best = best.max(f64::from(replicas) * number(&alone, "tokens_per_second"));
+            }
+        }
+        let ours = number(&plan, "tokens_per_second");
+        assert!((ours / best - 1.0).abs() < 1e-9, "{ours} {best} on {kind}");
+        assert_eq!(16 % plan["replicas"].as_u64().unwrap(), 0);
+    }
+}
+
 #[test]
 fn unlike_devices_hours_and_prices_are_told() {
     let plan =
@@ -172,9 +217,59 @@ fn unlike_devices_hours_and_prices_are_told() {
 }
 
 #[test]
+fn a_stage_without_attention_has_no_limit_of_tokens() {
+    let plan = fitting(ULTRA, "--devices 64xh200");
+    let stages = plan["stages"].as_array().unwrap();
+    let without: Vec<&Value> = stages.iter().filter(|stage| stage["kv_bytes_per_token"] == 0).collect();
+    assert!(!without.is_empty() && without.len() < stages.len(), "{plan}");
+    assert!(without.iter().all(|stage| stage["kv_tokens"].is_null() && stage["memory"]["kv"] == 0));
+}
+
+#[test]
+fn one_device_holds_the_whole_model_and_one_micro_batch() {
+    let plan = fitting(SUPER, "");
+    assert_eq!((plan["stages"].as_array().unwrap().len(), number(&plan, "bottleneck_over_mean")), (1, 1.0));
+    // A prompt of 512 tokens and half of 256 more.
+    assert_eq!(number(&plan, "tokens_in_flight"), 640.0 * number(&plan, "micro_batch_rows"));
+    assert_eq!(number(&plan["even_split"], "ratio"), 1.0);
+}
+
+/// A tied model has its table once among its parameters, and once on each end of a pipeline.
+#[test]
+fn a_tied_table_is_counted_once_and_held_at_both_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = read_json(&root().join("models/abacus/config.json"));
+    config["tie_word_embeddings"] = true.into();
+    let table = config["vocab_size"].as_u64().unwrap() * config["hidden_size"].as_u64().unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let job = folder.path().join("job.toml");
+    let toml = "[model]\npath = \".\"\n[plan]\nprompt_tokens = 40\noutput_tokens = 40\n";
+    std::fs::write(&job, toml).unwrap();
+    let weight_bytes = |args: &str| {
+        let plan = fitting(job.to_str().unwrap(), args);
+        let stages = plan["stages"].as_array().unwrap();
+        let bytes: f64 = stages.iter().map(|stage| number(stage, "weight_bytes")).sum();
+        (stages.len(), bytes - 2.0 * number(&plan["model"], "params"))
+    };
+    assert_eq!(weight_bytes("--devices 1xh200"), (1, 0.0));
+    let two = weight_bytes("--devices 2xh200 --set pipeline.tensor_parallel=[1,1] --cost weights");
+    assert_eq!(two, (2, 2.0 * table as f64));
+}
+
+#[test]
 fn odd_numbers_of_devices_are_planned_or_refused_in_words() {
     let more_than_blocks = fitting(ULTRA, "--devices 100xh200 --dtype fp8");
     assert_eq!(more_than_blocks["uniform_tp"], Value::Null);
+    // 81 blocks, whole ones, on 90 devices: the others are idle.
+    let whole = fitting(ULTRA, &format!("--devices 90xh200 --cost weights {WHOLE_BLOCKS}"));
+    assert!(whole["stages"].as_array().unwrap().len() <= 81, "{whole}");
+    // The widest block alone has 39 GB of weights, and the devices together have three times the model's.
+    let (large, _) = plan(ULTRA, &format!("--devices 64xrtx-4090 {WHOLE_BLOCKS}"));
+    assert_eq!(
+        (&large["fits"], nearest(&large)),
+        (&Value::Bool(false), vec!["{\"dtype\":\"fp8\"}".to_owned()])
+    );
+    fitting(ULTRA, "--devices 64xrtx-4090 --set pipeline.tensor_parallel=off");
     let (too_small, code) = plan(ULTRA, "--devices 3xrtx-4090");
     assert_eq!((code, &too_small["fits"]), (Some(2), &Value::Bool(false)));
     let (none, _) = plan(ULTRA, "--devices 1xcpu-core");
@@ -198,6 +293,11 @@ fn a_plan_in_words_says_that_it_is_an_estimate() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(2) && stderr.contains(words), "{stderr}");
     }
-    let output = spanwise().args(["plan", "configs/smollm2.toml"]).output().unwrap();
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no [plan]"));
+    let folder = tempfile::tempdir().unwrap();
+    let job = folder.path().join("job.toml");
+    let model = root().join("configs/models/Llama-3_1-Nemotron-Ultra-253B-v1");
+    std::fs::write(&job, format!("[model]\npath = {model:?}\n[plan]\nprompt_tokens = 5\n")).unwrap();
+    let output = spanwise().arg("plan").arg(job).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && stderr.contains("no lengths to plan for"), "{stderr}");
 }

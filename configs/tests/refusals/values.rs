@@ -246,15 +246,14 @@ fn layouts_that_no_plan_could_have_are_refused() {
 }
 
 #[test]
-fn a_plan_needs_its_lengths_and_devices_that_can_be_read() {
-    case("a plan without lengths").more("[plan]\noutput_tokens = 5\n").says(
+fn a_plan_needs_lengths_and_devices_that_can_be_read() {
+    case("a plan for prompts of nothing").more("[plan]\nprompt_tokens = 0\n").says(
         r#"
-missing key `prompt_tokens` in [plan]
- --> job.toml:6:2
+plan.prompt_tokens: expected an integer of at least 1, found 0
+ --> job.toml:7:17
   |
-6 | [plan]
-  |  ^^^^
-hint: add a line such as prompt_tokens = 1024 under [plan]"#,
+7 | prompt_tokens = 0
+  |                 ^"#,
     );
     case("devices that are none").more("[plan]\ndevices = \"8 h200\"\n").says(
         r#"

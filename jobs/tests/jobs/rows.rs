@@ -220,6 +220,21 @@ fn rows_and_lines_are_counted_and_the_input_is_hashed() {
 }
 
 #[test]
+fn a_sample_counts_the_rows_that_it_passes_over() {
+    let world = World::new();
+    let input: String = (0..10).map(|idx| format!("{}\n", chat_line(&idx.to_string(), json!({})))).collect();
+    let mut reader = world.reader(&input).sampled(4.try_into().unwrap());
+    let ids: Vec<String> = (reader.by_ref())
+        .map(|row| match row.unwrap() {
+            Row::Request(row) => row.custom_id,
+            row => panic!("{row:?}"),
+        })
+        .collect();
+    assert_eq!(ids, ["0", "4", "8"]);
+    assert_eq!(reader.position(), (10, input.len() as u64));
+}
+
+#[test]
 fn an_input_that_is_not_there_ends_the_job() {
     let world = World::new();
     let path = world.path().join("none.jsonl");

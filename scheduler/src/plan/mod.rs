@@ -16,4 +16,4 @@ mod search;
 
 pub use partition::{Span, partition};
 pub use problem::{Costs, Extra, Piece, PlannedStage, Problem, RankCosts, StageDevice};
-pub use search::{Case, Choice, KvTokens, best_layout, in_flight, least_bottleneck};
+pub use search::{Case, Choice, KvTokens, best_layout, faster_layout, in_flight, least_bottleneck};

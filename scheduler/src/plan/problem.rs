@@ -31,6 +31,7 @@ pub struct RankCosts {
     kv_bytes_per_token: Vec<u64>,
     first: Extra,
     last: Extra,
+    shared_bytes: u64,
     cut_seconds: f64,
 }
 
@@ -43,6 +44,7 @@ impl RankCosts {
             kv_bytes_per_token: vec![0],
             first,
             last,
+            shared_bytes: 0,
             cut_seconds: 0.0,
         };
         let mut sum = Piece::default();
@@ -68,10 +70,23 @@ impl RankCosts {
         Self { cut_seconds, ..self }
     }
 
+    /// Takes so many bytes, at most those of either end, off a stage that is both first and last: what both share.
+    #[must_use]
+    pub fn with_shared(self, shared_bytes: u64) -> Self {
+        assert!(shared_bytes <= self.first.bytes.min(self.last.bytes), "the ends have less than they share");
+        Self { shared_bytes, ..self }
+    }
+
     /// The pieces alone, without embedding, head and cuts.
     #[must_use]
     pub fn without_extras(&self) -> Self {
-        Self { first: Extra::default(), last: Extra::default(), cut_seconds: 0.0, ..self.clone() }
+        Self {
+            first: Extra::default(),
+            last: Extra::default(),
+            shared_bytes: 0,
+            cut_seconds: 0.0,
+            ..self.clone()
+        }
     }
 
     pub(super) fn cut_seconds(&self) -> f64 {
@@ -96,7 +111,7 @@ impl RankCosts {
         let mut sum = self.weight_bytes[pieces.end] - self.weight_bytes[pieces.start];
         sum += if pieces.start == 0 { self.first.bytes } else { 0 };
         sum += if pieces.end == self.num_pieces() { self.last.bytes } else { 0 };
-        sum
+        sum - if pieces == (0..self.num_pieces()) { self.shared_bytes } else { 0 }
     }
 
     /// Keys and values that each token in flight keeps in a run of pieces.

@@ -82,7 +82,18 @@ pub fn best_layout(
     widths: Option<&[usize]>,
     kv: KvTokens,
 ) -> Option<Choice> {
-    let mut search = Search { ends_block, widths, kv, tolerance: 0.0, best: None, rows_per_second: 0.0 };
+    faster_layout(cases, ends_block, widths, kv, 0.0)
+}
+
+/// The same, or none where no layout makes more than `rows_per_second`.
+pub fn faster_layout(
+    cases: &[Case],
+    ends_block: &[bool],
+    widths: Option<&[usize]>,
+    kv: KvTokens,
+    rows_per_second: f64,
+) -> Option<Choice> {
+    let mut search = Search { ends_block, widths, kv, tolerance: 0.0, best: None, rows_per_second };
     for tolerance in TOLERANCES {
         search.tolerance = tolerance;
         for (index, case) in cases.iter().enumerate().rev() {
@@ -132,10 +143,8 @@ impl Search<'_> {
             costs: &case.costs,
             widths: self.widths,
         };
-        let seconds = match &self.best {
-            Some(_) => case.rows as f64 / self.rows_per_second * (1.0 - self.tolerance),
-            None => f64::INFINITY,
-        };
+        // Without anything to be faster than, the time is endless.
+        let seconds = case.rows as f64 / self.rows_per_second * (1.0 - self.tolerance);
         let bounds = Bounds { seconds, kv_tokens, max_stages: most };
         let Some(stages) = layout(&problem, bounds) else { return };
         if fewest < most {

@@ -78,7 +78,10 @@ impl<'a> Estimator<'a> {
             Balance::Roofline => self.all_reduce_seconds(ranks, load),
             Balance::Flops | Balance::Weights => 0.0,
         };
-        RankCosts::new(costs, self.embedding(ranks, load), self.head(ranks, load)).with_cut(cut)
+        let shared = if self.config.tied_embeddings { self.table_bytes(ranks) } else { 0 };
+        RankCosts::new(costs, self.embedding(ranks, load), self.head(ranks, load))
+            .with_shared(shared)
+            .with_cut(cut)
     }
 
     /// Operations of one decode token, for what a plan by FLOPs balances.
@@ -209,9 +212,14 @@ impl<'a> Estimator<'a> {
         (self.config.dims.vocab as u64).div_ceil(ranks as u64) * self.config.dims.hidden as u64
     }
 
-    /// The embedding: a look-up for each token. Of tied models both ends hold the table.
+    fn table_bytes(&self, ranks: usize) -> u64 {
+        self.types.table().bytes(self.table_params(ranks))
+    }
+
+    /// The embedding: a look-up for each token. Of tied models both ends hold the table, and a stage that is both
+    /// holds it once.
     fn embedding(&self, ranks: usize, load: Load) -> Extra {
-        let bytes = self.types.table().bytes(self.table_params(ranks));
+        let bytes = self.table_bytes(ranks);
         let seconds = match self.balance {
             Balance::Weights => bytes as f64 / self.roofline.bytes_per_second,
             Balance::Flops => 0.0,
@@ -226,7 +234,7 @@ impl<'a> Estimator<'a> {
     /// Last norm, output matrix and sampling, for the rows that need logits.
     fn head(&self, ranks: usize, load: Load) -> Extra {
         let params = self.table_params(ranks);
-        let mut bytes = self.types.table().bytes(params);
+        let mut bytes = self.table_bytes(ranks);
         let table_bytes = bytes as f64;
         bytes += self.types.table().bytes(self.config.dims.hidden as u64);
         let rows = load.logit_rows;
@@ -366,6 +374,19 @@ mod tests {
             assert_eq!(costs.kv_bytes_per_token(0..pieces.len()), 262_144);
             assert_eq!(pieces.iter().filter(|piece| piece.ends_block).count(), config.blocks.len());
         }
+    }
+
+    /// The table counts once among the parameters, and is held by each end of a pipeline.
+    #[test]
+    fn a_tied_table_is_held_once_by_each_stage_that_needs_it() {
+        let config = ModelConfig { tied_embeddings: true, ..ultra() };
+        let table = (config.dims.vocab * config.dims.hidden) as u64;
+        assert_eq!(config.params(), ultra().params() - table);
+        let pieces = pieces(&config, false);
+        let costs = estimator(&config, Balance::Roofline).rank_costs(&pieces, 1, decode(1.0, 1.0));
+        let bytes = |start, end| costs.weight_bytes(start..end);
+        assert_eq!(bytes(0, pieces.len()), 2 * config.params());
+        assert_eq!(bytes(0, 40) + bytes(40, pieces.len()), 2 * (config.params() + table));
     }
 
     #[test]

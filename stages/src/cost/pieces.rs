@@ -20,14 +20,20 @@ pub struct PieceShape {
 /// of an eighth of the model.
 const MAX_PIECES: usize = 128;
 
+/// All FFNs together are cut into no more than about this many pieces, a few for each of Super's 80 blocks: the planner's
+/// time goes with their number, and a thousandth of a model evens out what a stage of it may weigh.
+const MAX_PIECES_IN_ALL: usize = 1536;
+
 /// Columns come in multiples of this, so that 8 ranks have whole tiles of 32.
 const COLUMN_TILE: usize = 256;
 
 /// All pieces of a model, in order: its blocks, or with `column_cuts` parts of their FFNs of equal columns.
 pub fn pieces(config: &ModelConfig, column_cuts: bool) -> Vec<PieceShape> {
-    let widest = config.blocks.iter().filter_map(|block| width(block.ffn)).max().unwrap_or(0);
+    let widths = || config.blocks.iter().filter_map(|block| width(block.ffn));
+    let (widest, all) = (widths().max().unwrap_or(0), widths().sum::<usize>());
+    let least = widest.div_ceil(MAX_PIECES).max(all.div_ceil(MAX_PIECES_IN_ALL));
     let unit = match column_cuts {
-        true => widest.div_ceil(MAX_PIECES).next_multiple_of(COLUMN_TILE).max(COLUMN_TILE),
+        true => least.next_multiple_of(COLUMN_TILE).max(COLUMN_TILE),
         false => usize::MAX,
     };
     (config.blocks.iter().enumerate())

@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use configs::DeviceList;
+use configs::{Device, DeviceList};
 use jobs::faults::Faults;
 
 /// Turns a file of prompts into a file of completions, with language models whose blocks are not alike.
@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Play a job on a plan's pipeline under a virtual clock: an estimate of its speed, and of where stages wait
     Simulate(SimulateArgs),
+    /// Measure what a model's blocks cost on a device of this machine, for plans and for `run`
+    Profile(ProfileArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
 }
@@ -268,6 +270,43 @@ pub(crate) enum BalanceArg {
     Roofline,
     Flops,
     Weights,
+    /// Time by the profile of this machine's devices: see spanwise profile
+    Measured,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "With nothing else running: what others take is taken for the device's own. The profile is kept in \
+                        $SPANWISE_PROFILES, $XDG_CACHE_HOME/spanwise/profiles or ~/.cache/spanwise/profiles."
+)]
+pub(crate) struct ProfileArgs {
+    /// A model's folder, a config.json alone (random weights of its shapes), or a job file, whose devices are measured
+    #[arg(value_name = "MODEL_DIR|config.json|JOB.toml")]
+    pub(crate) target: PathBuf,
+    /// The device
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<Device>,
+    /// Threads of a device, of which there are as many as the cores have room for; one device of all cores if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Number type of weights
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub(crate) dtype: Option<DtypeArg>,
+    /// Longest context; the model's own limit if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) max_context_tokens: Option<usize>,
+    /// Largest micro-batch; 512 if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) micro_batch_tokens: Option<usize>,
+    /// Time for each point, alone and beside busy neighbours each
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) point_seconds: Option<f64>,
+    /// Override a key of the job file; a value that is not TOML is taken as a text
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) sets: Vec<String>,
+    /// A table to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
 }
 
 #[derive(Debug, Args)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use jobs::{Message, Preparer, Prompt, RowOptions, SamplingOptions, StopMatcher, Tokenizer, Transcript};
-use scheduler::{FinishReason, Sampling, TokenId};
+use scheduler::{FinishReason, Sampling, Span, TokenId};
 use stages::Model;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
@@ -33,7 +33,8 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
         configs::Pipeline { threads: args.threads, max_sequences: 1, ..configs::Pipeline::default() };
     let (model, warnings) = Model::open(&files.path, files.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
-    let options = lower::pipeline(&files, &settings, &model.config, &machine::detect())?;
+    let whole = vec![Span { start: 0, end: model.config.blocks.len() }];
+    let options = lower::pipeline(&files, &settings, &model.config, &machine::detect(), whole)?;
 
     let text = run::open_text(&files, &model.config, run::unix_seconds())?;
     let tokenizer = text.tokenizer().cloned().ok_or_else(|| {

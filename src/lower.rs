@@ -31,21 +31,19 @@ pub(crate) struct Machine {
     pub(crate) free_bytes: u64,
 }
 
-/// Lowers `[model]` and `[pipeline]` for a model on a machine.
+/// Lowers `[model]` and `[pipeline]` for a model on a machine, with a span for each device.
 pub(crate) fn pipeline(
     model: &configs::Model,
     pipeline: &configs::Pipeline,
     config: &ModelConfig,
     machine: &Machine,
+    spans: Vec<Span>,
 ) -> Result<PipelineOptions> {
-    check_sizes(pipeline)?;
-    check_layout(pipeline)?;
-    let dtypes =
-        Dtypes { weights: dtype(model.dtype), kv: dtype(pipeline.kv_cache_dtype.beside(model.dtype)) };
-    let spans = spans(&pipeline.stages, pipeline.devices.len(), config)?;
-    let devices = devices(pipeline, machine)?;
-    let stages =
-        devices.into_iter().zip(spans).map(|(device, span)| StagePlacement { device, span }).collect();
+    check(pipeline)?;
+    let dtypes = dtypes(model, pipeline);
+    let groups = device_groups(pipeline, machine)?;
+    let devices = pipeline.devices.iter().map(|device| groups[device.index].clone());
+    let stages = devices.zip(spans).map(|(device, span)| StagePlacement { device, span }).collect();
 
     let context_tokens = context_tokens(model, config)?;
     let num_pages = Memory::of(config, dtypes, machine).num_pages(pipeline, context_tokens)?;
@@ -96,34 +94,33 @@ fn dtype(dtype: configs::Dtype) -> Dtype {
     }
 }
 
-fn spans(stages: &Stages, num_stages: usize, config: &ModelConfig) -> Result<Vec<Span>> {
+/// The spans that a job gives, if it does.
+pub(crate) fn given_spans(stages: &Stages, config: &ModelConfig) -> Result<Option<Vec<Span>>> {
+    let Stages::Blocks(ranges) = stages else { return Ok(None) };
     let num_blocks = config.blocks.len();
-    match stages {
-        Stages::Auto => {
-            let costs = stages::cost::flops(config);
-            Ok(scheduler::partition(&costs.blocks, num_stages, costs.first, costs.last)?)
-        }
-        Stages::Blocks(ranges) => {
-            let end = ranges.last().map_or(0, |range| range.end);
-            if end != num_blocks {
-                let slots = match config.num_slots - num_blocks {
-                    0 => String::new(),
-                    empty => {
-                        format!(" ({} slots, and no block in {empty} of them)", config.num_slots)
-                    }
-                };
-                bail!(
-                    "[pipeline] stages: the last one ends at block {end}, the model has {num_blocks} blocks{slots}"
-                );
-            }
-            Ok(ranges.iter().map(|range| Span { start: range.start, end: range.end }).collect())
-        }
+    let end = ranges.last().map_or(0, |range| range.end);
+    if end != num_blocks {
+        let slots = match config.num_slots - num_blocks {
+            0 => String::new(),
+            empty => format!(" ({} slots, and no block in {empty} of them)", config.num_slots),
+        };
+        bail!(
+            "[pipeline] stages: the last one ends at block {end}, the model has {num_blocks} blocks{slots}"
+        );
     }
+    Ok(Some(ranges.iter().map(|range| Span { start: range.start, end: range.end }).collect()))
 }
 
-fn devices(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
+/// The number types of a job.
+pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dtypes {
+    Dtypes { weights: dtype(model.dtype), kv: dtype(pipeline.kv_cache_dtype.beside(model.dtype)) }
+}
+
+/// All devices that the machine is shared out to, as many as the highest one named needs; some may be idle.
+pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
+    let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
     let simd = match pipeline.simd {
-        configs::Simd::Reference => return Ok(vec![Device::Reference; pipeline.devices.len()]),
+        configs::Simd::Reference => return Ok(vec![Device::Reference; num_groups]),
         configs::Simd::Auto => Simd::detect(),
         configs::Simd::Avx512 => Simd::Avx512,
         configs::Simd::Avx2 => Simd::Avx2,
@@ -136,14 +133,12 @@ fn devices(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device
             Simd::detect().name()
         );
     }
-    let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
-    Ok((pipeline.devices.iter())
-        .map(|device| {
-            let cores = machine.cores[core_group(machine.cores.len(), num_groups, device.index)].to_vec();
-            let threads = pipeline.threads.unwrap_or(cores.len());
-            Device::Cpu { cores, threads, simd }
-        })
-        .collect())
+    let device = |index| {
+        let cores = machine.cores[core_group(machine.cores.len(), num_groups, index)].to_vec();
+        let threads = pipeline.threads.unwrap_or(cores.len());
+        Device::Cpu { cores, threads, simd }
+    };
+    Ok((0..num_groups).map(device).collect())
 }
 
 /// The `index`-th of `num_groups` equal groups of cores. Where there are more groups than cores,
@@ -152,6 +147,12 @@ fn core_group(num_cores: usize, num_groups: usize, index: usize) -> Range<usize>
     let start = index * num_cores / num_groups;
     let end = ((index + 1) * num_cores / num_groups).max(start + 1);
     start..end
+}
+
+/// Refuses what cannot be meant, and what cannot be run.
+pub(crate) fn check(pipeline: &configs::Pipeline) -> Result<()> {
+    check_sizes(pipeline)?;
+    check_layout(pipeline)
 }
 
 /// Sizes beyond which a key is a slip of the finger, and beyond which sums would not fit their types.
@@ -183,7 +184,7 @@ fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     }
 }
 
-/// Tokens of the longest prompt and completion together.
+/// The longest prompt and completion together.
 pub(crate) fn context_tokens(model: &configs::Model, config: &ModelConfig) -> Result<usize> {
     let longest = config.max_position_embeddings;
     let context = model.max_context_tokens.unwrap_or(longest);

@@ -9,7 +9,9 @@ mod interrupt;
 mod lower;
 mod machine;
 mod picture;
+mod placement;
 mod plan;
+mod profile;
 mod progress;
 mod report;
 mod retry;
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
             Command::Generate(args) => generate::generate(args).await,
             Command::Plan(args) => plan::plan(&args),
             Command::Simulate(args) => simulate::simulate(&args),
+            Command::Profile(args) => profile::profile(&args).map(|()| ExitCode::SUCCESS),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
         }
     });

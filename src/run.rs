@@ -1,5 +1,6 @@
 //! `spanwise run`: a job from its file to its report.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions};
 use anyhow::{Context, Result};
-use configs::{JobFile, Loaded};
+use configs::{JobFile, Loaded, Purpose};
 use jobs::{
     Counts, FolderLock, Grader, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions,
     NumericProfile, OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores,
@@ -19,6 +20,7 @@ use stages::{Device, Model, ModelConfig};
 use crate::cli::{ProgressKind, RunArgs};
 use crate::interrupt::{self, Interrupt};
 use crate::lower;
+use crate::placement::{self, Placement};
 use crate::progress::{self, Display, Watched};
 use crate::report::{Report, StageLine};
 use crate::{machine, print, say};
@@ -34,7 +36,7 @@ const EXIT_TOO_MANY_ERRORS: u8 = 3;
 /// # Errors
 /// What keeps the job from starting. A job that started ends with a report and an exit code.
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
-    let loaded = load_job_file(&args)?;
+    let loaded = load_for(Purpose::Run, &args.job, &args.sets)?;
     let how = How {
         limit: args.limit,
         start: if args.fresh { Start::Fresh } else { Start::GoOn },
@@ -75,13 +77,19 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
-    let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
+    let placement = tokio::select! {
+        placement = place(job, &model) => placement?,
+        () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
+    };
+    placement.lines.iter().for_each(|line| say(line));
+    let spans = placement.spans.clone();
+    let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect(), spans)?;
     let numeric_profile = lower::numeric_profile(&options);
     let Files { text, reader, folder, settings, created } =
         open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &how)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
-    let plan = plan(job, &options);
+    let plan = plan(job, &options, &placement);
     let limits = options.scheduler.clone();
     let pipeline = tokio::select! {
         pipeline = actors::start(&model, options) => pipeline?,
@@ -130,12 +138,22 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     ended.report().await
 }
 
-fn load_job_file(args: &RunArgs) -> Result<Loaded> {
+/// Places a job's stages, on a thread of its own: a profile may have to be measured.
+async fn place(job: &JobFile, model: &Model) -> Result<Placement> {
+    let (job, model) = (job.clone(), model.clone());
+    tokio::task::spawn_blocking(move || placement::place(&job, &model)).await.context("place the stages")?
+}
+
+/// Reads a job file with what lies over it.
+///
+/// # Errors
+/// What is wrong with them.
+pub(crate) fn load_for(purpose: Purpose, path: &Path, sets: &[String]) -> Result<Loaded> {
     // A variable that is not UTF-8 is none of ours.
     let environment =
         std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let folder = std::env::current_dir().context("find the working folder")?;
-    Ok(configs::load(&args.job, &args.sets, environment, &folder)?)
+    Ok(configs::load_for(purpose, path, sets, environment, &folder)?)
 }
 
 /// The files of a job, checked and open.
@@ -227,19 +245,29 @@ fn order(order: configs::Order) -> jobs::Order {
     }
 }
 
-/// Which blocks run where, and how much each holds, for the manifest.
-fn plan(job: &JobFile, options: &PipelineOptions) -> serde_json::Value {
+/// Which blocks run where, how much each holds, and what was expected of it, for the manifest.
+fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serde_json::Value {
     let stages: Vec<_> = (options.stages.iter().zip(&job.pipeline.devices))
-        .map(|(stage, device)| {
+        .zip(&placement.seconds)
+        .map(|((stage, device), seconds)| {
             let threads = match &stage.device {
                 Device::Cpu { threads, .. } => *threads,
                 Device::Reference => 1,
             };
-            json!({"device": device, "blocks": [stage.span.start, stage.span.end], "threads": threads})
+            let blocks = [stage.span.start, stage.span.end];
+            json!({"device": device, "blocks": blocks, "threads": threads, "predicted_seconds": seconds})
         })
         .collect();
+    let load = placement.load;
     json!({
         "stages": stages,
+        "cost": placement.source.name(),
+        "micro_batch": {
+            "decode_tokens": load.decode_tokens,
+            "decode_context": load.decode_context,
+            "prefill_tokens": load.prefill_tokens,
+            "prefill_context": load.prefill_context,
+        },
         "context_tokens": options.scheduler.context_tokens,
         "kv_cache_tokens": options.scheduler.cache_tokens(),
     })

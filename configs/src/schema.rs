@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::devices::DeviceList;
 use crate::read;
 use crate::types::{
-    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Simd, Stages, TensorParallel,
+    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Simd, Stages,
+    TensorParallel,
 };
 
 /// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
@@ -79,6 +80,8 @@ pub struct Pipeline {
     pub tensor_parallel: TensorParallel,
     /// Whether an FFN may be cut by its columns between neighbouring stages.
     pub column_cuts: ColumnCuts,
+    /// Whether stages are cut by what was measured on the device.
+    pub profile: Profile,
     /// Most tokens in one micro-batch, prefill and decode together.
     #[serde(deserialize_with = "read::positive")]
     pub micro_batch_tokens: usize,
@@ -103,6 +106,7 @@ impl Default for Pipeline {
             stages: Stages::Auto,
             tensor_parallel: TensorParallel::Auto,
             column_cuts: ColumnCuts::Auto,
+            profile: Profile::Auto,
             micro_batch_tokens: MICRO_BATCH_TOKENS,
             max_sequences: MAX_SEQUENCES,
             kv_cache_tokens: KvCacheTokens::Auto,
@@ -215,8 +219,8 @@ impl Default for Grade {
     }
 }
 
-/// `[plan]`: what is planned for, where it is not the input's rows on the pipeline's devices. `spanwise run` does not
-/// read it.
+/// `[plan]`: what is planned for, where it is not the input's rows on the pipeline's devices. `spanwise run` cuts
+/// stages by its lengths.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plan {

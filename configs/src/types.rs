@@ -132,6 +132,16 @@ words! {
     }
 }
 
+words! {
+    /// Whether stages are cut by what was measured on the device.
+    Profile, r#""auto" or "off""#, {
+        /// Where there is a profile.
+        Auto = "auto",
+        /// By estimates.
+        Off = "off",
+    }
+}
+
 /// Devices that share each stage's matrices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TensorParallel {

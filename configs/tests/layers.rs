@@ -268,6 +268,7 @@ simd = "auto"
 stages = "auto"
 tensor_parallel = "auto"
 column_cuts = "auto"
+profile = "auto"
 micro_batch_tokens = 512
 max_sequences = 128
 kv_cache_tokens = "auto"

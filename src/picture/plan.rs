@@ -84,7 +84,11 @@ impl<'a> Page<'a> {
         let speed = grouped(self.found.tokens_per_second.round() as u64);
         let end = WIDTH - LEFT;
         canvas.text(end, 44.0, TITLE.to_the_left(), &format!("{speed} tokens/s"));
-        canvas.text(end, 66.0, NOTE.to_the_left(), "generated; an estimate, nothing was measured");
+        let note = match self.setting.measured {
+            Some(_) => "generated; by measured times of each block",
+            None => "generated; an estimate, nothing was measured",
+        };
+        canvas.text(end, 66.0, NOTE.to_the_left(), note);
         canvas.text(LEFT, 72.0, FIGURE, &self.job());
         canvas.text(LEFT, 92.0, FIGURE, &self.load());
         let rows = grouped(self.found.micro_batch_rows);

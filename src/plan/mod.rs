@@ -11,19 +11,23 @@ pub(crate) mod table;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use configs::{DeviceCatalog, DeviceList, JobFile, Purpose, Stages};
-use stages::ModelConfig;
-use stages::cost::{Balance, NumberType, NumberTypes};
+use stages::cost::{Balance, Measured, NumberType, NumberTypes};
+use stages::profile::{Effort, Profile, Stored};
+use stages::{Model, ModelConfig};
 
 use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype, SettingArgs};
-use crate::picture;
 use crate::plan::input::Work;
 use crate::plan::setting::Setting;
+use crate::{picture, placement, profile};
+
+pub(crate) use crate::plan::lengths::Lengths;
+pub(crate) use crate::plan::setting::roofline;
 
 /// What a core of the machine itself is called in `devices.toml`.
-const CPU_CORE: &str = "cpu-core";
+pub(crate) const CPU_CORE: &str = "cpu-core";
 
 /// Plans a job, prints the plan, and draws it where that is asked for.
 ///
@@ -33,11 +37,14 @@ const CPU_CORE: &str = "cpu-core";
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
     let job = load(&args.setting)?;
     let balance = match args.cost {
-        BalanceArg::Roofline => Balance::Roofline,
+        BalanceArg::Roofline | BalanceArg::Measured => Balance::Roofline,
         BalanceArg::Flops => Balance::Flops,
         BalanceArg::Weights => Balance::Weights,
     };
-    let setting = setting(&args.setting, &job, balance)?;
+    let mut setting = setting(&args.setting, &job, balance)?;
+    if args.cost == BalanceArg::Measured {
+        setting.measured = Some(measured(&args.setting, &job, &setting)?);
+    }
     if job.pipeline.stages != Stages::Auto {
         crate::say("warning: a plan finds its own stages, [pipeline] stages is not looked at");
     }
@@ -115,7 +122,41 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         column_cuts: job.pipeline.column_cuts,
         balance,
+        measured: None,
     })
+}
+
+/// What was measured on the devices of this machine, which are the only ones that can be.
+fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> Result<Measured> {
+    if let Some((_, name)) = setting.devices.runs().iter().find(|(_, name)| name != CPU_CORE) {
+        bail!(
+            "no profile of {name}, only of the devices of [pipeline]\nhint: --cost roofline plans by an estimate"
+        );
+    }
+    let own = number_types(None, job);
+    if setting.types != own || setting.devices.num_devices() != job.pipeline.devices.len() {
+        bail!("--cost measured: found --dtype or --devices, expected the job's own");
+    }
+    let (model, _) = Model::open(&job.model.path, true).context("load model")?;
+    let options = profile::options(&job.model, &job.pipeline, &model, Effort::default())?;
+    let key = options.key(&model);
+    let store = profile::store()?;
+    let make = format!("hint: spanwise profile {} measures it", args.job.display());
+    let all_reduce = roofline(setting.catalog.get(CPU_CORE)?, own.weights).all_reduce;
+    let costs = |profile: &Profile| {
+        Measured::new(&setting.config, profile, placement::neighbours(job), own, all_reduce)
+    };
+    match store.load(&key) {
+        Stored::Usable(profile) => costs(&profile).map_err(|lacking| anyhow!("{lacking}\n{make}")),
+        Stored::Absent => bail!(
+            "no profile of {} for {} weights in {}\n{make}",
+            key.device,
+            key.weights,
+            store.folder().display()
+        ),
+        Stored::Stale(why) => bail!("the profile of {} is stale: {why}\n{make}", key.device),
+        Stored::Damaged(why) => bail!("the profile is damaged: {why}\n{make}"),
+    }
 }
 
 /// `--dtype`, or the job's own; keys and values follow narrow weights unless the job names their type.

@@ -25,7 +25,7 @@ pub(crate) struct Report {
     pub(crate) dtype: &'static str,
     pub(crate) kv_cache_dtype: &'static str,
     pub(crate) cost: &'static str,
-    /// Always true here: nothing was measured.
+    /// Whether nothing was measured.
     pub(crate) estimate: bool,
     pub(crate) fits: bool,
     pub(crate) missing: Option<Missing>,
@@ -187,11 +187,12 @@ impl Report {
             dtype: setting.types.weights.name(),
             kv_cache_dtype: setting.types.kv.name(),
             cost: match setting.balance {
+                Balance::Roofline if setting.measured.is_some() => "measured",
                 Balance::Roofline => "roofline",
                 Balance::Flops => "flops",
                 Balance::Weights => "weights",
             },
-            estimate: true,
+            estimate: setting.measured.is_none(),
             fits: false,
             missing: None,
             found: None,
@@ -334,10 +335,9 @@ fn params(setting: &Setting, answer: &Answer, pieces: &Range<usize>) -> u64 {
 fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedStage) -> Times {
     let ends = answer::ends_block(&answer.pieces);
     let load = setting.mix.load(answer.plan.case.rows);
-    let estimator = setting.estimator(spec, Balance::Roofline);
     let shapes = &answer.pieces;
     let ms = |load| {
-        let costs = estimator.rank_costs(shapes, stage.devices.len(), load);
+        let costs = setting.rank_costs(spec, Balance::Roofline, shapes, stage.devices.len(), load);
         costs.seconds(stage.pieces.clone()) * 1e3
     };
     let mix = answer.plan.problem(&ends).stage_seconds(stage) * 1e3;

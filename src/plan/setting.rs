@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use configs::{ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, TENSOR_PARALLEL_WIDTHS, TensorParallel};
-use scheduler::{Case, Costs, KvTokens, StageDevice};
+use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
 use stages::ModelConfig;
 use stages::cost::{
-    Balance, Channel, Estimator, Load, NumberType, NumberTypes, PieceShape, Roofline, activation_bytes,
-    hop_bytes, pieces,
+    Balance, Channel, CostModel, Estimator, Load, Measured, NumberType, NumberTypes, PieceShape, Roofline,
+    activation_bytes, hop_bytes, pieces,
 };
 
 use crate::plan::input::Work;
@@ -44,6 +44,8 @@ pub(crate) struct Setting {
     pub(crate) tensor_parallel: TensorParallel,
     pub(crate) column_cuts: ColumnCuts,
     pub(crate) balance: Balance,
+    /// What takes the roofline's place.
+    pub(crate) measured: Option<Measured>,
 }
 
 /// Rows of a micro-batch beyond which nothing is gained: products reach their ceiling at some 200 tokens.
@@ -217,10 +219,25 @@ impl Setting {
     ) -> Vec<Costs> {
         let kinds = self.kinds();
         let of_kind = |spec: &&DeviceSpec| {
-            let estimator = self.estimator(spec, balance);
-            widths.iter().map(|width| (*width, estimator.rank_costs(pieces, *width, load))).collect()
+            let of_width = |width: &usize| (*width, self.rank_costs(spec, balance, pieces, *width, load));
+            widths.iter().map(of_width).collect()
         };
         kinds.iter().map(of_kind).collect()
+    }
+
+    /// Costs on one kind of device, where time is balanced by what was measured if there is such.
+    pub(crate) fn rank_costs(
+        &self,
+        spec: &DeviceSpec,
+        balance: Balance,
+        pieces: &[PieceShape],
+        width: usize,
+        load: Load,
+    ) -> RankCosts {
+        match (&self.measured, balance) {
+            (Some(measured), Balance::Roofline) => measured.rank_costs(pieces, width, load),
+            _ => self.estimator(spec, balance).rank_costs(pieces, width, load),
+        }
     }
 
     /// The devices, with their times for a hop of a micro-batch and what its activations leave of their memory.
@@ -228,9 +245,10 @@ impl Setting {
         let kinds = self.kinds();
         let each = self.kind_of_each();
         let bytes = hop_bytes(self.config.dims, load.tokens());
-        let hop = |idx: usize, bytes: f64| match balance {
-            Balance::Roofline => hop_seconds(hop_links(&kinds, &each, idx), bytes),
-            Balance::Flops | Balance::Weights => 0.0,
+        let hop = |idx: usize, bytes_of_hop: f64| match (balance, &self.measured) {
+            (Balance::Roofline, Some(measured)) => measured.hop_seconds(load) * bytes_of_hop / bytes,
+            (Balance::Roofline, None) => hop_seconds(hop_links(&kinds, &each, idx), bytes_of_hop),
+            (Balance::Flops | Balance::Weights, _) => 0.0,
         };
         (each.iter().enumerate())
             .map(|(idx, &kind)| StageDevice {
@@ -285,7 +303,7 @@ fn link(spec: &DeviceSpec) -> Channel {
 }
 
 /// What the device reaches with weights of a type: where it has no rate for it, that of the next wider type.
-fn roofline(spec: &DeviceSpec, weights: NumberType) -> Roofline {
+pub(crate) fn roofline(spec: &DeviceSpec, weights: NumberType) -> Roofline {
     let bf16 = spec.bf16_tflops * spec.bf16_efficiency;
     let fp8 = spec.fp8_tflops.map_or(bf16, |rate| rate * spec.fp8_efficiency);
     let fp4 = spec.fp4_tflops.map_or(fp8, |rate| rate * spec.fp4_efficiency);

@@ -23,7 +23,10 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
     if let Some(found) = &report.found {
         lines.extend(found_lines(report, found));
     }
-    lines.push("estimate   by the devices' rooflines: nothing here was measured".to_owned());
+    lines.push(match report.estimate {
+        true => "estimate   by the devices' rooflines: nothing here was measured".to_owned(),
+        false => "measured   times are those of the profile, the rest follows from shapes".to_owned(),
+    });
     lines
 }
 

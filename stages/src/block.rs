@@ -3,6 +3,8 @@
 //! A block is an attention half and an FFN half, each with its norm and residual add, and each of which
 //! the search may have replaced or removed. A plain Llama is the case where all blocks are alike.
 
+use serde::{Deserialize, Serialize};
+
 /// A block that does something. Slots that are wholly empty are not blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Block {
@@ -15,7 +17,8 @@ pub struct Block {
 }
 
 /// What stands in a block's attention half.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Attention {
     /// Grouped-query attention; the only kind that owns KV.
     Gqa {
@@ -29,7 +32,8 @@ pub enum Attention {
 }
 
 /// What stands in a block's FFN half.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Ffn {
     /// `down(silu(gate(x)) ∘ up(x))`.
     SwiGlu {
@@ -43,7 +47,7 @@ pub enum Ffn {
 }
 
 /// The dimensions of a model that every block shares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dims {
     /// Width of the residual stream.
     pub hidden: usize,

@@ -13,6 +13,14 @@ pub enum Error {
         /// The system's word.
         source: std::io::Error,
     },
+    /// A file could not be written.
+    #[error("write {path}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
     /// A file is not JSON, or not the JSON it should be.
     #[error("{path}: {message}")]
     Json {
@@ -57,6 +65,16 @@ pub enum Error {
     NoWeights {
         /// The model directory.
         path: PathBuf,
+    },
+    /// A part of the model is too large to be measured here.
+    #[error("{what} takes {needed_bytes} bytes on each device, and {free_bytes} of memory are free for it")]
+    TooLargeToMeasure {
+        /// Which part.
+        what: String,
+        /// Its weights.
+        needed_bytes: u64,
+        /// What there is for it.
+        free_bytes: u64,
     },
     /// A device refused.
     #[error(transparent)]

@@ -11,6 +11,7 @@ pub mod cost;
 mod error;
 mod fields;
 mod model;
+pub mod profile;
 pub mod random;
 mod rope;
 mod sampling;

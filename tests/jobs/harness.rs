@@ -207,6 +207,8 @@ pub(crate) fn spanwise() -> Command {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("SPANWISE")) {
         command.env_remove(name);
     }
+    // Nor may what was measured on the machine: a folder that nobody makes has no profiles.
+    command.env("SPANWISE_PROFILES", std::env::temp_dir().join("spanwise-tests-have-no-profiles"));
     command
 }
 

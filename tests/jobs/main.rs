@@ -13,6 +13,7 @@ mod logits;
 mod pictures;
 mod plan;
 mod plan_input;
+mod profile;
 mod refusals;
 mod results;
 mod resume;

@@ -1,6 +1,6 @@
 //! Which blocks each stage owns, and on how many devices.
 //!
-//! [`partition`] cuts blocks for equal devices by one cost alone, and is what `run` uses. [`best_layout`] weighs
+//! [`least_bottleneck_on_each`] gives each device a stage of whole blocks, and is what `run` uses. [`best_layout`] weighs
 //! the layouts of unlike devices by rows per second: micro-batch size, number of stages, tensor-parallel
 //! width of each, and where to cut, down to columns of an FFN, each stage within its memory.
 //!
@@ -8,12 +8,14 @@
 //! kind of device; whether they were measured or estimated is the caller's affair. The invariant: a
 //! layout that is returned is within every stage's memory, and no other is faster.
 
+mod each;
 mod even;
 mod furthest;
-mod partition;
 mod problem;
 mod search;
+mod span;
 
-pub use partition::{Span, partition};
+pub use each::least_bottleneck_on_each;
 pub use problem::{Costs, Extra, Piece, PlannedStage, Problem, RankCosts, StageDevice};
 pub use search::{Case, Choice, KvTokens, best_layout, faster_layout, in_flight, least_bottleneck};
+pub use span::Span;

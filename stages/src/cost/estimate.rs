@@ -7,9 +7,11 @@ use std::ops::Range;
 
 use scheduler::{Extra, Load, Piece, RankCosts};
 
+use super::CostModel;
 use super::pieces::PieceShape;
+use super::rank::{self, Parts, Rank};
 use super::roofline::{NumberTypes, Roofline};
-use crate::block::{Attention, Dims, Ffn};
+use crate::block::{Dims, Ffn};
 use crate::config::ModelConfig;
 
 /// What a plan balances.
@@ -70,20 +72,28 @@ pub fn activation_bytes(config: &ModelConfig, tokens: f64) -> u64 {
     (tokens * per_token) as u64
 }
 
-impl<'a> Estimator<'a> {
-    /// Costs of all pieces on one rank of a stage of `ranks`.
-    pub fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
+impl CostModel for Estimator<'_> {
+    fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
         let costs = pieces.iter().map(|shape| self.piece(shape, ranks, load));
         let cut = match self.balance {
             Balance::Roofline => self.all_reduce_seconds(ranks, load),
             Balance::Flops | Balance::Weights => 0.0,
         };
-        let shared = if self.config.tied_embeddings { self.table_bytes(ranks) } else { 0 };
+        let shared = rank::shared_bytes(self.config, self.types, ranks);
         RankCosts::new(costs, self.embedding(ranks, load), self.head(ranks, load))
             .with_shared(shared)
             .with_cut(cut)
     }
 
+    fn hop_seconds(&self, load: Load) -> f64 {
+        match self.balance {
+            Balance::Roofline => self.roofline.link.seconds(hop_bytes(self.config.dims, load.tokens())),
+            Balance::Flops | Balance::Weights => 0.0,
+        }
+    }
+}
+
+impl<'a> Estimator<'a> {
     /// Operations of one decode token, for what a plan by FLOPs balances.
     fn decode_flops(&self, matrix_params: u64, attention_flops: f64) -> f64 {
         (2.0 * matrix_params as f64 + attention_flops) / self.roofline.flops_per_second
@@ -98,7 +108,7 @@ impl<'a> Estimator<'a> {
     ) -> StageSeconds<'a> {
         let mut kinds: Vec<(Parts, f64)> = vec![];
         for shape in &pieces[stage.clone()] {
-            let parts = self.parts(shape, ranks);
+            let parts = Parts::of(self.config, shape, ranks);
             match kinds.iter_mut().find(|(kind, _)| *kind == parts) {
                 Some((_, count)) => *count += 1.0,
                 None => kinds.push((parts, 1.0)),
@@ -110,46 +120,16 @@ impl<'a> Estimator<'a> {
     }
 
     fn piece(&self, shape: &PieceShape, ranks: usize, load: Load) -> Piece {
-        let parts = self.parts(shape, ranks);
-        let bytes = self.weight_bytes(parts);
+        let parts = Parts::of(self.config, shape, ranks);
+        let bytes = parts.weight_bytes(self.types);
         let kv_bytes_per_token = self.types.kv.bytes(parts.attention.kv_values);
         Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
-    }
-
-    fn parts(&self, shape: &PieceShape, ranks: usize) -> Parts {
-        let block = self.config.blocks[shape.block];
-        let dims = self.config.dims;
-        let has_attention = shape.columns.as_ref().is_none_or(|columns| columns.start == 0);
-        let attention = if has_attention { rank_attention(block.attention, dims, ranks) } else { Rank::NONE };
-        let ffn = match (&shape.columns, block.ffn) {
-            (Some(columns), _) => {
-                // Ranks share a piece's columns; only the FFN's first piece brings the norm along.
-                let columns_of_rank = (columns.end as u64).div_ceil(ranks as u64)
-                    - (columns.start as u64).div_ceil(ranks as u64);
-                let norm = if columns.start == 0 { dims.hidden as u64 } else { 0 };
-                Rank {
-                    matrix_params: 3 * columns_of_rank * dims.hidden as u64,
-                    norm_params: norm,
-                    ..Rank::NONE
-                }
-            }
-            (None, Ffn::Linear) => linear(dims, ranks),
-            (None, _) => Rank::NONE,
-        };
-        Parts { attention, ffn, ends_block: shape.ends_block }
-    }
-
-    fn weight_bytes(&self, Parts { attention, ffn, .. }: Parts) -> u64 {
-        let mut bytes = 0;
-        bytes += self.types.weights.bytes(attention.matrix_params + ffn.matrix_params);
-        bytes += self.types.table().bytes(attention.norm_params + ffn.norm_params);
-        bytes
     }
 
     fn piece_seconds(&self, parts: Parts, ranks: usize, load: Load) -> f64 {
         let Parts { attention, ffn, ends_block } = parts;
         match self.balance {
-            Balance::Weights => self.weight_bytes(parts) as f64 / self.roofline.bytes_per_second,
+            Balance::Weights => parts.weight_bytes(self.types) as f64 / self.roofline.bytes_per_second,
             Balance::Flops => {
                 let attended = attention.flops_per_context_token * load.decode_context;
                 self.decode_flops(attention.matrix_params + ffn.matrix_params, attended)
@@ -207,19 +187,9 @@ impl<'a> Estimator<'a> {
         sum
     }
 
-    /// Numbers of a rank's part of the embedding, or of the output matrix.
-    fn table_params(&self, ranks: usize) -> u64 {
-        (self.config.dims.vocab as u64).div_ceil(ranks as u64) * self.config.dims.hidden as u64
-    }
-
-    fn table_bytes(&self, ranks: usize) -> u64 {
-        self.types.table().bytes(self.table_params(ranks))
-    }
-
-    /// The embedding: a look-up for each token. Of tied models both ends hold the table, and a stage that is both
-    /// holds it once.
+    /// The embedding: a look-up for each token.
     fn embedding(&self, ranks: usize, load: Load) -> Extra {
-        let bytes = self.table_bytes(ranks);
+        let bytes = rank::embedding_bytes(self.config, self.types, ranks);
         let seconds = match self.balance {
             Balance::Weights => bytes as f64 / self.roofline.bytes_per_second,
             Balance::Flops => 0.0,
@@ -233,10 +203,9 @@ impl<'a> Estimator<'a> {
 
     /// Last norm, output matrix and sampling, for the rows that need logits.
     fn head(&self, ranks: usize, load: Load) -> Extra {
-        let params = self.table_params(ranks);
-        let mut bytes = self.table_bytes(ranks);
-        let table_bytes = bytes as f64;
-        bytes += self.types.table().bytes(self.config.dims.hidden as u64);
+        let params = rank::table_params(self.config, ranks);
+        let bytes = rank::head_bytes(self.config, self.types, ranks);
+        let table_bytes = self.types.table().bytes(params) as f64;
         let rows = load.logit_rows;
         let seconds = match self.balance {
             Balance::Weights => bytes as f64 / self.roofline.bytes_per_second,
@@ -251,14 +220,6 @@ impl<'a> Estimator<'a> {
         };
         Extra { seconds, bytes }
     }
-}
-
-/// One rank's part of a piece. Pieces of equal parts take equally long.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Parts {
-    attention: Rank,
-    ffn: Rank,
-    ends_block: bool,
 }
 
 /// The time of one stage: what [`Estimator::rank_costs`] says, with equal pieces computed once.
@@ -288,44 +249,6 @@ impl StageSeconds<'_> {
         sum += if is_summed { estimator.all_reduce_seconds(*ranks, load) } else { 0.0 };
         sum
     }
-}
-
-/// One rank's part of a half block.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct Rank {
-    matrix_params: u64,
-    norm_params: u64,
-    kv_values: u64,
-    flops_per_context_token: f64,
-}
-
-impl Rank {
-    const NONE: Rank = Rank { matrix_params: 0, norm_params: 0, kv_values: 0, flops_per_context_token: 0.0 };
-}
-
-/// Query heads are shared out, and so are KV heads while there are as many as ranks; beyond that each rank has a copy
-/// of one.
-fn rank_attention(attention: Attention, dims: Dims, ranks: usize) -> Rank {
-    match attention {
-        Attention::Gqa { kv_heads } => {
-            let heads = dims.heads.div_ceil(ranks);
-            let kv_heads = kv_heads.div_ceil(ranks);
-            let part = Attention::Gqa { kv_heads };
-            Rank {
-                matrix_params: part.matrix_params(Dims { heads, ..dims }),
-                norm_params: dims.hidden as u64,
-                kv_values: part.kv_values_per_token(dims),
-                flops_per_context_token: (4 * heads * dims.head_dim) as f64,
-            }
-        }
-        Attention::Linear => linear(dims, ranks),
-        Attention::None => Rank::NONE,
-    }
-}
-
-fn linear(dims: Dims, ranks: usize) -> Rank {
-    let hidden = dims.hidden as u64;
-    Rank { matrix_params: hidden * hidden.div_ceil(ranks as u64), norm_params: hidden, ..Rank::NONE }
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! A device as two ceilings, operations and bytes a second.
 
+use kernels::Dtype;
+
 /// What a device reaches, efficiencies taken off.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Roofline {
@@ -88,6 +90,15 @@ impl NumberType {
         match self {
             Self::F32 => Self::F32,
             Self::Bf16 | Self::Fp8 | Self::Fp4 => Self::Bf16,
+        }
+    }
+}
+
+impl From<Dtype> for NumberType {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32,
+            Dtype::Bf16 => Self::Bf16,
         }
     }
 }

@@ -1,0 +1,212 @@
+//! Seconds from a profile of the device; bytes from shapes, as an estimate has them.
+//!
+//! Between measured points costs lie on straight lines; beyond the last they go on. Some columns of an FFN and one rank of
+//! several were not measured: they are a share of the whole block, by its weights. [`Measured::basis`] says which of
+//! these a load needs. It refuses to guess: a profile without one of the model's blocks makes no costs.
+
+use scheduler::{Extra, Load, Piece, RankCosts};
+
+use super::CostModel;
+use super::curve::{Basis, Curve};
+use super::estimate::hop_bytes;
+use super::pieces::PieceShape;
+use super::rank::{self, Parts};
+use super::roofline::{Channel, NumberTypes};
+use crate::block::Attention;
+use crate::config::ModelConfig;
+use crate::profile::{ContextPoint, Missing, Neighbours, Profile, SHORT_CONTEXT, TokenPoint};
+
+/// Costs of one model on a device that was measured.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    config: ModelConfig,
+    types: NumberTypes,
+    hop: Curve,
+    embedding: Curve,
+    head: Curve,
+    blocks: Vec<BlockCurves>,
+    /// Among the ranks of a stage, which was not measured.
+    all_reduce: Channel,
+}
+
+#[derive(Debug, Clone)]
+struct BlockCurves {
+    /// By tokens of the micro-batch, at almost no context.
+    base: Curve,
+    /// Beyond that, for each token by its context.
+    attention: Option<AttentionCurves>,
+}
+
+#[derive(Debug, Clone)]
+struct AttentionCurves {
+    decode: Curve,
+    prefill: Curve,
+}
+
+/// A profile that lacks blocks of the model.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the profile lacks {} of the model's blocks: {}", .0.blocks.len(), names(.0))]
+pub struct Lacking(pub Missing);
+
+fn names(missing: &Missing) -> String {
+    missing.blocks.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+impl Measured {
+    /// Costs beside such neighbours. `types` are the profile's own; `all_reduce` is what plans with several ranks a stage
+    /// are charged with.
+    ///
+    /// # Errors
+    /// The profile lacks a block or an attention of the model.
+    pub fn new(
+        config: &ModelConfig,
+        profile: &Profile,
+        neighbours: Neighbours,
+        types: NumberTypes,
+        all_reduce: Channel,
+    ) -> Result<Self, Lacking> {
+        let missing = profile.missing(config);
+        if !missing.is_empty() {
+            return Err(Lacking(missing));
+        }
+        let by_tokens = |points: &[TokenPoint]| {
+            Curve::new(points.iter().map(|point| (point.tokens as f64, point.seconds.median)))
+        };
+        let attention = |kv_heads| {
+            let entry = profile.attention(kv_heads).expect("none is missing");
+            AttentionCurves {
+                decode: decode_curve(entry.decode.get(neighbours)),
+                prefill: by_context(entry.prefill.get(neighbours)),
+            }
+        };
+        let blocks = config.blocks.iter().map(|block| {
+            let entry = profile.block((*block).into()).expect("none is missing");
+            BlockCurves {
+                base: by_tokens(entry.points.get(neighbours)),
+                attention: match block.attention {
+                    Attention::Gqa { kv_heads } => Some(attention(kv_heads)),
+                    Attention::Linear | Attention::None => None,
+                },
+            }
+        });
+        Ok(Measured {
+            types,
+            hop: by_tokens(profile.hop.get(neighbours)),
+            embedding: by_tokens(profile.embedding.get(neighbours)),
+            head: by_tokens(profile.head.get(neighbours)),
+            blocks: blocks.collect(),
+            all_reduce,
+            config: config.clone(),
+        })
+    }
+
+    /// Where costs for a load come from, the least sure of all pieces counted.
+    pub fn basis(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Basis {
+        let is_whole = |piece: &PieceShape| self.share(piece, ranks) == 1.0;
+        if !pieces.iter().all(is_whole) {
+            return Basis::Scaled;
+        }
+        let of_block = |piece: &PieceShape| self.blocks[piece.block].basis(load);
+        let of_head = if load.logit_rows > 0.0 { self.head.basis(load.logit_rows) } else { Basis::Measured };
+        pieces.iter().map(of_block).chain([of_head]).max().unwrap_or(Basis::Measured)
+    }
+
+    /// Whether every cost for a load was measured at that very point.
+    pub fn is_measured_at(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> bool {
+        self.basis(pieces, ranks, load) == Basis::Measured
+    }
+
+    /// One rank's share of a block, by its matrices.
+    fn share(&self, piece: &PieceShape, ranks: usize) -> f64 {
+        let block = self.config.blocks[piece.block];
+        let whole = (block.flops_per_token(self.config.dims) / 2) as f64;
+        Parts::of(&self.config, piece, ranks).matrix_params() as f64 / whole
+    }
+
+    fn piece(&self, piece: &PieceShape, ranks: usize, load: Load) -> Piece {
+        let parts = Parts::of(&self.config, piece, ranks);
+        let block = &self.blocks[piece.block];
+        let mut seconds = self.share(piece, ranks) * block.base.at(load.tokens());
+        if parts.attention.kv_values > 0 {
+            // Heads are shared out, and with them the keys that are read.
+            seconds += block.attention_seconds(load) / ranks as f64;
+            seconds += self.all_reduce_seconds(ranks, load);
+        }
+        if piece.ends_block {
+            seconds += self.all_reduce_seconds(ranks, load);
+        }
+        Piece {
+            // A chunk's attention may be cheaper than the single rows of the base, never than nothing.
+            seconds: if load.tokens() > 0.0 { seconds.max(0.0) } else { 0.0 },
+            weight_bytes: parts.weight_bytes(self.types),
+            kv_bytes_per_token: self.types.kv.bytes(parts.attention.kv_values),
+        }
+    }
+
+    fn all_reduce_seconds(&self, ranks: usize, load: Load) -> f64 {
+        self.all_reduce.all_reduce_seconds(hop_bytes(self.config.dims, load.tokens()), ranks)
+    }
+
+    fn extra(curve: &Curve, tokens: f64, bytes: u64, ranks: usize) -> Extra {
+        let seconds = if tokens > 0.0 { curve.at(tokens) / ranks as f64 } else { 0.0 };
+        Extra { seconds, bytes }
+    }
+}
+
+impl CostModel for Measured {
+    fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
+        let costs = pieces.iter().map(|piece| self.piece(piece, ranks, load));
+        let embedding_bytes = rank::embedding_bytes(&self.config, self.types, ranks);
+        let head_bytes = rank::head_bytes(&self.config, self.types, ranks);
+        let embedding = Self::extra(&self.embedding, load.tokens(), embedding_bytes, ranks);
+        let head = Self::extra(&self.head, load.logit_rows, head_bytes, ranks);
+        RankCosts::new(costs, embedding, head)
+            .with_shared(rank::shared_bytes(&self.config, self.types, ranks))
+            .with_cut(self.all_reduce_seconds(ranks, load))
+    }
+
+    fn hop_seconds(&self, load: Load) -> f64 {
+        if load.tokens() > 0.0 { self.hop.at(load.tokens()) } else { 0.0 }
+    }
+}
+
+impl BlockCurves {
+    fn attention_seconds(&self, load: Load) -> f64 {
+        let Some(attention) = &self.attention else { return 0.0 };
+        let mut sum = 0.0;
+        if load.decode_tokens > 0.0 {
+            sum += load.decode_tokens * attention.decode.at(load.decode_context);
+        }
+        if load.prefill_tokens > 0.0 {
+            sum += load.prefill_tokens * attention.prefill.at(load.prefill_context);
+        }
+        sum
+    }
+
+    fn basis(&self, load: Load) -> Basis {
+        let mut basis = self.base.basis(load.tokens());
+        if let Some(attention) = &self.attention {
+            if load.decode_tokens > 0.0 {
+                basis = basis.max(attention.decode.basis(load.decode_context));
+            }
+            if load.prefill_tokens > 0.0 {
+                basis = basis.max(attention.prefill.basis(load.prefill_context));
+            }
+        }
+        basis
+    }
+}
+
+fn by_context(points: &[ContextPoint]) -> Curve {
+    Curve::new(points.iter().map(|point| (point.context, point.seconds.median)))
+}
+
+/// Rows of a longer context take no less than those of a shorter one: where a time says so, it is chance.
+fn decode_curve(points: &[ContextPoint]) -> Curve {
+    let mut most = 0.0_f64;
+    let beyond = points.iter().filter(|point| point.context > SHORT_CONTEXT).map(|point| {
+        most = most.max(point.seconds.median);
+        (point.context, most)
+    });
+    Curve::new(std::iter::once((SHORT_CONTEXT, 0.0)).chain(beyond))
+}

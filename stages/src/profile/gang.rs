@@ -1,0 +1,165 @@
+//! Devices at work side by side, with a clock on each.
+//!
+//! Each device has a thread that loads the subject and takes its steps. All begin a point together; where they
+//! are to be busy, one that has enough times goes on working until the last has.
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use super::measure::Effort;
+use super::points::{Both, Seconds};
+use super::subject::{Step, Subject};
+use crate::error::Result;
+use crate::stage::{self, Device, Dtypes, Stage};
+
+/// More than this says nothing new.
+const MAX_REPEATS: usize = 50;
+
+/// A point that takes this many times its share ends with however many times it has.
+const PATIENCE: f64 = 10.0;
+
+/// Devices alike that share the memory, and how long to look.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gang<'a> {
+    pub(super) devices: &'a [Device],
+    pub(super) dtypes: Dtypes,
+    pub(super) effort: Effort,
+    /// Other memory to read before each step, so that what was read before it is in no cache.
+    pub(super) scrub_bytes: u64,
+}
+
+/// What the threads of a gang share.
+struct Shared {
+    all: Barrier,
+    has_failed: AtomicBool,
+    /// Devices that need more times for the present point.
+    num_at_work: AtomicUsize,
+}
+
+impl Gang<'_> {
+    /// The times of each step, after `before` was done once.
+    ///
+    /// # Errors
+    /// What a device refuses.
+    pub(super) fn time(
+        &self,
+        subject: &Subject,
+        before: &[Step],
+        steps: &[Step],
+    ) -> Result<Vec<Both<Seconds>>> {
+        let shared = Shared {
+            all: Barrier::new(self.devices.len()),
+            has_failed: AtomicBool::new(false),
+            num_at_work: AtomicUsize::new(0),
+        };
+        let results: Vec<Result<Vec<Both<Vec<f64>>>>> = std::thread::scope(|scope| {
+            let start = |(index, device)| {
+                let shared = &shared;
+                scope.spawn(move || self.on_device(index, device, shared, subject, before, steps))
+            };
+            let threads: Vec<_> = self.devices.iter().enumerate().map(start).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a device thread panicked")).collect()
+        });
+        let mut times = vec![Both { alone: vec![], busy: vec![] }; steps.len()];
+        for result in results {
+            for (all, own) in times.iter_mut().zip(result?) {
+                all.alone.extend(own.alone);
+                all.busy.extend(own.busy);
+            }
+        }
+        let seconds = |times: &Both<Vec<f64>>| {
+            let alone = Seconds::of(times.alone.clone());
+            let busy = if times.busy.is_empty() { alone } else { Seconds::of(times.busy.clone()) };
+            Both { alone, busy }
+        };
+        Ok(times.iter().map(seconds).collect())
+    }
+
+    fn on_device(
+        &self,
+        index: usize,
+        device: &Device,
+        shared: &Shared,
+        subject: &Subject,
+        before: &[Step],
+        steps: &[Step],
+    ) -> Result<Vec<Both<Vec<f64>>>> {
+        let loaded = stage::load(&subject.model, device, self.dtypes, subject.options);
+        let mut at_work =
+            loaded.map(|stage| AtWork { stage, scrub: vec![1; self.scrub_bytes as usize / 8], error: None });
+        if at_work.is_err() {
+            shared.has_failed.store(true, Ordering::Release);
+        }
+        shared.all.wait();
+        if shared.has_failed.load(Ordering::Acquire) {
+            return at_work.map(|_| vec![]);
+        }
+        let at_work = at_work.as_mut().expect("no device has failed");
+        for step in before {
+            at_work.seconds(step);
+        }
+        let mut times = vec![];
+        for step in steps {
+            at_work.seconds(step); // Arrays find their size.
+            shared.all.wait();
+            let alone = if index == 0 { self.repeat(at_work, step, None) } else { vec![] };
+            shared.num_at_work.store(self.devices.len(), Ordering::Release);
+            shared.all.wait();
+            let are_several = self.devices.len() > 1;
+            let busy =
+                if are_several { self.repeat(at_work, step, Some(&shared.num_at_work)) } else { vec![] };
+            times.push(Both { alone, busy });
+        }
+        match at_work.error.take() {
+            Some(error) => Err(error),
+            None => Ok(times),
+        }
+    }
+
+    /// Times of one step, with neighbours until the last of them has enough.
+    fn repeat(&self, at_work: &mut AtWork, step: &Step, neighbours: Option<&AtomicUsize>) -> Vec<f64> {
+        let mut times = vec![];
+        let begun = Instant::now();
+        while !self.effort.is_enough(times.len(), begun.elapsed().as_secs_f64()) {
+            times.push(at_work.seconds(step));
+        }
+        if let Some(num_at_work) = neighbours {
+            num_at_work.fetch_sub(1, Ordering::AcqRel);
+            while num_at_work.load(Ordering::Acquire) > 0 {
+                at_work.seconds(step);
+            }
+        }
+        times
+    }
+}
+
+impl Effort {
+    fn is_enough(self, repeats: usize, elapsed: f64) -> bool {
+        let is_tired = repeats > 0 && elapsed > PATIENCE * self.point_seconds;
+        is_tired || repeats >= MAX_REPEATS || (repeats >= self.least_repeats && elapsed > self.point_seconds)
+    }
+}
+
+/// A loaded subject. Once its device has refused a step it does nothing more, so that nobody waits for it in vain.
+struct AtWork {
+    stage: Box<dyn Stage>,
+    scrub: Vec<u64>,
+    error: Option<crate::Error>,
+}
+
+impl AtWork {
+    /// Takes a step and says how long it took.
+    fn seconds(&mut self, step: &Step) -> f64 {
+        if self.error.is_some() {
+            return 0.0;
+        }
+        let input = step.input.clone();
+        std::hint::black_box(self.scrub.iter().sum::<u64>());
+        let begun = Instant::now();
+        let output = self.stage.step(&step.batch, input);
+        let seconds = begun.elapsed().as_secs_f64();
+        self.error = output.err();
+        seconds
+    }
+}

@@ -1,0 +1,304 @@
+//! A model's profile, measured part by part.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use kernels::PAGE_TOKENS;
+
+use super::attention::AttentionGrid;
+use super::gang::Gang;
+use super::grid;
+use super::key::ProfileKey;
+use super::points::{Both, Seconds, TokenPoint};
+use super::subject::{self, Pages, Place, Step, Subject};
+use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile};
+use crate::block::{Attention, Block, Ffn};
+use crate::cost::NumberType;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::stage::{Device, Dtypes};
+
+/// Copies of a block, at most: a thousand tiny ones take longer to load than they say.
+const MAX_COPIES: u64 = 256;
+
+/// The share of the free memory that subjects may take: a matrix is there twice while it is packed.
+const MEMORY_SHARE: f64 = 0.4;
+
+/// How long to look.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Effort {
+    /// Time for each point, alone and busy each.
+    pub point_seconds: f64,
+    /// Repeats that a point has at least, unless it takes ten times its time.
+    pub least_repeats: usize,
+}
+
+/// What is measured, and with what.
+#[derive(Debug, Clone)]
+pub struct MeasureOptions {
+    /// All devices alike that share the memory; the first is the one that is also measured alone.
+    pub devices: Vec<Device>,
+    /// Number types.
+    pub dtypes: Dtypes,
+    /// Longest context.
+    pub context_tokens: usize,
+    /// Largest micro-batch.
+    pub micro_batch_tokens: usize,
+    /// Memory for all devices together.
+    pub free_bytes: u64,
+    /// How long to look.
+    pub effort: Effort,
+}
+
+impl Default for Effort {
+    /// A point of a small block has some 50 repeats then, and a profile of 20 shapes takes two minutes.
+    fn default() -> Self {
+        Effort { point_seconds: 0.15, least_repeats: 5 }
+    }
+}
+
+impl MeasureOptions {
+    /// What a profile of `model` by these options holds for.
+    pub fn key(&self, model: &Model) -> ProfileKey {
+        let config = &model.config;
+        let model_bytes = NumberType::from(self.dtypes.weights).bytes(config.params());
+        ProfileKey::of(&self.devices[0], self.devices.len(), self.dtypes, config.dims, model_bytes)
+    }
+}
+
+/// Measures embedding, head, and of the blocks and attention those that are `wanted`. `say` hears a line now and
+/// then. A block that the memory has no room for is left out, and `say` hears why.
+///
+/// # Errors
+/// What a device refuses, and an output matrix that there is no memory for.
+pub fn measure(
+    model: &Model,
+    options: &MeasureOptions,
+    wanted: &Missing,
+    say: &mut dyn FnMut(&str),
+) -> Result<Profile> {
+    let key = options.key(model);
+    let bench = Bench { model, options, walked_bytes: key.walked_bytes };
+    let hop = bench.hop()?;
+    let embedding = bench.embedding(&hop)?;
+    let head = bench.head(&hop)?;
+    say("embedding and head measured");
+    let mut profile = Profile {
+        format: FORMAT,
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        measured_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs(),
+        key,
+        hop,
+        embedding,
+        head,
+        blocks: Vec::new(),
+        attention: Vec::new(),
+    };
+    for (idx, shape) in wanted.blocks.iter().enumerate() {
+        let which = format!("block {} of {}: {shape}", idx + 1, wanted.blocks.len());
+        profile.blocks.extend(unless_too_large(&which, || bench.block(*shape, &profile.hop), say)?);
+    }
+    for (idx, kv_heads) in wanted.kv_heads.iter().enumerate() {
+        let which = format!("attention {} of {}: {kv_heads} KV heads", idx + 1, wanted.kv_heads.len());
+        profile.attention.extend(unless_too_large(&which, || bench.attention(*kv_heads), say)?);
+    }
+    Ok(profile)
+}
+
+/// Measures a part, or says why it is left out.
+fn unless_too_large<T>(
+    which: &str,
+    measure: impl FnOnce() -> Result<T>,
+    say: &mut dyn FnMut(&str),
+) -> Result<Option<T>> {
+    let begun = Instant::now();
+    match measure() {
+        Ok(entry) => {
+            say(&format!("{which}, {:.1} s", begun.elapsed().as_secs_f64()));
+            Ok(Some(entry))
+        }
+        Err(error @ Error::TooLargeToMeasure { .. }) => {
+            say(&format!("{which} is left out: {error}"));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A model on the devices.
+struct Bench<'a> {
+    model: &'a Model,
+    options: &'a MeasureOptions,
+    walked_bytes: u64,
+}
+
+type Curve = Both<Vec<TokenPoint>>;
+
+impl Bench<'_> {
+    fn gang(&self, scrub_bytes: u64) -> Gang<'_> {
+        let MeasureOptions { devices, dtypes, effort, .. } = self.options;
+        Gang { devices, dtypes: *dtypes, effort: *effort, scrub_bytes }
+    }
+
+    fn hidden(&self) -> usize {
+        self.model.config.dims.hidden
+    }
+
+    fn vocab(&self) -> usize {
+        self.model.config.dims.vocab
+    }
+
+    fn tokens(&self) -> Vec<usize> {
+        grid::tokens(self.options.micro_batch_tokens)
+    }
+
+    fn weight_bytes(&self, params: u64) -> u64 {
+        NumberType::from(self.options.dtypes.weights).bytes(params)
+    }
+
+    fn table_params(&self) -> u64 {
+        (self.vocab() * self.hidden()) as u64
+    }
+
+    /// Memory for what one device holds.
+    fn room(&self) -> u64 {
+        (self.options.free_bytes as f64 * MEMORY_SHARE) as u64 / self.options.devices.len() as u64
+    }
+
+    fn check_room(&self, what: &str, needed_bytes: u64) -> Result<()> {
+        let free_bytes = self.room();
+        match needed_bytes > free_bytes {
+            true => Err(Error::TooLargeToMeasure { what: what.to_owned(), needed_bytes, free_bytes }),
+            false => Ok(()),
+        }
+    }
+
+    /// Times of what a stage has beside its blocks.
+    fn no_blocks(&self, place: Place, scrub_bytes: u64) -> Result<Vec<Both<Seconds>>> {
+        let input = (place != Place::First).then(|| self.hidden());
+        let step = |tokens: usize| subject::short_rows(tokens, input, self.vocab());
+        let steps: Vec<Step> = self.tokens().into_iter().map(step).collect();
+        self.gang(scrub_bytes).time(&Subject::no_blocks(self.model, place), &[], &steps)
+    }
+
+    fn hop(&self) -> Result<Curve> {
+        let times = self.no_blocks(Place::Middle, 0)?;
+        Ok(Part { flops_per_token: 0, weight_bytes: 0, copies: 1 }.curve(&self.tokens(), &times, None))
+    }
+
+    fn embedding(&self, hop: &Curve) -> Result<Curve> {
+        let bytes = self.weight_bytes(self.table_params());
+        self.check_room("the embedding", bytes)?;
+        let times = self.no_blocks(Place::First, self.walked_bytes.saturating_sub(bytes))?;
+        let part = Part { flops_per_token: 0, weight_bytes: 0, copies: 1 };
+        Ok(part.curve(&self.tokens(), &times, Some((hop, HALF))))
+    }
+
+    fn head(&self, hop: &Curve) -> Result<Curve> {
+        let weight_bytes = self.weight_bytes(self.table_params());
+        self.check_room("the output matrix", weight_bytes)?;
+        let times = self.no_blocks(Place::Last, self.walked_bytes.saturating_sub(weight_bytes))?;
+        let part = Part { flops_per_token: 2 * self.table_params(), weight_bytes, copies: 1 };
+        Ok(part.curve(&self.tokens(), &times, Some((hop, HALF))))
+    }
+
+    /// So many that weights are cold, as far as the memory has room.
+    fn copies(&self, what: &str, weight_bytes: u64) -> Result<usize> {
+        self.check_room(what, weight_bytes)?;
+        let wanted = self.walked_bytes.div_ceil(weight_bytes).min(self.room() / weight_bytes);
+        Ok(wanted.clamp(1, MAX_COPIES) as usize)
+    }
+
+    /// The model's first block with these halves, which has weights to measure with.
+    fn block_like(&self, is_like: impl Fn(&Block) -> bool) -> Block {
+        *self
+            .model
+            .config
+            .blocks
+            .iter()
+            .find(|block| is_like(block))
+            .expect("only shapes of the model are wanted")
+    }
+
+    fn block(&self, shape: BlockShape, hop: &Curve) -> Result<BlockEntry> {
+        let block = self.block_like(|block| BlockShape::from(*block) == shape);
+        let dims = self.model.config.dims;
+        let weight_bytes = self.weight_bytes(block.params(dims));
+        let copies = self.copies("one", weight_bytes)?;
+        let tokens = self.tokens();
+        let most = tokens.last().map_or(1, |tokens| *tokens);
+        let num_pages = subject::pages_of_short_rows(most);
+        let subject = Subject::blocks(self.model, block, copies, num_pages, PAGE_TOKENS);
+        let step = |tokens: &usize| subject::short_rows(*tokens, Some(dims.hidden), dims.vocab);
+        let steps: Vec<Step> = tokens.iter().map(step).collect();
+        let times = self.gang(0).time(&subject, &[], &steps)?;
+        let part = Part { flops_per_token: block.flops_per_token(dims), weight_bytes, copies };
+        Ok(BlockEntry {
+            shape,
+            weight_bytes,
+            copies,
+            points: part.curve(&tokens, &times, Some((hop, WHOLE))),
+        })
+    }
+
+    fn attention(&self, kv_heads: usize) -> Result<AttentionEntry> {
+        let attention = Attention::Gqa { kv_heads };
+        let block = Block { ffn: Ffn::None, ..self.block_like(|block| block.attention == attention) };
+        let dims = self.model.config.dims;
+        let kv_bytes = self.kv_bytes_per_token(attention);
+        let copies = self.copies("attention", self.weight_bytes(block.params(dims)))?;
+        let grid = AttentionGrid::new(self.options.context_tokens, self.options.micro_batch_tokens);
+        let page_bytes = kv_bytes * PAGE_TOKENS as u64 * copies as u64;
+        let pages = Pages { own: grid.own_pages(), shared: self.shared_pages(page_bytes) };
+        let context_tokens = self.options.context_tokens + grid::CHUNK_TOKENS;
+        let subject = Subject::blocks(self.model, block, copies, pages.total(), context_tokens);
+        let steps = grid.steps(pages, dims);
+        let times = self.gang(0).time(&subject, &pages.fill(dims.hidden, dims.vocab), &steps)?;
+        Ok(grid.entry(kv_heads, copies, kv_bytes, &times))
+    }
+
+    fn kv_bytes_per_token(&self, attention: Attention) -> u64 {
+        NumberType::from(self.options.dtypes.kv).bytes(attention.kv_values_per_token(self.model.config.dims))
+    }
+
+    /// Enough that keys and values are read from memory, as weights are.
+    fn shared_pages(&self, page_bytes: u64) -> usize {
+        self.walked_bytes.div_ceil(page_bytes).clamp(8, 4096) as usize
+    }
+}
+
+/// Of a hop, which a stage takes over and hands on.
+const WHOLE: f64 = 1.0;
+/// Of a hop, where a stage is the first or the last.
+const HALF: f64 = 0.5;
+
+/// Where the times of a subject without the hop are less, they are of no weight, and chance alone.
+const LEAST_SECONDS: f64 = 1e-9;
+
+/// What one of several copies of a part computes and reads.
+#[derive(Clone, Copy)]
+struct Part {
+    flops_per_token: u64,
+    weight_bytes: u64,
+    copies: usize,
+}
+
+impl Part {
+    /// Its share of what was measured, less some of the hop.
+    fn curve(self, tokens: &[usize], times: &[Both<Seconds>], hop: Option<(&Curve, f64)>) -> Curve {
+        let all = Both { alone: (), busy: () };
+        all.map(|(), neighbours| {
+            let point = |(idx, tokens): (usize, &usize)| {
+                let hop = hop.map_or(0.0, |(hop, share)| share * hop.get(neighbours)[idx].seconds.median);
+                let seconds =
+                    times[idx].get(neighbours).share(hop, self.copies as f64).at_least(LEAST_SECONDS);
+                TokenPoint {
+                    tokens: *tokens,
+                    seconds,
+                    flops_per_second: (self.flops_per_token * *tokens as u64) as f64 / seconds.median,
+                    bytes_per_second: self.weight_bytes as f64 / seconds.median,
+                }
+            };
+            tokens.iter().enumerate().map(point).collect()
+        })
+    }
+}

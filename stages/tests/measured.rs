@@ -1,0 +1,267 @@
+//! Profiles as a store keeps them, and costs made of them.
+
+use std::path::{Path, PathBuf};
+
+use stages::cost::{Basis, Channel, CostModel, Load, Measured, NumberType, NumberTypes, pieces};
+use stages::profile::{
+    AttentionEntry, BlockEntry, BlockShape, Both, ContextPoint, Effort, FORMAT, MeasureOptions, Missing,
+    Neighbours, Profile, ProfileKey, Seconds, Store, Stored, TokenPoint, measure,
+};
+use stages::{Device, Dtype, Dtypes, Model, ModelConfig, Simd, available_cores};
+
+const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
+const DTYPES: Dtypes = Dtypes { weights: Dtype::Bf16, kv: Dtype::Bf16 };
+const NO_TIME: Channel = Channel { latency_seconds: 0.0, bytes_per_second: 1e30 };
+
+/// Three blocks: two alike, and one without attention.
+const CONFIG: &str = r#"{
+    "architectures": ["DeciLMForCausalLM"], "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 96,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "num_hidden_layers": 3, "block_configs": [
+        {"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": 128}},
+        {"attention": {"no_op": true}, "ffn": {"intermediate_size": 256}},
+        {"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": 128}}]}"#;
+
+fn config() -> ModelConfig {
+    ModelConfig::parse(Path::new("config.json"), CONFIG).unwrap()
+}
+
+fn seconds(median: f64) -> Seconds {
+    Seconds { median, lower: median, upper: median, repeats: 5 }
+}
+
+fn curve(points: &[(usize, f64)]) -> Both<Vec<TokenPoint>> {
+    let point = |factor: f64, &(tokens, median): &(usize, f64)| TokenPoint {
+        tokens,
+        seconds: seconds(factor * median),
+        flops_per_second: 0.0,
+        bytes_per_second: 0.0,
+    };
+    Both {
+        alone: points.iter().map(|p| point(1.0, p)).collect(),
+        busy: points.iter().map(|p| point(2.0, p)).collect(),
+    }
+}
+
+fn by_context(points: &[(f64, f64)]) -> Both<Vec<ContextPoint>> {
+    let point =
+        |&(context, median)| ContextPoint { context, seconds: seconds(median), bytes_per_second: 0.0 };
+    let points: Vec<ContextPoint> = points.iter().map(point).collect();
+    Both { alone: points.clone(), busy: points }
+}
+
+fn key() -> ProfileKey {
+    ProfileKey::of(&Device::Reference, 2, DTYPES, config().dims, 1000)
+}
+
+fn profile() -> Profile {
+    let shapes = Missing::all_of(&config()).blocks;
+    let entry = |shape: &BlockShape| BlockEntry {
+        shape: *shape,
+        weight_bytes: 1,
+        copies: 1,
+        points: curve(&[(1, 0.5), (2, 1.0), (8, 4.0)]),
+    };
+    Profile {
+        format: FORMAT,
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        measured_at: 0,
+        key: key(),
+        hop: curve(&[(1, 0.125)]),
+        embedding: curve(&[(1, 0.25), (8, 0.25)]),
+        head: curve(&[(1, 1.0), (8, 8.0)]),
+        blocks: shapes.iter().map(entry).collect(),
+        attention: vec![AttentionEntry {
+            kv_heads: 2,
+            decode: by_context(&[(64.0, 0.5), (256.0, 2.0)]),
+            prefill: by_context(&[(64.0, -0.25), (256.0, 1.0)]),
+        }],
+    }
+}
+
+fn measured(profile: &Profile) -> Measured {
+    Measured::new(&config(), profile, Neighbours::Idle, TYPES, NO_TIME).unwrap()
+}
+
+fn decode(rows: f64, context: f64) -> Load {
+    Load { decode_tokens: rows, decode_context: context, logit_rows: rows, ..Load::default() }
+}
+
+#[test]
+fn costs_are_the_measured_ones_where_there_are_any() {
+    let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
+    let load = decode(2.0, 64.0);
+    let rank = costs.rank_costs(&pieces, 1, load);
+    // 1.0 for two tokens, and twice 0.5 for their context; none of it without attention.
+    assert_eq!(rank.without_extras().seconds(0..1), 2.0);
+    assert_eq!(rank.without_extras().seconds(1..2), 1.0);
+    assert_eq!(rank.seconds(0..3), 0.25 + 2.0 + 1.0 + 2.0 + 2.0);
+    assert_eq!(rank.weight_bytes(0..3), 2 * config().params());
+    assert_eq!(costs.basis(&pieces, 1, decode(1.0, 64.0)), Basis::Measured);
+    assert!(costs.is_measured_at(&pieces, 1, decode(8.0, 256.0)));
+}
+
+#[test]
+fn costs_say_where_they_go_beyond_what_was_measured() {
+    let (costs, whole) = (measured(&profile()), pieces(&config(), false));
+    for (load, basis) in [
+        (decode(4.0, 64.0), Basis::Interpolated),
+        (decode(8.0, 100.0), Basis::Interpolated),
+        (decode(16.0, 64.0), Basis::Extrapolated),
+        (decode(8.0, 512.0), Basis::Extrapolated),
+    ] {
+        assert_eq!(costs.basis(&whole, 1, load), basis, "{load:?}");
+    }
+    assert_eq!(costs.basis(&whole, 2, decode(8.0, 64.0)), Basis::Scaled);
+    let halves = costs.rank_costs(&whole, 2, decode(8.0, 64.0));
+    let alone = costs.rank_costs(&whole, 1, decode(8.0, 64.0));
+    let ratio = halves.seconds(0..3) / alone.seconds(0..3);
+    assert!((0.49..0.51).contains(&ratio), "{ratio}");
+    // Some columns of an FFN take their share, and all of them together what the block does.
+    let columns = pieces(&config(), true);
+    let cut = costs.rank_costs(&columns, 1, decode(8.0, 64.0));
+    assert!((cut.seconds(0..columns.len()) / alone.seconds(0..3) - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn more_tokens_and_longer_contexts_never_take_less() {
+    let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
+    let at = |rows, context| costs.rank_costs(&pieces, 1, decode(rows, context)).seconds(0..3);
+    let rows: Vec<f64> = (1..40).map(|rows| at(f64::from(rows), 100.0)).collect();
+    let contexts: Vec<f64> = (1..100).map(|context| at(4.0, f64::from(context * 5))).collect();
+    assert!(rows.is_sorted() && contexts.is_sorted(), "{rows:?} {contexts:?}");
+}
+
+#[test]
+fn a_stage_takes_its_blocks_its_ends_and_its_parts_of_hops() {
+    let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
+    let load = decode(1.0, 4.5);
+    assert_eq!(costs.step_seconds(&pieces, 0..1, load), 0.25 + 0.5 + 0.0625);
+    assert_eq!(costs.step_seconds(&pieces, 1..2, load), 0.5 + 0.125);
+    assert_eq!(costs.step_seconds(&pieces, 2..3, load), 0.5 + 1.0 + 0.0625);
+    assert_eq!(costs.step_seconds(&pieces, 0..3, load), 0.25 + 1.5 + 1.0);
+}
+
+#[test]
+fn a_profile_without_a_block_of_the_model_makes_no_costs() {
+    let mut lacking = profile();
+    lacking.blocks.pop();
+    let error = Measured::new(&config(), &lacking, Neighbours::Busy, TYPES, NO_TIME).unwrap_err();
+    assert_eq!(error.to_string(), "the profile lacks 1 of the model's blocks: none, swiglu 256");
+    let whole = lacking.with_entries_of(profile());
+    assert!(whole.missing(&config()).is_empty() && whole.blocks.len() == 2);
+}
+
+#[test]
+fn a_store_gives_back_what_it_was_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::at(folder.path().join("not/yet/there"));
+    assert_eq!(store.load(&key()), Stored::Absent);
+    let path = store.save(&profile()).unwrap();
+    assert_eq!(store.load(&key()), Stored::Usable(Box::new(profile())));
+    let files = std::fs::read_dir(path.parent().unwrap()).unwrap().count();
+    assert_eq!(files, 1, "something unfinished is left");
+}
+
+#[test]
+fn profiles_of_other_versions_are_stale_and_what_is_no_profile_is_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::at(folder.path().to_owned());
+    let path = store.save(&profile()).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let after = |edit: &dyn Fn(&str) -> String| {
+        std::fs::write(&path, edit(&text)).unwrap();
+        store.load(&key())
+    };
+    let own = format!("\"program\": {:?}", env!("CARGO_PKG_VERSION"));
+    let stale = after(&|text| text.replace(&own, "\"program\": \"0.0.1\""));
+    assert!(matches!(&stale, Stored::Stale(why) if why.contains("0.0.1")), "{stale:?}");
+    let stale = after(&|text| text.replace("\"format\": 1", "\"format\": 99"));
+    assert!(matches!(&stale, Stored::Stale(why) if why.contains("99")), "{stale:?}");
+    for (edit, words) in [
+        ((|text: &str| text[..text.len() / 2].to_owned()) as fn(&str) -> String, "not JSON"),
+        (|_| "[]".to_owned(), "no format"),
+        (|text| text.replace("\"devices\": 2", "\"devices\": 3"), "a profile of reference none"),
+        (|text| text.replace("\"tokens\": 8", "\"tokens\": 1"), "not in order"),
+        (|text| text.replace("\"median\": 0.5", "\"median\": -0.5"), "not in order, or no times"),
+    ] {
+        let damaged = after(&edit);
+        assert!(matches!(&damaged, Stored::Damaged(why) if why.contains(words)), "{words}: {damaged:?}");
+    }
+}
+
+#[test]
+fn a_key_tells_devices_types_and_dimensions_apart() {
+    let dims = config().dims;
+    let file = |device: &Device, devices, dtypes, dims, bytes| {
+        ProfileKey::of(device, devices, dtypes, dims, bytes).file_name()
+    };
+    let cpu = |threads| Device::Cpu { cores: vec![0], threads, simd: Simd::Portable };
+    let f32s = Dtypes { weights: Dtype::F32, ..DTYPES };
+    let names = [
+        file(&cpu(1), 2, DTYPES, dims, 1000),
+        file(&cpu(2), 2, DTYPES, dims, 1000),
+        file(&cpu(1), 1, DTYPES, dims, 1000),
+        file(&Device::Reference, 2, DTYPES, dims, 1000),
+        file(&cpu(1), 2, f32s, dims, 1000),
+        file(&cpu(1), 2, DTYPES, stages::Dims { vocab: 97, ..dims }, 1000),
+        file(&cpu(1), 2, DTYPES, dims, 4000),
+    ];
+    let distinct: std::collections::BTreeSet<&String> = names.iter().collect();
+    assert_eq!(distinct.len(), names.len(), "{names:?}");
+    assert_eq!(names[0], file(&cpu(1), 2, DTYPES, dims, 1000));
+    // What is larger than twice the last cache is as cold as it gets.
+    assert_eq!(file(&cpu(1), 2, DTYPES, dims, 1 << 50), file(&cpu(1), 2, DTYPES, dims, 1 << 51));
+}
+
+#[test]
+fn the_environment_says_where_profiles_are() {
+    let store = |set: &[(&str, &str)]| {
+        let find = |name: &str| set.iter().find(|(n, _)| *n == name).map(|(_, value)| PathBuf::from(value));
+        Store::of_environment(find).map(|store| store.folder().to_owned())
+    };
+    let all = [("SPANWISE_PROFILES", "/p"), ("XDG_CACHE_HOME", "/c"), ("HOME", "/h")];
+    assert_eq!(store(&all), Some("/p".into()));
+    assert_eq!(store(&all[1..]), Some("/c/spanwise/profiles".into()));
+    assert_eq!(store(&all[2..]), Some("/h/.cache/spanwise/profiles".into()));
+    assert_eq!(store(&[("SPANWISE_PROFILES", ""), ("HOME", "")]), None);
+}
+
+#[test]
+fn every_distinct_block_is_measured_alone_and_beside_others() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
+    let (model, _) = Model::open(folder.path(), true).unwrap();
+    let device = Device::Cpu { cores: available_cores(), threads: 1, simd: Simd::detect() };
+    let options = MeasureOptions {
+        devices: vec![device; 2],
+        dtypes: DTYPES,
+        context_tokens: 200,
+        micro_batch_tokens: 6,
+        free_bytes: 1 << 30,
+        effort: Effort { point_seconds: 1e-4, least_repeats: 2 },
+    };
+    let mut lines = vec![];
+    let wanted = Missing::all_of(&model.config);
+    let profile = measure(&model, &options, &wanted, &mut |line| lines.push(line.to_owned())).unwrap();
+    assert_eq!((profile.blocks.len(), profile.attention.len(), lines.len()), (2, 1, 4));
+    assert!(profile.missing(&model.config).is_empty());
+    for points in [&profile.blocks[0].points, &profile.head, &profile.embedding, &profile.hop] {
+        let tokens: Vec<usize> = points.busy.iter().map(|point| point.tokens).collect();
+        assert_eq!(tokens, [1, 2, 4, 6]);
+        assert!(points.alone.iter().all(|point| point.seconds.median > 0.0 && point.seconds.repeats >= 2));
+    }
+    let contexts: Vec<f64> = profile.attention[0].decode.alone.iter().map(|point| point.context).collect();
+    assert_eq!(contexts, [64.0, 200.0]);
+    // What was measured can be stored and planned with.
+    let store = Store::at(folder.path().to_owned());
+    store.save(&profile).unwrap();
+    let stored = store.load(&options.key(&model));
+    assert!(matches!(stored, Stored::Usable(stored) if stored.missing(&model.config).is_empty()));
+    Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, NO_TIME).unwrap();
+
+    // Where the memory has no room for a block, the rest is measured.
+    let little = MeasureOptions { free_bytes: 1 << 16, ..options };
+    let rest = measure(&model, &little, &wanted, &mut |line| lines.push(line.to_owned())).unwrap();
+    assert!(rest.blocks.is_empty() && rest.attention.is_empty());
+    assert!(lines.iter().filter(|line| line.contains("is left out")).count() == 3, "{lines:?}");
+}

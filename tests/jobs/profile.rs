@@ -1,0 +1,250 @@
+//! What was measured on the machine: how it comes into the store, and what a run makes of it.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Job, fixture, read_json, spanwise};
+
+const MODEL: &str = "hetero-0-bf16";
+const SETS: [&str; 3] = [
+    "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
+    "pipeline.micro_batch_tokens=8",
+    "model.max_context_tokens=64",
+];
+
+/// A store with the profile of the job's two devices, whose figures a test may change.
+struct World {
+    store: tempfile::TempDir,
+    job: Job,
+}
+
+impl World {
+    fn new() -> Self {
+        let row = json!({"prompt": "hello", "max_tokens": 2, "ignore_eos": true});
+        let mut job = Job::on(MODEL).completion("row", row);
+        for set in SETS {
+            job = job.set(set);
+        }
+        World { store: tempfile::tempdir().unwrap(), job }
+    }
+
+    /// Measures, quickly and badly.
+    fn measured() -> Self {
+        let world = Self::new();
+        let run = world.job.command(); // Writes the job file.
+        let file = PathBuf::from(run.get_args().nth(1).unwrap());
+        let mut command = spanwise();
+        command.env("SPANWISE_PROFILES", world.store.path()).arg("profile").arg(file);
+        command.args(["--point-seconds", "0.001"]);
+        for set in SETS {
+            command.args(["--set", set]);
+        }
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        for words in ["alone", "busy", "GFLOP/s", "swiglu", "head and greedy draw", "stored"] {
+            assert!(stdout.contains(words), "{words} is not in\n{stdout}");
+        }
+        world
+    }
+
+    fn file(&self) -> PathBuf {
+        let files: Vec<_> =
+            std::fs::read_dir(self.store.path()).unwrap().map(|file| file.unwrap().path()).collect();
+        assert_eq!(files.len(), 1, "{files:?}");
+        files[0].clone()
+    }
+
+    fn edit(&self, edit: impl FnOnce(&mut Value)) {
+        let mut profile = read_json(&self.file());
+        edit(&mut profile);
+        std::fs::write(self.file(), profile.to_string()).unwrap();
+    }
+
+    /// Runs the job anew; its plan by the manifest, and what it said.
+    #[track_caller]
+    fn run(&self, sets: &[&str]) -> (Value, String) {
+        let mut command = self.job.command();
+        command.arg("--fresh").env("SPANWISE_PROFILES", self.store.path());
+        for set in sets {
+            command.args(["--set", set]);
+        }
+        let Output { status, stderr, .. } = command.output().unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
+        assert!(status.success(), "{stderr}");
+        (read_json(&self.job.out().join("manifest.json"))["plan"].clone(), stderr)
+    }
+}
+
+/// Makes everything free but blocks, which take a millisecond each, or ten where they are like block `dear`.
+fn even_costs(profile: &mut Value, dear: Option<&Value>) {
+    fn set(points: &mut Value, seconds: f64) {
+        for point in points.as_object_mut().unwrap().values_mut().flat_map(|p| p.as_array_mut().unwrap()) {
+            for key in ["median", "lower", "upper"] {
+                point["seconds"][key] = json!(seconds);
+            }
+        }
+    }
+    for key in ["hop", "embedding", "head"] {
+        set(&mut profile[key], 1e-9);
+    }
+    for entry in profile["attention"].as_array_mut().unwrap() {
+        set(&mut entry["decode"], 0.0);
+        set(&mut entry["prefill"], 0.0);
+    }
+    for entry in profile["blocks"].as_array_mut().unwrap() {
+        let is_dear = Some(&entry["shape"]) == dear;
+        set(&mut entry["points"], if is_dear { 0.01 } else { 0.001 });
+    }
+}
+
+/// The shape of each block of the model, as a profile writes it.
+fn shapes(model: &Path) -> Vec<Value> {
+    let output = spanwise().arg("inspect").arg(model).args(["--format", "json"]).output().unwrap();
+    let inspection: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let shape = |block: &Value| {
+        let mut attention = json!({"kind": block["attention"]});
+        let mut ffn = json!({"kind": block["ffn"]});
+        if !block["kv_heads"].is_null() {
+            attention["kv_heads"] = block["kv_heads"].clone();
+        }
+        if !block["ffn_width"].is_null() {
+            ffn["width"] = block["ffn_width"].clone();
+        }
+        json!({"attention": attention, "ffn": ffn})
+    };
+    inspection["blocks"].as_array().unwrap().iter().map(shape).collect()
+}
+
+#[test]
+fn a_run_is_cut_by_what_was_measured() {
+    let world = World::measured();
+    let shapes = shapes(&fixture(MODEL));
+    let (plan, stderr) = world.run(&[]);
+    assert_eq!(plan["cost"], "measured");
+    assert!(stderr.contains("by measured costs"), "{stderr}");
+    assert!(plan["stages"][0]["predicted_seconds"].as_f64().unwrap() > 0.0);
+
+    world.edit(|profile| even_costs(profile, None));
+    let (even, _) = world.run(&[]);
+    let middle = shapes.len() / 2;
+    let cut = even["stages"][0]["blocks"][1].as_u64().unwrap() as usize;
+    assert!(cut == middle || cut == shapes.len() - middle, "{even}");
+
+    // With a block ten times as dear, and whatever is like it, another cut is the best one.
+    let slowest = |dear: &Value, cut: usize| {
+        let cost = |shape: &Value| if shape == dear { 0.01 } else { 0.001 };
+        let sum = |shapes: &[Value]| shapes.iter().map(cost).sum::<f64>();
+        sum(&shapes[..cut]).max(sum(&shapes[cut..]))
+    };
+    let best = |dear: &Value| (1..shapes.len()).map(|cut| slowest(dear, cut)).fold(f64::INFINITY, f64::min);
+    let is_moving = |dear: &&Value| slowest(dear, cut) > best(dear) + 1e-4;
+    let dear = shapes.iter().find(is_moving).expect("a block whose price moves the cut");
+    world.edit(|profile| even_costs(profile, Some(dear)));
+    let (plan, _) = world.run(&[]);
+    let moved = plan["stages"][0]["blocks"][1].as_u64().unwrap() as usize;
+    assert!(moved != cut && (slowest(dear, moved) - best(dear)).abs() < 1e-9, "{plan}");
+
+    // A cut of the user's own is kept, and compared.
+    let given =
+        format!("pipeline.stages=[[0, {}], [{}, {}]]", shapes.len() - 1, shapes.len() - 1, shapes.len());
+    let (plan, stderr) = world.run(&[&given]);
+    assert_eq!(plan["stages"][0]["blocks"], json!([0, shapes.len() - 1]));
+    let planned = format!("times as long as [[0, {moved}], [{moved}, {}]], by measured costs", shapes.len());
+    assert!(stderr.contains(&planned), "{planned} is not in\n{stderr}");
+}
+
+#[test]
+fn a_profile_of_another_version_is_measured_again_and_one_that_lacks_blocks_completed() {
+    let world = World::measured();
+    world.edit(|profile| profile["program"] = json!("0.0.1"));
+    let (plan, stderr) = world.run(&[]);
+    assert_eq!(plan["cost"], "measured");
+    assert!(
+        stderr.contains("measured by version 0.0.1") && stderr.contains("profile: measured in"),
+        "{stderr}"
+    );
+    assert_eq!(read_json(&world.file())["program"], env!("CARGO_PKG_VERSION"));
+
+    let blocks = |profile: &Value| profile["blocks"].as_array().unwrap().len();
+    let before = blocks(&read_json(&world.file()));
+    world.edit(|profile| drop(profile["blocks"].as_array_mut().unwrap().pop()));
+    let (plan, stderr) = world.run(&[]);
+    assert!(plan["cost"] == "measured" && stderr.contains("lacks 1 block"), "{stderr}");
+    assert_eq!(blocks(&read_json(&world.file())), before);
+}
+
+#[test]
+fn without_a_profile_that_holds_a_run_goes_by_an_estimate() {
+    let absent = World::new();
+    let (plan, stderr) = absent.run(&[]);
+    assert!(plan["cost"] == "estimate" && stderr.contains("by an estimate"), "{stderr}");
+    assert_eq!(std::fs::read_dir(absent.store.path()).unwrap().count(), 0, "nobody asked for a profile");
+
+    let world = World::measured();
+    let (plan, _) = world.run(&["pipeline.profile=off"]);
+    assert_eq!(plan["cost"], "estimate");
+    // The profile of another machine in the place of this one's.
+    world.edit(|profile| profile["key"]["device"]["processor"] = json!("Abacus"));
+    let (plan, stderr) = world.run(&[]);
+    assert!(plan["cost"] == "estimate" && stderr.contains("a profile of cpu"), "{stderr}");
+    std::fs::write(world.file(), "{").unwrap();
+    let (plan, stderr) = world.run(&[]);
+    assert!(
+        plan["cost"] == "estimate" && stderr.contains("damaged profile") && stderr.contains("not JSON"),
+        "{stderr}"
+    );
+    assert_eq!(stderr.matches("warning").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_plan_by_measured_costs_is_no_estimate_and_needs_them() {
+    let lengths = ["plan.prompt_tokens=8", "plan.output_tokens=8"];
+    let plan = |world: &World, args: &[&str]| {
+        let run = world.job.command();
+        let mut command = spanwise();
+        command.env("SPANWISE_PROFILES", world.store.path()).arg("plan").arg(run.get_args().nth(1).unwrap());
+        command.args(["--cost", "measured", "--format", "json"]).args(args);
+        for set in SETS.iter().chain(&lengths) {
+            command.args(["--set", set]);
+        }
+        command.output().unwrap()
+    };
+    let output = plan(&World::measured(), &[]);
+    let report: Value = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+    assert_eq!((&report["estimate"], &report["cost"]), (&json!(false), &json!("measured")));
+
+    let absent = World::new();
+    for (args, words) in [
+        (vec![], "no profile of cpu"),
+        (vec![], "hint: spanwise profile"),
+        (vec!["--devices", "2xh200"], "no profile of h200"),
+        (vec!["--dtype", "f32"], "expected the job's own"),
+    ] {
+        let output = plan(&absent, &args);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains(words), "{args:?}: {stderr}");
+    }
+}
+
+#[test]
+fn what_cannot_be_profiled_is_refused_in_words() {
+    let model = fixture(MODEL);
+    let model = model.to_str().unwrap();
+    for (args, words) in [
+        (vec!["no/such/model"], "no/such/model/config.json"),
+        (vec![model, "--device", "gpu:0"], "unknown device kind"),
+        (vec![model, "--threads", "0"], "at least 1"),
+        (vec![model, "--device", "cpu:900"], "cores"),
+        (vec![model, "--set", "pipeline.simd=avx2"], "expected a job file"),
+        (vec!["configs/smollm2.toml", "--threads", "1"], "expected --set"),
+        (vec![model, "--max-context-tokens", "99999999"], "max_position_embeddings"),
+    ] {
+        let output = spanwise().arg("profile").args(&args).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains(words), "{args:?}: {stderr}");
+    }
+}

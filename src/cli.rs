@@ -174,6 +174,21 @@ pub(crate) struct GenerateArgs {
 pub(crate) enum DtypeArg {
     Bf16,
     F32,
+    Int8,
+    Int8Weight,
+    Int4Weight,
+}
+
+impl From<DtypeArg> for configs::Dtype {
+    fn from(dtype: DtypeArg) -> Self {
+        match dtype {
+            DtypeArg::Bf16 => Self::Bf16,
+            DtypeArg::F32 => Self::F32,
+            DtypeArg::Int8 => Self::Int8,
+            DtypeArg::Int8Weight => Self::Int8Weight,
+            DtypeArg::Int4Weight => Self::Int4Weight,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

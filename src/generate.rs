@@ -10,7 +10,7 @@ use scheduler::{FinishReason, Sampling, Span, TokenId};
 use stages::Model;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
-use crate::cli::{DtypeArg, GenerateArgs};
+use crate::cli::GenerateArgs;
 use crate::interrupt::{self, Interrupt};
 use crate::{lower, machine, run, say};
 
@@ -22,10 +22,7 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::listen()?;
     let files = configs::Model {
         path: args.model.clone(),
-        dtype: match args.dtype {
-            DtypeArg::Bf16 => configs::Dtype::Bf16,
-            DtypeArg::F32 => configs::Dtype::F32,
-        },
+        dtype: args.dtype.into(),
         max_context_tokens: args.max_context_tokens,
         ..configs::Model::default()
     };

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use configs::{KvCacheTokens, Stages, TensorParallel};
 use jobs::NumericProfile;
 use scheduler::Span;
-use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd};
+use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd, WeightType};
 
 /// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
 /// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
@@ -87,10 +87,13 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
     }
 }
 
-fn dtype(dtype: configs::Dtype) -> Dtype {
+fn weights(dtype: configs::Dtype) -> WeightType {
     match dtype {
-        configs::Dtype::Bf16 => Dtype::Bf16,
-        configs::Dtype::F32 => Dtype::F32,
+        configs::Dtype::Bf16 => WeightType::Bf16,
+        configs::Dtype::F32 => WeightType::F32,
+        configs::Dtype::Int8 => WeightType::Int8,
+        configs::Dtype::Int8Weight => WeightType::Int8Weight,
+        configs::Dtype::Int4Weight => WeightType::Int4Weight,
     }
 }
 
@@ -113,7 +116,8 @@ pub(crate) fn given_spans(stages: &Stages, config: &ModelConfig) -> Result<Optio
 
 /// The number types of a job.
 pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dtypes {
-    Dtypes { weights: dtype(model.dtype), kv: dtype(pipeline.kv_cache_dtype.beside(model.dtype)) }
+    let kv = weights(pipeline.kv_cache_dtype.beside(model.dtype)).operands();
+    Dtypes { weights: weights(model.dtype), kv }
 }
 
 /// All devices that the machine is shared out to, as many as the highest one named needs; some may be idle.
@@ -209,7 +213,7 @@ impl Memory {
             config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
         Memory {
             free_bytes: machine.free_bytes,
-            weight_bytes: config.params() * bytes(dtypes.weights),
+            weight_bytes: stages::weight_bytes(config, dtypes.weights),
             kv_bytes_per_token: values * bytes(dtypes.kv),
         }
     }

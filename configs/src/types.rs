@@ -64,12 +64,20 @@ words! {
 }
 
 words! {
-    /// Number type in which weights are held and matrix products take their inputs.
-    Dtype, r#""bf16" or "f32""#, {
+    /// Number type in which the weights of blocks are held. Beside f32, matrix products take their inputs in f32,
+    /// and embedding and output matrix are held in it; beside all others in bf16.
+    Dtype, r#""bf16", "f32", "int8", "int8-weight" or "int4-weight""#, {
         /// bfloat16: half the memory of f32 and, where the processor has VDPBF16PS, twice its speed.
         Bf16 = "bf16",
         /// IEEE single precision, for comparing with other programs.
         F32 = "f32",
+        /// Integers of 8 bits with a scale for each output; inputs are quantised too, and products are of
+        /// integers.
+        Int8 = "int8",
+        /// Integers of 8 bits with a scale for each output, multiplied in bf16.
+        Int8Weight = "int8-weight",
+        /// Integers of 4 bits with a scale for each output and 32 inputs, multiplied in bf16.
+        Int4Weight = "int4-weight",
     }
 }
 
@@ -112,12 +120,11 @@ words! {
 }
 
 impl KvCacheDtype {
-    /// The number type this comes to beside weights of `weights`.
+    /// The number type this comes to beside weights of `weights`: f32 or bf16.
     pub fn beside(self, weights: Dtype) -> Dtype {
-        match self {
-            Self::Auto => weights,
-            Self::F32 => Dtype::F32,
-            Self::Bf16 => Dtype::Bf16,
+        match (self, weights) {
+            (Self::F32, _) | (Self::Auto, Dtype::F32) => Dtype::F32,
+            (Self::Auto | Self::Bf16, _) => Dtype::Bf16,
         }
     }
 }

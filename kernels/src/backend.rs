@@ -18,13 +18,34 @@ use crate::error::Result;
 /// product for a single query row, and are the page size of the CUDA kernels to come.
 pub const PAGE_TOKENS: usize = 64;
 
-/// Number type of weights, matmul inputs or KV entries on the device.
+/// Number type of activations on the device: matmul inputs, KV entries, and tables that are read row by row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision.
     F32,
     /// bfloat16: the upper half of an f32, rounded to nearest even.
     Bf16,
+}
+
+/// What the matrices of a model's blocks are kept in.
+///
+/// The narrow types are quantised at load, with zero at zero and rounded to nearest even. Where all numbers that
+/// share a scale are so small that it would be denormal, they are taken for zeros; where one is NaN or infinite
+/// the scale is NaN, so that it cannot pass unseen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WeightType {
+    /// IEEE single precision, as matmul inputs are then.
+    F32,
+    /// bfloat16; with this and all types below, matmul inputs are bfloat16.
+    Bf16,
+    /// Integers of 8 bits with a scale for each output, and products in integers: each row of a matmul input is
+    /// quantised as well, with a scale of its own.
+    Int8,
+    /// Integers of 8 bits with a scale for each output, and products in bfloat16, which holds them exactly.
+    Int8Weight,
+    /// Integers of 4 bits, -8 for the largest of a group, with a scale for each output and [`WeightType::INT4_GROUP`] inputs, and
+    /// products in bfloat16, which holds them exactly.
+    Int4Weight,
 }
 
 /// Number type of a tensor in a checkpoint.
@@ -111,8 +132,11 @@ pub trait Backend: Send + Sync + 'static {
 
     // ---- Making things on the device.
 
-    /// Pack a weight matrix into the backend's layout and number type.
+    /// Pack a block's weight matrix into the backend's layout and [`WeightType`].
     fn matrix(&self, view: TensorView<'_>) -> Result<Self::Matrix>;
+    /// Pack an embedding or output matrix: as [`Backend::matrix`], but in the number type of matmul inputs where
+    /// that is wider.
+    fn table(&self, view: TensorView<'_>) -> Result<Self::Matrix>;
     /// Upload a vector.
     fn vector(&self, view: TensorView<'_>) -> Result<Self::Vector>;
     /// Upload rotary angles.

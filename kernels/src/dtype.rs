@@ -1,6 +1,41 @@
 //! What a device keeps of an f32.
 
-use crate::backend::Dtype;
+use crate::backend::{Dtype, WeightType};
+
+impl WeightType {
+    /// Inputs that share a scale in [`WeightType::Int4Weight`]: one bit more for each weight.
+    pub const INT4_GROUP: usize = 32;
+
+    /// The type's name in options and numeric profiles.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightType::F32 => "f32",
+            WeightType::Bf16 => "bf16",
+            WeightType::Int8 => "int8",
+            WeightType::Int8Weight => "int8-weight",
+            WeightType::Int4Weight => "int4-weight",
+        }
+    }
+
+    /// The type of matmul inputs beside such weights, and of tables.
+    pub fn operands(self) -> Dtype {
+        match self {
+            WeightType::F32 => Dtype::F32,
+            WeightType::Bf16 | WeightType::Int8 | WeightType::Int8Weight | WeightType::Int4Weight => {
+                Dtype::Bf16
+            }
+        }
+    }
+}
+
+impl From<Dtype> for WeightType {
+    fn from(dtype: Dtype) -> WeightType {
+        match dtype {
+            Dtype::F32 => WeightType::F32,
+            Dtype::Bf16 => WeightType::Bf16,
+        }
+    }
+}
 
 impl Dtype {
     /// The type's name in options and numeric profiles.

@@ -11,12 +11,13 @@ mod cpu;
 mod dtype;
 mod error;
 mod mapped_file;
+mod quantize;
 mod reference;
 mod view;
 
 pub use array::Array;
 pub use backend::{
-    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype,
+    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype, WeightType,
 };
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;

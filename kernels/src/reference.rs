@@ -4,16 +4,20 @@
 //! [`Dtype::Bf16`] it rounds where they round: weights, the inputs of matrix products, and of attention
 //! the queries, keys and values. The order of sums is then different, and one thing more: attention's weights
 //! stay f32 here, while a fast backend may round them as they are relative to the largest score so far.
+//! Narrow weights are quantised as there; a product in integers sums all of K exactly.
 
 use crate::array::Array;
-use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView};
+use crate::backend::{
+    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, WeightType,
+};
 use crate::error::Result;
+use crate::quantize::Quantizer;
 use crate::{check, view};
 
 /// The plain backend.
 #[derive(Debug, Clone, Copy)]
 pub struct Reference {
-    weights: Dtype,
+    weights: WeightType,
     kv: Dtype,
 }
 
@@ -22,7 +26,12 @@ pub struct Reference {
 pub struct ReferenceMatrix {
     rows: usize,
     cols: usize,
+    /// Numbers, or integers where rows have scales.
     values: Vec<f32>,
+    /// What a row's sums are multiplied with; empty where nothing is.
+    row_scales: Vec<f32>,
+    /// Whether inputs are quantised too, and products are of integers.
+    has_integer_inputs: bool,
 }
 
 /// Input of a matrix product, rounded to the backend's type.
@@ -42,15 +51,69 @@ pub struct ReferenceKvCache {
 }
 
 impl Reference {
-    /// A backend whose weights and matmul inputs are `weights`, and whose KV cache is `kv`.
-    pub fn new(weights: Dtype, kv: Dtype) -> Reference {
+    /// A backend whose blocks' weights are `weights`, and whose KV cache is `kv`.
+    pub fn new(weights: WeightType, kv: Dtype) -> Reference {
         Reference { weights, kv }
+    }
+
+    fn rounded(&self, rows: usize, cols: usize, mut values: Vec<f32>) -> ReferenceMatrix {
+        self.weights.operands().round(&mut values);
+        ReferenceMatrix::plain(rows, cols, values)
     }
 }
 
 impl ReferenceMatrix {
+    /// A matrix of numbers that are multiplied as they are.
+    fn plain(rows: usize, cols: usize, values: Vec<f32>) -> Self {
+        Self { rows, cols, values, row_scales: Vec::new(), has_integer_inputs: false }
+    }
+
+    /// A matrix of integers of 8 bits with a scale for each row.
+    fn int8(rows: usize, cols: usize, mut values: Vec<f32>, has_integer_inputs: bool) -> Self {
+        let mut row_scales = Vec::with_capacity(rows);
+        for row in 0..rows {
+            let row = &mut values[row * cols..][..cols];
+            let quantizer = Quantizer::int8_of(row);
+            row.iter_mut().for_each(|value| *value = f32::from(quantizer.quantize(*value)));
+            row_scales.push(quantizer.scale);
+        }
+        Self { rows, cols, values, row_scales, has_integer_inputs }
+    }
+
+    /// A matrix of integers of 4 bits, each multiplied with the scale of its group.
+    fn int4(rows: usize, cols: usize, mut values: Vec<f32>) -> Self {
+        for row in values.chunks_mut(cols.max(1)) {
+            for group in row.chunks_mut(WeightType::INT4_GROUP) {
+                let quantizer = Quantizer::int4_of(group);
+                let back = |value| f32::from(quantizer.quantize(value)) * quantizer.scale;
+                group.iter_mut().for_each(|value| *value = back(*value));
+            }
+        }
+        Self::plain(rows, cols, values)
+    }
+
     fn row(&self, row: usize) -> &[f32] {
         &self.values[row * self.cols..][..self.cols]
+    }
+
+    /// A row as numbers.
+    fn copy_row(&self, row: usize, out: &mut [f32]) {
+        let scale = self.row_scales.get(row).copied();
+        for (out, &value) in out.iter_mut().zip(self.row(row)) {
+            *out = scale.map_or(value, |scale| value * scale);
+        }
+    }
+
+    /// `x · row`
+    fn dot(&self, x: &[f32], row: usize) -> f32 {
+        if self.has_integer_inputs {
+            let quantizer = Quantizer::int8_of(x);
+            let terms = x.iter().zip(self.row(row));
+            let sum: i64 = terms.map(|(&x, &w)| i64::from(quantizer.quantize(x)) * w as i64).sum();
+            return sum as f32 * (quantizer.scale * self.row_scales[row]);
+        }
+        let sum = dot(x, self.row(row));
+        self.row_scales.get(row).map_or(sum, |scale| sum * scale)
     }
 }
 
@@ -82,9 +145,18 @@ impl Backend for Reference {
     }
 
     fn matrix(&self, view: TensorView<'_>) -> Result<ReferenceMatrix> {
-        let mut values = view::widen("matrix", &view)?;
-        self.weights.round(&mut values);
-        Ok(ReferenceMatrix { rows: view.rows, cols: view.cols, values })
+        let values = view::widen("matrix", &view)?;
+        let (rows, cols) = (view.rows, view.cols);
+        Ok(match self.weights {
+            WeightType::F32 | WeightType::Bf16 => self.rounded(rows, cols, values),
+            WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, true),
+            WeightType::Int8Weight => ReferenceMatrix::int8(rows, cols, values, false),
+            WeightType::Int4Weight => ReferenceMatrix::int4(rows, cols, values),
+        })
+    }
+
+    fn table(&self, view: TensorView<'_>) -> Result<ReferenceMatrix> {
+        Ok(self.rounded(view.rows, view.cols, view::widen("table", &view)?))
     }
 
     fn vector(&self, view: TensorView<'_>) -> Result<Vec<f32>> {
@@ -124,7 +196,7 @@ impl Backend for Reference {
         check::all_below("embed", "token", tokens, table.rows)?;
         out.reshape(tokens.len(), table.cols);
         for (t, &token) in tokens.iter().enumerate() {
-            out.row_mut(t).copy_from_slice(table.row(token as usize));
+            table.copy_row(token as usize, out.row_mut(t));
         }
         Ok(())
     }
@@ -140,7 +212,7 @@ impl Backend for Reference {
                 *out = x * scale * weight;
             }
         }
-        self.weights.round(out.array.values_mut());
+        self.weights.operands().round(out.array.values_mut());
         Ok(())
     }
 
@@ -149,7 +221,7 @@ impl Backend for Reference {
         out.reshape(x.array.rows(), w.rows);
         for t in 0..x.array.rows() {
             for n in 0..w.rows {
-                out.row_mut(t)[n] = dot(x.array.row(t), w.row(n));
+                out.row_mut(t)[n] = w.dot(x.array.row(t), n);
             }
         }
         Ok(())
@@ -160,7 +232,7 @@ impl Backend for Reference {
         check::shape("matmul_add", "out", [out.rows(), out.cols()], [x.array.rows(), w.rows])?;
         for t in 0..x.array.rows() {
             for n in 0..w.rows {
-                out.row_mut(t)[n] += dot(x.array.row(t), w.row(n));
+                out.row_mut(t)[n] += w.dot(x.array.row(t), n);
             }
         }
         Ok(())
@@ -178,12 +250,12 @@ impl Backend for Reference {
         out.array.reshape(x.array.rows(), gate.rows);
         for t in 0..x.array.rows() {
             for n in 0..gate.rows {
-                let gate = dot(x.array.row(t), gate.row(n));
-                let up = dot(x.array.row(t), up.row(n));
+                let gate = gate.dot(x.array.row(t), n);
+                let up = up.dot(x.array.row(t), n);
                 out.array.row_mut(t)[n] = gate / (1.0 + (-gate).exp()) * up;
             }
         }
-        self.weights.round(out.array.values_mut());
+        self.weights.operands().round(out.array.values_mut());
         Ok(())
     }
 
@@ -254,7 +326,7 @@ impl Backend for Reference {
                 }
             }
         }
-        self.weights.round(out.array.values_mut());
+        self.weights.operands().round(out.array.values_mut());
         Ok(())
     }
 

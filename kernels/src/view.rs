@@ -9,16 +9,23 @@ use crate::error::Result;
 /// All numbers of a view, row by row.
 pub(crate) fn widen(op: &'static str, view: &TensorView<'_>) -> Result<Vec<f32>> {
     check::view(op, view)?;
-    let bytes = view.bytes;
-    Ok(match view.dtype {
-        ViewDtype::F32 => {
-            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    let mut values = Vec::new();
+    widen_into(view, &mut values);
+    Ok(values)
+}
+
+/// The same of a view that has been checked; `out` is cleared first.
+pub(crate) fn widen_into(view: &TensorView<'_>, out: &mut Vec<f32>) {
+    out.clear();
+    match view.dtype {
+        ViewDtype::F32 => out.extend(view.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
+        ViewDtype::F16 => {
+            out.extend(view.bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()))
         }
-        ViewDtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         ViewDtype::Bf16 => {
-            bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+            out.extend(view.bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
         }
-    })
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The battery: every operation of the contract, on every backend and SIMD level that this machine has, in
-//! both number types, against plain loops in f64; and the contract's invariant that rows are independent
+//! every number type, against plain loops in f64; and the contract's invariant that rows are independent
 //! to the bit.
 //!
 //! A backend joins by an entry in [`device::every_device`].

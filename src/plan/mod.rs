@@ -164,6 +164,9 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
     let own = |dtype| match dtype {
         configs::Dtype::Bf16 => NumberType::Bf16,
         configs::Dtype::F32 => NumberType::F32,
+        configs::Dtype::Int8 => NumberType::Int8,
+        configs::Dtype::Int8Weight => NumberType::Int8Weight,
+        configs::Dtype::Int4Weight => NumberType::Int4Weight,
     };
     let weights = match dtype {
         Some(PlanDtype::F32) => NumberType::F32,
@@ -174,10 +177,8 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
     };
     let kv = match (job.pipeline.kv_cache_dtype, weights) {
         (configs::KvCacheDtype::F32, _) | (configs::KvCacheDtype::Auto, NumberType::F32) => NumberType::F32,
-        (configs::KvCacheDtype::Bf16, _) | (configs::KvCacheDtype::Auto, NumberType::Bf16) => {
-            NumberType::Bf16
-        }
         (configs::KvCacheDtype::Auto, NumberType::Fp8 | NumberType::Fp4) => NumberType::Fp8,
+        (configs::KvCacheDtype::Bf16 | configs::KvCacheDtype::Auto, _) => NumberType::Bf16,
     };
     NumberTypes { weights, kv }
 }

@@ -312,6 +312,8 @@ pub(crate) fn roofline(spec: &DeviceSpec, weights: NumberType) -> Roofline {
         NumberType::Bf16 => bf16,
         NumberType::Fp8 => fp8,
         NumberType::Fp4 => fp4,
+        NumberType::Int8 => fp8, // Integers of 8 bits have fp8's rate on GPUs.
+        NumberType::Int8Weight | NumberType::Int4Weight => bf16,
     };
     Roofline {
         flops_per_second: tflops * 1e12,

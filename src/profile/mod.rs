@@ -7,7 +7,7 @@ use configs::{Device, JobFile, Pipeline, Purpose};
 use stages::profile::{Effort, MeasureOptions, Missing, Profile, Store, Stored, measure};
 use stages::{Error, Model};
 
-use crate::cli::{DtypeArg, Format, ProfileArgs};
+use crate::cli::{Format, ProfileArgs};
 use crate::{lower, machine, print, say};
 
 /// Measures, stores and prints.
@@ -112,10 +112,7 @@ fn subject(args: &ProfileArgs) -> Result<(configs::Model, Pipeline)> {
     }
     let files = configs::Model {
         path: args.target.clone(),
-        dtype: match args.dtype {
-            Some(DtypeArg::F32) => configs::Dtype::F32,
-            Some(DtypeArg::Bf16) | None => configs::Dtype::Bf16,
-        },
+        dtype: args.dtype.map_or_else(configs::Dtype::default, Into::into),
         max_context_tokens: args.max_context_tokens,
         ..configs::Model::default()
     };

@@ -99,13 +99,13 @@ impl<B: Backend> SpanStage<B> {
         let is_last = span.end == config.blocks.len();
         let table = [config.dims.vocab, config.dims.hidden];
         let embedding = (is_first || (is_last && config.tied_embeddings))
-            .then(|| loader.matrix(tensors::EMBEDDING, table).map(Arc::new))
+            .then(|| loader.table(tensors::EMBEDDING, table).map(Arc::new))
             .transpose()?;
         let head = is_last
             .then(|| -> Result<Head<B>> {
                 let matrix = match &embedding {
                     Some(embedding) if config.tied_embeddings => Arc::clone(embedding),
-                    _ => Arc::new(loader.matrix(tensors::HEAD, table)?),
+                    _ => Arc::new(loader.table(tensors::HEAD, table)?),
                 };
                 Ok(Head { norm: loader.vector(tensors::LAST_NORM)?, matrix })
             })
@@ -409,6 +409,10 @@ struct Loader<'a, B: Backend> {
 impl<B: Backend> Loader<'_, B> {
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<B::Matrix> {
         Ok(self.model.weights.with(name, &shape, |view| self.backend.matrix(view))?)
+    }
+
+    fn table(&self, name: &str, shape: [usize; 2]) -> Result<B::Matrix> {
+        Ok(self.model.weights.with(name, &shape, |view| self.backend.table(view))?)
     }
 
     fn vector(&self, name: &str) -> Result<B::Vector> {

@@ -1,6 +1,6 @@
 //! A stage as its actor sees it: a span of blocks on some device, one micro-batch at a time.
 
-use kernels::{Cpu, CpuOptions, Dtype, Reference, Simd};
+use kernels::{Cpu, CpuOptions, Dtype, Reference, Simd, WeightType};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
@@ -54,8 +54,8 @@ pub enum Device {
 /// Number types of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dtypes {
-    /// Weights and matmul inputs.
-    pub weights: Dtype,
+    /// Weights of blocks, which decide what matmul inputs, embedding and output matrix are.
+    pub weights: WeightType,
     /// Keys and values.
     pub kv: Dtype,
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use kernels::{CpuMatrix, WeightType};
+
 use crate::block::{Attention, Block, Dims, Ffn};
 use crate::checkpoint::{Checkpoint, view_dtype};
 use crate::config::ModelConfig;
@@ -65,6 +67,18 @@ pub(crate) fn model_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
         tensors.push((HEAD.to_owned(), vec![vocab, hidden]));
     }
     tensors
+}
+
+/// Memory that a model's weights take on a CPU, in bytes: scales and padding counted.
+pub fn weight_bytes(config: &ModelConfig, weights: WeightType) -> u64 {
+    let table = weights.operands().into();
+    (model_tensors(config).iter())
+        .map(|(name, shape)| match (name.as_str(), shape.as_slice()) {
+            (EMBEDDING | HEAD, &[rows, cols]) => CpuMatrix::bytes_of(table, rows, cols) as u64,
+            (_, &[rows, cols]) => CpuMatrix::bytes_of(weights, rows, cols) as u64,
+            (_, shape) => shape.iter().product::<usize>() as u64 * size_of::<f32>() as u64,
+        })
+        .sum()
 }
 
 /// Checks a checkpoint against its configuration; returns the surplus tensors, which nothing reads.

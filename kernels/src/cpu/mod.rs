@@ -17,7 +17,7 @@ mod rows;
 pub(crate) mod simd;
 
 use crate::array::Array;
-use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, RopeTable, TensorView};
+use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, RopeTable, TensorView, WeightType};
 use crate::error::{Error, Result};
 use crate::{check, view};
 pub use gemm::Ceilings;
@@ -35,8 +35,8 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Instructions to use.
     pub simd: Simd,
-    /// Number type of weights and matmul inputs.
-    pub weights: Dtype,
+    /// What the weights of blocks are kept in; it also says what matmul inputs and tables are.
+    pub weights: WeightType,
     /// Number type of keys and values.
     pub kv: Dtype,
 }
@@ -46,7 +46,7 @@ pub struct CpuOptions {
 pub struct Cpu {
     pool: ThreadPool,
     simd: Simd,
-    weights: Dtype,
+    weights: WeightType,
     kv: Dtype,
 }
 
@@ -87,6 +87,16 @@ impl CpuMatrix {
     pub fn bytes(&self) -> usize {
         self.0.bytes()
     }
+
+    /// Memory that a matrix of so many rows and columns takes, in bytes.
+    pub fn bytes_of(weights: WeightType, rows: usize, cols: usize) -> usize {
+        gemm::packed_bytes(weights, rows, cols)
+    }
+
+    /// Reads a row as f32: a narrow type's integers times their scales; `out: [cols]`.
+    pub fn copy_row(&self, row: usize, out: &mut [f32]) {
+        self.0.copy_row(row, out);
+    }
 }
 
 impl CpuOperand {
@@ -123,6 +133,11 @@ impl Backend for Cpu {
         Ok(CpuMatrix(PackedMatrix::pack(view, self.weights, &self.pool)?))
     }
 
+    fn table(&self, view: TensorView<'_>) -> Result<CpuMatrix> {
+        check::view("table", &view)?;
+        Ok(CpuMatrix(PackedMatrix::pack(view, self.weights.operands().into(), &self.pool)?))
+    }
+
     fn vector(&self, view: TensorView<'_>) -> Result<Vec<f32>> {
         view::widen("vector", &view)
     }
@@ -137,7 +152,7 @@ impl Backend for Cpu {
     }
 
     fn operand(&self) -> CpuOperand {
-        CpuOperand(Operand::new(self.weights))
+        CpuOperand(Operand::new(self.weights.operands()))
     }
 
     fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {

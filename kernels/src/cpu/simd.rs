@@ -64,6 +64,13 @@ fn has_avx512() -> bool {
         && std::arch::is_x86_feature_detected!("avx512bf16")
 }
 
+/// Whether there is `VPDPBUSD`, the dot product of integers of 8 bits, in 512-bit registers. No level needs it:
+/// a product in integers is the same without.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_vnni() -> bool {
+    std::arch::is_x86_feature_detected!("avx512vnni")
+}
+
 #[cfg(not(target_arch = "x86_64"))]
 fn has_avx2() -> bool {
     false

@@ -99,7 +99,7 @@ impl Check for Attention {
                 let expected =
                     known.entry((device.kv, shape, len)).or_insert_with(|| exact(&sequence, device.kv));
                 let expected: Vec<Bounded> =
-                    expected.iter().map(|bounded| bounded.stored(unit(device.weights))).collect();
+                    expected.iter().map(|bounded| bounded.stored(unit(device.weights.operands()))).collect();
                 assert_within(&format!("{} {shape:?} of {len}", device.name()), &B::read(&out), &expected);
             }
         }
@@ -173,8 +173,8 @@ impl Check for Extremes {
             let mut out = backend.operand();
             backend.attention(&q, &cache, &slices, &mut out).unwrap();
             // The mean of equal values, however they are weighed.
-            let bound =
-                f64::from(value).abs() * (2.0 * unit(device.kv) + unit(device.weights) + 300.0 * F32_UNIT);
+            let bound = f64::from(value).abs()
+                * (2.0 * unit(device.kv) + unit(device.weights.operands()) + 300.0 * F32_UNIT);
             for found in B::read(&out) {
                 let error = (f64::from(found) - f64::from(value)).abs();
                 assert!(error <= bound, "{} {query} {key}: {found} for {value}", device.name());

@@ -1,6 +1,6 @@
 //! A row's attention depends on its sequence alone, to the bit: not on chunks, neighbours, pages or threads.
 
-use kernels::{AttentionSlice, Dtype, PAGE_TOKENS};
+use kernels::{AttentionSlice, Dtype, PAGE_TOKENS, WeightType};
 
 use crate::battery::attention::{Sequence, scattered_pages};
 use crate::battery::device::{Check, Device, Readable, bits, cpu, every_device, levels};
@@ -161,7 +161,8 @@ fn any_number_of_threads_gives_the_same_bits() {
     for simd in levels() {
         for kv in [Dtype::F32, Dtype::Bf16] {
             let of_threads = |threads| {
-                let device = Device { backend: cpu(simd, threads, Dtype::F32, kv), weights: Dtype::F32, kv };
+                let device =
+                    Device { backend: cpu(simd, threads, WeightType::F32, kv), weights: WeightType::F32, kv };
                 at_once(&device, &sequence)
             };
             let one = of_threads(1);

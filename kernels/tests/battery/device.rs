@@ -1,6 +1,6 @@
 //! The devices under test, and the way in and out of them.
 
-use kernels::{Backend, Cpu, CpuOptions, Dtype, Reference, Simd, TensorView, ViewDtype};
+use kernels::{Backend, Cpu, CpuOptions, Dtype, Reference, Simd, TensorView, ViewDtype, WeightType};
 
 /// Half a unit in the last place of a bf16, relative: 8 significant bits.
 pub(crate) const BF16_UNIT: f64 = 1.0 / 256.0;
@@ -8,6 +8,8 @@ pub(crate) const BF16_UNIT: f64 = 1.0 / 256.0;
 pub(crate) const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 
 pub(crate) const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
+pub(crate) const WEIGHT_TYPES: [WeightType; 5] =
+    [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 
 /// A backend whose matmul inputs can be looked at.
 pub(crate) trait Readable: Backend {
@@ -34,7 +36,7 @@ impl Readable for Cpu {
 /// A backend, and what it rounds to.
 pub(crate) struct Device<B> {
     pub(crate) backend: B,
-    pub(crate) weights: Dtype,
+    pub(crate) weights: WeightType,
     pub(crate) kv: Dtype,
 }
 
@@ -43,9 +45,10 @@ pub(crate) trait Check {
     fn check<B: Readable>(&self, device: &Device<B>);
 }
 
-/// Runs a check on the reference and on every level of the CPU, with weights and cache in `dtypes`.
+/// Runs a check on the reference and on every level of the CPU, with every type of matmul inputs and of the
+/// cache. Narrow weights concern neither: [`every_weight_device`] has them.
 pub(crate) fn every_device(check: &impl Check) {
-    for weights in DTYPES {
+    for weights in DTYPES.map(WeightType::from) {
         for kv in DTYPES {
             check.check(&Device { backend: Reference::new(weights, kv), weights, kv });
             for simd in levels() {
@@ -57,8 +60,8 @@ pub(crate) fn every_device(check: &impl Check) {
 
 /// The same for operations that know no cache.
 pub(crate) fn every_weight_device(check: &impl Check) {
-    for weights in DTYPES {
-        let kv = weights;
+    for weights in WEIGHT_TYPES {
+        let kv = weights.operands();
         check.check(&Device { backend: Reference::new(weights, kv), weights, kv });
         for simd in levels() {
             check.check(&Device { backend: cpu(simd, 2, weights, kv), weights, kv });
@@ -70,7 +73,7 @@ pub(crate) fn levels() -> impl Iterator<Item = Simd> {
     Simd::ALL.into_iter().filter(|simd| simd.is_available())
 }
 
-pub(crate) fn cpu(simd: Simd, threads: usize, weights: Dtype, kv: Dtype) -> Cpu {
+pub(crate) fn cpu(simd: Simd, threads: usize, weights: WeightType, kv: Dtype) -> Cpu {
     // Unpinned: tests share the machine with each other.
     Cpu::new(CpuOptions { cores: Vec::new(), threads, simd, weights, kv }).unwrap()
 }
@@ -85,6 +88,23 @@ pub(crate) fn rounded(dtype: Dtype, value: f32) -> f32 {
 
 pub(crate) fn all_rounded(dtype: Dtype, values: &[f32]) -> Vec<f32> {
     values.iter().map(|&value| rounded(dtype, value)).collect()
+}
+
+/// Rows quantised in groups: the number of the largest magnitude becomes `levels`, others at most `most`, and what
+/// would make the scale denormal is zero.
+fn quantized(values: &[f32], cols: usize, group: usize, levels: f32, most: f32) -> Vec<f64> {
+    let mut out = Vec::with_capacity(values.len());
+    for group in values.chunks(cols.max(1)).flat_map(|row| row.chunks(group.max(1))) {
+        let largest = group.iter().fold(0.0f32, |l, &value| if value.abs() > l.abs() { value } else { l });
+        let largest = if levels > 0.0 { largest.abs() } else { largest };
+        let (scale, inverse) = match (largest / levels).abs() < f32::MIN_POSITIVE {
+            true => (0.0, 0.0),
+            false => (largest / levels, levels / largest),
+        };
+        let integer = |value: f32| (value * inverse).min(most).round_ties_even();
+        out.extend(group.iter().map(|&value| f64::from(integer(value)) * f64::from(scale)));
+    }
+    out
 }
 
 pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
@@ -107,6 +127,30 @@ impl<B: Readable> Device<B> {
     pub(crate) fn matrix(&self, values: &[f32], rows: usize, cols: usize) -> B::Matrix {
         let bytes = bytes(values);
         self.backend.matrix(TensorView { dtype: ViewDtype::F32, rows, cols, bytes: &bytes }).unwrap()
+    }
+
+    pub(crate) fn table(&self, values: &[f32], rows: usize, cols: usize) -> B::Matrix {
+        let bytes = bytes(values);
+        self.backend.table(TensorView { dtype: ViewDtype::F32, rows, cols, bytes: &bytes }).unwrap()
+    }
+
+    /// What is left of a matrix of so many columns when it is packed.
+    pub(crate) fn kept(&self, values: &[f32], cols: usize) -> Vec<f64> {
+        match self.weights {
+            WeightType::F32 | WeightType::Bf16 => {
+                all_rounded(self.weights.operands(), values).into_iter().map(f64::from).collect()
+            }
+            WeightType::Int8 | WeightType::Int8Weight => quantized(values, cols, cols, 127.0, 127.0),
+            WeightType::Int4Weight => quantized(values, cols, WeightType::INT4_GROUP, -8.0, 7.0),
+        }
+    }
+
+    /// What is left of a matmul's input, already rounded, when it is multiplied.
+    pub(crate) fn multiplied(&self, values: &[f32], cols: usize) -> Vec<f64> {
+        match self.weights {
+            WeightType::Int8 => quantized(values, cols, cols, 127.0, 127.0),
+            _ => values.iter().map(|&value| f64::from(value)).collect(),
+        }
     }
 
     pub(crate) fn vector(&self, values: &[f32]) -> B::Vector {

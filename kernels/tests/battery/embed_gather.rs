@@ -11,8 +11,8 @@ impl Check for Copies {
         let mut out = device.array(&[1.0; 12], 4);
         for (vocabulary, hidden) in [(1, 1), (5, 3), (130, 17), (70, 576)] {
             let table = random.wild_rows(vocabulary, hidden);
-            let matrix = device.matrix(&table, vocabulary, hidden);
-            let rounded = all_rounded(device.weights, &table);
+            let matrix = device.table(&table, vocabulary, hidden);
+            let rounded = all_rounded(device.weights.operands(), &table);
             let array = device.array(&table, hidden);
             assert_eq!(bits(&device.values(&array)), bits(&table), "{}: upload", device.name());
             for count in [0, 1, 3, 200] {

@@ -22,15 +22,15 @@ impl Bounded {
 /// `Σ a · b`. A sum of n products in f32, in any order and rounded any number of times up to once per operation,
 /// is within `2 n u Σ |a b|` (Higham, Accuracy and Stability, 3.1), u the unit roundoff. VDPBF16PS takes
 /// denormal inputs and results for zero, so that a term may lose `f32::MIN_POSITIVE` times the other
-/// factor, or once.
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> Bounded {
-    let (mut value, mut size, mut flushed) = (0.0, 0.0, 0.0);
-    for (a, b) in a.iter().zip(b).map(|(&a, &b)| (f64::from(a), f64::from(b))) {
+/// factor, or once. Scales of narrow weights are two more factors.
+pub(crate) fn dot<N: Copy + Into<f64>>(a: &[N], b: &[N]) -> Bounded {
+    let (mut value, mut size, mut flushed) = (0.0f64, 0.0f64, 0.0f64);
+    for (a, b) in a.iter().zip(b).map(|(&a, &b)| (a.into(), b.into())) {
         value += a * b;
         size += (a * b).abs();
         flushed += (1.0 + a.abs() + b.abs()) * f64::from(f32::MIN_POSITIVE);
     }
-    Bounded { value, error: 2.0 * a.len() as f64 * F32_UNIT * size + flushed }
+    Bounded { value, error: 2.0 * (a.len() as f64 + 2.0) * F32_UNIT * size + flushed }
 }
 
 /// Asserts that every number is within its bound.

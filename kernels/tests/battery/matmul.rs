@@ -1,6 +1,8 @@
 //! `matmul` and `matmul_add`.
 
-use crate::battery::device::{Check, Device, F32_UNIT, Readable, all_rounded, every_weight_device};
+use kernels::WeightType;
+
+use crate::battery::device::{Check, Device, F32_UNIT, Readable, bits, every_weight_device};
 use crate::battery::exact::{Bounded, assert_within, dot};
 use crate::battery::random::Random;
 
@@ -30,13 +32,14 @@ impl Check for Matmul {
         for [rows, inputs, outputs] in SHAPES {
             for x in [random.values(rows * inputs), random.wild_rows(rows, inputs)] {
                 let (x, x_values) = device.operand(&x, inputs);
+                let x_values = device.multiplied(&x_values, inputs);
                 for w in [random.values(outputs * inputs), random.wild_rows(outputs, inputs)] {
                     let before = random.values(rows * outputs);
                     let matrix = device.matrix(&w, outputs, inputs);
                     backend.matmul(&x, &matrix, &mut product).unwrap();
                     backend.upload(&before, rows, outputs, &mut sum).unwrap();
                     backend.matmul_add(&x, &matrix, &mut sum).unwrap();
-                    let expected = exact(&x_values, &all_rounded(device.weights, &w), inputs);
+                    let expected = exact(&x_values, &device.kept(&w, inputs), inputs);
                     let what = format!("{} [{rows}, {inputs}] x [{outputs}, {inputs}]", device.name());
                     assert_within(&what, &device.values(&product), &expected);
                     let expected: Vec<Bounded> =
@@ -48,7 +51,7 @@ impl Check for Matmul {
     }
 }
 
-fn exact(x: &[f32], w: &[f32], inputs: usize) -> Vec<Bounded> {
+fn exact(x: &[f64], w: &[f64], inputs: usize) -> Vec<Bounded> {
     x.chunks_exact(inputs).flat_map(|x| w.chunks_exact(inputs).map(move |w| dot(x, w))).collect()
 }
 
@@ -77,4 +80,77 @@ impl Check for NoRows {
 #[test]
 fn no_rows_are_no_work() {
     every_weight_device(&NoRows);
+}
+
+struct NotFinite;
+
+impl Check for NotFinite {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        let (rows, inputs, outputs) = (9, 150, 70);
+        let mut random = Random::new(3);
+        let mut values = random.values(rows * inputs);
+        values[2 * inputs + 7] = f32::NAN;
+        values[5 * inputs + 140] = f32::NAN;
+        let (x, _) = device.operand(&values, inputs);
+        let matrix = device.matrix(&random.values(outputs * inputs), outputs, inputs);
+        let (mut product, mut gated) = (device.backend.array(), device.backend.operand());
+        device.backend.matmul(&x, &matrix, &mut product).unwrap();
+        device.backend.swiglu(&x, &matrix, &matrix, &mut gated).unwrap();
+        for values in [device.values(&product), B::read(&gated)] {
+            for (row, values) in values.chunks_exact(outputs).enumerate() {
+                let is_spoilt = row == 2 || row == 5;
+                let is_right = |value: &f32| if is_spoilt { value.is_nan() } else { value.is_finite() };
+                assert!(values.iter().all(is_right), "{} row {row}", device.name());
+            }
+        }
+    }
+}
+
+/// So that the row fails, and no other.
+#[test]
+fn a_row_with_a_nan_is_nan_and_spoils_no_other() {
+    every_weight_device(&NotFinite);
+}
+
+struct Integers;
+
+impl Check for Integers {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        if device.weights != WeightType::Int8 {
+            return;
+        }
+        let mut random = Random::new(4);
+        let mut out = device.backend.array();
+        for [rows, inputs, outputs] in SHAPES {
+            let (x, x_values) = device.operand(&random.wild_rows(rows, inputs), inputs);
+            let w = random.wild_rows(outputs, inputs);
+            device.backend.matmul(&x, &device.matrix(&w, outputs, inputs), &mut out).unwrap();
+            let w: Vec<(Vec<i64>, f32)> = w.chunks_exact(inputs).map(integers).collect();
+            let mut expected = Vec::new();
+            for (x, x_scale) in x_values.chunks_exact(inputs).map(integers) {
+                for (w, w_scale) in &w {
+                    let sum: i64 = x.iter().zip(w).map(|(x, w)| x * w).sum();
+                    expected.push(sum as f32 * (x_scale * w_scale));
+                }
+            }
+            let what = format!("{} [{rows}, {inputs}] x [{outputs}, {inputs}]", device.name());
+            assert_eq!(bits(&device.values(&out)), bits(&expected), "{what}");
+        }
+    }
+}
+
+/// A row's integers and its scale; numbers that would make the scale denormal are zeros.
+fn integers(row: &[f32]) -> (Vec<i64>, f32) {
+    let largest = row.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+    if largest / 127.0 < f32::MIN_POSITIVE {
+        return (vec![0; row.len()], 0.0);
+    }
+    let inverse = 127.0 / largest;
+    (row.iter().map(|value| (value * inverse).round_ties_even() as i64).collect(), largest / 127.0)
+}
+
+/// A sum of integers is exact, and what follows it has one order, at every level.
+#[test]
+fn products_in_integers_have_the_bits_of_plain_loops() {
+    every_weight_device(&Integers);
 }

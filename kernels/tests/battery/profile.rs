@@ -1,15 +1,20 @@
 //! What a device says of itself.
 
-use kernels::{Backend, Cpu, CpuOptions, Dtype, Reference, Simd, available_cores};
+use kernels::{Backend, Cpu, CpuOptions, Dtype, Reference, Simd, WeightType, available_cores};
 
-use crate::battery::device::{cpu, levels};
+use crate::battery::device::{WEIGHT_TYPES, cpu, levels};
+
+/// As job files and manifests have them.
+const NAMES: [&str; 5] = ["f32", "bf16", "int8", "int8-weight", "int4-weight"];
 
 #[test]
 fn the_profile_names_level_and_types() {
-    assert_eq!(Reference::new(Dtype::F32, Dtype::F32).numeric_profile(), "reference f32 kv f32");
+    assert_eq!(Reference::new(WeightType::F32, Dtype::F32).numeric_profile(), "reference f32 kv f32");
     for simd in levels() {
-        let profile = cpu(simd, 1, Dtype::Bf16, Dtype::F32).numeric_profile();
-        assert_eq!(profile, format!("cpu {} bf16 kv f32", simd.name()));
+        for (weights, name) in WEIGHT_TYPES.into_iter().zip(NAMES) {
+            let profile = cpu(simd, 1, weights, Dtype::F32).numeric_profile();
+            assert_eq!(profile, format!("cpu {} {name} kv f32", simd.name()));
+        }
     }
 }
 
@@ -19,7 +24,7 @@ fn a_level_that_the_processor_lacks_is_refused_by_name() {
         cores: available_cores(),
         threads,
         simd,
-        weights: Dtype::Bf16,
+        weights: WeightType::Bf16,
         kv: Dtype::Bf16,
     };
     for simd in Simd::ALL {

@@ -22,7 +22,7 @@ impl Check for RmsNorm {
                     let rows = x.chunks_exact(cols);
                     let expected: Vec<Bounded> = rows
                         .flat_map(|x| exact(x, &weight, eps))
-                        .map(|x| x.stored(unit(device.weights)))
+                        .map(|x| x.stored(unit(device.weights.operands())))
                         .collect();
                     assert_within(&format!("{} {cols} wide", device.name()), &B::read(&out), &expected);
                 }

@@ -2,7 +2,7 @@
 
 use kernels::{Backend, Cpu, Dtype};
 
-use crate::battery::device::{Check, Device, Readable, bits, cpu, every_weight_device, levels};
+use crate::battery::device::{Check, Device, Readable, WEIGHT_TYPES, bits, cpu, every_weight_device, levels};
 use crate::battery::random::Random;
 use crate::battery::rope::table;
 
@@ -87,8 +87,9 @@ fn rows_together_are_what_each_is_alone() {
 fn rows_of_long_sums_are_what_each_is_alone() {
     const LONG: usize = 4100;
     for simd in levels() {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let device = Device { backend: cpu(simd, 3, dtype, dtype), weights: dtype, kv: dtype };
+        for weights in WEIGHT_TYPES {
+            let kv = weights.operands();
+            let device = Device { backend: cpu(simd, 3, weights, kv), weights, kv };
             let mut random = Random::new(8);
             let matrix = device.matrix(&random.values(LONG * 70), 70, LONG);
             let x = random.values(100 * LONG);
@@ -101,7 +102,7 @@ fn rows_of_long_sums_are_what_each_is_alone() {
             let alone: Vec<Vec<u32>> = (0..100).map(|t| product(t, 1)).collect();
             for count in [2, 5, 6, 7, 33, 64, 100] {
                 for (t, row) in product(100 - count, count).chunks_exact(70).enumerate() {
-                    assert!(row == alone[100 - count + t], "{} {dtype:?} row {t} of {count}", simd.name());
+                    assert!(row == alone[100 - count + t], "{} {weights:?} row {t} of {count}", simd.name());
                 }
             }
         }
@@ -110,13 +111,10 @@ fn rows_of_long_sums_are_what_each_is_alone() {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    for simd in levels() {
+    for (simd, weights) in levels().flat_map(|simd| WEIGHT_TYPES.map(|weights| (simd, weights))) {
         let of_threads = |threads: usize| {
-            let device = Device {
-                backend: cpu(simd, threads, Dtype::Bf16, Dtype::Bf16),
-                weights: Dtype::Bf16,
-                kv: Dtype::Bf16,
-            };
+            let kv = Dtype::Bf16;
+            let device = Device { backend: cpu(simd, threads, weights, kv), weights, kv };
             let mut random = Random::new(9);
             let (x, normed) = device.operand(&random.values(70 * 300), 300);
             let matrix = device.matrix(&random.values(5000 * 300), 5000, 300);
@@ -132,7 +130,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
         };
         let one = of_threads(1);
         for threads in [2, 3, 5] {
-            assert!(of_threads(threads) == one, "{} with {threads} threads", simd.name());
+            assert!(of_threads(threads) == one, "{} {weights:?} with {threads} threads", simd.name());
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `swiglu`.
 
-use crate::battery::device::{Check, Device, F32_UNIT, Readable, all_rounded, every_weight_device, unit};
+use crate::battery::device::{Check, Device, F32_UNIT, Readable, every_weight_device, unit};
 use crate::battery::exact::{Bounded, assert_within, dot};
 use crate::battery::random::Random;
 
@@ -17,17 +17,18 @@ impl Check for Swiglu {
         let mut out = backend.operand();
         for [rows, inputs, width] in SHAPES {
             let (x, x_values) = device.operand(&random.wild_rows(rows, inputs), inputs);
+            let x_values = device.multiplied(&x_values, inputs);
             // Gates from far below zero, where silu vanishes, to far above, where it is the identity.
             let gate: Vec<f32> = random.values(width * inputs).iter().map(|gate| gate * 30.0).collect();
             let up = random.values(width * inputs);
             let gate_matrix = device.matrix(&gate, width, inputs);
             let up_matrix = device.matrix(&up, width, inputs);
             backend.swiglu(&x, &gate_matrix, &up_matrix, &mut out).unwrap();
-            let (gate, up) = (all_rounded(device.weights, &gate), all_rounded(device.weights, &up));
+            let (gate, up) = (device.kept(&gate, inputs), device.kept(&up, inputs));
             let mut expected = Vec::new();
             for x in x_values.chunks_exact(inputs) {
                 for (gate, up) in gate.chunks_exact(inputs).zip(up.chunks_exact(inputs)) {
-                    expected.push(exact(dot(x, gate), dot(x, up)).stored(unit(device.weights)));
+                    expected.push(exact(dot(x, gate), dot(x, up)).stored(unit(device.weights.operands())));
                 }
             }
             let what = format!("{} [{rows}, {inputs}] width {width}", device.name());

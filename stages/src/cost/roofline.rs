@@ -1,6 +1,6 @@
 //! A device as two ceilings, operations and bytes a second.
 
-use kernels::Dtype;
+use kernels::{Dtype, WeightType};
 
 /// What a device reaches, efficiencies taken off.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -62,6 +62,12 @@ pub enum NumberType {
     Fp8,
     /// Four bits, and eight for the scale of each 16 numbers, as NVFP4 has them.
     Fp4,
+    /// Integers of eight bits, and products in integers.
+    Int8,
+    /// Integers of eight bits, and products in bfloat16.
+    Int8Weight,
+    /// Integers of four bits with a scale of 32 for each 32 numbers, and products in bfloat16.
+    Int4Weight,
 }
 
 impl NumberType {
@@ -72,6 +78,9 @@ impl NumberType {
             Self::Bf16 => "bf16",
             Self::Fp8 => "fp8",
             Self::Fp4 => "fp4",
+            Self::Int8 => "int8",
+            Self::Int8Weight => "int8-weight",
+            Self::Int4Weight => "int4-weight",
         }
     }
 
@@ -80,8 +89,9 @@ impl NumberType {
         match self {
             Self::F32 => 4 * numbers,
             Self::Bf16 => 2 * numbers,
-            Self::Fp8 => numbers,
+            Self::Fp8 | Self::Int8 | Self::Int8Weight => numbers,
             Self::Fp4 => (numbers * 9).div_ceil(16),
+            Self::Int4Weight => (numbers * 5).div_ceil(8),
         }
     }
 
@@ -89,7 +99,19 @@ impl NumberType {
     fn at_least_bf16(self) -> Self {
         match self {
             Self::F32 => Self::F32,
-            Self::Bf16 | Self::Fp8 | Self::Fp4 => Self::Bf16,
+            _ => Self::Bf16,
+        }
+    }
+}
+
+impl From<WeightType> for NumberType {
+    fn from(weights: WeightType) -> Self {
+        match weights {
+            WeightType::F32 => Self::F32,
+            WeightType::Bf16 => Self::Bf16,
+            WeightType::Int8 => Self::Int8,
+            WeightType::Int8Weight => Self::Int8Weight,
+            WeightType::Int4Weight => Self::Int4Weight,
         }
     }
 }

@@ -5,7 +5,8 @@
 //! bf16 pair is two terms, the even k first.
 
 use super::narrow::in_pieces;
-use super::tile::{GROUP_BYTES, KR, NR, Tile};
+use super::quantized::OFFSET;
+use super::tile::{GROUP_BYTES, KR, MR, NR, Tile};
 use crate::backend::Dtype;
 use crate::cpu::exp::avx2::exp_ps;
 use std::arch::x86_64::*;
@@ -53,6 +54,25 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 pub(super) unsafe fn tile_f32(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads f32 panels.
     unsafe { in_pieces(tile, Dtype::F32, width(tile.rows), piece_f32) }
+}
+
+/// A tile in integers of 8 bits.
+///
+/// # Safety
+/// As [`super::tile::TileFn`].
+pub(super) unsafe fn tile_int8(tile: &Tile) {
+    // SAFETY: the caller vouches for the pointers and the features.
+    unsafe {
+        match tile.rows {
+            1 => micro_int8::<1>(tile),
+            2 => micro_int8::<2>(tile),
+            3 => micro_int8::<3>(tile),
+            4 => micro_int8::<4>(tile),
+            5 => micro_int8::<5>(tile),
+            MR => micro_int8::<MR>(tile),
+            rows => unreachable!("a tile of {rows} rows"),
+        }
+    }
 }
 
 unsafe fn piece_bf16(tile: &Tile) {
@@ -112,6 +132,40 @@ unsafe fn micro_f32<const R: usize, const V: usize>(tile: &Tile) {
             b = b.add(KR * GROUP_BYTES);
         }
         store_sums(tile, sums);
+    }
+}
+
+/// Eight columns after the other; both factors are widened to 16 bits, of which `VPMADDWD` adds the products of
+/// two terms exactly. x has its sign back, so that sums start from zero instead of the bias.
+#[target_feature(enable = "avx2")]
+unsafe fn micro_int8<const R: usize>(tile: &Tile) {
+    for col in (0..tile.cols).step_by(8) {
+        // SAFETY: the tile's pointers are valid for R rows, the piece's columns and `k` terms, of which there
+        // are a multiple of KR = 8: two groups of four.
+        unsafe {
+            let mut sums = [_mm256_setzero_si256(); R];
+            for quad in 0..tile.k / 4 {
+                let w = _mm256_load_si256(tile.b.add(quad * GROUP_BYTES + col * 4).cast());
+                let odd = _mm256_srai_epi16::<8>(w);
+                let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w));
+                for (r, sum) in sums.iter_mut().enumerate() {
+                    let x = *tile.a.add(r * tile.a_stride + quad * 4).cast::<u32>();
+                    let x = _mm256_set1_epi32((x ^ u32::from_ne_bytes([OFFSET; 4])).cast_signed());
+                    let x_odd = _mm256_srai_epi16::<8>(x);
+                    let x_even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+                    let products =
+                        _mm256_add_epi32(_mm256_madd_epi16(odd, x_odd), _mm256_madd_epi16(even, x_even));
+                    *sum = _mm256_add_epi32(*sum, products);
+                }
+            }
+            for (r, &sum) in sums.iter().enumerate() {
+                let mut sum = _mm256_cvtepi32_ps(sum);
+                if !tile.init.is_null() {
+                    sum = _mm256_add_ps(_mm256_loadu_ps(tile.init.add(r * NR + col)), sum);
+                }
+                _mm256_storeu_ps(tile.c.add(r * tile.c_stride + col), sum);
+            }
+        }
     }
 }
 

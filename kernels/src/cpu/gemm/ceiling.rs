@@ -5,10 +5,12 @@
 
 use super::arena::Piece;
 use super::plan::share;
-use crate::backend::Dtype;
+use crate::backend::WeightType;
 use crate::cpu::Cpu;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::has_vnni;
 use crate::error::{Error, Result};
 use std::hint::black_box;
 use std::time::Instant;
@@ -42,13 +44,21 @@ impl<'a> Ceilings<'a> {
         Ok(Self { cpu, memory })
     }
 
-    /// Multiplications and additions per second of the device's fastest product in its weights' number type,
-    /// all threads together: `VDPBF16PS` for bf16 in AVX-512, otherwise as [`Ceilings::f32_flops`].
+    /// Multiplications and additions per second of the device's fastest product in the number type that its
+    /// weights are multiplied in, all threads together: in AVX-512 `VPDPBUSD` for integers on both sides and
+    /// `VDPBF16PS` for bf16 and what is unpacked to it, otherwise as [`Ceilings::f32_flops`].
     pub fn product_flops(&self) -> f64 {
         match (self.cpu.simd, self.cpu.weights) {
-            // SAFETY: the device has its level.
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, Dtype::Bf16) => self.flops(64, || unsafe { x86::dot_products(ROUNDS) }),
+            (Simd::Avx512, WeightType::Int8) if has_vnni() => {
+                // SAFETY: the device has its level, and `VPDPBUSD`.
+                self.flops(128, || unsafe { x86::integer_products(ROUNDS) })
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Simd::Avx512, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight) => {
+                // SAFETY: the device has its level.
+                self.flops(64, || unsafe { x86::dot_products(ROUNDS) })
+            }
             _ => self.f32_flops(),
         }
     }
@@ -147,6 +157,16 @@ mod x86 {
         sums.iter().map(|&sum| _mm512_reduce_add_ps(sum)).sum()
     }
 
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn integer_products(rounds: usize) -> f32 {
+        let one = _mm512_set1_epi8(black_box(1));
+        let mut sums = [_mm512_setzero_si512(); SUMS];
+        for _ in 0..rounds {
+            sums = std::array::from_fn(|i| _mm512_dpbusd_epi32(sums[i], one, one));
+        }
+        sums.iter().map(|&sum| _mm512_reduce_add_epi32(sum)).sum::<i32>() as f32
+    }
+
     #[target_feature(enable = "avx512f")]
     pub(super) fn fma_512(rounds: usize) -> f32 {
         let one = _mm512_set1_ps(black_box(1.0));
@@ -181,10 +201,11 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Dtype;
     use crate::cpu::CpuOptions;
 
-    fn device(simd: Simd, weights: Dtype) -> Cpu {
-        Cpu::new(CpuOptions { cores: vec![], threads: 2, simd, weights, kv: weights }).unwrap()
+    fn device(simd: Simd, weights: WeightType) -> Cpu {
+        Cpu::new(CpuOptions { cores: vec![], threads: 2, simd, weights, kv: Dtype::F32 }).unwrap()
     }
 
     /// From a tenth of a slow machine to ten times the fastest.
@@ -195,13 +216,13 @@ mod tests {
     #[test]
     fn ceilings_are_plausible_numbers() {
         for simd in Simd::ALL.into_iter().filter(|simd| simd.is_available()) {
-            for weights in [Dtype::F32, Dtype::Bf16] {
+            for weights in [WeightType::F32, WeightType::Bf16, WeightType::Int8] {
                 let cpu = device(simd, weights);
                 let ceilings = Ceilings { cpu: &cpu, memory: Piece::new(0).unwrap() };
                 assert!(is_plausible(ceilings.product_flops()) && is_plausible(ceilings.f32_flops()));
             }
         }
-        let cpu = device(Simd::detect(), Dtype::F32);
+        let cpu = device(Simd::detect(), WeightType::F32);
         assert!(is_plausible(Ceilings::new(&cpu).unwrap().read_bandwidth()));
     }
 }

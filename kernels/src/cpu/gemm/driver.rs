@@ -1,9 +1,14 @@
 //! Carries a [`Plan`] out: units on threads, tiles in units, chunks of K in tiles.
 
-use super::operand::{Operand, OperandWriter, dtype_bytes};
-use super::pack::PackedMatrix;
-use super::plan::{GROUP_TILES, Plan, Shape, Unit, share};
+use super::integers::Integers;
+use super::operand::{Operand, OperandWriter};
+use super::pack::{PackedMatrix, terms_per_word};
+use super::plan::{GROUP_TILES, Plan, Shape, Unit, is_unpacked, share, tile_bytes};
+use super::scales::{AddGroup, Finish};
 use super::tile::{GROUP_BYTES, KR, Kernel, MR, NR, Sums, Tile};
+use super::unpack::{Unpack, Unpacked, unpack_fn};
+use crate::backend::WeightType;
+use crate::cpu::lanes::at_level;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use std::mem::MaybeUninit;
@@ -12,11 +17,31 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Sums of a unit's tiles, on the stack of its thread.
 type Scratch = MaybeUninit<[Sums; GROUP_TILES]>;
 
+/// x, as a product reads it.
+#[derive(Clone, Copy)]
+pub(super) struct Input<'a> {
+    pub(super) numbers: &'a Operand,
+    /// The same quantised, for products in integers.
+    pub(super) integers: Option<&'a Integers>,
+}
+
+impl Input<'_> {
+    /// First byte of the first row, and bytes from row to row.
+    fn rows(&self) -> (*const u8, usize) {
+        match self.integers {
+            Some(integers) => (integers.as_ptr(), integers.row_bytes()),
+            None => (self.numbers.as_ptr(), self.numbers.row_bytes()),
+        }
+    }
+}
+
 /// A product of x with one matrix or two.
 pub(super) struct Product<'a, const N: usize> {
+    simd: Simd,
     kernel: Kernel,
     plan: Plan,
-    x: &'a Operand,
+    x: Input<'a>,
+    kind: WeightType,
     weights: [&'a PackedMatrix; N],
 }
 
@@ -42,20 +67,21 @@ impl Output {
 }
 
 impl<'a, const N: usize> Product<'a, N> {
-    pub(super) fn new(simd: Simd, pool: &ThreadPool, x: &'a Operand, weights: [&'a PackedMatrix; N]) -> Self {
+    pub(super) fn new(simd: Simd, pool: &ThreadPool, x: Input<'a>, weights: [&'a PackedMatrix; N]) -> Self {
         let w = weights[0];
+        let kind = w.kind();
         debug_assert!(weights.iter().all(|other| (other.rows(), other.cols()) == (w.rows(), w.cols())));
-        debug_assert!(weights.iter().all(|w| w.dtype() == x.dtype()), "x is {:?}", x.dtype());
-        debug_assert_eq!(x.cols(), w.cols());
+        debug_assert!(weights.iter().all(|other| other.kind() == kind));
+        debug_assert_eq!(x.numbers.cols(), w.cols());
         let shape = Shape {
-            rows: x.rows(),
+            rows: x.numbers.rows(),
             n: w.rows(),
             k: w.cols().next_multiple_of(KR),
-            dtype_bytes: dtype_bytes(w.dtype()),
+            kind,
             num_matrices: N,
         };
         let plan = Plan::new(shape, pool.num_threads());
-        Self { kernel: Kernel::new(simd, w.dtype()), plan, x, weights }
+        Self { simd, kernel: Kernel::new(simd, kind), plan, x, kind, weights }
     }
 
     /// The sums of a unit's tiles by matrix `m`, to where `destination(index of the tile in the unit)` says.
@@ -70,10 +96,9 @@ impl<'a, const N: usize> Product<'a, N> {
         destination: impl Fn(usize) -> Destination,
     ) {
         let plan = &self.plan;
-        let term_bytes = NR * dtype_bytes(self.x.dtype());
+        let term_bytes = NR * tile_bytes(self.kind);
         for chunk in 0..plan.num_chunks {
-            let first = chunk * plan.chunk;
-            let k = plan.chunk.min(self.padded_k() - first);
+            let (first, k) = self.chunk(chunk);
             let b = self.piece(m, unit.piece).wrapping_add(first * term_bytes);
             let (next, in_unit) = self.next_sweep(unit, m, chunk);
             for (i, tile) in unit.tiles.clone().enumerate() {
@@ -89,16 +114,15 @@ impl<'a, const N: usize> Product<'a, N> {
                 } else {
                     Destination { c: sums, c_stride: NR, is_added: false }
                 };
+                let (a, a_stride) = self.rows_of_x(rows.start, first);
                 let tile = Tile {
-                    a: self
-                        .x
-                        .as_ptr()
-                        .wrapping_add(rows.start * self.x.row_bytes() + first * term_bytes / NR),
-                    a_stride: self.x.row_bytes(),
+                    a,
+                    a_stride,
                     b,
                     k,
                     rows: rows.len(),
                     cols: plan.cols(unit.piece).len(),
+                    bias: self.bias(m, unit.piece, chunk),
                     init: if chunk > 0 { sums } else { std::ptr::null() },
                     c: to.c,
                     c_stride: to.c_stride,
@@ -113,6 +137,117 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
+    /// The same where weights are unpacked: chunk by chunk, for all tiles of the unit; the sums go to `scratch`.
+    ///
+    /// # Safety
+    /// `scratch` has room for the unit's tiles.
+    unsafe fn sweep_unpacked(&self, unit: &Unit, m: usize, scratch: *mut Sums) {
+        let unpack = unpack_fn(self.simd, self.kind);
+        let cols = self.plan.cols(unit.piece).len();
+        let (mut unpacked, mut group) = (MaybeUninit::<Unpacked>::uninit(), MaybeUninit::<Sums>::uninit());
+        let (b, group) = (unpacked.as_mut_ptr().cast::<u32>(), group.as_mut_ptr().cast::<f32>());
+        let has_groups = self.kind == WeightType::Int4Weight;
+        for chunk in 0..self.plan.num_chunks {
+            let (first, k) = self.chunk(chunk);
+            let words =
+                self.piece(m, unit.piece).wrapping_add(first / terms_per_word(self.kind) * GROUP_BYTES);
+            // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
+            unsafe { unpack(&Unpack { words: words.cast(), terms: k, cols, out: b }) };
+            for (i, tile) in unit.tiles.clone().enumerate() {
+                let rows = self.plan.rows(tile);
+                // SAFETY: the caller vouches for the scratch.
+                let sums = unsafe { scratch.add(i).cast::<f32>() };
+                let (a, a_stride) = self.rows_of_x(rows.start, first);
+                let tile = Tile {
+                    a,
+                    a_stride,
+                    b: b.cast_const().cast(),
+                    k,
+                    rows: rows.len(),
+                    cols,
+                    bias: std::ptr::null(),
+                    init: if has_groups || chunk == 0 { std::ptr::null() } else { sums },
+                    c: if has_groups { group } else { sums },
+                    c_stride: NR,
+                    is_added: false,
+                    prefetch: b.cast_const().cast(),
+                    prefetch_groups: 0,
+                };
+                // SAFETY: rows and terms lie inside of x by the plan, the chunk's columns have been unpacked, and
+                // sums from the chunk before are in the scratch.
+                unsafe { (self.kernel.tile)(&tile) }
+                if has_groups {
+                    let (scales, is_first, rows) =
+                        (self.scales(m, unit.piece, chunk), chunk == 0, rows.len());
+                    at_level(self.simd, AddGroup { group, scales, sums, is_first, rows, cols });
+                }
+            }
+        }
+    }
+
+    /// First term and number of terms of a chunk.
+    fn chunk(&self, chunk: usize) -> (usize, usize) {
+        let first = chunk * self.plan.chunk;
+        (first, self.plan.chunk.min(self.padded_k() - first))
+    }
+
+    /// x from a row and a term on, and bytes from row to row.
+    fn rows_of_x(&self, row: usize, term: usize) -> (*const u8, usize) {
+        let (start, row_bytes) = self.x.rows();
+        (start.wrapping_add(row * row_bytes + term * tile_bytes(self.kind)), row_bytes)
+    }
+
+    /// A piece's scales for all of K, or for a group of it.
+    fn scales(&self, m: usize, piece: usize, group: usize) -> *const f32 {
+        self.behind_numbers(m, piece, group).cast()
+    }
+
+    /// What a piece's sums over a block of K start from.
+    fn bias(&self, m: usize, piece: usize, block: usize) -> *const i32 {
+        match self.x.integers {
+            Some(_) => self.behind_numbers(m, piece, self.weights[m].layout().scales + block).cast(),
+            None => std::ptr::null(),
+        }
+    }
+
+    /// The `i`-th group behind the numbers of a piece's panel.
+    fn behind_numbers(&self, m: usize, piece: usize, i: usize) -> *const u8 {
+        self.piece(m, piece).wrapping_add((self.weights[m].layout().numbers + i) * GROUP_BYTES)
+    }
+
+    /// What turns the sums of an element into its result: the row's scale and the piece's columns' scales; null
+    /// where there are none, or where they have been applied.
+    fn last_scales(&self, m: usize, piece: usize, row: usize) -> (f32, *const f32) {
+        match (self.kind, self.x.integers) {
+            (WeightType::Int8, Some(integers)) => (integers.scale(row), self.scales(m, piece, 0)),
+            (WeightType::Int8Weight, _) => (1.0, self.scales(m, piece, 0)),
+            _ => (1.0, std::ptr::null()),
+        }
+    }
+
+    /// Whether sums are results as the tiles leave them, without scales.
+    fn is_plain(&self) -> bool {
+        matches!(self.kind, WeightType::F32 | WeightType::Bf16)
+    }
+
+    /// The sums of all tiles of a unit, in the scratch and without the last scales.
+    ///
+    /// # Safety
+    /// `scratch` has room for the unit's tiles.
+    unsafe fn sweep_to_scratch(&self, unit: &Unit, m: usize, scratch: *mut Sums) {
+        // SAFETY: the caller vouches for the scratch, which has a place for every tile.
+        unsafe {
+            match is_unpacked(self.kind) {
+                true => self.sweep_unpacked(unit, m, scratch),
+                false => self.sweep(unit, m, scratch, |i| Destination {
+                    c: scratch.add(i).cast(),
+                    c_stride: NR,
+                    is_added: false,
+                }),
+            }
+        }
+    }
+
     /// The weights that this thread is likely to need after this chunk, and whether the sweep over the
     /// chunk lies inside of the unit.
     fn next_sweep(&self, unit: &Unit, m: usize, chunk: usize) -> (Option<*const u8>, bool) {
@@ -121,7 +256,7 @@ impl<'a, const N: usize> Product<'a, N> {
             return (next_piece.map(|start| self.weights[m].as_ptr().wrapping_add(start)), false);
         }
         let next = if chunk + 1 < self.plan.num_chunks {
-            let bytes = (chunk + 1) * self.plan.chunk * NR * dtype_bytes(self.x.dtype());
+            let bytes = (chunk + 1) * self.plan.chunk * NR * tile_bytes(self.kind);
             Some(self.piece(m, unit.piece).wrapping_add(bytes))
         } else if m + 1 < N {
             Some(self.piece(m + 1, unit.piece))
@@ -145,7 +280,7 @@ impl<'a, const N: usize> Product<'a, N> {
         place: usize,
         places: usize,
     ) -> (*const u8, usize) {
-        let step_groups = KR * dtype_bytes(self.x.dtype()) * NR / GROUP_BYTES;
+        let step_groups = KR * tile_bytes(self.kind) * NR / GROUP_BYTES;
         if places == 1 {
             return (b, 0);
         }
@@ -164,7 +299,7 @@ impl<'a, const N: usize> Product<'a, N> {
     }
 
     fn padded_k(&self) -> usize {
-        self.x.cols().next_multiple_of(KR)
+        self.x.numbers.cols().next_multiple_of(KR)
     }
 
     /// Columns of a piece that are no padding.
@@ -177,33 +312,32 @@ impl<'a, const N: usize> Product<'a, N> {
 impl Product<'_, 1> {
     /// `out = x · wᵀ`, or `out += x · wᵀ`; `out: [rows, n]`.
     pub(super) fn write(&self, pool: &ThreadPool, out: &mut [f32], is_added: bool) {
-        let n = self.weights[0].rows();
-        assert_eq!(out.len(), self.x.rows() * n, "output of {} rows and {n} columns", self.x.rows());
+        let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
+        assert_eq!(out.len(), rows * n, "output of {rows} rows and {n} columns");
         let out = Output(out.as_mut_ptr());
         for_each_unit(pool, &self.plan, |unit| {
             let mut scratch = Scratch::uninit();
             let scratch = scratch.as_mut_ptr().cast::<Sums>();
             let (col, valid) = (self.plan.cols(unit.piece).start, self.valid_cols(unit.piece));
             let row_of = |i: usize| self.plan.rows(unit.tiles.start + i);
-            let is_whole = valid == self.plan.cols(unit.piece).len();
             // SAFETY: a whole piece's destination lies in `out`, by the assertion above, and is this unit's
             // alone; otherwise sums go to the scratch, which has a place for every tile of a unit, and their
             // valid part from there to `out`.
             unsafe {
-                self.sweep(&unit, 0, scratch, |i| match is_whole {
-                    true => Destination { c: out.at(row_of(i).start * n + col), c_stride: n, is_added },
-                    false => Destination { c: scratch.add(i).cast(), c_stride: NR, is_added: false },
-                });
-                if !is_whole {
-                    for i in 0..unit.tiles.len() {
-                        for (r, row) in row_of(i).enumerate() {
-                            let sums =
-                                std::slice::from_raw_parts(scratch.add(i).cast::<f32>().add(r * NR), valid);
-                            let out = std::slice::from_raw_parts_mut(out.at(row * n + col), valid);
-                            for (out, &sum) in out.iter_mut().zip(sums) {
-                                *out = if is_added { *out + sum } else { sum };
-                            }
-                        }
+                if self.is_plain() && valid == self.plan.cols(unit.piece).len() {
+                    return self.sweep(&unit, 0, scratch, |i| Destination {
+                        c: out.at(row_of(i).start * n + col),
+                        c_stride: n,
+                        is_added,
+                    });
+                }
+                self.sweep_to_scratch(&unit, 0, scratch);
+                for i in 0..unit.tiles.len() {
+                    for (r, row) in row_of(i).enumerate() {
+                        let sums = scratch.add(i).cast::<f32>().add(r * NR);
+                        let (row_scale, scales) = self.last_scales(0, unit.piece, row);
+                        let out = out.at(row * n + col);
+                        at_level(self.simd, Finish { sums, row_scale, scales, out, is_added, cols: valid });
                     }
                 }
             }
@@ -224,16 +358,20 @@ impl Product<'_, 2> {
             // are this unit's alone.
             unsafe {
                 for (m, scratch) in [gate, up].into_iter().enumerate() {
-                    self.sweep(&unit, m, scratch, |i| Destination {
-                        c: scratch.add(i).cast(),
-                        c_stride: NR,
-                        is_added: false,
-                    });
+                    self.sweep_to_scratch(&unit, m, scratch);
                 }
                 for i in 0..unit.tiles.len() {
                     for (r, row) in self.plan.rows(unit.tiles.start + i).enumerate() {
-                        let gate = gate.add(i).cast::<f32>().add(r * NR);
-                        (self.kernel.swiglu)(gate, up.add(i).cast::<f32>().add(r * NR), cols.len());
+                        let [gate, up] = [gate, up].map(|sums| sums.add(i).cast::<f32>().add(r * NR));
+                        for (m, sums) in [gate, up].into_iter().enumerate() {
+                            let (row_scale, scales) = self.last_scales(m, unit.piece, row);
+                            if !scales.is_null() {
+                                let (out, cols) = (sums, cols.len());
+                                let finish = Finish { sums, row_scale, scales, out, is_added: false, cols };
+                                at_level(self.simd, finish);
+                            }
+                        }
+                        (self.kernel.swiglu)(gate, up, cols.len());
                         out.write(row, cols.start, std::slice::from_raw_parts(gate, valid));
                     }
                 }

@@ -1,8 +1,9 @@
 //! Matrix products of activations with packed weights.
 //!
-//! * `operand`: x, row-major, in the number type of the product; `pack`: w, in panels, in the
-//!   memory of `arena`;
+//! * `operand`: x, row-major, in the number type of the product, `integers`: x quantised; `pack`: w, in panels,
+//!   in the memory of `arena`, `quantized`: narrow weights;
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool;
+//! * `unpack` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
 //! * `tile`: what a SIMD level computes in registers; `avx512`, `avx2`, `portable` (`narrow` serves the
 //!   latter two);
 //! * `ceiling`: what the machine can do at most, to measure products against.
@@ -10,6 +11,10 @@
 //! An element of the result is the sum over K in order, in one f32 chain that starts at zero. So it depends
 //! on its row of x and its row of w alone, to the bit: not on how many rows there are, on the number of
 //! threads, or on how the work was cut. SIMD levels may differ from each other.
+//!
+//! With integers of 8 bits on both sides the sum over each block of K is exact, and blocks are added in order; so
+//! all levels agree. With narrow weights alone a sum over K, or for 4 bits over a group of K, is that of integers
+//! in bf16; the groups' sums, each times its scale, are added in order.
 //!
 //! Shapes are the caller's to check; here they are asserted at most.
 
@@ -20,27 +25,32 @@ mod avx2;
 mod avx512;
 mod ceiling;
 mod driver;
+mod integers;
 mod narrow;
 mod operand;
 mod pack;
 mod plan;
 mod portable;
+mod quantized;
 mod round;
+mod scales;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod unpack;
 
 pub use ceiling::Ceilings;
 pub(crate) use operand::{Operand, OperandWriter};
-pub(crate) use pack::PackedMatrix;
+pub(crate) use pack::{PackedMatrix, packed_bytes};
 
 use super::pool::ThreadPool;
 use super::simd::Simd;
-use driver::Product;
+use crate::backend::WeightType;
+use driver::{Input, Product};
 
 /// `out = x · wᵀ`, or with `accumulate` `out += x · wᵀ`, where the product is summed first and then added.
 ///
-/// `x: [rows, k]`, `w: [n, k]`, `out: [rows, n]`; x and w are of one number type.
+/// `x: [rows, k]`, `w: [n, k]`, `out: [rows, n]`; x is of the type that inputs have beside w's.
 pub(crate) fn matmul(
     simd: Simd,
     pool: &ThreadPool,
@@ -49,12 +59,13 @@ pub(crate) fn matmul(
     out: &mut [f32],
     accumulate: bool,
 ) {
-    Product::new(simd, pool, x, [w]).write(pool, out, accumulate);
+    with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).write(pool, out, accumulate));
 }
 
 /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)`, where `silu(g) = g / (1 + exp(-g))`; sets the shape of `out`.
 ///
-/// `x: [rows, k]`, `gate, up: [width, k]`, `out: [rows, width]`; x, gate and up are of one number type.
+/// `x: [rows, k]`, `gate, up: [width, k]`, `out: [rows, width]`; gate and up are of one type, x of the type that
+/// inputs have beside it.
 pub(crate) fn swiglu(
     simd: Simd,
     pool: &ThreadPool,
@@ -64,5 +75,17 @@ pub(crate) fn swiglu(
     out: &mut Operand,
 ) {
     out.reset(x.rows(), gate.rows());
-    Product::new(simd, pool, x, [gate, up]).write_swiglu(pool, out.writer());
+    with_input(simd, pool, x, gate.kind(), |x| {
+        Product::new(simd, pool, x, [gate, up]).write_swiglu(pool, out.writer());
+    });
+}
+
+/// Calls `run` with x as products with weights of `kind` read it.
+fn with_input(simd: Simd, pool: &ThreadPool, x: &Operand, kind: WeightType, run: impl FnOnce(Input<'_>)) {
+    debug_assert_eq!(x.dtype(), kind.operands());
+    if kind == WeightType::Int8 {
+        run(Input { numbers: x, integers: Some(&x.integers(simd, pool)) });
+    } else {
+        run(Input { numbers: x, integers: None });
+    }
 }

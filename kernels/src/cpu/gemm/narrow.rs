@@ -47,6 +47,7 @@ pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, width: usize, micro: T
                     k,
                     rows: tile.rows,
                     cols: width,
+                    bias: tile.bias,
                     init: if init.is_null() { init } else { init.add(col) },
                     c: c.add(col),
                     c_stride,

@@ -1,17 +1,20 @@
 //! Matrix product inputs: activations in the number type that products read.
 
+use super::integers::Integers;
 use super::round::{bf16_to_f32, round_row};
 use super::tile::KR;
 use crate::backend::Dtype;
+use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A cache line; the unit in which operands are stored, so that every row starts on one.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-struct Line([u8; LINE_BYTES]);
+pub(super) struct Line(pub(super) [u8; LINE_BYTES]);
 
-const LINE_BYTES: usize = 64;
+pub(super) const LINE_BYTES: usize = 64;
 
 /// A row-major matmul input `[rows, cols]`, bf16 or f32.
 ///
@@ -23,20 +26,24 @@ pub(crate) struct Operand {
     cols: usize,
     row_bytes: usize,
     lines: Vec<Line>,
+    /// The same rows for products in integers: made by the first of them and kept until the operand is written
+    /// again, so that q, k and v, or gate and up, share them.
+    integers: Mutex<Integers>,
 }
 
 impl Operand {
     /// An empty operand.
     pub(crate) fn new(dtype: Dtype) -> Self {
-        Self { dtype, rows: 0, cols: 0, row_bytes: 0, lines: Vec::new() }
+        Self { dtype, rows: 0, cols: 0, row_bytes: 0, lines: Vec::new(), integers: Mutex::default() }
     }
 
     /// Set the shape. The padding is zero afterwards; the contents are whatever was there, and every
     /// element has to be written.
     pub(crate) fn reset(&mut self, rows: usize, cols: usize) {
+        self.forget_integers();
         self.rows = rows;
         self.cols = cols;
-        self.row_bytes = row_bytes(cols, self.dtype);
+        self.row_bytes = padded_row_bytes(cols, dtype_bytes(self.dtype));
         let num_lines = rows * self.row_bytes / LINE_BYTES;
         if num_lines > self.lines.len() {
             self.lines.resize(num_lines, Line([0; LINE_BYTES]));
@@ -96,6 +103,7 @@ impl Operand {
 
     /// A handle through which several threads write disjoint parts.
     pub(crate) fn writer(&mut self) -> OperandWriter<'_> {
+        self.forget_integers();
         OperandWriter {
             base: self.lines.as_mut_ptr().cast(),
             row_bytes: self.row_bytes,
@@ -105,6 +113,26 @@ impl Operand {
             simd: Simd::detect(),
             operand: PhantomData,
         }
+    }
+
+    /// A row of a bf16 operand, without the padding.
+    pub(super) fn bf16_row(&self, row: usize) -> &[u16] {
+        assert!(self.dtype == Dtype::Bf16 && row < self.rows, "row {row} of {:?}", self.dtype);
+        let bytes = &self.bytes()[row * self.row_bytes..][..self.cols * 2];
+        bytemuck::cast_slice(bytes)
+    }
+
+    /// Its rows as integers.
+    pub(super) fn integers(&self, simd: Simd, pool: &ThreadPool) -> MutexGuard<'_, Integers> {
+        let mut integers = self.integers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !integers.is_current {
+            integers.assign(simd, pool, self);
+        }
+        integers
+    }
+
+    fn forget_integers(&mut self) {
+        self.integers.get_mut().unwrap_or_else(PoisonError::into_inner).is_current = false;
     }
 
     /// First byte of the first row.
@@ -188,8 +216,8 @@ pub(super) const fn dtype_bytes(dtype: Dtype) -> usize {
 
 /// Bytes from row to row: whole cache lines, and an odd number of them, because the rows of a tile are read
 /// side by side and a stride of a power of two would put them all into one set of the L1 cache.
-fn row_bytes(cols: usize, dtype: Dtype) -> usize {
-    let lines = (cols.next_multiple_of(KR) * dtype_bytes(dtype)).div_ceil(LINE_BYTES);
+pub(super) fn padded_row_bytes(cols: usize, number_bytes: usize) -> usize {
+    let lines = (cols.next_multiple_of(KR) * number_bytes).div_ceil(LINE_BYTES);
     (lines | 1) * LINE_BYTES
 }
 

@@ -4,16 +4,17 @@
 //! its numbers in the order of K, so that a product streams through it:
 //! * f32: `[k][NR]`,
 //! * bf16: `[k / 2][NR][2]`, pairs of neighbouring k as `VDPBF16PS` takes them; the other levels get the
-//!   even k of a pair as `word << 16` and the odd one as `word & 0xffff0000`.
+//!   even k of a pair as `word << 16` and the odd one as `word & 0xffff0000`;
+//! * the narrow types as `quantized` says, with their scales behind the numbers.
 //!
-//! Either way a panel is made of groups of 256 bytes. K is padded with zeros to a multiple of [`KR`], and
-//! the last panel with zero columns; both add nothing to any sum.
+//! Either way a panel is made of groups of 256 bytes: a word of 32 bits for each column. K is padded with zeros
+//! to a multiple of [`KR`], and the last panel with zero columns; both add nothing to any sum.
 
 use super::arena::Piece;
-use super::operand::dtype_bytes;
+use super::quantized::{self, pack_quantized};
 use super::round::{bf16_to_f32, f32_to_bf16};
-use super::tile::{KR, NR};
-use crate::backend::{Dtype, TensorView, ViewDtype};
+use super::tile::{GROUP_BYTES, KR, NR};
+use crate::backend::{Dtype, TensorView, ViewDtype, WeightType};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
 use crate::error::{Error, Result};
@@ -22,15 +23,60 @@ use crate::error::{Error, Result};
 pub(crate) struct PackedMatrix {
     rows: usize,
     cols: usize,
-    dtype: Dtype,
+    kind: WeightType,
     panels: Piece,
 }
 
+/// What a panel is made of, in groups.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PanelLayout {
+    /// Numbers.
+    pub(super) numbers: usize,
+    /// Scales, one for each column.
+    pub(super) scales: usize,
+    /// Integers that sums start from, one for each column.
+    pub(super) biases: usize,
+}
+
+impl PanelLayout {
+    /// The panels of a matrix of `cols` columns.
+    pub(super) fn new(kind: WeightType, cols: usize) -> Self {
+        let numbers = cols.next_multiple_of(KR) / terms_per_word(kind);
+        let (scales, biases) = match kind {
+            WeightType::F32 | WeightType::Bf16 => (0, 0),
+            WeightType::Int8 => (1, quantized::num_blocks(cols)),
+            WeightType::Int8Weight => (1, 0),
+            WeightType::Int4Weight => (quantized::num_groups(cols), 0),
+        };
+        Self { numbers, scales, biases }
+    }
+
+    /// Bytes of a panel.
+    pub(super) fn bytes(self) -> usize {
+        (self.numbers + self.scales + self.biases) * GROUP_BYTES
+    }
+}
+
+/// Numbers in a word of 32 bits.
+pub(super) const fn terms_per_word(kind: WeightType) -> usize {
+    match kind {
+        WeightType::F32 => 1,
+        WeightType::Bf16 => 2,
+        WeightType::Int8 | WeightType::Int8Weight => 4,
+        WeightType::Int4Weight => 8,
+    }
+}
+
+/// Memory that a packed matrix takes, in bytes.
+pub(crate) fn packed_bytes(kind: WeightType, rows: usize, cols: usize) -> usize {
+    rows.div_ceil(NR) * PanelLayout::new(kind, cols).bytes()
+}
+
 impl PackedMatrix {
-    /// Pack a checkpoint's tensor, rounding to nearest even where `dtype` is narrower.
-    pub(crate) fn pack(view: TensorView<'_>, dtype: Dtype, pool: &ThreadPool) -> Result<Self> {
+    /// Pack a checkpoint's tensor, rounding to nearest even where `kind` is narrower.
+    pub(crate) fn pack(view: TensorView<'_>, kind: WeightType, pool: &ThreadPool) -> Result<Self> {
         check::view("matrix", &view)?;
-        let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), panel_bytes(view.cols, dtype));
+        let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), PanelLayout::new(kind, view.cols).bytes());
         let bytes = num_panels * panel_bytes;
         let mut panels = Piece::new(bytes)
             .map_err(|e| Error::Unsupported(format!("allocate {bytes} bytes for a weight matrix: {e}")))?;
@@ -45,10 +91,14 @@ impl PackedMatrix {
                         panel_bytes / 4,
                     )
                 };
-                pack_panel(view, dtype, panel * NR, out);
+                match kind {
+                    WeightType::F32 => pack_panel(view, Dtype::F32, panel * NR, out),
+                    WeightType::Bf16 => pack_panel(view, Dtype::Bf16, panel * NR, out),
+                    _ => pack_quantized(view, kind, panel * NR, out),
+                }
             });
         }
-        Ok(Self { rows: view.rows, cols: view.cols, dtype, panels })
+        Ok(Self { rows: view.rows, cols: view.cols, kind, panels })
     }
 
     /// Rows of the matrix, n: the features that a product writes.
@@ -61,9 +111,9 @@ impl PackedMatrix {
         self.cols
     }
 
-    /// Number type.
-    pub(crate) fn dtype(&self) -> Dtype {
-        self.dtype
+    /// What it is kept in.
+    pub(crate) fn kind(&self) -> WeightType {
+        self.kind
     }
 
     /// Memory it takes.
@@ -71,21 +121,26 @@ impl PackedMatrix {
         self.panels.len()
     }
 
-    /// A row's weights as f32, exactly; `out: [cols]`.
+    /// A row's weights as f32, exactly but for the product of integer and scale; `out: [cols]`.
     pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
-        let panel_bytes = panel_bytes(self.cols, self.dtype);
-        let panel = &self.panels.bytes()[row / NR * panel_bytes..][..panel_bytes];
+        let layout = self.layout();
+        let panel = &self.panels.bytes()[row / NR * layout.bytes()..][..layout.bytes()];
         let words = panel.as_chunks().0.iter().map(|&bytes| u32::from_ne_bytes(bytes));
-        let column = words.skip(row % NR).step_by(NR);
-        match self.dtype {
-            Dtype::F32 => out.iter_mut().zip(column).for_each(|(out, word)| *out = f32::from_bits(word)),
-            Dtype::Bf16 => out.chunks_mut(2).zip(column).for_each(|(out, word)| {
+        let mut column = words.skip(row % NR).step_by(NR);
+        match self.kind {
+            WeightType::F32 => out.iter_mut().zip(column).for_each(|(out, word)| *out = f32::from_bits(word)),
+            WeightType::Bf16 => out.chunks_mut(2).zip(column).for_each(|(out, word)| {
                 out[0] = bf16_to_f32(word as u16);
                 if let Some(odd) = out.get_mut(1) {
                     *odd = bf16_to_f32((word >> 16) as u16);
                 }
             }),
+            _ => {
+                let numbers: Vec<u32> = column.by_ref().take(layout.numbers).collect();
+                let scales: Vec<f32> = column.take(layout.scales).map(f32::from_bits).collect();
+                quantized::copy_row(self.kind, &numbers, &scales, out);
+            }
         }
     }
 
@@ -93,14 +148,15 @@ impl PackedMatrix {
     pub(super) fn as_ptr(&self) -> *const u8 {
         self.panels.as_ptr()
     }
+
+    /// How its panels are made.
+    pub(super) fn layout(&self) -> PanelLayout {
+        PanelLayout::new(self.kind, self.cols)
+    }
 }
 
-/// Bytes of a panel over `cols` columns.
-fn panel_bytes(cols: usize, dtype: Dtype) -> usize {
-    cols.next_multiple_of(KR) * NR * dtype_bytes(dtype)
-}
-
-fn view_bytes(dtype: ViewDtype) -> usize {
+/// Bytes of a number.
+pub(super) fn view_bytes(dtype: ViewDtype) -> usize {
     match dtype {
         ViewDtype::F32 => 4,
         ViewDtype::F16 | ViewDtype::Bf16 => 2,
@@ -214,8 +270,9 @@ mod tests {
             for (view_dtype, bytes) in &views {
                 for dtype in [Dtype::F32, Dtype::Bf16] {
                     let view = TensorView { dtype: *view_dtype, rows, cols, bytes: &bytes[1..] };
-                    let packed = PackedMatrix::pack(view, dtype, &pool).unwrap();
-                    assert_eq!((packed.rows(), packed.cols(), packed.dtype()), (rows, cols, dtype));
+                    let packed = PackedMatrix::pack(view, dtype.into(), &pool).unwrap();
+                    assert_eq!((packed.rows(), packed.cols(), packed.kind()), (rows, cols, dtype.into()));
+                    assert_eq!(packed.bytes(), packed_bytes(dtype.into(), rows, cols));
                     let mut found = vec![0.0; cols];
                     for row in 0..rows {
                         packed.copy_row(row, &mut found);
@@ -241,6 +298,6 @@ mod tests {
     fn a_view_of_the_wrong_length_is_refused() {
         let pool = ThreadPool::new(&[], 1);
         let view = TensorView { dtype: ViewDtype::F32, rows: 2, cols: 3, bytes: &[0; 23] };
-        assert!(matches!(PackedMatrix::pack(view, Dtype::Bf16, &pool), Err(Error::Shape { .. })));
+        assert!(matches!(PackedMatrix::pack(view, WeightType::Bf16, &pool), Err(Error::Shape { .. })));
     }
 }

@@ -8,7 +8,11 @@
 //!
 //! None of these choices changes a result.
 
+use super::pack::PanelLayout;
+use super::quantized::{BLOCK, GROUP};
 use super::tile::{GROUP_BYTES, KR, MR, NR, PIECE_COLS};
+use super::unpack::UNPACKED_TERMS;
+use crate::backend::WeightType;
 use std::ops::Range;
 
 /// Weights that are swept over while as many of the next sweep are prefetched. In an L2 cache of 1 MiB:
@@ -43,8 +47,33 @@ pub(super) struct Shape {
     pub(super) n: usize,
     /// A multiple of KR.
     pub(super) k: usize,
-    pub(super) dtype_bytes: usize,
+    /// What the matrices are kept in.
+    pub(super) kind: WeightType,
     pub(super) num_matrices: usize,
+}
+
+/// Bytes of a number of x, which are those of a weight where a tile reads it.
+pub(super) const fn tile_bytes(kind: WeightType) -> usize {
+    match kind {
+        WeightType::F32 => 4,
+        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => 2,
+        WeightType::Int8 => 1,
+    }
+}
+
+/// Whether weights are unpacked for the tiles, and not read where they lie.
+pub(super) const fn is_unpacked(kind: WeightType) -> bool {
+    matches!(kind, WeightType::Int8Weight | WeightType::Int4Weight)
+}
+
+/// Terms of a chunk where the number type fixes them; results of the other types do not depend on it.
+const fn fixed_chunk(kind: WeightType) -> Option<usize> {
+    match kind {
+        WeightType::F32 | WeightType::Bf16 => None,
+        WeightType::Int8 => Some(BLOCK),
+        WeightType::Int8Weight => Some(UNPACKED_TERMS),
+        WeightType::Int4Weight => Some(GROUP),
+    }
 }
 
 /// The cut.
@@ -79,14 +108,17 @@ pub(super) struct Unit {
 impl Plan {
     pub(super) fn new(shape: Shape, num_threads: usize) -> Self {
         let num_tiles = shape.rows.div_ceil(MR);
-        let term_bytes = NR * shape.dtype_bytes;
+        let number_bytes = tile_bytes(shape.kind);
+        let term_bytes = NR * number_bytes;
         let num_chunks = (shape.k * term_bytes).div_ceil(SWEEP_BYTES).max(1);
-        let chunk = shape.k.div_ceil(num_chunks).next_multiple_of(KR);
+        let even_chunk = shape.k.div_ceil(num_chunks).next_multiple_of(KR);
+        let chunk = fixed_chunk(shape.kind).unwrap_or(even_chunk);
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
-        let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES;
+        // What is unpacked is unpacked once for a group of tiles.
+        let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES && !is_unpacked(shape.kind);
         let num_groups = if fits { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
-        let max_block_tiles = (BLOCK_BYTES / (MR * shape.k * shape.dtype_bytes).max(1)).max(MIN_BLOCK_TILES);
+        let max_block_tiles = (BLOCK_BYTES / (MR * shape.k * number_bytes).max(1)).max(MIN_BLOCK_TILES);
         let num_blocks = num_tiles.div_ceil(max_block_tiles).clamp(1, num_groups.max(1));
         let groups_per_block = num_groups.div_ceil(num_blocks);
 
@@ -149,11 +181,13 @@ impl Plan {
     /// Where a piece starts in the packed matrix, in bytes; none beyond the last.
     pub(super) fn piece_start(&self, piece: usize) -> Option<usize> {
         let col = piece * self.piece_cols;
-        let panel_bytes = self.shape.k * NR * self.shape.dtype_bytes;
-        let lane_bytes = GROUP_BYTES / NR;
-        (piece < self.num_pieces).then(|| col / NR * panel_bytes + col % NR * lane_bytes)
+        let panel_bytes = PanelLayout::new(self.shape.kind, self.shape.k).bytes();
+        (piece < self.num_pieces).then(|| col / NR * panel_bytes + col % NR * WORD_BYTES)
     }
 }
+
+/// Bytes of a column in a group.
+const WORD_BYTES: usize = GROUP_BYTES / NR;
 
 /// Part `i` of `0..total` cut into `parts` that differ by one at most.
 pub(super) fn share(total: usize, parts: usize, i: usize) -> Range<usize> {
@@ -166,14 +200,19 @@ pub(super) fn share(total: usize, parts: usize, i: usize) -> Range<usize> {
 mod tests {
     use super::*;
 
+    const KINDS: [WeightType; 5] =
+        [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
+
     #[test]
     fn every_element_belongs_to_one_unit() {
         for rows in [1, 2, 6, 7, 13, 64, 100, 500] {
             for (n, k, num_matrices) in
                 [(1, 8, 1), (64, 64, 2), (200, 3000, 1), (576, 1536, 2), (65, 9000, 1)]
             {
-                for threads in [1, 2, 3, 64] {
-                    let shape = Shape { rows, n, k, dtype_bytes: 2, num_matrices };
+                for (threads, kind) in
+                    [1, 2, 3, 64].into_iter().flat_map(|threads| KINDS.map(|k| (threads, k)))
+                {
+                    let shape = Shape { rows, n, k, kind, num_matrices };
                     let plan = Plan::new(shape, threads);
                     let padded = n.next_multiple_of(NR);
                     let mut seen = vec![0; rows * padded];
@@ -196,22 +235,30 @@ mod tests {
 
     #[test]
     fn sweeps_stay_inside_the_caches() {
-        for (k, dtype_bytes) in [(576, 2), (8192, 2), (2048, 4), (106_496, 2)] {
-            let plan = Plan::new(Shape { rows: 512, n: 4096, k, dtype_bytes, num_matrices: 1 }, 2);
-            assert!(plan.chunk * NR * dtype_bytes <= SWEEP_BYTES + KR * NR * dtype_bytes, "{plan:?}");
+        for (k, kind) in [576, 2048, 8192, 106_496].into_iter().flat_map(|k| KINDS.map(|kind| (k, kind))) {
+            let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, 2);
+            let bytes = tile_bytes(kind);
+            assert!(plan.chunk * NR * bytes <= SWEEP_BYTES + KR * NR * bytes, "{plan:?}");
         }
+    }
+
+    #[test]
+    fn what_is_unpacked_serves_a_group_of_tiles() {
+        let shape = Shape { rows: 96, n: 640, k: 576, kind: WeightType::Int4Weight, num_matrices: 1 };
+        let plan = Plan::new(shape, 1);
+        assert_eq!((plan.num_units(), plan.unit(0).tiles), (20, 0..8));
     }
 
     #[test]
     fn a_narrow_product_is_cut_fine_enough_for_two_threads() {
         // SmolLM2's k projection for 16 rows: 3 panels times 3 tiles would be 5 units against 4.
-        let plan = Plan::new(Shape { rows: 16, n: 192, k: 576, dtype_bytes: 2, num_matrices: 1 }, 2);
+        let plan = Plan::new(Shape { rows: 16, n: 192, k: 576, kind: WeightType::Bf16, num_matrices: 1 }, 2);
         assert_eq!(plan.num_units(), 18);
         // A single tile reads its panels whole.
-        let plan = Plan::new(Shape { rows: 4, n: 192, k: 576, dtype_bytes: 2, num_matrices: 1 }, 2);
+        let plan = Plan::new(Shape { rows: 4, n: 192, k: 576, kind: WeightType::Bf16, num_matrices: 1 }, 2);
         assert_eq!(plan.num_units(), 3);
         // A tiny one is not worth a second thread.
-        let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, dtype_bytes: 2, num_matrices: 1 }, 2);
+        let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, kind: WeightType::Bf16, num_matrices: 1 }, 2);
         assert_eq!(plan.num_shares, 1);
     }
 }

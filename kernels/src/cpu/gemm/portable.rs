@@ -5,6 +5,7 @@
 //! normal range).
 
 use super::narrow::in_pieces;
+use super::quantized::OFFSET;
 use super::round::bf16_to_f32;
 use super::tile::{GROUP_BYTES, NR, PIECE_COLS, Tile};
 use crate::backend::Dtype;
@@ -29,6 +30,33 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 pub(super) unsafe fn tile_f32(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads f32 panels.
     unsafe { in_pieces(tile, Dtype::F32, PIECE_COLS, piece::<false>) }
+}
+
+/// A tile in integers of 8 bits. x has its sign back, so that sums start from zero instead of the bias.
+///
+/// # Safety
+/// As [`super::tile::TileFn`].
+pub(super) unsafe fn tile_int8(tile: &Tile) {
+    for (row, col) in (0..tile.rows).flat_map(|row| (0..tile.cols).step_by(PIECE_COLS).map(move |c| (row, c)))
+    {
+        let mut sums = [0i32; PIECE_COLS];
+        // SAFETY: the tile's pointers are valid for the row, 16 columns from `col` on and `k` terms; a group
+        // holds four.
+        unsafe {
+            for quad in 0..tile.k / 4 {
+                let x = tile.a.add(row * tile.a_stride + quad * 4).cast::<[u8; 4]>().read();
+                let x = x.map(|byte| i32::from(byte) - i32::from(OFFSET));
+                let words = tile.b.add(quad * GROUP_BYTES + col * 4).cast::<[[i8; 4]; PIECE_COLS]>().read();
+                for (sum, w) in sums.iter_mut().zip(words) {
+                    *sum += (0..4).map(|i| x[i] * i32::from(w[i])).sum::<i32>();
+                }
+            }
+            for (j, &sum) in sums.iter().enumerate() {
+                let before = if tile.init.is_null() { 0.0 } else { *tile.init.add(row * NR + col + j) };
+                *tile.c.add(row * tile.c_stride + col + j) = before + sum as f32;
+            }
+        }
+    }
 }
 
 /// A piece of 16 columns.

@@ -2,8 +2,10 @@
 
 use super::*;
 use crate::backend::{Dtype, TensorView, ViewDtype};
+use crate::quantize::Quantizer;
 
-const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
+const KINDS: [WeightType; 5] =
+    [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 
 fn levels() -> impl Iterator<Item = Simd> {
     [Simd::Portable, Simd::Avx2, Simd::Avx512].into_iter().filter(|simd| simd.is_available())
@@ -23,13 +25,13 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-fn pack(values: &[f32], rows: usize, cols: usize, dtype: Dtype) -> PackedMatrix {
+fn pack(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
     let bytes = bytemuck::cast_slice(values);
-    PackedMatrix::pack(TensorView { dtype: ViewDtype::F32, rows, cols, bytes }, dtype, &pool(1)).unwrap()
+    PackedMatrix::pack(TensorView { dtype: ViewDtype::F32, rows, cols, bytes }, kind, &pool(1)).unwrap()
 }
 
-fn operand(values: &[f32], rows: usize, cols: usize, dtype: Dtype) -> Operand {
-    let mut x = Operand::new(dtype);
+fn operand(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> Operand {
+    let mut x = Operand::new(kind.operands());
     x.reset(rows, cols);
     (0..rows).for_each(|row| x.set_row(row, &values[row * cols..][..cols]));
     x
@@ -56,7 +58,11 @@ fn plain_product(x: &Operand, w: &PackedMatrix) -> Vec<(f64, f64)> {
         .collect();
     let mut out = Vec::new();
     for row in 0..x.rows() {
-        let x = row_of(x, row);
+        let mut x = row_of(x, row);
+        if w.kind() == WeightType::Int8 {
+            let quantizer = Quantizer::int8_of(&x);
+            x.iter_mut().for_each(|x| *x = f32::from(quantizer.quantize(*x)) * quantizer.scale);
+        }
         for w in &weights {
             let terms = || x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
             out.push((terms().sum(), terms().map(f64::abs).sum()));
@@ -67,10 +73,11 @@ fn plain_product(x: &Operand, w: &PackedMatrix) -> Vec<(f64, f64)> {
 
 /// What rounding may do to a sum of `k` terms in order: half a unit in the last place of the running sum
 /// for each addition, and for each product where it is not fused; the running sum is at most the sum of
-/// the magnitudes. The smallest normal numbers make room for flushed denormals.
+/// the magnitudes. An integer times its scale is rounded here and another time there, on both sides at most:
+/// four more. The smallest normal numbers make room for flushed denormals.
 fn tolerance(k: usize, magnitudes: f64) -> f64 {
     let unit = 2f64.powi(-24);
-    magnitudes * 2.0 * (k as f64 + 1.0) * unit + k as f64 * 1.2e-38
+    magnitudes * 2.0 * (k as f64 + 3.0) * unit + k as f64 * 1.2e-38
 }
 
 fn check(found: &[f32], expected: &[(f64, f64)], k: usize, what: &str) {
@@ -84,16 +91,16 @@ fn check(found: &[f32], expected: &[(f64, f64)], k: usize, what: &str) {
 #[test]
 fn products_agree_with_f64_for_odd_shapes() {
     let pool = pool(2);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             for n in [1, 2, 15, 16, 17, 63, 64, 65, 130] {
                 for k in [1, 2, 3, 5, 7, 8, 9, 17, 64, 65, 130, 257] {
-                    let w = pack(&random(n * k, 1), n, k, dtype);
+                    let w = pack(&random(n * k, 1), n, k, kind);
                     for rows in [1, 2, 3, 5, 6, 7, 13, 17] {
-                        let x = operand(&random(rows * k, 2), rows, k, dtype);
+                        let x = operand(&random(rows * k, 2), rows, k, kind);
                         let mut out = vec![f32::NAN; rows * n];
                         matmul(simd, &pool, &x, &w, &mut out, false);
-                        let what = format!("{} {dtype:?} [{rows}, {k}] [{n}, {k}]", simd.name());
+                        let what = format!("{} {kind:?} [{rows}, {k}] [{n}, {k}]", simd.name());
                         check(&out, &plain_product(&x, &w), k, &what);
                     }
                 }
@@ -105,14 +112,14 @@ fn products_agree_with_f64_for_odd_shapes() {
 #[test]
 fn products_agree_with_f64_when_k_is_walked_in_chunks() {
     let pool = pool(2);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in [(1, 65, 2049), (7, 64, 4096), (65, 130, 5000), (50, 33, 6145)] {
-                let w = pack(&random(n * k, 3), n, k, dtype);
-                let x = operand(&random(rows * k, 4), rows, k, dtype);
+                let w = pack(&random(n * k, 3), n, k, kind);
+                let x = operand(&random(rows * k, 4), rows, k, kind);
                 let mut out = vec![f32::NAN; rows * n];
                 matmul(simd, &pool, &x, &w, &mut out, false);
-                let what = format!("{} {dtype:?} [{rows}, {k}] [{n}, {k}]", simd.name());
+                let what = format!("{} {kind:?} [{rows}, {k}] [{n}, {k}]", simd.name());
                 check(&out, &plain_product(&x, &w), k, &what);
             }
         }
@@ -123,23 +130,23 @@ fn products_agree_with_f64_when_k_is_walked_in_chunks() {
 fn a_row_has_the_same_bits_in_any_company() {
     const ROWS: usize = 1024;
     let (one, two) = (pool(1), pool(2));
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             // K beyond one chunk in both number types, and columns that end inside of a panel.
             for (n, k) in [(80, 2312), (200, 96), (17, 33)] {
                 let rows_step = if k > 2000 { 61 } else { 1 };
-                let w = pack(&random(n * k, 5), n, k, dtype);
+                let w = pack(&random(n * k, 5), n, k, kind);
                 let values = random(ROWS * k, 6);
-                let all = operand(&values, ROWS, k, dtype);
+                let all = operand(&values, ROWS, k, kind);
                 let mut expected = vec![0.0; ROWS * n];
                 for row in 0..ROWS {
-                    let x = operand(&values[row * k..][..k], 1, k, dtype);
+                    let x = operand(&values[row * k..][..k], 1, k, kind);
                     matmul(simd, &one, &x, &w, &mut expected[row * n..][..n], false);
                 }
                 let mut out = vec![0.0; ROWS * n];
                 matmul(simd, &two, &all, &w, &mut out, false);
-                assert!(bits(&out) == bits(&expected), "{} {dtype:?} k = {k}: all rows", simd.name());
-                let mut x = Operand::new(dtype);
+                assert!(bits(&out) == bits(&expected), "{} {kind:?} k = {k}: all rows", simd.name());
+                let mut x = Operand::new(kind.operands());
                 for rows in (1..=200).step_by(rows_step).chain([255, 511, 1000]) {
                     let first = ROWS - rows; // So that a row's place in its tile changes.
                     x.reset(rows, k);
@@ -147,7 +154,7 @@ fn a_row_has_the_same_bits_in_any_company() {
                     let out = &mut out[..rows * n];
                     matmul(simd, &two, &x, &w, out, false);
                     let same = bits(out) == bits(&expected[first * n..]);
-                    assert!(same, "{} {dtype:?} k = {k}: {rows} rows", simd.name());
+                    assert!(same, "{} {kind:?} k = {k}: {rows} rows", simd.name());
                 }
             }
         }
@@ -159,23 +166,23 @@ fn every_number_of_rows_up_to_1024_gives_the_bits_of_one() {
     const ROWS: usize = 1024;
     let (n, k) = (24, 40);
     let pool = pool(2);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
-            let w = pack(&random(n * k, 7), n, k, dtype);
+            let w = pack(&random(n * k, 7), n, k, kind);
             let values = random(ROWS * k, 8);
             let mut expected = vec![0.0; ROWS * n];
             for row in 0..ROWS {
-                let x = operand(&values[row * k..][..k], 1, k, dtype);
+                let x = operand(&values[row * k..][..k], 1, k, kind);
                 matmul(simd, &pool, &x, &w, &mut expected[row * n..][..n], false);
             }
-            let mut x = Operand::new(dtype);
+            let mut x = Operand::new(kind.operands());
             let mut out = vec![0.0; ROWS * n];
             for rows in 1..=ROWS {
                 x.reset(rows, k);
                 (0..rows).for_each(|row| x.set_row(row, &values[row * k..][..k]));
                 let out = &mut out[..rows * n];
                 matmul(simd, &pool, &x, &w, out, false);
-                assert!(bits(out) == bits(&expected[..rows * n]), "{} {dtype:?}: {rows} rows", simd.name());
+                assert!(bits(out) == bits(&expected[..rows * n]), "{} {kind:?}: {rows} rows", simd.name());
             }
         }
     }
@@ -184,17 +191,17 @@ fn every_number_of_rows_up_to_1024_gives_the_bits_of_one() {
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let pools = [pool(1), pool(2), pool(3)];
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in [(1, 1000, 300), (4, 576, 576), (70, 192, 576), (13, 100, 5000)] {
-                let w = pack(&random(n * k, 9), n, k, dtype);
-                let x = operand(&random(rows * k, 10), rows, k, dtype);
+                let w = pack(&random(n * k, 9), n, k, kind);
+                let x = operand(&random(rows * k, 10), rows, k, kind);
                 let results = pools.each_ref().map(|pool| {
                     let mut out = vec![0.5; rows * n];
                     matmul(simd, pool, &x, &w, &mut out, true);
                     bits(&out)
                 });
-                assert!(results[0] == results[1] && results[0] == results[2], "{} {dtype:?}", simd.name());
+                assert!(results[0] == results[1] && results[0] == results[2], "{} {kind:?}", simd.name());
             }
         }
     }
@@ -203,17 +210,17 @@ fn the_number_of_threads_does_not_change_a_bit() {
 #[test]
 fn accumulate_adds_the_finished_product() {
     let pool = pool(2);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in [(1, 70, 9), (9, 64, 64), (20, 100, 3000)] {
-                let w = pack(&random(n * k, 11), n, k, dtype);
-                let x = operand(&random(rows * k, 12), rows, k, dtype);
+                let w = pack(&random(n * k, 11), n, k, kind);
+                let x = operand(&random(rows * k, 12), rows, k, kind);
                 let before = random(rows * n, 13);
                 let (mut product, mut sum) = (vec![0.0; rows * n], before.clone());
                 matmul(simd, &pool, &x, &w, &mut product, false);
                 matmul(simd, &pool, &x, &w, &mut sum, true);
                 let expected: Vec<f32> = before.iter().zip(&product).map(|(b, p)| b + p).collect();
-                assert!(bits(&sum) == bits(&expected), "{} {dtype:?} k = {k}", simd.name());
+                assert!(bits(&sum) == bits(&expected), "{} {kind:?} k = {k}", simd.name());
             }
         }
     }
@@ -222,7 +229,7 @@ fn accumulate_adds_the_finished_product() {
 #[test]
 fn swiglu_agrees_with_f64() {
     let pool = pool(2);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in
                 [(1, 1, 1), (2, 17, 5), (6, 64, 64), (7, 100, 130), (65, 192, 1200), (20, 70, 3000)]
@@ -230,9 +237,9 @@ fn swiglu_agrees_with_f64() {
                 // Gates of up to about 8, where silu bends.
                 let scale = 8.0 / (k as f32).sqrt();
                 let gate = random(n * k, 14).iter().map(|g| g * scale).collect::<Vec<_>>();
-                let (gate, up) = (pack(&gate, n, k, dtype), pack(&random(n * k, 15), n, k, dtype));
-                let x = operand(&random(rows * k, 16), rows, k, dtype);
-                let mut out = Operand::new(dtype);
+                let (gate, up) = (pack(&gate, n, k, kind), pack(&random(n * k, 15), n, k, kind));
+                let x = operand(&random(rows * k, 16), rows, k, kind);
+                let mut out = Operand::new(kind.operands());
                 swiglu(simd, &pool, &x, &gate, &up, &mut out);
                 assert_eq!((out.rows(), out.cols()), (rows, n));
                 let (g, u) = (plain_product(&x, &gate), plain_product(&x, &up));
@@ -242,13 +249,13 @@ fn swiglu_agrees_with_f64() {
                         let silu = g / (1.0 + (-g).exp());
                         // silu has a slope below 1.1; exp, sum, quotient and product add a few units; the
                         // result is rounded once more, by at most 2⁻⁸ of itself in bf16.
-                        let rounding = if dtype == Dtype::Bf16 { 2f64.powi(-8) } else { 0.0 };
+                        let rounding = if kind.operands() == Dtype::Bf16 { 2f64.powi(-8) } else { 0.0 };
                         let bound = 1.1 * tolerance(k, g_terms) * u.abs()
                             + tolerance(k, u_terms) * silu.abs()
                             + (silu * u).abs() * (rounding + 8.0 * 2f64.powi(-24))
                             + 1e-37;
                         let error = (f64::from(found) - silu * u).abs();
-                        assert!(error <= bound, "{} {dtype:?}: {found}, not {}", simd.name(), silu * u);
+                        assert!(error <= bound, "{} {kind:?}: {found}, not {}", simd.name(), silu * u);
                     }
                 }
             }
@@ -260,17 +267,16 @@ fn swiglu_agrees_with_f64() {
 fn swiglu_gives_a_row_the_same_bits_in_any_company() {
     let (rows, n, k) = (77, 100, 600);
     let (one, three) = (pool(1), pool(3));
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
             for k in [k, 2500] {
-                let (gate, up) =
-                    (pack(&random(n * k, 17), n, k, dtype), pack(&random(n * k, 18), n, k, dtype));
+                let (gate, up) = (pack(&random(n * k, 17), n, k, kind), pack(&random(n * k, 18), n, k, kind));
                 let values = random(rows * k, 19);
-                let mut all = Operand::new(dtype);
-                swiglu(simd, &three, &operand(&values, rows, k, dtype), &gate, &up, &mut all);
-                let mut single = Operand::new(dtype);
+                let mut all = Operand::new(kind.operands());
+                swiglu(simd, &three, &operand(&values, rows, k, kind), &gate, &up, &mut all);
+                let mut single = Operand::new(kind.operands());
                 for row in 0..rows {
-                    let x = operand(&values[row * k..][..k], 1, k, dtype);
+                    let x = operand(&values[row * k..][..k], 1, k, kind);
                     swiglu(simd, &one, &x, &gate, &up, &mut single);
                     assert!(bits(&row_of(&single, 0)) == bits(&row_of(&all, row)), "{}", simd.name());
                 }
@@ -283,19 +289,22 @@ fn swiglu_gives_a_row_the_same_bits_in_any_company() {
 fn zeros_and_large_values_come_through() {
     let pool = pool(1);
     let (rows, n, k) = (7, 66, 30);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
-            let w = pack(&random(n * k, 20), n, k, dtype);
+            let w = pack(&random(n * k, 20), n, k, kind);
             let mut out = vec![f32::NAN; rows * n];
-            matmul(simd, &pool, &operand(&vec![0.0; rows * k], rows, k, dtype), &w, &mut out, false);
+            matmul(simd, &pool, &operand(&vec![0.0; rows * k], rows, k, kind), &w, &mut out, false);
             assert!(out.iter().all(|&v| v == 0.0));
 
             // 2¹⁰⁰ · 2²⁰ is finite, 2¹⁰⁰ · 2⁶⁰ is not.
-            let w = pack(&vec![2f32.powi(20); n * k], n, k, dtype);
-            let x = operand(&vec![2f32.powi(100); rows * k], rows, k, dtype);
+            let w = pack(&vec![2f32.powi(20); n * k], n, k, kind);
+            let x = operand(&vec![2f32.powi(100); rows * k], rows, k, kind);
             matmul(simd, &pool, &x, &w, &mut out, false);
-            assert!(out.iter().all(|&v| v == 30.0 * 2f32.powi(120)));
-            let w = pack(&vec![2f32.powi(60); n * k], n, k, dtype);
+            let product = 30.0 * 2f32.powi(120);
+            // 2²⁰ and 2¹⁰⁰ are no multiples of their scales, of which each may be off by half a unit.
+            let bound = if kind == kind.operands().into() { 0.0 } else { product * 2f32.powi(-21) };
+            assert!(out.iter().all(|&v| (v - product).abs() <= bound), "{kind:?}: {}", out[0]);
+            let w = pack(&vec![2f32.powi(60); n * k], n, k, kind);
             matmul(simd, &pool, &x, &w, &mut out, false);
             assert!(out.iter().all(|&v| v == f32::INFINITY));
         }
@@ -306,27 +315,29 @@ fn zeros_and_large_values_come_through() {
 fn a_row_that_is_not_finite_spoils_no_other() {
     let pool = pool(1);
     let (rows, n, k) = (8, 70, 30);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
-            let w = pack(&random(n * k, 21), n, k, dtype);
+            let w = pack(&random(n * k, 21), n, k, kind);
             let mut values = random(rows * k, 22);
             values[k] = f32::NAN;
             values[2 * k + 1] = f32::INFINITY;
-            let x = operand(&values, rows, k, dtype);
+            let x = operand(&values, rows, k, kind);
             let mut out = vec![0.0; rows * n];
             matmul(simd, &pool, &x, &w, &mut out, false);
             for (row, out) in out.chunks(n).enumerate() {
                 match row {
                     1 => assert!(out.iter().all(|v| v.is_nan())),
-                    2 => assert!(out.iter().all(|v| v.is_infinite())),
+                    2 if kind == kind.operands().into() => assert!(out.iter().all(|v| v.is_infinite())),
+                    // Quantised it is NaN, and so is its product with the integer 0.
+                    2 => assert!(out.iter().all(|v| !v.is_finite())),
                     _ => assert!(out.iter().all(|v| v.is_finite())),
                 }
             }
             // And an operand that held NaN in a wider shape has zeros in its padding again.
-            let mut h = Operand::new(dtype);
+            let mut h = Operand::new(kind.operands());
             swiglu(simd, &pool, &x, &w, &w, &mut h);
-            swiglu(simd, &pool, &operand(&values[3 * k..], 5, k, dtype), &w, &w, &mut h);
-            let down = pack(&random(3 * n, 23), 3, n, dtype);
+            swiglu(simd, &pool, &operand(&values[3 * k..], 5, k, kind), &w, &w, &mut h);
+            let down = pack(&random(3 * n, 23), 3, n, kind);
             let mut out = vec![0.0; 5 * 3];
             matmul(simd, &pool, &h, &down, &mut out, false);
             assert!(out.iter().all(|v| v.is_finite()));
@@ -337,16 +348,67 @@ fn a_row_that_is_not_finite_spoils_no_other() {
 #[test]
 fn empty_shapes_are_no_trouble() {
     let pool = pool(2);
-    for dtype in DTYPES {
+    for kind in KINDS {
         for simd in levels() {
-            let w = pack(&[], 3, 0, dtype);
+            let w = pack(&[], 3, 0, kind);
             let mut out = vec![1.0; 6];
-            matmul(simd, &pool, &operand(&[], 2, 0, dtype), &w, &mut out, false);
+            matmul(simd, &pool, &operand(&[], 2, 0, kind), &w, &mut out, false);
             assert_eq!(out, [0.0; 6]);
-            let w = pack(&[1.0; 6], 3, 2, dtype);
-            matmul(simd, &pool, &operand(&[], 0, 2, dtype), &w, &mut [], false);
-            let w = pack(&[], 0, 2, dtype);
-            matmul(simd, &pool, &operand(&[1.0; 4], 2, 2, dtype), &w, &mut [], false);
+            let w = pack(&[1.0; 6], 3, 2, kind);
+            matmul(simd, &pool, &operand(&[], 0, 2, kind), &w, &mut [], false);
+            let w = pack(&[], 0, 2, kind);
+            matmul(simd, &pool, &operand(&[1.0; 4], 2, 2, kind), &w, &mut [], false);
         }
+    }
+}
+
+#[test]
+fn integers_give_the_same_bits_at_every_level() {
+    let pool = pool(2);
+    for (rows, n, k) in [(1, 70, 9), (7, 130, 4096), (13, 66, 5000), (3, 64, 9000), (0, 5, 7)] {
+        let w = pack(&random(n * k, 24), n, k, WeightType::Int8);
+        let x = operand(&random(rows * k, 25), rows, k, WeightType::Int8);
+        let mut first = None;
+        for simd in levels() {
+            let mut out = vec![f32::NAN; rows * n];
+            matmul(simd, &pool, &x, &w, &mut out, false);
+            let expected = first.get_or_insert_with(|| bits(&out));
+            assert!(bits(&out) == *expected, "{} [{rows}, {k}] [{n}, {k}]", simd.name());
+        }
+    }
+}
+
+/// Beyond 2³¹ / (255 · 127) terms a sum of integers would overflow.
+#[test]
+fn integers_do_not_overflow_for_any_k() {
+    let (n, k) = (2, 425_984);
+    let pool = pool(1);
+    for simd in levels() {
+        for sign in [1.0, -1.0] {
+            let w = pack(&vec![sign; n * k], n, k, WeightType::Int8);
+            let x = operand(&vec![3.0; k], 1, k, WeightType::Int8);
+            let mut out = vec![0.0; n];
+            matmul(simd, &pool, &x, &w, &mut out, false);
+            let expected = 3.0 * sign * k as f32;
+            assert!(
+                out.iter().all(|v| (v - expected).abs() <= 1e-5 * expected.abs()),
+                "{}: {}",
+                simd.name(),
+                out[0]
+            );
+        }
+    }
+}
+
+#[test]
+fn an_operand_that_is_written_again_is_quantised_again() {
+    let pool = pool(2);
+    let w = pack(&[1.0; 3 * 10], 3, 10, WeightType::Int8);
+    let mut x = operand(&[1.0; 20], 2, 10, WeightType::Int8);
+    let mut out = vec![0.0; 6];
+    for value in [1.0f32, -2.0, 0.5] {
+        (0..2).for_each(|row| x.set_row(row, &[value; 10]));
+        matmul(Simd::detect(), &pool, &x, &w, &mut out, false);
+        assert!(out.iter().all(|&v| (v - 10.0 * value).abs() < 1e-4), "{value}: {}", out[0]);
     }
 }

@@ -5,8 +5,10 @@
 //! taken up again, which keeps their bits. So an element's bits depend on its row of x and its row of w
 //! alone.
 
-use crate::backend::Dtype;
+use crate::backend::WeightType;
 use crate::cpu::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::has_vnni;
 
 /// Columns of a panel: four 512-bit registers of f32 sums.
 pub(super) const NR: usize = 64;
@@ -20,7 +22,7 @@ pub(super) const MR: usize = 6;
 /// K is padded to a multiple of this, so that the kernels' loops need no tail.
 pub(super) const KR: usize = 8;
 
-/// Bytes of a group: NR columns of one k in f32, or of two k in bf16.
+/// Bytes of a group: NR columns of one k in f32, of two k in bf16, of four in integers of 8 bits.
 pub(super) const GROUP_BYTES: usize = 256;
 
 /// The narrowest piece of a panel that a tile may be: one 512-bit register.
@@ -32,9 +34,11 @@ pub(super) const PIECE_COLS: usize = 16;
 pub(super) struct Sums(pub(super) [f32; MR * NR]);
 
 /// One call of a kernel: `c = [init +] a · b`, or `c += [init +] a · b`.
+///
+/// In integers it is `c = [init +] f32(bias + a · b)`, where `a` is without a sign, and nothing is added.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// x, `[rows, k]` in the product's number type, aligned to 4 bytes.
+    /// x, `[rows, k]` in the product's number type, aligned to 4 bytes; for integers each 128 above itself.
     pub(super) a: *const u8,
     /// Bytes from row to row of x.
     pub(super) a_stride: usize,
@@ -46,6 +50,8 @@ pub(super) struct Tile {
     pub(super) rows: usize,
     /// 16, 32 or 64.
     pub(super) cols: usize,
+    /// For products in integers, what the sums over the chunk start from, `[cols]`; otherwise not looked at.
+    pub(super) bias: *const i32,
     /// The sums over earlier chunks, `[rows, NR]`; null for the first chunk.
     pub(super) init: *const f32,
     /// Destination, `[rows, cols]`.
@@ -80,24 +86,43 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel of a level, which the caller knows to be available.
-    pub(super) fn new(simd: Simd, dtype: Dtype) -> Self {
+    /// The kernel of a level, which the caller knows to be available, for weights of a type.
+    pub(super) fn new(simd: Simd, kind: WeightType) -> Self {
         debug_assert!(simd.is_available(), "{} is not available", simd.name());
-        match (simd, dtype) {
+        match simd {
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, Dtype::Bf16) => {
-                Self { tile: super::avx512::tile_bf16, swiglu: super::avx512::swiglu }
-            }
+            Simd::Avx512 => Self { tile: avx512_tile(kind), swiglu: super::avx512::swiglu },
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, Dtype::F32) => {
-                Self { tile: super::avx512::tile_f32, swiglu: super::avx512::swiglu }
-            }
-            #[cfg(target_arch = "x86_64")]
-            (Simd::Avx2, Dtype::Bf16) => Self { tile: super::avx2::tile_bf16, swiglu: super::avx2::swiglu },
-            #[cfg(target_arch = "x86_64")]
-            (Simd::Avx2, Dtype::F32) => Self { tile: super::avx2::tile_f32, swiglu: super::avx2::swiglu },
-            (_, Dtype::Bf16) => Self { tile: super::portable::tile_bf16, swiglu: super::portable::swiglu },
-            (_, Dtype::F32) => Self { tile: super::portable::tile_f32, swiglu: super::portable::swiglu },
+            Simd::Avx2 => Self { tile: avx2_tile(kind), swiglu: super::avx2::swiglu },
+            _ => Self { tile: portable_tile(kind), swiglu: super::portable::swiglu },
         }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn avx512_tile(kind: WeightType) -> TileFn {
+    match kind {
+        WeightType::F32 => super::avx512::tile_f32,
+        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::avx512::tile_bf16,
+        WeightType::Int8 if has_vnni() => super::avx512::tile_int8,
+        // Integers are exact: the results are the same.
+        WeightType::Int8 => super::avx2::tile_int8,
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn avx2_tile(kind: WeightType) -> TileFn {
+    match kind {
+        WeightType::F32 => super::avx2::tile_f32,
+        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::avx2::tile_bf16,
+        WeightType::Int8 => super::avx2::tile_int8,
+    }
+}
+
+fn portable_tile(kind: WeightType) -> TileFn {
+    match kind {
+        WeightType::F32 => super::portable::tile_f32,
+        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::portable::tile_bf16,
+        WeightType::Int8 => super::portable::tile_int8,
     }
 }

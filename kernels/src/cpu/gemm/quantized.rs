@@ -1,0 +1,170 @@
+//! Panels of integers, quantised from a checkpoint's numbers.
+//!
+//! A word holds the terms of one column, lowest first:
+//! * 8 bits: `[k / 4][NR][4]`, as `VPDPBUSD` takes them; then a scale for each column; for products in integers
+//!   then, for every [`BLOCK`] of K, what each column's sums start from, see `integers`;
+//! * 4 bits: `[k / 8][NR][2][4]`, the even k in the lower half of a word and the odd ones in the upper half, so
+//!   that a table look-up makes pairs of bf16 of all columns at once; then a scale for each group of K and column.
+
+use super::pack::{PanelLayout, view_bytes};
+use super::tile::NR;
+use crate::backend::{TensorView, WeightType};
+use crate::quantize::Quantizer;
+use crate::view;
+
+/// Terms whose products are summed in integers, exactly; the sums of blocks are added in f32.
+///
+/// 4,096 products of at most 255 · 128 are below 2²⁷, far from the end of i32; a block of weights is as much as
+/// `plan` sweeps over at once.
+pub(super) const BLOCK: usize = 4096;
+
+/// Terms of 4 bits that share a scale.
+pub(super) const GROUP: usize = WeightType::INT4_GROUP;
+
+/// What x's integers are stored above themselves, because `VPDPBUSD` takes them without a sign.
+pub(super) const OFFSET: u8 = 128;
+
+/// Blocks of K, at least one.
+pub(super) fn num_blocks(cols: usize) -> usize {
+    cols.div_ceil(BLOCK).max(1)
+}
+
+/// Groups of K, at least one.
+pub(super) fn num_groups(cols: usize) -> usize {
+    cols.div_ceil(GROUP).max(1)
+}
+
+/// Fill one panel with the rows from `first_row` on; `out` is zero where nothing is written.
+pub(super) fn pack_quantized(view: TensorView<'_>, kind: WeightType, first_row: usize, out: &mut [u32]) {
+    let layout = PanelLayout::new(kind, view.cols);
+    let (numbers, rest) = out.split_at_mut(layout.numbers * NR);
+    let (scales, biases) = rest.split_at_mut(layout.scales * NR);
+    let row_bytes = view.cols * view_bytes(view.dtype);
+    let (mut values, mut integers) = (Vec::new(), vec![0i8; view.cols]);
+    for row in first_row..view.rows.min(first_row + NR) {
+        let column = row - first_row;
+        let bytes = &view.bytes[row * row_bytes..][..row_bytes];
+        view::widen_into(&TensorView { rows: 1, bytes, ..view }, &mut values);
+        let per_scale = if kind == WeightType::Int4Weight { GROUP } else { view.cols.max(1) };
+        for (i, (values, integers)) in
+            values.chunks(per_scale).zip(integers.chunks_mut(per_scale)).enumerate()
+        {
+            let quantizer = match kind {
+                WeightType::Int4Weight => Quantizer::int4_of(values),
+                _ => Quantizer::int8_of(values),
+            };
+            scales[i * NR + column] = quantizer.scale.to_bits();
+            integers
+                .iter_mut()
+                .zip(values)
+                .for_each(|(integer, &value)| *integer = quantizer.quantize(value));
+        }
+        put_words(kind, &integers, column, numbers);
+        for (bias, block) in biases.chunks_mut(NR).zip(integers.chunks(BLOCK)) {
+            let sum: i32 = block.iter().map(|&integer| i32::from(integer)).sum();
+            bias[column] = (-i32::from(OFFSET) * sum).cast_unsigned();
+        }
+    }
+}
+
+/// Put a column's integers down in their words.
+fn put_words(kind: WeightType, integers: &[i8], column: usize, numbers: &mut [u32]) {
+    let words = numbers.iter_mut().skip(column).step_by(NR);
+    if kind == WeightType::Int4Weight {
+        for (word, integers) in words.zip(integers.chunks(8)) {
+            *word = integers.iter().enumerate().fold(0, |word, (i, &integer)| {
+                word | u32::from(integer.cast_unsigned() & 0xf) << nibble_shift(i)
+            });
+        }
+    } else {
+        for (word, integers) in words.zip(integers.chunks(4)) {
+            let mut bytes = [0; 4];
+            bytes.iter_mut().zip(integers).for_each(|(byte, &integer)| *byte = integer.cast_unsigned());
+            *word = u32::from_le_bytes(bytes);
+        }
+    }
+}
+
+/// Where the `i`-th of a word's eight integers lies: even ones in the lower half.
+const fn nibble_shift(i: usize) -> usize {
+    i % 2 * 16 + i / 2 * 4
+}
+
+/// A column's numbers, integer times scale, from its words and scales.
+pub(super) fn copy_row(kind: WeightType, words: &[u32], scales: &[f32], out: &mut [f32]) {
+    if kind == WeightType::Int4Weight {
+        for (i, out) in out.iter_mut().enumerate() {
+            let integer = (words[i / 8] << (28 - nibble_shift(i % 8))).cast_signed() >> 28;
+            *out = integer as f32 * scales[i / GROUP];
+        }
+    } else {
+        for (i, out) in out.iter_mut().enumerate() {
+            let integer = words[i / 4].to_le_bytes()[i % 4].cast_signed();
+            *out = f32::from(integer) * scales[0];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::ViewDtype;
+    use crate::cpu::gemm::PackedMatrix;
+    use crate::cpu::pool::ThreadPool;
+
+    const KINDS: [WeightType; 3] = [WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
+
+    fn packed(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
+        let view = TensorView { dtype: ViewDtype::F32, rows, cols, bytes: bytemuck::cast_slice(values) };
+        PackedMatrix::pack(view, kind, &ThreadPool::new(&[], 2)).unwrap()
+    }
+
+    #[test]
+    fn every_number_comes_back_within_a_step_of_its_scale() {
+        for kind in KINDS {
+            for (rows, cols) in [(1, 1), (3, 2), (64, 8), (65, 65), (130, 257), (2, 9000)] {
+                let values: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+                let packed = packed(&values, rows, cols, kind);
+                let mut found = vec![0.0; cols];
+                for row in 0..rows {
+                    packed.copy_row(row, &mut found);
+                    let values = &values[row * cols..][..cols];
+                    // In 4 bits, 7 stands for 8 as well.
+                    let (per_scale, levels, most) = match kind {
+                        WeightType::Int4Weight => (GROUP, 8.0, 1.001),
+                        _ => (cols, 127.0, 0.501),
+                    };
+                    for (found, values) in found.chunks(per_scale).zip(values.chunks(per_scale)) {
+                        let step = values.iter().fold(0f32, |most, value| most.max(value.abs())) / levels;
+                        let is_near = |(f, v): (&f32, &f32)| (f - v).abs() <= most * step;
+                        assert!(found.iter().zip(values).all(is_near), "{kind:?} [{rows}, {cols}]");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_types_take_the_memory_of_their_bits() {
+        let bits =
+            |kind| packed(&vec![0.5; 256 * 2048], 256, 2048, kind).bytes() as f64 * 8.0 / (256.0 * 2048.0);
+        assert!((8.0..8.1).contains(&bits(WeightType::Int8)));
+        assert!((8.0..8.1).contains(&bits(WeightType::Int8Weight)));
+        assert_eq!(bits(WeightType::Int4Weight), 5.0);
+    }
+
+    #[test]
+    fn a_number_that_is_not_finite_spoils_its_own_scale_alone() {
+        let mut values = vec![1.0; 3 * 200];
+        values[200] = f32::NAN;
+        for kind in KINDS {
+            let packed = packed(&values, 3, 200, kind);
+            let mut row = vec![0.0; 200];
+            packed.copy_row(1, &mut row);
+            assert!(row[..GROUP].iter().all(|value| value.is_nan()), "{kind:?}");
+            assert_eq!(row[199].is_nan(), kind != WeightType::Int4Weight);
+            packed.copy_row(2, &mut row);
+            assert!(row.iter().all(|&value| (value - 1.0).abs() < 1e-6), "{kind:?}");
+        }
+    }
+}

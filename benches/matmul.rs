@@ -1,11 +1,12 @@
-//! How near is the bf16 product to the dot-product peak of this core?
+//! How near is the product, in bf16 or with narrow weights, to the dot-product peak of this core?
 //!
 //! And, for few rows, how near to the speed at which memory can be read? Both ceilings are measured in the
 //! same run, with the same threads. Weights are read cold, as in a model: every call takes another copy, of
-//! 128 MB together.
+//! 128 MB together as bf16.
 //!
 //! ```text
 //! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512] [--rows 1,64] [--shapes 576x1536]
+//!                               [--weights bf16|int8|int8-weight|int4-weight]
 //! ```
 //!
 //! A time is the median, and the best, of 15 samples of at least a millisecond.
@@ -15,7 +16,7 @@
 
 use anyhow::{Context, Result, bail};
 use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, Simd};
-use kernels::{TensorView, ViewDtype, available_cores};
+use kernels::{TensorView, ViewDtype, WeightType, available_cores};
 use std::time::Instant;
 
 /// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head) and of a 1.1 B Llama (alike).
@@ -32,6 +33,8 @@ const SHAPES: [(usize, usize); 10] = [
     (32_000, 2048),
 ];
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
+const WEIGHTS: [WeightType; 4] =
+    [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 const SAMPLES: usize = 15;
 const SAMPLE_SECONDS: f64 = 1e-3;
 /// Several times an L3 cache.
@@ -40,6 +43,7 @@ const COLD_BYTES: usize = 128 << 20;
 struct Options {
     threads: usize,
     simd: Simd,
+    weights: WeightType,
     rows: Vec<usize>,
     shapes: Vec<(usize, usize)>,
 }
@@ -51,14 +55,15 @@ struct Time {
 }
 
 fn main() -> Result<()> {
-    let Options { threads, simd, rows, shapes } = options()?;
+    let Options { threads, simd, weights, rows, shapes } = options()?;
     let cores = available_cores();
-    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: Dtype::Bf16, kv: Dtype::Bf16 })?;
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: Dtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
     println!(
-        "{threads} threads, {}: bf16 product {:.0} GFLOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s",
+        "{threads} threads, {}, {}: product {:.0} GFLOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s",
         simd.name(),
+        weights.name(),
         ceilings.product_flops() / 1e9,
         ceilings.f32_flops() / 1e9,
         ceilings.read_bandwidth() / 1e9
@@ -66,15 +71,16 @@ fn main() -> Result<()> {
     println!("shares are of the median (of the best)\n");
     println!("     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory");
     for (n, k) in shapes {
-        let weights = Weights::new(&cpu, n, k)?;
+        let matrices = Weights::new(&cpu, n, k)?;
         for &rows in &rows {
-            report(&cpu, &ceilings, &weights, rows)?;
+            let has_integer_inputs = weights == WeightType::Int8;
+            report(&cpu, &ceilings, &matrices, rows, has_integer_inputs)?;
         }
     }
     Ok(())
 }
 
-/// Copies of one random matrix, packed, and the matrix itself in f32.
+/// Copies of one random matrix, packed, and what was packed in f32.
 struct Weights {
     n: usize,
     k: usize,
@@ -89,17 +95,25 @@ impl Weights {
         let view = TensorView { dtype: ViewDtype::Bf16, rows: n, cols: k, bytes: &bytes };
         let copies = (COLD_BYTES / bytes.len()).max(2);
         let packed = (0..copies).map(|_| cpu.matrix(view)).collect::<Result<_, _>>()?;
-        let plain: Vec<f32> = bits.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect();
+        let packed: Vec<CpuMatrix> = packed;
+        let mut plain = vec![0.0; n * k];
+        plain.chunks_mut(k).enumerate().for_each(|(row, plain)| packed[0].copy_row(row, plain));
         Ok(Self { n, k, packed, plain })
     }
 }
 
-fn report(cpu: &Cpu, ceilings: &Ceilings<'_>, weights: &Weights, rows: usize) -> Result<()> {
+fn report(
+    cpu: &Cpu,
+    ceilings: &Ceilings<'_>,
+    weights: &Weights,
+    rows: usize,
+    has_integer_inputs: bool,
+) -> Result<()> {
     let &Weights { n, k, ref packed, ref plain } = weights;
     let x = operand(cpu, rows, k)?;
     let mut out = cpu.array();
     cpu.matmul(&x, &packed[0], &mut out)?;
-    check(&x, plain, &out, n, k)?;
+    check(&x, plain, &out, [n, k], has_integer_inputs)?;
 
     let flops = 2.0 * (rows * n * k) as f64;
     let bytes = packed[0].bytes() as f64;
@@ -136,16 +150,20 @@ fn operand(cpu: &Cpu, rows: usize, k: usize) -> Result<CpuOperand> {
 }
 
 /// Compare elements of every row, spread over the columns, with their sums in f64.
-fn check(x: &CpuOperand, w: &[f32], out: &Array, n: usize, k: usize) -> Result<()> {
+fn check(x: &CpuOperand, w: &[f32], out: &Array, [n, k]: [usize; 2], has_integer_inputs: bool) -> Result<()> {
     let mut row = vec![0.0; k];
     for i in 0..x.rows() {
         x.copy_row(i, &mut row);
+        let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        // Half a step of what is then quantised, for every weight.
+        let step = if has_integer_inputs { f64::from(largest) / 253.0 } else { 0.0 };
         for col in (i % 7..n).step_by(n / 16 + 1) {
             let terms = || row.iter().zip(&w[col * k..]).map(|(&x, &w)| f64::from(x) * f64::from(w));
             let (sum, magnitudes) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
             let found = f64::from(out.row(i)[col]);
             // Half a unit in the last place of at most the sum of magnitudes, for every product and addition.
-            let tolerance = magnitudes * 2.0 * (k as f64 + 1.0) * 2f64.powi(-24);
+            let weights: f64 = w[col * k..][..k].iter().map(|&w| f64::from(w).abs()).sum();
+            let tolerance = magnitudes * 2.0 * (k as f64 + 3.0) * 2f64.powi(-24) + step * weights;
             if (found - sum).abs() > tolerance {
                 bail!("[{}, {k}] · [{n}, {k}]: element [{i}, {col}] is {found}, not {sum}", x.rows());
             }
@@ -181,6 +199,7 @@ fn options() -> Result<Options> {
     let mut options = Options {
         threads: available_cores().len(),
         simd: Simd::detect(),
+        weights: WeightType::Bf16,
         rows: ROWS.to_vec(),
         shapes: SHAPES.to_vec(),
     };
@@ -192,6 +211,10 @@ fn options() -> Result<Options> {
             "--simd" => {
                 let level = Simd::ALL.into_iter().find(|simd| simd.name() == value);
                 options.simd = level.with_context(|| format!("unknown level {value}"))?;
+            }
+            "--weights" => {
+                let weights = WEIGHTS.into_iter().find(|weights| weights.name() == value);
+                options.weights = weights.with_context(|| format!("unknown type {value}"))?;
             }
             "--rows" => options.rows = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--shapes" => options.shapes = value.split(',').map(shape).collect::<Result<_>>()?,

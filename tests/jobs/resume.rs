@@ -174,6 +174,7 @@ fn what_decides_answers_may_not_change_and_what_decides_speed_may() {
     assert_refused(&set("sampling.temperature=1"), &["sampling.temperature: was 0.5, is 1"]);
     assert_refused(&set("sampling.top_k=5"), &["sampling.top_k: was not set, is 5"]);
     assert_refused(&set("model.dtype=f32"), &["model.dtype: was \"bf16\", is \"f32\""]);
+    assert_refused(&set("model.dtype=int8"), &["model.dtype: was \"bf16\", is \"int8\""]);
     assert_refused(&set("pipeline.kv_cache_dtype=f32"), &["pipeline.kv_cache_dtype: was \"bf16\""]);
     assert_refused(&set("model.max_context_tokens=100"), &["model.max_context_tokens", "is 100"]);
     let other_model = format!("model.path={:?}", fixture("tied"));

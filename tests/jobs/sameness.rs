@@ -133,10 +133,14 @@ fn every_simd_level_keeps_the_bits_of_its_own_layouts() {
 }
 
 #[test]
-fn f32_keeps_its_bits_too() {
-    let one = run(&["model.dtype=f32", "pipeline.threads=1"], rows());
-    let two = run(&["model.dtype=f32", &devices(2), "pipeline.micro_batch_tokens=48"], rows());
-    assert_eq!(two.sorted_lines(), one.sorted_lines());
+fn every_number_type_keeps_its_bits_too() {
+    for dtype in ["f32", "int8", "int8-weight", "int4-weight"] {
+        let dtype = format!("model.dtype={dtype}");
+        let one = run(&[&dtype, "pipeline.threads=1"], rows());
+        assert_eq!(one.lines("output.jsonl").len(), 26, "{dtype}: {}", one.text("errors.jsonl"));
+        let two = run(&[&dtype, &devices(2), "pipeline.micro_batch_tokens=48"], rows());
+        assert_eq!(two.sorted_lines(), one.sorted_lines(), "{dtype}");
+    }
 }
 
 #[test]

@@ -7,10 +7,10 @@ use stages::profile::{
     AttentionEntry, BlockEntry, BlockShape, Both, ContextPoint, Effort, FORMAT, MeasureOptions, Missing,
     Neighbours, Profile, ProfileKey, Seconds, Store, Stored, TokenPoint, measure,
 };
-use stages::{Device, Dtype, Dtypes, Model, ModelConfig, Simd, available_cores};
+use stages::{Device, Dtype, Dtypes, Model, ModelConfig, Simd, WeightType, available_cores};
 
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
-const DTYPES: Dtypes = Dtypes { weights: Dtype::Bf16, kv: Dtype::Bf16 };
+const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
 const NO_TIME: Channel = Channel { latency_seconds: 0.0, bytes_per_second: 1e30 };
 
 /// Three blocks: two alike, and one without attention.
@@ -196,7 +196,7 @@ fn a_key_tells_devices_types_and_dimensions_apart() {
         ProfileKey::of(device, devices, dtypes, dims, bytes).file_name()
     };
     let cpu = |threads| Device::Cpu { cores: vec![0], threads, simd: Simd::Portable };
-    let f32s = Dtypes { weights: Dtype::F32, ..DTYPES };
+    let f32s = Dtypes { weights: WeightType::F32, ..DTYPES };
     let names = [
         file(&cpu(1), 2, DTYPES, dims, 1000),
         file(&cpu(2), 2, DTYPES, dims, 1000),

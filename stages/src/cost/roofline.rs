@@ -96,7 +96,7 @@ impl NumberType {
     }
 
     /// The type of what stays wider where blocks are narrow: embedding, output matrix and norms.
-    fn at_least_bf16(self) -> Self {
+    pub(crate) fn at_least_bf16(self) -> Self {
         match self {
             Self::F32 => Self::F32,
             _ => Self::Bf16,

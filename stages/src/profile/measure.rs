@@ -159,6 +159,11 @@ impl Bench<'_> {
         (self.vocab() * self.hidden()) as u64
     }
 
+    /// Of the embedding, or of the output matrix, which are not narrowed.
+    fn table_bytes(&self) -> u64 {
+        NumberType::from(self.options.dtypes.weights).at_least_bf16().bytes(self.table_params())
+    }
+
     /// Memory for what one device holds.
     fn room(&self) -> u64 {
         (self.options.free_bytes as f64 * MEMORY_SHARE) as u64 / self.options.devices.len() as u64
@@ -186,7 +191,7 @@ impl Bench<'_> {
     }
 
     fn embedding(&self, hop: &Curve) -> Result<Curve> {
-        let bytes = self.weight_bytes(self.table_params());
+        let bytes = self.table_bytes();
         self.check_room("the embedding", bytes)?;
         let times = self.no_blocks(Place::First, self.walked_bytes.saturating_sub(bytes))?;
         let part = Part { flops_per_token: 0, weight_bytes: 0, copies: 1 };
@@ -194,7 +199,7 @@ impl Bench<'_> {
     }
 
     fn head(&self, hop: &Curve) -> Result<Curve> {
-        let weight_bytes = self.weight_bytes(self.table_params());
+        let weight_bytes = self.table_bytes();
         self.check_room("the output matrix", weight_bytes)?;
         let times = self.no_blocks(Place::Last, self.walked_bytes.saturating_sub(weight_bytes))?;
         let part = Part { flops_per_token: 2 * self.table_params(), weight_bytes, copies: 1 };

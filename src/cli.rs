@@ -256,6 +256,9 @@ pub(crate) struct SimulateArgs {
     /// Write every step of every stage in Chrome's trace format, for ui.perfetto.dev; some 150 bytes each
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
+    /// Draw it too: what each stage does over time, and the KV pages, sequences and tokens beneath
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
 }
 
 /// `--lengths`.

@@ -1,4 +1,4 @@
-//! What pictures are drawn on: bars with tooltips, texts, lines and legends, in pixels from the top left.
+//! What pictures are drawn on: bars and outlines with tooltips, texts, lines and legends, in pixels from the top left.
 
 use svg::Document;
 use svg::node::element::{Definitions, Group, Line, Path, Pattern, Rectangle, Text, Title};
@@ -50,6 +50,15 @@ pub(crate) struct Bar {
     pub(crate) fill: &'static str,
 }
 
+/// Anything whose outline is a path in SVG's own words; without a stroke it is filled, with one it is a line.
+#[derive(Debug)]
+pub(crate) struct Shape {
+    pub(crate) outline: String,
+    pub(crate) name: &'static str,
+    pub(crate) colour: &'static str,
+    pub(crate) stroke: Option<f64>,
+}
+
 /// A picture under way.
 #[derive(Debug)]
 pub(crate) struct Canvas {
@@ -98,6 +107,19 @@ impl Canvas {
         let mut group = Group::new().set(mark.0, mark.1).add(Title::new(tooltip));
         for bar in bars {
             group = group.add(rectangle(bar.area).set("fill", bar.fill));
+        }
+        self.add(group);
+    }
+
+    /// Shapes that are one thing, as bars may be. Each has its name as `data-part`.
+    pub(crate) fn shapes(&mut self, mark: (&str, String), tooltip: &str, shapes: &[Shape]) {
+        let mut group = Group::new().set(mark.0, mark.1).add(Title::new(tooltip));
+        for Shape { outline, name, colour, stroke } in shapes {
+            let path = Path::new().set("data-part", *name).set("d", outline.as_str());
+            group = group.add(match stroke {
+                Some(width) => path.set("fill", "none").set("stroke", *colour).set("stroke-width", *width),
+                None => path.set("fill", *colour),
+            });
         }
         self.add(group);
     }

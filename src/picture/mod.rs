@@ -1,4 +1,4 @@
-//! Pictures of models and plans, as SVG: text that browsers, slides and repositories show.
+//! Pictures of models, plans and simulated jobs, as SVG: text that browsers, slides and repositories show.
 //!
 //! Functions here take what was decided elsewhere and return the whole text of a picture; they compute nothing
 //! but places on the page. The same input gives the same bytes, so that the pictures of the documentation can be
@@ -9,6 +9,7 @@ mod canvas;
 mod kinds;
 mod model;
 mod plan;
+mod timeline;
 
 use std::path::Path;
 
@@ -16,6 +17,7 @@ use anyhow::{Context, Result};
 
 pub(crate) use model::draw as draw_model;
 pub(crate) use plan::draw as draw_plan;
+pub(crate) use timeline::draw as draw_timeline;
 
 /// Writes a picture to a file, over one that is there.
 pub(crate) fn save(path: &Path, svg: &str) -> Result<()> {

@@ -5,7 +5,7 @@
 
 mod lengths;
 mod pipeline;
-mod report;
+pub(crate) mod report;
 mod table;
 
 use std::path::Path;
@@ -17,6 +17,7 @@ use scheduler::{Lengths, Simulated, Simulation, Step};
 use stages::cost::{Balance, PieceShape};
 
 use crate::cli::{Format, SimulateArgs};
+use crate::picture;
 use crate::plan::answer::{self, Layout};
 use crate::plan::report::device_names;
 use crate::plan::setting::Setting;
@@ -28,17 +29,21 @@ use crate::trace::TraceWriter;
 /// middle and an end.
 const DEFAULT_ROUNDS: u64 = 4;
 
-/// Plays a job, and prints how it went.
+/// Plays a job, prints how it went, and draws it where that is asked for.
 ///
 /// # Errors
-/// A job file, model or list of devices that is wrong, or a trace that cannot be written. A model that does not fit is
+/// A job file, model or list of devices that is wrong, or a trace or picture that cannot be written. A model that does not fit is
 /// no error of these: what is missing is said as a plan says it, and the exit code is that of bad input.
 pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     let job = crate::plan::load(&args.setting)?;
     let setting = crate::plan::setting(&args.setting, &job, Balance::Roofline)?;
     let pieces = setting.pieces();
     let Some(layout) = layout(&setting, &job, &pieces)? else {
-        return crate::plan::refuse(&setting, args.format);
+        let refused = crate::plan::refuse(&setting, args.format)?;
+        if let Some(path) = &args.svg {
+            bail!("no picture for {}: nothing fits, so there is no job to play", path.display());
+        }
+        return Ok(refused);
     };
     let context_tokens = job.model.max_context_tokens.unwrap_or(setting.config.max_position_embeddings);
     let (options, max_tokens) = pipeline::options(&setting, &pieces, &layout, context_tokens)?;
@@ -60,6 +65,10 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     match args.format {
         Format::Json => crate::print(&serde_json::to_string_pretty(&report)?),
         Format::Text => table::lines(&report).iter().for_each(|line| crate::print(line)),
+    }
+    if let Some(path) = &args.svg {
+        let name = picture::model_name(&job.model.path);
+        picture::save(path, &picture::draw_timeline(&name, &report))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -14,93 +14,95 @@ use crate::plan::setting::Setting;
 
 /// A whole simulation.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
-    pub(super) devices: String,
-    pub(super) dtype: &'static str,
-    pub(super) kv_cache_dtype: &'static str,
+pub(crate) struct Report {
+    pub(crate) devices: String,
+    pub(crate) dtype: &'static str,
+    pub(crate) kv_cache_dtype: &'static str,
     /// Always true: nothing was measured.
-    pub(super) estimate: bool,
-    pub(super) lengths: LengthsPart,
-    pub(super) pipeline: PipelinePart,
-    pub(super) rows: u64,
-    pub(super) prompt_tokens: u64,
-    pub(super) generated_tokens: u64,
-    pub(super) micro_batches: u64,
-    pub(super) wall_seconds: f64,
-    pub(super) wall_ns: u64,
-    pub(super) tokens_per_second: f64,
-    pub(super) plan: PlanPart,
-    pub(super) preemptions: u64,
-    pub(super) recomputed_tokens: u64,
-    pub(super) kv: KvPart,
-    pub(super) tail_ns: u64,
-    pub(super) stages: Vec<StagePart>,
-    pub(super) timeline: TimelinePart,
+    pub(crate) estimate: bool,
+    pub(crate) lengths: LengthsPart,
+    pub(crate) pipeline: PipelinePart,
+    pub(crate) rows: u64,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) generated_tokens: u64,
+    pub(crate) micro_batches: u64,
+    pub(crate) wall_seconds: f64,
+    pub(crate) wall_ns: u64,
+    pub(crate) tokens_per_second: f64,
+    pub(crate) plan: PlanPart,
+    pub(crate) preemptions: u64,
+    pub(crate) recomputed_tokens: u64,
+    pub(crate) kv: KvPart,
+    pub(crate) tail_ns: u64,
+    pub(crate) stages: Vec<StagePart>,
+    pub(crate) timeline: TimelinePart,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct LengthsPart {
-    pub(super) distribution: &'static str,
-    pub(super) sigma: Option<f64>,
-    pub(super) seed: u64,
-    pub(super) prompt_tokens: u32,
-    pub(super) output_tokens: u32,
-    pub(super) max_tokens: u32,
+pub(crate) struct LengthsPart {
+    pub(crate) distribution: &'static str,
+    pub(crate) sigma: Option<f64>,
+    pub(crate) seed: u64,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) output_tokens: u32,
+    pub(crate) max_tokens: u32,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct PipelinePart {
-    pub(super) micro_batch_rows: u64,
-    pub(super) micro_batch_tokens: usize,
-    pub(super) max_sequences: usize,
-    pub(super) window: usize,
-    pub(super) num_pages: usize,
-    pub(super) page_tokens: usize,
+pub(crate) struct PipelinePart {
+    pub(crate) micro_batch_rows: u64,
+    pub(crate) micro_batch_tokens: usize,
+    pub(crate) max_sequences: usize,
+    pub(crate) window: usize,
+    pub(crate) num_pages: usize,
+    pub(crate) page_tokens: usize,
 }
 
 /// What the plan says of the same layout.
 #[derive(Debug, Serialize)]
-pub(super) struct PlanPart {
-    pub(super) tokens_per_second: f64,
+pub(crate) struct PlanPart {
+    pub(crate) tokens_per_second: f64,
     /// Simulated over planned.
-    pub(super) ratio: f64,
+    pub(crate) ratio: f64,
+    /// The stage for which all others wait.
+    pub(crate) bottleneck: usize,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct KvPart {
-    pub(super) mean: f64,
-    pub(super) most: f64,
+pub(crate) struct KvPart {
+    pub(crate) mean: f64,
+    pub(crate) most: f64,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct StagePart {
-    pub(super) blocks: [usize; 2],
-    pub(super) devices: Vec<String>,
+pub(crate) struct StagePart {
+    pub(crate) blocks: [usize; 2],
+    pub(crate) devices: Vec<String>,
     /// Share of its time that it would be busy by the plan.
-    pub(super) planned_busy: f64,
-    pub(super) busy_ns: u64,
-    pub(super) starved_ns: u64,
-    pub(super) kv_limited_ns: u64,
-    pub(super) tail_ns: u64,
-    pub(super) idle_ns: u64,
+    pub(crate) planned_busy: f64,
+    pub(crate) busy_ns: u64,
+    pub(crate) starved_ns: u64,
+    pub(crate) kv_limited_ns: u64,
+    pub(crate) tail_ns: u64,
+    pub(crate) idle_ns: u64,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct TimelinePart {
-    pub(super) bin_seconds: f64,
-    pub(super) stages: Vec<Vec<SharePart>>,
-    pub(super) kv: Vec<f64>,
-    pub(super) running: Vec<f64>,
-    pub(super) tokens: Vec<f64>,
+pub(crate) struct TimelinePart {
+    pub(crate) bin_seconds: f64,
+    pub(crate) stages: Vec<Vec<SharePart>>,
+    pub(crate) kv: Vec<f64>,
+    pub(crate) running: Vec<f64>,
+    pub(crate) tokens: Vec<f64>,
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct SharePart {
-    busy: f64,
-    starved: f64,
-    kv_limited: f64,
-    tail: f64,
-    idle: f64,
+pub(crate) struct SharePart {
+    pub(crate) busy: f64,
+    pub(crate) starved: f64,
+    pub(crate) kv_limited: f64,
+    pub(crate) tail: f64,
+    pub(crate) idle: f64,
 }
 
 /// What a report is made of.
@@ -118,6 +120,7 @@ pub(super) struct Played<'a> {
 impl Report {
     pub(super) fn of(played: Played<'_>) -> Self {
         let stages = stages(&played);
+        let bottleneck = bottleneck(&played);
         let Played { setting, layout, options, window, max_tokens, draw, simulated, .. } = played;
         let tokens_per_second = simulated.tokens_per_second();
         Report {
@@ -155,6 +158,7 @@ impl Report {
             plan: PlanPart {
                 tokens_per_second: layout.tokens_per_second,
                 ratio: tokens_per_second / layout.tokens_per_second,
+                bottleneck,
             },
             preemptions: simulated.stats.preemptions,
             recomputed_tokens: simulated.stats.recomputed_tokens,
@@ -186,6 +190,15 @@ fn stages(played: &Played<'_>) -> Vec<StagePart> {
             }
         })
         .collect()
+}
+
+/// The first of the stages that take longest by the plan, which charges the sender for hops.
+fn bottleneck(played: &Played<'_>) -> usize {
+    let ends = answer::ends_block(played.pieces);
+    let problem = played.layout.problem(&ends);
+    let seconds: Vec<f64> = played.layout.stages.iter().map(|stage| problem.stage_seconds(stage)).collect();
+    let longest = seconds.iter().copied().fold(0.0, f64::max);
+    seconds.iter().position(|seconds| *seconds == longest).unwrap_or(0)
 }
 
 impl TimelinePart {

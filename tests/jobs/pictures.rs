@@ -1,4 +1,4 @@
-//! Pictures as the program draws them: XML, all blocks, widths to scale, and those of the documentation.
+//! Pictures as the program draws them: XML, all blocks and stages, to scale, and those of the documentation.
 
 use std::path::Path;
 use std::process::Output;
@@ -11,6 +11,8 @@ use crate::harness::{root, spanwise};
 const ULTRA_MODEL: &str = "configs/models/Llama-3_1-Nemotron-Ultra-253B-v1";
 const SUPER_MODEL: &str = "configs/models/Llama-3_3-Nemotron-Super-49B-v1";
 const ULTRA: &str = "configs/ultra-253b-8xh100.toml";
+/// Few rows on a pipeline of several stages.
+const PLAYED: &str = "--devices 8xh200 --rows 400 --set plan.prompt_tokens=128 --set plan.output_tokens=64";
 
 /// Runs `spanwise` at the root of the repository with a picture to draw.
 fn draw_to(path: &Path, args: &str) -> Output {
@@ -132,6 +134,106 @@ fn a_plan_s_picture_tells_speed_memory_and_what_others_would_do() {
     assert!(hatched(&svg) > 1 && hatched(&whole) == 0, "{} {}", hatched(&svg), hatched(&whole));
 }
 
+/// Where a path of steps, or its area, has its level: the end of each step, and its height above the start.
+fn steps(path: Node<'_, '_>) -> Vec<(f64, f64)> {
+    let outline = path.attribute("d").expect("an outline").trim_start_matches('M').trim_end_matches('z');
+    let end = outline.find(['v', 'h']).expect("a step");
+    let (mut x, mut height): (f64, f64) = (outline.split(' ').next().unwrap().parse().unwrap(), 0.0);
+    let mut steps = vec![];
+    for (at, letter) in outline[end..].match_indices(['v', 'h']) {
+        let rest = &outline[end + at + 1..];
+        let length: f64 = rest[..rest.find(['v', 'h']).unwrap_or(rest.len())].parse().expect("a length");
+        match letter {
+            "v" => height -= length,
+            _ => {
+                x += length;
+                steps.push((x, height));
+            }
+        }
+    }
+    steps
+}
+
+/// The height of a path at a place.
+fn height_at(steps: &[(f64, f64)], x: f64) -> f64 {
+    steps.iter().find(|(end, _)| *end > x).expect("a step").1
+}
+
+/// Each stage has a row; in every bin the parts stand on each other with heights that are their shares, up to the
+/// height of the row.
+#[test]
+fn heights_in_a_simulation_s_rows_are_shares_of_time() {
+    const PARTS: [&str; 5] = ["busy", "starved", "kv_limited", "tail", "idle"];
+    let (svg, json) = drawn(&format!("simulate {ULTRA} --format json {PLAYED}"));
+    let report: Value = serde_json::from_str(&json).unwrap();
+    let document = Document::parse(&svg).expect("XML");
+    let rows = all(&document, "data-stage");
+    let timeline = &report["timeline"];
+    let (stages, bin_seconds) = (timeline["stages"].as_array().unwrap(), &timeline["bin_seconds"]);
+    let num_stages = report["stages"].as_array().unwrap().len();
+    assert!(num_stages > 2 && [rows.len(), stages.len()] == [num_stages; 2], "{} rows", rows.len());
+    let wall_seconds = report["wall_seconds"].as_f64().unwrap();
+    for (row, bins) in rows.iter().zip(stages) {
+        let path = |part: &&str| row.children().find(|path| path.attribute("data-part") == Some(part));
+        let paths: Vec<_> = PARTS.iter().map(|part| path(part).map(steps)).collect();
+        for (bin, shares) in bins.as_array().unwrap().iter().enumerate() {
+            let middle = (bin as f64 + 0.5) * bin_seconds.as_f64().unwrap();
+            let x = 208.0 + 880.0 * middle.min(wall_seconds - 1e-9) / wall_seconds;
+            let (mut drawn, mut share) = (0.0, 0.0);
+            for (part, steps) in PARTS.iter().zip(&paths) {
+                share += shares[*part].as_f64().unwrap();
+                drawn = steps.as_ref().map_or(drawn, |steps| height_at(steps, x));
+                // Levels are drawn to half a pixel.
+                assert!((drawn - share * 36.0).abs() < 0.26, "{part} in bin {bin}: {drawn}, {shares}");
+            }
+            assert!((drawn - 36.0).abs() < 1e-9, "bin {bin}: {drawn}");
+        }
+    }
+}
+
+#[test]
+fn a_simulation_s_picture_tells_its_job_its_speed_and_the_plan_s_bottleneck() {
+    let (svg, json) = drawn(&format!("simulate {ULTRA} --format json {PLAYED} --seed 3"));
+    let report: Value = serde_json::from_str(&json).unwrap();
+    let document = Document::parse(&svg).expect("XML");
+    let texts = texts(&document);
+    let bottleneck = format!("stage {}, bottleneck", report["plan"]["bottleneck"]);
+    for words in [
+        "Llama-3_1-Nemotron-Ultra-253B-v1 on 8xh200, bf16",
+        "400 rows with prompts of 128 tokens, 64 generated on average, exponential; seed 3",
+        "of the plan's",
+        "an estimate",
+        "last row admitted",
+        &bottleneck,
+    ] {
+        assert!(texts.contains(words), "{words} is not in\n{texts}");
+    }
+    assert_eq!(svg.matches(", bottleneck").count(), 1, "{texts}");
+    // The tokens' line is as high as the most of them, or the plan's, at its highest.
+    let tokens = report["timeline"]["tokens"].as_array().unwrap().iter().map(|rate| rate.as_f64().unwrap());
+    let tokens: Vec<f64> = tokens.collect();
+    let most = tokens.iter().copied().fold(0.0, f64::max);
+    let top = most.max(report["plan"]["tokens_per_second"].as_f64().unwrap());
+    let level = all(&document, "data-level")[2].children().find(|node| node.has_tag_name("path")).unwrap();
+    let heights = steps(level).into_iter().map(|(_, height)| height);
+    let highest = heights.fold(f64::NEG_INFINITY, f64::max);
+    let rise = (most - tokens[0]) / top * 62.0;
+    assert!((highest - rise).abs() < 0.51, "{highest} above the first bin, expected {rise}");
+}
+
+/// One stage for each of 64 devices: bins that look alike are drawn as one.
+#[test]
+fn a_picture_of_many_stages_is_small() {
+    let args = "--devices 64xh200 --rows 3000 --set plan.prompt_tokens=128 --set plan.output_tokens=64";
+    let (svg, json) =
+        drawn(&format!("simulate {ULTRA} --format json {args} --set pipeline.tensor_parallel=off"));
+    let report: Value = serde_json::from_str(&json).unwrap();
+    let document = Document::parse(&svg).expect("XML");
+    let num_stages = report["stages"].as_array().unwrap().len();
+    assert_eq!(all(&document, "data-stage").len(), num_stages);
+    assert!(num_stages > 50 && svg.len() < 300_000, "{num_stages} stages in {} bytes", svg.len());
+}
+
 #[test]
 fn names_of_models_are_escaped() {
     let folder = tempfile::tempdir().unwrap();
@@ -152,19 +254,23 @@ fn names_of_models_are_escaped() {
 fn a_picture_that_cannot_be_drawn_or_written_is_an_error_that_says_why() {
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("no/such/folder.svg");
-    for args in ["inspect models/abacus".to_owned(), format!("plan {ULTRA}")] {
+    let commands =
+        ["inspect models/abacus".to_owned(), format!("plan {ULTRA}"), format!("simulate {ULTRA} {PLAYED}")];
+    for args in commands {
         let output = draw_to(&missing, &args);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(2), "{stderr}");
         assert!(stderr.contains("write picture") && stderr.contains("folder.svg"), "{stderr}");
     }
     let path = folder.path().join("plan.svg");
-    let output = draw_to(&path, &format!("plan {ULTRA} --devices 4xh100-80gb --format json"));
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.code() == Some(2) && stderr.contains("nothing fits"), "{stderr}");
-    assert!(!path.exists());
-    let plan: Value = serde_json::from_slice(&output.stdout).expect("the plan all the same");
-    assert_eq!(plan["fits"], false);
+    for command in ["plan", "simulate"] {
+        let output = draw_to(&path, &format!("{command} {ULTRA} --devices 4xh100-80gb --format json"));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains("nothing fits"), "{stderr}");
+        assert!(!path.exists());
+        let plan: Value = serde_json::from_slice(&output.stdout).expect("the plan all the same");
+        assert_eq!(plan["fits"], false);
+    }
 }
 
 /// Whoever changes what is drawn, or what a plan says, draws them anew with the commands of the message.
@@ -173,6 +279,10 @@ fn pictures_of_the_documentation_are_what_is_drawn_now() {
     let pictures = [
         ("docs/pictures/ultra-253b-blocks.svg", format!("inspect {ULTRA_MODEL}")),
         ("docs/pictures/ultra-253b-8xh100-plan.svg", format!("plan {ULTRA} --dtype fp8")),
+        (
+            "docs/pictures/ultra-253b-8xh200-simulated.svg",
+            format!("simulate {ULTRA} --devices 8xh200 --rows 10000"),
+        ),
     ];
     for (path, args) in pictures {
         let kept = std::fs::read_to_string(root().join(path)).expect("a picture");

@@ -244,6 +244,9 @@ pub(crate) struct SimulateArgs {
     /// Play so many rows; `[plan] rows` if not given, or else four times those in flight
     #[arg(long, value_name = "N")]
     pub(crate) rows: Option<u64>,
+    /// Where times come from: the devices' rooflines, or what was measured on those of [pipeline]
+    #[arg(long, value_enum, default_value_t = TimesArg::Roofline)]
+    pub(crate) cost: TimesArg,
     /// How output lengths are distributed around `[plan] output_tokens`
     #[arg(long, value_enum, default_value_t = LengthsArg::Exponential)]
     pub(crate) lengths: LengthsArg,
@@ -259,6 +262,13 @@ pub(crate) struct SimulateArgs {
     /// Draw it too: what each stage does over time, and the KV pages, sequences and tokens beneath
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
+}
+
+/// `--cost` of a simulation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TimesArg {
+    Roofline,
+    Measured,
 }
 
 /// `--lengths`.

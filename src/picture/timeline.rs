@@ -55,7 +55,11 @@ fn draw_head(canvas: &mut Canvas, title: &str, report: &Report) {
     let planned = grouped(report.plan.tokens_per_second.round() as u64);
     let beside = format!("{:.3} of the plan's {planned}", report.plan.ratio);
     canvas.text(RIGHT, 66.0, FIGURE.to_the_left(), &beside);
-    canvas.text(RIGHT, 86.0, NOTE.to_the_left(), "generated; an estimate, nothing was measured");
+    let source = match report.estimate {
+        true => "generated; an estimate, nothing was measured",
+        false => "generated; an estimate, by measured times of stages",
+    };
+    canvas.text(RIGHT, 86.0, NOTE.to_the_left(), source);
     canvas.text(LEFT, 70.0, FIGURE, &job(report));
     canvas.text(LEFT, 90.0, FIGURE, &pipeline(report));
 }
@@ -65,8 +69,8 @@ fn job(report: &Report) -> String {
     format!(
         "{} rows with prompts of {} tokens, {} generated on average, {}; seed {}",
         grouped(report.rows),
-        grouped(lengths.prompt_tokens.into()),
-        grouped(lengths.output_tokens.into()),
+        grouped(lengths.prompt_tokens.round() as u64),
+        grouped(lengths.output_tokens.round() as u64),
         lengths.distribution,
         lengths.seed
     )

@@ -127,7 +127,10 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
 }
 
 /// What was measured on the devices of this machine, which are the only ones that can be.
-fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> Result<Measured> {
+///
+/// # Errors
+/// Other devices than the job's own, or no usable profile of them.
+pub(crate) fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> Result<Measured> {
     if let Some((_, name)) = setting.devices.runs().iter().find(|(_, name)| name != CPU_CORE) {
         bail!(
             "no profile of {name}, only of the devices of [pipeline]\nhint: --cost roofline plans by an estimate"

@@ -1,4 +1,7 @@
 //! Lengths of rows, drawn from a stated distribution: a function of the seed and the row's number alone.
+//!
+//! Each row is like one of the job's, by chance and as often as the job has it: it has that one's prompt, and around that
+//! one's output the distribution draws. Where `[plan]` says both lengths all rows are alike.
 
 use std::f64::consts::TAU;
 
@@ -11,30 +14,41 @@ use crate::cli::LengthsArg;
 pub(super) const SIGMA: f64 = 1.0;
 
 /// How long the rows of a job are.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct LengthDraw {
     pub(super) distribution: LengthsArg,
     pub(super) seed: u64,
+    pub(super) kinds: Vec<Kind>,
+}
+
+/// Rows of the job that are alike.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Kind {
     pub(super) prompt_tokens: u32,
-    /// Mean of the output, before the limit of a row's context cuts any.
+    /// Mean of the output, before any limit cuts it.
     pub(super) output_tokens: u32,
+    /// How many rows these are and those of the kinds before, together.
+    pub(super) rows_so_far: u64,
 }
 
 impl LengthDraw {
     /// The first `rows` rows.
-    pub(super) fn rows(self, rows: u64) -> impl Iterator<Item = Lengths> {
+    pub(super) fn rows(&self, rows: u64) -> impl Iterator<Item = Lengths> {
         (0..rows).map(move |row| self.row(row))
     }
 
-    fn row(self, row: u64) -> Lengths {
-        Lengths { prompt_tokens: self.prompt_tokens, output_tokens: self.output(row) }
-    }
-
-    fn output(self, row: u64) -> u32 {
-        let mean = f64::from(self.output_tokens);
+    fn row(&self, row: u64) -> Lengths {
         let stream = Stream::new(self.seed, u128::from(row));
         // In (0, 1], for the logarithms.
         let uniform = |position| 1.0 - stream.uniform(0, position);
+        let all = self.kinds[self.kinds.len() - 1].rows_so_far;
+        let place = stream.uniform(0, 2) * all as f64;
+        let kind = self.kinds.partition_point(|kind| kind.rows_so_far as f64 <= place);
+        let Kind { prompt_tokens, output_tokens, .. } = self.kinds[kind.min(self.kinds.len() - 1)];
+        Lengths { prompt_tokens, output_tokens: self.output(output_tokens.into(), uniform) }
+    }
+
+    fn output(&self, mean: f64, uniform: impl Fn(u32) -> f64) -> u32 {
         let length = match self.distribution {
             LengthsArg::Fixed => mean,
             // Each token is the last one with a chance of 1 / mean.
@@ -56,7 +70,8 @@ mod tests {
     const ROWS: u64 = 20_000;
 
     fn draw(distribution: LengthsArg, output_tokens: u32) -> Vec<f64> {
-        let draw = LengthDraw { distribution, seed: 3, prompt_tokens: 5, output_tokens };
+        let kinds = vec![Kind { prompt_tokens: 5, output_tokens, rows_so_far: 1 }];
+        let draw = LengthDraw { distribution, seed: 3, kinds };
         draw.rows(ROWS).map(|lengths| f64::from(lengths.output_tokens)).collect()
     }
 
@@ -85,6 +100,18 @@ mod tests {
             let share = shorter as f64 / ROWS as f64;
             assert!((share - 0.5).abs() < 0.02, "{distribution:?}: {share}");
         }
+    }
+
+    #[test]
+    fn rows_are_as_often_of_a_kind_as_those_of_the_job() {
+        let kind =
+            |prompt_tokens, rows_so_far| Kind { prompt_tokens, output_tokens: prompt_tokens, rows_so_far };
+        let kinds = vec![kind(10, 1), kind(20, 4)];
+        let draw = LengthDraw { distribution: LengthsArg::Fixed, seed: 3, kinds };
+        let rows: Vec<Lengths> = draw.rows(ROWS).collect();
+        assert!(rows.iter().all(|row| row.output_tokens == row.prompt_tokens));
+        let short = rows.iter().filter(|row| row.prompt_tokens == 10).count() as f64 / ROWS as f64;
+        assert!((short - 0.25).abs() < 0.02, "{short}");
     }
 
     #[test]

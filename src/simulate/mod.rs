@@ -16,12 +16,12 @@ use configs::{JobFile, Stages};
 use scheduler::{Lengths, Simulated, Simulation, Step};
 use stages::cost::{Balance, PieceShape};
 
-use crate::cli::{Format, SimulateArgs};
+use crate::cli::{Format, SimulateArgs, TimesArg};
 use crate::picture;
 use crate::plan::answer::{self, Layout};
 use crate::plan::report::device_names;
 use crate::plan::setting::Setting;
-use crate::simulate::lengths::LengthDraw;
+use crate::simulate::lengths::{Kind, LengthDraw};
 use crate::simulate::report::{Played, Report};
 use crate::trace::TraceWriter;
 
@@ -36,7 +36,10 @@ const DEFAULT_ROUNDS: u64 = 4;
 /// no error of these: what is missing is said as a plan says it, and the exit code is that of bad input.
 pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     let job = crate::plan::load(&args.setting)?;
-    let setting = crate::plan::setting(&args.setting, &job, Balance::Roofline)?;
+    let mut setting = crate::plan::setting(&args.setting, &job, Balance::Roofline)?;
+    if args.cost == TimesArg::Measured {
+        setting.measured = Some(crate::plan::measured(&args.setting, &job, &setting)?);
+    }
     let pieces = setting.pieces();
     let Some(layout) = layout(&setting, &job, &pieces)? else {
         let refused = crate::plan::refuse(&setting, args.format)?;
@@ -46,9 +49,12 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
         return Ok(refused);
     };
     let context_tokens = job.model.max_context_tokens.unwrap_or(setting.config.max_position_embeddings);
-    let (options, max_tokens) = pipeline::options(&setting, &pieces, &layout, context_tokens)?;
+    let kinds = kinds(&setting)?;
+    let (options, max_tokens) = pipeline::options(&setting, &pieces, &layout, context_tokens, &kinds)?;
+    let most = context_tokens.min(options.cache_tokens() + 1);
     let rows = args.rows.or(setting.rows).unwrap_or(DEFAULT_ROUNDS * options.max_sequences as u64);
-    let draw = draw(args, &setting)?;
+    let kinds = kinds.into_iter().filter(|kind| (kind.prompt_tokens as usize) < most).collect();
+    let draw = LengthDraw { distribution: args.lengths, seed: args.seed, kinds };
     let simulation = pipeline::simulation(&setting, &pieces, &layout, options, max_tokens);
     let names = stage_names(&setting, &pieces, &layout);
     let simulated = play(&simulation, draw.rows(rows), args.trace.as_deref(), &names)?;
@@ -85,16 +91,17 @@ fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Opt
     }
 }
 
-fn draw(args: &SimulateArgs, setting: &Setting) -> Result<LengthDraw> {
-    let tokens = |mean: f64| {
-        u32::try_from(mean.round().max(1.0) as u64).context("a row has more tokens than can be counted")
-    };
-    Ok(LengthDraw {
-        distribution: args.lengths,
-        seed: args.seed,
-        prompt_tokens: tokens(setting.mix.prompt_tokens)?,
-        output_tokens: tokens(setting.mix.output_tokens)?,
-    })
+/// The job's rows, those that are alike together.
+fn kinds(setting: &Setting) -> Result<Vec<Kind>> {
+    let tokens =
+        |tokens: u64| u32::try_from(tokens.max(1)).context("a row has more tokens than can be counted");
+    let mut rows_so_far = 0;
+    (setting.work.lengths.pairs())
+        .map(|(prompt, output, rows)| {
+            rows_so_far += rows;
+            Ok(Kind { prompt_tokens: tokens(prompt)?, output_tokens: tokens(output)?, rows_so_far })
+        })
+        .collect()
 }
 
 /// What a stage is called in a trace.

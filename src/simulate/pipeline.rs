@@ -5,11 +5,12 @@ use std::ops::Range;
 use anyhow::{Result, bail};
 use scheduler::{Load, Options, PlannedStage, Problem, Simulation, VirtualStage, in_flight};
 use stages::PAGE_TOKENS;
-use stages::cost::{Balance, PieceShape, hop_bytes};
+use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
 
 use crate::lower::{CPU_EFFICIENT_TOKENS, window};
 use crate::plan::answer::{self, Layout};
 use crate::plan::setting::{Setting, hop_seconds};
+use crate::simulate::lengths::Kind;
 
 /// The stages that a job names, on the first of the devices.
 ///
@@ -76,7 +77,8 @@ pub(super) fn lacking(setting: &Setting, pieces: &[PieceShape], stages: &[Planne
     }
 }
 
-/// The scheduler's options for a layout, rows of up to `context_tokens`, and the most tokens of a row's output.
+/// The scheduler's options for a layout and rows of up to `context_tokens`, and the most tokens of any row's output: what
+/// the shortest prompt leaves.
 ///
 /// # Errors
 /// Where no page, or no prompt, has room.
@@ -85,6 +87,7 @@ pub(super) fn options(
     pieces: &[PieceShape],
     layout: &Layout,
     context_tokens: usize,
+    kinds: &[Kind],
 ) -> Result<(Options, u32)> {
     let rows = layout.case.rows;
     let num_stages = layout.stages.len();
@@ -93,7 +96,8 @@ pub(super) fn options(
     let fillable = max_sequences.saturating_mul(context_tokens.div_ceil(PAGE_TOKENS));
     let room = answer::kv_tokens(layout, &answer::ends_block(pieces)).unwrap_or(u64::MAX);
     let num_pages = fillable.min((room / PAGE_TOKENS as u64) as usize);
-    let prompt_tokens = setting.mix.prompt_tokens.round() as usize;
+    let shortest = kinds.iter().map(|kind| kind.prompt_tokens).min().unwrap_or(1);
+    let prompt_tokens = shortest as usize;
     let cache_tokens = num_pages * PAGE_TOKENS;
     if cache_tokens < prompt_tokens {
         bail!("the fullest stage has room for {cache_tokens} tokens of KV, a prompt has {prompt_tokens}");
@@ -115,7 +119,7 @@ pub(super) fn options(
 /// The layout as a simulation takes it.
 pub(super) fn simulation<'a>(
     setting: &'a Setting,
-    pieces: &[PieceShape],
+    pieces: &'a [PieceShape],
     layout: &Layout,
     options: Options,
     max_tokens: u32,
@@ -125,7 +129,14 @@ pub(super) fn simulation<'a>(
     Simulation { options, stages, window, max_tokens }
 }
 
-fn virtual_stage<'a>(setting: &'a Setting, pieces: &[PieceShape], stage: &PlannedStage) -> VirtualStage<'a> {
+fn virtual_stage<'a>(
+    setting: &'a Setting,
+    pieces: &'a [PieceShape],
+    stage: &PlannedStage,
+) -> VirtualStage<'a> {
+    if let Some(measured) = &setting.measured {
+        return measured_stage(measured, pieces, stage);
+    }
     let kind = setting.kind_of_each()[stage.devices.start];
     let estimator = setting.estimator(setting.kinds()[kind], Balance::Roofline);
     let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), stage.devices.len());
@@ -138,4 +149,19 @@ fn virtual_stage<'a>(setting: &'a Setting, pieces: &[PieceShape], stage: &Planne
         false => hop_seconds(links, load.tokens() * bytes_per_token),
     };
     VirtualStage { seconds: Box::new(move |load| seconds.of(load)), hop_seconds: Box::new(hop) }
+}
+
+/// A stage by what was measured. Taking over and handing on were measured as its own work, half of a hop each.
+fn measured_stage<'a>(
+    measured: &'a Measured,
+    pieces: &'a [PieceShape],
+    stage: &PlannedStage,
+) -> VirtualStage<'a> {
+    let (range, ranks) = (stage.pieces.clone(), stage.devices.len());
+    let num_hops = usize::from(range.start > 0) + usize::from(range.end < pieces.len());
+    let seconds = move |load: Load| {
+        let hops = num_hops as f64 / 2.0 * measured.hop_seconds(load);
+        measured.rank_costs(pieces, ranks, load).seconds(range.clone()) + hops
+    };
+    VirtualStage { seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }
 }

@@ -18,7 +18,7 @@ pub(crate) struct Report {
     pub(crate) devices: String,
     pub(crate) dtype: &'static str,
     pub(crate) kv_cache_dtype: &'static str,
-    /// Always true: nothing was measured.
+    /// Whether nothing was measured.
     pub(crate) estimate: bool,
     pub(crate) lengths: LengthsPart,
     pub(crate) pipeline: PipelinePart,
@@ -43,8 +43,8 @@ pub(crate) struct LengthsPart {
     pub(crate) distribution: &'static str,
     pub(crate) sigma: Option<f64>,
     pub(crate) seed: u64,
-    pub(crate) prompt_tokens: u32,
-    pub(crate) output_tokens: u32,
+    pub(crate) prompt_tokens: f64,
+    pub(crate) output_tokens: f64,
     pub(crate) max_tokens: u32,
 }
 
@@ -127,7 +127,7 @@ impl Report {
             devices: setting.devices.to_string(),
             dtype: setting.types.weights.name(),
             kv_cache_dtype: setting.types.kv.name(),
-            estimate: true,
+            estimate: setting.measured.is_none(),
             lengths: LengthsPart {
                 distribution: match draw.distribution {
                     LengthsArg::Fixed => "fixed",
@@ -136,8 +136,8 @@ impl Report {
                 },
                 sigma: (draw.distribution == LengthsArg::Lognormal).then_some(SIGMA),
                 seed: draw.seed,
-                prompt_tokens: draw.prompt_tokens,
-                output_tokens: draw.output_tokens,
+                prompt_tokens: setting.mix.prompt_tokens,
+                output_tokens: setting.mix.output_tokens,
                 max_tokens,
             },
             pipeline: PipelinePart {

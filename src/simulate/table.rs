@@ -11,8 +11,8 @@ pub(super) fn lines(report: &Report) -> Vec<String> {
         format!(
             "rows       {} with prompts of {} tokens, {} generated on average: {}{sigma}, at most {}, seed {}",
             grouped(report.rows),
-            grouped(lengths.prompt_tokens.into()),
-            grouped(lengths.output_tokens.into()),
+            grouped(lengths.prompt_tokens.round() as u64),
+            grouped(lengths.output_tokens.round() as u64),
             lengths.distribution,
             grouped(lengths.max_tokens.into()),
             lengths.seed
@@ -32,9 +32,11 @@ pub(super) fn lines(report: &Report) -> Vec<String> {
     ];
     lines.extend(report.stages.iter().enumerate().map(|(idx, stage)| stage_line(report, idx, stage)));
     lines.extend(outcome_lines(report));
-    lines.push(
-        "estimate   by the devices' rooflines and the scheduler's own decisions: nothing was measured".into(),
-    );
+    let source = match report.estimate {
+        true => "by the devices' rooflines and the scheduler's own decisions: nothing was measured",
+        false => "by measured times of stages and the scheduler's own decisions",
+    };
+    lines.push(format!("estimate   {source}"));
     lines
 }
 

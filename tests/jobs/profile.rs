@@ -200,33 +200,40 @@ fn without_a_profile_that_holds_a_run_goes_by_an_estimate() {
 }
 
 #[test]
-fn a_plan_by_measured_costs_is_no_estimate_and_needs_them() {
+fn plans_and_simulations_by_measured_costs_are_no_estimates_and_need_them() {
     let lengths = ["plan.prompt_tokens=8", "plan.output_tokens=8"];
-    let plan = |world: &World, args: &[&str]| {
+    let ask = |what: &str, world: &World, args: &[&str]| {
         let run = world.job.command();
         let mut command = spanwise();
-        command.env("SPANWISE_PROFILES", world.store.path()).arg("plan").arg(run.get_args().nth(1).unwrap());
+        command.env("SPANWISE_PROFILES", world.store.path()).arg(what).arg(run.get_args().nth(1).unwrap());
         command.args(["--cost", "measured", "--format", "json"]).args(args);
         for set in SETS.iter().chain(&lengths) {
             command.args(["--set", set]);
         }
         command.output().unwrap()
     };
-    let output = plan(&World::measured(), &[]);
-    let report: Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
-    assert_eq!((&report["estimate"], &report["cost"]), (&json!(false), &json!("measured")));
+    let measured = World::measured();
+    for what in ["plan", "simulate"] {
+        let output = ask(what, &measured, &[]);
+        let report: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+        assert_eq!(report["estimate"], false, "{what}");
+        assert!(report["tokens_per_second"].as_f64().unwrap() > 0.0, "{what}");
+    }
 
     let absent = World::new();
-    for (args, words) in [
+    let refusals = [
         (vec![], "no profile of cpu"),
         (vec![], "hint: spanwise profile"),
         (vec!["--devices", "2xh200"], "no profile of h200"),
         (vec!["--dtype", "f32"], "expected the job's own"),
-    ] {
-        let output = plan(&absent, &args);
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.code() == Some(2) && stderr.contains(words), "{args:?}: {stderr}");
+    ];
+    for (args, words) in refusals {
+        for what in ["plan", "simulate"] {
+            let output = ask(what, &absent, &args);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.code() == Some(2) && stderr.contains(words), "{what} {args:?}: {stderr}");
+        }
     }
 }
 

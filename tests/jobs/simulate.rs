@@ -86,6 +86,25 @@ fn lengths_are_those_of_the_distribution() {
 
 /// Rows of one length in a job that is long beside its beginning and its end are what a plan thinks of.
 #[test]
+fn rows_are_like_those_of_the_input_where_the_job_says_no_lengths() {
+    let sets = "--set plan.output_tokens=50 --lengths fixed --rows 300";
+    let report = json("configs/quickstart.toml", sets);
+    let plan = planned("configs/quickstart.toml", "--set plan.output_tokens=50");
+    let mean = number(&plan["job"]["prompt_tokens"], "mean");
+    assert!((number(&report["lengths"], "prompt_tokens") - mean).abs() < 1e-9);
+    let played = number(&report, "prompt_tokens") / number(&report, "rows");
+    assert!((played / mean - 1.0).abs() < 0.05 && played != mean, "{played} and {mean}");
+    assert_eq!(number(&report, "generated_tokens"), 300.0 * 50.0);
+}
+
+fn planned(job: &str, args: &str) -> Value {
+    let job = Path::new(env!("CARGO_MANIFEST_DIR")).join(job);
+    let mut plan = spanwise();
+    let output = plan.arg("plan").arg(job).args(["--format", "json"]).args(args.split_whitespace()).output();
+    serde_json::from_slice(&output.expect("start spanwise").stdout).expect("a plan")
+}
+
+#[test]
 fn a_long_job_of_equal_rows_comes_near_to_its_plan() {
     let lengths = "--set plan.prompt_tokens=16 --set plan.output_tokens=32 --lengths fixed";
     let report = json(SUPER, &format!("{lengths} --set plan.tokens_in_flight=16000 --rows 6000"));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Lengths;
 use crate::micro_batch::{MicroBatch, MicroBatchId, MicroBatchOutput, Slice, SliceOutput};
+use crate::options::Options;
 use crate::request::{Request, RequestKey, Sampling, SequenceId, TokenId};
 
 const STOP_TOKEN: TokenId = 1;
@@ -14,6 +15,10 @@ const OTHER_TOKEN: TokenId = 0;
 #[derive(Debug)]
 pub(super) struct Draw {
     sampling: Arc<Sampling>,
+    /// The job's limit.
+    max_tokens: u32,
+    /// Tokens of the longest prompt and completion together.
+    most: usize,
     /// The last request made: only its length tells it from the next, which shares it where that is the same.
     request: Option<Arc<Request>>,
     /// Drawn lengths of the sequences from `oldest` on, 0 for those that have ended. The oldest always makes
@@ -49,7 +54,7 @@ impl Drawn {
 }
 
 impl Draw {
-    pub(super) fn new(max_tokens: u32) -> Self {
+    pub(super) fn new(max_tokens: u32, options: &Options) -> Self {
         let sampling = Sampling {
             temperature: 0.0,
             top_p: 1.0,
@@ -63,7 +68,10 @@ impl Draw {
             logprobs: None,
             prompt_logprobs: false,
         };
-        Self { sampling: Arc::new(sampling), request: None, lengths: VecDeque::new(), oldest: 0 }
+        // The last token of a sequence is never computed, so that the cache need not hold it.
+        let most = options.context_tokens.min(options.cache_tokens() + 1);
+        let sampling = Arc::new(sampling);
+        Self { sampling, max_tokens, most, request: None, lengths: VecDeque::new(), oldest: 0 }
     }
 
     /// The request to submit next; its sequence must be the next one too.
@@ -76,13 +84,23 @@ impl Draw {
                 let request = Arc::new(Request {
                     key: RequestKey(0),
                     prompt: vec![OTHER_TOKEN; prompt_tokens],
-                    sampling: self.sampling.clone(),
+                    sampling: self.sampling(prompt_tokens),
                     sample: 0,
                 });
                 self.request = Some(request.clone());
                 request
             }
         }
+    }
+
+    /// Clipped to what the prompt leaves, as a job does it.
+    fn sampling(&mut self, prompt_tokens: usize) -> Arc<Sampling> {
+        let left = u32::try_from(self.most.saturating_sub(prompt_tokens)).unwrap_or(u32::MAX);
+        let max_tokens = self.max_tokens.min(left.max(1));
+        if self.sampling.max_tokens != max_tokens {
+            self.sampling = Arc::new(Sampling { max_tokens, ..(*self.sampling).clone() });
+        }
+        self.sampling.clone()
     }
 
     /// Forgets a sequence that has ended.

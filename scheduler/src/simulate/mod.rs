@@ -59,7 +59,7 @@ pub struct Simulation<'a> {
     pub stages: Vec<VirtualStage<'a>>,
     /// Requests that are submitted and have not ended, as long as there are more.
     pub window: usize,
-    /// The job's limit: a request that would go on ends here. At least 1.
+    /// The job's limit: a request that would go on ends here, or where the context or all pages are full. At least 1.
     pub max_tokens: u32,
 }
 

@@ -50,7 +50,7 @@ pub(super) fn play<R: Iterator<Item = Lengths>>(
         requests: requests.peekable(),
         is_exhausted: false,
         num_offered: 0,
-        draw: Draw::new(*max_tokens),
+        draw: Draw::new(*max_tokens, options),
         line: Line::new(stages),
         answers: VecDeque::new(),
         now_ns: 0,

@@ -28,8 +28,8 @@ pub use micro_batch::{
 };
 pub use options::Options;
 pub use plan::{
-    Case, Choice, Costs, Extra, KvTokens, Piece, PlannedStage, Problem, RankCosts, Span, StageDevice,
-    best_layout, faster_layout, in_flight, least_bottleneck, least_bottleneck_on_each,
+    Case, Choice, Costs, Extra, Held, KvTokens, Piece, PlannedStage, Problem, RankCosts, Span, StageDevice,
+    best_layout, faster_layout, faster_looped, in_flight, least_bottleneck, least_bottleneck_on_each,
 };
 pub use request::{Completion, FinishReason, Generated, Request, RequestKey, Sampling, SequenceId, TokenId};
 pub use scheduler::{Flow, Scheduler, Stats};

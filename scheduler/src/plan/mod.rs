@@ -2,7 +2,8 @@
 //!
 //! [`least_bottleneck_on_each`] gives each device a stage of whole blocks, and is what `run` uses. [`best_layout`] weighs
 //! the layouts of unlike devices by rows per second: micro-batch size, number of stages, tensor-parallel
-//! width of each, and where to cut, down to columns of an FFN, each stage within its memory.
+//! width of each, and where to cut, down to columns of an FFN, each stage within its memory. [`faster_looped`] does the
+//! same for pipelines that go through their devices twice.
 //!
 //! Nothing here knows what a block is. Costs are plain numbers, seconds and bytes for each piece on each
 //! kind of device; whether they were measured or estimated is the caller's affair. The invariant: a
@@ -11,11 +12,13 @@
 mod each;
 mod even;
 mod furthest;
+mod looped;
 mod problem;
 mod search;
 mod span;
 
 pub use each::least_bottleneck_on_each;
-pub use problem::{Costs, Extra, Piece, PlannedStage, Problem, RankCosts, StageDevice};
+pub use looped::faster_looped;
+pub use problem::{Costs, Extra, Held, Piece, PlannedStage, Problem, RankCosts, StageDevice};
 pub use search::{Case, Choice, KvTokens, best_layout, faster_layout, in_flight, least_bottleneck};
 pub use span::Span;

@@ -89,6 +89,20 @@ impl RankCosts {
         }
     }
 
+    /// The same with the pieces between neighbouring `places` made one, the first place 0 and the last the end.
+    pub(super) fn at(&self, places: &[usize]) -> Self {
+        Self {
+            seconds: places.iter().map(|place| self.seconds[*place]).collect(),
+            weight_bytes: places.iter().map(|place| self.weight_bytes[*place]).collect(),
+            kv_bytes_per_token: places.iter().map(|place| self.kv_bytes_per_token[*place]).collect(),
+            ..*self
+        }
+    }
+
+    pub(super) fn shared_bytes(&self) -> u64 {
+        self.shared_bytes
+    }
+
     pub(super) fn cut_seconds(&self) -> f64 {
         self.cut_seconds
     }
@@ -178,7 +192,16 @@ pub struct Problem<'a> {
     pub widths: Option<&'a [usize]>,
 }
 
-/// A run of pieces on one or more devices.
+/// What a device holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    /// Weights.
+    pub weight_bytes: u64,
+    /// Keys and values that each token in flight keeps.
+    pub kv_bytes_per_token: u64,
+}
+
+/// A run of pieces on one or more devices. A device that a pipeline passes twice is in two of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedStage {
     /// The pieces.
@@ -230,15 +253,48 @@ impl Problem<'_> {
         self.devices[devices].iter().map(|device| device.memory_bytes).min().unwrap_or(0)
     }
 
-    /// The slowest stage's time.
+    /// What the fullest device lacks for all of its stages, with `kv_tokens` in flight.
+    pub fn missing_bytes(&self, stages: &[PlannedStage], kv_tokens: u64) -> u64 {
+        let missing = stages.iter().map(|stage| {
+            let held = self.held_beside(stages, stage);
+            let kv = held.kv_bytes_per_token.saturating_mul(kv_tokens);
+            held.weight_bytes.saturating_add(kv).saturating_sub(self.room(stage.devices.clone()))
+        });
+        missing.max().unwrap_or(0)
+    }
+
+    /// What each of a stage's devices holds, of all `stages` that it is in.
+    pub fn held_beside(&self, stages: &[PlannedStage], stage: &PlannedStage) -> Held {
+        let own = || stages.iter().filter(|other| other.devices == stage.devices);
+        let costs = self.rank_costs(stage);
+        let has_both_ends = own().any(|own| own.pieces.start == 0)
+            && own().any(|own| own.pieces.end == self.num_pieces())
+            && own().count() > 1;
+        let weight_bytes: u64 = own().map(|own| costs.weight_bytes(own.pieces.clone())).sum();
+        Held {
+            weight_bytes: weight_bytes - if has_both_ends { costs.shared_bytes } else { 0 },
+            kv_bytes_per_token: own().map(|own| costs.kv_bytes_per_token(own.pieces.clone())).sum(),
+        }
+    }
+
+    /// Time that each device takes for the micro-batch, over all stages that it is in.
+    pub fn device_seconds(&self, stages: &[PlannedStage]) -> Vec<f64> {
+        let mut seconds = vec![0.0; self.devices.len()];
+        for stage in stages {
+            let own = self.stage_seconds(stage);
+            seconds[stage.devices.clone()].iter_mut().for_each(|seconds| *seconds += own);
+        }
+        seconds
+    }
+
+    /// The slowest device's time.
     pub fn bottleneck(&self, stages: &[PlannedStage]) -> f64 {
-        stages.iter().map(|stage| self.stage_seconds(stage)).fold(0.0, f64::max)
+        self.device_seconds(stages).into_iter().fold(0.0, f64::max)
     }
 
     /// The slowest device's time over the mean of all devices, idle ones counted.
     pub fn bottleneck_over_mean(&self, stages: &[PlannedStage]) -> f64 {
-        let sum: f64 =
-            stages.iter().map(|stage| self.stage_seconds(stage) * stage.devices.len() as f64).sum();
-        self.bottleneck(stages) * self.devices.len() as f64 / sum
+        let seconds = self.device_seconds(stages);
+        self.bottleneck(stages) * self.devices.len() as f64 / seconds.iter().sum::<f64>()
     }
 }

@@ -4,6 +4,8 @@
 //! pipeline needs more micro-batches in flight, which keep more still. The search halves the number of stages: were
 //! no layout of the most stages fast enough even with the keys and values of the fewest, none between is.
 
+use std::ops::RangeInclusive;
+
 use super::even::even_out;
 use super::furthest::{Bounds, layout};
 use super::problem::{Costs, PlannedStage, Problem, StageDevice};
@@ -38,9 +40,9 @@ pub enum KvTokens {
 pub struct Choice {
     /// Index of its micro-batch size.
     pub case: usize,
-    /// The stages, in order; none is empty.
+    /// The stages, in the order of the pipeline; none is empty.
     pub stages: Vec<PlannedStage>,
-    /// The slowest stage's time for a micro-batch.
+    /// The slowest device's time for a micro-batch.
     pub bottleneck: f64,
 }
 
@@ -93,15 +95,8 @@ pub fn faster_layout(
     kv: KvTokens,
     rows_per_second: f64,
 ) -> Option<Choice> {
-    let mut search = Search { ends_block, widths, kv, tolerance: 0.0, best: None, rows_per_second };
-    for tolerance in TOLERANCES {
-        search.tolerance = tolerance;
-        for (index, case) in cases.iter().enumerate().rev() {
-            if !case.devices.is_empty() && !ends_block.is_empty() {
-                search.explore(index, case, 1, case.devices.len());
-            }
-        }
-    }
+    let mut search = Search::new(ends_block, widths, kv, rows_per_second, layout);
+    search.run(cases, |num_devices| 1..=num_devices);
     let choice = search.best?;
     let case = &cases[choice.case];
     let problem = Problem { devices: &case.devices, ends_block, costs: &case.costs, widths };
@@ -118,22 +113,51 @@ pub fn least_bottleneck(
     max_stages: usize,
 ) -> Option<Vec<PlannedStage>> {
     let any = Bounds { seconds: f64::INFINITY, kv_tokens, max_stages };
-    let stages = halve(problem, any, layout(problem, any)?, TIE);
+    let stages = halve(problem, any, layout(problem, any)?, TIE, layout);
     let bounds = Bounds { seconds: problem.bottleneck(&stages), ..any };
     Some(even_out(problem, stages, bounds))
 }
 
-struct Search<'a> {
+/// Says whether there is a layout within bounds, and which.
+type Find = fn(&Problem<'_>, Bounds) -> Option<Vec<PlannedStage>>;
+
+/// What was found so far.
+pub(super) struct Search<'a> {
     ends_block: &'a [bool],
     widths: Option<&'a [usize]>,
     kv: KvTokens,
+    find: Find,
     /// What is faster by a smaller share is passed over.
     tolerance: f64,
-    best: Option<Choice>,
+    pub(super) best: Option<Choice>,
     rows_per_second: f64,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    /// A search for what makes more than `rows_per_second`.
+    pub(super) fn new(
+        ends_block: &'a [bool],
+        widths: Option<&'a [usize]>,
+        kv: KvTokens,
+        rows_per_second: f64,
+        find: Find,
+    ) -> Self {
+        Search { ends_block, widths, kv, find, tolerance: 0.0, best: None, rows_per_second }
+    }
+
+    /// Goes through all cases, for the numbers of stages that so many devices may have.
+    pub(super) fn run(&mut self, cases: &[Case], num_stages: impl Fn(usize) -> RangeInclusive<usize>) {
+        for tolerance in TOLERANCES {
+            self.tolerance = tolerance;
+            for (index, case) in cases.iter().enumerate().rev() {
+                if !case.devices.is_empty() && !self.ends_block.is_empty() {
+                    let (fewest, most) = num_stages(case.devices.len()).into_inner();
+                    self.explore(index, case, fewest, most);
+                }
+            }
+        }
+    }
+
     /// Looks for something faster among layouts of `fewest..=most` stages.
     fn explore(&mut self, index: usize, case: &Case, fewest: usize, most: usize) {
         let Some(kv_tokens) = self.kv.needed(case.rows, fewest as u64) else { return };
@@ -146,14 +170,14 @@ impl Search<'_> {
         // Without anything to be faster than, the time is endless.
         let seconds = case.rows as f64 / self.rows_per_second * (1.0 - self.tolerance);
         let bounds = Bounds { seconds, kv_tokens, max_stages: most };
-        let Some(stages) = layout(&problem, bounds) else { return };
+        let Some(stages) = (self.find)(&problem, bounds) else { return };
         if fewest < most {
             let middle = fewest.midpoint(most);
             self.explore(index, case, fewest, middle);
             self.explore(index, case, middle + 1, most);
             return;
         }
-        let stages = halve(&problem, bounds, stages, self.tolerance);
+        let stages = halve(&problem, bounds, stages, self.tolerance, self.find);
         let bottleneck = problem.bottleneck(&stages);
         self.rows_per_second = case.rows as f64 / bottleneck;
         self.best = Some(Choice { case: index, stages, bottleneck });
@@ -169,11 +193,12 @@ fn halve(
     bounds: Bounds,
     mut stages: Vec<PlannedStage>,
     tolerance: f64,
+    find: Find,
 ) -> Vec<PlannedStage> {
     let (mut too_little, mut enough) = (0.0, problem.bottleneck(&stages));
     while enough - too_little > tolerance * enough {
         let seconds = too_little + (enough - too_little) / 2.0;
-        match layout(problem, Bounds { seconds, ..bounds }) {
+        match find(problem, Bounds { seconds, ..bounds }) {
             Some(faster) => {
                 enough = problem.bottleneck(&faster);
                 stages = faster;

@@ -1,4 +1,5 @@
-//! A plan as a picture: each stage's time as a bar of its blocks beside its memory, and the even split beneath.
+//! A plan as a picture: each stage's time as a bar of its blocks beside its memory, and the even split beneath. Where
+//! the pipeline goes through its devices twice, both stages of a device have one bar.
 //!
 //! All bars of time are on one scale, and a dashed line goes through them at the slowest stage of the plan, for
 //! which every other waits. The even split has as many rows to do, in micro-batches of its own size: where its
@@ -15,7 +16,7 @@ use crate::picture::canvas::{self, Canvas, FIGURE, HATCH, NAME, NOTE, SMALL, TIT
 use crate::picture::kinds::Kinds;
 use crate::picture::plan::row::{EXTRA, HOP, Row, SLOWEST, Style};
 use crate::plan::answer::{self, Answer};
-use crate::plan::report::Found;
+use crate::plan::report::{Found, StagePart};
 use crate::plan::setting::Setting;
 use crate::plan::table::{beside, device_range};
 use crate::text::{grouped, short};
@@ -55,6 +56,8 @@ struct Page<'a> {
     found: &'a Found,
     kinds: Kinds,
     plan: Vec<Row>,
+    /// The stages in each row of the plan.
+    stages: Vec<Vec<usize>>,
     even: Vec<Row>,
     /// Pixels for a second.
     scale: f64,
@@ -65,8 +68,12 @@ impl<'a> Page<'a> {
     fn of(setting: &'a Setting, answer: &Answer, found: &'a Found) -> Self {
         let ends = answer::ends_block(&answer.pieces);
         let problem = answer.plan.problem(&ends);
-        let row = |stage| Row::of(&setting.config, &answer.pieces, &problem, stage, 1.0);
-        let plan: Vec<Row> = answer.plan.stages.iter().map(row).collect();
+        let stages = by_device(&answer.plan.stages);
+        let row = |own: &Vec<usize>| {
+            let own: Vec<&PlannedStage> = own.iter().map(|idx| &answer.plan.stages[*idx]).collect();
+            Row::of(&setting.config, &answer.pieces, &problem, &own, 1.0)
+        };
+        let plan: Vec<Row> = stages.iter().map(row).collect();
         let even = even_rows(setting, answer, &ends);
         Page {
             kinds: Kinds::of(&setting.config),
@@ -75,6 +82,7 @@ impl<'a> Page<'a> {
             setting,
             found,
             plan,
+            stages,
             even,
         }
     }
@@ -138,24 +146,28 @@ impl<'a> Page<'a> {
         let (pitch, height) = if self.is_wide { (52.0, 34.0) } else { (22.0, 17.0) };
         let end = y + self.plan.len() as f64 * pitch;
         self.draw_slowest_line(canvas, y - 8.0, end);
-        for (index, (row, part)) in self.plan.iter().zip(&self.found.stages).enumerate() {
+        for (index, (row, stages)) in self.plan.iter().zip(&self.stages).enumerate() {
             let y = y + index as f64 * pitch;
-            self.draw_name(canvas, y, index, row, &device_range(&part.devices));
+            let parts: Vec<&StagePart> = stages.iter().map(|stage| &self.found.stages[*stage]).collect();
+            self.draw_name(canvas, y, stages, row, &device_range(&parts[0].devices));
             let style = self.style(y, height, true);
             row.draw(canvas, &style, &self.setting.config, &format!("plan {index}"));
-            memory::draw(canvas, y, part, self.is_wide);
+            memory::draw(canvas, y, &parts, self.is_wide);
         }
         end
     }
 
-    fn draw_name(&self, canvas: &mut Canvas, y: f64, index: usize, row: &Row, devices: &str) {
-        let blocks = format!("[{}, {})", row.blocks.start, row.blocks.end);
+    fn draw_name(&self, canvas: &mut Canvas, y: f64, stages: &[usize], row: &Row, devices: &str) {
+        let blocks = row.blocks_in_words();
+        let index = stages.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
         if self.is_wide {
-            canvas.text(LEFT, y + 11.0, NAME, &format!("stage {index}"));
+            let word = if stages.len() > 1 { "stages" } else { "stage" };
+            canvas.text(LEFT, y + 11.0, NAME, &format!("{word} {index}"));
             canvas.text(LEFT, y + 26.0, SMALL, devices);
             canvas.text(LEFT, y + 39.0, SMALL, &format!("blocks {blocks}"));
         } else {
-            canvas.text(LEFT, y + 12.5, SMALL, &format!("{index} {devices} {blocks}"));
+            let words = format!("{index} {devices} {blocks}");
+            canvas.text(LEFT, y + 12.5, SMALL.within(&words, BARS - LEFT - 4.0), &words);
         }
     }
 
@@ -197,7 +209,7 @@ impl<'a> Page<'a> {
         self.draw_slowest_line(canvas, y - 4.0, end);
         for (index, row) in self.even.iter().enumerate() {
             let y = y + index as f64 * pitch;
-            let words = format!("stage {index}, blocks [{}, {})", row.blocks.start, row.blocks.end);
+            let words = format!("stage {index}, blocks {}", row.blocks_in_words());
             canvas.text(LEFT, y + height / 2.0 + 4.0, SMALL, &words);
             row.draw(canvas, &self.style(y, height, false), &self.setting.config, &format!("even {index}"));
         }
@@ -244,6 +256,13 @@ impl<'a> Page<'a> {
     }
 }
 
+/// The stages that each device has, or each group of devices that share theirs.
+fn by_device(stages: &[PlannedStage]) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..stages.len()).collect();
+    order.sort_by_key(|stage| stages[*stage].devices.start);
+    order.chunk_by(|one, next| stages[*one].devices == stages[*next].devices).map(<[usize]>::to_vec).collect()
+}
+
 /// Seconds of the slowest stage.
 fn longest(rows: &[Row]) -> f64 {
     rows.iter().map(|row| row.seconds).fold(f64::MIN_POSITIVE, f64::max)
@@ -256,6 +275,6 @@ fn even_rows(setting: &Setting, answer: &Answer, ends: &[bool]) -> Vec<Row> {
         None => (&answer.plan, 1.0),
     };
     let problem = layout.problem(ends);
-    let row = |stage: &PlannedStage| Row::of(&setting.config, &answer.pieces, &problem, stage, factor);
+    let row = |stage: &PlannedStage| Row::of(&setting.config, &answer.pieces, &problem, &[stage], factor);
     answer::even_split(setting, &answer.pieces).iter().map(row).collect()
 }

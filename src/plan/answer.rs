@@ -1,16 +1,24 @@
 //! The fastest layout for a setting, and the layouts of others beside it.
 
 use scheduler::{
-    Case, Choice, KvTokens, PlannedStage, Problem, RankCosts, best_layout, faster_layout, in_flight,
-    least_bottleneck,
+    Case, Choice, KvTokens, PlannedStage, Problem, RankCosts, best_layout, faster_layout, faster_looped,
+    in_flight, least_bottleneck,
 };
 use stages::cost::{Balance, PieceShape};
 
 use crate::plan::setting::Setting;
 
+/// Going through the devices twice takes more hops, more micro-batches in flight, and a job that names its devices
+/// twice: what gains less is not worth it.
+const LEAST_GAIN: f64 = 1.01;
+
+/// Pipelines of more devices are cut finely enough by going through them once.
+const MOST_DEVICES_PASSED_TWICE: usize = 16;
+
 /// A layout and what to expect of it, by the roofline.
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {
+    /// In the order of the pipeline. A device that it goes through twice is in two of them.
     pub(crate) stages: Vec<PlannedStage>,
     /// Its largest micro-batch, with what everything costs for it.
     pub(crate) case: Case,
@@ -44,10 +52,11 @@ impl Layout {
 pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
-    let (replicas, stages) = choose(setting, &pieces, &setting.replica_counts())?;
+    let once = replicated(setting, &pieces, choose(setting, &pieces, &setting.replica_counts())?)?;
+    let twice = passed_twice(setting, &pieces, once.1.tokens_per_second * LEAST_GAIN);
+    let twice = twice.and_then(|chosen| replicated(setting, &pieces, chosen));
+    let (replicas, plan) = twice.unwrap_or(once);
     let replica = setting.replica(replicas);
-    let mut plan = expect(&replica, &pieces, &replica.widths(), stages)?;
-    plan.tokens_per_second *= replicas as f64;
     let even = even_split(setting, &pieces);
     let rows = plan.case.rows;
     let balanced = replica.case(&pieces, &replica.widths(), setting.balance, rows);
@@ -100,36 +109,70 @@ pub(crate) fn ends_block(pieces: &[PieceShape]) -> Vec<bool> {
     pieces.iter().map(|piece| piece.ends_block).collect()
 }
 
-/// The layout and how often it is there: by throughput, or where another cost is balanced the one with the least of
-/// it.
-fn choose(
-    setting: &Setting,
-    pieces: &[PieceShape],
-    replica_counts: &[usize],
-) -> Option<(usize, Vec<PlannedStage>)> {
+/// A layout, and how often it is there.
+type Chosen = (usize, Vec<PlannedStage>);
+
+/// What to expect of all replicas.
+fn replicated(setting: &Setting, pieces: &[PieceShape], chosen: Chosen) -> Option<(usize, Layout)> {
+    let (replicas, stages) = chosen;
+    let replica = setting.replica(replicas);
+    let mut layout = expect(&replica, pieces, &replica.widths(), stages)?;
+    layout.tokens_per_second *= replicas as f64;
+    Some((replicas, layout))
+}
+
+/// By throughput, or where another cost is balanced the layout with the least of it.
+fn choose(setting: &Setting, pieces: &[PieceShape], replica_counts: &[usize]) -> Option<Chosen> {
+    let ends = ends_block(pieces);
     match setting.balance {
         Balance::Flops | Balance::Weights => Some((1, smallest(setting, 0)?.stages)),
-        Balance::Roofline => fastest(setting, pieces, replica_counts),
+        Balance::Roofline => fastest(setting, replica_counts, 0.0, |replica, rows_per_second| {
+            let cases = cases(replica, pieces, &replica.widths());
+            let widths = setting.given_widths();
+            let choice = faster_layout(&cases, &ends, widths, replica.kv(), rows_per_second)?;
+            Some((cases[choice.case].rows as f64 / choice.bottleneck, choice.stages))
+        }),
     }
 }
 
-/// The fastest layout of any number of replicas; of equally fast ones the fewest.
+/// The fastest layout that goes through the devices twice, where one makes more than `rows_per_second`. Widths that
+/// are given, and times that were measured, are those of stages on devices of their own, and a cut by another cost than
+/// time is not about speed.
+fn passed_twice(setting: &Setting, pieces: &[PieceShape], rows_per_second: f64) -> Option<Chosen> {
+    let is_one_stage_each = setting.given_widths().is_some() || setting.measured.is_some();
+    if setting.balance != Balance::Roofline || is_one_stage_each {
+        return None;
+    }
+    let ends = ends_block(pieces);
+    fastest(setting, &setting.replica_counts(), rows_per_second, |replica, rows_per_second| {
+        let num_devices = replica.devices.num_devices();
+        if !(2..=MOST_DEVICES_PASSED_TWICE).contains(&num_devices) {
+            return None;
+        }
+        let cases = cases(replica, pieces, &[1]);
+        let choice = faster_looped(&cases, &ends, replica.kv(), rows_per_second)?;
+        Some((cases[choice.case].rows as f64 / choice.bottleneck, choice.stages))
+    })
+}
+
+fn cases(setting: &Setting, pieces: &[PieceShape], widths: &[usize]) -> Vec<Case> {
+    let case = |rows| setting.case(pieces, widths, Balance::Roofline, rows);
+    setting.micro_batches().into_iter().map(case).collect()
+}
+
+/// The fastest layout of any number of replicas, where one makes more than `rows_per_second`; of equally fast ones the
+/// fewest. `find` has the rows per second and the stages of one replica that makes more than it is told.
 fn fastest(
     setting: &Setting,
-    pieces: &[PieceShape],
     replica_counts: &[usize],
-) -> Option<(usize, Vec<PlannedStage>)> {
-    let ends = ends_block(pieces);
-    let (mut best, mut rows_per_second) = (None, 0.0);
+    mut rows_per_second: f64,
+    find: impl Fn(&Setting, f64) -> Option<(f64, Vec<PlannedStage>)>,
+) -> Option<Chosen> {
+    let mut best = None;
     for &count in replica_counts {
-        let replica = setting.replica(count);
-        let case = |rows| replica.case(pieces, &replica.widths(), Balance::Roofline, rows);
-        let cases: Vec<Case> = replica.micro_batches().into_iter().map(case).collect();
-        let so_far = rows_per_second / count as f64;
-        let choice = faster_layout(&cases, &ends, setting.given_widths(), replica.kv(), so_far);
-        if let Some(choice) = choice {
-            rows_per_second = cases[choice.case].rows as f64 / choice.bottleneck * count as f64;
-            best = Some((count, choice.stages));
+        if let Some((speed, stages)) = find(&setting.replica(count), rows_per_second / count as f64) {
+            rows_per_second = speed * count as f64;
+            best = Some((count, stages));
         }
     }
     best
@@ -150,7 +193,7 @@ fn expect(
         let devices = setting.stage_devices(Balance::Roofline, setting.mix.load(rows));
         let problem = Problem { devices: &devices, ends_block: &ends, costs: &weights.costs, widths: None };
         let needed = setting.kv().needed(rows, stages.len() as u64);
-        needed.is_some_and(|kv| stages.iter().all(|stage| problem.stage_missing_bytes(stage, kv) == 0))
+        needed.is_some_and(|kv| problem.missing_bytes(&stages, kv) == 0)
     };
     let (mut within, mut beyond) = (0, setting.max_rows() + 1);
     while beyond - within > 1 {
@@ -166,14 +209,13 @@ fn expect(
     Some(Layout { tokens_per_second, stages, case })
 }
 
-/// Tokens of KV that the fullest stage has room for; none where no stage keeps any.
+/// Tokens of KV that the fullest device has room for; none where no stage keeps any.
 pub(crate) fn kv_tokens(layout: &Layout, ends_block: &[bool]) -> Option<u64> {
     let problem = layout.problem(ends_block);
     let room = |stage: &PlannedStage| {
-        let costs = problem.rank_costs(stage);
+        let held = problem.held_beside(&layout.stages, stage);
         let device = problem.devices[stage.devices.start];
-        let room = device.memory_bytes - costs.weight_bytes(stage.pieces.clone());
-        room.checked_div(costs.kv_bytes_per_token(stage.pieces.clone()))
+        (device.memory_bytes - held.weight_bytes).checked_div(held.kv_bytes_per_token)
     };
     layout.stages.iter().filter_map(room).min()
 }

@@ -64,6 +64,9 @@ pub(crate) struct StagePart {
     /// Blocks of which only some columns are here.
     pub(crate) columns: Vec<CutBlock>,
     pub(crate) devices: Vec<String>,
+    /// Which time the pipeline is on these devices: 0, or 1 for the second.
+    #[serde(rename = "virtual")]
+    pub(crate) pass: usize,
     pub(crate) tensor_parallel: usize,
     pub(crate) params: u64,
     pub(crate) weight_bytes: u64,
@@ -88,7 +91,7 @@ pub(crate) struct Times {
     pub(crate) mix: f64,
 }
 
-/// Bytes on each device of a stage.
+/// Bytes on each device of a stage; what is free is so beside its other stage, where the pipeline passes it twice.
 #[derive(Debug, Serialize)]
 pub(crate) struct MemoryPart {
     pub(crate) total: u64,
@@ -206,7 +209,7 @@ impl Found {
         let replica = &setting.replica(answer.replicas);
         let ends = answer::ends_block(&answer.pieces);
         let stages: Vec<StagePart> =
-            plan.stages.iter().map(|stage| StagePart::of(replica, answer, &ends, stage)).collect();
+            (0..plan.stages.len()).map(|idx| StagePart::of(replica, answer, &ends, idx)).collect();
         let room = stages.iter().filter_map(|stage| stage.kv_tokens).min().unwrap_or(u64::MAX);
         let speed = plan.tokens_per_second;
         let beside = |layout: &Option<Layout>| {
@@ -243,8 +246,9 @@ impl Found {
 }
 
 impl StagePart {
-    fn of(setting: &Setting, answer: &Answer, ends: &[bool], stage: &PlannedStage) -> Self {
+    fn of(setting: &Setting, answer: &Answer, ends: &[bool], index: usize) -> Self {
         let plan = &answer.plan;
+        let stage = &plan.stages[index];
         let problem = plan.problem(ends);
         let costs = problem.rank_costs(stage);
         let ranks = stage.devices.len() as u64;
@@ -256,25 +260,28 @@ impl StagePart {
 
         let weights = costs.weight_bytes(stage.pieces.clone());
         let kv_bytes_per_token = costs.kv_bytes_per_token(stage.pieces.clone());
-        let kv = kv_bytes_per_token * answer::tokens_in_flight(setting, plan);
+        let held = problem.held_beside(&plan.stages, stage);
+        let tokens_in_flight = answer::tokens_in_flight(setting, plan);
+        let room = device.memory_bytes - held.weight_bytes;
         let total = setting::memory_bytes(spec);
         StagePart {
             blocks: [first.block, last.block + 1],
             slots: [slot(first.block), slot(last.block) + 1],
             columns: cut_blocks(setting, shapes),
             devices: device_names(setting, stage.devices.clone()),
+            pass: plan.stages[..index].iter().filter(|before| before.devices == stage.devices).count(),
             tensor_parallel: stage.devices.len(),
             params: params(setting, answer, &stage.pieces),
             weight_bytes: weights * ranks,
             kv_bytes_per_token: kv_bytes_per_token * ranks,
-            kv_tokens: (device.memory_bytes - weights).checked_div(kv_bytes_per_token),
+            kv_tokens: (kv_bytes_per_token > 0).then(|| room / held.kv_bytes_per_token),
             time_ms: times(setting, answer, spec, stage),
             memory: MemoryPart {
                 total,
                 weights,
-                kv,
+                kv: kv_bytes_per_token * tokens_in_flight,
                 workspace: total - device.memory_bytes,
-                free: device.memory_bytes - weights - kv,
+                free: room - held.kv_bytes_per_token * tokens_in_flight,
             },
         }
     }

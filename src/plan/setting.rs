@@ -287,9 +287,9 @@ pub(crate) fn memory_bytes(spec: &DeviceSpec) -> u64 {
     (spec.memory_mib * f64::from(1 << 20)) as u64
 }
 
-/// Both ends of a hop; the last device's own link stands for what follows it.
+/// Both ends of a hop; after the last device a pipeline that goes through them twice comes to the first.
 fn hop_links(kinds: &[&DeviceSpec], kind_of_each: &[usize], device: usize) -> [Channel; 2] {
-    let next = *kind_of_each.get(device + 1).unwrap_or(&kind_of_each[device]);
+    let next = kind_of_each[(device + 1) % kind_of_each.len()];
     [kind_of_each[device], next].map(|kind| link(kinds[kind]))
 }
 

@@ -112,6 +112,11 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
         "mix"
     ));
     lines.extend(found.stages.iter().enumerate().flat_map(|(idx, stage)| stage_lines(idx, stage)));
+    if found.stages.iter().any(|stage| stage.pass > 0) {
+        lines.push(
+            "devices are passed twice: free and KV tokens are what both stages of a device leave".to_owned(),
+        );
+    }
     lines.push(format!(
         "micro-batch of {} rows, {} tokens of KV in flight{}",
         grouped(found.micro_batch_rows),

@@ -234,6 +234,23 @@ fn a_picture_of_many_stages_is_small() {
     assert!(num_stages > 50 && svg.len() < 300_000, "{num_stages} stages in {} bytes", svg.len());
 }
 
+/// Both stages of a device have one bar, one memory, and together its time.
+#[test]
+fn a_device_that_is_passed_twice_is_one_bar() {
+    let lengths = "--set plan.prompt_tokens=120000 --set plan.output_tokens=1024";
+    let (svg, text) = drawn(&format!("plan configs/super-49b-1xh200.toml --devices 5xh200 {lengths}"));
+    assert!(text.contains("devices are passed twice"), "{text}");
+    let document = Document::parse(&svg).expect("XML");
+    let memory = all(&document, "data-memory");
+    assert_eq!(memory.len(), 5 * 4);
+    for device in memory.chunks(4) {
+        let sum: f64 = device.iter().map(|part| number(bars(*part)[0], "width")).sum();
+        assert!((sum - 284.0).abs() < 0.1, "{sum}");
+    }
+    let texts = texts(&document);
+    assert!(texts.contains("stages 0, 5") && texts.contains("stages 4, 9"), "{texts}");
+}
+
 #[test]
 fn names_of_models_are_escaped() {
     let folder = tempfile::tempdir().unwrap();

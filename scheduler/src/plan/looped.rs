@@ -88,7 +88,7 @@ impl Passes<'_> {
             let states = undominated(self.after(device, &table[device]), self.bounds.max_stages);
             table.push(states);
         }
-        // What is not at both ends was found hopeless: no device is left for it.
+        // No device is left: what is before its end has blocks left over that take nothing.
         let end = table[num_devices]
             .iter()
             .position(|state| state.front == self.border && state.back == self.problem.num_pieces())?;

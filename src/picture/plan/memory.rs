@@ -2,7 +2,7 @@
 
 use crate::picture::canvas::{Area, Bar, Canvas, SMALL};
 use crate::picture::plan::{MEMORY, MEMORY_WIDTH};
-use crate::plan::report::StagePart;
+use crate::plan::report::{MemoryPart, StagePart};
 use crate::plan::table::gigabytes;
 use crate::text::{grouped, short};
 
@@ -18,9 +18,10 @@ pub(super) const NARROW_WIDTH: f64 = MEMORY_WIDTH - 74.0;
 pub(super) const LEGEND: [(&str, &str); 4] =
     [(WEIGHTS, "weights"), (KV, "KV"), (WORKSPACE, "workspace"), (FREE, "free")];
 
-/// Draws the memory of a stage; where there is room, its figures beneath it.
-pub(super) fn draw(canvas: &mut Canvas, y: f64, stage: &StagePart, is_wide: bool) {
-    let memory = &stage.memory;
+/// Draws the memory of the stages that share a device; where there is room, its figures beneath it.
+pub(super) fn draw(canvas: &mut Canvas, y: f64, stages: &[&StagePart], is_wide: bool) {
+    let memory = &shared(stages);
+    let kv_tokens = stages.iter().find_map(|stage| stage.kv_tokens);
     let width = if is_wide { MEMORY_WIDTH } else { NARROW_WIDTH };
     let scale = width / memory.total as f64;
     let mut x = MEMORY;
@@ -33,19 +34,25 @@ pub(super) fn draw(canvas: &mut Canvas, y: f64, stage: &StagePart, is_wide: bool
     }
     canvas.frame(Area { x: MEMORY, y: y + 2.0, width, height: 13.0 }, "#9aa5b1", 0.5);
     if is_wide {
-        for (line, words) in figures(stage).iter().enumerate() {
+        for (line, words) in figures(memory, kv_tokens).iter().enumerate() {
             canvas.text(MEMORY, y + 28.0 + 13.0 * line as f64, SMALL, words);
         }
     } else {
-        let tokens = stage.kv_tokens.map_or("no KV".to_owned(), |tokens| short(tokens as f64));
+        let tokens = kv_tokens.map_or("no KV".to_owned(), |tokens| short(tokens as f64));
         canvas.text(MEMORY + width + 8.0, y + 12.5, SMALL, &tokens);
     }
 }
 
-fn figures(stage: &StagePart) -> [String; 2] {
-    let memory = &stage.memory;
+/// What stages have on a device together.
+fn shared(stages: &[&StagePart]) -> MemoryPart {
+    let first = &stages[0].memory;
+    let weights = stages.iter().map(|stage| stage.memory.weights).sum();
+    MemoryPart { weights, kv: stages.iter().map(|stage| stage.memory.kv).sum(), ..*first }
+}
+
+fn figures(memory: &MemoryPart, kv_tokens: Option<u64>) -> [String; 2] {
     let (weights, total) = (gigabytes(memory.weights), gigabytes(memory.total));
-    match stage.kv_tokens {
+    match kv_tokens {
         Some(tokens) => [
             format!("weights {weights}, KV {} of {total}", gigabytes(memory.kv)),
             format!("room for {} KV tokens", grouped(tokens)),

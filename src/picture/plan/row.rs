@@ -1,4 +1,4 @@
-//! A stage's time as a bar: its blocks in order, each as wide as its time.
+//! A stage's time as a bar: its blocks in order, each as wide as its time. Stages that share a device share a bar.
 //!
 //! A block has the colour of its FFN, and along its upper edge that of its attention. Where only some of its
 //! columns are in the stage it is hatched.
@@ -29,12 +29,12 @@ const ATTENTION_HEIGHT: f64 = 0.3;
 const NARROWEST_WITH_NUMBER: f64 = 25.0;
 const NUMBER: Font = Font { size: 11.0, colour: "#ffffff", is_bold: true, ..FIGURE };
 
-/// A stage and what its time goes to.
+/// A stage, or all of a device, and what its time goes to.
 pub(super) struct Row {
     pub(super) segments: Vec<Segment>,
     pub(super) seconds: f64,
     pub(super) num_devices: usize,
-    pub(super) blocks: Range<usize>,
+    pub(super) blocks: Vec<Range<usize>>,
 }
 
 /// How a row is drawn.
@@ -51,23 +51,36 @@ pub(super) struct Style<'a> {
 }
 
 impl Row {
-    /// A stage's row, with its times by `factor`.
+    /// The row of stages that have the same devices, with their times by `factor`.
+    ///
+    /// # Panics
+    /// If there is no stage.
     pub(super) fn of(
         config: &ModelConfig,
         pieces: &[PieceShape],
         problem: &Problem<'_>,
-        stage: &PlannedStage,
+        stages: &[&PlannedStage],
         factor: f64,
     ) -> Self {
-        let own = &pieces[stage.pieces.clone()];
-        let mut segments = segments(config, pieces, problem, stage);
+        let mut segments: Vec<Segment> =
+            stages.iter().flat_map(|stage| segments(config, pieces, problem, stage)).collect();
         segments.iter_mut().for_each(|segment| segment.seconds *= factor);
+        let blocks = |stage: &&PlannedStage| {
+            let own = &pieces[stage.pieces.clone()];
+            own[0].block..own[own.len() - 1].block + 1
+        };
         Row {
             segments,
-            seconds: problem.stage_seconds(stage) * factor,
-            num_devices: stage.devices.len(),
-            blocks: own[0].block..own[own.len() - 1].block + 1,
+            seconds: stages.iter().map(|stage| problem.stage_seconds(stage)).sum::<f64>() * factor,
+            num_devices: stages[0].devices.len(),
+            blocks: stages.iter().map(blocks).collect(),
         }
+    }
+
+    /// The runs of blocks in words.
+    pub(super) fn blocks_in_words(&self) -> String {
+        let words = self.blocks.iter().map(|range| format!("[{}, {})", range.start, range.end));
+        words.collect::<Vec<_>>().join(", ")
     }
 
     /// Whether a block is in other stages too.

@@ -17,11 +17,14 @@ use stages::cost::{
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
 use stages::{Device, Model};
 
-use crate::plan::{CPU_CORE, Lengths, roofline};
+use crate::plan::{CPU_CORE, Lengths, first_rows, roofline};
 use crate::{lower, profile, say};
 
-/// Tokens of prompts, and of answers, where a job does not say them: a few hundred, so that a row has 512 positions in the
-/// middle of its answer.
+/// Rows of the input whose lengths stand for all: some thousand tokens are enough to tell short prompts from long ones.
+const SAMPLED_ROWS: u64 = 256;
+
+/// Tokens of answers where nobody says how long they are, and of prompts where the input cannot be read: a few hundred,
+/// so that a row has 512 positions in the middle of its answer.
 const TYPICAL_TOKENS: usize = 341;
 
 /// A layout that cannot be run is worth a line when it is faster by this share.
@@ -86,7 +89,7 @@ pub(crate) fn place(job: &JobFile, model: &Model) -> Result<Placement> {
         Some(measured) => (Source::Measured, measured),
         None => (Source::Estimate, &estimator),
     };
-    let question = Question { job, model, costs, load: load(job, options.context_tokens) };
+    let question = Question { job, model, costs, load: load(job, model, options.context_tokens) };
     let planned = question.plan()?;
     let mut lines = vec![];
     let spans = match given {
@@ -179,13 +182,24 @@ fn cpu_roofline(options: &MeasureOptions) -> Result<stages::cost::Roofline> {
     })
 }
 
-/// A micro-batch in the middle of the job.
-fn load(job: &JobFile, context_tokens: usize) -> Load {
+/// How long rows are: as `[plan]` says, or else as the first of the input are.
+fn lengths(job: &JobFile, model: &Model, context_tokens: usize) -> Lengths {
     let plan = job.plan.clone().unwrap_or_default();
-    let or_typical =
-        |tokens: Option<usize>| tokens.unwrap_or(TYPICAL_TOKENS.min(context_tokens / 2)).max(1) as u64;
-    let lengths = Lengths::alike(or_typical(plan.prompt_tokens), or_typical(plan.output_tokens));
-    let mix = lengths.mix().expect("an answer has a token");
+    let typical = TYPICAL_TOKENS.min(context_tokens / 2).max(1);
+    let given =
+        |tokens: Option<usize>| tokens.map_or(typical, |tokens| tokens.min(context_tokens).max(1)) as u64;
+    let alike = || Lengths::alike(given(plan.prompt_tokens), given(plan.output_tokens));
+    match (plan.prompt_tokens, plan.output_tokens) {
+        (Some(_), Some(_)) => alike(),
+        _ if job.pipeline.devices.len() == 1 => alike(), // There is nothing to cut, and a tokenizer takes a second to read.
+        // What is wrong with an input is said when it is run.
+        _ => first_rows(job, &model.config, SAMPLED_ROWS, typical as u64).unwrap_or_else(|_| alike()),
+    }
+}
+
+/// A micro-batch in the middle of the job.
+fn load(job: &JobFile, model: &Model, context_tokens: usize) -> Load {
+    let mix = lengths(job, model, context_tokens).mix().expect("an answer has a token");
     let rows = job.pipeline.max_sequences as u64 / in_flight(job.pipeline.devices.len() as u64);
     let tokens_per_row = mix.load(1).tokens();
     let most = (job.pipeline.micro_batch_tokens as f64 / tokens_per_row) as u64;

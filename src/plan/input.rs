@@ -6,12 +6,13 @@
 
 use std::num::NonZeroU64;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use configs::JobFile;
 use indicatif::{ProgressBar, ProgressStyle};
-use jobs::{PreparedRow, Preparer, Reader, RejectedRow, Row};
+use jobs::{ModelText, PreparedRow, Preparer, Reader, RejectedRow, Row};
 use stages::ModelConfig;
 
 use crate::plan::lengths::Lengths;
@@ -93,12 +94,33 @@ impl Work {
     }
 }
 
+/// The first `rows` rows of a job's input. Where `[plan]` does not say how long answers are, each has `output` tokens, as far
+/// as its own `max_tokens` allow.
+///
+/// # Errors
+/// An input that cannot be read, or that begins with no row that could be run.
+pub(crate) fn first_rows(job: &JobFile, config: &ModelConfig, rows: u64, output: u64) -> Result<Lengths> {
+    let context = lower::context_tokens(&job.model, config)?;
+    let plan = job.plan.clone().unwrap_or_default();
+    let given = Given {
+        prompt: plan.prompt_tokens.map(|n| n as u64),
+        output: Some(plan.output_tokens.map_or(output, |n| n as u64)),
+    };
+    let text = run::open_text(&job.model, config, run::unix_seconds())?;
+    let reader = reader(job, text, context, Some(rows))?;
+    Ok(given.read(reader, &job.job.input, context as u64)?.lengths)
+}
+
 fn open(job: &JobFile, config: &ModelConfig, context: usize) -> Result<Reader> {
     let text = run::open_text(&job.model, config, run::unix_seconds())?;
     text.warnings().iter().for_each(|warning| crate::say(&format!("warning: {warning}")));
+    reader(job, text, context, None)
+}
+
+fn reader(job: &JobFile, text: Arc<ModelText>, context: usize, limit: Option<u64>) -> Result<Reader> {
     // Identity and numbers decide draws, and no lengths.
     let options = run::row_options(job, String::new(), context)?;
-    Ok(Reader::open(&job.job.input, Preparer::new(text, options)?, None)?)
+    Ok(Reader::open(&job.job.input, Preparer::new(text, options)?, limit)?)
 }
 
 /// Lengths that `[plan]` says.

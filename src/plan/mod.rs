@@ -23,6 +23,7 @@ use crate::plan::input::Work;
 use crate::plan::setting::Setting;
 use crate::{picture, placement, profile};
 
+pub(crate) use crate::plan::input::first_rows;
 pub(crate) use crate::plan::lengths::Lengths;
 pub(crate) use crate::plan::setting::roofline;
 

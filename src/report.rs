@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use actors::StageTimes;
+use actors::{StageParts, StageTimes};
 use jobs::{Score, Scores};
 
 use crate::text::grouped;
@@ -21,8 +21,8 @@ pub(crate) struct Report {
     pub(crate) generated_tokens: u64,
     pub(crate) load: Duration,
     pub(crate) run: Duration,
-    /// Time with a micro-batch in flight.
-    pub(crate) active: Duration,
+    /// Time that the pipeline actor took between the last stage and the first.
+    pub(crate) handling: Duration,
     pub(crate) stages: Vec<StageLine>,
     /// What the scheduler did, where it could still be asked.
     pub(crate) scheduler: Option<scheduler::Stats>,
@@ -73,25 +73,23 @@ impl Report {
         );
         add("time", format!("{seconds:.2} s, and {:.2} s to load the model", self.load.as_secs_f64()));
         for (index, stage) in self.stages.iter().enumerate() {
-            let share =
-                |time: Duration| if seconds > 0.0 { 100.0 * time.as_secs_f64() / seconds } else { 0.0 };
             let restarted = match stage.times.restarts {
                 0 => String::new(),
                 times => format!(", started again {} times", grouped(times)),
             };
-            let bubble = self.active.saturating_sub(stage.times.busy);
             add(
                 &format!("stage {index}"),
                 format!(
-                    "{}: busy {:.1} %, bubble {:.1} %, {} micro-batches of {:.0} tokens{restarted}",
+                    "{}: {}, {} micro-batches of {:.0} tokens{restarted}",
                     stage.name,
-                    share(stage.times.busy),
-                    share(bubble),
+                    parts(&stage.times.parts),
                     grouped(stage.times.steps),
                     stage.times.tokens as f64 / stage.times.steps.max(1) as f64,
                 ),
             );
         }
+        let handling = if seconds > 0.0 { 100.0 * self.handling.as_secs_f64() / seconds } else { 0.0 };
+        add("pipeline", format!("scheduling and stop strings took {handling:.2} % of the time"));
         if let Some(stats) = self.scheduler.filter(|stats| stats.preemptions > 0) {
             add(
                 "KV cache",
@@ -112,6 +110,24 @@ impl Report {
         lines.extend(self.scores.iter().flat_map(score_lines));
         lines
     }
+}
+
+/// The shares of a stage's wall time: how busy it was, and whatever else there was of it.
+fn parts(parts: &StageParts) -> String {
+    let wall = parts.wall().as_secs_f64();
+    let share = |time: Duration| if wall > 0.0 { 100.0 * time.as_secs_f64() / wall } else { 0.0 };
+    let waits = [
+        ("starved", parts.starved),
+        ("blocked", parts.blocked),
+        ("KV-limited", parts.kv_limited),
+        ("tail", parts.tail),
+        ("idle", parts.idle),
+    ];
+    let mut text = format!("busy {:.1} %", share(parts.busy));
+    for (name, time) in waits.into_iter().filter(|(_, time)| share(*time) >= 0.05) {
+        text += &format!(", {name} {:.1} %", share(time));
+    }
+    text
 }
 
 fn score_lines(scores: &Scores) -> Vec<String> {

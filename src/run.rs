@@ -394,7 +394,7 @@ impl Ended<'_> {
             generated_tokens: self.progress.generated_tokens.load(Ordering::Relaxed),
             load: self.running.load,
             run,
-            active: self.pipeline.clock.active(),
+            handling: self.pipeline.clock.handling(),
             stages,
             scheduler: self.pipeline.scheduler_stats().await,
             peak_bytes: machine::peak_bytes(),

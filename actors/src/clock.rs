@@ -1,100 +1,52 @@
-//! Where the time of a run goes: how long each stage was busy, and how long there was anything to do.
+//! Where the time of a run goes: what each stage is at, and where it waits, what it waits for.
+//!
+//! Each moment of a stage between a job's begin and its end belongs to one part of [`StageParts`], so the
+//! parts sum up to the wall time without anybody adding them up. A device thread only says what it turns to; why
+//! there is nothing to compute is known to the pipeline actor, which keeps [`FlowClock`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+mod at_work;
+mod flow;
+mod ledger;
+mod stage;
 
-use scheduler::MicroBatchId;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-/// What one stage has done so far; its device thread writes, anybody reads.
-#[derive(Debug, Default)]
-pub struct StageClock {
-    busy_ns: AtomicU64,
-    steps: AtomicU64,
-    tokens: AtomicU64,
-    restarts: AtomicU64,
-}
+pub(crate) use at_work::AtWork;
+pub(crate) use flow::{Flow, FlowClock};
+pub use ledger::StageParts;
+pub(crate) use stage::Meter;
+pub use stage::{StageClock, StageTimes, StepLoads};
 
-/// A reading of a [`StageClock`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct StageTimes {
-    /// Time spent in steps.
-    pub busy: Duration,
-    /// Micro-batches computed.
-    pub steps: u64,
-    /// Tokens computed, prompts' and generated ones.
-    pub tokens: u64,
-    /// How often the stage had to be started again.
-    pub restarts: u64,
-}
-
-impl StageClock {
-    pub(crate) fn add_restart(&self) {
-        self.restarts.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn add_step(&self, busy: Duration, tokens: usize) {
-        self.busy_ns.fetch_add(busy.as_nanos() as u64, Ordering::Relaxed);
-        self.steps.fetch_add(1, Ordering::Relaxed);
-        self.tokens.fetch_add(tokens as u64, Ordering::Relaxed);
-    }
-
-    /// What the stage has done so far.
-    pub fn read(&self) -> StageTimes {
-        StageTimes {
-            busy: Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed)),
-            steps: self.steps.load(Ordering::Relaxed),
-            tokens: self.tokens.load(Ordering::Relaxed),
-            restarts: self.restarts.load(Ordering::Relaxed),
-        }
-    }
-}
-
-/// What a device thread is at; the thread writes, its watchdog reads.
-#[derive(Debug, Default)]
-pub(crate) struct AtWork(Mutex<Work>);
-
-#[derive(Debug, Default)]
-struct Work {
-    step: Option<(MicroBatchId, Instant)>,
-    /// The micro-batch over which the thread was given up.
-    hung: Option<MicroBatchId>,
-}
-
-impl AtWork {
-    pub(crate) fn set(&self, micro_batch: Option<MicroBatchId>) {
-        self.lock().step = micro_batch.map(|id| (id, Instant::now()));
-    }
-
-    /// Gives the thread up where it has been at one micro-batch for longer than `timeout`.
-    pub(crate) fn give_up_after(&self, timeout: Duration) -> bool {
-        let mut work = self.lock();
-        let hung = work.step.filter(|(_, since)| since.elapsed() > timeout);
-        work.hung = work.hung.or(hung.map(|(id, _)| id));
-        hung.is_some()
-    }
-
-    /// The micro-batch over which the thread was given up, if it was.
-    pub(crate) fn hung(&self) -> Option<MicroBatchId> {
-        self.lock().hung
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Work> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// How long at least one micro-batch was in flight, and what came of it. A stage's bubble is this time less
-/// its busy time.
+/// What a pipeline as a whole has done, and what its stages lack.
 #[derive(Debug, Default)]
 pub struct PipelineClock {
-    active_ns: AtomicU64,
+    flow: FlowClock,
+    is_input_read: AtomicBool,
     sampled_tokens: AtomicU64,
+    handling_ns: AtomicU64,
 }
 
 impl PipelineClock {
+    pub(crate) fn flow(&self) -> &FlowClock {
+        &self.flow
+    }
+
+    /// No row will come any more.
+    pub(crate) fn set_input_read(&self) {
+        self.is_input_read.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_input_read(&self) -> bool {
+        self.is_input_read.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn add_sampled(&self, tokens: usize) {
         self.sampled_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_handling(&self, time: Duration) {
+        self.handling_ns.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// Tokens drawn so far, those of unfinished sequences too.
@@ -102,34 +54,9 @@ impl PipelineClock {
         self.sampled_tokens.load(Ordering::Relaxed)
     }
 
-    /// Time with a micro-batch in flight, up to the last moment when there was none.
-    pub fn active(&self) -> Duration {
-        Duration::from_nanos(self.active_ns.load(Ordering::Relaxed))
-    }
-}
-
-/// Adds the spans between the first micro-batch in flight and the last one back.
-#[derive(Debug)]
-pub(crate) struct ActiveSpan {
-    clock: std::sync::Arc<PipelineClock>,
-    since: Option<Instant>,
-}
-
-impl ActiveSpan {
-    pub(crate) fn new(clock: std::sync::Arc<PipelineClock>) -> Self {
-        ActiveSpan { clock, since: None }
-    }
-
-    pub(crate) fn update(&mut self, is_active: bool) {
-        match (is_active, self.since) {
-            (true, None) => self.since = Some(Instant::now()),
-            (_, Some(since)) => {
-                // Counted at every event, so that a run that is cut short keeps its time.
-                let now = Instant::now();
-                self.clock.active_ns.fetch_add((now - since).as_nanos() as u64, Ordering::Relaxed);
-                self.since = is_active.then_some(now);
-            }
-            (false, None) => {}
-        }
+    /// Time that the pipeline actor has spent between the last stage and the first: on what comes back, stop
+    /// strings among it, and on what goes out next.
+    pub fn handling(&self) -> Duration {
+        Duration::from_nanos(self.handling_ns.load(Ordering::Relaxed))
     }
 }

@@ -14,7 +14,7 @@ use scheduler::MicroBatchOutput;
 use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
 
-use crate::clock::{AtWork, StageClock};
+use crate::clock::{AtWork, Meter};
 use crate::error::{Error, Result, panic_message, with_causes};
 use crate::link::{Link, is_delivered};
 use crate::stage::{DeviceFailed, StageActor, StageEnd, Step, Work};
@@ -39,7 +39,7 @@ pub(crate) struct DeviceThread {
     pub(crate) index: usize,
     pub(crate) work: Receiver<Work>,
     pub(crate) next: Next,
-    pub(crate) clock: Arc<StageClock>,
+    pub(crate) meter: Meter,
     pub(crate) at_work: Arc<AtWork>,
     pub(crate) lost: Lost,
     /// Weak, so that the actor can end, and its thread after it.
@@ -74,6 +74,7 @@ impl DeviceThread {
         if ready.send(Ok(())).is_err() {
             return;
         }
+        self.meter.wait();
         // Ends when the actor is gone, and with it the sender of work.
         for work in &self.work {
             let step = match work {
@@ -86,6 +87,7 @@ impl DeviceThread {
             let micro_batch = Some(step.batch.id);
             self.at_work.set(micro_batch);
             if let Err(error) = self.step(&mut *stage, step) {
+                self.meter.compute_in_vain();
                 // Freed before another takes its place: a device may not hold two. Whatever comes of that,
                 // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
@@ -105,7 +107,7 @@ impl DeviceThread {
             return Ok(());
         }
         let index = self.index;
-        let start = Instant::now();
+        let start = self.meter.compute();
         let compute = || {
             jobs::faults::step(index);
             stage.step(&batch, input)
@@ -116,9 +118,12 @@ impl DeviceThread {
             Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
         };
         if self.lost.contains(batch.id) {
-            return Ok(()); // While it was computed.
+            self.meter.compute_in_vain(); // It was lost while it was computed.
+            self.meter.wait();
+            return Ok(());
         }
-        let (busy, tokens) = (start.elapsed(), batch.num_tokens());
+        let tokens = batch.num_tokens();
+        let busy = self.meter.hand_on(tokens, &batch.load()) - start;
         tracing::debug!(
             stage = index,
             micro_batch = batch.id.0,
@@ -126,7 +131,6 @@ impl DeviceThread {
             seconds = busy.as_secs_f64(),
             "step"
         );
-        self.clock.add_step(busy, tokens);
         match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
             (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {
@@ -139,6 +143,7 @@ impl DeviceThread {
                 panic!("stage {index} drew tokens and is not the last")
             }
         }
+        self.meter.wait();
         Ok(())
     }
 }

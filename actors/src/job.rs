@@ -26,6 +26,7 @@ use tokio::sync::Semaphore;
 
 pub(crate) use self::state::{Fate, JobState, Submission, Unwritten};
 pub(crate) use self::threads::LineMaker;
+use crate::clock::PipelineClock;
 use crate::error::{Error, Result, death_error};
 use crate::link::is_delivered;
 use crate::pipeline::{Checkpoint, Checkpoints, Completed, PipelineActor, Prompt};
@@ -104,10 +105,12 @@ pub async fn run_job(
     options: JobOptions,
     interrupt: impl Future<Output = ()>,
 ) -> Result<JobOutcome> {
+    pipeline.stage_clocks.iter().for_each(|clock| clock.begin());
     let prepared = PreparedActor::<JobActor>::new(mailbox::bounded(mailbox_size(pipeline.window)));
     let job = prepared.actor_ref().clone();
     job.link(&pipeline.actor).await;
-    let args = JobArgs { options, pipeline: pipeline.actor.clone(), window: pipeline.window };
+    let clock = Arc::clone(&pipeline.clock);
+    let args = JobArgs { options, pipeline: pipeline.actor.clone(), clock, window: pipeline.window };
     let mut running = prepared.spawn(args);
     let ended = tokio::select! {
         ended = &mut running => ended,
@@ -126,12 +129,14 @@ pub async fn run_job(
 struct JobArgs {
     options: JobOptions,
     pipeline: ActorRef<PipelineActor>,
+    clock: Arc<PipelineClock>,
     window: usize,
 }
 
 struct JobActor {
     state: JobState,
     pipeline: ActorRef<PipelineActor>,
+    clock: Arc<PipelineClock>,
     tokenizer: Option<Arc<Tokenizer>>,
     checkpoints: Checkpoints,
     /// Gives the reader leave for another row; gone once no further row is wanted.
@@ -166,7 +171,7 @@ impl Actor for JobActor {
     type Error = Infallible;
 
     async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
-        let JobArgs { options, pipeline, window } = args;
+        let JobArgs { options, pipeline, clock, window } = args;
         let JobOptions { reader, writer, tokenizer, created, limits, .. } = options;
         let (credits, leave) = bounded(window);
         for () in std::iter::repeat_n((), window) {
@@ -181,6 +186,7 @@ impl Actor for JobActor {
         Ok(JobActor {
             state: JobState::new(limits, options.max_error_rate, options.progress),
             pipeline,
+            clock,
             tokenizer,
             checkpoints: Checkpoints { keeper, leave, every: options.checkpoint_tokens },
             credits: Some(credits),
@@ -305,6 +311,7 @@ impl Message<InputEnded> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, InputEnded(input): InputEnded, _: &mut Context<Self, ()>) {
+        self.clock.set_input_read();
         match input {
             Ok((record, unread)) => {
                 self.state.input_ended(record, unread);

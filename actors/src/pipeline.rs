@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jobs::{MAX_CHOICES, StopMatcher};
 use kameo::Actor;
@@ -22,7 +22,7 @@ use kameo::message::{Context, Message};
 use scheduler::{Completion, Generated, Request, RequestKey, Sampling, Scheduler, SequenceId, TokenId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::clock::{ActiveSpan, PipelineClock};
+use crate::clock::{Flow, PipelineClock};
 use crate::device_thread::Tokens;
 use crate::error::{Error, Result, link_death};
 use crate::link::{InProcess, Link, is_delivered};
@@ -68,7 +68,6 @@ pub(crate) struct PipelineActor {
     convicted: Vec<Completion>,
     clients: HashMap<SequenceId, Client>,
     clock: Arc<PipelineClock>,
-    active: ActiveSpan,
 }
 
 /// What a pipeline is made from.
@@ -162,7 +161,6 @@ impl Actor for PipelineActor {
             probe: None,
             convicted: Vec::new(),
             clients: HashMap::new(),
-            active: ActiveSpan::new(Arc::clone(&clock)),
             clock,
         })
     }
@@ -215,7 +213,7 @@ impl PipelineActor {
             self.probe = self.scheduler.probe(probe()).ok();
         }
         self.stages.lost().all_before(self.scheduler.next_micro_batch_id());
-        self.active.update(false);
+        self.clock.flow().set(Flow::Idle);
         self.stages.restart(stage, pipeline).await?;
         // Where another stage has ended meanwhile, word of that is on its way.
         self.is_whole = self.stages.flush().await;
@@ -232,11 +230,18 @@ impl PipelineActor {
             // Where the stage is gone, word of that is on its way.
             self.first.push(Arc::new(batch), None);
         }
-        let is_active = self.scheduler.num_in_flight() > 0;
-        if !is_active {
+        if self.scheduler.num_in_flight() == 0 {
             self.tell_convicted();
         }
-        self.active.update(is_active);
+        self.clock.flow().set(self.flow());
+    }
+
+    /// What a stage waits for that waits now, all being issued that can be.
+    fn flow(&self) -> Flow {
+        match self.scheduler.num_in_flight() {
+            0 => Flow::Idle,
+            _ => Flow::of(self.scheduler.flow(), self.clock.is_input_read()),
+        }
     }
 
     fn tell_convicted(&mut self) {
@@ -296,6 +301,7 @@ impl Message<Prompt> for PipelineActor {
     type Reply = ();
 
     async fn handle(&mut self, prompt: Prompt, _: &mut Context<Self, ()>) {
+        let began = Instant::now();
         let Prompt { tag, request, so_far, stop, completed, sampled, checkpoints } = prompt;
         let num_checkpointed = so_far.tokens.len();
         let sequence = self.scheduler.submit(request, so_far).expect("the request was checked to fit");
@@ -304,6 +310,7 @@ impl Message<Prompt> for PipelineActor {
         let completions = self.scheduler.drain_finished();
         self.deliver(completions);
         self.dispatch();
+        self.clock.add_handling(began.elapsed());
     }
 }
 
@@ -314,6 +321,7 @@ impl Message<Tokens> for PipelineActor {
         if self.stages.lost().contains(output.id) {
             return;
         }
+        let began = Instant::now();
         self.ends_in_a_row = 0;
         self.tell_convicted();
         self.clock.add_sampled(output.slices.iter().filter(|slice| slice.token.is_some()).count());
@@ -336,6 +344,7 @@ impl Message<Tokens> for PipelineActor {
         self.deliver(completions);
         self.dispatch();
         grown.into_iter().for_each(|sequence| self.checkpoint(sequence));
+        self.clock.add_handling(began.elapsed());
     }
 }
 

@@ -14,7 +14,7 @@ use scheduler::{MicroBatch, MicroBatchId};
 use stages::Activations;
 use tokio::sync::oneshot;
 
-use crate::clock::{AtWork, StageClock};
+use crate::clock::{AtWork, Meter};
 use crate::device_thread::{DeviceThread, LoadStage, Next};
 use crate::error::Error;
 use crate::stage_set::Lost;
@@ -39,7 +39,7 @@ pub(crate) struct StageArgs {
     pub(crate) num_stages: usize,
     pub(crate) load: LoadStage,
     pub(crate) next: Next,
-    pub(crate) clock: Arc<StageClock>,
+    pub(crate) meter: Meter,
     pub(crate) at_work: Arc<AtWork>,
     pub(crate) lost: Lost,
 }
@@ -92,11 +92,11 @@ impl Actor for StageActor {
     type Error = StageEnd;
 
     async fn on_start(args: StageArgs, owner: ActorRef<Self>) -> Result<Self, StageEnd> {
-        let StageArgs { index, num_stages, load, next, clock, at_work, lost } = args;
+        let StageArgs { index, num_stages, load, next, meter, at_work, lost } = args;
         let (sender, work) = bounded(mailbox_size(num_stages));
         let (ready, loaded) = oneshot::channel();
         let owner = owner.downgrade();
-        DeviceThread { index, work, next, clock, at_work, lost, owner }.spawn(load, ready);
+        DeviceThread { index, work, next, meter, at_work, lost, owner }.spawn(load, ready);
         loaded.await.map_err(|_| Error::Ended("the device thread"))??;
         Ok(StageActor { work: sender })
     }

@@ -11,7 +11,7 @@ use kameo::actor::{ActorId, ActorRef, Recipient, Spawn};
 use kameo::mailbox;
 use scheduler::MicroBatchId;
 
-use crate::clock::{AtWork, StageClock};
+use crate::clock::{AtWork, PipelineClock, StageClock};
 use crate::device_thread::{LoadStage, Next, Tokens};
 use crate::error::{Error, Result};
 use crate::link::InProcess;
@@ -68,8 +68,12 @@ impl StageSet {
     ///
     /// # Errors
     /// The first stage that could not be loaded.
-    pub(crate) async fn start(loads: Vec<LoadStage>, pipeline: &ActorRef<PipelineActor>) -> Result<Self> {
-        let clocks = loads.iter().map(|_| Arc::default()).collect();
+    pub(crate) async fn start(
+        loads: Vec<LoadStage>,
+        pipeline: &ActorRef<PipelineActor>,
+        clock: &Arc<PipelineClock>,
+    ) -> Result<Self> {
+        let clocks = loads.iter().map(|_| Arc::new(StageClock::new(Arc::clone(clock)))).collect();
         let mut stages = StageSet { loads, clocks, seats: Vec::new(), lost: Lost::default() };
         // From the last stage to the first: each is given the way to the next.
         let mut next = stages.way_back(pipeline);
@@ -113,7 +117,7 @@ impl StageSet {
             num_stages: self.len(),
             load: self.loads[index].clone(),
             next,
-            clock: Arc::clone(&self.clocks[index]),
+            meter: self.clocks[index].new_life(),
             at_work: Arc::clone(&at_work),
             lost: self.lost.clone(),
         };

@@ -54,7 +54,7 @@ pub struct Pipeline {
     pub(crate) actor: ActorRef<PipelineActor>,
     /// One clock per stage.
     pub stage_clocks: Vec<Arc<StageClock>>,
-    /// How long there was work in flight.
+    /// What the pipeline as a whole has done.
     pub clock: Arc<PipelineClock>,
     /// The blocks of each stage.
     pub spans: Vec<Span>,
@@ -100,7 +100,7 @@ pub(crate) async fn start_stages(
     let mailbox_size = pipeline::mailbox_size(loads.len(), window);
     let prepared = PreparedActor::<PipelineActor>::new(mailbox::bounded(mailbox_size));
     let pipeline = prepared.actor_ref().clone();
-    let stages = StageSet::start(loads, &pipeline).await?;
+    let stages = StageSet::start(loads, &pipeline, &clock).await?;
     let stage_clocks = stages.clocks();
     prepared.spawn(PipelineArgs { options: scheduler, stages, step_timeout, clock: Arc::clone(&clock) });
     Ok(Pipeline { actor: pipeline, stage_clocks, clock, spans, window })

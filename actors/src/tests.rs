@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
 use scheduler::{Failure, MicroBatch, MicroBatchOutput, Slice, SliceOutput, Span};
 use stages::{Activations, Stage, StageOutput};
 
+use crate::clock::StageParts;
 use crate::device_thread::LoadStage;
 use crate::error::Error;
 use crate::job::threads::catch;
@@ -95,6 +96,10 @@ impl World {
     }
 
     async fn start(&self) -> Pipeline {
+        self.start_with(options(self.num_stages)).await
+    }
+
+    async fn start_with(&self, options: scheduler::Options) -> Pipeline {
         let load = |index: usize| -> LoadStage {
             let (is_first, is_last) = (index == 0, index + 1 == self.num_stages);
             let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
@@ -109,7 +114,7 @@ impl World {
         let spans = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }).collect();
         let loads = (0..self.num_stages).map(load).collect();
         let limits = Limits { window: WINDOW, step_timeout: self.step_timeout };
-        start_stages(loads, spans, options(self.num_stages), limits).await.expect("probes load")
+        start_stages(loads, spans, options, limits).await.expect("probes load")
     }
 }
 
@@ -387,4 +392,83 @@ async fn a_stage_that_hangs_is_started_again() {
         assert_eq!(world.loads.load(Ordering::SeqCst), 3, "one restart");
         assert_same(&files.output_lines(), &expected);
     }
+}
+
+/// What a busy machine may put between two lines of a test.
+const SLACK: Duration = Duration::from_millis(50);
+
+/// The shares of each stage's wall time, after insisting that the parts are all of it.
+fn parts_of(pipeline: &Pipeline, began: Instant) -> Vec<StageParts> {
+    let longest = began.elapsed();
+    let parts: Vec<StageParts> = pipeline.stage_clocks.iter().map(|clock| clock.read().parts).collect();
+    let most = began.elapsed();
+    for parts in &parts {
+        let is_all = parts.wall() <= most && parts.wall() + SLACK >= longest;
+        assert!(is_all, "{parts:?} of {longest:?}");
+    }
+    parts
+}
+
+async fn timed(world: &World, files: &Files, limits: scheduler::Options) -> Vec<StageParts> {
+    let pipeline = world.start_with(limits.clone()).await;
+    let options = JobOptions { limits, ..files.options(world.num_stages) };
+    let began = Instant::now();
+    let outcome = run_job(&pipeline, options, std::future::pending()).await.expect("the job ends in order");
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    parts_of(&pipeline, began)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_stage_starves_the_other() {
+    let slow = Duration::from_millis(8);
+    let world = World::new(2).with(move |stage, _, _| {
+        if stage == 1 {
+            std::thread::sleep(slow);
+        }
+    });
+    let parts = timed(&world, &Files::with_rows(40), options(2)).await;
+    let wall = parts[0].wall();
+    assert!(parts[0].starved > wall.mul_f64(0.5), "{:?}", parts[0]);
+    assert!(parts[1].busy > wall.mul_f64(0.5) && parts[1].starved < wall.mul_f64(0.3), "{:?}", parts[1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_few_pages_limit_a_pipeline_to_half_of_its_stages() {
+    // Two tokens and nine more are two pages of eight: one row at a time, and one stage of the two.
+    let world = World { step_time: Duration::from_millis(4), ..World::new(2) };
+    let parts = timed(&world, &Files::with_rows(20), scheduler::Options { num_pages: 2, ..options(2) }).await;
+    for parts in parts {
+        assert!(parts.kv_limited > parts.wall().mul_f64(0.3), "{parts:?}");
+        assert!(parts.tail < parts.wall().mul_f64(0.2), "{parts:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lone_row_is_all_tail() {
+    let world = World { step_time: Duration::from_millis(10), ..World::new(2) };
+    let parts = timed(&world, &Files::with_rows(1), options(2)).await;
+    for parts in parts {
+        assert!(parts.tail > parts.busy.mul_f64(0.5), "{parts:?}");
+        assert_eq!(parts.kv_limited, Duration::ZERO, "{parts:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_is_started_again_keeps_its_counts_and_was_idle_meanwhile() {
+    let lost = Duration::from_millis(100);
+    let world = World::new(2).with(move |stage, step, _| {
+        if (stage, step) == (1, 10) {
+            std::thread::sleep(lost);
+            panic!("a planted panic");
+        }
+    });
+    let files = Files::with_rows(40);
+    let (pipeline, options) = (world.start().await, files.options(2));
+    let began = Instant::now();
+    run_job(&pipeline, options, std::future::pending()).await.expect("the job ends in order");
+    let parts = parts_of(&pipeline, began);
+    let times = pipeline.stage_clocks[1].read();
+    assert!(times.steps > 10 && times.restarts == 1, "{times:?}");
+    assert_eq!(times.loads.iter().map(|step| step.steps).sum::<u64>(), times.steps);
+    assert!(parts[1].idle >= lost && times.in_steps == parts[1].busy, "{times:?}");
 }

@@ -1,0 +1,205 @@
+//! What one stage has done: its time, its micro-batches, and what they asked of it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use scheduler::Load;
+
+use super::PipelineClock;
+use super::flow::FlowTimes;
+use super::ledger::{Activity, Ledger, StageParts};
+
+/// What one stage has done so far, over all its lives; its device thread writes, anybody reads.
+#[derive(Debug)]
+pub struct StageClock {
+    pipeline: Arc<PipelineClock>,
+    counts: Mutex<Counts>,
+}
+
+#[derive(Debug)]
+struct Counts {
+    /// The device thread of another life is not listened to.
+    life: u64,
+    ledger: Ledger,
+    restarts: u64,
+    loads: BTreeMap<usize, LoadSum>,
+    /// When it turned to what it is at.
+    since: Instant,
+    in_steps: Duration,
+}
+
+/// Sums over steps of as many tokens.
+#[derive(Debug, Clone, Copy, Default)]
+struct LoadSum {
+    steps: u64,
+    decode_tokens: f64,
+    decode_positions: f64,
+    prefill_tokens: f64,
+    prefill_positions: f64,
+    logit_rows: f64,
+}
+
+/// A reading of a [`StageClock`].
+#[derive(Debug, Clone, Default)]
+pub struct StageTimes {
+    /// Where the time since the job's begin went.
+    pub parts: StageParts,
+    /// Time in the micro-batches that are counted: as `parts.busy`, without one that is under way.
+    pub in_steps: Duration,
+    /// Micro-batches computed.
+    pub steps: u64,
+    /// Tokens computed, prompts' and generated ones.
+    pub tokens: u64,
+    /// How often the stage had to be started again.
+    pub restarts: u64,
+    /// What the micro-batches asked of it.
+    pub loads: Vec<StepLoads>,
+}
+
+/// Micro-batches of as many tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepLoads {
+    /// How many.
+    pub steps: u64,
+    /// Their average.
+    pub load: Load,
+}
+
+impl LoadSum {
+    fn add(&mut self, load: &Load) {
+        self.steps += 1;
+        self.decode_tokens += load.decode_tokens;
+        self.decode_positions += load.decode_tokens * load.decode_context;
+        self.prefill_tokens += load.prefill_tokens;
+        self.prefill_positions += load.prefill_tokens * load.prefill_context;
+        self.logit_rows += load.logit_rows;
+    }
+
+    fn mean(&self) -> StepLoads {
+        let steps = self.steps as f64;
+        let load = Load {
+            decode_tokens: self.decode_tokens / steps,
+            decode_context: self.decode_positions / self.decode_tokens.max(1.0),
+            prefill_tokens: self.prefill_tokens / steps,
+            prefill_context: self.prefill_positions / self.prefill_tokens.max(1.0),
+            logit_rows: self.logit_rows / steps,
+        };
+        StepLoads { steps: self.steps, load }
+    }
+}
+
+impl StageClock {
+    pub(crate) fn new(pipeline: Arc<PipelineClock>) -> Self {
+        let now = Instant::now();
+        let counts = Counts {
+            life: 0,
+            ledger: Ledger::new(now),
+            restarts: 0,
+            loads: BTreeMap::new(),
+            since: now,
+            in_steps: Duration::ZERO,
+        };
+        StageClock { pipeline, counts: Mutex::new(counts) }
+    }
+
+    pub(crate) fn add_restart(&self) {
+        self.lock().restarts += 1;
+    }
+
+    /// Time counts from now on.
+    pub(crate) fn begin(&self) {
+        let mut counts = self.lock();
+        let (now, times) = self.pipeline.flow().read();
+        counts.ledger.begin(now, &times);
+    }
+
+    /// A device thread is about to be started, in the place of any other.
+    pub(crate) fn new_life(self: &Arc<Self>) -> Meter {
+        let mut counts = self.lock();
+        counts.life += 1;
+        counts.ledger.compute_in_vain();
+        let life = counts.life;
+        drop(counts);
+        let meter = Meter { clock: Arc::clone(self), life };
+        meter.turn_to(|_| Activity::Away);
+        meter
+    }
+
+    /// What the stage has done so far.
+    pub fn read(&self) -> StageTimes {
+        let counts = self.lock();
+        let (now, times) = self.pipeline.flow().read();
+        StageTimes {
+            parts: counts.ledger.parts_at(now, &times),
+            in_steps: counts.in_steps,
+            steps: counts.loads.values().map(|sum| sum.steps).sum(),
+            tokens: counts.loads.iter().map(|(tokens, sum)| *tokens as u64 * sum.steps).sum(),
+            restarts: counts.restarts,
+            loads: counts.loads.values().map(LoadSum::mean).collect(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// By which a device thread says what it turns to. Costs two locks that nobody else wants.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    clock: Arc<StageClock>,
+    life: u64,
+}
+
+impl Meter {
+    /// It has nothing to compute.
+    pub(crate) fn wait(&self) {
+        self.turn_to(Activity::Waiting);
+    }
+
+    /// It begins with a micro-batch. Returns now.
+    pub(crate) fn compute(&self) -> Instant {
+        self.turn_to(|_| Activity::Computing)
+    }
+
+    /// It has computed a micro-batch of this load and hands it on. Returns now.
+    pub(crate) fn hand_on(&self, tokens: usize, load: &Load) -> Instant {
+        let mut counts = self.clock.lock();
+        let began = counts.since;
+        let now = self.turn(&mut counts, |_| Activity::HandingOn);
+        if counts.life == self.life {
+            counts.loads.entry(tokens).or_default().add(load);
+            counts.in_steps += now - began;
+        }
+        now
+    }
+
+    /// What it computes will come to nothing.
+    pub(crate) fn compute_in_vain(&self) {
+        let mut counts = self.clock.lock();
+        if counts.life == self.life {
+            counts.ledger.compute_in_vain();
+        }
+    }
+
+    fn turn_to(&self, activity: impl FnOnce(FlowTimes) -> Activity) -> Instant {
+        self.turn(&mut self.clock.lock(), activity)
+    }
+
+    fn turn(&self, counts: &mut Counts, activity: impl FnOnce(FlowTimes) -> Activity) -> Instant {
+        let (now, times) = self.clock.pipeline.flow().read();
+        if counts.life == self.life {
+            counts.ledger.turn_to(activity(times), now, &times);
+            counts.since = now;
+        }
+        now
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        self.compute_in_vain();
+        self.turn_to(|_| Activity::Away);
+    }
+}

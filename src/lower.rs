@@ -60,7 +60,7 @@ pub(crate) fn pipeline(
         window: window(pipeline.max_sequences),
         step_timeout: Duration::from_secs(pipeline.step_timeout_seconds as u64),
     };
-    Ok(PipelineOptions { stages, dtypes, scheduler, limits })
+    Ok(PipelineOptions { stages, dtypes, scheduler, limits, step_log: None })
 }
 
 /// Rows offered to the pipeline at once.

@@ -8,6 +8,7 @@ mod at_work;
 mod flow;
 mod ledger;
 mod stage;
+mod steps;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,6 +18,7 @@ pub(crate) use flow::{Flow, FlowClock};
 pub use ledger::StageParts;
 pub(crate) use stage::Meter;
 pub use stage::{StageClock, StageTimes, StepLoads};
+pub use steps::{StepEvent, StepLog};
 
 /// What a pipeline as a whole has done, and what its stages lack.
 #[derive(Debug, Default)]
@@ -25,11 +27,21 @@ pub struct PipelineClock {
     is_input_read: AtomicBool,
     sampled_tokens: AtomicU64,
     handling_ns: AtomicU64,
+    /// Who hears of every step, if anybody.
+    step_log: Option<StepLog>,
 }
 
 impl PipelineClock {
+    pub(crate) fn new(step_log: Option<StepLog>) -> Self {
+        PipelineClock { step_log, ..PipelineClock::default() }
+    }
+
     pub(crate) fn flow(&self) -> &FlowClock {
         &self.flow
+    }
+
+    pub(crate) fn step_log(&self) -> Option<&StepLog> {
+        self.step_log.as_ref()
     }
 
     /// No row will come any more.

@@ -107,7 +107,7 @@ impl DeviceThread {
             return Ok(());
         }
         let index = self.index;
-        let start = self.meter.compute();
+        self.meter.compute();
         let compute = || {
             jobs::faults::step(index);
             stage.step(&batch, input)
@@ -122,12 +122,11 @@ impl DeviceThread {
             self.meter.wait();
             return Ok(());
         }
-        let tokens = batch.num_tokens();
-        let busy = self.meter.hand_on(tokens, &batch.load()) - start;
+        let busy = self.meter.hand_on(&batch);
         tracing::debug!(
             stage = index,
             micro_batch = batch.id.0,
-            tokens,
+            tokens = batch.num_tokens(),
             seconds = busy.as_secs_f64(),
             "step"
         );

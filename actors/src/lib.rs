@@ -22,7 +22,7 @@ mod start;
 mod tests;
 
 pub use answer::answer;
-pub use clock::{PipelineClock, StageClock, StageParts, StageTimes, StepLoads};
+pub use clock::{PipelineClock, StageClock, StageParts, StageTimes, StepEvent, StepLoads, StepLog};
 pub use error::{Error, Result};
 pub use job::{JobOptions, JobOutcome, JobProgress, run_job};
 pub use start::{Limits, Pipeline, PipelineOptions, StagePlacement, start};

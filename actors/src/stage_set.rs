@@ -73,7 +73,8 @@ impl StageSet {
         pipeline: &ActorRef<PipelineActor>,
         clock: &Arc<PipelineClock>,
     ) -> Result<Self> {
-        let clocks = loads.iter().map(|_| Arc::new(StageClock::new(Arc::clone(clock)))).collect();
+        let new_clock = |index| Arc::new(StageClock::new(index, Arc::clone(clock)));
+        let clocks = (0..loads.len()).map(new_clock).collect();
         let mut stages = StageSet { loads, clocks, seats: Vec::new(), lost: Lost::default() };
         // From the last stage to the first: each is given the way to the next.
         let mut next = stages.way_back(pipeline);

@@ -8,7 +8,7 @@ use kameo::mailbox;
 use scheduler::Span;
 use stages::{Device, Dtypes, Model, SpanOptions};
 
-use crate::clock::{PipelineClock, StageClock};
+use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::device_thread::LoadStage;
 use crate::error::Result;
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
@@ -37,6 +37,8 @@ pub struct PipelineOptions {
     pub scheduler: scheduler::Options,
     /// What it lets happen at once, and for how long.
     pub limits: Limits,
+    /// Who hears of every step, if anybody.
+    pub step_log: Option<StepLog>,
 }
 
 /// What a pipeline lets happen at once, and for how long.
@@ -76,7 +78,7 @@ impl Pipeline {
 /// # Errors
 /// The first stage that could not be loaded.
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
-    let PipelineOptions { stages, dtypes, scheduler, limits } = options;
+    let PipelineOptions { stages, dtypes, scheduler, limits, step_log } = options;
     let spans = stages.iter().map(|stage| stage.span).collect();
     let load = |StagePlacement { device, span }| -> LoadStage {
         let num_pages = scheduler.num_pages;
@@ -85,7 +87,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         Arc::new(move || stages::load(&model, &device, dtypes, options))
     };
     let loads = stages.into_iter().map(load).collect();
-    start_stages(loads, spans, scheduler, limits).await
+    start_stages(loads, spans, scheduler, limits, step_log).await
 }
 
 /// Starts a pipeline of whatever stages the loads make.
@@ -94,9 +96,10 @@ pub(crate) async fn start_stages(
     spans: Vec<Span>,
     scheduler: scheduler::Options,
     limits: Limits,
+    step_log: Option<StepLog>,
 ) -> Result<Pipeline> {
     let Limits { window, step_timeout } = limits;
-    let clock = Arc::new(PipelineClock::default());
+    let clock = Arc::new(PipelineClock::new(step_log));
     let mailbox_size = pipeline::mailbox_size(loads.len(), window);
     let prepared = PreparedActor::<PipelineActor>::new(mailbox::bounded(mailbox_size));
     let pipeline = prepared.actor_ref().clone();

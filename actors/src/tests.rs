@@ -114,7 +114,7 @@ impl World {
         let spans = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }).collect();
         let loads = (0..self.num_stages).map(load).collect();
         let limits = Limits { window: WINDOW, step_timeout: self.step_timeout };
-        start_stages(loads, spans, options, limits).await.expect("probes load")
+        start_stages(loads, spans, options, limits, None).await.expect("probes load")
     }
 }
 
@@ -256,7 +256,7 @@ async fn a_stage_that_cannot_load_is_named() {
     let panics = || -> LoadStage { Arc::new(|| panic!("a planted panic while loading")) };
     let spans = vec![Span { start: 0, end: 1 }];
     let limits = Limits { window: WINDOW, step_timeout: Duration::from_secs(60) };
-    match start_stages(vec![panics()], spans, options(1), limits).await {
+    match start_stages(vec![panics()], spans, options(1), limits, None).await {
         Err(Error::Panic { stage: 0, message }) => assert!(message.contains("while loading"), "{message}"),
         Err(other) => panic!("found {other:?}"),
         Ok(_) => panic!("a stage that panics while loading was started"),

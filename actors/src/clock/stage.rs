@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use scheduler::Load;
+use scheduler::{Load, MicroBatch};
 
 use super::PipelineClock;
 use super::flow::FlowTimes;
 use super::ledger::{Activity, Ledger, StageParts};
+use super::steps::StepEvent;
 
 /// What one stage has done so far, over all its lives; its device thread writes, anybody reads.
 #[derive(Debug)]
 pub struct StageClock {
+    index: usize,
     pipeline: Arc<PipelineClock>,
     counts: Mutex<Counts>,
 }
@@ -90,7 +92,7 @@ impl LoadSum {
 }
 
 impl StageClock {
-    pub(crate) fn new(pipeline: Arc<PipelineClock>) -> Self {
+    pub(crate) fn new(index: usize, pipeline: Arc<PipelineClock>) -> Self {
         let now = Instant::now();
         let counts = Counts {
             life: 0,
@@ -100,7 +102,7 @@ impl StageClock {
             since: now,
             in_steps: Duration::ZERO,
         };
-        StageClock { pipeline, counts: Mutex::new(counts) }
+        StageClock { index, pipeline, counts: Mutex::new(counts) }
     }
 
     pub(crate) fn add_restart(&self) {
@@ -158,21 +160,28 @@ impl Meter {
         self.turn_to(Activity::Waiting);
     }
 
-    /// It begins with a micro-batch. Returns now.
-    pub(crate) fn compute(&self) -> Instant {
-        self.turn_to(|_| Activity::Computing)
+    /// It begins with a micro-batch.
+    pub(crate) fn compute(&self) {
+        self.turn_to(|_| Activity::Computing);
     }
 
-    /// It has computed a micro-batch of this load and hands it on. Returns now.
-    pub(crate) fn hand_on(&self, tokens: usize, load: &Load) -> Instant {
+    /// It has computed a micro-batch and hands it on. Returns how long it was at it.
+    pub(crate) fn hand_on(&self, batch: &MicroBatch) -> Duration {
+        let (tokens, load) = (batch.num_tokens(), batch.load());
         let mut counts = self.clock.lock();
-        let began = counts.since;
-        let now = self.turn(&mut counts, |_| Activity::HandingOn);
-        if counts.life == self.life {
-            counts.loads.entry(tokens).or_default().add(load);
-            counts.in_steps += now - began;
+        let start = counts.since;
+        let end = self.turn(&mut counts, |_| Activity::HandingOn);
+        if counts.life != self.life {
+            return end - start;
         }
-        now
+        counts.loads.entry(tokens).or_default().add(&load);
+        counts.in_steps += end - start;
+        drop(counts);
+        if let Some(log) = self.clock.pipeline.step_log() {
+            let (stage, decode_tokens) = (self.clock.index, load.decode_tokens as usize);
+            log.tell(StepEvent { stage, micro_batch: batch.id.0, start, end, tokens, decode_tokens });
+        }
+        end - start
     }
 
     /// What it computes will come to nothing.
@@ -183,10 +192,11 @@ impl Meter {
         }
     }
 
-    fn turn_to(&self, activity: impl FnOnce(FlowTimes) -> Activity) -> Instant {
-        self.turn(&mut self.clock.lock(), activity)
+    fn turn_to(&self, activity: impl FnOnce(FlowTimes) -> Activity) {
+        self.turn(&mut self.clock.lock(), activity);
     }
 
+    /// Returns now.
     fn turn(&self, counts: &mut Counts, activity: impl FnOnce(FlowTimes) -> Activity) -> Instant {
         let (now, times) = self.clock.pipeline.flow().read();
         if counts.life == self.life {

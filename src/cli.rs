@@ -66,6 +66,9 @@ pub(crate) struct RunArgs {
     /// How to show progress; auto is a bar on a terminal and plain lines elsewhere
     #[arg(long, value_enum, default_value_t = ProgressKind::Auto)]
     pub(crate) progress: ProgressKind,
+    /// Write every step of every stage in Chrome's trace format, for ui.perfetto.dev; some 150 bytes each
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

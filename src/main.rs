@@ -4,8 +4,10 @@
 mod audit;
 mod cli;
 mod generate;
+mod hindsight;
 mod inspect;
 mod interrupt;
+mod live_trace;
 mod lower;
 mod machine;
 mod picture;

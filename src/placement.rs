@@ -17,6 +17,7 @@ use stages::cost::{
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
 use stages::{Device, Model};
 
+use crate::hindsight::{Hindsight, StageWork};
 use crate::plan::{CPU_CORE, Lengths, first_rows, roofline};
 use crate::{lower, profile, say};
 
@@ -44,6 +45,8 @@ pub(crate) struct Placement {
     pub(crate) seconds: Vec<f64>,
     /// What the user should know.
     pub(crate) lines: Vec<String>,
+    /// What was measured, where it is by that.
+    profile: Option<Profile>,
 }
 
 /// Where costs come from.
@@ -62,7 +65,7 @@ impl Source {
         }
     }
 
-    fn words(self) -> &'static str {
+    pub(crate) fn words(self) -> &'static str {
         match self {
             Self::Measured => "by measured costs",
             Self::Estimate => "by an estimate",
@@ -79,17 +82,10 @@ pub(crate) fn place(job: &JobFile, model: &Model) -> Result<Placement> {
     let given = lower::given_spans(&pipeline.stages, &model.config)?;
     let options = profile::options(&job.model, pipeline, model, Effort::default())?;
     let decides = given.is_none() && pipeline.devices.len() > 1;
-    let roofline = cpu_roofline(&options)?;
-    let types = number_types(&options);
-    let measured = stored(job, model, &options, decides).and_then(|profile| {
-        Measured::new(&model.config, &profile, neighbours(job), types, roofline.all_reduce).ok()
-    });
-    let estimator = Estimator { config: &model.config, roofline, types, balance: Balance::Roofline };
-    let (source, costs): (Source, &dyn CostModel) = match &measured {
-        Some(measured) => (Source::Measured, measured),
-        None => (Source::Estimate, &estimator),
-    };
-    let question = Question { job, model, costs, load: load(job, model, options.context_tokens) };
+    let profile = stored(job, model, &options, decides);
+    let (source, costs) = costs(job, model, &options, profile.as_ref())?;
+    let load = load(job, model, options.context_tokens);
+    let question = Question { job, model, costs: &*costs, load };
     let planned = question.plan()?;
     let mut lines = vec![];
     let spans = match given {
@@ -106,7 +102,40 @@ pub(crate) fn place(job: &JobFile, model: &Model) -> Result<Placement> {
         }
     };
     let seconds = question.seconds(&spans);
-    Ok(Placement { load: question.load, spans, source, seconds, lines })
+    Ok(Placement { load: question.load, spans, source, seconds, lines, profile })
+}
+
+impl Placement {
+    /// Holds what the stages have taken against the costs that they were cut by.
+    ///
+    /// # Errors
+    /// Those of [`place`].
+    pub(crate) fn judge(&self, job: &JobFile, model: &Model, stages: &[StageWork]) -> Result<Hindsight> {
+        let options = profile::options(&job.model, &job.pipeline, model, Effort::default())?;
+        let (_, costs) = costs(job, model, &options, self.profile.as_ref())?;
+        Ok(Hindsight::of(&*costs, &pieces(&model.config, false), stages))
+    }
+}
+
+/// Costs by a profile, where there is one that holds for the model, else by an estimate.
+fn costs<'a>(
+    job: &JobFile,
+    model: &'a Model,
+    options: &MeasureOptions,
+    profile: Option<&Profile>,
+) -> Result<(Source, Box<dyn CostModel + 'a>)> {
+    let (roofline, types) = (cpu_roofline(options)?, number_types(options));
+    let measured = profile.and_then(|profile| {
+        Measured::new(&model.config, profile, neighbours(job), types, roofline.all_reduce).ok()
+    });
+    Ok(match measured {
+        Some(measured) => (Source::Measured, Box::new(measured)),
+        None => {
+            let config = &model.config;
+            let estimator = Estimator { config, roofline, types, balance: Balance::Roofline };
+            (Source::Estimate, Box::new(estimator))
+        }
+    })
 }
 
 /// The profile of the job's devices, measured again where it must be and decides something.
@@ -281,7 +310,7 @@ impl Question<'_> {
 }
 
 /// Spans as a job file has them.
-fn ranges(spans: &[Span]) -> String {
+pub(crate) fn ranges(spans: &[Span]) -> String {
     let ranges: Vec<String> = spans.iter().map(|span| format!("[{}, {}]", span.start, span.end)).collect();
     format!("[{}]", ranges.join(", "))
 }

@@ -3,8 +3,11 @@
 use std::time::Duration;
 
 use actors::{StageParts, StageTimes};
-use jobs::{Score, Scores};
+use jobs::{Score, Scores, StageRecord};
+use scheduler::Span;
 
+use crate::hindsight::BetterCut;
+use crate::placement::{Source, ranges};
 use crate::text::grouped;
 
 /// The figures of a run.
@@ -24,6 +27,11 @@ pub(crate) struct Report {
     /// Time that the pipeline actor took between the last stage and the first.
     pub(crate) handling: Duration,
     pub(crate) stages: Vec<StageLine>,
+    /// By what the stages were predicted.
+    pub(crate) costs: Source,
+    pub(crate) better: Option<BetterCut>,
+    /// The file of steps, and how many there are.
+    pub(crate) trace: Option<String>,
     /// What the scheduler did, where it could still be asked.
     pub(crate) scheduler: Option<scheduler::Stats>,
     pub(crate) peak_bytes: Option<u64>,
@@ -34,8 +42,52 @@ pub(crate) struct Report {
 
 /// One stage's part.
 pub(crate) struct StageLine {
-    pub(crate) name: String,
+    pub(crate) device: String,
+    pub(crate) blocks: Span,
     pub(crate) times: StageTimes,
+    /// Seconds that it should have been busy.
+    pub(crate) predicted: Option<f64>,
+}
+
+impl StageLine {
+    /// It in the manifest.
+    pub(crate) fn record(&self) -> StageRecord {
+        let parts = &self.times.parts;
+        StageRecord {
+            device: self.device.clone(),
+            blocks: [self.blocks.start, self.blocks.end],
+            busy_seconds: parts.busy.as_secs_f64(),
+            starved_seconds: parts.starved.as_secs_f64(),
+            blocked_seconds: parts.blocked.as_secs_f64(),
+            kv_limited_seconds: parts.kv_limited.as_secs_f64(),
+            tail_seconds: parts.tail.as_secs_f64(),
+            idle_seconds: parts.idle.as_secs_f64(),
+            predicted_seconds: self.predicted,
+            micro_batches: self.times.steps,
+            tokens: self.times.tokens,
+            restarts: self.times.restarts,
+        }
+    }
+
+    fn text(&self, costs: Source) -> String {
+        let times = &self.times;
+        let restarted = match times.restarts {
+            0 => String::new(),
+            restarts => format!(", started again {} times", grouped(restarts)),
+        };
+        let predicted = self.predicted.map_or_else(String::new, |predicted| {
+            let busy = times.parts.busy.as_secs_f64();
+            format!(" ({busy:.2} s, predicted {predicted:.2} s {})", costs.words())
+        });
+        format!(
+            "{} blocks {}: {}, {} micro-batches of {:.0} tokens{restarted}",
+            self.device,
+            self.blocks,
+            parts(&times.parts, &predicted),
+            grouped(times.steps),
+            times.tokens as f64 / times.steps.max(1) as f64,
+        )
+    }
 }
 
 impl Report {
@@ -73,20 +125,11 @@ impl Report {
         );
         add("time", format!("{seconds:.2} s, and {:.2} s to load the model", self.load.as_secs_f64()));
         for (index, stage) in self.stages.iter().enumerate() {
-            let restarted = match stage.times.restarts {
-                0 => String::new(),
-                times => format!(", started again {} times", grouped(times)),
-            };
-            add(
-                &format!("stage {index}"),
-                format!(
-                    "{}: {}, {} micro-batches of {:.0} tokens{restarted}",
-                    stage.name,
-                    parts(&stage.times.parts),
-                    grouped(stage.times.steps),
-                    stage.times.tokens as f64 / stage.times.steps.max(1) as f64,
-                ),
-            );
+            add(&format!("stage {index}"), stage.text(self.costs));
+        }
+        if let Some(BetterCut { spans, ratio }) = &self.better {
+            let percent = 100.0 * (ratio - 1.0);
+            add("hint:", format!("stages = {} would be about {percent:.0} % faster", ranges(spans)));
         }
         let handling = if seconds > 0.0 { 100.0 * self.handling.as_secs_f64() / seconds } else { 0.0 };
         add("pipeline", format!("scheduling and stop strings took {handling:.2} % of the time"));
@@ -103,6 +146,9 @@ impl Report {
         if let Some(bytes) = self.peak_bytes {
             add("memory", format!("{} MB at most", grouped(bytes / 1_000_000)));
         }
+        if let Some(trace) = &self.trace {
+            add("trace", trace.clone());
+        }
         for text in &self.overrides {
             add("override", text.clone());
         }
@@ -113,7 +159,7 @@ impl Report {
 }
 
 /// The shares of a stage's wall time: how busy it was, and whatever else there was of it.
-fn parts(parts: &StageParts) -> String {
+fn parts(parts: &StageParts, predicted: &str) -> String {
     let wall = parts.wall().as_secs_f64();
     let share = |time: Duration| if wall > 0.0 { 100.0 * time.as_secs_f64() / wall } else { 0.0 };
     let waits = [
@@ -123,7 +169,7 @@ fn parts(parts: &StageParts) -> String {
         ("tail", parts.tail),
         ("idle", parts.idle),
     ];
-    let mut text = format!("busy {:.1} %", share(parts.busy));
+    let mut text = format!("busy {:.1} %{predicted}", share(parts.busy));
     for (name, time) in waits.into_iter().filter(|(_, time)| share(*time) >= 0.05) {
         text += &format!(", {name} {:.1} %", share(time));
     }

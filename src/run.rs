@@ -1,12 +1,12 @@
 //! `spanwise run`: a job from its file to its report.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions};
+use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions, StageTimes};
 use anyhow::{Context, Result};
 use configs::{JobFile, Loaded, Purpose};
 use jobs::{
@@ -14,11 +14,14 @@ use jobs::{
     NumericProfile, OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores,
     Settings, Status, Timings, TokenTotals,
 };
+use scheduler::Span;
 use serde_json::json;
 use stages::{Device, Model, ModelConfig};
 
 use crate::cli::{ProgressKind, RunArgs};
+use crate::hindsight::{BetterCut, StageWork};
 use crate::interrupt::{self, Interrupt};
+use crate::live_trace::{LiveTrace, Prepared};
 use crate::lower;
 use crate::placement::{self, Placement};
 use crate::progress::{self, Display, Watched};
@@ -42,6 +45,7 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
         start: if args.fresh { Start::Fresh } else { Start::GoOn },
         accept_numerics: args.accept_numerics,
         progress: args.progress,
+        trace: args.trace,
     };
     run_job(loaded, how).await
 }
@@ -52,6 +56,8 @@ pub(crate) struct How {
     pub(crate) start: Start,
     pub(crate) accept_numerics: bool,
     pub(crate) progress: ProgressKind,
+    /// Where to write every step to.
+    pub(crate) trace: Option<PathBuf>,
 }
 
 /// What becomes of the lines that are there.
@@ -83,12 +89,14 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     };
     placement.lines.iter().for_each(|line| say(line));
     let spans = placement.spans.clone();
-    let options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect(), spans)?;
+    let mut options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect(), spans)?;
     let numeric_profile = lower::numeric_profile(&options);
     let Files { text, reader, folder, settings, created } =
         open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &how)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
+    let trace = trace(how.trace.as_deref(), job, &placement.spans)?;
+    options.step_log = trace.as_ref().map(Prepared::log);
     let plan = plan(job, &options, &placement);
     let limits = options.scheduler.clone();
     let pipeline = tokio::select! {
@@ -101,7 +109,8 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     let reader = reader.after(earlier);
     let lock = writer.lock();
 
-    let running = Running { started_at: unix_seconds(), load, began: Instant::now() };
+    let (started_at, began) = (unix_seconds(), Instant::now());
+    let trace = trace.map(|trace| trace.begin(began));
     let progress = Arc::new(JobProgress::default());
     let watched = Watched {
         progress: Arc::clone(&progress),
@@ -121,15 +130,19 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         progress: Arc::clone(&progress),
     };
     let outcome = actors::run_job(&pipeline, options, interrupt.wait()).await?;
+    let stages = pipeline.stage_clocks.iter().map(|clock| clock.read()).collect();
+    let running = Running { started_at, load, run: began.elapsed(), stages };
     drop(display);
 
     let ended = Ended {
         loaded: &loaded,
         model: &model,
         pipeline: &pipeline,
+        placement,
         plan,
         numeric_profile,
         running,
+        trace: trace.map(LiveTrace::end),
         outcome,
         progress,
         limit: how.limit,
@@ -142,6 +155,15 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 async fn place(job: &JobFile, model: &Model) -> Result<Placement> {
     let (job, model) = (job.clone(), model.clone());
     tokio::task::spawn_blocking(move || placement::place(&job, &model)).await.context("place the stages")?
+}
+
+/// The file of a run's steps, where one is wanted, with a row for each stage.
+fn trace(path: Option<&Path>, job: &JobFile, spans: &[Span]) -> Result<Option<Prepared>> {
+    let Some(path) = path else { return Ok(None) };
+    let stages = job.pipeline.devices.iter().zip(spans).enumerate();
+    let names: Vec<String> =
+        stages.map(|(index, (device, span))| format!("stage {index} {device} blocks {span}")).collect();
+    Prepared::create(path, &names).map(Some)
 }
 
 /// Reads a job file with what lies over it.
@@ -273,11 +295,12 @@ fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serd
     })
 }
 
-/// When a run began.
+/// When a run began, and where its time went.
 struct Running {
     started_at: u64,
     load: Duration,
-    began: Instant,
+    run: Duration,
+    stages: Vec<StageTimes>,
 }
 
 /// A run that has come to its end, one way or another.
@@ -285,9 +308,12 @@ struct Ended<'a> {
     loaded: &'a Loaded,
     model: &'a Model,
     pipeline: &'a Pipeline,
+    placement: Placement,
     plan: serde_json::Value,
     numeric_profile: NumericProfile,
     running: Running,
+    /// What became of the trace, where one was wanted.
+    trace: Option<String>,
     outcome: JobOutcome,
     progress: Arc<JobProgress>,
     limit: Option<u64>,
@@ -298,12 +324,12 @@ struct Ended<'a> {
 impl Ended<'_> {
     /// Writes the manifest, prints the report and chooses the exit code.
     async fn report(self) -> Result<ExitCode> {
-        let run = self.running.began.elapsed();
+        let (stages, better) = self.stages();
         let scores = self.scores()?;
-        let manifest = self.manifest(run, scores);
+        let manifest = self.manifest(&stages, scores);
         let folder = &self.loaded.job.job.output;
         let has_manifest = manifest.write(folder);
-        let report = self.figures(&manifest, run).await;
+        let report = self.figures(&manifest, stages, better).await;
         report.lines().iter().for_each(|line| print(line));
         if let Some(failure) = &self.outcome.failure {
             // What keeps the manifest from being written is mostly what stopped the job.
@@ -331,7 +357,32 @@ impl Ended<'_> {
         }
     }
 
-    fn manifest(&self, run: Duration, scores: Option<Scores>) -> Manifest {
+    /// What each stage has done and should have, and the cut that would have been faster.
+    fn stages(&self) -> (Vec<StageLine>, Option<BetterCut>) {
+        let Running { stages, .. } = &self.running;
+        let spans = &self.pipeline.spans;
+        let work: Vec<StageWork> = (stages.iter().zip(spans))
+            .map(|(times, span)| StageWork {
+                blocks: *span,
+                seconds: times.in_steps.as_secs_f64(),
+                loads: times.loads.clone(),
+            })
+            .collect();
+        // The same costs were there to place the stages.
+        let hindsight = self.placement.judge(&self.loaded.job, self.model, &work).ok();
+        let predicted = |index: usize| hindsight.as_ref().map(|hindsight| hindsight.predicted[index]);
+        let lines = (stages.iter().zip(&self.loaded.job.pipeline.devices).zip(spans).enumerate())
+            .map(|(index, ((times, device), span))| StageLine {
+                device: device.to_string(),
+                blocks: *span,
+                times: times.clone(),
+                predicted: predicted(index),
+            })
+            .collect();
+        (lines, hindsight.and_then(|hindsight| hindsight.better))
+    }
+
+    fn manifest(&self, stages: &[StageLine], scores: Option<Scores>) -> Manifest {
         let JobFile { model, job, .. } = &self.loaded.job;
         let written = self.outcome.written;
         let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
@@ -356,6 +407,7 @@ impl Ended<'_> {
             limit: self.limit,
             config: self.config(),
             plan: self.plan.clone(),
+            stages: stages.iter().map(StageLine::record).collect(),
             numeric_profile: self.numeric_profile.clone(),
             tokens: TokenTotals { prompt: written.prompt_tokens, generated: written.generated_tokens },
             scores,
@@ -363,7 +415,8 @@ impl Ended<'_> {
                 started_at: self.running.started_at,
                 finished_at: unix_seconds(),
                 load_seconds: self.running.load.as_secs_f64(),
-                run_seconds: run.as_secs_f64(),
+                run_seconds: self.running.run.as_secs_f64(),
+                scheduling_seconds: self.pipeline.clock.handling().as_secs_f64(),
             },
         }
     }
@@ -375,15 +428,12 @@ impl Ended<'_> {
         config
     }
 
-    async fn figures(&self, manifest: &Manifest, run: Duration) -> Report {
-        let JobFile { pipeline, job, .. } = &self.loaded.job;
-        let stages = (self.pipeline.stage_clocks.iter().zip(&pipeline.devices))
-            .zip(&self.pipeline.spans)
-            .map(|((clock, device), span)| StageLine {
-                name: format!("{device} blocks {span}"),
-                times: clock.read(),
-            })
-            .collect();
+    async fn figures(
+        &self,
+        manifest: &Manifest,
+        stages: Vec<StageLine>,
+        better: Option<BetterCut>,
+    ) -> Report {
         Report {
             scores: manifest.scores.clone(),
             rows_completed: manifest.counts.completed,
@@ -393,15 +443,18 @@ impl Ended<'_> {
             prompt_tokens: self.progress.prompt_tokens.load(Ordering::Relaxed),
             generated_tokens: self.progress.generated_tokens.load(Ordering::Relaxed),
             load: self.running.load,
-            run,
+            run: self.running.run,
             handling: self.pipeline.clock.handling(),
             stages,
+            costs: self.placement.source,
+            better,
+            trace: self.trace.clone(),
             scheduler: self.pipeline.scheduler_stats().await,
             peak_bytes: machine::peak_bytes(),
             overrides: (self.loaded.overrides.iter())
                 .map(|set| format!("{} = {} ({})", set.key, set.value, set.source))
                 .collect(),
-            output: job.output.display().to_string(),
+            output: self.loaded.job.job.output.display().to_string(),
         }
     }
 }

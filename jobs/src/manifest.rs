@@ -30,6 +30,9 @@ pub struct Manifest {
     pub config: serde_json::Value,
     /// Which blocks ran where.
     pub plan: serde_json::Value,
+    /// What each stage has done, in this run alone.
+    #[serde(default)]
+    pub stages: Vec<StageRecord>,
     /// What a row's bytes depend on beside the row, the model and the seed.
     pub numeric_profile: NumericProfile,
     /// Rows by outcome.
@@ -77,6 +80,35 @@ pub struct InputRecord {
     pub bytes: u64,
     /// How many rows.
     pub rows: u64,
+}
+
+/// What one stage has done. The seconds of its six parts sum up to those of the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageRecord {
+    /// Its device, as the job file names it.
+    pub device: String,
+    /// Its blocks, `[start, end)`.
+    pub blocks: [usize; 2],
+    /// It computed.
+    pub busy_seconds: f64,
+    /// It waited while other stages were at work.
+    pub starved_seconds: f64,
+    /// It handed on what it had computed.
+    pub blocked_seconds: f64,
+    /// It waited while fewer micro-batches were in flight than the pipeline takes, for want of KV pages.
+    pub kv_limited_seconds: f64,
+    /// It waited while fewer micro-batches were in flight than the pipeline takes, and no row was left.
+    pub tail_seconds: f64,
+    /// Nothing was in flight, or the stage was being started again.
+    pub idle_seconds: f64,
+    /// What it should have been busy by the costs that the stages were cut by.
+    pub predicted_seconds: Option<f64>,
+    /// Micro-batches that it computed.
+    pub micro_batches: u64,
+    /// Tokens of these.
+    pub tokens: u64,
+    /// How often it had to be started again.
+    pub restarts: u64,
 }
 
 /// What a row's bytes depend on beside the row, the model and the seed.
@@ -129,6 +161,9 @@ pub struct Timings {
     pub load_seconds: f64,
     /// Seconds from the first row to the last line.
     pub run_seconds: f64,
+    /// Seconds of these that scheduling and stop strings took, between the last stage and the first.
+    #[serde(default)]
+    pub scheduling_seconds: f64,
 }
 
 // A path that is no UTF-8 is shown with replacement characters rather than not at all.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod abacus;
+mod afterwards;
 mod commands;
 mod crashes;
 mod disturbed;

@@ -152,6 +152,7 @@ fn a_manifest_is_replaced_whole() {
         input: InputRecord { path: "in.jsonl".into(), blake3: "00".into(), bytes: 10, rows: 2 },
         config: serde_json::json!({"job": {"seed": 0}}),
         plan: serde_json::json!([{"device": "cpu:0", "blocks": [0, 3]}]),
+        stages: Vec::new(),
         numeric_profile: NumericProfile {
             backend: "cpu".into(),
             simd: "avx512".into(),
@@ -163,7 +164,13 @@ fn a_manifest_is_replaced_whole() {
         tokens: TokenTotals { prompt: 5, generated: 7 },
         scores: None,
         limit: None,
-        timings: Timings { started_at: 1, finished_at: 2, load_seconds: 0.5, run_seconds: 0.25 },
+        timings: Timings {
+            started_at: 1,
+            finished_at: 2,
+            load_seconds: 0.5,
+            run_seconds: 0.25,
+            scheduling_seconds: 0.0,
+        },
     };
     manifest.write(folder.path()).unwrap();
     assert_eq!(Manifest::read(folder.path()).unwrap(), manifest);

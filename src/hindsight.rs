@@ -1,0 +1,200 @@
+//! What a run's stages should have taken for the micro-batches that they had, and the cut that would have been faster.
+//!
+//! Arithmetic of costs and counts, without a clock and without files. Blocks are scaled by what their stage has taken over what it
+//! should have: what a cost model does not know of a block or a core is in there, and so is whatever else the machine did.
+
+use actors::StepLoads;
+use scheduler::{Costs, Extra, Piece, Problem, RankCosts, Span, StageDevice, least_bottleneck_on_each};
+use stages::cost::{CostModel, PieceShape};
+
+/// Another cut is worth a line when it is faster by this share.
+const BETTER_CUT: f64 = 1.03;
+
+/// Of fewer micro-batches than these, chance would be most of what a cut is blamed for.
+const LEAST_STEPS: u64 = 32;
+
+/// What a stage has done.
+#[derive(Debug, Clone)]
+pub(crate) struct StageWork {
+    pub(crate) blocks: Span,
+    /// Time in the micro-batches of `loads`.
+    pub(crate) seconds: f64,
+    pub(crate) loads: Vec<StepLoads>,
+}
+
+/// A run as it should have been.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Hindsight {
+    /// What each stage should have taken, in seconds.
+    pub(crate) predicted: Vec<f64>,
+    pub(crate) better: Option<BetterCut>,
+}
+
+/// A cut that is faster than the one that was run.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct BetterCut {
+    pub(crate) spans: Vec<Span>,
+    /// How many times as fast.
+    pub(crate) ratio: f64,
+}
+
+impl Hindsight {
+    /// Of stages that cover all `pieces`, which are whole blocks.
+    pub(crate) fn of(costs: &dyn CostModel, pieces: &[PieceShape], stages: &[StageWork]) -> Self {
+        let expected: Vec<Taken> =
+            stages.iter().map(|stage| Taken::by(costs, pieces, &stage.loads)).collect();
+        let predicted: Vec<f64> =
+            expected.iter().zip(stages).map(|(taken, stage)| taken.stage(stage.blocks)).collect();
+        let has_enough = stages.iter().all(|stage| num_steps(&stage.loads) >= LEAST_STEPS);
+        let better = has_enough.then(|| scaled(&expected, &predicted, stages)).and_then(|taken| {
+            let present: Vec<Span> = stages.iter().map(|stage| stage.blocks).collect();
+            taken.better_cut(&present)
+        });
+        Hindsight { predicted, better }
+    }
+}
+
+fn num_steps(loads: &[StepLoads]) -> u64 {
+    loads.iter().map(|load| load.steps).sum()
+}
+
+/// What all micro-batches of a run take.
+#[derive(Debug, Clone, PartialEq)]
+struct Taken {
+    /// By block, in seconds; the first has the embedding with it, and the last the output matrix.
+    blocks: Vec<f64>,
+    /// All hops from one stage to the next, in seconds.
+    hops: f64,
+}
+
+impl Taken {
+    fn by(costs: &dyn CostModel, pieces: &[PieceShape], loads: &[StepLoads]) -> Self {
+        let mut taken = Taken { blocks: vec![0.0; pieces.len()], hops: 0.0 };
+        for StepLoads { steps, load } in loads {
+            let (steps, rank) = (*steps as f64, costs.rank_costs(pieces, 1, *load));
+            for (block, seconds) in taken.blocks.iter_mut().enumerate() {
+                *seconds += steps * rank.seconds(block..block + 1);
+            }
+            taken.hops += steps * costs.hop_seconds(*load);
+        }
+        taken
+    }
+
+    /// A stage has half of each hop that it takes part in.
+    fn stage(&self, blocks: Span) -> f64 {
+        let num_hops = usize::from(blocks.start > 0) + usize::from(blocks.end < self.blocks.len());
+        self.blocks[blocks.range()].iter().sum::<f64>() + num_hops as f64 * self.hops / 2.0
+    }
+
+    fn slowest(&self, spans: &[Span]) -> f64 {
+        spans.iter().map(|span| self.stage(*span)).fold(0.0, f64::max)
+    }
+
+    /// The best cut into as many stages, where it is better enough.
+    fn better_cut(&self, present: &[Span]) -> Option<BetterCut> {
+        let piece = |seconds: &f64| Piece { seconds: *seconds, ..Piece::default() };
+        let costs = RankCosts::new(self.blocks.iter().map(piece), Extra::default(), Extra::default());
+        let costs: [Costs; 1] = [vec![(1, costs)]];
+        // All share the machine's memory, as where a job is placed.
+        let device = StageDevice {
+            kind: 0,
+            memory_bytes: u64::MAX,
+            hop_seconds: self.hops,
+            cut_hop_seconds: self.hops,
+        };
+        let (devices, ends) = (vec![device; present.len()], vec![true; self.blocks.len()]);
+        let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+        let stages = least_bottleneck_on_each(&problem, 0).ok()??;
+        let spans: Vec<Span> =
+            stages.iter().map(|stage| Span { start: stage.pieces.start, end: stage.pieces.end }).collect();
+        let ratio = self.slowest(present) / self.slowest(&spans);
+        (ratio > BETTER_CUT).then_some(BetterCut { spans, ratio })
+    }
+}
+
+/// Each stage's blocks as they were seen to be, and hops as slow or as fast as all stages together.
+fn scaled(expected: &[Taken], predicted: &[f64], stages: &[StageWork]) -> Taken {
+    let mut taken = Taken { blocks: Vec::new(), hops: 0.0 };
+    for ((expected, predicted), stage) in expected.iter().zip(predicted).zip(stages) {
+        let ratio = stage.seconds / predicted;
+        taken.blocks.extend(expected.blocks[stage.blocks.range()].iter().map(|seconds| seconds * ratio));
+        taken.hops += expected.hops * ratio / stages.len() as f64;
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks that take so many milliseconds for each token, hops that take one for a micro-batch.
+    struct PerToken(Vec<f64>);
+
+    impl CostModel for PerToken {
+        fn rank_costs(&self, _: &[PieceShape], _: usize, load: stages::cost::Load) -> RankCosts {
+            let piece = |ms: &f64| Piece { seconds: ms * 1e-3 * load.tokens(), ..Piece::default() };
+            RankCosts::new(self.0.iter().map(piece), Extra::default(), Extra::default())
+        }
+
+        fn hop_seconds(&self, _: stages::cost::Load) -> f64 {
+            1e-3
+        }
+    }
+
+    fn steps(steps: u64, tokens: f64) -> StepLoads {
+        let load = stages::cost::Load { decode_tokens: tokens, ..stages::cost::Load::default() };
+        StepLoads { steps, load }
+    }
+
+    fn judge(blocks: &[f64], cut: usize, steps: &[StepLoads], seconds: [f64; 2]) -> Hindsight {
+        let shape = |block| PieceShape { block, columns: None, ends_block: true };
+        let pieces: Vec<PieceShape> = (0..blocks.len()).map(shape).collect();
+        let spans = [Span { start: 0, end: cut }, Span { start: cut, end: blocks.len() }];
+        let stages: Vec<StageWork> = (spans.into_iter().zip(seconds))
+            .map(|(blocks, seconds)| StageWork { blocks, seconds, loads: steps.to_vec() })
+            .collect();
+        Hindsight::of(&PerToken(blocks.to_vec()), &pieces, &stages)
+    }
+
+    fn assert_close(left: f64, right: f64) {
+        assert!((left - right).abs() < 1e-9, "{left} is not {right}");
+    }
+
+    #[test]
+    fn a_stage_should_take_what_its_blocks_do_for_each_micro_batch_and_half_a_hop() {
+        let hindsight = judge(&[1.0, 2.0, 4.0], 2, &[steps(10, 1.0), steps(30, 5.0)], [1.0, 1.0]);
+        assert_close(hindsight.predicted[0], 0.160 * 3.0 + 40.0 * 0.0005);
+        assert_close(hindsight.predicted[1], 0.160 * 4.0 + 40.0 * 0.0005);
+    }
+
+    #[test]
+    fn blocks_that_were_slower_than_predicted_move_the_cut() {
+        // Six equal blocks cut in half; the first three took twice what they should: 6 to 3, and 4 to 5 is best.
+        let (blocks, loads) = ([1.0; 6], [steps(100, 100.0)]);
+        let (first, second) = (30.05, 30.05);
+        assert_eq!(judge(&blocks, 3, &loads, [first, second]).better, None);
+        let better = judge(&blocks, 3, &loads, [2.0 * first, second]).better.expect("another cut is better");
+        assert_eq!(better.spans, [Span { start: 0, end: 2 }, Span { start: 2, end: 6 }]);
+        assert!((better.ratio - 6.0 / 5.0).abs() < 0.01, "{better:?}");
+    }
+
+    #[test]
+    fn a_gain_of_little_and_a_run_of_few_micro_batches_are_not_worth_a_line() {
+        let loads = |count| [steps(count, 100.0)];
+        let seconds = |blocks: f64, count: u64| blocks * 0.1 * count as f64;
+        // The even cut is a block away: 4 % faster than 26 of 50, and 2 % faster than 51 of 100.
+        let has_better = |num_blocks: usize, cut: usize, count: u64| {
+            let taken = [cut, num_blocks - cut].map(|blocks| seconds(blocks as f64, count));
+            judge(&vec![1.0; num_blocks], cut, &loads(count), taken).better.is_some()
+        };
+        assert!(has_better(50, 26, LEAST_STEPS));
+        assert!(!has_better(100, 51, LEAST_STEPS));
+        assert!(!has_better(50, 26, LEAST_STEPS - 1));
+    }
+
+    #[test]
+    fn stages_that_had_nothing_to_do_are_predicted_to_take_nothing() {
+        let hindsight = judge(&[1.0, 1.0], 1, &[], [0.0, 0.0]);
+        assert_eq!(hindsight, Hindsight { predicted: vec![0.0, 0.0], better: None });
+    }
+}

@@ -195,7 +195,7 @@ impl From<DtypeArg> for configs::Dtype {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "All figures are estimates, by devices' rooflines.\n\
+#[command(after_help = "All figures are estimates by devices' rooflines, but with --cost measured.\n\
                         Exit codes: 0 the plan fits, 2 it does not (the plan says what is missing, and the nearest \
                         that fits), or bad job file, model or devices.")]
 pub(crate) struct PlanArgs {
@@ -237,7 +237,7 @@ pub(crate) struct SettingArgs {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "All figures are estimates: the stages' times are the devices' rooflines, the scheduler is \
+    after_help = "All figures are estimates: the stages' times are the devices' rooflines, or with --cost measured a profile's, the scheduler is \
                         the one that runs jobs. The same command gives the same bytes.\n\
                         Exit codes: 0 played, 2 the model does not fit, or bad job file, model or devices."
 )]
@@ -318,19 +318,19 @@ pub(crate) struct ProfileArgs {
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Option<Device>,
     /// Threads of a device, of which there are as many as the cores have room for; one device of all cores if not given
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) threads: Option<usize>,
     /// Number type of weights
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<DtypeArg>,
     /// Longest context; the model's own limit if not given
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) max_context_tokens: Option<usize>,
     /// Largest micro-batch; 512 if not given
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) micro_batch_tokens: Option<usize>,
     /// Time for each point, alone and beside busy neighbours each
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) point_seconds: Option<f64>,
     /// Override a key of the job file; a value that is not TOML is taken as a text
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
@@ -358,4 +358,18 @@ pub(crate) struct InspectArgs {
 pub(crate) enum Format {
     Text,
     Json,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number > 0 => Ok(number),
+        _ => Err("expected a whole number above 0".to_owned()),
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if seconds > 0.0 && f64::is_finite(seconds) => Ok(seconds),
+        _ => Err("expected a number of seconds above 0".to_owned()),
+    }
 }

@@ -15,6 +15,7 @@ mod placement;
 mod plan;
 mod profile;
 mod progress;
+mod replace;
 mod report;
 mod retry;
 mod run;

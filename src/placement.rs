@@ -151,6 +151,9 @@ fn stored(job: &JobFile, model: &Model, options: &MeasureOptions, decides: bool)
             return None;
         }
         Stored::Stale(why) => (why, None),
+        Stored::Usable(profile) if !profile.reaches(options.micro_batch_tokens) => {
+            ("does not reach to the job's micro-batches".to_owned(), None)
+        }
         Stored::Usable(profile) => match profile.missing(&model.config) {
             missing if missing.is_empty() => return Some(*profile),
             missing => (lacks(&missing), Some(*profile)),

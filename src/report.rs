@@ -10,6 +10,9 @@ use crate::hindsight::BetterCut;
 use crate::placement::{Source, ranges};
 use crate::text::grouped;
 
+/// Another cut is worth a line when the run would have been faster by so much.
+const LEAST_GAIN_PERCENT: f64 = 3.0;
+
 /// The figures of a run.
 pub(crate) struct Report {
     pub(crate) scores: Option<Scores>,
@@ -127,9 +130,12 @@ impl Report {
         for (index, stage) in self.stages.iter().enumerate() {
             add(&format!("stage {index}"), stage.text(self.costs));
         }
-        if let Some(BetterCut { spans, ratio }) = &self.better {
-            let percent = 100.0 * (ratio - 1.0);
-            add("hint:", format!("stages = {} would be about {percent:.0} % faster", ranges(spans)));
+        if let Some(BetterCut { spans, saved }) = &self.better {
+            // Whatever the slowest stage waited for, it would wait for again.
+            let percent = 100.0 * saved / (seconds - saved).max(f64::MIN_POSITIVE);
+            if percent >= LEAST_GAIN_PERCENT {
+                add("hint:", format!("stages = {} would be about {percent:.0} % faster", ranges(spans)));
+            }
         }
         let handling = if seconds > 0.0 { 100.0 * self.handling.as_secs_f64() / seconds } else { 0.0 };
         add("pipeline", format!("scheduling and stop strings took {handling:.2} % of the time"));

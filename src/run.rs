@@ -26,7 +26,7 @@ use crate::lower;
 use crate::placement::{self, Placement};
 use crate::progress::{self, Display, Watched};
 use crate::report::{Report, StageLine};
-use crate::{machine, print, say};
+use crate::{machine, print, replace, say};
 
 /// A job that failed and can be run again, once what stopped it is out of the way.
 const EXIT_FAILED: u8 = 1;
@@ -80,6 +80,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     let job = &loaded.job;
     let started = Instant::now();
     jobs::check_paths(&job.job.input, &job.job.output)?;
+    how.trace.as_deref().map_or(Ok(()), |path| replace::check(path, replace::TRACE))?;
 
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));

@@ -93,7 +93,11 @@ impl Question {
             rows,
             kind_of_each: (0..2 + draws.index(2)).map(|_| draws.index(num_kinds)).collect(),
             pieces: (0..num_blocks).map(|_| 1 + draws.index(2)).collect(),
-            kv: if draws.below(3) == 0 { wanted } else { KvTokens::PerRow(per_row) },
+            kv: if draws.below(3) == 0 {
+                wanted
+            } else {
+                KvTokens::PerRow { tokens: per_row, rows: u64::MAX }
+            },
         }
     }
 
@@ -231,11 +235,18 @@ fn devices_share_a_front_part_and_a_back_part() {
     let costs = vec![vec![(1, RankCosts::new(blocks, Extra::default(), Extra::default()))]];
     let device = StageDevice { kind: 0, memory_bytes: 0, hop_seconds: 0.0, cut_hop_seconds: 0.0 };
     let cases = [Case { rows: 1, devices: vec![device; 2], costs }];
-    let looped = |rows_per_second| faster_looped(&cases, &[true; 4], KvTokens::PerRow(1), rows_per_second);
+    let looped = |rows_per_second| {
+        faster_looped(&cases, &[true; 4], KvTokens::PerRow { tokens: 1, rows: u64::MAX }, rows_per_second)
+    };
     let choice = looped(0.0).unwrap();
     let stages: Vec<_> = choice.stages.iter().map(|s| (s.pieces.clone(), s.devices.start)).collect();
     assert_eq!((choice.bottleneck, stages), (11.0, vec![(0..1, 0), (1..2, 1), (2..3, 0), (3..4, 1)]));
     assert_eq!(in_flight(choice.stages.len() as u64), 5);
-    assert_eq!(best_layout(&cases, &[true; 4], None, KvTokens::PerRow(1)).unwrap().bottleneck, 14.0);
+    assert_eq!(
+        best_layout(&cases, &[true; 4], None, KvTokens::PerRow { tokens: 1, rows: u64::MAX })
+            .unwrap()
+            .bottleneck,
+        14.0
+    );
     assert_eq!(looped(1.0 / 11.0), None);
 }

@@ -55,7 +55,8 @@ impl Question {
             })
             .collect();
         let wanted = KvTokens::Wanted { tokens: per_row * (2 + draws.below(20)), per_row };
-        let kv = if draws.below(3) == 0 { wanted } else { KvTokens::PerRow(per_row) };
+        let kv =
+            if draws.below(3) == 0 { wanted } else { KvTokens::PerRow { tokens: per_row, rows: u64::MAX } };
         let widths =
             (draws.below(6) == 0).then(|| (0..1 + draws.index(3)).map(|_| 1 + draws.index(2)).collect());
         Question { cases, ends_block, widths, kv }
@@ -263,7 +264,12 @@ fn plain(seconds: &[f64], num_devices: usize, memory_bytes: u64) -> Question {
     let costs = vec![vec![(1, RankCosts::new(pieces, Extra::default(), Extra::default()))]];
     let device = StageDevice { kind: 0, memory_bytes, hop_seconds: 0.0, cut_hop_seconds: 0.0 };
     let cases = vec![Case { rows: 1, devices: vec![device; num_devices], costs }];
-    Question { cases, ends_block: vec![true; seconds.len()], widths: None, kv: KvTokens::PerRow(1) }
+    Question {
+        cases,
+        ends_block: vec![true; seconds.len()],
+        widths: None,
+        kv: KvTokens::PerRow { tokens: 1, rows: u64::MAX },
+    }
 }
 
 impl Question {

@@ -15,12 +15,18 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::replace;
+
 pub(crate) use model::draw as draw_model;
 pub(crate) use plan::draw as draw_plan;
 pub(crate) use timeline::draw as draw_timeline;
 
-/// Writes a picture to a file, over one that is there.
+/// Writes a picture to a file, over an earlier one.
+///
+/// # Errors
+/// A path that cannot be written, or at which something else stands.
 pub(crate) fn save(path: &Path, svg: &str) -> Result<()> {
+    replace::check(path, replace::PICTURE)?;
     std::fs::write(path, svg).with_context(|| format!("write picture {}", path.display()))
 }
 

@@ -224,7 +224,7 @@ pub(crate) fn kv_tokens(layout: &Layout, ends_block: &[bool]) -> Option<u64> {
 pub(crate) fn tokens_in_flight(setting: &Setting, layout: &Layout) -> u64 {
     match setting.kv() {
         KvTokens::Wanted { tokens, .. } => tokens,
-        KvTokens::PerRow(tokens) => layout.case.rows * in_flight(layout.stages.len() as u64) * tokens,
+        KvTokens::PerRow { tokens, .. } => layout.case.rows * in_flight(layout.stages.len() as u64) * tokens,
     }
 }
 

@@ -196,7 +196,7 @@ impl Setting {
         let per_row = self.mix.kv_tokens_per_row;
         match self.tokens_in_flight {
             Some(tokens) => KvTokens::Wanted { tokens, per_row },
-            None => KvTokens::PerRow(per_row),
+            None => KvTokens::PerRow { tokens: per_row, rows: self.rows.unwrap_or(u64::MAX) },
         }
     }
 

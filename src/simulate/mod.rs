@@ -21,6 +21,7 @@ use crate::picture;
 use crate::plan::answer::{self, Layout};
 use crate::plan::report::device_names;
 use crate::plan::setting::Setting;
+use crate::replace;
 use crate::simulate::lengths::{Kind, LengthDraw};
 use crate::simulate::report::{Played, Report};
 use crate::trace::TraceWriter;
@@ -123,6 +124,7 @@ fn play(
 ) -> Result<Simulated> {
     let Some(path) = trace else { return Ok(simulation.run(rows, &mut |_| ())?) };
     let context = || format!("write trace {}", path.display());
+    replace::check(path, replace::TRACE)?;
     let mut writer = TraceWriter::create(path, names).with_context(context)?;
     let mut written = Ok(());
     let simulated = simulation.run(rows, &mut |step| {

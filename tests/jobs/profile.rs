@@ -244,7 +244,9 @@ fn what_cannot_be_profiled_is_refused_in_words() {
     for (args, words) in [
         (vec!["no/such/model"], "no/such/model/config.json"),
         (vec![model, "--device", "gpu:0"], "unknown device kind"),
-        (vec![model, "--threads", "0"], "at least 1"),
+        (vec![model, "--threads", "0"], "expected a whole number above 0"),
+        (vec![model, "--micro-batch-tokens", "0"], "expected a whole number above 0"),
+        (vec![model, "--point-seconds", "nan"], "expected a number of seconds above 0"),
         (vec![model, "--device", "cpu:900"], "cores"),
         (vec![model, "--set", "pipeline.simd=avx2"], "expected a job file"),
         (vec!["configs/smollm2.toml", "--threads", "1"], "expected --set"),

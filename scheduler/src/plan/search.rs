@@ -24,8 +24,13 @@ pub struct Case {
 /// How many tokens' keys and values every stage must have room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvTokens {
-    /// What the rows in flight keep, each so many.
-    PerRow(u64),
+    /// What the rows in flight keep.
+    PerRow {
+        /// Tokens that a row keeps.
+        tokens: u64,
+        /// Rows of the whole job: no more are in flight, but one for each micro-batch that keeps the stages busy.
+        rows: u64,
+    },
     /// So many in all, which also bounds the rows in flight, each of which keeps `per_row`.
     Wanted {
         /// Tokens in flight.
@@ -66,7 +71,9 @@ impl KvTokens {
     pub fn needed(self, rows: u64, num_stages: u64) -> Option<u64> {
         let in_flight = rows.saturating_mul(in_flight(num_stages));
         match self {
-            Self::PerRow(tokens) => Some(in_flight.saturating_mul(tokens)),
+            Self::PerRow { tokens, rows: most } => {
+                (rows <= 1 || in_flight <= most).then(|| in_flight.saturating_mul(tokens))
+            }
             Self::Wanted { tokens, per_row } => {
                 (in_flight.saturating_mul(per_row) <= tokens).then_some(tokens)
             }

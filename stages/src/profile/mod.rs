@@ -154,6 +154,12 @@ impl Profile {
         self.attention.iter().find(|entry| entry.kv_heads == kv_heads)
     }
 
+    /// Whether it reaches to micro-batches of so many tokens: beyond its last points costs are only extrapolated. Contexts
+    /// may be longer than those measured, as attention is linear in them.
+    pub fn reaches(&self, micro_batch_tokens: usize) -> bool {
+        self.hop.alone.last().is_some_and(|point| point.tokens >= micro_batch_tokens)
+    }
+
     /// What it lacks for a model.
     pub fn missing(&self, config: &ModelConfig) -> Missing {
         let mut missing = Missing::all_of(config);

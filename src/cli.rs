@@ -247,7 +247,7 @@ pub(crate) struct SimulateArgs {
     /// Play so many rows; `[plan] rows` if not given, or else four times those in flight
     #[arg(long, value_name = "N")]
     pub(crate) rows: Option<u64>,
-    /// Where times come from: the devices' rooflines, or what was measured on those of [pipeline]
+    /// Where times come from: the devices' rooflines, or what was measured on those of the job
     #[arg(long, value_enum, default_value_t = TimesArg::Roofline)]
     pub(crate) cost: TimesArg,
     /// How output lengths are distributed around `[plan] output_tokens`

@@ -181,8 +181,8 @@ fn rows_end_at_their_lengths_or_at_the_job_s_limit() {
 
 #[test]
 fn a_row_that_can_never_be_served_is_refused() {
-    let refused = simulation(&[(1.0, 0.0)]).run(rows(1, 350, 3), &mut |_| ());
-    assert_eq!(refused.unwrap_err().to_string(), "sequence of 450 tokens exceeds the context of 400");
+    let refused = simulation(&[(1.0, 0.0)]).run(rows(1, 400, 3), &mut |_| ());
+    assert_eq!(refused.unwrap_err().to_string(), "sequence of 401 tokens exceeds the context of 400");
 }
 
 /// SplitMix64.

@@ -69,10 +69,12 @@ fn narrower(setting: &Setting) -> Option<&'static str> {
     let fitting = types[place + 1..].iter().find(|weights| {
         let mut narrow = setting.clone();
         narrow.types.weights = **weights;
-        narrow.types.kv = match weights {
-            NumberType::Fp8 | NumberType::Fp4 => NumberType::Fp8,
-            other => **other,
-        };
+        if !setting.is_kv_type_given {
+            narrow.types.kv = match weights {
+                NumberType::Fp8 | NumberType::Fp4 => NumberType::Fp8,
+                other => **other,
+            };
+        }
         answer::fits(&narrow, 0)
     });
     fitting.map(|weights| weights.name())

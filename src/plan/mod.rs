@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use configs::{DeviceCatalog, DeviceList, JobFile, Purpose, Stages};
+use configs::{DeviceCatalog, DeviceList, JobFile, KvCacheDtype, Purpose, Stages};
 use stages::cost::{Balance, Measured, NumberType, NumberTypes};
 use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
@@ -111,12 +111,15 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
     };
     setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
     let work = Work::of(job, &config, args.sample)?;
+    let mix = work.lengths.mix().context("nothing is generated")?;
+    check_tokens_in_flight(&plan, mix.kv_tokens_per_row)?;
     Ok(Setting {
         config,
         catalog: catalog.with_price(plan.price_per_hour),
         devices,
         types: number_types(args.dtype, job),
-        mix: work.lengths.mix().context("nothing is generated")?,
+        is_kv_type_given: job.pipeline.kv_cache_dtype != KvCacheDtype::Auto,
+        mix,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
         rows: work.sequences(),
         work: Arc::new(work),
@@ -125,6 +128,16 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
         balance,
         measured: None,
     })
+}
+
+/// Fewer tokens than a single row keeps are no question of room.
+fn check_tokens_in_flight(plan: &configs::Plan, row: u64) -> Result<()> {
+    match plan.tokens_in_flight {
+        Some(tokens) if (tokens as u64) < row => {
+            bail!("[plan] tokens_in_flight: found {tokens}, a row in the middle of its output keeps {row}")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What was measured on the devices of this machine, which are the only ones that can be.
@@ -180,9 +193,9 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
         None => own(job.model.dtype),
     };
     let kv = match (job.pipeline.kv_cache_dtype, weights) {
-        (configs::KvCacheDtype::F32, _) | (configs::KvCacheDtype::Auto, NumberType::F32) => NumberType::F32,
-        (configs::KvCacheDtype::Auto, NumberType::Fp8 | NumberType::Fp4) => NumberType::Fp8,
-        (configs::KvCacheDtype::Bf16 | configs::KvCacheDtype::Auto, _) => NumberType::Bf16,
+        (KvCacheDtype::F32, _) | (KvCacheDtype::Auto, NumberType::F32) => NumberType::F32,
+        (KvCacheDtype::Auto, NumberType::Fp8 | NumberType::Fp4) => NumberType::Fp8,
+        (KvCacheDtype::Bf16 | KvCacheDtype::Auto, _) => NumberType::Bf16,
     };
     NumberTypes { weights, kv }
 }

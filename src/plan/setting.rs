@@ -35,6 +35,8 @@ pub(crate) struct Setting {
     pub(crate) catalog: DeviceCatalog,
     pub(crate) devices: DeviceList,
     pub(crate) types: NumberTypes,
+    /// Whether the job names the type of keys and values, which then stays whatever the weights are.
+    pub(crate) is_kv_type_given: bool,
     pub(crate) mix: Mix,
     pub(crate) tokens_in_flight: Option<u64>,
     /// Sequences of the job: its rows, each as often as it has choices.

@@ -27,6 +27,8 @@ pub(super) struct Kind {
     pub(super) prompt_tokens: u32,
     /// Mean of the output, before any limit cuts it.
     pub(super) output_tokens: u32,
+    /// The rows' own limit.
+    pub(super) max_tokens: u32,
     /// How many rows these are and those of the kinds before, together.
     pub(super) rows_so_far: u64,
 }
@@ -44,8 +46,9 @@ impl LengthDraw {
         let all = self.kinds[self.kinds.len() - 1].rows_so_far;
         let place = stream.uniform(0, 2) * all as f64;
         let kind = self.kinds.partition_point(|kind| kind.rows_so_far as f64 <= place);
-        let Kind { prompt_tokens, output_tokens, .. } = self.kinds[kind.min(self.kinds.len() - 1)];
-        Lengths { prompt_tokens, output_tokens: self.output(output_tokens.into(), uniform) }
+        let Kind { prompt_tokens, output_tokens, max_tokens, .. } =
+            self.kinds[kind.min(self.kinds.len() - 1)];
+        Lengths { prompt_tokens, output_tokens: self.output(output_tokens.into(), uniform).min(max_tokens) }
     }
 
     fn output(&self, mean: f64, uniform: impl Fn(u32) -> f64) -> u32 {
@@ -70,7 +73,7 @@ mod tests {
     const ROWS: u64 = 20_000;
 
     fn draw(distribution: LengthsArg, output_tokens: u32) -> Vec<f64> {
-        let kinds = vec![Kind { prompt_tokens: 5, output_tokens, rows_so_far: 1 }];
+        let kinds = vec![Kind { prompt_tokens: 5, output_tokens, max_tokens: u32::MAX, rows_so_far: 1 }];
         let draw = LengthDraw { distribution, seed: 3, kinds };
         draw.rows(ROWS).map(|lengths| f64::from(lengths.output_tokens)).collect()
     }
@@ -104,14 +107,26 @@ mod tests {
 
     #[test]
     fn rows_are_as_often_of_a_kind_as_those_of_the_job() {
-        let kind =
-            |prompt_tokens, rows_so_far| Kind { prompt_tokens, output_tokens: prompt_tokens, rows_so_far };
+        let kind = |prompt_tokens, rows_so_far| Kind {
+            prompt_tokens,
+            output_tokens: prompt_tokens,
+            max_tokens: u32::MAX,
+            rows_so_far,
+        };
         let kinds = vec![kind(10, 1), kind(20, 4)];
         let draw = LengthDraw { distribution: LengthsArg::Fixed, seed: 3, kinds };
         let rows: Vec<Lengths> = draw.rows(ROWS).collect();
         assert!(rows.iter().all(|row| row.output_tokens == row.prompt_tokens));
         let short = rows.iter().filter(|row| row.prompt_tokens == 10).count() as f64 / ROWS as f64;
         assert!((short - 0.25).abs() < 0.02, "{short}");
+    }
+
+    #[test]
+    fn no_row_is_longer_than_it_may_be() {
+        let kinds = vec![Kind { prompt_tokens: 5, output_tokens: 40, max_tokens: 40, rows_so_far: 1 }];
+        let draw = LengthDraw { distribution: LengthsArg::Exponential, seed: 3, kinds };
+        let lengths: Vec<u32> = draw.rows(ROWS).map(|row| row.output_tokens).collect();
+        assert!(lengths.iter().all(|length| *length <= 40) && lengths.contains(&40) && lengths.contains(&1));
     }
 
     #[test]

@@ -96,11 +96,15 @@ fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Opt
 fn kinds(setting: &Setting) -> Result<Vec<Kind>> {
     let tokens =
         |tokens: u64| u32::try_from(tokens.max(1)).context("a row has more tokens than can be counted");
+    // Where the job does not say how long outputs are, they are taken to be as long as they may.
+    let is_limit = setting.work.read.is_some_and(|read| !read.is_output_given);
     let mut rows_so_far = 0;
     (setting.work.lengths.pairs())
         .map(|(prompt, output, rows)| {
             rows_so_far += rows;
-            Ok(Kind { prompt_tokens: tokens(prompt)?, output_tokens: tokens(output)?, rows_so_far })
+            let (prompt_tokens, output_tokens) = (tokens(prompt)?, tokens(output)?);
+            let max_tokens = if is_limit { output_tokens } else { u32::MAX };
+            Ok(Kind { prompt_tokens, output_tokens, max_tokens, rows_so_far })
         })
         .collect()
 }

@@ -12,7 +12,7 @@ pub(super) fn lines(report: &Report) -> Vec<String> {
             "rows       {} with prompts of {} tokens, {} generated on average: {}{sigma}, at most {}, seed {}",
             grouped(report.rows),
             grouped(lengths.prompt_tokens.round() as u64),
-            grouped(lengths.output_tokens.round() as u64),
+            grouped((report.generated_tokens as f64 / report.rows.max(1) as f64).round() as u64),
             lengths.distribution,
             grouped(lengths.max_tokens.into()),
             lengths.seed

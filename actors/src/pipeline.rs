@@ -19,7 +19,9 @@ use kameo::Actor;
 use kameo::actor::{ActorId, ActorRef, Recipient, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
 use kameo::message::{Context, Message};
-use scheduler::{Completion, Generated, Request, RequestKey, Sampling, Scheduler, SequenceId, TokenId};
+use scheduler::{
+    Completion, Generated, LONE_DEATHS, Request, RequestKey, Sampling, Scheduler, SequenceId, TokenId,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::{Flow, PipelineClock};
@@ -42,7 +44,7 @@ const fn max_ends(max_sequences: usize) -> u32 {
     let mut sum = 0;
     sum += 2; // The first micro-batch and the next with the same suspects.
     sum += max_sequences.next_power_of_two().ilog2(); // Halving, down to one alone,
-    sum += 1; // and alone again.
+    sum += LONE_DEATHS - 1; // and alone again.
     sum += 2; // One more that ends stages, and is next to it.
     sum
 }

@@ -301,10 +301,10 @@ async fn a_stage_that_panics_now_and_then_costs_no_row_and_no_byte() {
     let expected = undisturbed(200).await;
     for stage in 0..3 {
         let files = Files::with_rows(200);
-        // One panic in every 30 steps, 20 times, each time at another place.
+        // One panic in every 20 steps, 20 times, each time at another place.
         let world = World::new(3).with(move |at, step, _| {
-            let (window, place) = (step / 30, step % 30);
-            assert!(at != stage || window >= 20 || place != 7 * window % 30, "a planted panic");
+            let (window, place) = (step / 20, step % 20);
+            assert!(at != stage || window >= 20 || place != 7 * window % 20, "a planted panic");
         });
         let outcome = run(&world, &files).await;
         assert!(outcome.failure.is_none(), "{:?}", outcome.failure);

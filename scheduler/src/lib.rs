@@ -34,3 +34,4 @@ pub use plan::{
 pub use request::{Completion, FinishReason, Generated, Request, RequestKey, Sampling, SequenceId, TokenId};
 pub use scheduler::{Flow, Scheduler, Stats};
 pub use simulate::{Lengths, Share, Simulated, Simulation, Step, Timeline, VirtualStage, Waits};
+pub use trials::LONE_DEATHS;

@@ -3,15 +3,20 @@
 //! A stage that ends takes one micro-batch with it. The first time nobody is blamed: its sequences are
 //! suspects, and everything is computed again. When a micro-batch that ends a stage holds suspects, those
 //! are tried: half of them at a time, with nobody beside them. A half that ends a stage is halved again,
-//! down to a sequence alone; one that has ended a stage alone twice is convicted. Whoever has been computed
-//! up to where its fatal micro-batch ended, or is done, is cleared.
+//! down to a sequence alone; one that has ended a stage alone [`LONE_DEATHS`] times is convicted. Whoever has
+//! been computed up to where its fatal micro-batch ended, or is done, is cleared.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::request::SequenceId;
 
-/// How often a sequence must end a stage with nothing beside it. Once may be the device's own weakness.
-const LONE_DEATHS: u32 = 2;
+/// How often a sequence must end a stage with nothing beside it.
+///
+/// Any one of these may be the device's own weakness. Where it ends by itself in one micro-batch of twenty, a
+/// sequence alone, which is cleared after one or two, is ended in a tenth of its trials: four in a row are one
+/// in ten thousand, where two convicted an innocent in a third of the jobs of a few hundred rows. Each costs
+/// the true culprit one more start of its stage.
+pub const LONE_DEATHS: u32 = 4;
 
 #[derive(Debug, Default)]
 pub(crate) struct Trials {

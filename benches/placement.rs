@@ -328,19 +328,7 @@ fn requests() -> Vec<Arc<Request>> {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % bound
     };
-    let sampling = Arc::new(Sampling {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        seed: 0,
-        max_tokens: NEW_TOKENS as u32,
-        min_tokens: 0,
-        stop_token_ids: vec![],
-        stop: vec![],
-        logprobs: None,
-        prompt_logprobs: false,
-    });
+    let sampling = Arc::new(Sampling::greedy(NEW_TOKENS as u32));
     (0..ROWS)
         .map(|row| {
             let tokens = PROMPT_TOKENS.start + next(PROMPT_TOKENS.len());

@@ -1,7 +1,7 @@
 //! `spanwise status`: how far a job is, from another terminal.
 
 use anyhow::Result;
-use jobs::{JobState, JobStatus, Progress, Status};
+use jobs::{JobPhase, JobStatus, Progress, Status};
 use serde_json::json;
 
 use crate::cli::{Format, StatusArgs};
@@ -21,14 +21,14 @@ pub(crate) fn status(args: &StatusArgs) -> Result<()> {
     Ok(())
 }
 
-/// The state as a word for programs.
-fn word(state: &JobState) -> &'static str {
-    match state {
-        JobState::Running { .. } => "running",
-        JobState::Ended(Status::Complete) => "complete",
-        JobState::Ended(Status::Interrupted) => "interrupted",
-        JobState::Ended(Status::Failed) => "failed",
-        JobState::Died => "killed",
+/// The phase as a word for programs.
+fn word(phase: &JobPhase) -> &'static str {
+    match phase {
+        JobPhase::Running { .. } => "running",
+        JobPhase::Ended(Status::Complete) => "complete",
+        JobPhase::Ended(Status::Interrupted) => "interrupted",
+        JobPhase::Ended(Status::Failed) => "failed",
+        JobPhase::Died => "killed",
     }
 }
 
@@ -36,12 +36,12 @@ fn as_json(status: &JobStatus) -> serde_json::Value {
     let Progress { output_lines, error_lines, rows_read, bytes_read, input_bytes, .. } = status.progress;
     let Progress { prompt_tokens, generated_tokens, unfinished_tokens, began, committed, .. } =
         status.progress;
-    let holder = match &status.state {
-        JobState::Running { holder } => Some(holder.as_str()),
+    let holder = match &status.phase {
+        JobPhase::Running { holder } => Some(holder.as_str()),
         _ => None,
     };
     json!({
-        "state": word(&status.state),
+        "state": word(&status.phase),
         "holder": holder,
         "began_at": began,
         "as_of": committed,
@@ -67,10 +67,10 @@ fn lines(status: &JobStatus) -> Vec<String> {
     let mut add = |name: &str, value: String| lines.push(format!("{name:<9} {value}"));
     add(
         "state",
-        match &status.state {
-            JobState::Running { holder } => format!("running: {holder}"),
-            JobState::Ended(Status::Complete) => "complete".to_owned(),
-            state => format!("{}; the job's own command goes on", word(state)),
+        match &status.phase {
+            JobPhase::Running { holder } => format!("running: {holder}"),
+            JobPhase::Ended(Status::Complete) => "complete".to_owned(),
+            phase => format!("{}; the job's own command goes on", word(phase)),
         },
     );
     let of = match status.rows() {

@@ -283,19 +283,7 @@ impl PipelineActor {
 
 /// The least that a stage can be asked: what follows the first token of the vocabulary.
 fn probe() -> Arc<Request> {
-    let sampling = Sampling {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        seed: 0,
-        max_tokens: 1,
-        min_tokens: 0,
-        stop_token_ids: Vec::new(),
-        stop: Vec::new(),
-        logprobs: None,
-        prompt_logprobs: false,
-    };
+    let sampling = Sampling::greedy(1);
     Arc::new(Request { key: RequestKey(0), prompt: vec![0], sampling: Arc::new(sampling), sample: 0 })
 }
 

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use crate::bit_set::BitSet;
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::journal::{Entry, EntryOrder, FinishedRows, JournalView, line_hash};
@@ -264,7 +265,7 @@ fn check_rows(
     let mut keys = RowKeys::new(maker, prompt != "null");
     keys.keep_files_in(&std::env::temp_dir());
     let mut input = RawLines::open(&options.input, MAX_LINE_BYTES)?;
-    let (mut rows, mut seen) = (0, Seen::default());
+    let (mut rows, mut seen) = (0, BitSet::default());
     let mut last_seqs = [0; FILES.len()];
     while let Some((number, raw)) = input.next()? {
         let (key, line) = keys.next(number, &raw)?;
@@ -282,7 +283,7 @@ fn check_rows(
             continue;
         };
         rows += 1;
-        seen.set(row.seq);
+        seen.insert(row.seq);
         let last = &mut last_seqs[row.file.index()];
         if row.seq < *last && options.order == Some(Order::Input) {
             let file = row.file.name();
@@ -291,7 +292,7 @@ fn check_rows(
         }
         *last = row.seq.max(*last);
     }
-    if seen.count < finished.len() {
+    if seen.len() < finished.len() {
         name_strangers(view, options, finished, &seen, findings)?;
     }
     Ok(rows)
@@ -302,46 +303,23 @@ fn name_strangers(
     view: &JournalView,
     options: &AuditOptions,
     finished: &mut FinishedRows,
-    seen: &Seen,
+    seen: &BitSet,
     findings: &mut Findings,
 ) -> Result<()> {
     let mut numbers = [0; FILES.len()];
-    let mut met = Seen::default();
+    let mut met = BitSet::default();
     view.for_each_entry(EntryOrder::Lines, |entry| {
         let index = entry.file.index();
         numbers[index] += 1;
         let what = match finished.find(entry.key, 0)? {
-            Some(row) if seen.has(row.seq) && !met.has(row.seq) => {
-                met.set(row.seq);
-                return Ok(());
-            }
-            Some(row) if seen.has(row.seq) => "a second line of its row",
+            Some(row) if seen.contains(row.seq) => match met.insert(row.seq) {
+                true => return Ok(()),
+                false => "a second line of its row",
+            },
             _ => "the line of no row of the input",
         };
         let what = || format!("batch_req_{} is {what}", hex(entry.key));
         findings.add(&options.folder.join(entry.file.name()), numbers[index], what);
         Ok(())
     })
-}
-
-/// A bit for each line in the journal.
-#[derive(Default)]
-struct Seen {
-    bits: Vec<u64>,
-    count: u64,
-}
-
-impl Seen {
-    fn set(&mut self, seq: u64) {
-        let word = (seq / 64) as usize;
-        if word >= self.bits.len() {
-            self.bits.resize(word + 1, 0);
-        }
-        self.count += u64::from(!self.has(seq));
-        self.bits[word] |= 1 << (seq % 64);
-    }
-
-    fn has(&self, seq: u64) -> bool {
-        self.bits.get((seq / 64) as usize).is_some_and(|word| word >> (seq % 64) & 1 == 1)
-    }
 }

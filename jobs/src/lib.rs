@@ -13,6 +13,7 @@
 
 mod audit;
 mod batch_line;
+mod bit_set;
 mod body;
 mod calendar;
 mod chat_template;
@@ -68,7 +69,7 @@ pub use prepared::{Endpoint, Message, PreparedRow, Prompt, RejectedRow, Reply, R
 pub use reader::{MAX_LINE_BYTES, Reader};
 pub use sampling::{MAX_CHOICES, MAX_STOPS, SamplingOptions};
 pub use settings::{Named, Settings};
-pub use status::{JobState, JobStatus};
+pub use status::{JobPhase, JobStatus};
 pub use stop::{StopMatcher, Transcript};
 pub use tokenizer::Tokenizer;
 pub use writer::{Order, Unread, Writer, Written};

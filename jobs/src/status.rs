@@ -11,14 +11,14 @@ use crate::manifest::{Manifest, Status};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobStatus {
     /// Whether somebody works on it, or how it ended.
-    pub state: JobState,
+    pub phase: JobPhase,
     /// How far it was at its last commit.
     pub progress: Progress,
 }
 
 /// Whether a job runs, or how it ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum JobState {
+pub enum JobPhase {
     /// A run works on it.
     Running {
         /// Who it is.
@@ -41,12 +41,12 @@ impl JobStatus {
         let Some(view) = JournalView::open(folder)? else {
             return Err(Error::malformed(folder, "holds no job: there is no journal.sqlite"));
         };
-        let state = match holder {
-            Some(holder) => JobState::Running { holder },
-            None if !folder.join(Manifest::FILE_NAME).exists() => JobState::Died,
-            None => JobState::Ended(Manifest::read(folder)?.status),
+        let phase = match holder {
+            Some(holder) => JobPhase::Running { holder },
+            None if !folder.join(Manifest::FILE_NAME).exists() => JobPhase::Died,
+            None => JobPhase::Ended(Manifest::read(folder)?.status),
         };
-        Ok(JobStatus { state, progress: view.progress()? })
+        Ok(JobStatus { phase, progress: view.progress()? })
     }
 
     /// Lines that are there.
@@ -94,7 +94,7 @@ impl JobStatus {
 
     /// Seconds until the last line of a running job, as far as they can be told.
     pub fn seconds_left(&self) -> Option<f64> {
-        let is_running = matches!(self.state, JobState::Running { .. });
+        let is_running = matches!(self.phase, JobPhase::Running { .. });
         let left = self.rows()?.saturating_sub(self.lines());
         self.lines_per_second().filter(|rate| is_running && *rate > 0.0).map(|rate| left as f64 / rate)
     }
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     fn status(progress: Progress) -> JobStatus {
-        JobStatus { state: JobState::Running { holder: "process 1".to_owned() }, progress }
+        JobStatus { phase: JobPhase::Running { holder: "process 1".to_owned() }, progress }
     }
 
     #[test]

@@ -46,6 +46,25 @@ pub struct Sampling {
     pub prompt_logprobs: bool,
 }
 
+impl Sampling {
+    /// The most likely token each time, so many of them, whatever they are; nothing else is asked.
+    pub fn greedy(max_tokens: u32) -> Self {
+        Sampling {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            max_tokens,
+            min_tokens: 0,
+            stop_token_ids: Vec::new(),
+            stop: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: false,
+        }
+    }
+}
+
 /// One tokenized request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {

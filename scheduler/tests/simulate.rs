@@ -304,19 +304,7 @@ fn plain(case: &Case) -> (Vec<(usize, usize, u64, u64)>, u64) {
 }
 
 fn request(case: &Case, row: usize) -> Arc<Request> {
-    let sampling = Sampling {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        seed: 0,
-        max_tokens: case.max_tokens,
-        min_tokens: 0,
-        stop_token_ids: vec![STOP],
-        stop: vec![],
-        logprobs: None,
-        prompt_logprobs: false,
-    };
+    let sampling = Sampling { stop_token_ids: vec![STOP], ..Sampling::greedy(case.max_tokens) };
     let prompt = vec![3; case.rows[row].prompt_tokens as usize];
     Arc::new(Request { key: RequestKey(row as u128), prompt, sampling: Arc::new(sampling), sample: 0 })
 }

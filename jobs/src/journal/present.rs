@@ -50,20 +50,3 @@ pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Range> {
     let number = |column| row.get::<_, i64>(column).map(|number| number as u64);
     Ok(Range { row: number(0)?, seq: number(1)?, lines: number(2)? })
 }
-
-/// A bit for each line in the journal: its row is in the present input.
-#[derive(Default)]
-pub(super) struct Bits(Vec<u64>);
-
-impl Bits {
-    pub(super) fn set(&mut self, range: Range) {
-        let end = range.seq + range.lines;
-        let words = end.div_ceil(64) as usize;
-        self.0.resize(words.max(self.0.len()), 0);
-        (range.seq..end).for_each(|seq| self.0[(seq / 64) as usize] |= 1 << (seq % 64));
-    }
-
-    pub(super) fn has(&self, seq: u64) -> bool {
-        self.0.get((seq / 64) as usize).is_some_and(|word| word >> (seq % 64) & 1 == 1)
-    }
-}

@@ -3,8 +3,9 @@
 use rusqlite::{Transaction, TransactionBehavior, params};
 
 use super::entry::{self, Entry};
-use super::present::{self, Bits, Range, Ranges};
+use super::present::{self, Range, Ranges};
 use super::{Journal, Lengths, Totals, progress};
+use crate::bit_set::BitSet;
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::line::LineFile;
@@ -127,12 +128,12 @@ impl Journal {
             }
             Selection::All => self.walk_range(all, |_, entry| visit(Walked { row: None, entry })),
             Selection::Present | Selection::Absent => {
-                let mut present = Bits::default();
+                let mut present = BitSet::default();
                 self.for_each_range(|range| {
-                    present.set(range);
+                    present.extend(range.seq..range.seq + range.lines);
                     Ok(Go::On)
                 })?;
-                let is_wanted = |seq| present.has(seq) == (selection == Selection::Present);
+                let is_wanted = |seq| present.contains(seq) == (selection == Selection::Present);
                 self.walk_range(all, |seq, entry| match is_wanted(seq) {
                     true => visit(Walked { row: None, entry }),
                     false => Ok(Go::On),

@@ -8,17 +8,9 @@ use crate::model::{self, HELLO, WORLD};
 
 fn sampling(stop: &[&str], min_tokens: u32) -> Sampling {
     Sampling {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        seed: 0,
-        max_tokens: 100,
         min_tokens,
-        stop_token_ids: Vec::new(),
         stop: stop.iter().map(|stop| (*stop).to_owned()).collect(),
-        logprobs: None,
-        prompt_logprobs: false,
+        ..Sampling::greedy(100)
     }
 }
 

@@ -55,19 +55,7 @@ impl Drawn {
 
 impl Draw {
     pub(super) fn new(max_tokens: u32, options: &Options) -> Self {
-        let sampling = Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            seed: 0,
-            max_tokens,
-            min_tokens: 0,
-            stop_token_ids: vec![STOP_TOKEN],
-            stop: vec![],
-            logprobs: None,
-            prompt_logprobs: false,
-        };
+        let sampling = Sampling { stop_token_ids: vec![STOP_TOKEN], ..Sampling::greedy(max_tokens) };
         // The last token of a sequence is never computed, so that the cache need not hold it.
         let most = options.context_tokens.min(options.cache_tokens() + 1);
         let sampling = Arc::new(sampling);

@@ -20,19 +20,7 @@ pub(crate) use random::Random;
 
 /// A request for a prompt of `num_tokens` tokens and four more.
 pub(crate) fn prompt(num_tokens: usize) -> Request {
-    let sampling = Sampling {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        seed: 0,
-        max_tokens: 4,
-        min_tokens: 0,
-        stop_token_ids: vec![],
-        stop: vec![],
-        logprobs: None,
-        prompt_logprobs: false,
-    };
+    let sampling = Sampling::greedy(4);
     let prompt = (0..num_tokens as u32).collect();
     Request { key: RequestKey(0), prompt, sampling: Arc::new(sampling), sample: 0 }
 }

@@ -29,17 +29,12 @@ impl Random {
         let num_prompt = 1 + if self.once_in(3) { self.below(40) } else { self.below(8) };
         let max_tokens = if self.once_in(5) { 0 } else { 1 + self.below(24) as u32 };
         let sampling = Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            seed: 0,
-            max_tokens,
             min_tokens: if self.once_in(4) { self.below(12) as u32 } else { 0 },
             stop_token_ids: if self.once_in(2) { vec![STOP_TOKEN] } else { vec![] },
             stop: if self.once_in(4) { vec!["stop".to_owned()] } else { vec![] },
             logprobs: self.once_in(4).then_some(0),
             prompt_logprobs: self.once_in(3),
+            ..Sampling::greedy(max_tokens)
         };
         Request {
             key: if self.once_in(12) { poison(self.below(48)) } else { RequestKey(0) },

@@ -92,7 +92,7 @@ impl Weights {
     fn new(cpu: &Cpu, n: usize, k: usize) -> Result<Self> {
         let bits: Vec<u16> = random(n * k).map(|v| (v.to_bits() >> 16) as u16).collect();
         let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        let view = TensorView { dtype: ViewDtype::Bf16, rows: n, cols: k, bytes: &bytes };
+        let view = TensorView::new(ViewDtype::Bf16, n, k, &bytes);
         let copies = (COLD_BYTES / bytes.len()).max(2);
         let packed = (0..copies).map(|_| cpu.matrix(view)).collect::<Result<_, _>>()?;
         let packed: Vec<CpuMatrix> = packed;
@@ -142,7 +142,7 @@ fn report(
 fn operand(cpu: &Cpu, rows: usize, k: usize) -> Result<CpuOperand> {
     let values: Vec<f32> = random(rows * k).collect();
     let ones: Vec<u8> = (0..k).flat_map(|_| 1f32.to_le_bytes()).collect();
-    let ones = cpu.vector(TensorView { dtype: ViewDtype::F32, rows: 1, cols: k, bytes: &ones })?;
+    let ones = cpu.vector(TensorView::new(ViewDtype::F32, 1, k, &ones))?;
     let (mut x, mut operand) = (cpu.array(), cpu.operand());
     cpu.upload(&values, rows, k, &mut x)?;
     cpu.rms_norm(&x, &ones, 1e-5, &mut operand)?;

@@ -10,6 +10,8 @@
 //! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
+use std::ops::Range;
+
 use crate::error::Result;
 
 /// Positions in one KV page, and the tile in which attention walks keys.
@@ -17,6 +19,11 @@ use crate::error::Result;
 /// 64 keys fill four 512-bit registers of scores, enough independent sums to hide the latency of a dot
 /// product for a single query row, and are the page size of the CUDA kernels to come.
 pub const PAGE_TOKENS: usize = 64;
+
+/// Sums over the columns of a matrix may be parted at multiples of this without a change of bits; see
+/// [`Backend::matmul_onto`]. It is a panel's width, and a multiple of what any product takes at once: pairs of bf16,
+/// groups of 32 that share a scale, tiles of 32 columns.
+pub const SUM_CUT: usize = 64;
 
 /// Number type of activations on the device: matmul inputs, KV entries, and tables that are read row by row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,8 +75,71 @@ pub struct TensorView<'a> {
     pub rows: usize,
     /// Columns.
     pub cols: usize,
-    /// `rows * cols` numbers.
+    /// Numbers from the start of a row to the start of the next, at least `cols`.
+    pub stride: usize,
+    /// From the first number of the first row to the last number of the last one.
     pub bytes: &'a [u8],
+}
+
+impl<'a> TensorView<'a> {
+    /// A whole tensor, `rows * cols` numbers.
+    pub fn new(dtype: ViewDtype, rows: usize, cols: usize, bytes: &'a [u8]) -> TensorView<'a> {
+        TensorView { dtype, rows, cols, stride: cols, bytes }
+    }
+
+    /// Some of its rows.
+    ///
+    /// # Panics
+    /// When they are not inside of it.
+    pub fn rows(&self, rows: Range<usize>) -> TensorView<'a> {
+        self.part(rows, 0..self.cols)
+    }
+
+    /// Some columns of all its rows.
+    ///
+    /// # Panics
+    /// When they are not inside of it.
+    pub fn columns(&self, columns: Range<usize>) -> TensorView<'a> {
+        self.part(0..self.rows, columns)
+    }
+
+    /// The bytes of a row.
+    ///
+    /// # Panics
+    /// When it is not inside of the view.
+    pub fn row(&self, row: usize) -> &'a [u8] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let (size, start) = (self.dtype.bytes(), if self.cols == 0 { 0 } else { row * self.stride });
+        &self.bytes[start * size..][..self.cols * size]
+    }
+
+    fn part(&self, rows: Range<usize>, columns: Range<usize>) -> TensorView<'a> {
+        let fits = |range: &Range<usize>, end| range.start <= range.end && range.end <= end;
+        assert!(
+            fits(&rows, self.rows) && fits(&columns, self.cols),
+            "{rows:?}, {columns:?} of [{}, {}]",
+            self.rows,
+            self.cols
+        );
+        let (num_rows, cols, size) = (rows.len(), columns.len(), self.dtype.bytes());
+        let numbers = match num_rows * cols {
+            0 => 0,
+            _ => (num_rows - 1) * self.stride + cols,
+        };
+        let start = if numbers == 0 { 0 } else { rows.start * self.stride + columns.start };
+        let bytes = &self.bytes[start * size..][..numbers * size];
+        TensorView { dtype: self.dtype, rows: num_rows, cols, stride: self.stride, bytes }
+    }
+}
+
+impl ViewDtype {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            ViewDtype::F32 => 4,
+            ViewDtype::F16 | ViewDtype::Bf16 => 2,
+        }
+    }
 }
 
 /// Rotary angles for every position: `cos` and `sin` are `[positions, head_dim / 2]`, row-major.
@@ -174,6 +244,17 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `out += x · wᵀ`: the residual add of a block's half. The product is summed first, then added.
     fn matmul_add(&self, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Array) -> Result<()>;
+
+    /// Goes on with the sums of a product: `sums` holds what columns of the matrix before those of `w` have come to,
+    /// `x: [T, in]`, `w: [n, in]`, `sums: [T, n]`.
+    ///
+    /// On the CPU with weights in f32, bf16 or int4, and with a number of columns before that is a multiple of
+    /// [`SUM_CUT`], `sums` then has the bits of one product over all columns. Else the product is summed first,
+    /// then added: scales of int8 belong to whole rows.
+    fn matmul_onto(&self, x: &Self::Operand, w: &Self::Matrix, sums: &mut Self::Array) -> Result<()>;
+
+    /// `out += x`, both `[T, cols]`.
+    fn add(&self, x: &Self::Array, out: &mut Self::Array) -> Result<()>;
 
     /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)` (Shazeer 2020, SwiGLU); `gate, up: [width, in]`.
     fn swiglu(

@@ -1,7 +1,7 @@
 //! Shape checks, made before any memory is touched. Every operation of every backend starts with these.
 
 use crate::array::Array;
-use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable, TensorView, ViewDtype};
+use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable, TensorView};
 use crate::error::{Error, Result};
 
 /// `found` is `expected`.
@@ -32,11 +32,20 @@ pub(crate) fn all_below(op: &'static str, what: &'static str, indices: &[u32], b
 
 /// The view's bytes are as many as its shape needs.
 pub(crate) fn view(op: &'static str, view: &TensorView<'_>) -> Result<()> {
-    let size = match view.dtype {
-        ViewDtype::F32 => 4,
-        ViewDtype::F16 | ViewDtype::Bf16 => 2,
+    let TensorView { rows, cols, stride, .. } = *view;
+    if stride < cols {
+        return Err(Error::OutOfRange {
+            op,
+            what: "number of columns",
+            value: cols as u64,
+            bound: stride as u64 + 1,
+        });
+    }
+    let numbers = match rows.checked_mul(cols) {
+        Some(1..) => (rows - 1).checked_mul(stride).and_then(|before| before.checked_add(cols)),
+        other => other,
     };
-    let expected = view.rows.checked_mul(view.cols).and_then(|numbers| numbers.checked_mul(size));
+    let expected = numbers.and_then(|numbers| numbers.checked_mul(view.dtype.bytes()));
     match expected {
         Some(expected) => shape(op, "bytes", [view.bytes.len()], [expected]),
         None => Err(Error::Unsupported(format!("{op}: [{}, {}] overflows", view.rows, view.cols))),
@@ -122,6 +131,7 @@ pub(crate) fn slices(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::ViewDtype;
 
     fn slice(first_row: usize, num_rows: usize, first_position: usize, pages: &[u32]) -> AttentionSlice {
         AttentionSlice { first_row, num_rows, first_position, pages: pages.to_vec() }
@@ -160,9 +170,13 @@ mod tests {
 
     #[test]
     fn bytes_of_a_view_match_its_shape() {
-        let view_of = |rows, cols, bytes| TensorView { dtype: ViewDtype::Bf16, rows, cols, bytes };
+        let view_of = |rows, cols, bytes| TensorView::new(ViewDtype::Bf16, rows, cols, bytes);
         assert!(view("op", &view_of(2, 3, &[0; 12])).is_ok());
         assert!(view("op", &view_of(2, 3, &[0; 13])).is_err());
         assert!(view("op", &view_of(usize::MAX, 3, &[0; 13])).is_err());
+        let columns = view_of(2, 3, &[0; 12]).columns(1..3);
+        assert!(view("op", &columns).is_ok());
+        assert!(view("op", &TensorView { stride: 1, ..columns }).is_err());
+        assert!(view("op", &TensorView { bytes: &[0; 12], ..columns }).is_err());
     }
 }

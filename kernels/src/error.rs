@@ -30,6 +30,16 @@ pub enum Error {
     /// This machine or this build cannot do what was asked.
     #[error("{0}")]
     Unsupported(String),
+    /// The ranks of a stage could not do something together.
+    #[error("{op} on rank {rank}: {message}")]
+    Collective {
+        /// The operation.
+        op: &'static str,
+        /// The rank whose error it is.
+        rank: usize,
+        /// What kept it.
+        message: String,
+    },
     /// A file could not be mapped.
     #[error("map {path}: {source}")]
     Map {

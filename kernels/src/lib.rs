@@ -7,6 +7,7 @@
 mod array;
 mod backend;
 mod check;
+mod collective;
 mod cpu;
 mod dtype;
 mod error;
@@ -17,8 +18,10 @@ mod view;
 
 pub use array::Array;
 pub use backend::{
-    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, ViewDtype, WeightType,
+    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, SUM_CUT, TensorView, ViewDtype,
+    WeightType,
 };
+pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};

@@ -238,6 +238,27 @@ impl Backend for Reference {
         Ok(())
     }
 
+    fn matmul_onto(&self, x: &ReferenceOperand, w: &ReferenceMatrix, sums: &mut Array) -> Result<()> {
+        check::shape("matmul_onto", "x's columns", [x.array.cols()], [w.cols])?;
+        check::shape("matmul_onto", "sums", [sums.rows(), sums.cols()], [x.array.rows(), w.rows])?;
+        for t in 0..x.array.rows() {
+            for n in 0..w.rows {
+                let sum = &mut sums.row_mut(t)[n];
+                *sum = match w.row_scales.is_empty() {
+                    true => dot_onto(*sum, x.array.row(t), w.row(n)),
+                    false => *sum + w.dot(x.array.row(t), n),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&self, x: &Array, out: &mut Array) -> Result<()> {
+        check::shape("add", "out", [out.rows(), out.cols()], [x.rows(), x.cols()])?;
+        out.values_mut().iter_mut().zip(x.values()).for_each(|(out, x)| *out += x);
+        Ok(())
+    }
+
     fn swiglu(
         &self,
         x: &ReferenceOperand,
@@ -349,6 +370,11 @@ impl Backend for Reference {
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The same, from the sum of earlier terms on.
+fn dot_onto(sum: f32, a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).fold(sum, |sum, (a, b)| sum + a * b)
 }
 
 /// One query against the first `num_keys` positions: softmax of the scores, then the mean of the values.

@@ -17,13 +17,13 @@ pub(crate) fn widen(op: &'static str, view: &TensorView<'_>) -> Result<Vec<f32>>
 /// The same of a view that has been checked; `out` is cleared first.
 pub(crate) fn widen_into(view: &TensorView<'_>, out: &mut Vec<f32>) {
     out.clear();
-    match view.dtype {
-        ViewDtype::F32 => out.extend(view.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
-        ViewDtype::F16 => {
-            out.extend(view.bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()))
-        }
-        ViewDtype::Bf16 => {
-            out.extend(view.bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
+    for bytes in (0..view.rows).map(|row| view.row(row)) {
+        match view.dtype {
+            ViewDtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
+            ViewDtype::F16 => out.extend(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32())),
+            ViewDtype::Bf16 => {
+                out.extend(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
+            }
         }
     }
 }
@@ -37,13 +37,27 @@ mod tests {
         let values = [1.5f32, -0.0, 3.0e-5, f32::INFINITY];
         let mut f32s = vec![0u8];
         values.iter().for_each(|value| f32s.extend(value.to_le_bytes()));
-        let view = TensorView { dtype: ViewDtype::F32, rows: 1, cols: 4, bytes: &f32s[1..] };
+        let view = TensorView::new(ViewDtype::F32, 1, 4, &f32s[1..]);
         assert_eq!(widen("op", &view).unwrap(), values);
         let halves: Vec<u8> = values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect();
-        let view = TensorView { dtype: ViewDtype::F16, rows: 2, cols: 2, bytes: &halves };
+        let view = TensorView::new(ViewDtype::F16, 2, 2, &halves);
         assert_eq!(widen("op", &view).unwrap(), values.map(|value| f16::from_f32(value).to_f32()));
         let brains: Vec<u8> = values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect();
-        let view = TensorView { dtype: ViewDtype::Bf16, rows: 4, cols: 1, bytes: &brains };
+        let view = TensorView::new(ViewDtype::Bf16, 4, 1, &brains);
         assert_eq!(widen("op", &view).unwrap(), values.map(|value| bf16::from_f32(value).to_f32()));
+    }
+
+    #[test]
+    fn rows_and_columns_of_a_view_are_those_of_the_tensor() {
+        let numbers: Vec<u8> = (0..20u8).flat_map(|i| f32::from(i).to_le_bytes()).collect();
+        let view = TensorView::new(ViewDtype::F32, 4, 5, &numbers);
+        let part = view.rows(1..3).columns(2..4);
+        assert_eq!((part.rows, part.cols), (2, 2));
+        assert_eq!(widen("op", &part).unwrap(), [7.0, 8.0, 12.0, 13.0]);
+        assert_eq!(widen("op", &view.columns(4..5)).unwrap(), [4.0, 9.0, 14.0, 19.0]);
+        assert_eq!(widen("op", &view.rows(3..4)).unwrap(), [15.0, 16.0, 17.0, 18.0, 19.0]);
+        for empty in [view.rows(4..4), view.columns(5..5)] {
+            assert!(widen("op", &empty).unwrap().is_empty());
+        }
     }
 }

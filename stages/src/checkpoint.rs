@@ -104,7 +104,7 @@ impl Checkpoint {
             [rows, cols] => (rows, cols),
             _ => panic!("shape {:?} of {name} was checked", tensor.shape),
         };
-        TensorView { dtype, rows, cols, bytes: self.bytes(tensor) }
+        TensorView::new(dtype, rows, cols, self.bytes(tensor))
     }
 
     fn add_shard(&mut self, path: &Path) -> Result<()> {

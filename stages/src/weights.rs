@@ -29,7 +29,7 @@ impl Weights {
                     _ => panic!("tensor {name} has shape {shape:?}"),
                 };
                 let values = random_tensor(name, rows, cols, shape.len() == 1);
-                load(TensorView { dtype: ViewDtype::Bf16, rows, cols, bytes: bytemuck::cast_slice(&values) })
+                load(TensorView::new(ViewDtype::Bf16, rows, cols, bytemuck::cast_slice(&values)))
             }
         }
     }

@@ -194,6 +194,21 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn matmul_onto(&self, x: &CpuOperand, w: &CpuMatrix, sums: &mut Array) -> Result<()> {
+        check::shape("matmul_onto", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        check::shape("matmul_onto", "sums", [sums.rows(), sums.cols()], [x.0.rows(), w.0.rows()])?;
+        gemm::matmul_onto(self.simd, &self.pool, &x.0, &w.0, sums.values_mut());
+        Ok(())
+    }
+
+    fn add(&self, x: &Array, out: &mut Array) -> Result<()> {
+        check::shape("add", "out", [out.rows(), out.cols()], [x.rows(), x.cols()])?;
+        rows::for_each_row(&self.pool, out, |t, row| {
+            row.iter_mut().zip(x.row(t)).for_each(|(out, x)| *out += x);
+        });
+        Ok(())
+    }
+
     fn swiglu(&self, x: &CpuOperand, gate: &CpuMatrix, up: &CpuMatrix, out: &mut CpuOperand) -> Result<()> {
         check::shape("swiglu", "x's columns", [x.0.cols()], [gate.0.cols()])?;
         check::shape("swiglu", "up", [up.0.rows(), up.0.cols()], [gate.0.rows(), gate.0.cols()])?;

@@ -126,12 +126,12 @@ impl<B: Readable> Device<B> {
 
     pub(crate) fn matrix(&self, values: &[f32], rows: usize, cols: usize) -> B::Matrix {
         let bytes = bytes(values);
-        self.backend.matrix(TensorView { dtype: ViewDtype::F32, rows, cols, bytes: &bytes }).unwrap()
+        self.backend.matrix(TensorView::new(ViewDtype::F32, rows, cols, &bytes)).unwrap()
     }
 
     pub(crate) fn table(&self, values: &[f32], rows: usize, cols: usize) -> B::Matrix {
         let bytes = bytes(values);
-        self.backend.table(TensorView { dtype: ViewDtype::F32, rows, cols, bytes: &bytes }).unwrap()
+        self.backend.table(TensorView::new(ViewDtype::F32, rows, cols, &bytes)).unwrap()
     }
 
     /// What is left of a matrix of so many columns when it is packed.
@@ -155,7 +155,7 @@ impl<B: Readable> Device<B> {
 
     pub(crate) fn vector(&self, values: &[f32]) -> B::Vector {
         let bytes = bytes(values);
-        let view = TensorView { dtype: ViewDtype::F32, rows: 1, cols: values.len(), bytes: &bytes };
+        let view = TensorView::new(ViewDtype::F32, 1, values.len(), &bytes);
         self.backend.vector(view).unwrap()
     }
 

@@ -1,6 +1,6 @@
-//! `matmul` and `matmul_add`.
+//! `matmul`, `matmul_add`, `matmul_onto` and `add`.
 
-use kernels::WeightType;
+use kernels::{SUM_CUT, WeightType};
 
 use crate::battery::device::{Check, Device, F32_UNIT, Readable, bits, every_weight_device};
 use crate::battery::exact::{Bounded, assert_within, dot};
@@ -153,4 +153,88 @@ fn integers(row: &[f32]) -> (Vec<i64>, f32) {
 #[test]
 fn products_in_integers_have_the_bits_of_plain_loops() {
     every_weight_device(&Integers);
+}
+
+/// `[rows, in, out]` of products whose sums are parted: some tiles and panels, several chunks of K.
+const PARTED: [[usize; 3]; 5] = [[1, 130, 70], [7, 192, 64], [3, 1000, 17], [70, 300, 129], [2, 9000, 65]];
+
+struct Parted;
+
+impl Check for Parted {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        let mut random = Random::new(5);
+        let backend = &device.backend;
+        let (mut whole, mut sums) = (backend.array(), backend.array());
+        for [rows, inputs, outputs] in PARTED {
+            let w = random.wild_rows(outputs, inputs);
+            let w_columns = |columns: std::ops::Range<usize>| -> Vec<f32> {
+                w.chunks_exact(inputs).flat_map(|row| row[columns.clone()].to_vec()).collect()
+            };
+            let x = Parts { rows, up: random.values(inputs) };
+            let what = format!("{} [{rows}, {inputs}] x [{outputs}, {inputs}]", device.name());
+            backend
+                .matmul(&x.operand(device, 0..inputs), &device.matrix(&w, outputs, inputs), &mut whole)
+                .unwrap();
+            for cut in (SUM_CUT..inputs).step_by(SUM_CUT * (1 + inputs / 700)) {
+                let second = device.matrix(&w_columns(cut..inputs), outputs, inputs - cut);
+                let first = device.matrix(&w_columns(0..cut), outputs, cut);
+                backend.matmul(&x.operand(device, 0..cut), &first, &mut sums).unwrap();
+                let before = device.values(&sums);
+                backend.matmul_onto(&x.operand(device, cut..inputs), &second, &mut sums).unwrap();
+                let found = device.values(&sums);
+                if matches!(device.weights, WeightType::Int8 | WeightType::Int8Weight) {
+                    backend.upload(&before, rows, outputs, &mut sums).unwrap();
+                    backend.matmul_add(&x.operand(device, cut..inputs), &second, &mut sums).unwrap();
+                    assert_eq!(bits(&found), bits(&device.values(&sums)), "{what} cut at {cut}");
+                } else {
+                    assert_eq!(bits(&found), bits(&device.values(&whole)), "{what} cut at {cut}");
+                }
+            }
+        }
+    }
+}
+
+/// A matmul's input of which columns can be had alone.
+struct Parts {
+    rows: usize,
+    up: Vec<f32>,
+}
+
+impl Parts {
+    /// `silu(x) ∘ (x up)` of rows of one number each: columns depend on their own weights alone.
+    fn operand<B: Readable>(&self, device: &Device<B>, columns: std::ops::Range<usize>) -> B::Operand {
+        let x: Vec<f32> = (0..self.rows).map(|row| 0.3 + row as f32 / 64.0).collect();
+        let (x, _) = device.operand(&x, 1);
+        let gate = device.matrix(&vec![1.0; columns.len()], columns.len(), 1);
+        let up = device.matrix(&self.up[columns.clone()], columns.len(), 1);
+        let mut out = device.backend.operand();
+        device.backend.swiglu(&x, &gate, &up, &mut out).unwrap();
+        out
+    }
+}
+
+/// So that an FFN may be cut by its columns between two stages.
+#[test]
+fn sums_that_are_gone_on_with_have_the_bits_of_one_product() {
+    every_weight_device(&Parted);
+}
+
+struct Add;
+
+impl Check for Add {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        let mut random = Random::new(6);
+        for (rows, cols) in [(0, 5), (1, 1), (3, 7), (70, 513)] {
+            let (x, y) = (random.values(rows * cols), random.values(rows * cols));
+            let mut out = device.array(&y, cols);
+            device.backend.add(&device.array(&x, cols), &mut out).unwrap();
+            let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| y + x).collect();
+            assert_eq!(bits(&device.values(&out)), bits(&expected), "{} [{rows}, {cols}]", device.name());
+        }
+    }
+}
+
+#[test]
+fn add_adds_number_by_number() {
+    every_weight_device(&Add);
 }

@@ -21,9 +21,7 @@ impl Check for Refusals {
         let fitting = device.matrix(&[1.0; 8], 2, 4);
 
         refused(
-            backend
-                .matrix(TensorView { dtype: ViewDtype::Bf16, rows: 2, cols: 3, bytes: &[0; 13] })
-                .map(drop),
+            backend.matrix(TensorView::new(ViewDtype::Bf16, 2, 3, &[0; 13])).map(drop),
             "matrix: bytes has shape [13], expected [12]",
         );
         refused(backend.upload(&[0.0; 5], 2, 3, &mut out), "upload: values has shape [5], expected [6]");
@@ -38,6 +36,15 @@ impl Check for Refusals {
             backend.matmul_add(&x, &fitting, &mut wrong),
             "matmul_add: out has shape [3, 3], expected [3, 2]",
         );
+        refused(
+            backend.matmul_onto(&x, &fitting, &mut wrong),
+            "matmul_onto: sums has shape [3, 3], expected [3, 2]",
+        );
+        refused(
+            backend.matmul_onto(&x, &matrix, &mut wrong),
+            "matmul_onto: x's columns has shape [4], expected [5]",
+        );
+        refused(backend.add(&array, &mut wrong), "add: out has shape [3, 3], expected [3, 4]");
         refused(
             backend.swiglu(&x, &fitting, &matrix, &mut out_operand),
             "swiglu: up has shape [3, 5], expected [2, 4]",

@@ -43,6 +43,8 @@ pub(super) struct Product<'a, const N: usize> {
     x: Input<'a>,
     kind: WeightType,
     weights: [&'a PackedMatrix; N],
+    /// Whether the scratch holds sums of earlier terms when a sweep begins.
+    is_begun: bool,
 }
 
 /// Where a tile's finished sums go.
@@ -81,7 +83,7 @@ impl<'a, const N: usize> Product<'a, N> {
             num_matrices: N,
         };
         let plan = Plan::new(shape, pool.num_threads());
-        Self { simd, kernel: Kernel::new(simd, kind), plan, x, kind, weights }
+        Self { simd, kernel: Kernel::new(simd, kind), plan, x, kind, weights, is_begun: false }
     }
 
     /// The sums of a unit's tiles by matrix `m`, to where `destination(index of the tile in the unit)` says.
@@ -123,7 +125,7 @@ impl<'a, const N: usize> Product<'a, N> {
                     rows: rows.len(),
                     cols: plan.cols(unit.piece).len(),
                     bias: self.bias(m, unit.piece, chunk),
-                    init: if chunk > 0 { sums } else { std::ptr::null() },
+                    init: if chunk > 0 || self.is_begun { sums } else { std::ptr::null() },
                     c: to.c,
                     c_stride: to.c_stride,
                     is_added: to.is_added,
@@ -153,6 +155,7 @@ impl<'a, const N: usize> Product<'a, N> {
                 self.piece(m, unit.piece).wrapping_add(first / terms_per_word(self.kind) * GROUP_BYTES);
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
             unsafe { unpack(&Unpack { words: words.cast(), terms: k, cols, out: b }) };
+            let is_first = chunk == 0 && !self.is_begun;
             for (i, tile) in unit.tiles.clone().enumerate() {
                 let rows = self.plan.rows(tile);
                 // SAFETY: the caller vouches for the scratch.
@@ -166,7 +169,7 @@ impl<'a, const N: usize> Product<'a, N> {
                     rows: rows.len(),
                     cols,
                     bias: std::ptr::null(),
-                    init: if has_groups || chunk == 0 { std::ptr::null() } else { sums },
+                    init: if has_groups || is_first { std::ptr::null() } else { sums },
                     c: if has_groups { group } else { sums },
                     c_stride: NR,
                     is_added: false,
@@ -177,8 +180,7 @@ impl<'a, const N: usize> Product<'a, N> {
                 // sums from the chunk before are in the scratch.
                 unsafe { (self.kernel.tile)(&tile) }
                 if has_groups {
-                    let (scales, is_first, rows) =
-                        (self.scales(m, unit.piece, chunk), chunk == 0, rows.len());
+                    let (scales, rows) = (self.scales(m, unit.piece, chunk), rows.len());
                     at_level(self.simd, AddGroup { group, scales, sums, is_first, rows, cols });
                 }
             }
@@ -310,6 +312,34 @@ impl<'a, const N: usize> Product<'a, N> {
 }
 
 impl Product<'_, 1> {
+    /// Goes on with `out`, the sums over terms before the first, without scales that come last; `out: [rows, n]`.
+    pub(super) fn go_on(mut self, pool: &ThreadPool, out: &mut [f32]) {
+        let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
+        assert_eq!(out.len(), rows * n, "sums of {rows} rows and {n} columns");
+        self.is_begun = true;
+        let out = Output(out.as_mut_ptr());
+        for_each_unit(pool, &self.plan, |unit| {
+            let mut scratch = Scratch::zeroed();
+            let scratch = scratch.as_mut_ptr().cast::<Sums>();
+            let (col, valid) = (self.plan.cols(unit.piece).start, self.valid_cols(unit.piece));
+            let row_of = |i: usize| self.plan.rows(unit.tiles.start + i);
+            // SAFETY: the valid part of a unit's tiles lies in `out`, by the assertion above, and is this unit's
+            // alone; the scratch has a place for every tile of a unit, and is initialised.
+            unsafe {
+                let each = |copy: &dyn Fn(*mut f32, *mut f32)| {
+                    for i in 0..unit.tiles.len() {
+                        for (r, row) in row_of(i).enumerate() {
+                            copy(scratch.add(i).cast::<f32>().add(r * NR), out.at(row * n + col));
+                        }
+                    }
+                };
+                each(&|sums, out| std::ptr::copy_nonoverlapping(out, sums, valid));
+                self.sweep_to_scratch(&unit, 0, scratch);
+                each(&|sums, out| std::ptr::copy_nonoverlapping(sums, out, valid));
+            }
+        });
+    }
+
     /// `out = x · wᵀ`, or `out += x · wᵀ`; `out: [rows, n]`.
     pub(super) fn write(&self, pool: &ThreadPool, out: &mut [f32], is_added: bool) {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());

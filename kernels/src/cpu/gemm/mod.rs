@@ -62,6 +62,19 @@ pub(crate) fn matmul(
     with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).write(pool, out, accumulate));
 }
 
+/// Goes on with the sums of a product over columns before those of w, which `sums` holds, in the order of K; with
+/// scales for whole rows the product is summed first and then added.
+///
+/// `x: [rows, k]`, `w: [n, k]`, `sums: [rows, n]`; x is of the type that inputs have beside w's.
+pub(crate) fn matmul_onto(simd: Simd, pool: &ThreadPool, x: &Operand, w: &PackedMatrix, sums: &mut [f32]) {
+    match w.kind() {
+        WeightType::F32 | WeightType::Bf16 | WeightType::Int4Weight => {
+            with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).go_on(pool, sums));
+        }
+        WeightType::Int8 | WeightType::Int8Weight => matmul(simd, pool, x, w, sums, true),
+    }
+}
+
 /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)`, where `silu(g) = g / (1 + exp(-g))`; sets the shape of `out`.
 ///
 /// `x: [rows, k]`, `gate, up: [width, k]`, `out: [rows, width]`; gate and up are of one type, x of the type that

@@ -155,14 +155,6 @@ impl PackedMatrix {
     }
 }
 
-/// Bytes of a number.
-pub(super) fn view_bytes(dtype: ViewDtype) -> usize {
-    match dtype {
-        ViewDtype::F32 => 4,
-        ViewDtype::F16 | ViewDtype::Bf16 => 2,
-    }
-}
-
 /// The mapping's address, for the threads that fill it.
 #[derive(Clone, Copy)]
 struct Panels(*mut u8);
@@ -236,13 +228,12 @@ fn for_each_strip(
     block: usize,
     mut each: impl FnMut(usize, usize, &[u8]),
 ) {
-    let width = view_bytes(view.dtype);
+    let width = view.dtype.bytes();
     let rows = first_row..view.rows.min(first_row + NR);
     for first_col in (0..view.cols).step_by(block) {
         let cols = block.min(view.cols - first_col);
         for row in rows.clone() {
-            let start = (row * view.cols + first_col) * width;
-            each(row - first_row, first_col, &view.bytes[start..start + cols * width]);
+            each(row - first_row, first_col, &view.row(row)[first_col * width..][..cols * width]);
         }
     }
 }
@@ -269,7 +260,7 @@ mod tests {
             ];
             for (view_dtype, bytes) in &views {
                 for dtype in [Dtype::F32, Dtype::Bf16] {
-                    let view = TensorView { dtype: *view_dtype, rows, cols, bytes: &bytes[1..] };
+                    let view = TensorView::new(*view_dtype, rows, cols, &bytes[1..]);
                     let packed = PackedMatrix::pack(view, dtype.into(), &pool).unwrap();
                     assert_eq!((packed.rows(), packed.cols(), packed.kind()), (rows, cols, dtype.into()));
                     assert_eq!(packed.bytes(), packed_bytes(dtype.into(), rows, cols));
@@ -297,7 +288,7 @@ mod tests {
     #[test]
     fn a_view_of_the_wrong_length_is_refused() {
         let pool = ThreadPool::new(&[], 1);
-        let view = TensorView { dtype: ViewDtype::F32, rows: 2, cols: 3, bytes: &[0; 23] };
+        let view = TensorView::new(ViewDtype::F32, 2, 3, &[0; 23]);
         assert!(matches!(PackedMatrix::pack(view, WeightType::Bf16, &pool), Err(Error::Shape { .. })));
     }
 }

@@ -6,7 +6,7 @@
 //! * 4 bits: `[k / 8][NR][2][4]`, the even k in the lower half of a word and the odd ones in the upper half, so
 //!   that a table look-up makes pairs of bf16 of all columns at once; then a scale for each group of K and column.
 
-use super::pack::{PanelLayout, view_bytes};
+use super::pack::PanelLayout;
 use super::tile::NR;
 use crate::backend::{TensorView, WeightType};
 use crate::quantize::Quantizer;
@@ -39,12 +39,10 @@ pub(super) fn pack_quantized(view: TensorView<'_>, kind: WeightType, first_row: 
     let layout = PanelLayout::new(kind, view.cols);
     let (numbers, rest) = out.split_at_mut(layout.numbers * NR);
     let (scales, biases) = rest.split_at_mut(layout.scales * NR);
-    let row_bytes = view.cols * view_bytes(view.dtype);
     let (mut values, mut integers) = (Vec::new(), vec![0i8; view.cols]);
     for row in first_row..view.rows.min(first_row + NR) {
         let column = row - first_row;
-        let bytes = &view.bytes[row * row_bytes..][..row_bytes];
-        view::widen_into(&TensorView { rows: 1, bytes, ..view }, &mut values);
+        view::widen_into(&view.rows(row..row + 1), &mut values);
         let per_scale = if kind == WeightType::Int4Weight { GROUP } else { view.cols.max(1) };
         for (i, (values, integers)) in
             values.chunks(per_scale).zip(integers.chunks_mut(per_scale)).enumerate()
@@ -115,7 +113,7 @@ mod tests {
     const KINDS: [WeightType; 3] = [WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 
     fn packed(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
-        let view = TensorView { dtype: ViewDtype::F32, rows, cols, bytes: bytemuck::cast_slice(values) };
+        let view = TensorView::new(ViewDtype::F32, rows, cols, bytemuck::cast_slice(values));
         PackedMatrix::pack(view, kind, &ThreadPool::new(&[], 2)).unwrap()
     }
 

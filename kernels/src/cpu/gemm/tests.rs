@@ -27,7 +27,7 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
 
 fn pack(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
     let bytes = bytemuck::cast_slice(values);
-    PackedMatrix::pack(TensorView { dtype: ViewDtype::F32, rows, cols, bytes }, kind, &pool(1)).unwrap()
+    PackedMatrix::pack(TensorView::new(ViewDtype::F32, rows, cols, bytes), kind, &pool(1)).unwrap()
 }
 
 fn operand(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> Operand {

@@ -1,0 +1,124 @@
+//! What the ranks of a stage tell each other: sums, parts put side by side, and copies.
+//!
+//! The ranks of a group call the same operations in the same order, each on a thread of its own. [`thread_ranks`]
+//! makes a group of threads in one process, [`TcpRank`] one of processes that are joined by TCP.
+//!
+//! Three invariants, which `tests/collective.rs` checks of every maker:
+//! * **Sums have one order**: rank 0's numbers, then rank 1's added to them, and so on, number by number. So a
+//!   result has the same bits at every call and on every rank, whoever comes first.
+//! * **Nobody waits for ever.** A rank that is gone, or that others have waited for longer than their patience,
+//!   ends the group: every call of every rank is an error from then on, at the latest when its own patience ends.
+//! * **Ranks that disagree** on the operation or on shapes are an error on all of them.
+
+mod frame;
+mod meeting;
+mod tcp;
+mod threads;
+
+use crate::error::{Error, Result};
+
+pub use frame::{FRAME_HEADER_BYTES, Frame};
+pub use tcp::TcpRank;
+pub use threads::{ThreadRank, thread_ranks};
+
+/// In which direction parts lie beside each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Axis {
+    /// `[rows of each rank, cols]` become `[all rows, cols]`.
+    Rows,
+    /// `[rows, columns of each rank]` become `[rows, all columns]`.
+    Columns,
+}
+
+/// One rank's place in a group; `A` is an array on its device, `[rows, cols]`.
+pub trait Collective<A>: Send {
+    /// Which rank this is, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many there are.
+    fn num_ranks(&self) -> usize;
+
+    /// Every rank's `x` becomes the sum of all, added in the order of ranks.
+    ///
+    /// # Errors
+    /// Shapes that are not equal; a rank that is gone or does not come; a group that has ended before.
+    fn all_reduce(&mut self, x: &mut A) -> Result<()>;
+
+    /// `out` becomes the parts of all ranks, in their order. They are equal in the other direction, and may be empty.
+    ///
+    /// # Errors
+    /// As for [`Collective::all_reduce`].
+    fn all_gather(&mut self, axis: Axis, part: &A, out: &mut A) -> Result<()>;
+
+    /// Every rank's `x` becomes that of `root`, shape and all.
+    ///
+    /// # Errors
+    /// As for [`Collective::all_reduce`], but shapes need not be equal.
+    fn broadcast(&mut self, root: usize, x: &mut A) -> Result<()>;
+}
+
+/// An operation, as ranks name it to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Op {
+    Hello = 1,
+    AllReduce = 2,
+    GatherRows = 3,
+    GatherColumns = 4,
+    Broadcast = 5,
+}
+
+impl Op {
+    fn gather(axis: Axis) -> Self {
+        match axis {
+            Axis::Rows => Op::GatherRows,
+            Axis::Columns => Op::GatherColumns,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Op::Hello => "hello",
+            Op::AllReduce => "all_reduce",
+            Op::GatherRows | Op::GatherColumns => "all_gather",
+            Op::Broadcast => "broadcast",
+        }
+    }
+
+    fn error(self, rank: usize, message: impl Into<String>) -> Error {
+        Error::Collective { op: self.name(), rank, message: message.into() }
+    }
+}
+
+/// The shape of what parts `[rows, cols]` make together; where they do not fit, the rank that differs.
+fn gathered(
+    axis: Axis,
+    shapes: impl IntoIterator<Item = [usize; 2]>,
+) -> std::result::Result<[usize; 2], usize> {
+    let mut whole: Option<[usize; 2]> = None;
+    for (rank, [rows, cols]) in shapes.into_iter().enumerate() {
+        let Some([all_rows, all_cols]) = &mut whole else {
+            whole = Some([rows, cols]);
+            continue;
+        };
+        match axis {
+            Axis::Rows if *all_cols == cols => *all_rows += rows,
+            Axis::Columns if *all_rows == rows => *all_cols += cols,
+            Axis::Rows | Axis::Columns => return Err(rank),
+        }
+    }
+    Ok(whole.unwrap_or([0, 0]))
+}
+
+/// Copies a rank's `part`, of `cols` columns, to where it lies in `out`: after `before` rows or columns of others.
+fn place(axis: Axis, part: &[f32], cols: usize, before: usize, out: &mut [f32], out_cols: usize) {
+    match axis {
+        Axis::Rows => out[before * out_cols..][..part.len()].copy_from_slice(part),
+        Axis::Columns if cols > 0 => {
+            for (part, out) in part.chunks_exact(cols).zip(out.chunks_exact_mut(out_cols)) {
+                out[before..before + cols].copy_from_slice(part);
+            }
+        }
+        Axis::Columns => {}
+    }
+}

@@ -1,0 +1,240 @@
+//! One battery for all that makes a group of ranks: the operations, their order of sums, and what becomes of ranks when
+//! one of them dies, hangs or disagrees.
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kernels::{Array, Axis, Collective, Result, TcpRank, thread_ranks};
+
+/// Longer than any machine keeps a thread waiting.
+const LONG: Duration = Duration::from_secs(60);
+
+type Rank = Box<dyn Collective<Array>>;
+
+/// What makes a group of so many ranks, with their patience.
+type Maker = fn(usize, Duration) -> Vec<Rank>;
+
+fn threads(num_ranks: usize, patience: Duration) -> Vec<Rank> {
+    thread_ranks(num_ranks, patience).into_iter().map(|rank| Box::new(rank) as Rank).collect()
+}
+
+fn tcp(num_ranks: usize, patience: Duration) -> Vec<Rank> {
+    static GROUPS: AtomicU64 = AtomicU64::new(7);
+    let group = GROUPS.fetch_add(1, Ordering::Relaxed);
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let leader = listener.local_addr().unwrap();
+    let join = move |rank| {
+        std::thread::spawn(move || TcpRank::join(leader, rank, num_ranks, group, patience).unwrap())
+    };
+    let others: Vec<_> = (1..num_ranks).map(join).collect();
+    let mut ranks = vec![Box::new(TcpRank::lead(&listener, num_ranks, group, patience).unwrap()) as Rank];
+    ranks.extend(others.into_iter().map(|other| Box::new(other.join().unwrap()) as Rank));
+    ranks
+}
+
+const MAKERS: [(&str, Maker); 2] = [("threads", threads), ("tcp", tcp)];
+
+/// Runs every rank on a thread of its own; what each returns, in their order.
+fn on_threads<T: Send>(ranks: Vec<Rank>, run: impl Fn(Rank) -> T + Sync) -> Vec<T> {
+    std::thread::scope(|scope| {
+        let run = &run;
+        let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(move || run(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Every group of one to four ranks.
+fn every_group(run: impl Fn(Rank, &str) + Sync) {
+    for (name, make) in MAKERS {
+        for num_ranks in 1..=4 {
+            let what = format!("{num_ranks} ranks of {name}");
+            let ranks = make(num_ranks, LONG);
+            for (index, rank) in ranks.iter().enumerate() {
+                assert_eq!((rank.rank(), rank.num_ranks()), (index, num_ranks), "{what}");
+            }
+            on_threads(ranks, |rank| run(rank, &what));
+        }
+    }
+}
+
+/// Numbers of a rank in a round; their sum depends on its order.
+fn numbers(rank: usize, round: usize, len: usize) -> Vec<f32> {
+    let number = |i: usize| {
+        let mixed = (i + 31 * rank + 1009 * round).wrapping_mul(2_654_435_761) % 100_003;
+        (mixed as f32 - 50_000.0) * 10f32.powi((mixed % 9) as i32 - 4)
+    };
+    (0..len).map(number).collect()
+}
+
+fn array(rows: usize, cols: usize, values: &[f32]) -> Array {
+    let mut array = Array::new();
+    array.reshape(rows, cols);
+    array.values_mut().copy_from_slice(values);
+    array
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// `[rows, cols]`: nothing, one number, odd ones, more than a rank sums for itself, more than a socket's buffer.
+const SHAPES: [[usize; 2]; 7] = [[0, 8], [1, 1], [3, 5], [1, 512], [64, 512], [33, 1037], [257, 4096]];
+
+#[test]
+fn sums_are_added_in_the_order_of_ranks_at_every_call() {
+    every_group(|mut rank, what| {
+        for (round, [rows, cols]) in SHAPES.into_iter().cycle().take(3 * SHAPES.len()).enumerate() {
+            let len = rows * cols;
+            let mut expected = numbers(0, round, len);
+            for other in 1..rank.num_ranks() {
+                let terms = numbers(other, round, len);
+                expected.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+            }
+            let mut x = array(rows, cols, &numbers(rank.rank(), round, len));
+            rank.all_reduce(&mut x).unwrap();
+            assert_eq!((x.rows(), x.cols()), (rows, cols), "{what}");
+            assert!(bits(x.values()) == bits(&expected), "{what}, [{rows}, {cols}]");
+        }
+    });
+}
+
+#[test]
+fn parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks() {
+    every_group(|mut rank, what| {
+        let mut out = Array::new();
+        for round in 0..12 {
+            let len = 3 + 40 * round;
+            // Some parts are empty.
+            let size = |rank: usize| (rank * 3 + round) % 5;
+            let all: usize = (0..rank.num_ranks()).map(size).sum();
+            let own = size(rank.rank());
+            let part = array(own, len, &numbers(rank.rank(), round, own * len));
+            rank.all_gather(Axis::Rows, &part, &mut out).unwrap();
+            let rows: Vec<f32> =
+                (0..rank.num_ranks()).flat_map(|rank| numbers(rank, round, size(rank) * len)).collect();
+            assert_eq!((out.rows(), out.cols()), (all, len), "{what}");
+            assert!(bits(out.values()) == bits(&rows), "{what}, rows of round {round}");
+
+            let part = array(len, own, &numbers(rank.rank(), round, own * len));
+            rank.all_gather(Axis::Columns, &part, &mut out).unwrap();
+            assert_eq!((out.rows(), out.cols()), (len, all), "{what}");
+            for row in 0..len {
+                let expected: Vec<f32> = (0..rank.num_ranks())
+                    .flat_map(|rank| {
+                        numbers(rank, round, size(rank) * len)[row * size(rank)..][..size(rank)].to_vec()
+                    })
+                    .collect();
+                assert!(bits(out.row(row)) == bits(&expected), "{what}, columns of round {round}");
+            }
+        }
+    });
+}
+
+#[test]
+fn everyone_has_what_the_root_had() {
+    every_group(|mut rank, what| {
+        for (round, [rows, cols]) in SHAPES.into_iter().cycle().take(2 * SHAPES.len()).enumerate() {
+            let root = round % rank.num_ranks();
+            let mut x = match rank.rank() == root {
+                true => array(rows, cols, &numbers(root, round, rows * cols)),
+                false => array(2, 3, &[f32::NAN; 6]),
+            };
+            rank.broadcast(root, &mut x).unwrap();
+            assert_eq!((x.rows(), x.cols()), (rows, cols), "{what}");
+            assert!(bits(x.values()) == bits(&numbers(root, round, rows * cols)), "{what}");
+        }
+    });
+}
+
+/// Calls until the group has ended; the error, and how long the last call took.
+fn until_the_end(mut rank: Rank) -> (String, Duration) {
+    let mut x = array(4, 100, &[1.0; 400]);
+    loop {
+        let begun = Instant::now();
+        if let Err(error) = rank.all_reduce(&mut x) {
+            let took = begun.elapsed();
+            assert!(rank.all_reduce(&mut x).is_err(), "an ended group stays so");
+            return (error.to_string(), took);
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_dies_ends_the_calls_of_all_others_at_once() {
+    for (name, make) in MAKERS {
+        for num_ranks in 2..=4 {
+            for dying in 0..num_ranks {
+                let ends = on_threads(make(num_ranks, LONG), |mut rank| -> Option<(String, Duration)> {
+                    if rank.rank() != dying {
+                        return Some(until_the_end(rank));
+                    }
+                    let mut x = array(4, 100, &[1.0; 400]);
+                    (0..5).for_each(|_| rank.all_reduce(&mut x).unwrap());
+                    None
+                });
+                for (error, took) in ends.into_iter().flatten() {
+                    assert!(error.contains("is gone"), "{name}: {error}");
+                    assert!(took < LONG / 2, "{name}: it took {took:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_hangs_ends_the_calls_of_all_others_when_their_patience_does() {
+    let patience = Duration::from_millis(200);
+    for (name, make) in MAKERS {
+        for num_ranks in 2..=3 {
+            for hanging in 0..num_ranks {
+                let done = std::sync::Barrier::new(num_ranks);
+                on_threads(make(num_ranks, patience), |mut rank| {
+                    if rank.rank() == hanging {
+                        done.wait(); // It holds its place until the others have given up.
+                        let late = rank.all_reduce(&mut array(4, 100, &[1.0; 400]));
+                        assert!(late.is_err(), "{name}: who comes late finds nobody");
+                    } else {
+                        let (error, _) = until_the_end(rank);
+                        assert!(
+                            error.contains("did not come") || error.contains("is gone"),
+                            "{name}: {error}"
+                        );
+                        done.wait();
+                    }
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_that_disagree_are_told_so_on_every_rank() {
+    let calls: [fn(&mut Rank) -> Result<()>; 2] = [
+        |rank| rank.all_reduce(&mut array(2, 2 + rank.rank() % 2, &vec![0.0; 4 + 2 * (rank.rank() % 2)])),
+        |rank| match rank.rank() {
+            0 => rank.broadcast(0, &mut array(1, 1, &[0.0])),
+            _ => rank.all_reduce(&mut array(1, 1, &[0.0])),
+        },
+    ];
+    for (name, make) in MAKERS {
+        for (index, call) in calls.iter().enumerate() {
+            let ends = on_threads(make(3, LONG), |mut rank| {
+                let first = call(&mut rank);
+                first.and_then(|()| rank.all_reduce(&mut array(1, 1, &[0.0]))).err()
+            });
+            assert!(ends.iter().all(Option::is_some), "{name}, call {index}: {ends:?}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_belongs_to_another_group_is_sent_away() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let leader = listener.local_addr().unwrap();
+    let patience = Duration::from_millis(300);
+    let stranger = std::thread::spawn(move || TcpRank::join(leader, 1, 2, 5, patience));
+    let error = TcpRank::lead(&listener, 2, 6, patience).unwrap_err();
+    assert_eq!(error.to_string(), "hello on rank 0: rank 1 did not come within 300ms");
+    drop(stranger.join().unwrap());
+}

@@ -177,6 +177,15 @@ pub struct LogitStats {
     pub log_sum_exp: f32,
 }
 
+/// The largest logit of a row, which is all that greedy sampling needs of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Largest {
+    /// Its index, the lowest where several are equal.
+    pub index: u32,
+    /// The logit; NaN where the row holds a NaN.
+    pub value: f32,
+}
+
 /// A device: its arrays and the operations of a decoder block.
 ///
 /// Matrices are weights `[out_features, in_features]` as a checkpoint has them, and a matmul computes
@@ -292,4 +301,23 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Largest entry and log-sum-exp of every row; `out` is cleared first.
     fn logit_stats(&self, logits: &Self::Array, out: &mut Vec<LogitStats>) -> Result<()>;
+
+    /// The largest entry of every row of `x · wᵀ`; `x: [T, in]`, `w: [n, in]`, `out` is cleared first.
+    ///
+    /// As [`Backend::logit_stats`] of [`Backend::matmul`] finds it, but the product need not be stored anywhere.
+    /// A backend may use `scratch`, whose contents are of no meaning before and after.
+    fn matmul_argmax(
+        &self,
+        x: &Self::Operand,
+        w: &Self::Matrix,
+        scratch: &mut Self::Array,
+        out: &mut Vec<Largest>,
+    ) -> Result<()> {
+        let mut stats = Vec::new();
+        self.matmul(x, w, scratch)?;
+        self.logit_stats(scratch, &mut stats)?;
+        out.clear();
+        out.extend(stats.iter().map(|stats| Largest { index: stats.argmax, value: stats.max }));
+        Ok(())
+    }
 }

@@ -12,6 +12,7 @@ mod battery {
     pub(crate) mod exact;
     pub(crate) mod logit_stats;
     pub(crate) mod matmul;
+    pub(crate) mod matmul_argmax;
     pub(crate) mod profile;
     pub(crate) mod random;
     pub(crate) mod refusals;

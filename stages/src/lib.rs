@@ -4,12 +4,14 @@
 //! come from or where activations go: that is the actors' work.
 #![forbid(unsafe_code)]
 
+mod batch;
 mod block;
 mod checkpoint;
 mod config;
 pub mod cost;
 mod error;
 mod fields;
+mod head;
 mod model;
 pub mod profile;
 pub mod random;

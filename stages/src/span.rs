@@ -6,22 +6,16 @@
 
 use std::sync::Arc;
 
-use kernels::{AttentionSlice, Backend, LogitStats};
-use scheduler::{
-    Failure, MicroBatch, MicroBatchOutput, PageIdx, Request, Slice, SliceOutput, Span, TokenId, TokenLogprobs,
-};
+use kernels::Backend;
+use scheduler::{MicroBatch, Span};
 
+use crate::batch::Batch;
 use crate::block::{Attention, Block, Ffn};
 use crate::error::Result;
+use crate::head::{Head, HeadWork};
 use crate::model::Model;
-use crate::random::Stream;
-use crate::sampling;
 use crate::stage::{Activations, Stage, StageOutput};
 use crate::tensors::{self, slot_tensor};
-
-/// Rows of logits that are made at a time: 64 rows of a vocabulary of 128,256 are 33 MB, which the draws
-/// then walk, and 64 rows are enough for a matrix product at full speed.
-const LOGIT_ROWS: usize = 64;
 
 /// How much of a model a stage holds, and how much it must be ready for.
 #[derive(Debug, Clone, Copy)]
@@ -62,13 +56,9 @@ enum FfnOnDevice<B: Backend> {
     None,
 }
 
-struct Head<B: Backend> {
-    norm: B::Vector,
-    matrix: Arc<B::Matrix>,
-}
-
 /// Arrays that every micro-batch reuses.
 struct Work<B: Backend> {
+    batch: Batch,
     /// The residual stream, `[tokens, hidden]`.
     x: B::Array,
     /// Its norm, what a half's matrices read.
@@ -78,12 +68,7 @@ struct Work<B: Backend> {
     v: B::Array,
     /// A half's inner result: attention's output or SwiGLU's product.
     inner: B::Operand,
-    /// Rows that need logits, and the logits.
-    rows: B::Array,
-    logits: B::Array,
-    host_logits: Vec<f32>,
-    stats: Vec<LogitStats>,
-    draws: sampling::Scratch,
+    head: HeadWork<B>,
 }
 
 impl<B: Backend> SpanStage<B> {
@@ -118,28 +103,23 @@ impl<B: Backend> SpanStage<B> {
         let blocks =
             blocks.iter().map(|&block| loader.block(block, num_pages)).collect::<Result<Vec<_>>>()?;
         let work = Work {
+            batch: Batch::default(),
             x: backend.array(),
             normed: backend.operand(),
             q: backend.array(),
             k: backend.array(),
             v: backend.array(),
             inner: backend.operand(),
-            rows: backend.array(),
-            logits: backend.array(),
-            host_logits: Vec::new(),
-            stats: Vec::new(),
-            draws: sampling::Scratch::default(),
+            head: HeadWork::new(&backend),
         };
         let embedding = embedding.filter(|_| is_first);
         Ok(SpanStage { eps: config.rms_norm_eps, embedding, blocks, head, rope, work, backend })
     }
 
-    fn run_blocks(&mut self, batch: &MicroBatch) -> Result<()> {
-        let slices = attention_slices(batch);
-        let positions = positions(batch);
+    fn run_blocks(&mut self) -> Result<()> {
         for block in &mut self.blocks {
             let (backend, rope, work) = (&self.backend, self.rope.as_ref(), &mut self.work);
-            block.attention.run(backend, rope, self.eps, &slices, &positions, work)?;
+            block.attention.run(backend, rope, self.eps, work)?;
             block.ffn.run(backend, self.eps, work)?;
         }
         Ok(())
@@ -148,11 +128,10 @@ impl<B: Backend> SpanStage<B> {
 
 impl<B: Backend> Stage for SpanStage<B> {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
+        self.work.batch.assign(batch);
         match (&self.embedding, input) {
             (Some(table), None) => {
-                let tokens: Vec<TokenId> =
-                    batch.slices.iter().flat_map(|s| s.tokens.iter().copied()).collect();
-                self.backend.embed(table, &tokens, &mut self.work.x)?;
+                self.backend.embed(table, self.work.batch.tokens(), &mut self.work.x)?;
             }
             (None, Some(input)) => {
                 let Activations { values, hidden } = input;
@@ -161,10 +140,11 @@ impl<B: Backend> Stage for SpanStage<B> {
             (Some(_), Some(_)) => panic!("the first stage was given activations"),
             (None, None) => panic!("a later stage was given no activations"),
         }
-        self.run_blocks(batch)?;
+        self.run_blocks()?;
         match &self.head {
             Some(head) => {
-                Ok(StageOutput::Tokens(head.run(&self.backend, self.eps, batch, &mut self.work)?))
+                let Work { x, head: work, .. } = &mut self.work;
+                Ok(StageOutput::Tokens(head.run(&self.backend, self.eps, batch, x, work)?))
             }
             None => {
                 let mut values = Vec::new();
@@ -177,16 +157,8 @@ impl<B: Backend> Stage for SpanStage<B> {
 }
 
 impl<B: Backend> AttentionOnDevice<B> {
-    fn run(
-        &mut self,
-        backend: &B,
-        rope: Option<&B::Rope>,
-        eps: f32,
-        slices: &[AttentionSlice],
-        positions: &[u32],
-        work: &mut Work<B>,
-    ) -> Result<()> {
-        let Work { x, normed, q, k, v, inner, .. } = work;
+    fn run(&mut self, backend: &B, rope: Option<&B::Rope>, eps: f32, work: &mut Work<B>) -> Result<()> {
+        let Work { batch, x, normed, q, k, v, inner, .. } = work;
         match self {
             AttentionOnDevice::Gqa { norm, q: wq, k: wk, v: wv, o: wo, cache } => {
                 let rope = rope.expect("a span with attention has rotary angles");
@@ -194,10 +166,10 @@ impl<B: Backend> AttentionOnDevice<B> {
                 backend.matmul(normed, wq, q)?;
                 backend.matmul(normed, wk, k)?;
                 backend.matmul(normed, wv, v)?;
-                backend.rope(q, rope, positions)?;
-                backend.rope(k, rope, positions)?;
-                backend.kv_append(cache, k, v, slices)?;
-                backend.attention(q, cache, slices, inner)?;
+                backend.rope(q, rope, batch.positions())?;
+                backend.rope(k, rope, batch.positions())?;
+                backend.kv_append(cache, k, v, batch.slices())?;
+                backend.attention(q, cache, batch.slices(), inner)?;
                 backend.matmul_add(inner, wo, x)?;
             }
             AttentionOnDevice::Linear { norm, matrix } => {
@@ -227,177 +199,6 @@ impl<B: Backend> FfnOnDevice<B> {
         }
         Ok(())
     }
-}
-
-/// A row of a micro-batch whose logits somebody wants.
-struct WantedRow {
-    row: u32,
-    slice: usize,
-    /// Position of the token whose successor is asked for.
-    position: u32,
-    want: Want,
-}
-
-enum Want {
-    /// The log-probability of the prompt token that follows.
-    Score(TokenId),
-    /// A draw of the token that follows.
-    Draw,
-}
-
-impl<B: Backend> Head<B> {
-    fn run(&self, backend: &B, eps: f32, batch: &MicroBatch, work: &mut Work<B>) -> Result<MicroBatchOutput> {
-        let mut outputs: Vec<SliceOutput> = (batch.slices.iter())
-            .map(|slice| SliceOutput {
-                sequence: slice.sequence,
-                token: None,
-                logprobs: None,
-                prompt_logprobs: Vec::with_capacity(slice.score.len()),
-                failure: None,
-            })
-            .collect();
-        for wanted in wanted_rows(batch).chunks(LOGIT_ROWS) {
-            let rows: Vec<u32> = wanted.iter().map(|wanted| wanted.row).collect();
-            backend.gather(&work.x, &rows, &mut work.rows)?;
-            backend.rms_norm(&work.rows, &self.norm, eps, &mut work.normed)?;
-            backend.matmul(&work.normed, &self.matrix, &mut work.logits)?;
-            backend.logit_stats(&work.logits, &mut work.stats)?;
-            let reads_logits = |wanted: &WantedRow| wanted.reads_logits(&batch.slices[wanted.slice]);
-            if wanted.iter().any(reads_logits) {
-                backend.download(&work.logits, &mut work.host_logits)?;
-            }
-            for (i, wanted) in wanted.iter().enumerate() {
-                let slice = &batch.slices[wanted.slice];
-                let logits = match wanted.reads_logits(slice) {
-                    true => {
-                        let vocab = work.host_logits.len() / rows.len();
-                        &mut work.host_logits[i * vocab..][..vocab]
-                    }
-                    false => &mut [],
-                };
-                wanted.answer(slice, logits, work.stats[i], &mut work.draws, &mut outputs[wanted.slice]);
-            }
-        }
-        Ok(MicroBatchOutput { id: batch.id, slices: outputs })
-    }
-}
-
-fn wanted_rows(batch: &MicroBatch) -> Vec<WantedRow> {
-    let mut wanted = Vec::new();
-    let mut first_row = 0;
-    for (index, slice) in batch.slices.iter().enumerate() {
-        let mut want = |offset: u32, want| {
-            let (row, position) = (first_row + offset, slice.first_position + offset);
-            wanted.push(WantedRow { row, slice: index, position, want });
-        };
-        for (offset, &token) in slice.score.iter().enumerate() {
-            want(offset as u32, Want::Score(token));
-        }
-        let num_rows = slice.tokens.len() as u32;
-        if slice.sample {
-            want(num_rows - 1, Want::Draw);
-        }
-        first_row += num_rows;
-    }
-    wanted
-}
-
-impl WantedRow {
-    /// Whether the answer needs more of the row than its statistics.
-    fn reads_logits(&self, slice: &Slice) -> bool {
-        let sampling = &slice.request.sampling;
-        match self.want {
-            Want::Score(_) => true,
-            Want::Draw => {
-                sampling.temperature != 0.0 || sampling.logprobs.is_some() || bars_stop_tokens(slice)
-            }
-        }
-    }
-
-    fn answer(
-        &self,
-        slice: &Slice,
-        logits: &mut [f32],
-        stats: LogitStats,
-        draws: &mut sampling::Scratch,
-        output: &mut SliceOutput,
-    ) {
-        if !(stats.max.is_finite() && stats.log_sum_exp.is_finite()) {
-            output.failure.get_or_insert(Failure::NonFiniteLogits { position: self.position });
-            return;
-        }
-        let sampling = &slice.request.sampling;
-        let top = sampling.logprobs.unwrap_or(0);
-        match self.want {
-            Want::Score(token) => {
-                output.prompt_logprobs.push(sampling::token_logprobs(logits, stats, token, top));
-            }
-            Want::Draw => {
-                let (token, logprobs) = draw(slice, logits, stats, draws);
-                output.token = Some(token);
-                output.logprobs = logprobs;
-            }
-        }
-    }
-}
-
-/// Whether the slice's request must not end yet.
-fn bars_stop_tokens(slice: &Slice) -> bool {
-    let sampling = &slice.request.sampling;
-    !sampling.stop_token_ids.is_empty() && num_generated(slice) < sampling.min_tokens
-}
-
-/// Tokens generated before the one that the slice asks for.
-fn num_generated(slice: &Slice) -> u32 {
-    next_position(slice) - slice.request.prompt.len() as u32
-}
-
-fn next_position(slice: &Slice) -> u32 {
-    slice.first_position + slice.tokens.len() as u32
-}
-
-fn draw(
-    slice: &Slice,
-    logits: &mut [f32],
-    mut stats: LogitStats,
-    draws: &mut sampling::Scratch,
-) -> (TokenId, Option<TokenLogprobs>) {
-    let Request { key, sampling, sample, .. } = &*slice.request;
-    let reported =
-        sampling.logprobs.map(|top| (top, stats, bars_stop_tokens(slice).then(|| logits.to_vec())));
-    if bars_stop_tokens(slice) {
-        for &token in &sampling.stop_token_ids {
-            logits[token as usize] = f32::NEG_INFINITY;
-        }
-        stats = sampling::stats(logits);
-    }
-    let uniform = Stream::new(sampling.seed, key.0).uniform(*sample, next_position(slice));
-    let token = sampling::draw(logits, stats, sampling, uniform, draws);
-    // Log-probabilities are the model's own, before anything was barred.
-    let logprobs = reported.map(|(top, stats, unbarred)| {
-        sampling::token_logprobs(unbarred.as_deref().unwrap_or(logits), stats, token, top)
-    });
-    (token, logprobs)
-}
-
-fn attention_slices(batch: &MicroBatch) -> Vec<AttentionSlice> {
-    let mut first_row = 0;
-    (batch.slices.iter())
-        .map(|slice| {
-            let num_rows = slice.tokens.len();
-            let first_position = slice.first_position as usize;
-            let pages: Vec<PageIdx> = slice.pages.to_vec();
-            let out = AttentionSlice { first_row, num_rows, first_position, pages };
-            first_row += num_rows;
-            out
-        })
-        .collect()
-}
-
-fn positions(batch: &MicroBatch) -> Vec<u32> {
-    (batch.slices.iter())
-        .flat_map(|slice| slice.first_position..slice.first_position + slice.tokens.len() as u32)
-        .collect()
 }
 
 /// Puts a model's tensors on a device.

@@ -1,0 +1,325 @@
+//! Where does the time of a step go, and how far is each operation from what the machine can do?
+//!
+//! A step of SmolLM2-135M's shapes, thirty blocks and the head, with weights and KV in bf16. Each operation is
+//! timed over all blocks, so that weights, keys and values come from as far away as in a run, and stands beside
+//! the multiplications and additions, and the bytes of weights, keys and values, that it cannot do without.
+//!
+//! ```text
+//! cargo bench --bench step -- [--threads N] [--simd portable|avx2|avx512|amx] [--rows 256] [--chunk 1] [--context 150]
+//! ```
+//!
+//! A micro-batch is `rows` tokens in chunks of `chunk` (1: decode; more: prefill) of sequences whose chunk ends at
+//! a context of `context` tokens on average: from half of it to one and a half. A time is the median of 9 steps.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a bench prints")]
+
+use anyhow::{Context, Result, bail, ensure};
+use kernels::{
+    Array, AttentionSlice, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, KvCache,
+};
+use kernels::{LogitStats, PAGE_TOKENS, RopeTable, Simd, TensorView, ViewDtype, WeightType, available_cores};
+use std::time::Instant;
+
+const BLOCKS: usize = 30;
+const HIDDEN: usize = 576;
+const HEADS: usize = 9;
+const KV_HEADS: usize = 3;
+const HEAD_DIM: usize = 64;
+const FFN: usize = 1536;
+const VOCAB: usize = 49_152;
+const STEPS: usize = 9;
+const EPS: f32 = 1e-5;
+
+struct Options {
+    threads: usize,
+    simd: Simd,
+    rows: usize,
+    chunk: usize,
+    context: usize,
+}
+
+struct Block {
+    norm: Vec<f32>,
+    q: CpuMatrix,
+    k: CpuMatrix,
+    v: CpuMatrix,
+    o: CpuMatrix,
+    gate: CpuMatrix,
+    up: CpuMatrix,
+    down: CpuMatrix,
+    cache: KvCache,
+}
+
+/// An operation's time in a step, over all blocks, and what it cannot do without.
+struct Cost {
+    name: &'static str,
+    seconds: Vec<f64>,
+    flops: f64,
+    bytes: f64,
+}
+
+fn main() -> Result<()> {
+    let options = options()?;
+    let Options { threads, simd, rows, chunk, context } = options;
+    let cores = available_cores();
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: Dtype::Bf16 })?;
+    cpu.pin_caller();
+    let ceilings = Ceilings::new(&cpu)?;
+    let (peak, bandwidth) = (ceilings.product_flops(), ceilings.read_bandwidth());
+    println!(
+        "{threads} threads, {}: product {:.0} GFLOP/s, memory read {:.1} GB/s; {rows} rows in chunks of {chunk} at contexts of about {context}",
+        simd.name(),
+        peak / 1e9,
+        bandwidth / 1e9
+    );
+    let mut step = Step::new(&cpu, &options)?;
+    let mut costs = step.costs();
+    step.fill(&cpu)?;
+    for run in 0..=STEPS {
+        step.run(&cpu, &mut costs)?;
+        if run == 0 {
+            costs.iter_mut().for_each(|cost| cost.seconds.clear()); // To warm up.
+        }
+    }
+    report(&costs, peak, bandwidth);
+    Ok(())
+}
+
+fn report(costs: &[Cost], peak: f64, bandwidth: f64) {
+    let median = |cost: &Cost| {
+        let mut seconds = cost.seconds.clone();
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    };
+    let total: f64 = costs.iter().map(median).sum();
+    let floor = |cost: &Cost| (cost.flops / peak).max(cost.bytes / bandwidth);
+    println!("operation       ms  share   GFLOP/s    GB/s  floor ms  of floor");
+    let line = |name: &str, seconds: f64, flops: f64, bytes: f64, floor: f64| {
+        println!(
+            "{name:<11} {:6.2} {:5.1}% {:9.0} {:7.1} {:9.2} {:8.1}%",
+            seconds * 1e3,
+            100.0 * seconds / total,
+            flops / seconds / 1e9,
+            bytes / seconds / 1e9,
+            floor * 1e3,
+            100.0 * floor / seconds
+        );
+    };
+    costs.iter().for_each(|cost| line(cost.name, median(cost), cost.flops, cost.bytes, floor(cost)));
+    let sum = |of: &dyn Fn(&Cost) -> f64| costs.iter().map(of).sum::<f64>();
+    line("step", total, sum(&|cost| cost.flops), sum(&|cost| cost.bytes), sum(&floor));
+}
+
+/// A model, a micro-batch, and the arrays it is worked out in.
+struct Step {
+    table: CpuMatrix,
+    blocks: Vec<Block>,
+    rope: RopeTable,
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slices: Vec<AttentionSlice>,
+    sampled: Vec<u32>,
+    x: Array,
+    normed: CpuOperand,
+    q: Array,
+    k: Array,
+    v: Array,
+    inner: CpuOperand,
+    last: Array,
+    logits: Array,
+    stats: Vec<LogitStats>,
+}
+
+impl Step {
+    fn new(cpu: &Cpu, options: &Options) -> Result<Step> {
+        let &Options { rows, chunk, context, .. } = options;
+        let num_sequences = rows.div_ceil(chunk);
+        let mut slices = Vec::new();
+        let mut next_page = 0;
+        for i in 0..num_sequences {
+            let num_rows = chunk.min(rows - i * chunk);
+            let end = (context / 2 + context * i / num_sequences.max(1)).max(num_rows);
+            let num_pages = end.div_ceil(PAGE_TOKENS) as u32;
+            let pages = (next_page..next_page + num_pages).collect();
+            next_page += num_pages;
+            slices.push(AttentionSlice {
+                first_row: i * chunk,
+                num_rows,
+                first_position: end - num_rows,
+                pages,
+            });
+        }
+        let positions: Vec<u32> = (slices.iter())
+            .flat_map(|slice| (slice.first_position..slice.first_position + slice.num_rows).map(|p| p as u32))
+            .collect();
+        let most = 1 + *positions.iter().max().context("no rows")? as usize;
+        let block = |i: usize| -> Result<Block> {
+            let matrix = |n, k| matrix(cpu, n, k, i as u64);
+            Ok(Block {
+                norm: vec![1.0; HIDDEN],
+                q: matrix(HEADS * HEAD_DIM, HIDDEN)?,
+                k: matrix(KV_HEADS * HEAD_DIM, HIDDEN)?,
+                v: matrix(KV_HEADS * HEAD_DIM, HIDDEN)?,
+                o: matrix(HIDDEN, HEADS * HEAD_DIM)?,
+                gate: matrix(FFN, HIDDEN)?,
+                up: matrix(FFN, HIDDEN)?,
+                down: matrix(HIDDEN, FFN)?,
+                cache: cpu.kv_cache(next_page as usize, KV_HEADS, HEAD_DIM)?,
+            })
+        };
+        let angles = |f: fn(f32) -> f32| {
+            let angle =
+                |i: usize| (i / (HEAD_DIM / 2)) as f32 * 1e5f32.powf(-((i % (HEAD_DIM / 2)) as f32) / 32.0);
+            (0..most * HEAD_DIM / 2).map(|i| f(angle(i))).collect()
+        };
+        Ok(Step {
+            table: matrix(cpu, VOCAB, HIDDEN, 99)?,
+            blocks: (0..BLOCKS).map(block).collect::<Result<_>>()?,
+            rope: RopeTable { head_dim: HEAD_DIM, cos: angles(f32::cos), sin: angles(f32::sin) },
+            tokens: (0..rows).map(|i| (i * 7919 % VOCAB) as u32).collect(),
+            sampled: slices.iter().map(|slice| (slice.first_row + slice.num_rows - 1) as u32).collect(),
+            positions,
+            slices,
+            x: cpu.array(),
+            normed: cpu.operand(),
+            q: cpu.array(),
+            k: cpu.array(),
+            v: cpu.array(),
+            inner: cpu.operand(),
+            last: cpu.array(),
+            logits: cpu.array(),
+            stats: Vec::new(),
+        })
+    }
+
+    /// Writes keys and values of all positions before the micro-batch's.
+    fn fill(&mut self, cpu: &Cpu) -> Result<()> {
+        let cols = KV_HEADS * HEAD_DIM;
+        for slice in &self.slices {
+            let before = AttentionSlice {
+                first_row: 0,
+                num_rows: slice.first_position,
+                first_position: 0,
+                ..slice.clone()
+            };
+            let values: Vec<f32> = random(before.num_rows * cols, slice.first_row as u64).collect();
+            cpu.upload(&values, before.num_rows, cols, &mut self.k)?;
+            for block in &mut self.blocks {
+                cpu.kv_append(&mut block.cache, &self.k, &self.k, std::slice::from_ref(&before))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn costs(&self) -> Vec<Cost> {
+        let rows = self.tokens.len() as f64;
+        let product =
+            |n: usize, k: usize| (2.0 * rows * (BLOCKS * n * k) as f64, (2 * BLOCKS * n * k) as f64);
+        let seen: usize = (self.slices.iter())
+            .flat_map(|slice| (0..slice.num_rows).map(|i| slice.first_position + i + 1))
+            .sum();
+        let cached: usize = self.slices.iter().map(|slice| slice.first_position + slice.num_rows).sum();
+        let kv_bytes = (2 * 2 * KV_HEADS * HEAD_DIM * BLOCKS) as f64;
+        let head = 2.0 * (self.sampled.len() * VOCAB * HIDDEN) as f64;
+        let cost = |name, (flops, bytes)| Cost { name, seconds: Vec::new(), flops, bytes };
+        vec![
+            cost("embed", (0.0, 0.0)),
+            cost("rms_norm", (0.0, 0.0)),
+            cost("q, k, v", product((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN)),
+            cost("rope", (0.0, 0.0)),
+            cost("kv_append", (0.0, kv_bytes * rows)),
+            cost("attention", ((4 * HEADS * HEAD_DIM * BLOCKS * seen) as f64, kv_bytes * cached as f64)),
+            cost("o", product(HIDDEN, HEADS * HEAD_DIM)),
+            cost("gate, up", product(2 * FFN, HIDDEN)),
+            cost("down", product(HIDDEN, FFN)),
+            cost("head", (head, (2 * VOCAB * HIDDEN) as f64)),
+            cost("stats", (0.0, 0.0)),
+        ]
+    }
+
+    fn run(&mut self, cpu: &Cpu, costs: &mut [Cost]) -> Result<()> {
+        costs.iter_mut().for_each(|cost| cost.seconds.push(0.0));
+        let mut clock = Instant::now();
+        let mut lap = |op: usize| {
+            let now = Instant::now();
+            *costs[op].seconds.last_mut().expect("a run has begun") += (now - clock).as_secs_f64();
+            clock = now;
+        };
+        let Step { x, normed, q, k, v, inner, .. } = self;
+        cpu.embed(&self.table, &self.tokens, x)?;
+        lap(0);
+        for block in &mut self.blocks {
+            cpu.rms_norm(x, &block.norm, EPS, normed)?;
+            lap(1);
+            cpu.matmul(normed, &block.q, q)?;
+            cpu.matmul(normed, &block.k, k)?;
+            cpu.matmul(normed, &block.v, v)?;
+            lap(2);
+            cpu.rope(q, &self.rope, &self.positions)?;
+            cpu.rope(k, &self.rope, &self.positions)?;
+            lap(3);
+            cpu.kv_append(&mut block.cache, k, v, &self.slices)?;
+            lap(4);
+            cpu.attention(q, &block.cache, &self.slices, inner)?;
+            lap(5);
+            cpu.matmul_add(inner, &block.o, x)?;
+            lap(6);
+            cpu.rms_norm(x, &block.norm, EPS, normed)?;
+            lap(1);
+            cpu.swiglu(normed, &block.gate, &block.up, inner)?;
+            lap(7);
+            cpu.matmul_add(inner, &block.down, x)?;
+            lap(8);
+        }
+        cpu.gather(x, &self.sampled, &mut self.last)?;
+        cpu.rms_norm(&self.last, &self.blocks[0].norm, EPS, normed)?;
+        lap(1);
+        cpu.matmul(normed, &self.table, &mut self.logits)?;
+        lap(9);
+        cpu.logit_stats(&self.logits, &mut self.stats)?;
+        lap(10);
+        ensure!(self.stats.iter().all(|stats| stats.max.is_finite()), "the step's logits are not finite");
+        Ok(())
+    }
+}
+
+fn matrix(cpu: &Cpu, n: usize, k: usize, seed: u64) -> Result<CpuMatrix> {
+    let scale = (k as f32).sqrt().recip();
+    let bytes: Vec<u8> = random(n * k, seed).flat_map(|v| (v * scale).to_le_bytes()).collect();
+    Ok(cpu.matrix(TensorView::new(ViewDtype::F32, n, k, &bytes))?)
+}
+
+/// Numbers in -1..1.
+fn random(len: usize, seed: u64) -> impl Iterator<Item = f32> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_add(seed);
+    (0..len).map(move |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    })
+}
+
+fn options() -> Result<Options> {
+    let mut options =
+        Options { threads: available_cores().len(), simd: Simd::detect(), rows: 256, chunk: 1, context: 150 };
+    let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
+    while let Some(key) = args.next() {
+        let value = args.next().with_context(|| format!("{key} needs a value"))?;
+        match key.as_str() {
+            "--threads" => options.threads = value.parse()?,
+            "--simd" => {
+                let level = Simd::ALL.into_iter().find(|simd| simd.name() == value);
+                options.simd = level.with_context(|| format!("unknown level {value}"))?;
+            }
+            "--rows" => options.rows = value.parse()?,
+            "--chunk" => options.chunk = value.parse()?,
+            "--context" => options.context = value.parse()?,
+            _ => bail!("unknown option {key}"),
+        }
+    }
+    ensure!(
+        options.rows > 0 && options.chunk > 0 && options.context > 0,
+        "rows, chunk and context are counts"
+    );
+    Ok(options)
+}

@@ -1,0 +1,54 @@
+//! A micro-batch as a device takes it: flat lists of tokens, positions and slices.
+//!
+//! The lists are filled anew for every micro-batch and keep their memory, so that the steady state allocates nothing.
+
+use kernels::AttentionSlice;
+use scheduler::{MicroBatch, TokenId};
+
+/// The lists of one micro-batch.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    tokens: Vec<TokenId>,
+    positions: Vec<u32>,
+    /// Those beyond `num_slices` wait with their memory for a micro-batch of more.
+    slices: Vec<AttentionSlice>,
+    num_slices: usize,
+}
+
+impl Batch {
+    /// Takes on a micro-batch.
+    pub(crate) fn assign(&mut self, batch: &MicroBatch) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.num_slices = batch.slices.len();
+        let empty = || AttentionSlice { first_row: 0, num_rows: 0, first_position: 0, pages: Vec::new() };
+        if self.slices.len() < self.num_slices {
+            self.slices.resize_with(self.num_slices, empty);
+        }
+        for (slice, out) in batch.slices.iter().zip(&mut self.slices) {
+            let (first_position, num_rows) = (slice.first_position, slice.tokens.len());
+            out.first_row = self.tokens.len();
+            out.num_rows = num_rows;
+            out.first_position = first_position as usize;
+            out.pages.clear();
+            out.pages.extend_from_slice(&slice.pages);
+            self.tokens.extend_from_slice(&slice.tokens);
+            self.positions.extend(first_position..first_position + num_rows as u32);
+        }
+    }
+
+    /// Tokens to embed, a row each.
+    pub(crate) fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// The rows' positions in their sequences.
+    pub(crate) fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// The sequences' rows and pages.
+    pub(crate) fn slices(&self) -> &[AttentionSlice] {
+        &self.slices[..self.num_slices]
+    }
+}

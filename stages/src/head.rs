@@ -1,0 +1,245 @@
+//! The end of a model: norm and output matrix for the rows that need logits, and what is made of them.
+//!
+//! A row that takes the likeliest token, and reports nothing beside it, needs no logits but the largest: such rows go
+//! through the output matrix together, and their logits are stored nowhere. The others' are brought to the host.
+
+use std::sync::Arc;
+
+use kernels::{Backend, Largest, LogitStats};
+use scheduler::{Failure, MicroBatch, MicroBatchOutput, Request, Slice, SliceOutput, TokenId, TokenLogprobs};
+
+use crate::error::Result;
+use crate::random::Stream;
+use crate::sampling;
+
+/// Rows of logits that are made at a time: 64 rows of a vocabulary of 128,256 are 33 MB, which the draws
+/// then walk, and 64 rows are enough for a matrix product at full speed.
+const LOGIT_ROWS: usize = 64;
+
+/// The last norm and the output matrix.
+pub(crate) struct Head<B: Backend> {
+    pub(crate) norm: B::Vector,
+    pub(crate) matrix: Arc<B::Matrix>,
+}
+
+/// Arrays that every micro-batch reuses.
+pub(crate) struct HeadWork<B: Backend> {
+    wanted: Vec<WantedRow>,
+    /// Indices of rows that go through the head together, the rows, and their norm.
+    row_ids: Vec<u32>,
+    rows: B::Array,
+    normed: B::Operand,
+    logits: B::Array,
+    host_logits: Vec<f32>,
+    stats: Vec<LogitStats>,
+    largest: Vec<Largest>,
+    draws: sampling::Scratch,
+}
+
+impl<B: Backend> HeadWork<B> {
+    pub(crate) fn new(backend: &B) -> Self {
+        HeadWork {
+            wanted: Vec::new(),
+            row_ids: Vec::new(),
+            rows: backend.array(),
+            normed: backend.operand(),
+            logits: backend.array(),
+            host_logits: Vec::new(),
+            stats: Vec::new(),
+            largest: Vec::new(),
+            draws: sampling::Scratch::default(),
+        }
+    }
+}
+
+impl<B: Backend> Head<B> {
+    /// Answers a micro-batch, of which `x: [tokens, hidden]` is the residual stream.
+    pub(crate) fn run(
+        &self,
+        backend: &B,
+        eps: f32,
+        batch: &MicroBatch,
+        x: &B::Array,
+        work: &mut HeadWork<B>,
+    ) -> Result<MicroBatchOutput> {
+        let mut outputs: Vec<SliceOutput> = batch.slices.iter().map(no_output).collect();
+        let mut wanted = std::mem::take(&mut work.wanted);
+        list_wanted(batch, &mut wanted);
+        // Rows of a slice stay in order, and those that are scored come before the one that is drawn for.
+        wanted.sort_unstable_by_key(|wanted| (!wanted.reads_logits, wanted.row));
+        let num_read = wanted.partition_point(|wanted| wanted.reads_logits);
+        let (read, greedy) = wanted.split_at(num_read);
+        for wanted in read.chunks(LOGIT_ROWS) {
+            self.normed_rows(backend, eps, x, wanted, work)?;
+            backend.matmul(&work.normed, &self.matrix, &mut work.logits)?;
+            backend.logit_stats(&work.logits, &mut work.stats)?;
+            backend.download(&work.logits, &mut work.host_logits)?;
+            let vocab = work.host_logits.len() / wanted.len();
+            let rows = work.host_logits.chunks_exact_mut(vocab);
+            for ((wanted, logits), &stats) in wanted.iter().zip(rows).zip(&work.stats) {
+                let output = &mut outputs[wanted.slice];
+                wanted.answer(&batch.slices[wanted.slice], logits, stats, &mut work.draws, output);
+            }
+        }
+        if !greedy.is_empty() {
+            self.normed_rows(backend, eps, x, greedy, work)?;
+            backend.matmul_argmax(&work.normed, &self.matrix, &mut work.logits, &mut work.largest)?;
+            for (wanted, &largest) in greedy.iter().zip(&work.largest) {
+                wanted.take_largest(largest, &mut outputs[wanted.slice]);
+            }
+        }
+        work.wanted = wanted;
+        Ok(MicroBatchOutput { id: batch.id, slices: outputs })
+    }
+
+    /// Norms the wanted rows.
+    fn normed_rows(
+        &self,
+        backend: &B,
+        eps: f32,
+        x: &B::Array,
+        wanted: &[WantedRow],
+        work: &mut HeadWork<B>,
+    ) -> Result<()> {
+        work.row_ids.clear();
+        work.row_ids.extend(wanted.iter().map(|wanted| wanted.row));
+        backend.gather(x, &work.row_ids, &mut work.rows)?;
+        Ok(backend.rms_norm(&work.rows, &self.norm, eps, &mut work.normed)?)
+    }
+}
+
+/// A row of a micro-batch whose logits somebody wants.
+struct WantedRow {
+    row: u32,
+    slice: usize,
+    /// Position of the token whose successor is asked for.
+    position: u32,
+    want: Want,
+    /// Whether the answer needs more of the row than its largest logit.
+    reads_logits: bool,
+}
+
+enum Want {
+    /// The log-probability of the prompt token that follows.
+    Score(TokenId),
+    /// A draw of the token that follows.
+    Draw,
+}
+
+fn no_output(slice: &Slice) -> SliceOutput {
+    SliceOutput {
+        sequence: slice.sequence,
+        token: None,
+        logprobs: None,
+        prompt_logprobs: Vec::with_capacity(slice.score.len()),
+        failure: None,
+    }
+}
+
+/// Lists the rows of a micro-batch that are wanted; `out` is cleared first.
+fn list_wanted(batch: &MicroBatch, out: &mut Vec<WantedRow>) {
+    out.clear();
+    let mut first_row = 0;
+    for (index, slice) in batch.slices.iter().enumerate() {
+        let mut want = |offset: u32, want| {
+            let (row, position) = (first_row + offset, slice.first_position + offset);
+            let reads_logits = reads_logits(&want, slice);
+            out.push(WantedRow { row, slice: index, position, want, reads_logits });
+        };
+        for (offset, &token) in slice.score.iter().enumerate() {
+            want(offset as u32, Want::Score(token));
+        }
+        let num_rows = slice.tokens.len() as u32;
+        if slice.sample {
+            want(num_rows - 1, Want::Draw);
+        }
+        first_row += num_rows;
+    }
+}
+
+fn reads_logits(want: &Want, slice: &Slice) -> bool {
+    let sampling = &slice.request.sampling;
+    match want {
+        Want::Score(_) => true,
+        Want::Draw => sampling.temperature != 0.0 || sampling.logprobs.is_some() || bars_stop_tokens(slice),
+    }
+}
+
+impl WantedRow {
+    /// Answers with the largest logit alone.
+    fn take_largest(&self, largest: Largest, output: &mut SliceOutput) {
+        // A NaN anywhere in the row shows here.
+        match largest.value.is_finite() {
+            true => output.token = Some(largest.index),
+            false => self.fail(output),
+        }
+    }
+
+    fn fail(&self, output: &mut SliceOutput) {
+        output.failure.get_or_insert(Failure::NonFiniteLogits { position: self.position });
+    }
+
+    fn answer(
+        &self,
+        slice: &Slice,
+        logits: &mut [f32],
+        stats: LogitStats,
+        draws: &mut sampling::Scratch,
+        output: &mut SliceOutput,
+    ) {
+        if !(stats.max.is_finite() && stats.log_sum_exp.is_finite()) {
+            return self.fail(output);
+        }
+        let sampling = &slice.request.sampling;
+        let top = sampling.logprobs.unwrap_or(0);
+        match self.want {
+            Want::Score(token) => {
+                output.prompt_logprobs.push(sampling::token_logprobs(logits, stats, token, top));
+            }
+            Want::Draw => {
+                let (token, logprobs) = draw(slice, logits, stats, draws);
+                output.token = Some(token);
+                output.logprobs = logprobs;
+            }
+        }
+    }
+}
+
+/// Whether the slice's request must not end yet.
+fn bars_stop_tokens(slice: &Slice) -> bool {
+    let sampling = &slice.request.sampling;
+    !sampling.stop_token_ids.is_empty() && num_generated(slice) < sampling.min_tokens
+}
+
+/// Tokens generated before the one that the slice asks for.
+fn num_generated(slice: &Slice) -> u32 {
+    next_position(slice) - slice.request.prompt.len() as u32
+}
+
+fn next_position(slice: &Slice) -> u32 {
+    slice.first_position + slice.tokens.len() as u32
+}
+
+fn draw(
+    slice: &Slice,
+    logits: &mut [f32],
+    mut stats: LogitStats,
+    draws: &mut sampling::Scratch,
+) -> (TokenId, Option<TokenLogprobs>) {
+    let Request { key, sampling, sample, .. } = &*slice.request;
+    let reported =
+        sampling.logprobs.map(|top| (top, stats, bars_stop_tokens(slice).then(|| logits.to_vec())));
+    if bars_stop_tokens(slice) {
+        for &token in &sampling.stop_token_ids {
+            logits[token as usize] = f32::NEG_INFINITY;
+        }
+        stats = sampling::stats(logits);
+    }
+    let uniform = Stream::new(sampling.seed, key.0).uniform(*sample, next_position(slice));
+    let token = sampling::draw(logits, stats, sampling, uniform, draws);
+    // Log-probabilities are the model's own, before anything was barred.
+    let logprobs = reported.map(|(top, stats, unbarred)| {
+        sampling::token_logprobs(unbarred.as_deref().unwrap_or(logits), stats, token, top)
+    });
+    (token, logprobs)
+}

@@ -126,6 +126,7 @@ pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> 
     let simd = match pipeline.simd {
         configs::Simd::Reference => return Ok(vec![Device::Reference; num_groups]),
         configs::Simd::Auto => Simd::detect(),
+        configs::Simd::Amx => Simd::Amx,
         configs::Simd::Avx512 => Simd::Avx512,
         configs::Simd::Avx2 => Simd::Avx2,
         configs::Simd::Portable => Simd::Portable,

@@ -95,9 +95,11 @@ words! {
 
 words! {
     /// Which instructions the CPU backend uses.
-    Simd, r#""auto", "avx512", "avx2", "portable" or "reference""#, {
+    Simd, r#""auto", "amx", "avx512", "avx2", "portable" or "reference""#, {
         /// The best that the processor has.
         Auto = "auto",
+        /// AVX-512, with products of tiles in AMX.
+        Amx = "amx",
         /// AVX-512, with VDPBF16PS for bf16.
         Avx512 = "avx512",
         /// AVX2 with FMA.

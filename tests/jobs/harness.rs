@@ -256,6 +256,9 @@ pub(crate) fn levels() -> Vec<&'static str> {
     if stages::Simd::Avx512.is_available() {
         levels.push("avx512");
     }
+    if stages::Simd::Amx.is_available() {
+        levels.push("amx");
+    }
     levels
 }
 

@@ -112,7 +112,7 @@ simd = "AVX2""#,
         )
         .says(
             r#"
-pipeline.simd: expected "auto", "avx512", "avx2", "portable" or "reference", found "AVX2"
+pipeline.simd: expected "auto", "amx", "avx512", "avx2", "portable" or "reference", found "AVX2"
  --> job.toml:7:8
   |
 7 | simd = "AVX2"

@@ -119,7 +119,7 @@ mod tests {
     fn exp_at(simd: Simd, x: f32) -> f32 {
         match simd {
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => {
+            Simd::Avx512 | Simd::Amx => {
                 use std::arch::x86_64::*;
                 // SAFETY: callers pass available levels only.
                 unsafe {
@@ -149,7 +149,7 @@ mod tests {
     }
 
     fn levels() -> impl Iterator<Item = Simd> {
-        [Simd::Portable, Simd::Avx2, Simd::Avx512].into_iter().filter(|simd| simd.is_available())
+        Simd::ALL.into_iter().filter(|simd| simd.is_available())
     }
 
     #[test]

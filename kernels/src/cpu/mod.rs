@@ -130,12 +130,12 @@ impl Backend for Cpu {
 
     fn matrix(&self, view: TensorView<'_>) -> Result<CpuMatrix> {
         check::view("matrix", &view)?;
-        Ok(CpuMatrix(PackedMatrix::pack(view, self.weights, &self.pool)?))
+        Ok(CpuMatrix(PackedMatrix::pack(self.simd, view, self.weights, &self.pool)?))
     }
 
     fn table(&self, view: TensorView<'_>) -> Result<CpuMatrix> {
         check::view("table", &view)?;
-        Ok(CpuMatrix(PackedMatrix::pack(view, self.weights.operands().into(), &self.pool)?))
+        Ok(CpuMatrix(PackedMatrix::pack(self.simd, view, self.weights.operands().into(), &self.pool)?))
     }
 
     fn vector(&self, view: TensorView<'_>) -> Result<Vec<f32>> {

@@ -9,11 +9,13 @@ pub enum Simd {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and BF16: 512-bit registers and the bf16 dot product (VDPBF16PS).
     Avx512,
+    /// The same and AMX: products of whole tiles of bf16 (TDPBF16PS) and integers (TDPBUSD).
+    Amx,
 }
 
 impl Simd {
     /// Every level, lowest first.
-    pub const ALL: [Simd; 3] = [Simd::Portable, Simd::Avx2, Simd::Avx512];
+    pub const ALL: [Simd; 4] = [Simd::Portable, Simd::Avx2, Simd::Avx512, Simd::Amx];
 
     /// The highest level of this processor.
     pub fn detect() -> Simd {
@@ -26,6 +28,7 @@ impl Simd {
             Simd::Portable => true,
             Simd::Avx2 => has_avx2(),
             Simd::Avx512 => has_avx512(),
+            Simd::Amx => has_amx(),
         }
     }
 
@@ -35,6 +38,7 @@ impl Simd {
             Simd::Portable => "portable",
             Simd::Avx2 => "avx2",
             Simd::Avx512 => "avx512",
+            Simd::Amx => "amx",
         }
     }
 
@@ -44,6 +48,7 @@ impl Simd {
             Simd::Portable => "nothing",
             Simd::Avx2 => "avx2 and fma",
             Simd::Avx512 => "avx512f, avx512bw, avx512dq, avx512vl and avx512bf16",
+            Simd::Amx => "what avx512 does, avx512vnni, amx-tile, amx-bf16 and amx-int8",
         }
     }
 }
@@ -71,6 +76,72 @@ pub(crate) fn has_vnni() -> bool {
     std::arch::is_x86_feature_detected!("avx512vnni")
 }
 
+/// AMX, with the system's leave to use its registers: a process has to ask for them.
+#[cfg(target_arch = "x86_64")]
+fn has_amx() -> bool {
+    use std::sync::OnceLock;
+    static HAS_AMX: OnceLock<bool> = OnceLock::new();
+    *HAS_AMX.get_or_init(|| has_avx512() && has_vnni() && amx::is_on_the_processor() && amx::is_granted())
+}
+
+#[cfg(target_arch = "x86_64")]
+mod amx {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+
+    /// Bits of EDX of CPUID's leaf 7: AMX-BF16, AMX-TILE, AMX-INT8.
+    const FEATURES: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    /// The states that the system saves of a thread: the tiles' shapes and the tiles.
+    const STATES: u32 = 1 << 17 | 1 << 18;
+
+    pub(super) fn is_on_the_processor() -> bool {
+        /// Bit of ECX of CPUID's leaf 1: `XGETBV` is there.
+        const OSXSAVE: u32 = 1 << 27;
+        if __cpuid(0).eax < 7 || __cpuid(1).ecx & OSXSAVE == 0 {
+            return false;
+        }
+        __cpuid_count(7, 0).edx & FEATURES == FEATURES && saved_states() & STATES == STATES
+    }
+
+    /// The lower half of XCR0.
+    fn saved_states() -> u32 {
+        let states: u32;
+        // SAFETY: the caller has seen OSXSAVE, so that the instruction is there; it only reads.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") states, out("edx") _, options(nomem, nostack, preserves_flags));
+        }
+        states
+    }
+
+    /// Ask the system for the tile registers, for this process: its threads have them too, later ones as well.
+    #[cfg(target_os = "linux")]
+    pub(super) fn is_granted() -> bool {
+        const SYS_ARCH_PRCTL: i64 = 158;
+        const ARCH_REQ_XCOMP_PERM: i64 = 0x1023;
+        const TILE_DATA: i64 = 18;
+        let result: i64;
+        // SAFETY: the call takes two numbers and touches no memory of ours; a kernel that does not know it
+        // returns an error. RCX and R11 are what `syscall` overwrites.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") SYS_ARCH_PRCTL => result,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") TILE_DATA,
+                lateout("rcx") _,
+                lateout("r11") _,
+                options(nostack),
+            );
+        }
+        result == 0
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn is_granted() -> bool {
+        false
+    }
+}
+
 #[cfg(not(target_arch = "x86_64"))]
 fn has_avx2() -> bool {
     false
@@ -78,6 +149,11 @@ fn has_avx2() -> bool {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn has_avx512() -> bool {
+    false
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_amx() -> bool {
     false
 }
 

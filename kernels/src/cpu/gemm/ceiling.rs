@@ -3,6 +3,8 @@
 //! Frequencies and neighbours change, so a ceiling is to be measured in the same run, close to what is
 //! measured against it, and as the best of short regions: one that was interrupted says nothing.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::arena::Piece;
 use super::plan::share;
 use crate::backend::WeightType;
@@ -27,7 +29,7 @@ const MEMORY_BYTES: usize = 256 << 20;
 /// Registers of sums: enough to hide the latency of two units, and few enough for 16 registers.
 const SUMS: usize = 12;
 
-/// Products into every sum in one region: some 0.1 ms, well inside of a time slice.
+/// Products into every sum in one region: some 0.1 ms, well inside of a time slice; fewer of AMX's longer ones.
 const ROUNDS: usize = 40_000;
 
 /// Regions, of which the best counts.
@@ -45,19 +47,27 @@ impl<'a> Ceilings<'a> {
     }
 
     /// Multiplications and additions per second of the device's fastest product in the number type that its
-    /// weights are multiplied in, all threads together: in AVX-512 `VPDPBUSD` for integers on both sides and
-    /// `VDPBF16PS` for bf16 and what is unpacked to it, otherwise as [`Ceilings::f32_flops`].
+    /// weights are multiplied in, all threads together: `TDPBF16PS` in AMX; in AVX-512 `VPDPBUSD` for integers on
+    /// both sides and `VDPBF16PS` for bf16 and what is unpacked to it; otherwise as [`Ceilings::f32_flops`].
     pub fn product_flops(&self) -> f64 {
         match (self.cpu.simd, self.cpu.weights) {
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, WeightType::Int8) if has_vnni() => {
-                // SAFETY: the device has its level, and `VPDPBUSD`.
-                self.flops(128, || unsafe { x86::integer_products(ROUNDS) })
+            (Simd::Amx, WeightType::Bf16) => {
+                // SAFETY: the device has its level.
+                self.flops(ROUNDS / 8, amx::ROUND_FLOPS, || unsafe { amx::products(ROUNDS / 8) })
             }
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight) => {
+            (Simd::Avx512 | Simd::Amx, WeightType::Int8) if has_vnni() => {
+                // SAFETY: the device has its level, and `VPDPBUSD`.
+                self.flops(ROUNDS, SUMS * 128, || unsafe { x86::integer_products(ROUNDS) })
+            }
+            #[cfg(target_arch = "x86_64")]
+            (
+                Simd::Avx512 | Simd::Amx,
+                WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight,
+            ) => {
                 // SAFETY: the device has its level.
-                self.flops(64, || unsafe { x86::dot_products(ROUNDS) })
+                self.flops(ROUNDS, SUMS * 64, || unsafe { x86::dot_products(ROUNDS) })
             }
             _ => self.f32_flops(),
         }
@@ -68,11 +78,11 @@ impl<'a> Ceilings<'a> {
         match self.cpu.simd {
             // SAFETY: the device has its level.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => self.flops(32, || unsafe { x86::fma_512(ROUNDS) }),
+            Simd::Avx512 | Simd::Amx => self.flops(ROUNDS, SUMS * 32, || unsafe { x86::fma_512(ROUNDS) }),
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => self.flops(16, || unsafe { x86::fma_256(ROUNDS) }),
-            _ => self.flops(8, || portable(ROUNDS)),
+            Simd::Avx2 => self.flops(ROUNDS, SUMS * 16, || unsafe { x86::fma_256(ROUNDS) }),
+            _ => self.flops(ROUNDS, SUMS * 8, || portable(ROUNDS)),
         }
     }
 
@@ -86,7 +96,7 @@ impl<'a> Ceilings<'a> {
             match self.cpu.simd {
                 // SAFETY: the device has its level.
                 #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 => black_box(unsafe { x86::read_512(bytes) }),
+                Simd::Avx512 | Simd::Amx => black_box(unsafe { x86::read_512(bytes) }),
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 Simd::Avx2 => black_box(unsafe { x86::read_256(bytes) }),
@@ -96,12 +106,12 @@ impl<'a> Ceilings<'a> {
         MEMORY_BYTES as f64 / seconds
     }
 
-    /// Operations per second, where `work` does ROUNDS times SUMS products of `flops` each.
-    fn flops(&self, flops: usize, work: impl Fn() -> f32 + Sync) -> f64 {
+    /// Operations per second, where `work` does so many in each of its rounds.
+    fn flops(&self, rounds: usize, per_round: usize, work: impl Fn() -> f32 + Sync) -> f64 {
         let seconds = best_region(&self.cpu.pool, REGIONS, |_| {
             black_box(work());
         });
-        (self.cpu.pool.num_threads() * ROUNDS * SUMS * flops) as f64 / seconds
+        (self.cpu.pool.num_threads() * rounds * per_round) as f64 / seconds
     }
 }
 

@@ -1,11 +1,14 @@
 //! Carries a [`Plan`] out: units on threads, tiles in units, chunks of K in tiles.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::Registers;
 use super::integers::Integers;
+use super::operand::REGISTER_ROWS;
 use super::operand::{Operand, OperandWriter};
-use super::pack::{PackedMatrix, terms_per_word};
+use super::pack::{PackedMatrix, padded_terms, terms_per_word};
 use super::plan::{GROUP_TILES, Plan, Shape, Unit, is_unpacked, share, tile_bytes};
 use super::scales::{AddGroup, Finish};
-use super::tile::{GROUP_BYTES, KR, Kernel, MR, NR, Sums, Tile};
+use super::tile::{Kernel, Sums, Tile};
 use super::unpack::{Unpack, Unpacked, unpack_fn};
 use crate::backend::WeightType;
 use crate::cpu::lanes::at_level;
@@ -78,12 +81,13 @@ impl<'a, const N: usize> Product<'a, N> {
         let shape = Shape {
             rows: x.numbers.rows(),
             n: w.rows(),
-            k: w.cols().next_multiple_of(KR),
+            k: padded_terms(kind, w.cols()),
             kind,
             num_matrices: N,
         };
-        let plan = Plan::new(shape, pool.num_threads());
-        Self { simd, kernel: Kernel::new(simd, kind), plan, x, kind, weights, is_begun: false }
+        let kernel = Kernel::new(simd, kind);
+        let plan = Plan::new(shape, kernel.geometry, pool.num_threads());
+        Self { simd, kernel, plan, x, kind, weights, is_begun: false }
     }
 
     /// The sums of a unit's tiles by matrix `m`, to where `destination(index of the tile in the unit)` says.
@@ -94,11 +98,11 @@ impl<'a, const N: usize> Product<'a, N> {
         &self,
         unit: &Unit,
         m: usize,
-        scratch: *mut Sums,
+        scratch: *mut f32,
         destination: impl Fn(usize) -> Destination,
     ) {
-        let plan = &self.plan;
-        let term_bytes = NR * tile_bytes(self.kind);
+        let (plan, geometry) = (&self.plan, &self.kernel.geometry);
+        let term_bytes = geometry.strip * tile_bytes(self.kind);
         for chunk in 0..plan.num_chunks {
             let (first, k) = self.chunk(chunk);
             let b = self.piece(m, unit.piece).wrapping_add(first * term_bytes);
@@ -106,7 +110,7 @@ impl<'a, const N: usize> Product<'a, N> {
             for (i, tile) in unit.tiles.clone().enumerate() {
                 let rows = plan.rows(tile);
                 // SAFETY: the caller vouches for the scratch.
-                let sums = unsafe { scratch.add(i).cast::<f32>() };
+                let sums = unsafe { scratch.add(i * geometry.sums()) };
                 let (place, places) =
                     if in_unit { (i, unit.tiles.len()) } else { unit.sweep.unwrap_or((0, 1)) };
                 let (prefetch, prefetch_groups) = self.prefetch(b, k, next, place, places);
@@ -114,7 +118,7 @@ impl<'a, const N: usize> Product<'a, N> {
                 let to = if is_last {
                     destination(i)
                 } else {
-                    Destination { c: sums, c_stride: NR, is_added: false }
+                    Destination { c: sums, c_stride: geometry.strip, is_added: false }
                 };
                 let (a, a_stride) = self.rows_of_x(rows.start, first);
                 let tile = Tile {
@@ -123,6 +127,7 @@ impl<'a, const N: usize> Product<'a, N> {
                     b,
                     k,
                     rows: rows.len(),
+                    register_rows: self.register_rows(),
                     cols: plan.cols(unit.piece).len(),
                     bias: self.bias(m, unit.piece, chunk),
                     init: if chunk > 0 || self.is_begun { sums } else { std::ptr::null() },
@@ -143,23 +148,25 @@ impl<'a, const N: usize> Product<'a, N> {
     ///
     /// # Safety
     /// `scratch` has room for the unit's tiles.
-    unsafe fn sweep_unpacked(&self, unit: &Unit, m: usize, scratch: *mut Sums) {
+    unsafe fn sweep_unpacked(&self, unit: &Unit, m: usize, scratch: *mut f32) {
         let unpack = unpack_fn(self.simd, self.kind);
         let cols = self.plan.cols(unit.piece).len();
         let (mut unpacked, mut group) = (MaybeUninit::<Unpacked>::uninit(), MaybeUninit::<Sums>::uninit());
         let (b, group) = (unpacked.as_mut_ptr().cast::<u32>(), group.as_mut_ptr().cast::<f32>());
         let has_groups = self.kind == WeightType::Int4Weight;
+        let geometry = &self.kernel.geometry;
         for chunk in 0..self.plan.num_chunks {
             let (first, k) = self.chunk(chunk);
-            let words =
-                self.piece(m, unit.piece).wrapping_add(first / terms_per_word(self.kind) * GROUP_BYTES);
+            let words = self
+                .piece(m, unit.piece)
+                .wrapping_add(first / terms_per_word(self.kind) * geometry.strip * 4);
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
             unsafe { unpack(&Unpack { words: words.cast(), terms: k, cols, out: b }) };
             let is_first = chunk == 0 && !self.is_begun;
             for (i, tile) in unit.tiles.clone().enumerate() {
                 let rows = self.plan.rows(tile);
                 // SAFETY: the caller vouches for the scratch.
-                let sums = unsafe { scratch.add(i).cast::<f32>() };
+                let sums = unsafe { scratch.add(i * geometry.sums()) };
                 let (a, a_stride) = self.rows_of_x(rows.start, first);
                 let tile = Tile {
                     a,
@@ -167,11 +174,12 @@ impl<'a, const N: usize> Product<'a, N> {
                     b: b.cast_const().cast(),
                     k,
                     rows: rows.len(),
+                    register_rows: self.register_rows(),
                     cols,
                     bias: std::ptr::null(),
                     init: if has_groups || is_first { std::ptr::null() } else { sums },
                     c: if has_groups { group } else { sums },
-                    c_stride: NR,
+                    c_stride: geometry.strip,
                     is_added: false,
                     prefetch: b.cast_const().cast(),
                     prefetch_groups: 0,
@@ -214,7 +222,7 @@ impl<'a, const N: usize> Product<'a, N> {
 
     /// The `i`-th group behind the numbers of a piece's panel.
     fn behind_numbers(&self, m: usize, piece: usize, i: usize) -> *const u8 {
-        self.piece(m, piece).wrapping_add((self.weights[m].layout().numbers + i) * GROUP_BYTES)
+        self.weights[m].as_ptr().wrapping_add(self.plan.behind_numbers(piece, i))
     }
 
     /// What turns the sums of an element into its result: the row's scale and the piece's columns' scales; null
@@ -236,14 +244,15 @@ impl<'a, const N: usize> Product<'a, N> {
     ///
     /// # Safety
     /// `scratch` has room for the unit's tiles.
-    unsafe fn sweep_to_scratch(&self, unit: &Unit, m: usize, scratch: *mut Sums) {
+    unsafe fn sweep_to_scratch(&self, unit: &Unit, m: usize, scratch: *mut f32) {
+        let geometry = &self.kernel.geometry;
         // SAFETY: the caller vouches for the scratch, which has a place for every tile.
         unsafe {
             match is_unpacked(self.kind) {
                 true => self.sweep_unpacked(unit, m, scratch),
                 false => self.sweep(unit, m, scratch, |i| Destination {
-                    c: scratch.add(i).cast(),
-                    c_stride: NR,
+                    c: scratch.add(i * geometry.sums()),
+                    c_stride: geometry.strip,
                     is_added: false,
                 }),
             }
@@ -258,7 +267,7 @@ impl<'a, const N: usize> Product<'a, N> {
             return (next_piece.map(|start| self.weights[m].as_ptr().wrapping_add(start)), false);
         }
         let next = if chunk + 1 < self.plan.num_chunks {
-            let bytes = (chunk + 1) * self.plan.chunk * NR * tile_bytes(self.kind);
+            let bytes = (chunk + 1) * self.plan.chunk * self.kernel.geometry.strip * tile_bytes(self.kind);
             Some(self.piece(m, unit.piece).wrapping_add(bytes))
         } else if m + 1 < N {
             Some(self.piece(m + 1, unit.piece))
@@ -268,7 +277,7 @@ impl<'a, const N: usize> Product<'a, N> {
         (next, true)
     }
 
-    /// What tile `place` of the `places` that sweep over `b` shall prefetch: address and groups per KR terms.
+    /// What tile `place` of the `places` that sweep over `b` shall prefetch: address and groups per step.
     ///
     /// The first tiles of a sweep bring in the weights of the next one, which takes the time of memory off
     /// that of the products. A single tile is left to the processor's own prefetching: it reads straight
@@ -282,14 +291,15 @@ impl<'a, const N: usize> Product<'a, N> {
         place: usize,
         places: usize,
     ) -> (*const u8, usize) {
-        let step_groups = KR * tile_bytes(self.kind) * NR / GROUP_BYTES;
+        let geometry = &self.kernel.geometry;
+        let step_groups = geometry.step * geometry.strip * tile_bytes(self.kind) / geometry.prefetch_bytes;
         if places == 1 {
             return (b, 0);
         }
         let groups = step_groups.div_ceil(places);
         match next {
             Some(next) if place * groups < step_groups => {
-                (next.wrapping_add(place * groups * (k / KR) * GROUP_BYTES), groups)
+                (next.wrapping_add(place * groups * (k / geometry.step) * geometry.prefetch_bytes), groups)
             }
             _ => (b, 0),
         }
@@ -301,7 +311,7 @@ impl<'a, const N: usize> Product<'a, N> {
     }
 
     fn padded_k(&self) -> usize {
-        self.x.numbers.cols().next_multiple_of(KR)
+        padded_terms(self.kind, self.x.numbers.cols())
     }
 
     /// Columns of a piece that are no padding.
@@ -317,10 +327,10 @@ impl Product<'_, 1> {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
         assert_eq!(out.len(), rows * n, "sums of {rows} rows and {n} columns");
         self.is_begun = true;
-        let out = Output(out.as_mut_ptr());
-        for_each_unit(pool, &self.plan, |unit| {
+        let (out, geometry) = (Output(out.as_mut_ptr()), &self.kernel.geometry);
+        self.for_each_unit(pool, |unit| {
             let mut scratch = Scratch::zeroed();
-            let scratch = scratch.as_mut_ptr().cast::<Sums>();
+            let scratch = scratch.as_mut_ptr().cast::<f32>();
             let (col, valid) = (self.plan.cols(unit.piece).start, self.valid_cols(unit.piece));
             let row_of = |i: usize| self.plan.rows(unit.tiles.start + i);
             // SAFETY: the valid part of a unit's tiles lies in `out`, by the assertion above, and is this unit's
@@ -329,7 +339,8 @@ impl Product<'_, 1> {
                 let each = |copy: &dyn Fn(*mut f32, *mut f32)| {
                     for i in 0..unit.tiles.len() {
                         for (r, row) in row_of(i).enumerate() {
-                            copy(scratch.add(i).cast::<f32>().add(r * NR), out.at(row * n + col));
+                            let sums = scratch.add(i * geometry.sums() + r * geometry.strip);
+                            copy(sums, out.at(row * n + col));
                         }
                     }
                 };
@@ -344,10 +355,10 @@ impl Product<'_, 1> {
     pub(super) fn write(&self, pool: &ThreadPool, out: &mut [f32], is_added: bool) {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
         assert_eq!(out.len(), rows * n, "output of {rows} rows and {n} columns");
-        let out = Output(out.as_mut_ptr());
-        for_each_unit(pool, &self.plan, |unit| {
+        let (out, geometry) = (Output(out.as_mut_ptr()), &self.kernel.geometry);
+        self.for_each_unit(pool, |unit| {
             let mut scratch = Scratch::uninit();
-            let scratch = scratch.as_mut_ptr().cast::<Sums>();
+            let scratch = scratch.as_mut_ptr().cast::<f32>();
             let (col, valid) = (self.plan.cols(unit.piece).start, self.valid_cols(unit.piece));
             let row_of = |i: usize| self.plan.rows(unit.tiles.start + i);
             // SAFETY: a whole piece's destination lies in `out`, by the assertion above, and is this unit's
@@ -364,7 +375,7 @@ impl Product<'_, 1> {
                 self.sweep_to_scratch(&unit, 0, scratch);
                 for i in 0..unit.tiles.len() {
                     for (r, row) in row_of(i).enumerate() {
-                        let sums = scratch.add(i).cast::<f32>().add(r * NR);
+                        let sums = scratch.add(i * geometry.sums() + r * geometry.strip);
                         let (row_scale, scales) = self.last_scales(0, unit.piece, row);
                         let out = out.at(row * n + col);
                         at_level(self.simd, Finish { sums, row_scale, scales, out, is_added, cols: valid });
@@ -378,9 +389,10 @@ impl Product<'_, 1> {
 impl Product<'_, 2> {
     /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)`, where the weights are gate and up; `out: [rows, n]`.
     pub(super) fn write_swiglu(&self, pool: &ThreadPool, out: OperandWriter<'_>) {
-        for_each_unit(pool, &self.plan, |unit| {
+        let geometry = &self.kernel.geometry;
+        self.for_each_unit(pool, |unit| {
             let (mut gate, mut up) = (Scratch::uninit(), Scratch::uninit());
-            let (gate, up) = (gate.as_mut_ptr().cast::<Sums>(), up.as_mut_ptr().cast::<Sums>());
+            let (gate, up) = (gate.as_mut_ptr().cast::<f32>(), up.as_mut_ptr().cast::<f32>());
             let cols = self.plan.cols(unit.piece);
             let valid = self.valid_cols(unit.piece);
             // SAFETY: both scratches have a place for every tile of a unit; the sweeps fill the piece's
@@ -392,7 +404,8 @@ impl Product<'_, 2> {
                 }
                 for i in 0..unit.tiles.len() {
                     for (r, row) in self.plan.rows(unit.tiles.start + i).enumerate() {
-                        let [gate, up] = [gate, up].map(|sums| sums.add(i).cast::<f32>().add(r * NR));
+                        let [gate, up] =
+                            [gate, up].map(|sums| sums.add(i * geometry.sums() + r * geometry.strip));
                         for (m, sums) in [gate, up].into_iter().enumerate() {
                             let (row_scale, scales) = self.last_scales(m, unit.piece, row);
                             if !scales.is_null() {
@@ -417,31 +430,48 @@ const MAX_SHARES: usize = 256;
 #[repr(align(64))]
 struct Next(AtomicUsize);
 
-/// Run every unit of a plan. Each thread has a run of neighbouring units, and when it is through with them
-/// helps the others, from their next unit on.
-fn for_each_unit(pool: &ThreadPool, plan: &Plan, run: impl Fn(Unit) + Sync) {
-    let num_units = plan.num_units();
-    let num_shares = plan.num_shares.min(num_units).min(MAX_SHARES);
-    if num_shares <= 1 {
-        (0..num_units).for_each(|idx| run(plan.unit(idx)));
-        return;
-    }
-    let next: [Next; MAX_SHARES] = std::array::from_fn(|i| {
-        Next(AtomicUsize::new(if i < num_shares { share(num_units, num_shares, i).start } else { 0 }))
-    });
-    pool.for_each(num_shares, |own| {
-        for victim in (own..num_shares).chain(0..own) {
-            let end = share(num_units, num_shares, victim).end;
-            loop {
-                // Relaxed: the counter orders nothing but itself, and the pool orders the rest.
-                let idx = next[victim].0.fetch_add(1, Ordering::Relaxed);
-                if idx >= end {
-                    break;
-                }
-                run(plan.unit(idx));
-            }
+impl<const N: usize> Product<'_, N> {
+    /// Run every unit of the plan. Each thread has a run of neighbouring units, and when it is through with them
+    /// helps the others, from their next unit on.
+    fn for_each_unit(&self, pool: &ThreadPool, run: impl Fn(Unit) + Sync) {
+        let (plan, num_units) = (&self.plan, self.plan.num_units());
+        let num_shares = plan.num_shares.min(num_units).min(MAX_SHARES);
+        if num_shares <= 1 {
+            let _registers = self.registers();
+            (0..num_units).for_each(|idx| run(plan.unit(idx)));
+            return;
         }
-    });
-}
+        let next: [Next; MAX_SHARES] = std::array::from_fn(|i| {
+            Next(AtomicUsize::new(if i < num_shares { share(num_units, num_shares, i).start } else { 0 }))
+        });
+        pool.for_each(num_shares, |own| {
+            let _registers = self.registers();
+            for victim in (own..num_shares).chain(0..own) {
+                let end = share(num_units, num_shares, victim).end;
+                loop {
+                    // Relaxed: the counter orders nothing but itself, and the pool orders the rest.
+                    let idx = next[victim].0.fetch_add(1, Ordering::Relaxed);
+                    if idx >= end {
+                        break;
+                    }
+                    run(plan.unit(idx));
+                }
+            }
+        });
+    }
 
-const _: () = assert!(MR * NR * 4 == size_of::<Sums>());
+    /// The calling thread's registers, ready for the tiles of this product.
+    #[cfg(target_arch = "x86_64")]
+    fn registers(&self) -> Option<Registers> {
+        // SAFETY: callers pass a level that this processor has.
+        self.kernel.geometry.is_amx.then(|| unsafe { Registers::shape(self.register_rows()) })
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn registers(&self) {}
+
+    /// Rows of x that a register of AMX reads.
+    fn register_rows(&self) -> usize {
+        self.x.numbers.rows().clamp(1, REGISTER_ROWS)
+    }
+}

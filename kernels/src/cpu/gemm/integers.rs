@@ -4,7 +4,7 @@
 //! a sign, and sums start from minus OFFSET times the weights' sum, which takes it off again; so they are exact.
 //! A row with a NaN or an infinity has the scale NaN, so that all its results are NaN.
 
-use super::operand::{LINE_BYTES, Line, Operand, padded_row_bytes};
+use super::operand::{LINE_BYTES, Line, Operand, REGISTER_ROWS, padded_row_bytes};
 use super::quantized::OFFSET;
 use super::round::bf16_to_f32;
 use crate::cpu::pool::ThreadPool;
@@ -27,7 +27,7 @@ impl Integers {
     /// Takes on the rows of a bf16 operand.
     pub(super) fn assign(&mut self, simd: Simd, pool: &ThreadPool, x: &Operand) {
         (self.rows, self.row_bytes) = (x.rows(), padded_row_bytes(x.cols(), 1));
-        let num_lines = self.rows * self.row_bytes / LINE_BYTES;
+        let num_lines = self.rows.next_multiple_of(REGISTER_ROWS) * self.row_bytes / LINE_BYTES;
         if num_lines > self.lines.len() {
             self.lines.resize(num_lines, Line([0; LINE_BYTES]));
         }
@@ -90,7 +90,7 @@ fn quantize_row(simd: Simd, x: &[u16], out: &mut [u8]) -> f32 {
     match simd {
         // SAFETY: callers pass a level that this processor has.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { quantize_avx512(x, out) },
+        Simd::Avx512 | Simd::Amx => unsafe { quantize_avx512(x, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { quantize_avx2(x, out) },

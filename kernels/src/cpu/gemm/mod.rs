@@ -4,7 +4,7 @@
 //!   in the memory of `arena`, `quantized`: narrow weights;
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool;
 //! * `unpack` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
-//! * `tile`: what a SIMD level computes in registers; `avx512`, `avx2`, `portable` (`narrow` serves the
+//! * `tile`: what a SIMD level computes in registers; `amx`, `avx512`, `avx2`, `portable` (`narrow` serves the
 //!   latter two);
 //! * `ceiling`: what the machine can do at most, to measure products against.
 //!
@@ -18,6 +18,8 @@
 //!
 //! Shapes are the caller's to check; here they are asserted at most.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod arena;
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -41,6 +41,7 @@ pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, width: usize, micro: T
                 let init = if first > 0 { sums.cast_const() } else { tile.init };
                 let (c, c_stride) = if is_last { (tile.c, tile.c_stride) } else { (sums, NR) };
                 micro(&Tile {
+                    register_rows: tile.register_rows,
                     a,
                     a_stride,
                     b: tile.b.add(group + col * 4),

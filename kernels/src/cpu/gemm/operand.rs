@@ -2,7 +2,6 @@
 
 use super::integers::Integers;
 use super::round::{bf16_to_f32, round_row};
-use super::tile::KR;
 use crate::backend::Dtype;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
@@ -16,10 +15,14 @@ pub(super) struct Line(pub(super) [u8; LINE_BYTES]);
 
 pub(super) const LINE_BYTES: usize = 64;
 
+/// Rows of x that a register of AMX reads.
+pub(super) const REGISTER_ROWS: usize = 16;
+
 /// A row-major matmul input `[rows, cols]`, bf16 or f32.
 ///
-/// Every row starts on a cache line and is padded with zeros to a multiple of [`KR`] columns, so that the
-/// kernels need no tail in K. Memory is kept when it shrinks.
+/// Every row starts on a cache line and is padded with zeros to whole lines, so that the kernels need no tail in
+/// K. There is memory for whole registers of [`REGISTER_ROWS`] rows, of which those beyond the last hold anything.
+/// Memory is kept when it shrinks.
 pub(crate) struct Operand {
     dtype: Dtype,
     rows: usize,
@@ -44,12 +47,12 @@ impl Operand {
         self.rows = rows;
         self.cols = cols;
         self.row_bytes = padded_row_bytes(cols, dtype_bytes(self.dtype));
-        let num_lines = rows * self.row_bytes / LINE_BYTES;
+        let num_lines = rows.next_multiple_of(REGISTER_ROWS) * self.row_bytes / LINE_BYTES;
         if num_lines > self.lines.len() {
             self.lines.resize(num_lines, Line([0; LINE_BYTES]));
         }
-        let padding = cols * dtype_bytes(self.dtype)..cols.next_multiple_of(KR) * dtype_bytes(self.dtype);
-        let row_bytes = self.row_bytes;
+        let used = cols * dtype_bytes(self.dtype);
+        let (padding, row_bytes) = (used..used.next_multiple_of(LINE_BYTES), self.row_bytes);
         if !padding.is_empty() {
             self.bytes_mut().chunks_exact_mut(row_bytes).for_each(|row| row[padding.clone()].fill(0));
         }
@@ -217,7 +220,7 @@ pub(super) const fn dtype_bytes(dtype: Dtype) -> usize {
 /// Bytes from row to row: whole cache lines, and an odd number of them, because the rows of a tile are read
 /// side by side and a stride of a power of two would put them all into one set of the L1 cache.
 pub(super) fn padded_row_bytes(cols: usize, number_bytes: usize) -> usize {
-    let lines = (cols.next_multiple_of(KR) * number_bytes).div_ceil(LINE_BYTES);
+    let lines = (cols * number_bytes).div_ceil(LINE_BYTES);
     (lines | 1) * LINE_BYTES
 }
 
@@ -248,7 +251,8 @@ mod tests {
             for cols in [1, 3, 17, 33] {
                 operand.reset(3, cols);
                 (0..3).for_each(|row| operand.set_row(row, &vec![7.0; cols]));
-                operand.cols = cols.next_multiple_of(KR); // To look at the padding.
+                // To look at the padding.
+                operand.cols = cols.next_multiple_of(LINE_BYTES / dtype_bytes(dtype));
                 for row in 0..3 {
                     let mut values = vec![0.0; operand.cols];
                     operand.copy_row(row, &mut values);

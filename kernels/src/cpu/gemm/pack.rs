@@ -8,15 +8,21 @@
 //! * the narrow types as `quantized` says, with their scales behind the numbers.
 //!
 //! Either way a panel is made of groups of 256 bytes: a word of 32 bits for each column. K is padded with zeros
-//! to a multiple of [`KR`], and the last panel with zero columns; both add nothing to any sum.
+//! to what fills whole cache lines of x, and the last panel with zero columns; both add nothing to any sum.
+//!
+//! For AMX a panel is two strips of 32 columns, one behind the other, each made of such groups of 128 bytes: the
+//! columns that are multiplied at once then fill a cache evenly. What lies behind the numbers is as ever.
 
 use super::arena::Piece;
+use super::operand::LINE_BYTES;
+use super::plan::tile_bytes;
 use super::quantized::{self, pack_quantized};
 use super::round::{bf16_to_f32, f32_to_bf16};
-use super::tile::{GROUP_BYTES, KR, NR};
+use super::tile::{GROUP_BYTES, Geometry, NR};
 use crate::backend::{Dtype, TensorView, ViewDtype, WeightType};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
+use crate::cpu::simd::Simd;
 use crate::error::{Error, Result};
 
 /// A weight matrix `[n, k]` in panels.
@@ -24,6 +30,7 @@ pub(crate) struct PackedMatrix {
     rows: usize,
     cols: usize,
     kind: WeightType,
+    strip: usize,
     panels: Piece,
 }
 
@@ -41,7 +48,7 @@ pub(super) struct PanelLayout {
 impl PanelLayout {
     /// The panels of a matrix of `cols` columns.
     pub(super) fn new(kind: WeightType, cols: usize) -> Self {
-        let numbers = cols.next_multiple_of(KR) / terms_per_word(kind);
+        let numbers = padded_terms(kind, cols) / terms_per_word(kind);
         let (scales, biases) = match kind {
             WeightType::F32 | WeightType::Bf16 => (0, 0),
             WeightType::Int8 => (1, quantized::num_blocks(cols)),
@@ -55,6 +62,32 @@ impl PanelLayout {
     pub(super) fn bytes(self) -> usize {
         (self.numbers + self.scales + self.biases) * GROUP_BYTES
     }
+
+    /// The numbers in strips of so many columns.
+    pub(super) fn strips(self, strip: usize) -> Strips {
+        Strips { numbers: self.numbers, strip }
+    }
+}
+
+/// Where a panel's numbers lie.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Strips {
+    numbers: usize,
+    strip: usize,
+}
+
+/// Where a column's words lie in a panel: the first one, and words from one to the next.
+pub(super) struct ColumnPlace {
+    pub(super) start: usize,
+    pub(super) step: usize,
+}
+
+impl Strips {
+    /// The place of a panel's column.
+    pub(super) fn column(self, column: usize) -> ColumnPlace {
+        let Self { numbers, strip } = self;
+        ColumnPlace { start: column / strip * numbers * strip + column % strip, step: strip }
+    }
 }
 
 /// Numbers in a word of 32 bits.
@@ -67,16 +100,27 @@ pub(super) const fn terms_per_word(kind: WeightType) -> usize {
     }
 }
 
+/// K with its padding.
+pub(super) const fn padded_terms(kind: WeightType, cols: usize) -> usize {
+    cols.next_multiple_of(LINE_BYTES / tile_bytes(kind))
+}
+
 /// Memory that a packed matrix takes, in bytes.
 pub(crate) fn packed_bytes(kind: WeightType, rows: usize, cols: usize) -> usize {
     rows.div_ceil(NR) * PanelLayout::new(kind, cols).bytes()
 }
 
 impl PackedMatrix {
-    /// Pack a checkpoint's tensor, rounding to nearest even where `kind` is narrower.
-    pub(crate) fn pack(view: TensorView<'_>, kind: WeightType, pool: &ThreadPool) -> Result<Self> {
+    /// Pack a checkpoint's tensor for products at a level, rounding to nearest even where `kind` is narrower.
+    pub(crate) fn pack(
+        simd: Simd,
+        view: TensorView<'_>,
+        kind: WeightType,
+        pool: &ThreadPool,
+    ) -> Result<Self> {
         check::view("matrix", &view)?;
-        let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), PanelLayout::new(kind, view.cols).bytes());
+        let (layout, strip) = (PanelLayout::new(kind, view.cols), Geometry::new(simd, kind).strip);
+        let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), layout.bytes());
         let bytes = num_panels * panel_bytes;
         let mut panels = Piece::new(bytes)
             .map_err(|e| Error::Unsupported(format!("allocate {bytes} bytes for a weight matrix: {e}")))?;
@@ -92,13 +136,13 @@ impl PackedMatrix {
                     )
                 };
                 match kind {
-                    WeightType::F32 => pack_panel(view, Dtype::F32, panel * NR, out),
-                    WeightType::Bf16 => pack_panel(view, Dtype::Bf16, panel * NR, out),
-                    _ => pack_quantized(view, kind, panel * NR, out),
+                    WeightType::F32 => pack_panel(view, Dtype::F32, panel * NR, layout.strips(strip), out),
+                    WeightType::Bf16 => pack_panel(view, Dtype::Bf16, panel * NR, layout.strips(strip), out),
+                    _ => pack_quantized(view, kind, panel * NR, layout.strips(strip), out),
                 }
             });
         }
-        Ok(Self { rows: view.rows, cols: view.cols, kind, panels })
+        Ok(Self { rows: view.rows, cols: view.cols, kind, strip, panels })
     }
 
     /// Rows of the matrix, n: the features that a product writes.
@@ -126,19 +170,23 @@ impl PackedMatrix {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
         let layout = self.layout();
         let panel = &self.panels.bytes()[row / NR * layout.bytes()..][..layout.bytes()];
-        let words = panel.as_chunks().0.iter().map(|&bytes| u32::from_ne_bytes(bytes));
-        let mut column = words.skip(row % NR).step_by(NR);
+        let word = |i: usize| u32::from_ne_bytes(panel.as_chunks().0[i]);
+        let place = layout.strips(self.strip).column(row % NR);
+        let numbers = (0..layout.numbers).map(|i| word(place.start + i * place.step));
         match self.kind {
-            WeightType::F32 => out.iter_mut().zip(column).for_each(|(out, word)| *out = f32::from_bits(word)),
-            WeightType::Bf16 => out.chunks_mut(2).zip(column).for_each(|(out, word)| {
+            WeightType::F32 => {
+                out.iter_mut().zip(numbers).for_each(|(out, word)| *out = f32::from_bits(word))
+            }
+            WeightType::Bf16 => out.chunks_mut(2).zip(numbers).for_each(|(out, word)| {
                 out[0] = bf16_to_f32(word as u16);
                 if let Some(odd) = out.get_mut(1) {
                     *odd = bf16_to_f32((word >> 16) as u16);
                 }
             }),
             _ => {
-                let numbers: Vec<u32> = column.by_ref().take(layout.numbers).collect();
-                let scales: Vec<f32> = column.take(layout.scales).map(f32::from_bits).collect();
+                let numbers: Vec<u32> = numbers.collect();
+                let scale = |i| f32::from_bits(word((layout.numbers + i) * NR + row % NR));
+                let scales: Vec<f32> = (0..layout.scales).map(scale).collect();
                 quantized::copy_row(self.kind, &numbers, &scales, out);
             }
         }
@@ -169,21 +217,23 @@ impl Panels {
 }
 
 /// Fill one panel with the rows from `first_row` on; `out` is zero where nothing is written.
-fn pack_panel(view: TensorView<'_>, dtype: Dtype, first_row: usize, out: &mut [u32]) {
+fn pack_panel(view: TensorView<'_>, dtype: Dtype, first_row: usize, strips: Strips, out: &mut [u32]) {
     use half::f16;
     match (view.dtype, dtype) {
-        (ViewDtype::F32, Dtype::F32) => pack_f32(view, first_row, out, f32::from_le_bytes),
-        (ViewDtype::F16, Dtype::F32) => pack_f32(view, first_row, out, |b| f16::from_le_bytes(b).to_f32()),
+        (ViewDtype::F32, Dtype::F32) => pack_f32(view, first_row, strips, out, f32::from_le_bytes),
+        (ViewDtype::F16, Dtype::F32) => {
+            pack_f32(view, first_row, strips, out, |b| f16::from_le_bytes(b).to_f32())
+        }
         (ViewDtype::Bf16, Dtype::F32) => {
-            pack_f32(view, first_row, out, |b| bf16_to_f32(u16::from_le_bytes(b)))
+            pack_f32(view, first_row, strips, out, |b| bf16_to_f32(u16::from_le_bytes(b)))
         }
         (ViewDtype::F32, Dtype::Bf16) => {
-            pack_bf16(view, first_row, out, |b| f32_to_bf16(f32::from_le_bytes(b)))
+            pack_bf16(view, first_row, strips, out, |b| f32_to_bf16(f32::from_le_bytes(b)))
         }
         (ViewDtype::F16, Dtype::Bf16) => {
-            pack_bf16(view, first_row, out, |b| f32_to_bf16(f16::from_le_bytes(b).to_f32()))
+            pack_bf16(view, first_row, strips, out, |b| f32_to_bf16(f16::from_le_bytes(b).to_f32()))
         }
-        (ViewDtype::Bf16, Dtype::Bf16) => pack_bf16(view, first_row, out, u16::from_le_bytes),
+        (ViewDtype::Bf16, Dtype::Bf16) => pack_bf16(view, first_row, strips, out, u16::from_le_bytes),
     }
 }
 
@@ -193,13 +243,15 @@ const BLOCK: usize = 128;
 fn pack_f32<const B: usize>(
     view: TensorView<'_>,
     first_row: usize,
+    strips: Strips,
     out: &mut [u32],
     read: impl Fn([u8; B]) -> f32,
 ) {
     for_each_strip(view, first_row, BLOCK, |column, first_col, bytes| {
-        let groups = out[first_col * NR..].chunks_exact_mut(NR);
-        for (group, &bytes) in groups.zip(bytes.as_chunks().0) {
-            group[column] = read(bytes).to_bits();
+        let place = strips.column(column);
+        let words = out[place.start + first_col * place.step..].iter_mut().step_by(place.step);
+        for (word, &bytes) in words.zip(bytes.as_chunks().0) {
+            *word = read(bytes).to_bits();
         }
     });
 }
@@ -207,15 +259,17 @@ fn pack_f32<const B: usize>(
 fn pack_bf16<const B: usize>(
     view: TensorView<'_>,
     first_row: usize,
+    strips: Strips,
     out: &mut [u32],
     read: impl Fn([u8; B]) -> u16,
 ) {
     for_each_strip(view, first_row, 2 * BLOCK, |column, first_col, bytes| {
-        let groups = out[first_col / 2 * NR..].chunks_exact_mut(NR);
+        let place = strips.column(column);
+        let words = out[place.start + first_col / 2 * place.step..].iter_mut().step_by(place.step);
         let (numbers, _) = bytes.as_chunks();
-        for (group, pair) in groups.zip(numbers.chunks(2)) {
+        for (word, pair) in words.zip(numbers.chunks(2)) {
             let odd = pair.get(1).map_or(0, |&bytes| read(bytes));
-            group[column] = u32::from(read(pair[0])) | u32::from(odd) << 16;
+            *word = u32::from(read(pair[0])) | u32::from(odd) << 16;
         }
     });
 }
@@ -259,9 +313,12 @@ mod tests {
                 (ViewDtype::Bf16, unaligned(values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()))),
             ];
             for (view_dtype, bytes) in &views {
-                for dtype in [Dtype::F32, Dtype::Bf16] {
+                for (dtype, simd) in [Dtype::F32, Dtype::Bf16]
+                    .into_iter()
+                    .flat_map(|dtype| Simd::ALL.map(|simd| (dtype, simd)))
+                {
                     let view = TensorView::new(*view_dtype, rows, cols, &bytes[1..]);
-                    let packed = PackedMatrix::pack(view, dtype.into(), &pool).unwrap();
+                    let packed = PackedMatrix::pack(simd, view, dtype.into(), &pool).unwrap();
                     assert_eq!((packed.rows(), packed.cols(), packed.kind()), (rows, cols, dtype.into()));
                     assert_eq!(packed.bytes(), packed_bytes(dtype.into(), rows, cols));
                     let mut found = vec![0.0; cols];
@@ -289,6 +346,7 @@ mod tests {
     fn a_view_of_the_wrong_length_is_refused() {
         let pool = ThreadPool::new(&[], 1);
         let view = TensorView::new(ViewDtype::F32, 2, 3, &[0; 23]);
-        assert!(matches!(PackedMatrix::pack(view, WeightType::Bf16, &pool), Err(Error::Shape { .. })));
+        let packed = PackedMatrix::pack(Simd::Portable, view, WeightType::Bf16, &pool);
+        assert!(matches!(packed, Err(Error::Shape { .. })));
     }
 }

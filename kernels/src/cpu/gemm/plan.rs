@@ -10,7 +10,7 @@
 
 use super::pack::PanelLayout;
 use super::quantized::{BLOCK, GROUP};
-use super::tile::{GROUP_BYTES, KR, MR, NR, PIECE_COLS};
+use super::tile::{Geometry, NR};
 use super::unpack::UNPACKED_TERMS;
 use crate::backend::WeightType;
 use std::ops::Range;
@@ -18,6 +18,10 @@ use std::ops::Range;
 /// Weights that are swept over while as many of the next sweep are prefetched. In an L2 cache of 1 MiB:
 /// 2 · 256 KiB of weights, and x has the rest.
 const SWEEP_BYTES: usize = 256 << 10;
+
+/// The same in AMX, where they are to stay in an L1 cache of 48 KiB: x streams past them from L2, 2 KiB for every 64
+/// cycles of products. Shorter sweeps store and load sums more often.
+const AMX_SWEEP_BYTES: usize = 40 << 10;
 
 /// Rows of x that go over all panels before the next ones: 384 KiB of the 512 that the weights leave.
 const BLOCK_BYTES: usize = 384 << 10;
@@ -45,7 +49,7 @@ const MIN_PRODUCTS_PER_THREAD: usize = 1 << 18;
 pub(super) struct Shape {
     pub(super) rows: usize,
     pub(super) n: usize,
-    /// A multiple of KR.
+    /// With its padding.
     pub(super) k: usize,
     /// What the matrices are kept in.
     pub(super) kind: WeightType,
@@ -80,6 +84,7 @@ const fn fixed_chunk(kind: WeightType) -> Option<usize> {
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     shape: Shape,
+    geometry: Geometry,
     num_tiles: usize,
     /// Runs of tiles that are units.
     num_groups: usize,
@@ -87,7 +92,7 @@ pub(super) struct Plan {
     /// Pieces over all panels.
     num_pieces: usize,
     piece_cols: usize,
-    /// Terms of a chunk of K, a multiple of KR.
+    /// Terms of a chunk of K, a multiple of the geometry's step.
     pub(super) chunk: usize,
     pub(super) num_chunks: usize,
     /// Threads that have enough to do.
@@ -106,29 +111,36 @@ pub(super) struct Unit {
 }
 
 impl Plan {
-    pub(super) fn new(shape: Shape, num_threads: usize) -> Self {
-        let num_tiles = shape.rows.div_ceil(MR);
+    pub(super) fn new(shape: Shape, geometry: Geometry, num_threads: usize) -> Self {
+        let num_tiles = shape.rows.div_ceil(geometry.rows);
         let number_bytes = tile_bytes(shape.kind);
-        let term_bytes = NR * number_bytes;
-        let num_chunks = (shape.k * term_bytes).div_ceil(SWEEP_BYTES).max(1);
-        let even_chunk = shape.k.div_ceil(num_chunks).next_multiple_of(KR);
+        let term_bytes = geometry.strip * number_bytes;
+        let sweep_bytes = match (geometry.is_amx, num_tiles) {
+            (true, 1) => usize::MAX,
+            (true, _) => AMX_SWEEP_BYTES,
+            (false, _) => SWEEP_BYTES,
+        };
+        let num_chunks = (shape.k * term_bytes).div_ceil(sweep_bytes).max(1);
+        let even_chunk = shape.k.div_ceil(num_chunks).next_multiple_of(geometry.step);
         let chunk = fixed_chunk(shape.kind).unwrap_or(even_chunk);
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.
         let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES && !is_unpacked(shape.kind);
-        let num_groups = if fits { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
-        let max_block_tiles = (BLOCK_BYTES / (MR * shape.k * number_bytes).max(1)).max(MIN_BLOCK_TILES);
+        let is_tile = fits && !geometry.is_amx;
+        let num_groups = if is_tile { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
+        let tile_bytes = geometry.rows * shape.k * number_bytes;
+        let max_block_tiles = (BLOCK_BYTES / tile_bytes.max(1)).max(MIN_BLOCK_TILES);
         let num_blocks = num_tiles.div_ceil(max_block_tiles).clamp(1, num_groups.max(1));
         let groups_per_block = num_groups.div_ceil(num_blocks);
 
         let num_panels = shape.n.div_ceil(NR);
         let products = (shape.rows.max(4) * shape.n).saturating_mul(shape.k * shape.num_matrices);
         let num_shares = num_threads.min(1 + products / MIN_PRODUCTS_PER_THREAD);
-        let mut piece_cols = NR;
+        let mut piece_cols = geometry.strip;
         while num_shares > 1
             && num_tiles > 1
-            && piece_cols > PIECE_COLS
+            && piece_cols > geometry.narrowest
             && num_groups * num_panels * (NR / piece_cols) < MIN_UNITS_PER_THREAD * num_shares
         {
             piece_cols /= 2;
@@ -136,6 +148,7 @@ impl Plan {
         let num_pieces = shape.n.div_ceil(piece_cols); // None that is all padding.
         Self {
             shape,
+            geometry,
             num_tiles,
             num_groups,
             groups_per_block,
@@ -163,13 +176,17 @@ impl Plan {
         Unit {
             tiles: share(self.num_tiles, self.num_groups, group),
             piece,
-            sweep: (self.num_groups == self.num_tiles && self.num_chunks == 1)
+            sweep: (self.num_groups == self.num_tiles && self.num_chunks == 1 && !self.geometry.is_amx)
                 .then_some((in_block, num_groups)),
         }
     }
 
-    /// The rows of a tile, 1 ..= MR of them.
+    /// The rows of a tile.
     pub(super) fn rows(&self, tile: usize) -> Range<usize> {
+        if self.geometry.is_amx {
+            let start = tile * self.geometry.rows;
+            return start..self.shape.rows.min(start + self.geometry.rows);
+        }
         share(self.shape.rows, self.num_tiles, tile)
     }
 
@@ -181,13 +198,21 @@ impl Plan {
     /// Where a piece starts in the packed matrix, in bytes; none beyond the last.
     pub(super) fn piece_start(&self, piece: usize) -> Option<usize> {
         let col = piece * self.piece_cols;
-        let panel_bytes = PanelLayout::new(self.shape.kind, self.shape.k).bytes();
-        (piece < self.num_pieces).then(|| col / NR * panel_bytes + col % NR * WORD_BYTES)
+        let layout = PanelLayout::new(self.shape.kind, self.shape.k);
+        let in_panel = layout.strips(self.geometry.strip).column(col % NR).start;
+        (piece < self.num_pieces).then(|| col / NR * layout.bytes() + in_panel * WORD_BYTES)
+    }
+
+    /// Where the `i`-th group behind the numbers of a piece's panel starts, in bytes.
+    pub(super) fn behind_numbers(&self, piece: usize, i: usize) -> usize {
+        let col = piece * self.piece_cols;
+        let layout = PanelLayout::new(self.shape.kind, self.shape.k);
+        col / NR * layout.bytes() + ((layout.numbers + i) * NR + col % NR) * WORD_BYTES
     }
 }
 
-/// Bytes of a column in a group.
-const WORD_BYTES: usize = GROUP_BYTES / NR;
+/// Bytes of a word.
+const WORD_BYTES: usize = 4;
 
 /// Part `i` of `0..total` cut into `parts` that differ by one at most.
 pub(super) fn share(total: usize, parts: usize, i: usize) -> Range<usize> {
@@ -199,9 +224,22 @@ pub(super) fn share(total: usize, parts: usize, i: usize) -> Range<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::gemm::pack::padded_terms;
+    use crate::cpu::simd::Simd;
 
-    const KINDS: [WeightType; 5] =
-        [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
+    /// Levels that differ in their tiles, with the types of weights.
+    const LEVELS: [(Simd, WeightType); 6] = [
+        (Simd::Avx512, WeightType::F32),
+        (Simd::Avx512, WeightType::Bf16),
+        (Simd::Avx512, WeightType::Int8),
+        (Simd::Avx512, WeightType::Int8Weight),
+        (Simd::Avx512, WeightType::Int4Weight),
+        (Simd::Amx, WeightType::Bf16),
+    ];
+
+    fn avx512(kind: WeightType) -> Geometry {
+        Geometry::new(Simd::Avx512, kind)
+    }
 
     #[test]
     fn every_element_belongs_to_one_unit() {
@@ -209,17 +247,20 @@ mod tests {
             for (n, k, num_matrices) in
                 [(1, 8, 1), (64, 64, 2), (200, 3000, 1), (576, 1536, 2), (65, 9000, 1)]
             {
-                for (threads, kind) in
-                    [1, 2, 3, 64].into_iter().flat_map(|threads| KINDS.map(|k| (threads, k)))
+                for (threads, (simd, kind)) in [1, 2, 3, 64].into_iter().flat_map(|t| LEVELS.map(|l| (t, l)))
                 {
-                    let shape = Shape { rows, n, k, kind, num_matrices };
-                    let plan = Plan::new(shape, threads);
+                    let geometry = Geometry::new(simd, kind);
+                    let shape = Shape { rows, n, k: padded_terms(kind, k), kind, num_matrices };
+                    let plan = Plan::new(shape, geometry, threads);
                     let padded = n.next_multiple_of(NR);
                     let mut seen = vec![0; rows * padded];
                     for unit in (0..plan.num_units()).map(|i| plan.unit(i)) {
                         assert!((1..=GROUP_TILES).contains(&unit.tiles.len()), "{plan:?} {unit:?}");
                         for tile in unit.tiles.clone() {
-                            assert!((1..=MR).contains(&plan.rows(tile).len()), "{plan:?} {unit:?}");
+                            assert!(
+                                (1..=geometry.rows).contains(&plan.rows(tile).len()),
+                                "{plan:?} {unit:?}"
+                            );
                             for row in plan.rows(tile) {
                                 plan.cols(unit.piece).for_each(|col| seen[row * padded + col] += 1);
                             }
@@ -228,6 +269,7 @@ mod tests {
                     let is_right = |(i, &count): (usize, &i32)| count == 1 || (count == 0 && i % padded >= n);
                     assert!(seen.iter().enumerate().all(is_right), "{plan:?}");
                     assert!(plan.num_chunks * plan.chunk >= k && (plan.num_chunks - 1) * plan.chunk < k);
+                    assert_eq!(plan.chunk % geometry.step, 0);
                 }
             }
         }
@@ -235,30 +277,35 @@ mod tests {
 
     #[test]
     fn sweeps_stay_inside_the_caches() {
-        for (k, kind) in [576, 2048, 8192, 106_496].into_iter().flat_map(|k| KINDS.map(|kind| (k, kind))) {
-            let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, 2);
-            let bytes = tile_bytes(kind);
-            assert!(plan.chunk * NR * bytes <= SWEEP_BYTES + KR * NR * bytes, "{plan:?}");
+        for (k, (simd, kind)) in
+            [576, 2048, 8192, 106_496].into_iter().flat_map(|k| LEVELS.map(|level| (k, level)))
+        {
+            let geometry = Geometry::new(simd, kind);
+            let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, geometry, 2);
+            let term_bytes = geometry.strip * tile_bytes(kind);
+            let most = if geometry.is_amx { AMX_SWEEP_BYTES } else { SWEEP_BYTES };
+            assert!(plan.chunk * term_bytes <= most + geometry.step * term_bytes, "{plan:?}");
         }
     }
 
     #[test]
     fn what_is_unpacked_serves_a_group_of_tiles() {
         let shape = Shape { rows: 96, n: 640, k: 576, kind: WeightType::Int4Weight, num_matrices: 1 };
-        let plan = Plan::new(shape, 1);
+        let plan = Plan::new(shape, avx512(WeightType::Int4Weight), 1);
         assert_eq!((plan.num_units(), plan.unit(0).tiles), (20, 0..8));
     }
 
     #[test]
     fn a_narrow_product_is_cut_fine_enough_for_two_threads() {
+        let kind = WeightType::Bf16;
         // SmolLM2's k projection for 16 rows: 3 panels times 3 tiles would be 5 units against 4.
-        let plan = Plan::new(Shape { rows: 16, n: 192, k: 576, kind: WeightType::Bf16, num_matrices: 1 }, 2);
+        let plan = Plan::new(Shape { rows: 16, n: 192, k: 576, kind, num_matrices: 1 }, avx512(kind), 2);
         assert_eq!(plan.num_units(), 18);
         // A single tile reads its panels whole.
-        let plan = Plan::new(Shape { rows: 4, n: 192, k: 576, kind: WeightType::Bf16, num_matrices: 1 }, 2);
+        let plan = Plan::new(Shape { rows: 4, n: 192, k: 576, kind, num_matrices: 1 }, avx512(kind), 2);
         assert_eq!(plan.num_units(), 3);
         // A tiny one is not worth a second thread.
-        let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, kind: WeightType::Bf16, num_matrices: 1 }, 2);
+        let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, kind, num_matrices: 1 }, avx512(kind), 2);
         assert_eq!(plan.num_shares, 1);
     }
 }

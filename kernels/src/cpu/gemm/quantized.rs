@@ -6,7 +6,7 @@
 //! * 4 bits: `[k / 8][NR][2][4]`, the even k in the lower half of a word and the odd ones in the upper half, so
 //!   that a table look-up makes pairs of bf16 of all columns at once; then a scale for each group of K and column.
 
-use super::pack::PanelLayout;
+use super::pack::{ColumnPlace, PanelLayout, Strips};
 use super::tile::NR;
 use crate::backend::{TensorView, WeightType};
 use crate::quantize::Quantizer;
@@ -35,7 +35,13 @@ pub(super) fn num_groups(cols: usize) -> usize {
 }
 
 /// Fill one panel with the rows from `first_row` on; `out` is zero where nothing is written.
-pub(super) fn pack_quantized(view: TensorView<'_>, kind: WeightType, first_row: usize, out: &mut [u32]) {
+pub(super) fn pack_quantized(
+    view: TensorView<'_>,
+    kind: WeightType,
+    first_row: usize,
+    strips: Strips,
+    out: &mut [u32],
+) {
     let layout = PanelLayout::new(kind, view.cols);
     let (numbers, rest) = out.split_at_mut(layout.numbers * NR);
     let (scales, biases) = rest.split_at_mut(layout.scales * NR);
@@ -57,7 +63,7 @@ pub(super) fn pack_quantized(view: TensorView<'_>, kind: WeightType, first_row: 
                 .zip(values)
                 .for_each(|(integer, &value)| *integer = quantizer.quantize(value));
         }
-        put_words(kind, &integers, column, numbers);
+        put_words(kind, &integers, strips.column(column), numbers);
         for (bias, block) in biases.chunks_mut(NR).zip(integers.chunks(BLOCK)) {
             let sum: i32 = block.iter().map(|&integer| i32::from(integer)).sum();
             bias[column] = (-i32::from(OFFSET) * sum).cast_unsigned();
@@ -66,8 +72,8 @@ pub(super) fn pack_quantized(view: TensorView<'_>, kind: WeightType, first_row: 
 }
 
 /// Put a column's integers down in their words.
-fn put_words(kind: WeightType, integers: &[i8], column: usize, numbers: &mut [u32]) {
-    let words = numbers.iter_mut().skip(column).step_by(NR);
+fn put_words(kind: WeightType, integers: &[i8], place: ColumnPlace, numbers: &mut [u32]) {
+    let words = numbers.iter_mut().skip(place.start).step_by(place.step);
     if kind == WeightType::Int4Weight {
         for (word, integers) in words.zip(integers.chunks(8)) {
             *word = integers.iter().enumerate().fold(0, |word, (i, &integer)| {
@@ -109,12 +115,13 @@ mod tests {
     use crate::backend::ViewDtype;
     use crate::cpu::gemm::PackedMatrix;
     use crate::cpu::pool::ThreadPool;
+    use crate::cpu::simd::Simd;
 
     const KINDS: [WeightType; 3] = [WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 
     fn packed(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
         let view = TensorView::new(ViewDtype::F32, rows, cols, bytemuck::cast_slice(values));
-        PackedMatrix::pack(view, kind, &ThreadPool::new(&[], 2)).unwrap()
+        PackedMatrix::pack(Simd::detect(), view, kind, &ThreadPool::new(&[], 2)).unwrap()
     }
 
     #[test]

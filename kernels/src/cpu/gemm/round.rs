@@ -28,7 +28,7 @@ pub(super) fn round_row(simd: Simd, values: &[f32], out: &mut [u16]) {
     match simd {
         // SAFETY: callers pass a level that this processor has.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { round_row_avx512(values, out) },
+        Simd::Avx512 | Simd::Amx => unsafe { round_row_avx512(values, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { round_row_avx2(values, out) },
@@ -69,7 +69,7 @@ mod tests {
             .collect();
         let expected: Vec<u16> = values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
         let mut found = vec![0; values.len()];
-        for simd in [Simd::Portable, Simd::Avx2, Simd::Avx512] {
+        for simd in Simd::ALL {
             if simd.is_available() {
                 round_row(simd, &values, &mut found);
                 assert!(found == expected, "{}", simd.name());

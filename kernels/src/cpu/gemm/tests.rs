@@ -8,7 +8,7 @@ const KINDS: [WeightType; 5] =
     [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 
 fn levels() -> impl Iterator<Item = Simd> {
-    [Simd::Portable, Simd::Avx2, Simd::Avx512].into_iter().filter(|simd| simd.is_available())
+    Simd::ALL.into_iter().filter(|simd| simd.is_available())
 }
 
 fn pool(threads: usize) -> ThreadPool {
@@ -25,9 +25,10 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| next()).collect()
 }
 
-fn pack(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
+fn pack(simd: Simd, values: &[f32], rows: usize, cols: usize, kind: WeightType) -> PackedMatrix {
     let bytes = bytemuck::cast_slice(values);
-    PackedMatrix::pack(TensorView::new(ViewDtype::F32, rows, cols, bytes), kind, &pool(1)).unwrap()
+    let view = TensorView::new(ViewDtype::F32, rows, cols, bytes);
+    PackedMatrix::pack(simd, view, kind, &pool(1)).unwrap()
 }
 
 fn operand(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> Operand {
@@ -95,7 +96,7 @@ fn products_agree_with_f64_for_odd_shapes() {
         for simd in levels() {
             for n in [1, 2, 15, 16, 17, 63, 64, 65, 130] {
                 for k in [1, 2, 3, 5, 7, 8, 9, 17, 64, 65, 130, 257] {
-                    let w = pack(&random(n * k, 1), n, k, kind);
+                    let w = pack(simd, &random(n * k, 1), n, k, kind);
                     for rows in [1, 2, 3, 5, 6, 7, 13, 17] {
                         let x = operand(&random(rows * k, 2), rows, k, kind);
                         let mut out = vec![f32::NAN; rows * n];
@@ -115,7 +116,7 @@ fn products_agree_with_f64_when_k_is_walked_in_chunks() {
     for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in [(1, 65, 2049), (7, 64, 4096), (65, 130, 5000), (50, 33, 6145)] {
-                let w = pack(&random(n * k, 3), n, k, kind);
+                let w = pack(simd, &random(n * k, 3), n, k, kind);
                 let x = operand(&random(rows * k, 4), rows, k, kind);
                 let mut out = vec![f32::NAN; rows * n];
                 matmul(simd, &pool, &x, &w, &mut out, false);
@@ -135,7 +136,7 @@ fn a_row_has_the_same_bits_in_any_company() {
             // K beyond one chunk in both number types, and columns that end inside of a panel.
             for (n, k) in [(80, 2312), (200, 96), (17, 33)] {
                 let rows_step = if k > 2000 { 61 } else { 1 };
-                let w = pack(&random(n * k, 5), n, k, kind);
+                let w = pack(simd, &random(n * k, 5), n, k, kind);
                 let values = random(ROWS * k, 6);
                 let all = operand(&values, ROWS, k, kind);
                 let mut expected = vec![0.0; ROWS * n];
@@ -168,7 +169,7 @@ fn every_number_of_rows_up_to_1024_gives_the_bits_of_one() {
     let pool = pool(2);
     for kind in KINDS {
         for simd in levels() {
-            let w = pack(&random(n * k, 7), n, k, kind);
+            let w = pack(simd, &random(n * k, 7), n, k, kind);
             let values = random(ROWS * k, 8);
             let mut expected = vec![0.0; ROWS * n];
             for row in 0..ROWS {
@@ -194,7 +195,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
     for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in [(1, 1000, 300), (4, 576, 576), (70, 192, 576), (13, 100, 5000)] {
-                let w = pack(&random(n * k, 9), n, k, kind);
+                let w = pack(simd, &random(n * k, 9), n, k, kind);
                 let x = operand(&random(rows * k, 10), rows, k, kind);
                 let results = pools.each_ref().map(|pool| {
                     let mut out = vec![0.5; rows * n];
@@ -213,7 +214,7 @@ fn accumulate_adds_the_finished_product() {
     for kind in KINDS {
         for simd in levels() {
             for (rows, n, k) in [(1, 70, 9), (9, 64, 64), (20, 100, 3000)] {
-                let w = pack(&random(n * k, 11), n, k, kind);
+                let w = pack(simd, &random(n * k, 11), n, k, kind);
                 let x = operand(&random(rows * k, 12), rows, k, kind);
                 let before = random(rows * n, 13);
                 let (mut product, mut sum) = (vec![0.0; rows * n], before.clone());
@@ -237,7 +238,7 @@ fn swiglu_agrees_with_f64() {
                 // Gates of up to about 8, where silu bends.
                 let scale = 8.0 / (k as f32).sqrt();
                 let gate = random(n * k, 14).iter().map(|g| g * scale).collect::<Vec<_>>();
-                let (gate, up) = (pack(&gate, n, k, kind), pack(&random(n * k, 15), n, k, kind));
+                let (gate, up) = (pack(simd, &gate, n, k, kind), pack(simd, &random(n * k, 15), n, k, kind));
                 let x = operand(&random(rows * k, 16), rows, k, kind);
                 let mut out = Operand::new(kind.operands());
                 swiglu(simd, &pool, &x, &gate, &up, &mut out);
@@ -270,7 +271,8 @@ fn swiglu_gives_a_row_the_same_bits_in_any_company() {
     for kind in KINDS {
         for simd in levels() {
             for k in [k, 2500] {
-                let (gate, up) = (pack(&random(n * k, 17), n, k, kind), pack(&random(n * k, 18), n, k, kind));
+                let (gate, up) =
+                    (pack(simd, &random(n * k, 17), n, k, kind), pack(simd, &random(n * k, 18), n, k, kind));
                 let values = random(rows * k, 19);
                 let mut all = Operand::new(kind.operands());
                 swiglu(simd, &three, &operand(&values, rows, k, kind), &gate, &up, &mut all);
@@ -291,20 +293,20 @@ fn zeros_and_large_values_come_through() {
     let (rows, n, k) = (7, 66, 30);
     for kind in KINDS {
         for simd in levels() {
-            let w = pack(&random(n * k, 20), n, k, kind);
+            let w = pack(simd, &random(n * k, 20), n, k, kind);
             let mut out = vec![f32::NAN; rows * n];
             matmul(simd, &pool, &operand(&vec![0.0; rows * k], rows, k, kind), &w, &mut out, false);
             assert!(out.iter().all(|&v| v == 0.0));
 
             // 2¹⁰⁰ · 2²⁰ is finite, 2¹⁰⁰ · 2⁶⁰ is not.
-            let w = pack(&vec![2f32.powi(20); n * k], n, k, kind);
+            let w = pack(simd, &vec![2f32.powi(20); n * k], n, k, kind);
             let x = operand(&vec![2f32.powi(100); rows * k], rows, k, kind);
             matmul(simd, &pool, &x, &w, &mut out, false);
             let product = 30.0 * 2f32.powi(120);
             // 2²⁰ and 2¹⁰⁰ are no multiples of their scales, of which each may be off by half a unit.
             let bound = if kind == kind.operands().into() { 0.0 } else { product * 2f32.powi(-21) };
             assert!(out.iter().all(|&v| (v - product).abs() <= bound), "{kind:?}: {}", out[0]);
-            let w = pack(&vec![2f32.powi(60); n * k], n, k, kind);
+            let w = pack(simd, &vec![2f32.powi(60); n * k], n, k, kind);
             matmul(simd, &pool, &x, &w, &mut out, false);
             assert!(out.iter().all(|&v| v == f32::INFINITY));
         }
@@ -317,7 +319,7 @@ fn a_row_that_is_not_finite_spoils_no_other() {
     let (rows, n, k) = (8, 70, 30);
     for kind in KINDS {
         for simd in levels() {
-            let w = pack(&random(n * k, 21), n, k, kind);
+            let w = pack(simd, &random(n * k, 21), n, k, kind);
             let mut values = random(rows * k, 22);
             values[k] = f32::NAN;
             values[2 * k + 1] = f32::INFINITY;
@@ -337,7 +339,7 @@ fn a_row_that_is_not_finite_spoils_no_other() {
             let mut h = Operand::new(kind.operands());
             swiglu(simd, &pool, &x, &w, &w, &mut h);
             swiglu(simd, &pool, &operand(&values[3 * k..], 5, k, kind), &w, &w, &mut h);
-            let down = pack(&random(3 * n, 23), 3, n, kind);
+            let down = pack(simd, &random(3 * n, 23), 3, n, kind);
             let mut out = vec![0.0; 5 * 3];
             matmul(simd, &pool, &h, &down, &mut out, false);
             assert!(out.iter().all(|v| v.is_finite()));
@@ -350,13 +352,13 @@ fn empty_shapes_are_no_trouble() {
     let pool = pool(2);
     for kind in KINDS {
         for simd in levels() {
-            let w = pack(&[], 3, 0, kind);
+            let w = pack(simd, &[], 3, 0, kind);
             let mut out = vec![1.0; 6];
             matmul(simd, &pool, &operand(&[], 2, 0, kind), &w, &mut out, false);
             assert_eq!(out, [0.0; 6]);
-            let w = pack(&[1.0; 6], 3, 2, kind);
+            let w = pack(simd, &[1.0; 6], 3, 2, kind);
             matmul(simd, &pool, &operand(&[], 0, 2, kind), &w, &mut [], false);
-            let w = pack(&[], 0, 2, kind);
+            let w = pack(simd, &[], 0, 2, kind);
             matmul(simd, &pool, &operand(&[1.0; 4], 2, 2, kind), &w, &mut [], false);
         }
     }
@@ -366,10 +368,10 @@ fn empty_shapes_are_no_trouble() {
 fn integers_give_the_same_bits_at_every_level() {
     let pool = pool(2);
     for (rows, n, k) in [(1, 70, 9), (7, 130, 4096), (13, 66, 5000), (3, 64, 9000), (0, 5, 7)] {
-        let w = pack(&random(n * k, 24), n, k, WeightType::Int8);
         let x = operand(&random(rows * k, 25), rows, k, WeightType::Int8);
         let mut first = None;
         for simd in levels() {
+            let w = pack(simd, &random(n * k, 24), n, k, WeightType::Int8);
             let mut out = vec![f32::NAN; rows * n];
             matmul(simd, &pool, &x, &w, &mut out, false);
             let expected = first.get_or_insert_with(|| bits(&out));
@@ -385,7 +387,7 @@ fn integers_do_not_overflow_for_any_k() {
     let pool = pool(1);
     for simd in levels() {
         for sign in [1.0, -1.0] {
-            let w = pack(&vec![sign; n * k], n, k, WeightType::Int8);
+            let w = pack(simd, &vec![sign; n * k], n, k, WeightType::Int8);
             let x = operand(&vec![3.0; k], 1, k, WeightType::Int8);
             let mut out = vec![0.0; n];
             matmul(simd, &pool, &x, &w, &mut out, false);
@@ -403,7 +405,7 @@ fn integers_do_not_overflow_for_any_k() {
 #[test]
 fn an_operand_that_is_written_again_is_quantised_again() {
     let pool = pool(2);
-    let w = pack(&[1.0; 3 * 10], 3, 10, WeightType::Int8);
+    let w = pack(Simd::detect(), &[1.0; 3 * 10], 3, 10, WeightType::Int8);
     let mut x = operand(&[1.0; 20], 2, 10, WeightType::Int8);
     let mut out = vec![0.0; 6];
     for value in [1.0f32, -2.0, 0.5] {

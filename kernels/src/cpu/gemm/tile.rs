@@ -19,7 +19,7 @@ pub(super) const NR: usize = 64;
 /// * 4 + 6 = 10 loads for 24 products, where two loads and two products fit in a cycle.
 pub(super) const MR: usize = 6;
 
-/// K is padded to a multiple of this, so that the kernels' loops need no tail.
+/// Terms that the loops of AVX-512 and AVX2 take at once, so that they need no tail: K is padded to more.
 pub(super) const KR: usize = 8;
 
 /// Bytes of a group: NR columns of one k in f32, of two k in bf16, of four in integers of 8 bits.
@@ -28,10 +28,63 @@ pub(super) const GROUP_BYTES: usize = 256;
 /// The narrowest piece of a panel that a tile may be: one 512-bit register.
 pub(super) const PIECE_COLS: usize = 16;
 
-/// A tile's sums while they are not in registers, `[MR, NR]`.
+/// Most sums of a tile: in AMX 32 rows by 32 columns.
+const MAX_SUMS: usize = 1024;
+
+/// A tile's sums while they are not in registers, `[rows, strip]` of its [`Geometry`].
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Sums(pub(super) [f32; MR * NR]);
+pub(super) struct Sums(pub(super) [f32; MAX_SUMS]);
+
+/// How large the tiles of a level are, with weights of a type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Geometry {
+    /// Most rows of a tile.
+    pub(super) rows: usize,
+    /// Most columns of a tile: those of a panel that lie side by side.
+    pub(super) strip: usize,
+    /// The narrowest piece of a panel that a tile may be.
+    pub(super) narrowest: usize,
+    /// Terms that the tile's loop takes at once.
+    pub(super) step: usize,
+    /// What a tile prefetches at once, in bytes.
+    pub(super) prefetch_bytes: usize,
+    /// Whether tiles are registers of AMX.
+    pub(super) is_amx: bool,
+}
+
+impl Geometry {
+    /// The tiles of a level.
+    pub(super) fn new(simd: Simd, kind: WeightType) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if simd == Simd::Amx && kind == WeightType::Bf16 {
+            return Self {
+                rows: super::amx::TILE_ROWS,
+                strip: super::amx::TILE_COLS,
+                narrowest: super::amx::TILE_COLS,
+                step: 32,
+                prefetch_bytes: 64,
+                is_amx: true,
+            };
+        }
+        let _ = (simd, kind);
+        Self {
+            rows: MR,
+            strip: NR,
+            narrowest: PIECE_COLS,
+            step: KR,
+            prefetch_bytes: GROUP_BYTES,
+            is_amx: false,
+        }
+    }
+
+    /// Numbers of a tile's sums.
+    pub(super) fn sums(&self) -> usize {
+        self.rows * self.strip
+    }
+}
+
+const _: () = assert!(MR * NR <= MAX_SUMS);
 
 /// One call of a kernel: `c = [init +] a · b`, or `c += [init +] a · b`.
 ///
@@ -44,15 +97,17 @@ pub(super) struct Tile {
     pub(super) a_stride: usize,
     /// The panel from the first k of the chunk and the first column of the piece on, aligned to 64 bytes.
     pub(super) b: *const u8,
-    /// Terms of the sums, a multiple of [`KR`].
+    /// Terms of the sums, a multiple of the geometry's step.
     pub(super) k: usize,
-    /// 1 ..= MR.
+    /// At least 1.
     pub(super) rows: usize,
+    /// Rows of a register of AMX; the other levels do not look at it.
+    pub(super) register_rows: usize,
     /// 16, 32 or 64.
     pub(super) cols: usize,
     /// For products in integers, what the sums over the chunk start from, `[cols]`; otherwise not looked at.
     pub(super) bias: *const i32,
-    /// The sums over earlier chunks, `[rows, NR]`; null for the first chunk.
+    /// The sums over earlier chunks, `[rows, strip]`; null for the first chunk.
     pub(super) init: *const f32,
     /// Destination, `[rows, cols]`.
     pub(super) c: *mut f32,
@@ -62,7 +117,7 @@ pub(super) struct Tile {
     pub(super) is_added: bool,
     /// Weights that will be needed later, to be brought into the L2 cache; may point anywhere.
     pub(super) prefetch: *const u8,
-    /// Groups to prefetch from there on for every KR terms.
+    /// Groups, in AMX lines, to prefetch from there on for every step of the loop.
     pub(super) prefetch_groups: usize,
 }
 
@@ -83,19 +138,31 @@ pub(super) type SwigluFn = unsafe fn(gate: *mut f32, up: *const f32, len: usize)
 pub(super) struct Kernel {
     pub(super) tile: TileFn,
     pub(super) swiglu: SwigluFn,
+    pub(super) geometry: Geometry,
 }
 
 impl Kernel {
     /// The kernel of a level, which the caller knows to be available, for weights of a type.
     pub(super) fn new(simd: Simd, kind: WeightType) -> Self {
         debug_assert!(simd.is_available(), "{} is not available", simd.name());
-        match simd {
+        let (tile, swiglu): (TileFn, SwigluFn) = match simd {
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => Self { tile: avx512_tile(kind), swiglu: super::avx512::swiglu },
+            Simd::Amx => (amx_tile(kind), super::avx512::swiglu),
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => Self { tile: avx2_tile(kind), swiglu: super::avx2::swiglu },
-            _ => Self { tile: portable_tile(kind), swiglu: super::portable::swiglu },
-        }
+            Simd::Avx512 => (avx512_tile(kind), super::avx512::swiglu),
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => (avx2_tile(kind), super::avx2::swiglu),
+            _ => (portable_tile(kind), super::portable::swiglu),
+        };
+        Self { tile, swiglu, geometry: Geometry::new(simd, kind) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn amx_tile(kind: WeightType) -> TileFn {
+    match kind {
+        WeightType::Bf16 => super::amx::tile_bf16,
+        _ => avx512_tile(kind),
     }
 }
 

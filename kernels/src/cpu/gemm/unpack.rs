@@ -39,9 +39,9 @@ pub(super) fn unpack_fn(simd: Simd, kind: WeightType) -> UnpackFn {
     let is_int4 = kind == WeightType::Int4Weight;
     match (simd, is_int4) {
         #[cfg(target_arch = "x86_64")]
-        (Simd::Avx512, true) => x86::int4_avx512,
+        (Simd::Avx512 | Simd::Amx, true) => x86::int4_avx512,
         #[cfg(target_arch = "x86_64")]
-        (Simd::Avx512, false) => x86::int8_avx512,
+        (Simd::Avx512 | Simd::Amx, false) => x86::int8_avx512,
         #[cfg(target_arch = "x86_64")]
         (Simd::Avx2, true) => x86::int4_avx2,
         #[cfg(target_arch = "x86_64")]

@@ -30,7 +30,7 @@ pub(crate) fn at_level<K: Kernel>(simd: Simd, kernel: K) -> K::Output {
     match simd {
         // SAFETY: `Cpu::new` refuses a level that is not available.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { x86::run_avx512(kernel) },
+        Simd::Avx512 | Simd::Amx => unsafe { x86::run_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { x86::run_avx2(kernel) },

@@ -1,0 +1,356 @@
+//! The tile in AMX: `TDPBF16PS` multiplies 16 rows of x, 32 terms long, with 16 columns of weights.
+//!
+//! A tile is up to 32 rows by 32 columns: four registers of sums, two of x, two of weights. A step of 32 terms takes
+//! 4 products of 16 cycles each and 4 loads of 8 from L1: the products are what it waits for.
+//!
+//! `TDPBF16PS` sums the even terms of a step and the odd ones apart, adds both, and adds that to what it has; it
+//! takes denormals for zeros and makes zeros of them. That is the level's numeric profile. A step is always the same
+//! 32 terms, so that a row's bits depend on K alone.
+//!
+//! Rust has no AMX instructions yet, so they are written in assembly. The compiler uses no tile register of its own
+//! accord; each block of assembly names all it overwrites and leaves nothing in them for the next one. Their shape is
+//! a state of the thread as the control word of floating point is: [`Registers`] sets it and takes it back.
+
+use super::tile::Tile;
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+use std::mem::offset_of;
+
+/// Rows of a register.
+const ROWS: usize = 16;
+
+/// Rows of a tile: two registers.
+pub(super) const TILE_ROWS: usize = 2 * ROWS;
+
+/// Columns of a tile: two registers.
+pub(super) const TILE_COLS: usize = 32;
+
+/// Bytes of a row of a register: the terms of a step.
+const ROW_BYTES: usize = 64;
+
+/// Bytes from one row of weights to the next, a word for each column, and of a row of sums.
+const STRIP_BYTES: usize = TILE_COLS * 4;
+
+/// The shapes of the eight tile registers, as `LDTILECFG` reads them.
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// The calling thread's tile registers in the shapes of a product, until this is dropped. Then they are empty again,
+/// and the system has no 8 KiB to save when it changes threads.
+pub(super) struct Registers(PhantomData<*const ()>);
+
+impl Registers {
+    /// For `rows` rows of x in a register, 1 ..= 16.
+    ///
+    /// # Safety
+    /// The processor has AMX, and the system has granted its registers.
+    pub(super) unsafe fn shape(rows: usize) -> Self {
+        let mut shapes =
+            Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        shapes.row_bytes[..8].fill(ROW_BYTES as u16);
+        debug_assert!((1..=ROWS).contains(&rows), "{rows} rows in a register");
+        shapes.rows[..6].fill(rows as u8); // Sums and x.
+        shapes.rows[6..8].fill(ROWS as u8); // Weights: a row for each word of a step.
+        // SAFETY: the caller vouches for the instruction; it reads the 64 bytes of `shapes`.
+        unsafe {
+            asm!(
+                "ldtilecfg [{}]", in(reg) &raw const shapes,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+        Self(PhantomData)
+    }
+}
+
+impl Drop for Registers {
+    fn drop(&mut self) {
+        // SAFETY: `shape` was called, so the instruction is there.
+        unsafe {
+            asm!(
+                "tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+/// What the assembly works on; strides in bytes.
+#[repr(C)]
+struct Step {
+    /// `[rows, 64 * steps]` bytes; the registers' rows are read of each half.
+    a: *const u8,
+    a_stride: usize,
+    /// `[16 * steps, 32]` words.
+    b: *const u8,
+    steps: usize,
+    /// What sums start from, `[rows, 32]`; null for zeros.
+    init: *const u8,
+    init_stride: usize,
+    /// `[rows, 32]`
+    c: *mut u8,
+    c_stride: usize,
+    prefetch: *const u8,
+    prefetch_lines: usize,
+}
+
+/// `c = [init +] a · b` for one or two registers of rows.
+macro_rules! multiply {
+    ($two:ident, $one:ident, $product:literal) => {
+        /// Two registers of rows.
+        unsafe fn $two(step: &Step) {
+            // SAFETY: the caller vouches for the pointers and for registers in their shapes.
+            unsafe {
+                asm!(
+                    "mov {x}, [{step} + {init}]",
+                    "test {x}, {x}",
+                    "jz 2f",
+                    "mov {y}, [{step} + {init_stride}]",
+                    "tileloadd tmm0, [{x} + {y}*1]",
+                    "tileloadd tmm1, [{x} + {y}*1 + 64]",
+                    "mov {a1}, {y}",
+                    "shl {a1}, 4",
+                    "add {x}, {a1}",
+                    "tileloadd tmm2, [{x} + {y}*1]",
+                    "tileloadd tmm3, [{x} + {y}*1 + 64]",
+                    "jmp 3f",
+                    "2:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "3:",
+                    "mov {a1}, {a_stride}",
+                    "shl {a1}, 4",
+                    "add {a1}, {a}",
+                    "test {steps}, {steps}",
+                    "jz 7f",
+                    "4:",
+                    "tileloadd tmm6, [{b} + {b_stride}*1]",
+                    "tileloadd tmm4, [{a} + {a_stride}*1]",
+                    concat!($product, " tmm0, tmm4, tmm6"),
+                    "tileloadd tmm7, [{b} + {b_stride}*1 + 64]",
+                    concat!($product, " tmm1, tmm4, tmm7"),
+                    "tileloadd tmm5, [{a1} + {a_stride}*1]",
+                    concat!($product, " tmm2, tmm5, tmm6"),
+                    concat!($product, " tmm3, tmm5, tmm7"),
+                    "add {a}, 64",
+                    "add {a1}, 64",
+                    "add {b}, 2048",
+                    "mov {x}, {lines}",
+                    "test {x}, {x}",
+                    "jz 6f",
+                    "5:",
+                    "prefetcht1 [{prefetch}]",
+                    "add {prefetch}, 64",
+                    "dec {x}",
+                    "jnz 5b",
+                    "6:",
+                    "dec {steps}",
+                    "jnz 4b",
+                    "7:",
+                    "mov {x}, [{step} + {c}]",
+                    "mov {y}, [{step} + {c_stride}]",
+                    "tilestored [{x} + {y}*1], tmm0",
+                    "tilestored [{x} + {y}*1 + 64], tmm1",
+                    "mov {a1}, {y}",
+                    "shl {a1}, 4",
+                    "add {x}, {a1}",
+                    "tilestored [{x} + {y}*1], tmm2",
+                    "tilestored [{x} + {y}*1 + 64], tmm3",
+                    step = in(reg) step,
+                    a = inout(reg) step.a => _,
+                    a1 = out(reg) _,
+                    a_stride = in(reg) step.a_stride,
+                    b = inout(reg) step.b => _,
+                    b_stride = in(reg) STRIP_BYTES,
+                    steps = inout(reg) step.steps => _,
+                    prefetch = inout(reg) step.prefetch => _,
+                    lines = in(reg) step.prefetch_lines,
+                    x = out(reg) _,
+                    y = out(reg) _,
+                    init = const offset_of!(Step, init),
+                    init_stride = const offset_of!(Step, init_stride),
+                    c = const offset_of!(Step, c),
+                    c_stride = const offset_of!(Step, c_stride),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+
+        /// One register of rows.
+        unsafe fn $one(step: &Step) {
+            // SAFETY: as above.
+            unsafe {
+                asm!(
+                    "mov {x}, [{step} + {init}]",
+                    "test {x}, {x}",
+                    "jz 2f",
+                    "mov {y}, [{step} + {init_stride}]",
+                    "tileloadd tmm0, [{x} + {y}*1]",
+                    "tileloadd tmm1, [{x} + {y}*1 + 64]",
+                    "jmp 3f",
+                    "2:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "3:",
+                    "test {steps}, {steps}",
+                    "jz 7f",
+                    "4:",
+                    "tileloadd tmm6, [{b} + {b_stride}*1]",
+                    "tileloadd tmm4, [{a} + {a_stride}*1]",
+                    concat!($product, " tmm0, tmm4, tmm6"),
+                    "tileloadd tmm7, [{b} + {b_stride}*1 + 64]",
+                    concat!($product, " tmm1, tmm4, tmm7"),
+                    "add {a}, 64",
+                    "add {b}, 2048",
+                    "mov {x}, {lines}",
+                    "test {x}, {x}",
+                    "jz 6f",
+                    "5:",
+                    "prefetcht1 [{prefetch}]",
+                    "add {prefetch}, 64",
+                    "dec {x}",
+                    "jnz 5b",
+                    "6:",
+                    "dec {steps}",
+                    "jnz 4b",
+                    "7:",
+                    "mov {x}, [{step} + {c}]",
+                    "mov {y}, [{step} + {c_stride}]",
+                    "tilestored [{x} + {y}*1], tmm0",
+                    "tilestored [{x} + {y}*1 + 64], tmm1",
+                    step = in(reg) step,
+                    a = inout(reg) step.a => _,
+                    a_stride = in(reg) step.a_stride,
+                    b = inout(reg) step.b => _,
+                    b_stride = in(reg) STRIP_BYTES,
+                    steps = inout(reg) step.steps => _,
+                    prefetch = inout(reg) step.prefetch => _,
+                    lines = in(reg) step.prefetch_lines,
+                    x = out(reg) _,
+                    y = out(reg) _,
+                    init = const offset_of!(Step, init),
+                    init_stride = const offset_of!(Step, init_stride),
+                    c = const offset_of!(Step, c),
+                    c_stride = const offset_of!(Step, c_stride),
+                    out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+multiply!(two_of_bf16, one_of_bf16, "tdpbf16ps");
+
+/// A bf16 tile.
+///
+/// # Safety
+/// As [`super::tile::TileFn`]; besides, x can be read for whole registers of rows, and the thread's registers are
+/// in the shapes of [`Registers::shape`] for `tile.register_rows`.
+pub(super) unsafe fn tile_bf16(tile: &Tile) {
+    let mut step = Step {
+        a: tile.a,
+        a_stride: tile.a_stride,
+        b: tile.b,
+        steps: tile.k * 2 / ROW_BYTES,
+        init: tile.init.cast(),
+        init_stride: STRIP_BYTES,
+        c: tile.c.cast(),
+        c_stride: tile.c_stride * 4,
+        prefetch: tile.prefetch,
+        prefetch_lines: tile.prefetch_groups,
+    };
+    // Registers are stored whole.
+    let fits = tile.rows == tile.register_rows || tile.rows == TILE_ROWS;
+    let multiply = if tile.rows > ROWS { two_of_bf16 } else { one_of_bf16 };
+    // SAFETY: the caller vouches for what is read. What is written are rows that the tile has, or the buffer, from
+    // which those that it has are taken.
+    unsafe {
+        if fits && !tile.is_added {
+            return multiply(&step);
+        }
+        let mut buffer = std::mem::MaybeUninit::<Buffer>::uninit();
+        step.c = buffer.as_mut_ptr().cast();
+        step.c_stride = STRIP_BYTES;
+        multiply(&step);
+        copy(step.c.cast(), tile);
+    }
+}
+
+/// A tile's sums.
+#[repr(C, align(64))]
+struct Buffer([f32; TILE_ROWS * TILE_COLS]);
+
+/// `c = sums`, or `c += sums`, for the tile's rows; `sums: [rows, 32]`.
+#[target_feature(enable = "avx512f")]
+unsafe fn copy(sums: *const f32, tile: &Tile) {
+    for row in 0..tile.rows {
+        for col in (0..TILE_COLS).step_by(16) {
+            // SAFETY: the caller vouches for both.
+            unsafe {
+                let c = tile.c.add(row * tile.c_stride + col);
+                let sum = _mm512_loadu_ps(sums.add(row * TILE_COLS + col));
+                let sum = if tile.is_added { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
+                _mm512_storeu_ps(c, sum);
+            }
+        }
+    }
+}
+
+/// Multiplications and additions of a round of [`products`].
+pub(super) const ROUND_FLOPS: usize = 4 * 2 * ROWS * ROWS * ROW_BYTES / 2;
+
+/// So many rounds of four products of ones in bf16, from registers alone: what the unit can do.
+///
+/// # Safety
+/// As [`Registers::shape`].
+pub(super) unsafe fn products(rounds: usize) -> f32 {
+    let ones = [0x3f80_3f80u32; ROW_BYTES / 4];
+    let mut sum = [0f32; ROW_BYTES / 4 * ROWS];
+    // SAFETY: the caller vouches for the instructions; a stride of zero reads the same 64 bytes for every row, and
+    // a register is stored to a kilobyte.
+    unsafe {
+        let _registers = Registers::shape(ROWS);
+        asm!(
+            "tileloadd tmm4, [{ones} + {zero}*1]",
+            "tileloadd tmm5, [{ones} + {zero}*1]",
+            "tileloadd tmm6, [{ones} + {zero}*1]",
+            "tileloadd tmm7, [{ones} + {zero}*1]",
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            "2:",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "dec {rounds}",
+            "jnz 2b",
+            "tilestored [{sum} + {row}*1], tmm0",
+            ones = in(reg) ones.as_ptr(),
+            zero = in(reg) 0usize,
+            rounds = inout(reg) rounds.max(1) => _,
+            sum = in(reg) sum.as_mut_ptr(),
+            row = in(reg) ROW_BYTES,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+    }
+    sum[0]
+}

@@ -82,7 +82,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
     let spans = stages.iter().map(|stage| stage.span).collect();
     let load = |StagePlacement { device, span }| -> LoadStage {
         let num_pages = scheduler.num_pages;
-        let options = SpanOptions { span, num_pages, context_tokens: scheduler.context_tokens };
+        let options = SpanOptions { part: span.into(), num_pages, context_tokens: scheduler.context_tokens };
         let model = model.clone();
         Arc::new(move || stages::load(&model, &device, dtypes, options))
     };

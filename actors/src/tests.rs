@@ -39,6 +39,7 @@ impl Stage for Probe {
         if !self.is_last {
             return Ok(StageOutput::Activations(Activations {
                 values: vec![0.0; batch.num_tokens()],
+                sums: None,
                 hidden: 1,
             }));
         }

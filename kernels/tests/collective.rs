@@ -116,6 +116,12 @@ fn parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks() {
             assert_eq!((out.rows(), out.cols()), (all, len), "{what}");
             assert!(bits(out.values()) == bits(&rows), "{what}, rows of round {round}");
 
+            let mut first = Array::new();
+            rank.gather(Axis::Rows, &part, &mut first).unwrap();
+            let is_right =
+                if rank.rank() == 0 { bits(first.values()) == bits(&rows) } else { first.rows() == 0 };
+            assert!(is_right, "{what}, only the first has the rows of round {round}");
+
             let part = array(len, own, &numbers(rank.rank(), round, own * len));
             rank.all_gather(Axis::Columns, &part, &mut out).unwrap();
             assert_eq!((out.rows(), out.cols()), (len, all), "{what}");

@@ -5,11 +5,14 @@
 use kernels::AttentionSlice;
 use scheduler::{MicroBatch, TokenId};
 
+use crate::ranks::RankStep;
+
 /// The lists of one micro-batch.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     tokens: Vec<TokenId>,
     positions: Vec<u32>,
+    sequences: Vec<u64>,
     /// Those beyond `num_slices` wait with their memory for a micro-batch of more.
     slices: Vec<AttentionSlice>,
     num_slices: usize,
@@ -19,12 +22,8 @@ impl Batch {
     /// Takes on a micro-batch.
     pub(crate) fn assign(&mut self, batch: &MicroBatch) {
         self.tokens.clear();
-        self.positions.clear();
-        self.num_slices = batch.slices.len();
-        let empty = || AttentionSlice { first_row: 0, num_rows: 0, first_position: 0, pages: Vec::new() };
-        if self.slices.len() < self.num_slices {
-            self.slices.resize_with(self.num_slices, empty);
-        }
+        self.make_room(batch.slices.len());
+        self.sequences.extend(batch.slices.iter().map(|slice| slice.sequence.0));
         for (slice, out) in batch.slices.iter().zip(&mut self.slices) {
             let (first_position, num_rows) = (slice.first_position, slice.tokens.len());
             out.first_row = self.tokens.len();
@@ -35,6 +34,40 @@ impl Batch {
             self.tokens.extend_from_slice(&slice.tokens);
             self.positions.extend(first_position..first_position + num_rows as u32);
         }
+    }
+
+    /// Takes on what a rank beside the first is told of a micro-batch: all but its tokens.
+    pub(crate) fn follow(&mut self, step: &RankStep) {
+        self.tokens.clear();
+        self.make_room(step.slices.len());
+        self.sequences.extend_from_slice(&step.sequences);
+        for (slice, out) in step.slices.iter().zip(&mut self.slices) {
+            let AttentionSlice { first_row, num_rows, first_position, pages } = slice;
+            (out.first_row, out.num_rows, out.first_position) = (*first_row, *num_rows, *first_position);
+            out.pages.clone_from(pages);
+            self.positions
+                .extend((*first_position..first_position + num_rows).map(|position| position as u32));
+        }
+    }
+
+    fn make_room(&mut self, num_slices: usize) {
+        self.positions.clear();
+        self.sequences.clear();
+        self.num_slices = num_slices;
+        let empty = || AttentionSlice { first_row: 0, num_rows: 0, first_position: 0, pages: Vec::new() };
+        if self.slices.len() < num_slices {
+            self.slices.resize_with(num_slices, empty);
+        }
+    }
+
+    /// Rows, a token each.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whose each slice is.
+    pub(crate) fn sequences(&self) -> &[u64] {
+        &self.sequences
     }
 
     /// Tokens to embed, a row each.

@@ -5,22 +5,30 @@
 
 use std::sync::Arc;
 
-use kernels::{Backend, Largest, LogitStats};
+use kernels::{Axis, Backend, Largest, LogitStats};
 use scheduler::{Failure, MicroBatch, MicroBatchOutput, Request, Slice, SliceOutput, TokenId, TokenLogprobs};
 
 use crate::error::Result;
 use crate::random::Stream;
+use crate::ranks::{RankStep, Ranks};
 use crate::sampling;
 
 /// Rows of logits that are made at a time: 64 rows of a vocabulary of 128,256 are 33 MB, which the draws
 /// then walk, and 64 rows are enough for a matrix product at full speed.
 const LOGIT_ROWS: usize = 64;
 
-/// The last norm and the output matrix.
+/// The last norm and the output matrix, or a rank's rows of it.
 pub(crate) struct Head<B: Backend> {
     pub(crate) norm: B::Vector,
     pub(crate) matrix: Arc<B::Matrix>,
+    pub(crate) vocab: usize,
+    pub(crate) hidden: usize,
+    /// Where ranks share the matrix, the token of this one's first row.
+    pub(crate) first_token: Option<usize>,
 }
+
+/// The other ranks, and whether they have the residual stream.
+pub(crate) type Others<'a, A> = (&'a mut Ranks<A>, bool);
 
 /// Arrays that every micro-batch reuses.
 pub(crate) struct HeadWork<B: Backend> {
@@ -30,6 +38,8 @@ pub(crate) struct HeadWork<B: Backend> {
     rows: B::Array,
     normed: B::Operand,
     logits: B::Array,
+    /// A rank's part of logits.
+    part: B::Array,
     host_logits: Vec<f32>,
     stats: Vec<LogitStats>,
     largest: Vec<Largest>,
@@ -44,6 +54,7 @@ impl<B: Backend> HeadWork<B> {
             rows: backend.array(),
             normed: backend.operand(),
             logits: backend.array(),
+            part: backend.array(),
             host_logits: Vec::new(),
             stats: Vec::new(),
             largest: Vec::new(),
@@ -60,18 +71,19 @@ impl<B: Backend> Head<B> {
         eps: f32,
         batch: &MicroBatch,
         x: &B::Array,
+        others: Option<Others<'_, B::Array>>,
         work: &mut HeadWork<B>,
     ) -> Result<MicroBatchOutput> {
+        let mut others = others.filter(|_| self.first_token.is_some());
         let mut outputs: Vec<SliceOutput> = batch.slices.iter().map(no_output).collect();
         let mut wanted = std::mem::take(&mut work.wanted);
         list_wanted(batch, &mut wanted);
-        // Rows of a slice stay in order, and those that are scored come before the one that is drawn for.
-        wanted.sort_unstable_by_key(|wanted| (!wanted.reads_logits, wanted.row));
+        sort_wanted(&mut wanted);
         let num_read = wanted.partition_point(|wanted| wanted.reads_logits);
         let (read, greedy) = wanted.split_at(num_read);
         for wanted in read.chunks(LOGIT_ROWS) {
-            self.normed_rows(backend, eps, x, wanted, work)?;
-            backend.matmul(&work.normed, &self.matrix, &mut work.logits)?;
+            work.take_rows(wanted.iter().map(|wanted| wanted.row));
+            self.logits(backend, eps, x, &mut others, work)?;
             backend.logit_stats(&work.logits, &mut work.stats)?;
             backend.download(&work.logits, &mut work.host_logits)?;
             let vocab = work.host_logits.len() / wanted.len();
@@ -82,8 +94,8 @@ impl<B: Backend> Head<B> {
             }
         }
         if !greedy.is_empty() {
-            self.normed_rows(backend, eps, x, greedy, work)?;
-            backend.matmul_argmax(&work.normed, &self.matrix, &mut work.logits, &mut work.largest)?;
+            work.take_rows(greedy.iter().map(|wanted| wanted.row));
+            self.largest(backend, eps, x, &mut others, work)?;
             for (wanted, &largest) in greedy.iter().zip(&work.largest) {
                 wanted.take_largest(largest, &mut outputs[wanted.slice]);
             }
@@ -92,20 +104,128 @@ impl<B: Backend> Head<B> {
         Ok(MicroBatchOutput { id: batch.id, slices: outputs })
     }
 
-    /// Norms the wanted rows.
+    /// What a rank beside the first does for the answer to a micro-batch.
+    pub(crate) fn follow(
+        &self,
+        backend: &B,
+        eps: f32,
+        step: &RankStep,
+        x: &B::Array,
+        others: Others<'_, B::Array>,
+        work: &mut HeadWork<B>,
+    ) -> Result<()> {
+        let mut others = Some(others);
+        for rows in step.logit_rows.chunks(LOGIT_ROWS) {
+            work.take_rows(rows.iter().copied());
+            self.logits(backend, eps, x, &mut others, work)?;
+        }
+        if step.greedy_rows.is_empty() {
+            return Ok(());
+        }
+        work.take_rows(step.greedy_rows.iter().copied());
+        self.largest(backend, eps, x, &mut others, work)
+    }
+
+    /// `work.logits` of the rows of `work.row_ids`, on the first rank.
+    fn logits(
+        &self,
+        backend: &B,
+        eps: f32,
+        x: &B::Array,
+        others: &mut Option<Others<'_, B::Array>>,
+        work: &mut HeadWork<B>,
+    ) -> Result<()> {
+        self.normed_rows(backend, eps, x, others, work)?;
+        let Some((ranks, _)) = others else {
+            return Ok(backend.matmul(&work.normed, &self.matrix, &mut work.logits)?);
+        };
+        backend.matmul(&work.normed, &self.matrix, &mut work.part)?;
+        ranks.gather(Axis::Columns, &work.part, &mut work.logits, work.row_ids.len() * self.vocab)
+    }
+
+    /// `work.largest` of the rows of `work.row_ids`, on the first rank.
+    fn largest(
+        &self,
+        backend: &B,
+        eps: f32,
+        x: &B::Array,
+        others: &mut Option<Others<'_, B::Array>>,
+        work: &mut HeadWork<B>,
+    ) -> Result<()> {
+        self.normed_rows(backend, eps, x, others, work)?;
+        backend.matmul_argmax(&work.normed, &self.matrix, &mut work.logits, &mut work.largest)?;
+        let (Some((ranks, _)), Some(first)) = (others, self.first_token) else { return Ok(()) };
+        // Each rank's candidate for each row: its token, which f32 holds exactly below 2^24, and its logit.
+        assert!(self.vocab <= 1 << 24, "a vocabulary of {} is beyond what f32 counts", self.vocab);
+        let rows = work.largest.len();
+        let own =
+            work.largest.iter().flat_map(|largest| [(first + largest.index as usize) as f32, largest.value]);
+        work.host_logits.clear();
+        work.host_logits.extend(own);
+        backend.upload(&work.host_logits, rows, 2, &mut work.part)?;
+        let num_ranks = ranks.place.num_ranks;
+        ranks.gather(Axis::Columns, &work.part, &mut work.logits, rows * 2 * num_ranks)?;
+        if ranks.is_first() {
+            backend.download(&work.logits, &mut work.host_logits)?;
+            let candidates = work.host_logits.chunks_exact(2 * num_ranks);
+            work.largest.iter_mut().zip(candidates).for_each(|(largest, all)| *largest = best(all));
+        }
+        Ok(())
+    }
+
+    /// Norms the rows of `work.row_ids`, on every rank that has a part of the matrix.
     fn normed_rows(
         &self,
         backend: &B,
         eps: f32,
         x: &B::Array,
-        wanted: &[WantedRow],
+        others: &mut Option<Others<'_, B::Array>>,
         work: &mut HeadWork<B>,
     ) -> Result<()> {
-        work.row_ids.clear();
-        work.row_ids.extend(wanted.iter().map(|wanted| wanted.row));
-        backend.gather(x, &work.row_ids, &mut work.rows)?;
+        let has_x = |(ranks, is_everywhere): &Others<'_, B::Array>| *is_everywhere || ranks.is_first();
+        if others.as_ref().is_none_or(has_x) {
+            backend.gather(x, &work.row_ids, &mut work.rows)?;
+        }
+        if let Some((ranks, false)) = others {
+            ranks.broadcast(&mut work.rows, work.row_ids.len() * self.hidden)?;
+        }
         Ok(backend.rms_norm(&work.rows, &self.norm, eps, &mut work.normed)?)
     }
+}
+
+impl<B: Backend> HeadWork<B> {
+    fn take_rows(&mut self, rows: impl Iterator<Item = u32>) {
+        self.row_ids.clear();
+        self.row_ids.extend(rows);
+    }
+}
+
+/// The largest of all ranks' candidates, pairs of token and logit: a NaN where there is one, else the lowest token of
+/// equal ones, as ranks have theirs in the order of tokens.
+fn best(candidates: &[f32]) -> Largest {
+    let largest = |pair: &[f32]| Largest { index: pair[0] as u32, value: pair[1] };
+    let mut candidates = candidates.chunks_exact(2).map(largest);
+    let first = candidates.next().expect("there is a rank");
+    candidates.fold(first, |best, next| {
+        let is_better = !best.value.is_nan() && (next.value.is_nan() || next.value > best.value);
+        if is_better { next } else { best }
+    })
+}
+
+/// Rows of a micro-batch that need logits, and those that need the largest alone, each in the order of the first rank.
+pub(crate) fn wanted_rows(batch: &MicroBatch) -> (Vec<u32>, Vec<u32>) {
+    let mut wanted = Vec::new();
+    list_wanted(batch, &mut wanted);
+    sort_wanted(&mut wanted);
+    let rows = |reads_logits: bool| {
+        wanted.iter().filter(|wanted| wanted.reads_logits == reads_logits).map(|wanted| wanted.row).collect()
+    };
+    (rows(true), rows(false))
+}
+
+/// Rows of a slice stay in order, and those that are scored come before the one that is drawn for.
+fn sort_wanted(wanted: &mut [WantedRow]) {
+    wanted.sort_unstable_by_key(|wanted| (!wanted.reads_logits, wanted.row));
 }
 
 /// A row of a micro-batch whose logits somebody wants.

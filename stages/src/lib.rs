@@ -13,10 +13,13 @@ mod error;
 mod fields;
 mod head;
 mod model;
+mod part;
 pub mod profile;
 pub mod random;
+mod ranks;
 mod rope;
 mod sampling;
+mod shard;
 mod span;
 mod stage;
 mod tensors;
@@ -25,9 +28,17 @@ mod weights;
 pub use block::{Attention, Block, Dims, Ffn};
 pub use config::{ModelConfig, swiglu_width};
 pub use error::{Error, Result};
-pub use kernels::{Dtype, PAGE_TOKENS, Simd, WeightType, available_cores};
+pub use kernels::{
+    Array, AttentionSlice, Collective, Dtype, FRAME_HEADER_BYTES, Frame, PAGE_TOKENS, SUM_CUT, Simd, TcpRank,
+    WeightType, available_cores, thread_ranks,
+};
 pub use model::{Model, Warnings};
+pub use part::Part;
+pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep};
 pub use rope::Rope;
+pub use shard::{AttentionSharing, RankPlace};
 pub use span::SpanOptions;
-pub use stage::{Activations, Device, Dtypes, Stage, StageOutput, load};
+pub use stage::{
+    Activations, Device, Dtypes, Follower, Stage, StageOutput, load, load_first_rank, load_follower,
+};
 pub use tensors::weight_bytes;

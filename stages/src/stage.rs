@@ -5,6 +5,7 @@ use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
 use crate::model::Model;
+use crate::ranks::{RankGroup, RankStep};
 use crate::span::{SpanOptions, SpanStage};
 
 /// The residual stream between two stages: f32, never rounded.
@@ -12,6 +13,8 @@ use crate::span::{SpanOptions, SpanStage};
 pub struct Activations {
     /// `[tokens, hidden]`, row-major.
     pub values: Vec<f32>,
+    /// Where an FFN is cut by columns between the two stages, what the product with its down matrix has come to, alike.
+    pub sums: Option<Vec<f32>>,
     /// Width of a row.
     pub hidden: usize,
 }
@@ -33,6 +36,15 @@ pub trait Stage: Send {
     /// # Errors
     /// What the device refuses; the stage is then of no more use.
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput>;
+}
+
+/// A rank beside the first of a stage. Calls come in the order of micro-batches, from one thread.
+pub trait Follower: Send {
+    /// Computes this rank's part of a micro-batch, together with the others.
+    ///
+    /// # Errors
+    /// What the device refuses, or another rank that is gone; the rank is then of no more use.
+    fn follow(&mut self, step: &RankStep) -> Result<()>;
 }
 
 /// Where a stage runs.
@@ -66,14 +78,72 @@ pub struct Dtypes {
 /// # Errors
 /// What the device refuses.
 pub fn load(model: &Model, device: &Device, dtypes: Dtypes, options: SpanOptions) -> Result<Box<dyn Stage>> {
-    let Dtypes { weights, kv } = dtypes;
     match device {
-        Device::Reference => Ok(Box::new(SpanStage::load(Reference::new(weights, kv), model, options)?)),
-        Device::Cpu { cores, threads, simd } => {
-            let cpu = CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv };
-            let cpu = Cpu::new(cpu)?;
-            cpu.pin_caller();
-            Ok(Box::new(SpanStage::load(cpu, model, options)?))
+        Device::Reference => {
+            Ok(Box::new(SpanStage::load(Reference::new(dtypes.weights, dtypes.kv), model, options, None)?))
         }
+        Device::Cpu { .. } => Ok(Box::new(SpanStage::load(cpu(device, dtypes)?, model, options, None)?)),
     }
+}
+
+/// Loads the first rank's part of a span, as [`load`] does; the other ranks must follow each of its steps.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_first_rank(
+    model: &Model,
+    device: &Device,
+    dtypes: Dtypes,
+    options: SpanOptions,
+    group: RankGroup,
+) -> Result<Box<dyn Stage>> {
+    Ok(match device {
+        Device::Reference => Box::new(reference_rank(model, dtypes, options, group)?),
+        Device::Cpu { .. } => Box::new(cpu_rank(model, device, dtypes, options, group)?),
+    })
+}
+
+/// Loads another rank's part of a span, as [`load`] does.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_follower(
+    model: &Model,
+    device: &Device,
+    dtypes: Dtypes,
+    options: SpanOptions,
+    group: RankGroup,
+) -> Result<Box<dyn Follower>> {
+    Ok(match device {
+        Device::Reference => Box::new(reference_rank(model, dtypes, options, group)?),
+        Device::Cpu { .. } => Box::new(cpu_rank(model, device, dtypes, options, group)?),
+    })
+}
+
+fn reference_rank(
+    model: &Model,
+    dtypes: Dtypes,
+    options: SpanOptions,
+    group: RankGroup,
+) -> Result<SpanStage<Reference>> {
+    SpanStage::load(Reference::new(dtypes.weights, dtypes.kv), model, options, Some(group.into()))
+}
+
+fn cpu_rank(
+    model: &Model,
+    device: &Device,
+    dtypes: Dtypes,
+    options: SpanOptions,
+    group: RankGroup,
+) -> Result<SpanStage<Cpu>> {
+    SpanStage::load(cpu(device, dtypes)?, model, options, Some(group.into()))
+}
+
+/// A group of cores, with the calling thread on the first of them.
+fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
+    let Device::Cpu { cores, threads, simd } = device else { unreachable!("the device is a group of cores") };
+    let Dtypes { weights, kv } = dtypes;
+    let cpu = Cpu::new(CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv })?;
+    cpu.pin_caller();
+    Ok(cpu)
 }

@@ -50,6 +50,12 @@ pub trait Collective<A>: Send {
     /// As for [`Collective::all_reduce`].
     fn all_gather(&mut self, axis: Axis, part: &A, out: &mut A) -> Result<()>;
 
+    /// As [`Collective::all_gather`], but only rank 0 has the parts of all afterwards.
+    ///
+    /// # Errors
+    /// As for [`Collective::all_reduce`].
+    fn gather(&mut self, axis: Axis, part: &A, out: &mut A) -> Result<()>;
+
     /// Every rank's `x` becomes that of `root`, shape and all.
     ///
     /// # Errors

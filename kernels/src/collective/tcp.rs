@@ -128,6 +128,28 @@ impl TcpRank {
         }
     }
 
+    /// Sends a part to rank 0, which puts all of them together.
+    fn bring(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Sent<()> {
+        let (op, shape) = (Op::gather(axis), [part.rows(), part.cols()]);
+        if self.rank > 0 {
+            return self.send(0, op, shape, part.values());
+        }
+        let mut parts = vec![(shape, part.values().to_vec())];
+        for peer in 0..self.peers.len() {
+            let shape = self.receive(peer, op)?;
+            parts.push((shape, self.received().collect()));
+        }
+        let [rows, cols] = gathered(axis, parts.iter().map(|(shape, _)| *shape))
+            .map_err(|other| format!("rank {other} has another shape"))?;
+        out.reshape(rows, cols);
+        let mut before = 0;
+        for ([part_rows, part_cols], values) in &parts {
+            place(axis, values, *part_cols, before, out.values_mut(), cols);
+            before += if axis == Axis::Rows { part_rows } else { part_cols };
+        }
+        Ok(())
+    }
+
     fn lost(&self, peer: usize, error: &io::Error) -> String {
         let rank = self.peer_rank(peer);
         match error.kind() {
@@ -183,29 +205,21 @@ impl Collective<Array> for TcpRank {
     }
 
     fn all_gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
-        let (op, shape) = (Op::gather(axis), [part.rows(), part.cols()]);
+        let op = Op::gather(axis);
         self.call(op, |group| {
+            group.bring(axis, part, out)?;
             if group.rank > 0 {
-                group.send(0, op, shape, part.values())?;
                 let whole = group.receive(0, op)?;
                 group.take(whole, out);
                 return Ok(());
             }
-            let mut parts = vec![(shape, part.values().to_vec())];
-            for peer in 0..group.peers.len() {
-                let shape = group.receive(peer, op)?;
-                parts.push((shape, group.received().collect()));
-            }
-            let [rows, cols] = gathered(axis, parts.iter().map(|(shape, _)| *shape))
-                .map_err(|other| format!("rank {other} has another shape"))?;
-            out.reshape(rows, cols);
-            let mut before = 0;
-            for ([part_rows, part_cols], values) in &parts {
-                place(axis, values, *part_cols, before, out.values_mut(), cols);
-                before += if axis == Axis::Rows { part_rows } else { part_cols };
-            }
-            (0..group.peers.len()).try_for_each(|peer| group.send(peer, op, [rows, cols], out.values()))
+            let shape = [out.rows(), out.cols()];
+            (0..group.peers.len()).try_for_each(|peer| group.send(peer, op, shape, out.values()))
         })
+    }
+
+    fn gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
+        self.call(Op::gather(axis), |group| group.bring(axis, part, out))
     }
 
     fn broadcast(&mut self, root: usize, x: &mut Array) -> Result<()> {

@@ -147,6 +147,13 @@ impl Collective<Array> for ThreadRank {
         Ok(())
     }
 
+    fn gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
+        if self.rank == 0 {
+            return self.all_gather(axis, part, out);
+        }
+        self.exchange(Op::gather(axis), [part.rows(), part.cols()], part.values()).map(drop)
+    }
+
     fn broadcast(&mut self, root: usize, x: &mut Array) -> Result<()> {
         let (op, is_root) = (Op::Broadcast, self.rank == root);
         assert!(root < self.num_ranks(), "root {root} of {} ranks", self.num_ranks());

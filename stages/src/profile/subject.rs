@@ -81,7 +81,7 @@ impl Subject {
         let mut config = (*model.config).clone();
         config.blocks = blocks;
         let model = Model { config: Arc::new(config), ..model.clone() };
-        Subject { model, options: SpanOptions { span, num_pages, context_tokens } }
+        Subject { model, options: SpanOptions { part: span.into(), num_pages, context_tokens } }
     }
 }
 
@@ -172,7 +172,7 @@ fn step(slices: Vec<Slice>, hidden: Option<usize>) -> Step {
         let numbers = 0..batch.num_tokens() * hidden;
         // Of the size that norms expect, and nothing that is a special case of arithmetic.
         let values = numbers.map(|i| (i * 7919 % 1000) as f32 / 500.0 - 0.999).collect();
-        Activations { values, hidden }
+        Activations { values, sums: None, hidden }
     });
     Step { batch, input }
 }

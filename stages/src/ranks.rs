@@ -1,0 +1,144 @@
+//! A stage of several ranks: each has a part of every block on a device of its own.
+//!
+//! The first rank is the stage as the pipeline sees it; the others follow it through each micro-batch. They learn of it
+//! by a [`RankStep`] and of activations by the collective, and hand nothing on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kernels::{Array, AttentionSlice, Axis, Collective};
+use scheduler::MicroBatch;
+
+use crate::error::Result;
+use crate::head::wanted_rows;
+use crate::shard::{AttentionSharing, RankPlace};
+
+/// What a rank beside the first must know of a micro-batch.
+#[derive(Debug, Clone, Default)]
+pub struct RankStep {
+    /// Rows of each sequence, and its pages.
+    pub slices: Vec<AttentionSlice>,
+    /// Whose each slice is; it says which rank has it where attention is shared by sequences.
+    pub sequences: Vec<u64>,
+    /// Rows whose logits the first rank asks for, in its order.
+    pub logit_rows: Vec<u32>,
+    /// Rows of which it asks for the largest logit alone, in its order.
+    pub greedy_rows: Vec<u32>,
+}
+
+impl RankStep {
+    /// Of a micro-batch; `draws` says whether the stage has the output matrix.
+    pub fn of(batch: &MicroBatch, draws: bool) -> Self {
+        let mut first_row = 0;
+        let slices = (batch.slices.iter())
+            .map(|slice| {
+                let num_rows = slice.tokens.len();
+                let first_position = slice.first_position as usize;
+                let out = AttentionSlice { first_row, num_rows, first_position, pages: slice.pages.to_vec() };
+                first_row += num_rows;
+                out
+            })
+            .collect();
+        let sequences = batch.slices.iter().map(|slice| slice.sequence.0).collect();
+        let (logit_rows, greedy_rows) = if draws { wanted_rows(batch) } else { Default::default() };
+        RankStep { slices, sequences, logit_rows, greedy_rows }
+    }
+}
+
+/// A rank's way to the others, with host arrays; and how they share attention.
+pub struct RankGroup {
+    /// The way.
+    pub collective: Box<dyn Collective<Array>>,
+    /// How attention is shared, the same on every rank.
+    pub sharing: AttentionSharing,
+    /// Where its time is told.
+    pub clock: Arc<CollectiveClock>,
+}
+
+/// What a rank spends on collectives.
+#[derive(Debug, Default)]
+pub struct CollectiveClock {
+    calls: AtomicU64,
+    bytes: AtomicU64,
+    nanos: AtomicU64,
+}
+
+/// A reading of a [`CollectiveClock`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CollectiveTimes {
+    /// How many.
+    pub calls: u64,
+    /// Bytes of the arrays that they were about, on this rank.
+    pub bytes: u64,
+    /// Time in them, waiting for other ranks counted.
+    pub time: Duration,
+}
+
+impl CollectiveClock {
+    /// What there is so far.
+    pub fn read(&self) -> CollectiveTimes {
+        let [calls, bytes, nanos] =
+            [&self.calls, &self.bytes, &self.nanos].map(|counter| counter.load(Ordering::Relaxed));
+        CollectiveTimes { calls, bytes, time: Duration::from_nanos(nanos) }
+    }
+
+    fn add(&self, bytes: usize, time: Duration) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.nanos.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    }
+}
+
+/// The other ranks, as a span's forward pass sees them.
+pub(crate) struct Ranks<A> {
+    pub(crate) place: RankPlace,
+    pub(crate) sharing: AttentionSharing,
+    collective: Box<dyn Collective<A>>,
+    clock: Arc<CollectiveClock>,
+}
+
+impl From<RankGroup> for Ranks<Array> {
+    fn from(group: RankGroup) -> Self {
+        let RankGroup { collective, sharing, clock } = group;
+        let place = RankPlace { rank: collective.rank(), num_ranks: collective.num_ranks() };
+        Ranks { place, sharing, collective, clock }
+    }
+}
+
+impl<A> Ranks<A> {
+    pub(crate) fn is_first(&self) -> bool {
+        self.place.rank == 0
+    }
+
+    /// `x` of `numbers` becomes the sum over all ranks.
+    pub(crate) fn all_reduce(&mut self, x: &mut A, numbers: usize) -> Result<()> {
+        self.timed(numbers, |collective| collective.all_reduce(x))
+    }
+
+    /// `out` of `numbers` becomes the parts of all ranks.
+    pub(crate) fn all_gather(&mut self, axis: Axis, part: &A, out: &mut A, numbers: usize) -> Result<()> {
+        self.timed(numbers, |collective| collective.all_gather(axis, part, out))
+    }
+
+    /// `out` of `numbers` becomes the parts of all ranks, on the first of them.
+    pub(crate) fn gather(&mut self, axis: Axis, part: &A, out: &mut A, numbers: usize) -> Result<()> {
+        self.timed(numbers, |collective| collective.gather(axis, part, out))
+    }
+
+    /// `x` of `numbers` becomes that of the first rank.
+    pub(crate) fn broadcast(&mut self, x: &mut A, numbers: usize) -> Result<()> {
+        self.timed(numbers, |collective| collective.broadcast(0, x))
+    }
+
+    fn timed(
+        &mut self,
+        numbers: usize,
+        run: impl FnOnce(&mut dyn Collective<A>) -> kernels::Result<()>,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        run(&mut *self.collective)?;
+        self.clock.add(numbers * size_of::<f32>(), begun.elapsed());
+        Ok(())
+    }
+}

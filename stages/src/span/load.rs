@@ -1,0 +1,246 @@
+//! Putting a span's tensors, or a rank's part of them, on a device.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kernels::Backend;
+
+use super::attention::{AttentionOnDevice, Gqa, Linear};
+use super::ffn::{Cut, FfnOnDevice, SwiGlu};
+use super::{BlockOnDevice, SpanOptions, SpanStage, Work};
+use crate::batch::Batch;
+use crate::block::{Attention, Block, Ffn};
+use crate::error::Result;
+use crate::head::Head;
+use crate::model::Model;
+use crate::part::Part;
+use crate::ranks::Ranks;
+use crate::shard::{AttentionShard, AttentionSharing, FfnShard, RankPlace};
+use crate::tensors::{self, slot_tensor};
+
+impl<B: Backend> SpanStage<B> {
+    /// Loads the tensors of a span, and no others, onto a device; of several `ranks` this one's parts alone.
+    ///
+    /// # Errors
+    /// What the device refuses. The model's tensors were checked when it was opened.
+    pub(crate) fn load(
+        backend: B,
+        model: &Model,
+        options: SpanOptions,
+        ranks: Option<Ranks<B::Array>>,
+    ) -> Result<Self> {
+        let SpanOptions { part, num_pages, context_tokens } = options;
+        let config = &model.config;
+        let place = ranks.as_ref().map_or(RankPlace::ALONE, |ranks| ranks.place);
+        let sharing = ranks.as_ref().map_or(AttentionSharing::default(), |ranks| ranks.sharing);
+        let loader = Loader { backend: &backend, model, part, place, sharing, num_pages };
+        let embedding = loader.embedding()?;
+        let head = loader.head(embedding.as_ref())?;
+        let embedding = embedding.filter(|_| part.is_first());
+        let indices = part.blocks.range();
+        let blocks = indices.map(|index| loader.block(index)).collect::<Result<Vec<_>>>()?;
+        let has_attention = |index: usize| {
+            let attention = config.blocks[index].attention;
+            matches!(attention, Attention::Gqa { .. }) && part.has_attention(index)
+        };
+        let rope = (part.blocks.range().any(has_attention))
+            .then(|| backend.rope_table(config.rope.table(config.dims.head_dim, context_tokens)))
+            .transpose()?;
+        let (eps, hidden) = (config.rms_norm_eps, config.dims.hidden);
+        let (work, batch) = (Work::new(&backend), Batch::default());
+        Ok(SpanStage { eps, hidden, part, embedding, batch, blocks, head, rope, ranks, work, backend })
+    }
+}
+
+/// Puts a model's tensors on a device.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    model: &'a Model,
+    part: Part,
+    place: RankPlace,
+    sharing: AttentionSharing,
+    num_pages: usize,
+}
+
+/// A tensor of `[rows, cols]`, and which rows and columns of it are wanted.
+struct Wanted {
+    shape: [usize; 2],
+    rows: Range<usize>,
+    cols: Range<usize>,
+}
+
+impl Wanted {
+    fn rows(rows: Range<usize>, shape: [usize; 2]) -> Self {
+        Wanted { shape, rows, cols: 0..shape[1] }
+    }
+
+    fn cols(cols: Range<usize>, shape: [usize; 2]) -> Self {
+        Wanted { shape, rows: 0..shape[0], cols }
+    }
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn is_first_rank(&self) -> bool {
+        self.place.rank == 0
+    }
+
+    /// Of a matrix only what is wanted is read.
+    fn matrix(&self, name: &str, wanted: Wanted) -> Result<B::Matrix> {
+        let Wanted { shape, rows, cols } = wanted;
+        Ok(self
+            .model
+            .weights
+            .with(name, &shape, |view| self.backend.matrix(view.rows(rows).columns(cols)))?)
+    }
+
+    fn table(&self, name: &str, rows: Range<usize>) -> Result<B::Matrix> {
+        let shape = [self.model.config.dims.vocab, self.model.config.dims.hidden];
+        Ok(self.model.weights.with(name, &shape, |view| self.backend.table(view.rows(rows)))?)
+    }
+
+    fn vector(&self, name: &str) -> Result<B::Vector> {
+        let shape = [self.model.config.dims.hidden];
+        Ok(self.model.weights.with(name, &shape, |view| self.backend.vector(view))?)
+    }
+
+    /// The whole embedding, which the first rank looks tokens up in; also where a single rank draws by it.
+    fn embedding(&self) -> Result<Option<Arc<B::Matrix>>> {
+        let config = &self.model.config;
+        let draws = self.part.is_last(config) && config.tied_embeddings && self.head_rows().is_none();
+        let is_needed = self.is_first_rank() && (self.part.is_first() || draws);
+        is_needed.then(|| self.table(tensors::EMBEDDING, 0..config.dims.vocab).map(Arc::new)).transpose()
+    }
+
+    /// This rank's rows of the output matrix, where ranks share it.
+    fn head_rows(&self) -> Option<Range<usize>> {
+        let vocab = self.model.config.dims.vocab;
+        (self.place.num_ranks > 1).then(|| self.place.columns(0..vocab)).flatten()
+    }
+
+    fn head(&self, embedding: Option<&Arc<B::Matrix>>) -> Result<Option<Head<B>>> {
+        let config = &self.model.config;
+        let (rows, vocab, hidden) = (self.head_rows(), config.dims.vocab, config.dims.hidden);
+        let is_shared = rows.is_some();
+        if !self.part.is_last(config) || !(is_shared || self.is_first_rank()) {
+            return Ok(None);
+        }
+        let name = if config.tied_embeddings { tensors::EMBEDDING } else { tensors::HEAD };
+        let matrix = match embedding {
+            Some(embedding) if config.tied_embeddings && !is_shared => Arc::clone(embedding),
+            _ => Arc::new(self.table(name, rows.clone().unwrap_or(0..vocab))?),
+        };
+        let first_token = rows.map(|rows| rows.start);
+        Ok(Some(Head { norm: self.vector(tensors::LAST_NORM)?, matrix, vocab, hidden, first_token }))
+    }
+
+    fn block(&self, index: usize) -> Result<BlockOnDevice<B>> {
+        let block = self.model.config.blocks[index];
+        Ok(BlockOnDevice { attention: self.attention(index, block)?, ffn: self.ffn(index, block)? })
+    }
+
+    fn attention(&self, index: usize, block: Block) -> Result<AttentionOnDevice<B>> {
+        if !self.part.has_attention(index) {
+            return Ok(AttentionOnDevice::None);
+        }
+        let (dims, first) = (self.model.config.dims, self.is_first_rank());
+        let kv_heads = match block.attention {
+            Attention::Gqa { kv_heads } => kv_heads,
+            Attention::Linear | Attention::None => 0,
+        };
+        let all = || (0..dims.heads, 0..kv_heads);
+        Ok(match (block.attention, self.place.attention(block.attention, dims, self.sharing)) {
+            (Attention::None, _) | (_, AttentionShard::None) => AttentionOnDevice::None,
+            (_, AttentionShard::FirstRank) if !first => AttentionOnDevice::Elsewhere,
+            (Attention::Gqa { .. }, AttentionShard::Heads { query, kv }) if self.place.num_ranks > 1 => {
+                let has_heads = !query.is_empty();
+                AttentionOnDevice::Heads(
+                    has_heads.then(|| self.gqa(block.slot, kv_heads, query, kv)).transpose()?,
+                )
+            }
+            (Attention::Gqa { .. }, AttentionShard::Sequences) => {
+                let (query, kv) = all();
+                AttentionOnDevice::Sequences(self.gqa(block.slot, kv_heads, query, kv)?)
+            }
+            (Attention::Gqa { .. }, _) => {
+                let (query, kv) = all();
+                AttentionOnDevice::Gqa(self.gqa(block.slot, kv_heads, query, kv)?)
+            }
+            (Attention::Linear, shard) => {
+                let (is_part, rows) = match shard {
+                    AttentionShard::Columns(rows) => (self.place.num_ranks > 1, rows),
+                    _ => (false, 0..dims.hidden),
+                };
+                let linear = self.linear(block.slot, "input_layernorm", "self_attn.linear_attn", rows)?;
+                match is_part {
+                    true => AttentionOnDevice::LinearColumns(linear),
+                    false => AttentionOnDevice::Linear(linear),
+                }
+            }
+        })
+    }
+
+    /// Some heads of an attention of `kv_heads`.
+    fn gqa(&self, slot: usize, kv_heads: usize, query: Range<usize>, kv: Range<usize>) -> Result<Gqa<B>> {
+        let dims = self.model.config.dims;
+        let of_heads = |heads: &Range<usize>| heads.start * dims.head_dim..heads.end * dims.head_dim;
+        let (hidden, q_rows, kv_rows) = (dims.hidden, dims.heads * dims.head_dim, kv_heads * dims.head_dim);
+        let matrix = |part: &str, wanted| self.matrix(&slot_tensor(slot, part), wanted);
+        let q = of_heads(&query);
+        Ok(Gqa {
+            norm: self.vector(&slot_tensor(slot, "input_layernorm"))?,
+            q: matrix("self_attn.q_proj", Wanted::rows(q.clone(), [q_rows, hidden]))?,
+            k: matrix("self_attn.k_proj", Wanted::rows(of_heads(&kv), [kv_rows, hidden]))?,
+            v: matrix("self_attn.v_proj", Wanted::rows(of_heads(&kv), [kv_rows, hidden]))?,
+            o: matrix("self_attn.o_proj", Wanted::cols(q, [hidden, q_rows]))?,
+            cache: self.backend.kv_cache(self.num_pages, kv.len(), dims.head_dim)?,
+        })
+    }
+
+    fn linear(&self, slot: usize, norm: &str, part: &str, rows: Range<usize>) -> Result<Linear<B>> {
+        let hidden = self.model.config.dims.hidden;
+        Ok(Linear {
+            norm: self.vector(&slot_tensor(slot, norm))?,
+            matrix: self.matrix(&slot_tensor(slot, part), Wanted::rows(rows, [hidden, hidden]))?,
+        })
+    }
+
+    fn ffn(&self, index: usize, block: Block) -> Result<FfnOnDevice<B>> {
+        let width = match block.ffn {
+            Ffn::SwiGlu { width } => width,
+            Ffn::Linear | Ffn::None => 0,
+        };
+        let columns = self.part.columns(index, width);
+        let cut = Cut { goes_on: columns.start > 0, is_open: columns.end < width };
+        let is_shared = self.place.num_ranks > 1;
+        Ok(match (block.ffn, self.place.ffn(block.ffn, self.model.config.dims, columns)) {
+            (Ffn::None, _) | (_, FfnShard::None) => FfnOnDevice::None,
+            (_, FfnShard::FirstRank(_)) if !self.is_first_rank() => FfnOnDevice::Elsewhere,
+            (Ffn::SwiGlu { .. }, FfnShard::Inner(columns)) if is_shared => {
+                FfnOnDevice::Inner(self.swiglu(block.slot, width, columns)?, cut)
+            }
+            (
+                Ffn::SwiGlu { .. },
+                FfnShard::Inner(columns) | FfnShard::FirstRank(columns) | FfnShard::Columns(columns),
+            ) => FfnOnDevice::SwiGlu(self.swiglu(block.slot, width, columns)?, cut),
+            (Ffn::Linear, FfnShard::Inner(rows) | FfnShard::FirstRank(rows) | FfnShard::Columns(rows)) => {
+                let is_part = rows.len() < self.model.config.dims.hidden;
+                let linear = self.linear(block.slot, "post_attention_layernorm", "mlp.linear_mlp", rows)?;
+                match is_part {
+                    true => FfnOnDevice::LinearColumns(linear),
+                    false => FfnOnDevice::Linear(linear),
+                }
+            }
+        })
+    }
+
+    fn swiglu(&self, slot: usize, width: usize, columns: Range<usize>) -> Result<SwiGlu<B>> {
+        let hidden = self.model.config.dims.hidden;
+        let matrix = |part: &str, wanted| self.matrix(&slot_tensor(slot, part), wanted);
+        Ok(SwiGlu {
+            norm: self.vector(&slot_tensor(slot, "post_attention_layernorm"))?,
+            gate: matrix("mlp.gate_proj", Wanted::rows(columns.clone(), [width, hidden]))?,
+            up: matrix("mlp.up_proj", Wanted::rows(columns.clone(), [width, hidden]))?,
+            down: matrix("mlp.down_proj", Wanted::cols(columns, [hidden, width]))?,
+        })
+    }
+}

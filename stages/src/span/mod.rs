@@ -1,0 +1,232 @@
+//! One span's forward pass: the loop over its blocks, on any backend, on one rank of a stage or on its only one.
+//!
+//! Joins what the scheduler says (micro-batches) with what kernels can do (operations on arrays). A stage
+//! with the first block embeds tokens; a stage with the last one applies the norm and the output matrix to
+//! the rows that need logits, and draws. Between them only the f32 residual stream travels, and beside it the sums
+//! of an FFN that is cut by columns.
+//!
+//! Of several ranks the first always has the residual stream; the others have it after a half that all share, and get
+//! it by a broadcast before such a half where they have not.
+
+mod attention;
+mod ffn;
+mod load;
+
+use std::sync::Arc;
+
+use kernels::Backend;
+use scheduler::MicroBatch;
+
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::head::{Head, HeadWork};
+use crate::part::Part;
+use crate::ranks::{RankStep, Ranks};
+use crate::stage::{Activations, Follower, Stage, StageOutput};
+
+use attention::AttentionOnDevice;
+use ffn::FfnOnDevice;
+
+/// How much of a model a stage holds, and how much it must be ready for.
+#[derive(Debug, Clone, Copy)]
+pub struct SpanOptions {
+    /// Its blocks.
+    pub part: Part,
+    /// KV pages, the same number in every stage.
+    pub num_pages: usize,
+    /// Longest sequence.
+    pub context_tokens: usize,
+}
+
+/// The weights and the caches of a span of blocks on one device: all of them, or a rank's part.
+pub(crate) struct SpanStage<B: Backend> {
+    backend: B,
+    eps: f32,
+    hidden: usize,
+    part: Part,
+    embedding: Option<Arc<B::Matrix>>,
+    batch: Batch,
+    blocks: Vec<BlockOnDevice<B>>,
+    head: Option<Head<B>>,
+    rope: Option<B::Rope>,
+    ranks: Option<Ranks<B::Array>>,
+    work: Work<B>,
+}
+
+struct BlockOnDevice<B: Backend> {
+    attention: AttentionOnDevice<B>,
+    ffn: FfnOnDevice<B>,
+}
+
+/// Arrays that every micro-batch reuses.
+struct Work<B: Backend> {
+    /// The residual stream, `[tokens, hidden]`.
+    x: B::Array,
+    /// Its norm, what a half's matrices read.
+    normed: B::Operand,
+    q: B::Array,
+    k: B::Array,
+    v: B::Array,
+    /// A half's inner result: attention's output or SwiGLU's product.
+    inner: B::Operand,
+    /// What a half adds to the residual stream, or this rank's part of it.
+    added: B::Array,
+    /// What the ranks' parts make together.
+    gathered: B::Array,
+    /// Of an FFN that is cut by columns, what the columns before have come to, `[tokens, hidden]`.
+    sums: B::Array,
+    /// Rows of the rank's own sequences, where attention is shared by sequences.
+    rows: B::Array,
+    zeros: Vec<f32>,
+    head: HeadWork<B>,
+}
+
+/// What the halves of a span have in common during a micro-batch.
+struct Pass<'a, B: Backend> {
+    backend: &'a B,
+    eps: f32,
+    hidden: usize,
+    rope: Option<&'a B::Rope>,
+    ranks: Option<&'a mut Ranks<B::Array>>,
+    batch: &'a Batch,
+    /// Whether all ranks have the residual stream.
+    is_everywhere: bool,
+    work: &'a mut Work<B>,
+}
+
+impl<B: Backend> Work<B> {
+    fn new(backend: &B) -> Self {
+        Work {
+            x: backend.array(),
+            normed: backend.operand(),
+            q: backend.array(),
+            k: backend.array(),
+            v: backend.array(),
+            inner: backend.operand(),
+            added: backend.array(),
+            gathered: backend.array(),
+            sums: backend.array(),
+            rows: backend.array(),
+            zeros: Vec::new(),
+            head: HeadWork::new(backend),
+        }
+    }
+}
+
+impl<B: Backend> Pass<'_, B> {
+    fn is_first_rank(&self) -> bool {
+        self.ranks.as_ref().is_none_or(|ranks| ranks.is_first())
+    }
+
+    /// Numbers of the residual stream.
+    fn numbers(&self) -> usize {
+        self.batch.num_rows() * self.hidden
+    }
+
+    /// Gives every rank the residual stream.
+    fn share_x(&mut self) -> Result<()> {
+        let numbers = self.numbers();
+        match &mut self.ranks {
+            Some(ranks) if !self.is_everywhere => ranks.broadcast(&mut self.work.x, numbers)?,
+            _ => {}
+        }
+        self.is_everywhere = true;
+        Ok(())
+    }
+
+    /// `work.added` of a rank that has nothing to add.
+    fn add_nothing(&mut self) -> Result<()> {
+        let numbers = self.numbers();
+        self.work.zeros.resize(numbers, 0.0);
+        let rows = self.batch.num_rows();
+        Ok(self.backend.upload(&self.work.zeros[..numbers], rows, self.hidden, &mut self.work.added)?)
+    }
+
+    /// `work.added` becomes the sum over all ranks.
+    fn sum_added(&mut self) -> Result<()> {
+        let numbers = self.numbers();
+        let ranks = self.ranks.as_mut().expect("sums are of several ranks");
+        ranks.all_reduce(&mut self.work.added, numbers)
+    }
+}
+
+impl<B: Backend> SpanStage<B> {
+    /// The blocks of a micro-batch; the first rank has put the residual stream into `work.x`, and sums into `work.sums`.
+    fn run_blocks(&mut self) -> Result<bool> {
+        let mut pass = Pass {
+            backend: &self.backend,
+            eps: self.eps,
+            hidden: self.hidden,
+            rope: self.rope.as_ref(),
+            ranks: self.ranks.as_mut(),
+            batch: &self.batch,
+            is_everywhere: false,
+            work: &mut self.work,
+        };
+        for block in &mut self.blocks {
+            block.attention.run(&mut pass)?;
+            block.ffn.run(&mut pass)?;
+        }
+        Ok(pass.is_everywhere)
+    }
+
+    /// Takes what comes in: tokens, or the activations of the stage before.
+    fn take(&mut self, input: Option<Activations>) -> Result<()> {
+        match (&self.embedding, input) {
+            (Some(table), None) => {
+                self.backend.embed(table, self.batch.tokens(), &mut self.work.x)?;
+            }
+            (None, Some(Activations { values, sums, hidden })) => {
+                let rows = values.len() / hidden;
+                self.backend.upload(&values, rows, hidden, &mut self.work.x)?;
+                assert_eq!(sums.is_some(), self.part.first_column > 0, "sums come where an FFN is cut");
+                if let Some(sums) = sums {
+                    self.backend.upload(&sums, rows, hidden, &mut self.work.sums)?;
+                }
+            }
+            (Some(_), Some(_)) => panic!("the first stage was given activations"),
+            (None, None) => panic!("a later stage was given no activations"),
+        }
+        Ok(())
+    }
+
+    /// What goes out to the next stage.
+    fn activations(&self) -> Result<Activations> {
+        let (mut values, mut sums) = (Vec::new(), None);
+        self.backend.download(&self.work.x, &mut values)?;
+        if self.part.end_column.is_some() {
+            self.backend.download(&self.work.sums, sums.insert(Vec::new()))?;
+        }
+        Ok(Activations { values, sums, hidden: self.hidden })
+    }
+}
+
+impl<B: Backend> Stage for SpanStage<B> {
+    fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
+        self.batch.assign(batch);
+        self.take(input)?;
+        let is_everywhere = self.run_blocks()?;
+        match &self.head {
+            Some(head) => {
+                let Work { x, head: work, .. } = &mut self.work;
+                let ranks = self.ranks.as_mut().map(|ranks| (ranks, is_everywhere));
+                Ok(StageOutput::Tokens(head.run(&self.backend, self.eps, batch, x, ranks, work)?))
+            }
+            None => self.activations().map(StageOutput::Activations),
+        }
+    }
+}
+
+impl<B: Backend> Follower for SpanStage<B> {
+    fn follow(&mut self, step: &RankStep) -> Result<()> {
+        self.batch.follow(step);
+        let is_everywhere = self.run_blocks()?;
+        let Work { x, head: work, .. } = &mut self.work;
+        match (&self.head, &mut self.ranks) {
+            (Some(head), Some(ranks)) => {
+                head.follow(&self.backend, self.eps, step, x, (ranks, is_everywhere), work)
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -129,7 +129,7 @@ fn plan(model: &Model, costs: &Measured) -> Result<Vec<Span>> {
     let device = StageDevice { kind: 0, memory_bytes: u64::MAX, hop_seconds, cut_hop_seconds: hop_seconds };
     let (devices, ends) = ([device; NUM_STAGES], vec![true; pieces.len()]);
     let costs = [vec![(1, costs.rank_costs(&pieces, 1, load))]];
-    let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+    let problem = Problem::new(&devices, &ends, &costs);
     let stages = least_bottleneck_on_each(&problem, 0)?.context("memory is no limit")?;
     Ok(stages.iter().map(|stage| Span { start: stage.pieces.start, end: stage.pieces.end }).collect())
 }

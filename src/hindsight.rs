@@ -103,7 +103,7 @@ impl Taken {
             cut_hop_seconds: self.hops,
         };
         let (devices, ends) = (vec![device; present.len()], vec![true; self.blocks.len()]);
-        let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+        let problem = Problem::new(&devices, &ends, &costs);
         let stages = least_bottleneck_on_each(&problem, 0).ok()??;
         let spans: Vec<Span> =
             stages.iter().map(|stage| Span { start: stage.pieces.start, end: stage.pieces.end }).collect();

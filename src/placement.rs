@@ -264,7 +264,7 @@ impl Question<'_> {
         let pieces = pieces(&self.model.config, false);
         let (devices, costs) = (self.devices(), [self.costs(&pieces, &[1])]);
         let ends = vec![true; pieces.len()];
-        let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+        let problem = Problem::new(&devices, &ends, &costs);
         let stages = least_bottleneck_on_each(&problem, 0)?.expect("memory is no limit");
         Ok(stages.iter().map(|stage| Span { start: stage.pieces.start, end: stage.pieces.end }).collect())
     }
@@ -302,7 +302,7 @@ impl Question<'_> {
         let pieces = pieces(&self.model.config, column_cuts);
         let ends: Vec<bool> = pieces.iter().map(|piece| piece.ends_block).collect();
         let (devices, costs) = (self.devices(), [self.costs(&pieces, &widths)]);
-        let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+        let problem = Problem::new(&devices, &ends, &costs);
         let stages = least_bottleneck(&problem, 0, devices.len())?;
         let ratio = self.slowest(planned) / problem.bottleneck(&stages);
         (ratio > BETTER_LAYOUT).then(|| {

@@ -104,6 +104,7 @@ impl Question {
     fn cases(&self) -> Vec<Case> {
         let case = |(rows, (kinds, hop)): (&u64, &(Vec<Kind>, f64))| Case {
             rows: *rows,
+            decode_rows: *rows as f64,
             devices: (self.kind_of_each.iter())
                 .map(|&kind| StageDevice {
                     kind,
@@ -199,7 +200,7 @@ fn no_layout_that_passes_devices_twice_is_faster_in_4_000_small_cases() {
             continue;
         };
         let case = &cases[choice.case];
-        let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+        let problem = Problem::new(&case.devices, &ends, &case.costs);
         let ours = case.rows as f64 / problem.bottleneck(&choice.stages);
         assert!(ours == most || (ours - most).abs() <= 1e-9 * most, "{ours} {most} {choice:?} {question:?}");
         assert_eq!(choice.bottleneck, problem.bottleneck(&choice.stages));
@@ -234,7 +235,7 @@ fn devices_share_a_front_part_and_a_back_part() {
     let blocks = [8.0, 7.0, 3.0, 4.0].map(|seconds| Piece { seconds, ..Piece::default() });
     let costs = vec![vec![(1, RankCosts::new(blocks, Extra::default(), Extra::default()))]];
     let device = StageDevice { kind: 0, memory_bytes: 0, hop_seconds: 0.0, cut_hop_seconds: 0.0 };
-    let cases = [Case { rows: 1, devices: vec![device; 2], costs }];
+    let cases = [Case { rows: 1, decode_rows: 1.0, devices: vec![device; 2], costs }];
     let looped = |rows_per_second| {
         faster_looped(&cases, &[true; 4], KvTokens::PerRow { tokens: 1, rows: u64::MAX }, rows_per_second)
     };

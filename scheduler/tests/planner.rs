@@ -51,7 +51,7 @@ impl Question {
                     cut_hop_seconds: hop + kind as f64 * 0.2,
                 });
                 let costs = (0..num_kinds).map(|_| widths_of(draws, ends_block.len())).collect();
-                Case { rows, devices: devices.collect(), costs }
+                Case { rows, decode_rows: rows as f64, devices: devices.collect(), costs }
             })
             .collect();
         let wanted = KvTokens::Wanted { tokens: per_row * (2 + draws.below(20)), per_row };
@@ -64,12 +64,7 @@ impl Question {
 
     fn problem(&self, case: usize) -> Problem<'_> {
         let case = &self.cases[case];
-        Problem {
-            devices: &case.devices,
-            ends_block: &self.ends_block,
-            costs: &case.costs,
-            widths: self.widths.as_deref(),
-        }
+        case.problem(&self.ends_block).with_widths(self.widths.as_deref())
     }
 
     /// The most rows per second of any layout, tried one by one.
@@ -263,7 +258,7 @@ fn plain(seconds: &[f64], num_devices: usize, memory_bytes: u64) -> Question {
     let pieces = seconds.iter().map(|&seconds| Piece { seconds, weight_bytes: 1, kv_bytes_per_token: 0 });
     let costs = vec![vec![(1, RankCosts::new(pieces, Extra::default(), Extra::default()))]];
     let device = StageDevice { kind: 0, memory_bytes, hop_seconds: 0.0, cut_hop_seconds: 0.0 };
-    let cases = vec![Case { rows: 1, devices: vec![device; num_devices], costs }];
+    let cases = vec![Case { rows: 1, decode_rows: 1.0, devices: vec![device; num_devices], costs }];
     Question {
         cases,
         ends_block: vec![true; seconds.len()],

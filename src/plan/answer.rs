@@ -44,7 +44,7 @@ pub(crate) struct Answer {
 
 impl Layout {
     pub(crate) fn problem<'a>(&'a self, ends_block: &'a [bool]) -> Problem<'a> {
-        Problem { devices: &self.case.devices, ends_block, costs: &self.case.costs, widths: None }
+        Problem::new(&self.case.devices, ends_block, &self.case.costs)
     }
 }
 
@@ -60,8 +60,7 @@ pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     let even = even_split(setting, &pieces);
     let rows = plan.case.rows;
     let balanced = replica.case(&pieces, &replica.widths(), setting.balance, rows);
-    let problem =
-        Problem { devices: &balanced.devices, ends_block: &ends, costs: &balanced.costs, widths: None };
+    let problem = Problem::new(&balanced.devices, &ends, &balanced.costs);
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
@@ -191,7 +190,7 @@ fn expect(
     let weights = case(1);
     let fits = |rows: u64| {
         let devices = setting.stage_devices(Balance::Roofline, setting.mix.load(rows));
-        let problem = Problem { devices: &devices, ends_block: &ends, costs: &weights.costs, widths: None };
+        let problem = Problem::new(&devices, &ends, &weights.costs);
         let needed = setting.kv().needed(rows, stages.len() as u64);
         needed.is_some_and(|kv| problem.missing_bytes(&stages, kv) == 0)
     };
@@ -204,7 +203,7 @@ fn expect(
         return None;
     }
     let case = case(within);
-    let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+    let problem = Problem::new(&case.devices, &ends, &case.costs);
     let tokens_per_second = within as f64 / problem.bottleneck(&stages);
     Some(Layout { tokens_per_second, stages, case })
 }
@@ -257,7 +256,7 @@ pub(crate) fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<Planne
 fn over_mean(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage], rows: u64) -> f64 {
     let case = setting.case(pieces, &[1], setting.balance, rows);
     let ends = ends_block(pieces);
-    let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+    let problem = Problem::new(&case.devices, &ends, &case.costs);
     problem.bottleneck_over_mean(stages)
 }
 

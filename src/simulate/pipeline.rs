@@ -64,7 +64,7 @@ fn given_width(setting: &Setting, stage: usize) -> Result<usize> {
 pub(super) fn lacking(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
     let ends = answer::ends_block(pieces);
     let case = setting.case(pieces, &setting.widths(), Balance::Roofline, 1);
-    let problem = Problem { devices: &case.devices, ends_block: &ends, costs: &case.costs, widths: None };
+    let problem = Problem::new(&case.devices, &ends, &case.costs);
     let kv_tokens = setting.kv().needed(1, stages.len() as u64).unwrap_or(0);
     let missing = stages.iter().map(|stage| problem.stage_missing_bytes(stage, kv_tokens));
     let hint = "hint: spanwise plan finds stages that fit, or says what would";

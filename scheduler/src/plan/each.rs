@@ -92,7 +92,7 @@ mod tests {
     fn starts(seconds: &[f64], num_stages: usize, first: f64, last: f64) -> Vec<usize> {
         let (devices, costs) = (devices(num_stages, 0.0), [costs(seconds, first, last)]);
         let ends = vec![true; seconds.len()];
-        let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+        let problem = Problem::new(&devices, &ends, &costs);
         let stages = least_bottleneck_on_each(&problem, 0).unwrap().unwrap();
         stages.iter().map(|stage| stage.pieces.start).collect()
     }
@@ -115,7 +115,7 @@ mod tests {
     fn fewer_blocks_than_devices_are_refused_and_so_is_too_little_memory() {
         let costs = [costs(&[1.0, 1.0], 0.0, 0.0)];
         let ends = [true; 2];
-        let problem = |devices| Problem { devices, ends_block: &ends, costs: &costs, widths: None };
+        let problem = |devices| Problem::new(devices, &ends, &costs);
         let three = devices(3, 0.0);
         let error = least_bottleneck_on_each(&problem(&three), 0).unwrap_err();
         assert_eq!(error, Error::TooFewBlocks { num_blocks: 2, num_stages: 3 });
@@ -137,7 +137,7 @@ mod tests {
             let (devices, costs) =
                 (devices(3, next(4) as f64), [costs(&seconds, next(5) as f64, next(5) as f64)]);
             let ends = vec![true; seconds.len()];
-            let problem = Problem { devices: &devices, ends_block: &ends, costs: &costs, widths: None };
+            let problem = Problem::new(&devices, &ends, &costs);
             let found = problem.bottleneck(&least_bottleneck_on_each(&problem, 0).unwrap().unwrap());
             let stage = |pieces, device| PlannedStage { pieces, devices: device..device + 1 };
             let best = (1..seconds.len() - 1)

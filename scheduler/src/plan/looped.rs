@@ -46,7 +46,7 @@ fn of_whole_blocks(case: &Case, places: &[usize]) -> Case {
         let alone = costs.iter().find(|(width, _)| *width == 1).expect("costs for a stage of one device");
         vec![(1, alone.1.at(places))]
     };
-    Case { costs: case.costs.iter().map(of_kind).collect(), devices: case.devices.clone(), rows: case.rows }
+    Case { costs: case.costs.iter().map(of_kind).collect(), ..case.clone() }
 }
 
 /// The stages of such a layout within `bounds`, if there is one.
@@ -198,7 +198,7 @@ fn undominated(mut states: Vec<State>, max_stages: usize) -> Vec<State> {
 }
 
 /// What blocks take at least, whatever device they are on: most that is hopeless is seen from these sums.
-struct Least {
+pub(super) struct Least {
     /// Of the blocks before each place.
     seconds: Vec<f64>,
     bytes: Vec<u64>,
@@ -207,7 +207,7 @@ struct Least {
 }
 
 impl Least {
-    fn of(problem: &Problem<'_>, kv_tokens: u64) -> Self {
+    pub(super) fn of(problem: &Problem<'_>, kv_tokens: u64) -> Self {
         let kinds = || problem.costs.iter().map(|costs| &costs[0].1);
         let shared = kinds().map(RankCosts::shared_bytes).max().unwrap_or(0);
         let mut least = Least { seconds: vec![0.0], bytes: vec![0], rooms: vec![shared] };
@@ -225,7 +225,7 @@ impl Least {
         least
     }
 
-    fn seconds(&self, pieces: Range<usize>) -> f64 {
+    pub(super) fn seconds(&self, pieces: Range<usize>) -> f64 {
         self.seconds[pieces.end] - self.seconds[pieces.start]
     }
 

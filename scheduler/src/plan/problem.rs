@@ -210,6 +210,19 @@ pub struct PlannedStage {
     pub devices: Range<usize>,
 }
 
+impl<'a> Problem<'a> {
+    /// A problem whose stages may have any width that there are costs for.
+    pub fn new(devices: &'a [StageDevice], ends_block: &'a [bool], costs: &'a [Costs]) -> Self {
+        Problem { devices, ends_block, costs, widths: None }
+    }
+
+    /// The same where the width of each stage is given.
+    #[must_use]
+    pub fn with_widths(self, widths: Option<&'a [usize]>) -> Self {
+        Problem { widths, ..self }
+    }
+}
+
 impl Problem<'_> {
     /// How many pieces there are.
     pub fn num_pieces(&self) -> usize {

@@ -13,12 +13,27 @@ use super::problem::{Costs, PlannedStage, Problem, StageDevice};
 /// One micro-batch size, with what everything costs for it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Case {
-    /// Rows that decode in one micro-batch, at least 1.
+    /// Rows that keep keys and values for one micro-batch, at least 1.
     pub rows: u64,
+    /// Rows that decode in one micro-batch, on average: fewer than `rows` where a row's prompt is so long that it comes in
+    /// chunks, a micro-batch each.
+    pub decode_rows: f64,
     /// The devices, with their times for a hop.
     pub devices: Vec<StageDevice>,
     /// Costs for each kind of device.
     pub costs: Vec<Costs>,
+}
+
+impl Case {
+    /// The planner's problem of this micro-batch.
+    pub fn problem<'a>(&'a self, ends_block: &'a [bool]) -> Problem<'a> {
+        Problem::new(&self.devices, ends_block, &self.costs)
+    }
+
+    /// Rows that decode in a second, where a micro-batch takes so many: their tokens are the generated ones.
+    pub fn rows_per_second(&self, bottleneck: f64) -> f64 {
+        self.decode_rows / bottleneck
+    }
 }
 
 /// How many tokens' keys and values every stage must have room for.
@@ -106,7 +121,7 @@ pub fn faster_layout(
     search.run(cases, |num_devices| 1..=num_devices);
     let choice = search.best?;
     let case = &cases[choice.case];
-    let problem = Problem { devices: &case.devices, ends_block, costs: &case.costs, widths };
+    let problem = case.problem(ends_block).with_widths(widths);
     let kv_tokens = kv.needed(case.rows, choice.stages.len() as u64).expect("it was found within memory");
     let bounds = Bounds { seconds: choice.bottleneck, kv_tokens, max_stages: choice.stages.len() };
     let stages = even_out(&problem, choice.stages, bounds);
@@ -168,14 +183,9 @@ impl<'a> Search<'a> {
     /// Looks for something faster among layouts of `fewest..=most` stages.
     fn explore(&mut self, index: usize, case: &Case, fewest: usize, most: usize) {
         let Some(kv_tokens) = self.kv.needed(case.rows, fewest as u64) else { return };
-        let problem = Problem {
-            devices: &case.devices,
-            ends_block: self.ends_block,
-            costs: &case.costs,
-            widths: self.widths,
-        };
+        let problem = case.problem(self.ends_block).with_widths(self.widths);
         // Without anything to be faster than, the time is endless.
-        let seconds = case.rows as f64 / self.rows_per_second * (1.0 - self.tolerance);
+        let seconds = case.decode_rows / self.rows_per_second * (1.0 - self.tolerance);
         let bounds = Bounds { seconds, kv_tokens, max_stages: most };
         let Some(stages) = (self.find)(&problem, bounds) else { return };
         if fewest < most {
@@ -186,7 +196,7 @@ impl<'a> Search<'a> {
         }
         let stages = halve(&problem, bounds, stages, self.tolerance, self.find);
         let bottleneck = problem.bottleneck(&stages);
-        self.rows_per_second = case.rows as f64 / bottleneck;
+        self.rows_per_second = case.rows_per_second(bottleneck);
         self.best = Some(Choice { case: index, stages, bottleneck });
     }
 }

@@ -370,7 +370,7 @@ mod tests {
         let ends: Vec<bool> = pieces.iter().map(|piece| piece.ends_block).collect();
         let devices = [device; 8];
         let (weights, flops) = (costs(Balance::Weights), costs(Balance::Flops));
-        let problem = |costs| Problem { devices: &devices, ends_block: &ends, costs, widths: None };
+        let problem = |costs| Problem::new(&devices, &ends, costs);
         let cut = |costs| least_bottleneck(&problem(costs), 0, 8).unwrap();
         let by_flops = problem(&flops).bottleneck_over_mean(&cut(&flops));
         let by_weights = problem(&flops).bottleneck_over_mean(&cut(&weights));

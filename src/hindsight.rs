@@ -4,7 +4,7 @@
 //! should have: what a cost model does not know of a block or a core is in there, and so is whatever else the machine did.
 
 use actors::StepLoads;
-use scheduler::{Costs, Extra, Piece, Problem, RankCosts, Span, StageDevice, least_bottleneck_on_each};
+use scheduler::{Costs, Extra, Piece, Problem, RankCosts, Span, StageDevice, least_bottleneck_on_seats};
 use stages::cost::{CostModel, PieceShape};
 
 /// Another cut is worth a line when it is faster by this share.
@@ -34,21 +34,28 @@ pub(crate) struct Hindsight {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct BetterCut {
     pub(crate) spans: Vec<Span>,
-    /// How much less the slowest stage would take, in seconds of the whole run.
+    /// How much less the slowest device would take, in seconds of the whole run.
     pub(crate) saved: f64,
 }
 
 impl Hindsight {
-    /// Of stages that cover all `pieces`, which are whole blocks.
-    pub(crate) fn of(costs: &dyn CostModel, pieces: &[PieceShape], stages: &[StageWork]) -> Self {
-        let expected: Vec<Taken> =
-            stages.iter().map(|stage| Taken::by(costs, pieces, &stage.loads)).collect();
+    /// Of stages that cover all `pieces`, which are whole blocks. Each has its costs, and its device by a number that all stages
+    /// of the device have.
+    pub(crate) fn of(
+        costs: &[&dyn CostModel],
+        pieces: &[PieceShape],
+        stages: &[StageWork],
+        seats: &[usize],
+    ) -> Self {
+        let expected: Vec<Taken> = (costs.iter().zip(stages))
+            .map(|(costs, stage)| Taken::by(*costs, pieces, &stage.loads))
+            .collect();
         let predicted: Vec<f64> =
             expected.iter().zip(stages).map(|(taken, stage)| taken.stage(stage.blocks)).collect();
         let has_enough = stages.iter().all(|stage| num_steps(&stage.loads) >= LEAST_STEPS);
         let better = has_enough.then(|| scaled(&expected, &predicted, stages)).and_then(|taken| {
             let present: Vec<Span> = stages.iter().map(|stage| stage.blocks).collect();
-            taken.better_cut(&present)
+            taken.better_cut(&present, seats)
         });
         Hindsight { predicted, better }
     }
@@ -86,12 +93,17 @@ impl Taken {
         self.blocks[blocks.range()].iter().sum::<f64>() + num_hops as f64 * self.hops / 2.0
     }
 
-    fn slowest(&self, spans: &[Span]) -> f64 {
-        spans.iter().map(|span| self.stage(*span)).fold(0.0, f64::max)
+    /// The slowest device's time for all of its stages.
+    fn slowest(&self, spans: &[Span], seats: &[usize]) -> f64 {
+        let mut devices = vec![0.0; num_devices(seats)];
+        for (span, seat) in spans.iter().zip(seats) {
+            devices[*seat] += self.stage(*span);
+        }
+        devices.into_iter().fold(0.0, f64::max)
     }
 
     /// The best cut into as many stages, where it is better enough.
-    fn better_cut(&self, present: &[Span]) -> Option<BetterCut> {
+    fn better_cut(&self, present: &[Span], seats: &[usize]) -> Option<BetterCut> {
         let piece = |seconds: &f64| Piece { seconds: *seconds, ..Piece::default() };
         let costs = RankCosts::new(self.blocks.iter().map(piece), Extra::default(), Extra::default());
         let costs: [Costs; 1] = [vec![(1, costs)]];
@@ -102,14 +114,18 @@ impl Taken {
             hop_seconds: self.hops,
             cut_hop_seconds: self.hops,
         };
-        let (devices, ends) = (vec![device; present.len()], vec![true; self.blocks.len()]);
+        let (devices, ends) = (vec![device; num_devices(seats)], vec![true; self.blocks.len()]);
         let problem = Problem::new(&devices, &ends, &costs);
-        let stages = least_bottleneck_on_each(&problem, 0).ok()??;
+        let stages = least_bottleneck_on_seats(&problem, seats).ok()?;
         let spans: Vec<Span> =
             stages.iter().map(|stage| Span { start: stage.pieces.start, end: stage.pieces.end }).collect();
-        let (slowest, least) = (self.slowest(present), self.slowest(&spans));
+        let (slowest, least) = (self.slowest(present, seats), self.slowest(&spans, seats));
         (slowest > BETTER_CUT * least).then_some(BetterCut { spans, saved: slowest - least })
     }
+}
+
+fn num_devices(seats: &[usize]) -> usize {
+    seats.iter().map(|seat| seat + 1).max().unwrap_or(0)
 }
 
 /// Each stage's blocks as they were seen to be, and hops as slow or as fast as all stages together.
@@ -153,7 +169,8 @@ mod tests {
         let stages: Vec<StageWork> = (spans.into_iter().zip(seconds))
             .map(|(blocks, seconds)| StageWork { blocks, seconds, loads: steps.to_vec() })
             .collect();
-        Hindsight::of(&PerToken(blocks.to_vec()), &pieces, &stages)
+        let costs = PerToken(blocks.to_vec());
+        Hindsight::of(&[&costs, &costs], &pieces, &stages, &[0, 1])
     }
 
     fn assert_close(left: f64, right: f64) {

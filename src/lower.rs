@@ -29,21 +29,41 @@ pub(crate) struct Machine {
     pub(crate) cores: Vec<usize>,
     /// Bytes that are free.
     pub(crate) free_bytes: u64,
+    /// All of its memory, in bytes.
+    pub(crate) total_bytes: u64,
 }
 
-/// Lowers `[model]` and `[pipeline]` for a model on a machine, with a span for each device.
+/// A pipeline whose stages have no blocks yet.
+#[derive(Debug)]
+pub(crate) struct Unplaced {
+    /// Of each stage.
+    pub(crate) devices: Vec<Device>,
+    pub(crate) dtypes: Dtypes,
+    pub(crate) scheduler: scheduler::Options,
+    limits: Limits,
+}
+
+impl Unplaced {
+    /// The pipeline, with a span for each stage.
+    pub(crate) fn with(self, spans: &[Span]) -> PipelineOptions {
+        let Unplaced { devices, dtypes, scheduler, limits } = self;
+        let stage = |(device, span): (Device, &Span)| StagePlacement { device, span: *span };
+        let stages = devices.into_iter().zip(spans).map(stage).collect();
+        PipelineOptions { stages, dtypes, scheduler, limits, step_log: None }
+    }
+}
+
+/// Lowers `[model]` and `[pipeline]` for a model on a machine.
 pub(crate) fn pipeline(
     model: &configs::Model,
     pipeline: &configs::Pipeline,
     config: &ModelConfig,
     machine: &Machine,
-    spans: Vec<Span>,
-) -> Result<PipelineOptions> {
+) -> Result<Unplaced> {
     check(pipeline)?;
     let dtypes = dtypes(model, pipeline);
     let groups = device_groups(pipeline, machine)?;
-    let devices = pipeline.devices.iter().map(|device| groups[device.index].clone());
-    let stages = devices.zip(spans).map(|(device, span)| StagePlacement { device, span }).collect();
+    let devices = pipeline.devices.iter().map(|device| groups[device.index].clone()).collect();
 
     let context_tokens = context_tokens(model, config)?;
     let num_pages = Memory::of(config, dtypes, machine).num_pages(pipeline, context_tokens)?;
@@ -60,7 +80,7 @@ pub(crate) fn pipeline(
         window: window(pipeline.max_sequences),
         step_timeout: Duration::from_secs(pipeline.step_timeout_seconds as u64),
     };
-    Ok(PipelineOptions { stages, dtypes, scheduler, limits, step_log: None })
+    Ok(Unplaced { devices, dtypes, scheduler, limits })
 }
 
 /// Rows offered to the pipeline at once.
@@ -72,17 +92,17 @@ pub(crate) fn window(max_sequences: usize) -> usize {
 }
 
 /// What the bits of a pipeline's results depend on beside the row, the model and the seed.
-pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
+pub(crate) fn numeric_profile(pipeline: &Unplaced) -> NumericProfile {
     // One machine runs all its stages on one level.
-    let (backend, simd) = match &options.stages[0].device {
+    let (backend, simd) = match &pipeline.devices[0] {
         Device::Reference => ("reference", "none"),
         Device::Cpu { simd, .. } => ("cpu", simd.name()),
     };
     NumericProfile {
         backend: backend.to_owned(),
         simd: simd.to_owned(),
-        dtype: options.dtypes.weights.name().to_owned(),
-        kv_cache_dtype: options.dtypes.kv.name().to_owned(),
+        dtype: pipeline.dtypes.weights.name().to_owned(),
+        kv_cache_dtype: pipeline.dtypes.kv.name().to_owned(),
         tensor_parallel: 1,
     }
 }

@@ -8,7 +8,8 @@ const FREE_BYTES_IF_UNKNOWN: u64 = 2 << 30;
 /// The cores and the memory of this machine.
 pub(crate) fn detect() -> Machine {
     let free_bytes = proc_kilobytes("/proc/meminfo", "MemAvailable:").unwrap_or(FREE_BYTES_IF_UNKNOWN);
-    Machine { cores: stages::available_cores(), free_bytes }
+    let total_bytes = proc_kilobytes("/proc/meminfo", "MemTotal:").unwrap_or(free_bytes);
+    Machine { cores: stages::available_cores(), free_bytes, total_bytes }
 }
 
 /// The most memory that this process has held at once, in bytes, where the system says.

@@ -19,6 +19,7 @@ mod replace;
 mod report;
 mod retry;
 mod run;
+mod runs;
 mod simulate;
 mod status;
 mod text;

@@ -177,26 +177,37 @@ pub(crate) fn count_rows(input: &Path, limit: Option<u64>) -> Arc<AtomicU64> {
     let (counted, input) = (Arc::clone(&total), input.to_owned());
     std::thread::spawn(move || {
         // Who cannot read the file here says so where its rows are read.
-        let Ok(file) = std::fs::File::open(input) else { return };
-        let (mut rows, mut is_blank) = (0u64, true);
-        let mut reader = BufReader::with_capacity(1 << 20, file);
-        while let Ok(bytes) = reader.fill_buf()
-            && !bytes.is_empty()
-        {
-            for &byte in bytes {
-                match byte {
-                    b'\n' => {
-                        rows += u64::from(!is_blank);
-                        is_blank = true;
-                    }
-                    _ => is_blank &= byte.is_ascii_whitespace(),
-                }
-            }
-            let length = bytes.len();
-            reader.consume(length);
-        }
-        rows += u64::from(!is_blank);
+        let Some(rows) = rows_up_to(&input, u64::MAX) else { return };
         counted.store(rows.min(limit.unwrap_or(u64::MAX)), Ordering::Relaxed);
     });
     total
+}
+
+/// Whether an input has more rows than so many, of those up to `limit`. One that can be read only once seems to have.
+pub(crate) fn has_more_rows(input: &Path, limit: Option<u64>, than: u64) -> bool {
+    let rows = || if input.is_file() { rows_up_to(input, than.saturating_add(1)) } else { None };
+    limit.is_none_or(|limit| limit > than) && rows().is_none_or(|rows| rows > than)
+}
+
+/// Counts a file's lines that are not blank, and stops where there are `most` or more.
+fn rows_up_to(input: &Path, most: u64) -> Option<u64> {
+    let (mut rows, mut is_blank) = (0u64, true);
+    let mut reader = BufReader::with_capacity(1 << 20, std::fs::File::open(input).ok()?);
+    while rows < most
+        && let Ok(bytes) = reader.fill_buf()
+        && !bytes.is_empty()
+    {
+        for &byte in bytes {
+            match byte {
+                b'\n' => {
+                    rows += u64::from(!is_blank);
+                    is_blank = true;
+                }
+                _ => is_blank &= byte.is_ascii_whitespace(),
+            }
+        }
+        let length = bytes.len();
+        reader.consume(length);
+    }
+    Some(rows + u64::from(!is_blank))
 }

@@ -49,7 +49,7 @@ pub(crate) struct StageLine {
     pub(crate) blocks: Span,
     pub(crate) times: StageTimes,
     /// Seconds that it should have been busy.
-    pub(crate) predicted: Option<f64>,
+    pub(crate) predicted: f64,
 }
 
 impl StageLine {
@@ -65,7 +65,7 @@ impl StageLine {
             kv_limited_seconds: parts.kv_limited.as_secs_f64(),
             tail_seconds: parts.tail.as_secs_f64(),
             idle_seconds: parts.idle.as_secs_f64(),
-            predicted_seconds: self.predicted,
+            predicted_seconds: Some(self.predicted),
             micro_batches: self.times.steps,
             tokens: self.times.tokens,
             restarts: self.times.restarts,
@@ -78,10 +78,8 @@ impl StageLine {
             0 => String::new(),
             restarts => format!(", started again {} times", grouped(restarts)),
         };
-        let predicted = self.predicted.map_or_else(String::new, |predicted| {
-            let busy = times.parts.busy.as_secs_f64();
-            format!(" ({busy:.2} s, predicted {predicted:.2} s {})", costs.words())
-        });
+        let (busy, predicted) = (times.parts.busy.as_secs_f64(), self.predicted);
+        let predicted = format!(" ({busy:.2} s, predicted {predicted:.2} s {})", costs.words());
         format!(
             "{} blocks {}: {}, {} micro-batches of {:.0} tokens{restarted}",
             self.device,

@@ -27,7 +27,8 @@ pub(crate) async fn retry(args: RetryArgs) -> Result<ExitCode> {
     // The folder may have been moved.
     loaded.job.job.output = args.output.canonicalize().context("find the output folder")?;
     let (accept_numerics, progress) = (args.accept_numerics, args.progress);
-    let how = How { limit: manifest.limit, start: Start::Retry, accept_numerics, progress, trace: None };
+    let (limit, start) = (manifest.limit, Start::Retry);
+    let how = How { job_file: None, limit, start, accept_numerics, progress, trace: None };
     run_job(loaded, how).await
 }
 

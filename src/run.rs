@@ -23,7 +23,7 @@ use crate::hindsight::{BetterCut, StageWork};
 use crate::interrupt::{self, Interrupt};
 use crate::live_trace::{LiveTrace, Prepared};
 use crate::lower;
-use crate::placement::{self, Placement};
+use crate::placement::{self, Occasion, Placement, Source};
 use crate::progress::{self, Display, Watched};
 use crate::report::{Report, StageLine};
 use crate::{machine, print, replace, say};
@@ -41,6 +41,7 @@ const EXIT_TOO_MANY_ERRORS: u8 = 3;
 pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
     let loaded = load_for(Purpose::Run, &args.job, &args.sets)?;
     let how = How {
+        job_file: Some(args.job),
         limit: args.limit,
         start: if args.fresh { Start::Fresh } else { Start::GoOn },
         accept_numerics: args.accept_numerics,
@@ -52,6 +53,8 @@ pub(crate) async fn run(args: RunArgs) -> Result<ExitCode> {
 
 /// What a run does beside what its job says.
 pub(crate) struct How {
+    /// Where the job was read from, if it was a file.
+    pub(crate) job_file: Option<PathBuf>,
     pub(crate) limit: Option<u64>,
     pub(crate) start: Start,
     pub(crate) accept_numerics: bool,
@@ -84,16 +87,19 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    placement::check(job, &model)?;
+    let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
+    let numeric_profile = lower::numeric_profile(&unplaced);
+    let Files { text, reader, folder, settings, created } =
+        open_files(job, &model, unplaced.scheduler.context_tokens, &numeric_profile, &how)?;
+    let has_rows = progress::has_more_rows(&job.job.input, how.limit, folder.finished_rows()?);
+    let occasion = Occasion { has_rows, profile_command: profile_command(&loaded, how.job_file.as_deref()) };
     let placement = tokio::select! {
-        placement = place(job, &model) => placement?,
+        placement = place(job, &model, occasion) => placement?,
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
-    let spans = placement.spans.clone();
-    let mut options = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect(), spans)?;
-    let numeric_profile = lower::numeric_profile(&options);
-    let Files { text, reader, folder, settings, created } =
-        open_files(job, &model, options.scheduler.context_tokens, &numeric_profile, &how)?;
+    let mut options = unplaced.with(&placement.spans);
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
     let trace = trace(how.trace.as_deref(), job, &placement.spans)?;
@@ -153,9 +159,22 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 }
 
 /// Places a job's stages, on a thread of its own: a profile may have to be measured.
-async fn place(job: &JobFile, model: &Model) -> Result<Placement> {
+async fn place(job: &JobFile, model: &Model, occasion: Occasion) -> Result<Placement> {
     let (job, model) = (job.clone(), model.clone());
-    tokio::task::spawn_blocking(move || placement::place(&job, &model)).await.context("place the stages")?
+    let place = move || placement::place(&job, &model, &occasion);
+    tokio::task::spawn_blocking(place).await.context("place the stages")?
+}
+
+/// The command that measures what a job's stages are cut by.
+fn profile_command(loaded: &Loaded, job_file: Option<&Path>) -> String {
+    let Some(path) = job_file else { return "spanwise profile with the job's own file".to_owned() };
+    let mut command = format!("spanwise profile {}", path.display());
+    let decides =
+        |set: &&configs::Override| set.key.starts_with("model.") || set.key.starts_with("pipeline.");
+    for set in loaded.overrides.iter().filter(decides) {
+        command += &format!(" --set '{}={}'", set.key, set.value);
+    }
+    command
 }
 
 /// The file of a run's steps, where one is wanted, with a row for each stage.
@@ -325,12 +344,12 @@ struct Ended<'a> {
 impl Ended<'_> {
     /// Writes the manifest, prints the report and chooses the exit code.
     async fn report(self) -> Result<ExitCode> {
-        let (stages, better) = self.stages();
+        let (stages, better, costs) = self.stages();
         let scores = self.scores()?;
         let manifest = self.manifest(&stages, scores);
         let folder = &self.loaded.job.job.output;
         let has_manifest = manifest.write(folder);
-        let report = self.figures(&manifest, stages, better).await;
+        let report = self.figures(&manifest, stages, better, costs).await;
         report.lines().iter().for_each(|line| print(line));
         if let Some(failure) = &self.outcome.failure {
             // What keeps the manifest from being written is mostly what stopped the job.
@@ -359,7 +378,7 @@ impl Ended<'_> {
     }
 
     /// What each stage has done and should have, and the cut that would have been faster.
-    fn stages(&self) -> (Vec<StageLine>, Option<BetterCut>) {
+    fn stages(&self) -> (Vec<StageLine>, Option<BetterCut>, Source) {
         let Running { stages, .. } = &self.running;
         let spans = &self.pipeline.spans;
         let work: Vec<StageWork> = (stages.iter().zip(spans))
@@ -369,18 +388,16 @@ impl Ended<'_> {
                 loads: times.loads.clone(),
             })
             .collect();
-        // The same costs were there to place the stages.
-        let hindsight = self.placement.judge(&self.loaded.job, self.model, &work).ok();
-        let predicted = |index: usize| hindsight.as_ref().map(|hindsight| hindsight.predicted[index]);
+        let (hindsight, costs) = self.placement.judge(&work);
         let lines = (stages.iter().zip(&self.loaded.job.pipeline.devices).zip(spans).enumerate())
             .map(|(index, ((times, device), span))| StageLine {
                 device: device.to_string(),
                 blocks: *span,
                 times: times.clone(),
-                predicted: predicted(index),
+                predicted: hindsight.predicted[index],
             })
             .collect();
-        (lines, hindsight.and_then(|hindsight| hindsight.better))
+        (lines, hindsight.better, costs)
     }
 
     fn manifest(&self, stages: &[StageLine], scores: Option<Scores>) -> Manifest {
@@ -434,6 +451,7 @@ impl Ended<'_> {
         manifest: &Manifest,
         stages: Vec<StageLine>,
         better: Option<BetterCut>,
+        costs: Source,
     ) -> Report {
         Report {
             scores: manifest.scores.clone(),
@@ -447,7 +465,7 @@ impl Ended<'_> {
             run: self.running.run,
             handling: self.pipeline.clock.handling(),
             stages,
-            costs: self.placement.source,
+            costs,
             better,
             trace: self.trace.clone(),
             scheduler: self.pipeline.scheduler_stats().await,

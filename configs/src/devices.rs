@@ -115,6 +115,28 @@ impl DeviceCatalog {
         self
     }
 
+    /// The same with several cores of a CPU as one device, for each name such as `cpu-8-cores` in a list: so many times one
+    /// [`CPU_CORE`].
+    #[must_use]
+    pub fn with_cores_of(mut self, devices: &DeviceList) -> Self {
+        for (_, name) in devices.runs() {
+            if let (Some(cores), Some(core)) = (num_cores(name), self.0.get(CPU_CORE)) {
+                let cpu = core.times(cores as f64);
+                self.0.entry(name.clone()).or_insert(cpu);
+            }
+        }
+        self
+    }
+
+    /// The same where the device of this name, if there is one, has other memory.
+    #[must_use]
+    pub fn with_memory(mut self, name: &str, memory_mib: f64) -> Self {
+        if let Some(device) = self.0.get_mut(name) {
+            device.memory_mib = memory_mib;
+        }
+        self
+    }
+
     /// The device of this name.
     ///
     /// # Errors
@@ -136,7 +158,39 @@ impl DeviceCatalog {
     }
 }
 
+/// What a core of a CPU is called in `devices.toml`.
+pub const CPU_CORE: &str = "cpu-core";
+
+/// What so many cores of a CPU are called as one device.
+pub fn cpu_name(cores: usize) -> String {
+    match cores {
+        1 => CPU_CORE.to_owned(),
+        cores => format!("cpu-{cores}-cores"),
+    }
+}
+
+/// The cores of a device that is called like one of [`cpu_name`].
+pub fn num_cores(name: &str) -> Option<usize> {
+    let count = || name.strip_prefix("cpu-")?.strip_suffix("-cores")?.parse().ok();
+    let cores = if name == CPU_CORE { Some(1) } else { count() };
+    cores.filter(|cores| cpu_name(*cores) == name)
+}
+
 impl DeviceSpec {
+    /// So many alike that work as one.
+    fn times(&self, count: f64) -> Self {
+        DeviceSpec {
+            memory_mib: self.memory_mib * count,
+            bandwidth_gb_per_s: self.bandwidth_gb_per_s * count,
+            bf16_tflops: self.bf16_tflops * count,
+            fp8_tflops: self.fp8_tflops.map(|rate| rate * count),
+            fp4_tflops: self.fp4_tflops.map(|rate| rate * count),
+            reserved_gb: self.reserved_gb * count,
+            price_per_hour: self.price_per_hour.map(|price| price * count),
+            ..self.clone()
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         let positive = [
             ("memory_mib", Some(self.memory_mib)),
@@ -214,18 +268,22 @@ impl DeviceList {
 
     /// The first of `count` groups, where the list is made of so many that are alike, one after the other.
     pub fn group(&self, count: usize) -> Option<Self> {
-        let names: Vec<&str> =
-            self.0.iter().flat_map(|(count, name)| std::iter::repeat_n(name.as_str(), *count)).collect();
+        let names: Vec<&str> = self.names().collect();
         let size = names.len() / count;
         let is_alike =
             names.len().is_multiple_of(count) && (size..names.len()).all(|i| names[i] == names[i - size]);
-        let runs = names[..size].chunk_by(|one, next| one == next);
-        is_alike.then(|| Self(runs.map(|run| (run.len(), run[0].to_owned())).collect()))
+        is_alike.then(|| Self::of(&names[..size]))
     }
 
-    /// `count` devices of one kind.
-    pub fn of(count: usize, name: &str) -> Self {
-        Self(vec![(count, name.to_owned())])
+    /// Devices of these names, one after the other.
+    pub fn of(names: &[&str]) -> Self {
+        let runs = names.chunk_by(|one, next| one == next);
+        Self(runs.map(|run| (run.len(), run[0].to_owned())).collect())
+    }
+
+    /// The name of each device.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().flat_map(|(count, name)| std::iter::repeat_n(name.as_str(), *count))
     }
 }
 
@@ -300,6 +358,17 @@ mod tests {
         for wrong in ["", "8 h200", "0xh200", "8x", "h200,,h200", "2000xh200", "99999999999999999999xh200"] {
             assert!(wrong.parse::<DeviceList>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn cores_of_a_cpu_are_one_device() {
+        let list: DeviceList = "cpu-core,2xcpu-8-cores,cpu-1-cores,cpu-x-cores".parse().unwrap();
+        let catalog = DeviceCatalog::shipped().with_cores_of(&list);
+        let (one, eight) = (catalog.get("cpu-core").unwrap(), catalog.get("cpu-8-cores").unwrap());
+        assert_eq!(eight.bf16_tflops, 8.0 * one.bf16_tflops);
+        assert_eq!(eight.link_gb_per_s, one.link_gb_per_s);
+        assert!(catalog.get("cpu-1-cores").is_err() && catalog.get("cpu-x-cores").is_err());
+        assert_eq!(catalog.with_memory("cpu-core", 7.0).get("cpu-core").unwrap().memory_mib, 7.0);
     }
 
     #[test]

@@ -79,6 +79,13 @@ impl OutputFolder {
         self.journal.as_ref().map(Journal::unix_seconds).transpose()
     }
 
+    /// Lines that earlier runs have written for rows which this one need not compute, whether they are in its input or not.
+    pub fn finished_rows(&self) -> Result<u64> {
+        let Some(journal) = &self.journal else { return Ok(0) };
+        let progress = journal.progress()?;
+        Ok(progress.output_lines + if self.is_retry { 0 } else { progress.error_lines })
+    }
+
     /// Whether a run with these settings may go on with what is there; nothing is changed.
     ///
     /// Refused where the folder's lines were made with other settings, or computed in another way unless

@@ -219,6 +219,11 @@ impl Journal {
         self.get::<i64>("SELECT unix_seconds FROM job").map(|seconds| seconds as u64)
     }
 
+    /// How far the job is.
+    pub(crate) fn progress(&self) -> Result<Progress> {
+        self.sql(progress::read)
+    }
+
     /// Files that a rewritten one beside them is to replace: the last run ended before that was done.
     pub(crate) fn replaced(&self) -> Result<Vec<LineFile>> {
         let is_replaced =

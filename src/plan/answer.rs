@@ -44,7 +44,7 @@ pub(crate) struct Answer {
 
 impl Layout {
     pub(crate) fn problem<'a>(&'a self, ends_block: &'a [bool]) -> Problem<'a> {
-        Problem::new(&self.case.devices, ends_block, &self.case.costs)
+        self.case.problem(ends_block)
     }
 }
 
@@ -52,15 +52,12 @@ impl Layout {
 pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
-    let once = replicated(setting, &pieces, choose(setting, &pieces, &setting.replica_counts())?)?;
-    let twice = passed_twice(setting, &pieces, once.1.tokens_per_second * LEAST_GAIN);
-    let twice = twice.and_then(|chosen| replicated(setting, &pieces, chosen));
-    let (replicas, plan) = twice.unwrap_or(once);
+    let (replicas, plan) = plan(setting, &pieces)?;
     let replica = setting.replica(replicas);
     let even = even_split(setting, &pieces);
     let rows = plan.case.rows;
     let balanced = replica.case(&pieces, &replica.widths(), setting.balance, rows);
-    let problem = Problem::new(&balanced.devices, &ends, &balanced.costs);
+    let problem = balanced.problem(&ends);
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
@@ -75,15 +72,23 @@ pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     })
 }
 
-/// The layout of one pipeline over all devices alone, or what the job's own stages come to; none where that does not
-/// fit.
-pub(crate) fn layout(
-    setting: &Setting,
-    pieces: &[PieceShape],
-    given: Option<Vec<PlannedStage>>,
-) -> Option<Layout> {
-    let one = || choose(setting, pieces, &[1]).map(|(_, stages)| stages);
-    expect(setting, pieces, &setting.widths(), given.or_else(one)?)
+/// The fastest layout, and how often it is there; none where nothing fits.
+pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Layout)> {
+    let once = replicated(setting, pieces, choose(setting, pieces, &setting.replica_counts())?)?;
+    let twice = passed_twice(setting, pieces, once.1.tokens_per_second * LEAST_GAIN);
+    let twice = twice.and_then(|chosen| replicated(setting, pieces, chosen));
+    Some(twice.unwrap_or(once))
+}
+
+/// The fastest layout of one pipeline over all devices, which goes through them once.
+pub(crate) fn one_pipeline(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
+    let (_, stages) = choose(setting, pieces, &[1])?;
+    expect(setting, pieces, &setting.widths(), stages)
+}
+
+/// What given stages come to on all devices; none where they do not fit.
+pub(crate) fn given(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>) -> Option<Layout> {
+    expect(setting, pieces, &setting.widths(), stages)
 }
 
 /// Whether anything fits on devices with so many more bytes each.
@@ -129,16 +134,15 @@ fn choose(setting: &Setting, pieces: &[PieceShape], replica_counts: &[usize]) ->
             let cases = cases(replica, pieces, &replica.widths());
             let widths = setting.given_widths();
             let choice = faster_layout(&cases, &ends, widths, replica.kv(), rows_per_second)?;
-            Some((cases[choice.case].rows as f64 / choice.bottleneck, choice.stages))
+            Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
         }),
     }
 }
 
 /// The fastest layout that goes through the devices twice, where one makes more than `rows_per_second`. Widths that
-/// are given, and times that were measured, are those of stages on devices of their own, and a cut by another cost than
-/// time is not about speed.
+/// are given are those of stages on devices of their own, and a cut by another cost than time is not about speed.
 fn passed_twice(setting: &Setting, pieces: &[PieceShape], rows_per_second: f64) -> Option<Chosen> {
-    let is_one_stage_each = setting.given_widths().is_some() || setting.measured.is_some();
+    let is_one_stage_each = setting.given_widths().is_some();
     if setting.balance != Balance::Roofline || is_one_stage_each {
         return None;
     }
@@ -150,7 +154,7 @@ fn passed_twice(setting: &Setting, pieces: &[PieceShape], rows_per_second: f64) 
         }
         let cases = cases(replica, pieces, &[1]);
         let choice = faster_looped(&cases, &ends, replica.kv(), rows_per_second)?;
-        Some((cases[choice.case].rows as f64 / choice.bottleneck, choice.stages))
+        Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
     })
 }
 
@@ -189,7 +193,7 @@ fn expect(
     let case = |rows| setting.case(pieces, widths, Balance::Roofline, rows);
     let weights = case(1);
     let fits = |rows: u64| {
-        let devices = setting.stage_devices(Balance::Roofline, setting.mix.load(rows));
+        let devices = setting.stage_devices(Balance::Roofline, setting.load(rows));
         let problem = Problem::new(&devices, &ends, &weights.costs);
         let needed = setting.kv().needed(rows, stages.len() as u64);
         needed.is_some_and(|kv| problem.missing_bytes(&stages, kv) == 0)
@@ -203,8 +207,7 @@ fn expect(
         return None;
     }
     let case = case(within);
-    let problem = Problem::new(&case.devices, &ends, &case.costs);
-    let tokens_per_second = within as f64 / problem.bottleneck(&stages);
+    let tokens_per_second = case.rows_per_second(case.problem(&ends).bottleneck(&stages));
     Some(Layout { tokens_per_second, stages, case })
 }
 
@@ -256,8 +259,7 @@ pub(crate) fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<Planne
 fn over_mean(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage], rows: u64) -> f64 {
     let case = setting.case(pieces, &[1], setting.balance, rows);
     let ends = ends_block(pieces);
-    let problem = Problem::new(&case.devices, &ends, &case.costs);
-    problem.bottleneck_over_mean(stages)
+    case.problem(&ends).bottleneck_over_mean(stages)
 }
 
 fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<Layout>)> {
@@ -270,7 +272,7 @@ fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<La
 /// The slowest device over the mean for the blocks alone, without embedding, head, hops or limits of memory:
 /// of the best cut, and of the even split.
 fn blocks_only(setting: &Setting, pieces: &[PieceShape], even: &[PlannedStage], rows: u64) -> (f64, f64) {
-    let load = setting.mix.load(rows);
+    let load = setting.load(rows);
     let mut devices = setting.stage_devices(setting.balance, load);
     for device in &mut devices {
         (device.memory_bytes, device.hop_seconds, device.cut_hop_seconds) = (u64::MAX, 0.0, 0.0);

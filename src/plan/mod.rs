@@ -4,6 +4,7 @@ pub(crate) mod answer;
 mod input;
 mod lengths;
 mod missing;
+pub(crate) mod own;
 pub(crate) mod report;
 pub(crate) mod setting;
 pub(crate) mod table;
@@ -12,23 +13,19 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use configs::{DeviceCatalog, DeviceList, JobFile, KvCacheDtype, Purpose, Stages};
+use configs::{DeviceCatalog, JobFile, KvCacheDtype, Purpose, Stages};
 use stages::cost::{Balance, Measured, NumberType, NumberTypes};
 use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
 
 use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype, SettingArgs};
-use crate::plan::input::Work;
-use crate::plan::setting::Setting;
-use crate::{picture, placement, profile};
+use crate::plan::own::OwnDevices;
+use crate::plan::setting::{MAX_TOKENS, Setting, roofline};
+use crate::{machine, picture, placement, profile};
 
-pub(crate) use crate::plan::input::first_rows;
+pub(crate) use crate::plan::input::{Work, first_rows};
 pub(crate) use crate::plan::lengths::Lengths;
-pub(crate) use crate::plan::setting::roofline;
-
-/// What a core of the machine itself is called in `devices.toml`.
-pub(crate) const CPU_CORE: &str = "cpu-core";
 
 /// Plans a job, prints the plan, and draws it where that is asked for.
 ///
@@ -105,9 +102,14 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
         Some(path) => DeviceCatalog::read(path)?,
         None => DeviceCatalog::shipped(),
     };
-    let devices = match (&args.devices, &plan.devices) {
-        (Some(list), _) | (None, Some(list)) => list.clone(),
-        (None, None) => DeviceList::of(job.pipeline.devices.len(), CPU_CORE),
+    let (devices, catalog) = match (&args.devices, &plan.devices) {
+        (Some(list), _) | (None, Some(list)) => (list.clone(), catalog.with_cores_of(list)),
+        (None, None) => {
+            let machine = machine::detect();
+            let own = OwnDevices::of(&job.pipeline, &machine)?;
+            let catalog = own.in_catalog(catalog, &machine);
+            (own.list, catalog)
+        }
     };
     setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
     let work = Work::of(job, &config, args.sample)?;
@@ -121,6 +123,7 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
         is_kv_type_given: job.pipeline.kv_cache_dtype != KvCacheDtype::Auto,
         mix,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
+        max_tokens: MAX_TOKENS,
         rows: work.sequences(),
         work: Arc::new(work),
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
@@ -145,21 +148,23 @@ fn check_tokens_in_flight(plan: &configs::Plan, row: u64) -> Result<()> {
 /// # Errors
 /// Other devices than the job's own, or no usable profile of them.
 pub(crate) fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> Result<Measured> {
-    if let Some((_, name)) = setting.devices.runs().iter().find(|(_, name)| name != CPU_CORE) {
+    let own_devices = OwnDevices::of(&job.pipeline, &machine::detect())?.list;
+    if setting.devices != own_devices {
         bail!(
-            "no profile of {name}, only of the devices of [pipeline]\nhint: --cost roofline plans by an estimate"
+            "no profile of {}, only of the devices of [pipeline], {own_devices}\nhint: --cost roofline plans by an estimate",
+            setting.devices
         );
     }
     let own = number_types(None, job);
-    if setting.types != own || setting.devices.num_devices() != job.pipeline.devices.len() {
-        bail!("--cost measured: found --dtype or --devices, expected the job's own");
+    if setting.types != own {
+        bail!("--cost measured: found --dtype, expected the job's own type");
     }
     let (model, _) = Model::open(&job.model.path, true).context("load model")?;
     let options = profile::options(&job.model, &job.pipeline, &model, Effort::default())?;
     let key = options.key(&model);
     let store = profile::store()?;
     let make = format!("hint: spanwise profile {} measures it", args.job.display());
-    let all_reduce = roofline(setting.catalog.get(CPU_CORE)?, own.weights).all_reduce;
+    let all_reduce = roofline(setting.catalog.get(configs::CPU_CORE)?, own.weights).all_reduce;
     let costs = |profile: &Profile| {
         Measured::new(&setting.config, profile, placement::neighbours(job), own, all_reduce)
     };

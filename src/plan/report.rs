@@ -341,7 +341,7 @@ fn params(setting: &Setting, answer: &Answer, pieces: &Range<usize>) -> u64 {
 /// Times of a stage for the plan's micro-batch, and for its parts each alone.
 fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedStage) -> Times {
     let ends = answer::ends_block(&answer.pieces);
-    let load = setting.mix.load(answer.plan.case.rows);
+    let load = setting.load(answer.plan.case.rows);
     let shapes = &answer.pieces;
     let ms = |load| {
         let costs = setting.rank_costs(spec, Balance::Roofline, shapes, stage.devices.len(), load);

@@ -39,6 +39,8 @@ pub(crate) struct Setting {
     pub(crate) is_kv_type_given: bool,
     pub(crate) mix: Mix,
     pub(crate) tokens_in_flight: Option<u64>,
+    /// Most tokens of a micro-batch. A longer prompt comes in chunks.
+    pub(crate) max_tokens: f64,
     /// Sequences of the job: its rows, each as often as it has choices.
     pub(crate) rows: Option<u64>,
     /// The rows that `mix` and `rows` are made of.
@@ -53,35 +55,25 @@ pub(crate) struct Setting {
 /// Rows of a micro-batch beyond which nothing is gained: products reach their ceiling at some 200 tokens.
 const MAX_ROWS: u64 = 1024;
 
-/// Tokens of a micro-batch, prompts included.
-const MAX_TOKENS: f64 = 16_384.0;
+/// Most tokens of a micro-batch, prompts included.
+pub(crate) const MAX_TOKENS: f64 = 16_384.0;
 
 impl Mix {
-    /// A micro-batch in the middle of the job: rows that decode are in the middle of their output, and as many
+    /// A micro-batch in the middle of the job: `decode_rows` that decode are in the middle of their output, and as many
     /// prompt tokens come along as it takes to replace the rows that end.
-    pub(crate) fn load(self, rows: u64) -> Load {
+    fn load(self, decode_rows: f64) -> Load {
         Load {
-            decode_tokens: rows as f64,
+            decode_tokens: decode_rows,
             decode_context: self.decode_context,
-            prefill_tokens: rows as f64 * self.prompt_tokens / self.output_tokens,
+            prefill_tokens: decode_rows * self.prompt_tokens / self.output_tokens,
             prefill_context: self.prefill_context,
-            logit_rows: rows as f64,
+            logit_rows: decode_rows,
         }
     }
 
-    /// The largest micro-batch that is looked at.
-    fn max_rows(self) -> u64 {
-        let tokens_per_row = 1.0 + self.prompt_tokens / self.output_tokens;
-        ((MAX_TOKENS / tokens_per_row) as u64).clamp(1, MAX_ROWS)
-    }
-
-    /// The micro-batches that are looked at: each some 6 % larger than the one before.
-    fn rows(self, most: u64) -> Vec<u64> {
-        let next = |rows: &u64| match rows {
-            0..8 => Some(rows + 1),
-            _ => Some((rows + rows * 6 / 100).next_multiple_of(8).max(rows + 8)),
-        };
-        std::iter::successors(Some(1), next).take_while(|rows| *rows <= most).collect()
+    /// Tokens of a micro-batch for each row that decodes.
+    fn tokens_per_row(self) -> f64 {
+        1.0 + self.prompt_tokens / self.output_tokens
     }
 }
 
@@ -105,12 +97,29 @@ pub(crate) fn check(
 impl Setting {
     /// The largest micro-batch that is looked at: never more rows than the job has.
     pub(crate) fn max_rows(&self) -> u64 {
-        self.mix.max_rows().min(self.rows.unwrap_or(u64::MAX))
+        let most = (self.max_tokens / self.mix.tokens_per_row()) as u64;
+        most.clamp(1, MAX_ROWS).min(self.rows.unwrap_or(u64::MAX))
     }
 
-    /// The micro-batches that are looked at.
+    /// The micro-batches that are looked at: each some 6 % larger than the one before.
     pub(crate) fn micro_batches(&self) -> Vec<u64> {
-        self.mix.rows(self.max_rows())
+        let next = |rows: &u64| match rows {
+            0..8 => Some(rows + 1),
+            _ => Some((rows + rows * 6 / 100).next_multiple_of(8).max(rows + 8)),
+        };
+        let most = self.max_rows();
+        std::iter::successors(Some(1), next).take_while(|rows| *rows <= most).collect()
+    }
+
+    /// Rows that decode in a micro-batch for which `rows` are in flight, on average: fewer than one where even a
+    /// single row's prompt comes in several chunks.
+    pub(crate) fn decode_rows(&self, rows: u64) -> f64 {
+        (rows as f64).min(self.max_tokens / self.mix.tokens_per_row())
+    }
+
+    /// A micro-batch in the middle of the job, for which `rows` are in flight.
+    pub(crate) fn load(&self, rows: u64) -> Load {
+        self.mix.load(self.decode_rows(rows))
     }
 
     /// The same with other devices.
@@ -147,9 +156,7 @@ impl Setting {
     pub(crate) fn kind_of_each(&self) -> Vec<usize> {
         let kinds = self.kind_names();
         let kind_of = |name: &str| kinds.iter().position(|kind| *kind == name).expect("every name is a kind");
-        (self.devices.runs().iter())
-            .flat_map(|(count, name)| std::iter::repeat_n(kind_of(name), *count))
-            .collect()
+        self.devices.names().map(kind_of).collect()
     }
 
     fn kind_names(&self) -> Vec<&str> {
@@ -208,6 +215,14 @@ impl Setting {
             roofline: roofline(spec, self.types.weights),
             types: self.types,
             balance,
+        }
+    }
+
+    /// What a device takes for pieces of the model: by what was measured, or by its roofline.
+    pub(crate) fn cost_model(&self, spec: &DeviceSpec) -> Box<dyn CostModel + '_> {
+        match &self.measured {
+            Some(measured) => Box::new(measured.clone()),
+            None => Box::new(self.estimator(spec, Balance::Roofline)),
         }
     }
 
@@ -275,9 +290,10 @@ impl Setting {
 
     /// One micro-batch size as the planner takes it.
     pub(crate) fn case(&self, pieces: &[PieceShape], widths: &[usize], balance: Balance, rows: u64) -> Case {
-        let load = self.mix.load(rows);
+        let load = self.load(rows);
         Case {
             rows,
+            decode_rows: self.decode_rows(rows),
             devices: self.stage_devices(balance, load),
             costs: self.costs(pieces, widths, balance, load),
         }

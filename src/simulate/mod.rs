@@ -83,10 +83,10 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
 /// The job's own stages where it names any, else those of its plan; none where no plan fits.
 fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Option<Layout>> {
     let Stages::Blocks(blocks) = &job.pipeline.stages else {
-        return Ok(answer::layout(setting, pieces, None));
+        return Ok(answer::one_pipeline(setting, pieces));
     };
     let stages = pipeline::given_stages(setting, pieces, blocks)?;
-    match answer::layout(setting, pieces, Some(stages.clone())) {
+    match answer::given(setting, pieces, stages.clone()) {
         Some(layout) => Ok(Some(layout)),
         None => bail!("{}", pipeline::lacking(setting, pieces, &stages)),
     }

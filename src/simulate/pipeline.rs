@@ -106,7 +106,7 @@ pub(super) fn options(
     let max_tokens = (context_tokens - prompt_tokens).min(cache_tokens - prompt_tokens + 1);
     let options = Options {
         num_stages,
-        micro_batch_tokens: setting.mix.load(rows).tokens().ceil() as usize,
+        micro_batch_tokens: setting.load(rows).tokens().ceil() as usize,
         max_sequences,
         num_pages,
         page_tokens: PAGE_TOKENS,

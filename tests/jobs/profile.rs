@@ -168,6 +168,15 @@ fn a_profile_of_another_version_is_measured_again_and_one_that_lacks_blocks_comp
     );
     assert_eq!(read_json(&world.file())["program"], env!("CARGO_PKG_VERSION"));
 
+    // A job that has nothing to do measures nothing.
+    world.edit(|profile| profile["program"] = json!("0.0.1"));
+    let mut command = world.job.command();
+    command.env("SPANWISE_PROFILES", world.store.path());
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !stderr.contains("profile:"), "{stderr}");
+    world.run(&[]);
+
     let blocks = |profile: &Value| profile["blocks"].as_array().unwrap().len();
     let before = blocks(&read_json(&world.file()));
     world.edit(|profile| drop(profile["blocks"].as_array_mut().unwrap().pop()));
@@ -176,11 +185,40 @@ fn a_profile_of_another_version_is_measured_again_and_one_that_lacks_blocks_comp
     assert_eq!(blocks(&read_json(&world.file())), before);
 }
 
+/// Two stages of each device: it has the time for both.
+#[test]
+fn devices_that_are_named_twice_are_balanced_and_not_their_stages() {
+    let world = World::measured();
+    let shapes = shapes(&fixture(MODEL));
+    let num_blocks = shapes.len();
+    let twice = "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:0\", \"cpu:1\"]";
+    for dear in 0..num_blocks {
+        world.edit(|profile| even_costs(profile, Some(&shapes[dear])));
+        let (plan, _) = world.run(&[twice]);
+        let cost = |shape: &Value| if *shape == shapes[dear] { 0.01 } else { 0.001 };
+        let of_stage = |start: usize, end: usize| shapes[start..end].iter().map(cost).sum::<f64>();
+        let slowest = |cuts: [usize; 3]| {
+            let [a, b, c] = cuts;
+            (of_stage(0, a) + of_stage(b, c)).max(of_stage(a, b) + of_stage(c, num_blocks))
+        };
+        let places = || 1..num_blocks;
+        let best = places()
+            .flat_map(|a| places().flat_map(move |b| places().map(move |c| [a, b, c])))
+            .filter(|[a, b, c]| a < b && b < c)
+            .map(slowest)
+            .fold(f64::INFINITY, f64::min);
+        let cut = |stage: usize| plan["stages"][stage]["blocks"][1].as_u64().unwrap() as usize;
+        let found = slowest([cut(0), cut(1), cut(2)]);
+        assert!(found <= best + 1e-6, "{dear}: {found}, {best} is possible: {plan}");
+    }
+}
+
 #[test]
 fn without_a_profile_that_holds_a_run_goes_by_an_estimate() {
     let absent = World::new();
     let (plan, stderr) = absent.run(&[]);
     assert!(plan["cost"] == "estimate" && stderr.contains("by an estimate"), "{stderr}");
+    assert!(stderr.contains("(spanwise profile ") && stderr.contains("--set 'pipeline.devices="), "{stderr}");
     assert_eq!(std::fs::read_dir(absent.store.path()).unwrap().count(), 0, "nobody asked for a profile");
 
     let world = World::measured();
@@ -225,7 +263,7 @@ fn plans_and_simulations_by_measured_costs_are_no_estimates_and_need_them() {
     let refusals = [
         (vec![], "no profile of cpu"),
         (vec![], "hint: spanwise profile"),
-        (vec!["--devices", "2xh200"], "no profile of h200"),
+        (vec!["--devices", "2xh200"], "no profile of 2xh200"),
         (vec!["--dtype", "f32"], "expected the job's own"),
     ];
     for (args, words) in refusals {

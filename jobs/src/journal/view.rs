@@ -5,9 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::{
-    BUSY_TIMEOUT, COMPANIONS, Entry, FILE_NAME, FinishedRows, Journal, Progress, Selection, progress,
-};
+use super::{BUSY_TIMEOUT, COMPANIONS, Entry, FILE_NAME, FinishedRows, Journal, Progress, Selection};
 use crate::error::{Error, Result};
 use crate::line::LineFile;
 use crate::settings::Settings;
@@ -59,7 +57,7 @@ impl JournalView {
 
     /// How far the job is.
     pub fn progress(&self) -> Result<Progress> {
-        self.journal.sql(progress::read)
+        self.journal.progress()
     }
 
     /// Bytes of a file that count.

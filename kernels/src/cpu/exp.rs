@@ -56,6 +56,8 @@ pub(crate) mod avx512 {
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(crate) unsafe fn exp_ps(x: __m512) -> __m512 {
+        // Not by way of a denormal, which a processor is slow to make. A NaN is not less.
+        let is_zero = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, _mm512_set1_ps(LOWEST));
         // With the bound first, min and max hand on a NaN in x.
         let x = _mm512_min_ps(_mm512_set1_ps(HIGHEST), x);
         let x = _mm512_max_ps(_mm512_set1_ps(LOWEST), x);
@@ -70,7 +72,7 @@ pub(crate) mod avx512 {
             p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
         }
         let y = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
-        _mm512_scalef_ps(_mm512_add_ps(y, _mm512_set1_ps(1.0)), n)
+        _mm512_maskz_scalef_ps(!is_zero, _mm512_add_ps(y, _mm512_set1_ps(1.0)), n)
     }
 }
 

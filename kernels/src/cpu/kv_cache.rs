@@ -1,8 +1,9 @@
 //! Keys and values of one attention block, in pages, laid out for attention's register tiles.
 //!
 //! Memory is in words of 32 bits: an f32, or a pair of bf16. A page holds for each KV head
-//! * its keys, transposed: `[head_dim / terms][PAGE_TOKENS]` words, where a bf16 word is a pair of
-//!   neighbouring dimensions, so that a register of words is one step of the scores of 16 keys;
+//! * its keys, by [`KeyLayout`]: in columns, `[head_dim / terms][PAGE_TOKENS]` words, where a bf16 word is a pair of
+//!   neighbouring dimensions, so that a register of words is one step of the scores of 16 keys; or in rows,
+//!   `[PAGE_TOKENS][key_stride]` words, as AMX reads them, and a token is written to one or two cache lines;
 //! * its values: `[PAGE_TOKENS / terms][value_words]` words, where a bf16 word is a pair of neighbouring
 //!   positions, so that a register of words is one step of 16 dimensions of the output. Rows are padded
 //!   with zeros to whole registers.
@@ -25,10 +26,23 @@ const REGISTER_WORDS: usize = 16;
 /// The size of a huge page on x86-64; a smaller cache cannot fill one.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
+/// Words of a row of keys are padded to what AMX takes at once.
+const KEY_STEP_WORDS: usize = 16;
+
+/// How the keys of a head lie in a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KeyLayout {
+    /// Dimension by dimension, for levels that have a key in each lane.
+    Columns,
+    /// Key by key, padded with zeros; of bf16.
+    Rows,
+}
+
 /// Keys and values of one attention block, in pages.
 #[derive(Debug)]
 pub struct KvCache {
     dtype: Dtype,
+    layout: KeyLayout,
     num_pages: usize,
     kv_heads: usize,
     head_dim: usize,
@@ -40,9 +54,17 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(dtype: Dtype, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {
+    pub(crate) fn new(
+        dtype: Dtype,
+        layout: KeyLayout,
+        num_pages: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> Result<KvCache> {
         check::kv_cache(num_pages, kv_heads, head_dim)?;
-        let head_bytes = (key_words(dtype, head_dim) + value_words(dtype, head_dim)) * size_of::<u32>();
+        assert!(layout == KeyLayout::Columns || dtype == Dtype::Bf16, "rows of keys are of bf16");
+        let head_words = key_words(dtype, layout, head_dim) + value_words(dtype, head_dim);
+        let head_bytes = head_words * size_of::<u32>();
         let refuse = |why: String| {
             let shape = format!("{num_pages} pages of {kv_heads} heads of {head_dim}");
             Error::Unsupported(format!("kv_cache: {shape}: {why}"))
@@ -52,11 +74,15 @@ impl KvCache {
         let bytes = bytes.ok_or_else(|| refuse("overflow".to_owned()))?;
         let (memory, start) = map(bytes).map_err(|error| refuse(format!("{bytes} bytes: {error}")))?;
         let num_words = bytes / size_of::<u32>();
-        Ok(KvCache { dtype, num_pages, kv_heads, head_dim, memory, start, num_words })
+        Ok(KvCache { dtype, layout, num_pages, kv_heads, head_dim, memory, start, num_words })
     }
 
     pub(crate) fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    pub(crate) fn layout(&self) -> KeyLayout {
+        self.layout
     }
 
     pub(crate) fn num_pages(&self) -> usize {
@@ -71,16 +97,30 @@ impl KvCache {
         self.head_dim
     }
 
-    /// The head's keys in a page: `[head_dim / terms][PAGE_TOKENS]` words, aligned to a cache line.
+    /// The head's keys in a page, aligned to a cache line.
     pub(crate) fn keys(&self, page: u32, head: usize) -> &[u32] {
         let start = head_start(self, page, head);
-        &self.words()[start..][..key_words(self.dtype, self.head_dim)]
+        &self.words()[start..][..self.key_words()]
     }
 
     /// The head's values in a page: `[PAGE_TOKENS / terms][value_stride]` words, aligned to a cache line.
     pub(crate) fn values(&self, page: u32, head: usize) -> &[u32] {
-        let start = head_start(self, page, head) + key_words(self.dtype, self.head_dim);
+        let start = head_start(self, page, head) + self.key_words();
         &self.words()[start..][..value_words(self.dtype, self.head_dim)]
+    }
+
+    /// Words from key to key where they lie in rows: the head's width, padded to whole steps.
+    pub(crate) fn key_stride(&self) -> usize {
+        key_stride(self.head_dim)
+    }
+
+    /// Words of a head's keys and values in a page: from one head's to the next one's.
+    pub(crate) fn head_words(&self) -> usize {
+        self.key_words() + value_words(self.dtype, self.head_dim)
+    }
+
+    fn key_words(&self) -> usize {
+        key_words(self.dtype, self.layout, self.head_dim)
     }
 
     /// Words from step to step of values: the head's width, padded to whole registers.
@@ -125,8 +165,15 @@ fn value_stride(head_dim: usize) -> usize {
     head_dim.next_multiple_of(REGISTER_WORDS)
 }
 
-fn key_words(dtype: Dtype, head_dim: usize) -> usize {
-    head_dim / terms(dtype) * PAGE_TOKENS
+fn key_stride(head_dim: usize) -> usize {
+    (head_dim / 2).next_multiple_of(KEY_STEP_WORDS)
+}
+
+fn key_words(dtype: Dtype, layout: KeyLayout, head_dim: usize) -> usize {
+    match layout {
+        KeyLayout::Columns => head_dim / terms(dtype) * PAGE_TOKENS,
+        KeyLayout::Rows => PAGE_TOKENS * key_stride(head_dim),
+    }
 }
 
 fn value_words(dtype: Dtype, head_dim: usize) -> usize {
@@ -135,8 +182,7 @@ fn value_words(dtype: Dtype, head_dim: usize) -> usize {
 
 fn head_start(cache: &KvCache, page: u32, head: usize) -> usize {
     assert!((page as usize) < cache.num_pages && head < cache.kv_heads, "page {page} head {head}");
-    let head_words = key_words(cache.dtype, cache.head_dim) + value_words(cache.dtype, cache.head_dim);
-    (page as usize * cache.kv_heads + head) * head_words
+    (page as usize * cache.kv_heads + head) * cache.head_words()
 }
 
 /// Writes keys and values `[T, kv_heads * head_dim]` of every slice's rows into their pages.
@@ -170,7 +216,7 @@ pub(crate) fn append(
                     if is_keys {
                         write_keys(cache, base.at(start), slot, &Rows { array: k, row, num_rows, head });
                     } else {
-                        let start = start + key_words(cache.dtype, cache.head_dim);
+                        let start = start + cache.key_words();
                         write_values(cache, base.at(start), slot, &Rows { array: v, row, num_rows, head });
                     }
                 }
@@ -236,14 +282,18 @@ fn fetch_slot(cache: &KvCache, base: Words, slice: &AttentionSlice, head: usize,
     let page = slice.pages[slice.first_position / PAGE_TOKENS];
     let slot = slice.first_position % PAGE_TOKENS;
     let start = head_start(cache, page, head);
-    if is_keys {
-        let words = start..start + key_words(cache.dtype, cache.head_dim);
-        words.skip(slot).step_by(PAGE_TOKENS).for_each(|word| prefetch(base.at(word)));
-    } else {
-        let stride = cache.value_stride();
-        let step = start + key_words(cache.dtype, cache.head_dim) + slot / terms(cache.dtype) * stride;
-        (step..step + stride).step_by(REGISTER_WORDS).for_each(|word| prefetch(base.at(word)));
-    }
+    let (words, step) = match (is_keys, cache.layout) {
+        (true, KeyLayout::Columns) => (start + slot..start + cache.key_words(), PAGE_TOKENS),
+        (true, KeyLayout::Rows) => {
+            let first = start + slot * cache.key_stride();
+            (first..first + cache.key_stride(), REGISTER_WORDS)
+        }
+        (false, _) => {
+            let first = start + cache.key_words() + slot / terms(cache.dtype) * cache.value_stride();
+            (first..first + cache.value_stride(), REGISTER_WORDS)
+        }
+    };
+    words.step_by(step).for_each(|word| prefetch(base.at(word)));
 }
 
 fn prefetch(word: *const u32) {
@@ -265,8 +315,12 @@ fn prefetch(word: *const u32) {
 unsafe fn write_keys(cache: &KvCache, keys: *mut u32, slot: usize, rows: &Rows<'_>) {
     for i in 0..rows.num_rows {
         let entries = rows.get(i, cache.head_dim);
+        let (first, step_words) = match cache.layout {
+            KeyLayout::Columns => (slot + i, PAGE_TOKENS),
+            KeyLayout::Rows => ((slot + i) * cache.key_stride(), 1),
+        };
         // SAFETY: steps are below `head_dim / terms` and the slot below PAGE_TOKENS.
-        let word = |step: usize| unsafe { &mut *keys.add(step * PAGE_TOKENS + slot + i) };
+        let word = |step: usize| unsafe { &mut *keys.add(first + step * step_words) };
         match cache.dtype {
             Dtype::F32 => {
                 entries.iter().enumerate().for_each(|(step, entry)| *word(step) = entry.to_bits());
@@ -332,8 +386,12 @@ mod tests {
         // Small whole numbers, exact in bf16.
         let key = |r: usize, c: usize| ((r * 7 + c * 3) % 251) as f32;
         let value = |r: usize, c: usize| ((r * 5 + c * 11) % 241) as f32 - 120.0;
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let mut cache = KvCache::new(dtype, 5, kv_heads, head_dim).unwrap();
+        for (dtype, layout) in [
+            (Dtype::F32, KeyLayout::Columns),
+            (Dtype::Bf16, KeyLayout::Columns),
+            (Dtype::Bf16, KeyLayout::Rows),
+        ] {
+            let mut cache = KvCache::new(dtype, layout, 5, kv_heads, head_dim).unwrap();
             let pages = vec![4, 1, 3];
             // Positions 61..=133 in chunks of odd sizes.
             let mut position = 61;
@@ -349,7 +407,11 @@ mod tests {
                 let (page, slot) = (pages[position / PAGE_TOKENS], position % PAGE_TOKENS);
                 for head in 0..kv_heads {
                     for d in 0..head_dim {
-                        let found = term(dtype, cache.keys(page, head), PAGE_TOKENS, d, slot);
+                        let keys = cache.keys(page, head);
+                        let found = match layout {
+                            KeyLayout::Columns => term(dtype, keys, PAGE_TOKENS, d, slot),
+                            KeyLayout::Rows => term(dtype, &keys[slot * cache.key_stride()..], 1, d, 0),
+                        };
                         assert_eq!(found, key(position, head * head_dim + d), "key {position} {head} {d}");
                         let found = term(dtype, cache.values(page, head), cache.value_stride(), slot, d);
                         assert_eq!(
@@ -366,6 +428,6 @@ mod tests {
 
     #[test]
     fn a_cache_without_pages_is_possible() {
-        assert_eq!(KvCache::new(Dtype::Bf16, 0, 1, 8).unwrap().num_pages(), 0);
+        assert_eq!(KvCache::new(Dtype::Bf16, KeyLayout::Columns, 0, 1, 8).unwrap().num_pages(), 0);
     }
 }

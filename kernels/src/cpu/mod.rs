@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::{check, view};
 pub use gemm::Ceilings;
 use gemm::{Operand, PackedMatrix};
+use kv_cache::KeyLayout;
 pub use kv_cache::KvCache;
 use pool::ThreadPool;
 use simd::Simd;
@@ -156,7 +157,11 @@ impl Backend for Cpu {
     }
 
     fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {
-        KvCache::new(self.kv, num_pages, kv_heads, head_dim)
+        let layout = match (self.simd, self.kv) {
+            (Simd::Amx, Dtype::Bf16) => KeyLayout::Rows,
+            _ => KeyLayout::Columns,
+        };
+        KvCache::new(self.kv, layout, num_pages, kv_heads, head_dim)
     }
 
     fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Array) -> Result<()> {

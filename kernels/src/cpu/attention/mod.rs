@@ -1,19 +1,21 @@
 //! Causal attention over the paged cache, for prefill and decode alike.
 //!
 //! A task is a *tile*: a few consecutive positions of a sequence, with all query heads that read one KV
-//! head, so that one pass over the head's keys and values serves its whole group. See [`tile`] for what
-//! happens inside. Tiles are claimed by the pool's threads, the longest first.
+//! head, so that one pass over the head's keys and values serves its whole group. See [`tile`], and for AMX `amx`, for
+//! what happens inside. Runs of tiles are claimed by the pool's threads, the longest first.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod product;
 mod tile;
 
 use std::cell::RefCell;
 
 use crate::array::Array;
-use crate::backend::AttentionSlice;
+use crate::backend::{AttentionSlice, PAGE_TOKENS};
 use crate::check;
 use crate::cpu::gemm::{Operand, OperandWriter};
-use crate::cpu::kv_cache::KvCache;
+use crate::cpu::kv_cache::{KeyLayout, KvCache};
 use crate::cpu::lanes::{Kernel, Lanes, at_level};
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
@@ -25,9 +27,16 @@ use crate::error::Result;
 /// a prompt of 100 tokens makes work for several threads.
 const TILE_QUERIES: usize = 48;
 
+/// The same of a tile of several heads where keys lie in rows: those of a block in AMX.
+const SHARED_QUERIES: usize = 16;
+
 /// Tasks to make for each thread, where heads can be shared out to that end: with two, a thread that has ended
 /// its long one can still take a short one from another.
 const TASKS_PER_THREAD: usize = 2;
+
+/// Runs of neighbouring tiles that each thread is dealt, at least: one knows what its next tile is and can fetch its
+/// entries, and what a thread may have to wait for another is an eighth.
+const RUNS_PER_THREAD: usize = 8;
 
 /// Consecutive positions of one slice, and some KV heads.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +49,31 @@ struct Tile {
     num_heads: u32,
     /// Scores to compute, about: tiles are ordered by it.
     work: u64,
+}
+
+impl Tile {
+    /// What it reads first.
+    fn first_entries(&self, slices: &[AttentionSlice]) -> Entries {
+        let slice = &slices[self.slice as usize];
+        let num_seen = slice.first_position + (self.first + self.num_positions) as usize;
+        Entries {
+            page: slice.pages[0],
+            first_head: self.first_head as usize,
+            num_heads: self.num_heads as usize,
+            num_keys: num_seen.min(PAGE_TOKENS),
+        }
+    }
+}
+
+/// Some neighbouring heads' entries of a page.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for those that fetch ahead"))]
+struct Entries {
+    page: u32,
+    first_head: usize,
+    num_heads: usize,
+    /// Positions of the page that are seen.
+    num_keys: usize,
 }
 
 thread_local! {
@@ -64,31 +98,55 @@ pub(crate) fn attention(
     out.reset(q.rows(), q.cols());
     let writer = out.writer();
     TILES.with_borrow_mut(|tiles| {
-        let shape = Shape { group, kv_heads: cache.kv_heads(), threads: pool.num_threads() };
+        let most_shared = match cache.layout() {
+            KeyLayout::Columns => TILE_QUERIES,
+            KeyLayout::Rows => SHARED_QUERIES,
+        };
+        let shape = Shape { group, kv_heads: cache.kv_heads(), threads: pool.num_threads(), most_shared };
         plan(slices, shape, tiles);
         let tiles = &*tiles;
-        pool.for_each(tiles.len(), |task| {
-            let tile = tiles[task];
+        let run = (tiles.len() / (RUNS_PER_THREAD * pool.num_threads())).max(1);
+        pool.for_each(tiles.len().div_ceil(run), |task| {
+            let run = task * run..tiles.len().min((task + 1) * run);
             SCRATCH.with_borrow_mut(|scratch| {
-                let slice = &slices[tile.slice as usize];
-                let job = Attend {
-                    q,
-                    cache,
-                    slice,
-                    first_row: slice.first_row + tile.first as usize,
-                    first_position: slice.first_position + tile.first as usize,
-                    num_positions: tile.num_positions as usize,
-                    first_head: tile.first_head as usize,
-                    num_heads: tile.num_heads as usize,
-                    group,
-                    writer,
-                    scratch,
-                };
-                at_level(simd, job);
+                for i in run.clone() {
+                    let tile = &tiles[i];
+                    let slice = &slices[tile.slice as usize];
+                    attend(
+                        simd,
+                        Attend {
+                            q,
+                            cache,
+                            slice,
+                            first_row: slice.first_row + tile.first as usize,
+                            first_position: slice.first_position + tile.first as usize,
+                            num_positions: tile.num_positions as usize,
+                            first_head: tile.first_head as usize,
+                            num_heads: tile.num_heads as usize,
+                            group,
+                            next: run.contains(&(i + 1)).then(|| tiles[i + 1].first_entries(slices)),
+                            writer,
+                            scratch,
+                        },
+                    );
+                }
             });
         });
     });
     Ok(())
+}
+
+/// One tile, by the way that the cache is laid out for.
+fn attend(simd: Simd, job: Attend<'_>) {
+    match job.cache.layout() {
+        KeyLayout::Columns => at_level(simd, job),
+        // SAFETY: only a device of the level `amx` makes a cache with its keys in rows, and they are of bf16; the slices
+        // were checked by `attention`.
+        #[cfg(target_arch = "x86_64")]
+        KeyLayout::Rows => unsafe { amx::attend(job) },
+        #[cfg(not(target_arch = "x86_64"))]
+        KeyLayout::Rows => unreachable!("keys lie in rows for x86-64 alone"),
+    }
 }
 
 /// What tiles are cut by, beside the slices.
@@ -97,11 +155,13 @@ struct Shape {
     group: usize,
     kv_heads: usize,
     threads: usize,
+    /// Query rows of a tile of several heads, at most.
+    most_shared: usize,
 }
 
 /// Cuts the slices into tiles, the longest first.
 fn plan(slices: &[AttentionSlice], shape: Shape, tiles: &mut Vec<Tile>) {
-    let Shape { group, kv_heads, threads } = shape;
+    let Shape { group, kv_heads, threads, most_shared } = shape;
     let max_positions = (TILE_QUERIES / group).max(1);
     let num_spans: usize = slices.iter().map(|slice| slice.num_rows.div_ceil(max_positions)).sum();
     // Several heads of a page lie side by side and are read as one stream: a task takes as many of them as still
@@ -111,7 +171,7 @@ fn plan(slices: &[AttentionSlice], shape: Shape, tiles: &mut Vec<Tile>) {
     for (index, slice) in slices.iter().enumerate() {
         for first in (0..slice.num_rows).step_by(max_positions) {
             let num_positions = max_positions.min(slice.num_rows - first);
-            let fitting_heads = TILE_QUERIES / (num_positions * group);
+            let fitting_heads = most_shared / (num_positions * group);
             let num_heads = fitting_heads.min(shared_heads).clamp(1, kv_heads);
             for first_head in (0..kv_heads).step_by(num_heads) {
                 let num_heads = num_heads.min(kv_heads - first_head);
@@ -142,6 +202,9 @@ struct Attend<'a> {
     first_head: usize,
     num_heads: usize,
     group: usize,
+    /// What the thread reads after it, if that is known.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for those that fetch ahead"))]
+    next: Option<Entries>,
     writer: OperandWriter<'a>,
     scratch: &'a mut Array,
 }
@@ -182,7 +245,8 @@ mod tests {
         let slices = [slice(0, 1, 700), slice(1, 100, 30), slice(101, 0, 5), slice(101, 1, 3)];
         let mut tiles = Vec::new();
         for (group, kv_heads, threads) in [(1, 1, 1), (3, 3, 2), (16, 2, 64), (64, 5, 1), (1, 32, 2)] {
-            plan(&slices, Shape { group, kv_heads, threads }, &mut tiles);
+            let shape = Shape { group, kv_heads, threads, most_shared: TILE_QUERIES };
+            plan(&slices, shape, &mut tiles);
             let mut seen = vec![0; 102 * kv_heads];
             for tile in &tiles {
                 let (num_positions, num_heads) = (tile.num_positions as usize, tile.num_heads as usize);

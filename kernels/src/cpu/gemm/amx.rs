@@ -44,14 +44,14 @@ struct Shapes {
 
 /// The calling thread's tile registers in the shapes of a product, until this is dropped. Then they are empty again,
 /// and the system has no 8 KiB to save when it changes threads.
-pub(super) struct Registers(PhantomData<*const ()>);
+pub(crate) struct Registers(PhantomData<*const ()>);
 
 impl Registers {
     /// For `rows` rows of x in a register, 1 ..= 16.
     ///
     /// # Safety
     /// The processor has AMX, and the system has granted its registers.
-    pub(super) unsafe fn shape(rows: usize) -> Self {
+    pub(crate) unsafe fn shape(rows: usize) -> Self {
         let mut shapes =
             Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         shapes.row_bytes[..8].fill(ROW_BYTES as u16);

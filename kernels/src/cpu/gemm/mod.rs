@@ -41,6 +41,8 @@ mod tests;
 mod tile;
 mod unpack;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::Registers;
 pub use ceiling::Ceilings;
 pub(crate) use operand::{Operand, OperandWriter};
 pub(crate) use pack::{PackedMatrix, packed_bytes};

@@ -5,8 +5,8 @@
 //! 128 MB together as bf16.
 //!
 //! ```text
-//! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512] [--rows 1,64] [--shapes 576x1536]
-//!                               [--weights bf16|int8|int8-weight|int4-weight]
+//! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512|amx] [--rows 1,64] [--shapes 576x1536]
+//!                               [--weights bf16|int8|int8-weight|int4-weight] [--warm]
 //! ```
 //!
 //! A time is the median, and the best, of 15 samples of at least a millisecond.
@@ -46,6 +46,8 @@ struct Options {
     weights: WeightType,
     rows: Vec<usize>,
     shapes: Vec<(usize, usize)>,
+    /// Whether every call takes the same weights, which stay in the caches that they fit into.
+    is_warm: bool,
 }
 
 /// Seconds of a call.
@@ -55,7 +57,7 @@ struct Time {
 }
 
 fn main() -> Result<()> {
-    let Options { threads, simd, weights, rows, shapes } = options()?;
+    let Options { threads, simd, weights, rows, shapes, is_warm } = options()?;
     let cores = available_cores();
     let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: Dtype::Bf16 })?;
     cpu.pin_caller();
@@ -71,7 +73,7 @@ fn main() -> Result<()> {
     println!("shares are of the median (of the best)\n");
     println!("     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory");
     for (n, k) in shapes {
-        let matrices = Weights::new(&cpu, n, k)?;
+        let matrices = Weights::new(&cpu, n, k, is_warm)?;
         for &rows in &rows {
             let has_integer_inputs = weights == WeightType::Int8;
             report(&cpu, &ceilings, &matrices, rows, has_integer_inputs)?;
@@ -89,11 +91,11 @@ struct Weights {
 }
 
 impl Weights {
-    fn new(cpu: &Cpu, n: usize, k: usize) -> Result<Self> {
+    fn new(cpu: &Cpu, n: usize, k: usize, is_warm: bool) -> Result<Self> {
         let bits: Vec<u16> = random(n * k).map(|v| (v.to_bits() >> 16) as u16).collect();
         let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
         let view = TensorView::new(ViewDtype::Bf16, n, k, &bytes);
-        let copies = (COLD_BYTES / bytes.len()).max(2);
+        let copies = if is_warm { 1 } else { (COLD_BYTES / bytes.len()).max(2) };
         let packed = (0..copies).map(|_| cpu.matrix(view)).collect::<Result<_, _>>()?;
         let packed: Vec<CpuMatrix> = packed;
         let mut plain = vec![0.0; n * k];
@@ -202,9 +204,14 @@ fn options() -> Result<Options> {
         weights: WeightType::Bf16,
         rows: ROWS.to_vec(),
         shapes: SHAPES.to_vec(),
+        is_warm: false,
     };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(key) = args.next() {
+        if key == "--warm" {
+            options.is_warm = true;
+            continue;
+        }
         let value = args.next().with_context(|| format!("{key} needs a value"))?;
         match key.as_str() {
             "--threads" => options.threads = value.parse()?,

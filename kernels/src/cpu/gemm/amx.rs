@@ -1,7 +1,8 @@
 //! The tile in AMX: `TDPBF16PS` multiplies 16 rows of x, 32 terms long, with 16 columns of weights.
 //!
-//! A tile is up to 32 rows by 32 columns: four registers of sums, two of x, two of weights. A step of 32 terms takes
-//! 4 products of 16 cycles each and 4 loads of 8 from L1: the products are what it waits for.
+//! A tile is walked in blocks of 32 rows by 32 columns: four registers of sums, two of x, two of weights. A step of 32
+//! terms takes 4 products of 16 cycles each and 4 loads of 8 from L1: the products are what it waits for. The weights
+//! of a tile stay in L1 from block to block. x comes from L2, by loads that are not to push the weights out.
 //!
 //! `TDPBF16PS` sums the even terms of a step and the odd ones apart, adds both, and adds that to what it has; it
 //! takes denormals for zeros and makes zeros of them. That is the level's numeric profile. A step is always the same
@@ -15,22 +16,25 @@ use super::tile::Tile;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
-use std::mem::offset_of;
+use std::mem::{MaybeUninit, offset_of};
 
 /// Rows of a register.
 const ROWS: usize = 16;
 
-/// Rows of a tile: two registers.
-pub(super) const TILE_ROWS: usize = 2 * ROWS;
+/// Rows of a block: two registers.
+pub(super) const BLOCK_ROWS: usize = 2 * ROWS;
 
-/// Columns of a tile: two registers.
-pub(super) const TILE_COLS: usize = 32;
+/// Columns of a block, and of a tile: two registers.
+pub(super) const BLOCK_COLS: usize = 32;
 
-/// Bytes of a row of a register: the terms of a step.
+/// Rows of a tile: weights that are read once serve them all. More would only make fewer units of work.
+pub(super) const MAX_ROWS: usize = 256;
+
+/// Bytes of a row of a register: the terms of a block.
 const ROW_BYTES: usize = 64;
 
 /// Bytes from one row of weights to the next, a word for each column, and of a row of sums.
-const STRIP_BYTES: usize = TILE_COLS * 4;
+const STRIP_BYTES: usize = BLOCK_COLS * 4;
 
 /// The shapes of the eight tile registers, as `LDTILECFG` reads them.
 #[repr(C, align(64))]
@@ -57,7 +61,7 @@ impl Registers {
         shapes.row_bytes[..8].fill(ROW_BYTES as u16);
         debug_assert!((1..=ROWS).contains(&rows), "{rows} rows in a register");
         shapes.rows[..6].fill(rows as u8); // Sums and x.
-        shapes.rows[6..8].fill(ROWS as u8); // Weights: a row for each word of a step.
+        shapes.rows[6..8].fill(ROWS as u8); // Weights: a row for each word of a block.
         // SAFETY: the caller vouches for the instruction; it reads the 64 bytes of `shapes`.
         unsafe {
             asm!(
@@ -87,7 +91,7 @@ impl Drop for Registers {
 
 /// What the assembly works on; strides in bytes.
 #[repr(C)]
-struct Step {
+struct Block {
     /// `[rows, 64 * steps]` bytes; the registers' rows are read of each half.
     a: *const u8,
     a_stride: usize,
@@ -100,22 +104,23 @@ struct Step {
     /// `[rows, 32]`
     c: *mut u8,
     c_stride: usize,
+    /// Fours of lines from here on are prefetched in every step.
     prefetch: *const u8,
-    prefetch_lines: usize,
+    prefetch_fours: usize,
 }
 
 /// `c = [init +] a · b` for one or two registers of rows.
 macro_rules! multiply {
     ($two:ident, $one:ident, $product:literal) => {
         /// Two registers of rows.
-        unsafe fn $two(step: &Step) {
+        unsafe fn $two(block: &Block) {
             // SAFETY: the caller vouches for the pointers and for registers in their shapes.
             unsafe {
                 asm!(
-                    "mov {x}, [{step} + {init}]",
+                    "mov {x}, [{block} + {init}]",
                     "test {x}, {x}",
                     "jz 2f",
-                    "mov {y}, [{step} + {init_stride}]",
+                    "mov {y}, [{block} + {init_stride}]",
                     "tileloadd tmm0, [{x} + {y}*1]",
                     "tileloadd tmm1, [{x} + {y}*1 + 64]",
                     "mov {a1}, {y}",
@@ -137,30 +142,33 @@ macro_rules! multiply {
                     "jz 7f",
                     "4:",
                     "tileloadd tmm6, [{b} + {b_stride}*1]",
-                    "tileloadd tmm4, [{a} + {a_stride}*1]",
+                    "tileloaddt1 tmm4, [{a} + {a_stride}*1]",
                     concat!($product, " tmm0, tmm4, tmm6"),
                     "tileloadd tmm7, [{b} + {b_stride}*1 + 64]",
                     concat!($product, " tmm1, tmm4, tmm7"),
-                    "tileloadd tmm5, [{a1} + {a_stride}*1]",
+                    "tileloaddt1 tmm5, [{a1} + {a_stride}*1]",
                     concat!($product, " tmm2, tmm5, tmm6"),
                     concat!($product, " tmm3, tmm5, tmm7"),
                     "add {a}, 64",
                     "add {a1}, 64",
                     "add {b}, 2048",
-                    "mov {x}, {lines}",
+                    "mov {x}, {fours}",
                     "test {x}, {x}",
                     "jz 6f",
                     "5:",
                     "prefetcht1 [{prefetch}]",
-                    "add {prefetch}, 64",
+                    "prefetcht1 [{prefetch} + 64]",
+                    "prefetcht1 [{prefetch} + 128]",
+                    "prefetcht1 [{prefetch} + 192]",
+                    "add {prefetch}, 256",
                     "dec {x}",
                     "jnz 5b",
                     "6:",
                     "dec {steps}",
                     "jnz 4b",
                     "7:",
-                    "mov {x}, [{step} + {c}]",
-                    "mov {y}, [{step} + {c_stride}]",
+                    "mov {x}, [{block} + {c}]",
+                    "mov {y}, [{block} + {c_stride}]",
                     "tilestored [{x} + {y}*1], tmm0",
                     "tilestored [{x} + {y}*1 + 64], tmm1",
                     "mov {a1}, {y}",
@@ -168,21 +176,21 @@ macro_rules! multiply {
                     "add {x}, {a1}",
                     "tilestored [{x} + {y}*1], tmm2",
                     "tilestored [{x} + {y}*1 + 64], tmm3",
-                    step = in(reg) step,
-                    a = inout(reg) step.a => _,
+                    block = in(reg) block,
+                    a = inout(reg) block.a => _,
                     a1 = out(reg) _,
-                    a_stride = in(reg) step.a_stride,
-                    b = inout(reg) step.b => _,
+                    a_stride = in(reg) block.a_stride,
+                    b = inout(reg) block.b => _,
                     b_stride = in(reg) STRIP_BYTES,
-                    steps = inout(reg) step.steps => _,
-                    prefetch = inout(reg) step.prefetch => _,
-                    lines = in(reg) step.prefetch_lines,
+                    steps = inout(reg) block.steps => _,
+                    prefetch = inout(reg) block.prefetch => _,
+                    fours = in(reg) block.prefetch_fours,
                     x = out(reg) _,
                     y = out(reg) _,
-                    init = const offset_of!(Step, init),
-                    init_stride = const offset_of!(Step, init_stride),
-                    c = const offset_of!(Step, c),
-                    c_stride = const offset_of!(Step, c_stride),
+                    init = const offset_of!(Block, init),
+                    init_stride = const offset_of!(Block, init_stride),
+                    c = const offset_of!(Block, c),
+                    c_stride = const offset_of!(Block, c_stride),
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
@@ -191,14 +199,14 @@ macro_rules! multiply {
         }
 
         /// One register of rows.
-        unsafe fn $one(step: &Step) {
+        unsafe fn $one(block: &Block) {
             // SAFETY: as above.
             unsafe {
                 asm!(
-                    "mov {x}, [{step} + {init}]",
+                    "mov {x}, [{block} + {init}]",
                     "test {x}, {x}",
                     "jz 2f",
-                    "mov {y}, [{step} + {init_stride}]",
+                    "mov {y}, [{block} + {init_stride}]",
                     "tileloadd tmm0, [{x} + {y}*1]",
                     "tileloadd tmm1, [{x} + {y}*1 + 64]",
                     "jmp 3f",
@@ -210,42 +218,45 @@ macro_rules! multiply {
                     "jz 7f",
                     "4:",
                     "tileloadd tmm6, [{b} + {b_stride}*1]",
-                    "tileloadd tmm4, [{a} + {a_stride}*1]",
+                    "tileloaddt1 tmm4, [{a} + {a_stride}*1]",
                     concat!($product, " tmm0, tmm4, tmm6"),
                     "tileloadd tmm7, [{b} + {b_stride}*1 + 64]",
                     concat!($product, " tmm1, tmm4, tmm7"),
                     "add {a}, 64",
                     "add {b}, 2048",
-                    "mov {x}, {lines}",
+                    "mov {x}, {fours}",
                     "test {x}, {x}",
                     "jz 6f",
                     "5:",
                     "prefetcht1 [{prefetch}]",
-                    "add {prefetch}, 64",
+                    "prefetcht1 [{prefetch} + 64]",
+                    "prefetcht1 [{prefetch} + 128]",
+                    "prefetcht1 [{prefetch} + 192]",
+                    "add {prefetch}, 256",
                     "dec {x}",
                     "jnz 5b",
                     "6:",
                     "dec {steps}",
                     "jnz 4b",
                     "7:",
-                    "mov {x}, [{step} + {c}]",
-                    "mov {y}, [{step} + {c_stride}]",
+                    "mov {x}, [{block} + {c}]",
+                    "mov {y}, [{block} + {c_stride}]",
                     "tilestored [{x} + {y}*1], tmm0",
                     "tilestored [{x} + {y}*1 + 64], tmm1",
-                    step = in(reg) step,
-                    a = inout(reg) step.a => _,
-                    a_stride = in(reg) step.a_stride,
-                    b = inout(reg) step.b => _,
+                    block = in(reg) block,
+                    a = inout(reg) block.a => _,
+                    a_stride = in(reg) block.a_stride,
+                    b = inout(reg) block.b => _,
                     b_stride = in(reg) STRIP_BYTES,
-                    steps = inout(reg) step.steps => _,
-                    prefetch = inout(reg) step.prefetch => _,
-                    lines = in(reg) step.prefetch_lines,
+                    steps = inout(reg) block.steps => _,
+                    prefetch = inout(reg) block.prefetch => _,
+                    fours = in(reg) block.prefetch_fours,
                     x = out(reg) _,
                     y = out(reg) _,
-                    init = const offset_of!(Step, init),
-                    init_stride = const offset_of!(Step, init_stride),
-                    c = const offset_of!(Step, c),
-                    c_stride = const offset_of!(Step, c_stride),
+                    init = const offset_of!(Block, init),
+                    init_stride = const offset_of!(Block, init_stride),
+                    c = const offset_of!(Block, c),
+                    c_stride = const offset_of!(Block, c_stride),
                     out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
                 );
@@ -262,49 +273,86 @@ multiply!(two_of_bf16, one_of_bf16, "tdpbf16ps");
 /// As [`super::tile::TileFn`]; besides, x can be read for whole registers of rows, and the thread's registers are
 /// in the shapes of [`Registers::shape`] for `tile.register_rows`.
 pub(super) unsafe fn tile_bf16(tile: &Tile) {
-    let mut step = Step {
-        a: tile.a,
-        a_stride: tile.a_stride,
-        b: tile.b,
-        steps: tile.k * 2 / ROW_BYTES,
-        init: tile.init.cast(),
-        init_stride: STRIP_BYTES,
-        c: tile.c.cast(),
-        c_stride: tile.c_stride * 4,
-        prefetch: tile.prefetch,
-        prefetch_lines: tile.prefetch_groups,
-    };
-    // Registers are stored whole.
-    let fits = tile.rows == tile.register_rows || tile.rows == TILE_ROWS;
-    let multiply = if tile.rows > ROWS { two_of_bf16 } else { one_of_bf16 };
-    // SAFETY: the caller vouches for what is read. What is written are rows that the tile has, or the buffer, from
-    // which those that it has are taken.
-    unsafe {
-        if fits && !tile.is_added {
-            return multiply(&step);
+    let steps = tile.k * 2 / ROW_BYTES;
+    let prefetch = Prefetch::new(tile, steps);
+    for first in (0..tile.rows).step_by(BLOCK_ROWS) {
+        let rows = BLOCK_ROWS.min(tile.rows - first);
+        let (from, fours) = prefetch.of_block(first / BLOCK_ROWS);
+        // SAFETY: the caller vouches for the tile's rows.
+        let (init, c) =
+            unsafe { (tile.init.wrapping_add(first * BLOCK_COLS), tile.c.add(first * tile.c_stride)) };
+        let mut block = Block {
+            a: tile.a.wrapping_add(first * tile.a_stride),
+            a_stride: tile.a_stride,
+            b: tile.b,
+            steps,
+            init: if tile.init.is_null() { std::ptr::null() } else { init.cast() },
+            init_stride: STRIP_BYTES,
+            c: c.cast(),
+            c_stride: tile.c_stride * 4,
+            prefetch: from,
+            prefetch_fours: fours,
+        };
+        let multiply = if rows > ROWS { two_of_bf16 } else { one_of_bf16 };
+        // Registers are stored whole.
+        let fits = rows == BLOCK_ROWS || rows == tile.register_rows;
+        // SAFETY: the caller vouches for what is read. What is written are rows that the tile has, or the buffer,
+        // from which those that it has are taken.
+        unsafe {
+            if fits && !tile.is_added {
+                multiply(&block);
+                continue;
+            }
+            let mut buffer = MaybeUninit::<Buffer>::uninit();
+            block.c = buffer.as_mut_ptr().cast();
+            block.c_stride = STRIP_BYTES;
+            multiply(&block);
+            copy(block.c.cast(), c, tile.c_stride, rows, tile.is_added);
         }
-        let mut buffer = std::mem::MaybeUninit::<Buffer>::uninit();
-        step.c = buffer.as_mut_ptr().cast();
-        step.c_stride = STRIP_BYTES;
-        multiply(&step);
-        copy(step.c.cast(), tile);
     }
 }
 
-/// A tile's sums.
-#[repr(C, align(64))]
-struct Buffer([f32; TILE_ROWS * TILE_COLS]);
+/// How a tile's blocks share what is to be prefetched: as much as the tile's own weights.
+struct Prefetch {
+    from: *const u8,
+    /// Fours of lines for every step of a block; the first blocks have them.
+    fours: usize,
+    blocks: usize,
+    steps: usize,
+}
 
-/// `c = sums`, or `c += sums`, for the tile's rows; `sums: [rows, 32]`.
+impl Prefetch {
+    /// Fours of lines that a step of weights is made of.
+    const STEP_FOURS: usize = ROWS * STRIP_BYTES / (4 * 64);
+
+    fn new(tile: &Tile, steps: usize) -> Self {
+        let blocks = tile.rows.div_ceil(BLOCK_ROWS);
+        // Two blocks are little more than the time of memory: the earlier the better. Otherwise evenly.
+        let blocks = if blocks <= 2 { 1 } else { blocks.min(Self::STEP_FOURS) };
+        let fours = if tile.prefetch_groups > 0 { Self::STEP_FOURS / blocks } else { 0 };
+        Self { from: tile.prefetch, fours, blocks: Self::STEP_FOURS / fours.max(1), steps }
+    }
+
+    fn of_block(&self, block: usize) -> (*const u8, usize) {
+        let is_one = block < self.blocks;
+        (self.from.wrapping_add(block * self.steps * self.fours * 256), if is_one { self.fours } else { 0 })
+    }
+}
+
+/// A block's sums.
+#[repr(C, align(64))]
+struct Buffer([f32; BLOCK_ROWS * BLOCK_COLS]);
+
+/// `c = sums`, or `c += sums`; `sums: [rows, 32]`, `c: [rows, 32]` with `c_stride` numbers from row to row.
 #[target_feature(enable = "avx512f")]
-unsafe fn copy(sums: *const f32, tile: &Tile) {
-    for row in 0..tile.rows {
-        for col in (0..TILE_COLS).step_by(16) {
+unsafe fn copy(sums: *const f32, c: *mut f32, c_stride: usize, rows: usize, is_added: bool) {
+    for row in 0..rows {
+        for col in (0..BLOCK_COLS).step_by(16) {
             // SAFETY: the caller vouches for both.
             unsafe {
-                let c = tile.c.add(row * tile.c_stride + col);
-                let sum = _mm512_loadu_ps(sums.add(row * TILE_COLS + col));
-                let sum = if tile.is_added { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
+                let c = c.add(row * c_stride + col);
+                let sum = _mm512_loadu_ps(sums.add(row * BLOCK_COLS + col));
+                let sum = if is_added { _mm512_add_ps(_mm512_loadu_ps(c), sum) } else { sum };
                 _mm512_storeu_ps(c, sum);
             }
         }

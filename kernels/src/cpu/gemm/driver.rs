@@ -6,8 +6,9 @@ use super::integers::Integers;
 use super::operand::REGISTER_ROWS;
 use super::operand::{Operand, OperandWriter};
 use super::pack::{PackedMatrix, padded_terms, terms_per_word};
-use super::plan::{GROUP_TILES, Plan, Shape, Unit, is_unpacked, share, tile_bytes};
+use super::plan::{Plan, Shape, Unit, is_unpacked, share, tile_bytes};
 use super::scales::{AddGroup, Finish};
+use super::scratch::with_sums;
 use super::tile::{Kernel, Sums, Tile};
 use super::unpack::{Unpack, Unpacked, unpack_fn};
 use crate::backend::WeightType;
@@ -16,9 +17,6 @@ use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-/// Sums of a unit's tiles, on the stack of its thread.
-type Scratch = MaybeUninit<[Sums; GROUP_TILES]>;
 
 /// x, as a product reads it.
 #[derive(Clone, Copy)]
@@ -90,7 +88,7 @@ impl<'a, const N: usize> Product<'a, N> {
         Self { simd, kernel, plan, x, kind, weights, is_begun: false }
     }
 
-    /// The sums of a unit's tiles by matrix `m`, to where `destination(index of the tile in the unit)` says.
+    /// The sums of a unit's tiles by matrix `m`, to where `destination(piece, tile)` says.
     ///
     /// # Safety
     /// `scratch` has room for the unit's tiles, and the destinations for tiles of the piece's width.
@@ -99,26 +97,30 @@ impl<'a, const N: usize> Product<'a, N> {
         unit: &Unit,
         m: usize,
         scratch: *mut f32,
-        destination: impl Fn(usize) -> Destination,
+        destination: impl Fn(usize, usize) -> Destination,
     ) {
         let (plan, geometry) = (&self.plan, &self.kernel.geometry);
         let term_bytes = geometry.strip * tile_bytes(self.kind);
-        for chunk in 0..plan.num_chunks {
+        for (chunk, piece) in
+            (0..plan.num_chunks).flat_map(|chunk| unit.pieces.clone().map(move |p| (chunk, p)))
+        {
             let (first, k) = self.chunk(chunk);
-            let b = self.piece(m, unit.piece).wrapping_add(first * term_bytes);
-            let (next, in_unit) = self.next_sweep(unit, m, chunk);
-            for (i, tile) in unit.tiles.clone().enumerate() {
+            let b = self.piece(m, piece).wrapping_add(first * term_bytes);
+            let (next, in_unit) = self.next_sweep(unit, m, chunk, piece);
+            let (cols, bias) = (plan.cols(piece).len(), self.bias(m, piece, chunk));
+            let is_last = chunk + 1 == plan.num_chunks;
+            for tile in unit.tiles.clone() {
                 let rows = plan.rows(tile);
                 // SAFETY: the caller vouches for the scratch.
-                let sums = unsafe { scratch.add(i * geometry.sums()) };
-                let (place, places) =
-                    if in_unit { (i, unit.tiles.len()) } else { unit.sweep.unwrap_or((0, 1)) };
+                let sums = unsafe { scratch.add(self.place(unit, piece, tile)) };
+                let (place, places) = match unit.sweep {
+                    Some(sweep) if !in_unit => sweep,
+                    _ => (tile - unit.tiles.start, unit.tiles.len()),
+                };
                 let (prefetch, prefetch_groups) = self.prefetch(b, k, next, place, places);
-                let is_last = chunk + 1 == plan.num_chunks;
-                let to = if is_last {
-                    destination(i)
-                } else {
-                    Destination { c: sums, c_stride: geometry.strip, is_added: false }
+                let to = match is_last {
+                    true => destination(piece, tile),
+                    false => Destination { c: sums, c_stride: geometry.strip, is_added: false },
                 };
                 let (a, a_stride) = self.rows_of_x(rows.start, first);
                 let tile = Tile {
@@ -128,8 +130,8 @@ impl<'a, const N: usize> Product<'a, N> {
                     k,
                     rows: rows.len(),
                     register_rows: self.register_rows(),
-                    cols: plan.cols(unit.piece).len(),
-                    bias: self.bias(m, unit.piece, chunk),
+                    cols,
+                    bias,
                     init: if chunk > 0 || self.is_begun { sums } else { std::ptr::null() },
                     c: to.c,
                     c_stride: to.c_stride,
@@ -144,29 +146,40 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
+    /// Where in the scratch the sums of a unit's tile lie.
+    fn place(&self, unit: &Unit, piece: usize, tile: usize) -> usize {
+        let idx = (piece - unit.pieces.start) * unit.tiles.len() + tile - unit.tiles.start;
+        idx * self.kernel.geometry.sums()
+    }
+
+    /// Numbers of the sums of a unit.
+    fn unit_sums(&self) -> usize {
+        self.plan.unit_tiles() * self.kernel.geometry.sums()
+    }
+
     /// The same where weights are unpacked: chunk by chunk, for all tiles of the unit; the sums go to `scratch`.
     ///
     /// # Safety
     /// `scratch` has room for the unit's tiles.
     unsafe fn sweep_unpacked(&self, unit: &Unit, m: usize, scratch: *mut f32) {
         let unpack = unpack_fn(self.simd, self.kind);
-        let cols = self.plan.cols(unit.piece).len();
         let (mut unpacked, mut group) = (MaybeUninit::<Unpacked>::uninit(), MaybeUninit::<Sums>::uninit());
         let (b, group) = (unpacked.as_mut_ptr().cast::<u32>(), group.as_mut_ptr().cast::<f32>());
         let has_groups = self.kind == WeightType::Int4Weight;
         let geometry = &self.kernel.geometry;
-        for chunk in 0..self.plan.num_chunks {
+        let chunks = 0..self.plan.num_chunks;
+        for (chunk, piece) in chunks.flat_map(|chunk| unit.pieces.clone().map(move |piece| (chunk, piece))) {
             let (first, k) = self.chunk(chunk);
-            let words = self
-                .piece(m, unit.piece)
-                .wrapping_add(first / terms_per_word(self.kind) * geometry.strip * 4);
+            let cols = self.plan.cols(piece).len();
+            let words =
+                self.piece(m, piece).wrapping_add(first / terms_per_word(self.kind) * geometry.strip * 4);
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
             unsafe { unpack(&Unpack { words: words.cast(), terms: k, cols, out: b }) };
             let is_first = chunk == 0 && !self.is_begun;
-            for (i, tile) in unit.tiles.clone().enumerate() {
+            for tile in unit.tiles.clone() {
                 let rows = self.plan.rows(tile);
                 // SAFETY: the caller vouches for the scratch.
-                let sums = unsafe { scratch.add(i * geometry.sums()) };
+                let sums = unsafe { scratch.add(self.place(unit, piece, tile)) };
                 let (a, a_stride) = self.rows_of_x(rows.start, first);
                 let tile = Tile {
                     a,
@@ -188,7 +201,7 @@ impl<'a, const N: usize> Product<'a, N> {
                 // sums from the chunk before are in the scratch.
                 unsafe { (self.kernel.tile)(&tile) }
                 if has_groups {
-                    let (scales, rows) = (self.scales(m, unit.piece, chunk), rows.len());
+                    let (scales, rows) = (self.scales(m, piece, chunk), rows.len());
                     at_level(self.simd, AddGroup { group, scales, sums, is_first, rows, cols });
                 }
             }
@@ -245,34 +258,52 @@ impl<'a, const N: usize> Product<'a, N> {
     /// # Safety
     /// `scratch` has room for the unit's tiles.
     unsafe fn sweep_to_scratch(&self, unit: &Unit, m: usize, scratch: *mut f32) {
-        let geometry = &self.kernel.geometry;
+        let c_stride = self.kernel.geometry.strip;
         // SAFETY: the caller vouches for the scratch, which has a place for every tile.
         unsafe {
             match is_unpacked(self.kind) {
                 true => self.sweep_unpacked(unit, m, scratch),
-                false => self.sweep(unit, m, scratch, |i| Destination {
-                    c: scratch.add(i * geometry.sums()),
-                    c_stride: geometry.strip,
+                false => self.sweep(unit, m, scratch, |piece, tile| Destination {
+                    c: scratch.add(self.place(unit, piece, tile)),
+                    c_stride,
                     is_added: false,
                 }),
             }
         }
     }
 
+    /// Calls `each(row, piece, place of its sums in the scratch)` for every row of a unit's tiles.
+    fn for_each_row(&self, unit: &Unit, mut each: impl FnMut(usize, usize, usize)) {
+        for (piece, tile) in unit.pieces.clone().flat_map(|p| unit.tiles.clone().map(move |tile| (p, tile))) {
+            let place = self.place(unit, piece, tile);
+            for (r, row) in self.plan.rows(tile).enumerate() {
+                each(row, piece, place + r * self.kernel.geometry.strip);
+            }
+        }
+    }
+
     /// The weights that this thread is likely to need after this chunk, and whether the sweep over the
     /// chunk lies inside of the unit.
-    fn next_sweep(&self, unit: &Unit, m: usize, chunk: usize) -> (Option<*const u8>, bool) {
-        let next_piece = self.plan.piece_start(unit.piece + 1);
+    fn next_sweep(&self, unit: &Unit, m: usize, chunk: usize, piece: usize) -> (Option<*const u8>, bool) {
+        let next_unit = |m: usize| {
+            let start = self.plan.piece_start(unit.pieces.end);
+            start.map(|start| self.weights[m].as_ptr().wrapping_add(start))
+        };
         if unit.sweep.is_some() {
-            return (next_piece.map(|start| self.weights[m].as_ptr().wrapping_add(start)), false);
+            return (next_unit(m), false);
         }
-        let next = if chunk + 1 < self.plan.num_chunks {
-            let bytes = (chunk + 1) * self.plan.chunk * self.kernel.geometry.strip * tile_bytes(self.kind);
-            Some(self.piece(m, unit.piece).wrapping_add(bytes))
+        let at = |piece, chunk: usize| {
+            let bytes = chunk * self.plan.chunk * self.kernel.geometry.strip * tile_bytes(self.kind);
+            Some(self.piece(m, piece).wrapping_add(bytes))
+        };
+        let next = if piece + 1 < unit.pieces.end {
+            at(piece + 1, chunk)
+        } else if chunk + 1 < self.plan.num_chunks {
+            at(unit.pieces.start, chunk + 1)
         } else if m + 1 < N {
-            Some(self.piece(m + 1, unit.piece))
+            Some(self.piece(m + 1, unit.pieces.start))
         } else {
-            next_piece.map(|start| self.weights[0].as_ptr().wrapping_add(start))
+            next_unit(0)
         };
         (next, true)
     }
@@ -292,6 +323,10 @@ impl<'a, const N: usize> Product<'a, N> {
         places: usize,
     ) -> (*const u8, usize) {
         let geometry = &self.kernel.geometry;
+        if geometry.is_amx {
+            // The first tile sees to it with its blocks of rows; a single block leaves it to the processor, too.
+            return next.filter(|_| place == 0 && !self.is_one_block()).map_or((b, 0), |next| (next, 1));
+        }
         let step_groups = geometry.step * geometry.strip * tile_bytes(self.kind) / geometry.prefetch_bytes;
         if places == 1 {
             return (b, 0);
@@ -303,6 +338,11 @@ impl<'a, const N: usize> Product<'a, N> {
             }
             _ => (b, 0),
         }
+    }
+
+    /// Whether all rows are one block of AMX.
+    fn is_one_block(&self) -> bool {
+        self.x.numbers.rows() <= 2 * REGISTER_ROWS
     }
 
     fn piece(&self, m: usize, piece: usize) -> *const u8 {
@@ -327,27 +367,23 @@ impl Product<'_, 1> {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
         assert_eq!(out.len(), rows * n, "sums of {rows} rows and {n} columns");
         self.is_begun = true;
-        let (out, geometry) = (Output(out.as_mut_ptr()), &self.kernel.geometry);
+        let out = Output(out.as_mut_ptr());
         self.for_each_unit(pool, |unit| {
-            let mut scratch = Scratch::zeroed();
-            let scratch = scratch.as_mut_ptr().cast::<f32>();
-            let (col, valid) = (self.plan.cols(unit.piece).start, self.valid_cols(unit.piece));
-            let row_of = |i: usize| self.plan.rows(unit.tiles.start + i);
-            // SAFETY: the valid part of a unit's tiles lies in `out`, by the assertion above, and is this unit's
-            // alone; the scratch has a place for every tile of a unit, and is initialised.
-            unsafe {
-                let each = |copy: &dyn Fn(*mut f32, *mut f32)| {
-                    for i in 0..unit.tiles.len() {
-                        for (r, row) in row_of(i).enumerate() {
-                            let sums = scratch.add(i * geometry.sums() + r * geometry.strip);
-                            copy(sums, out.at(row * n + col));
-                        }
-                    }
-                };
-                each(&|sums, out| std::ptr::copy_nonoverlapping(out, sums, valid));
-                self.sweep_to_scratch(&unit, 0, scratch);
-                each(&|sums, out| std::ptr::copy_nonoverlapping(sums, out, valid));
-            }
+            with_sums(self.unit_sums(), |scratch| {
+                // SAFETY: the valid part of a unit's tiles lies in `out`, by the assertion above, and is this unit's
+                // alone; the scratch has a place for every tile of a unit, and is initialised.
+                unsafe {
+                    let each = |copy: &dyn Fn(*mut f32, *mut f32, usize)| {
+                        self.for_each_row(&unit, |row, piece, place| {
+                            let (col, valid) = (self.plan.cols(piece).start, self.valid_cols(piece));
+                            copy(scratch.add(place), out.at(row * n + col), valid);
+                        });
+                    };
+                    each(&|sums, out, valid| std::ptr::copy_nonoverlapping(out, sums, valid));
+                    self.sweep_to_scratch(&unit, 0, scratch);
+                    each(&|sums, out, valid| std::ptr::copy_nonoverlapping(sums, out, valid));
+                }
+            });
         });
     }
 
@@ -355,33 +391,31 @@ impl Product<'_, 1> {
     pub(super) fn write(&self, pool: &ThreadPool, out: &mut [f32], is_added: bool) {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
         assert_eq!(out.len(), rows * n, "output of {rows} rows and {n} columns");
-        let (out, geometry) = (Output(out.as_mut_ptr()), &self.kernel.geometry);
+        let out = Output(out.as_mut_ptr());
         self.for_each_unit(pool, |unit| {
-            let mut scratch = Scratch::uninit();
-            let scratch = scratch.as_mut_ptr().cast::<f32>();
-            let (col, valid) = (self.plan.cols(unit.piece).start, self.valid_cols(unit.piece));
-            let row_of = |i: usize| self.plan.rows(unit.tiles.start + i);
-            // SAFETY: a whole piece's destination lies in `out`, by the assertion above, and is this unit's
-            // alone; otherwise sums go to the scratch, which has a place for every tile of a unit, and their
-            // valid part from there to `out`.
-            unsafe {
-                if self.is_plain() && valid == self.plan.cols(unit.piece).len() {
-                    return self.sweep(&unit, 0, scratch, |i| Destination {
-                        c: out.at(row_of(i).start * n + col),
-                        c_stride: n,
-                        is_added,
+            let is_whole = |piece| self.valid_cols(piece) == self.plan.cols(piece).len();
+            let is_direct = self.is_plain() && unit.pieces.clone().all(is_whole);
+            with_sums(self.unit_sums(), |scratch| {
+                // SAFETY: a whole piece's destination lies in `out`, by the assertion above, and is this unit's
+                // alone; otherwise sums go to the scratch, which has a place for every tile of a unit, and their
+                // valid part from there to `out`.
+                unsafe {
+                    if is_direct {
+                        return self.sweep(&unit, 0, scratch, |piece, tile| Destination {
+                            c: out.at(self.plan.rows(tile).start * n + self.plan.cols(piece).start),
+                            c_stride: n,
+                            is_added,
+                        });
+                    }
+                    self.sweep_to_scratch(&unit, 0, scratch);
+                    self.for_each_row(&unit, |row, piece, place| {
+                        let (sums, cols) = (scratch.add(place), self.valid_cols(piece));
+                        let (row_scale, scales) = self.last_scales(0, piece, row);
+                        let out = out.at(row * n + self.plan.cols(piece).start);
+                        at_level(self.simd, Finish { sums, row_scale, scales, out, is_added, cols });
                     });
                 }
-                self.sweep_to_scratch(&unit, 0, scratch);
-                for i in 0..unit.tiles.len() {
-                    for (r, row) in row_of(i).enumerate() {
-                        let sums = scratch.add(i * geometry.sums() + r * geometry.strip);
-                        let (row_scale, scales) = self.last_scales(0, unit.piece, row);
-                        let out = out.at(row * n + col);
-                        at_level(self.simd, Finish { sums, row_scale, scales, out, is_added, cols: valid });
-                    }
-                }
-            }
+            });
         });
     }
 }
@@ -389,25 +423,21 @@ impl Product<'_, 1> {
 impl Product<'_, 2> {
     /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)`, where the weights are gate and up; `out: [rows, n]`.
     pub(super) fn write_swiglu(&self, pool: &ThreadPool, out: OperandWriter<'_>) {
-        let geometry = &self.kernel.geometry;
         self.for_each_unit(pool, |unit| {
-            let (mut gate, mut up) = (Scratch::uninit(), Scratch::uninit());
-            let (gate, up) = (gate.as_mut_ptr().cast::<f32>(), up.as_mut_ptr().cast::<f32>());
-            let cols = self.plan.cols(unit.piece);
-            let valid = self.valid_cols(unit.piece);
-            // SAFETY: both scratches have a place for every tile of a unit; the sweeps fill the piece's
-            // columns of every row, which are what is read. Rows and valid columns lie inside of `out` and
-            // are this unit's alone.
-            unsafe {
-                for (m, scratch) in [gate, up].into_iter().enumerate() {
-                    self.sweep_to_scratch(&unit, m, scratch);
-                }
-                for i in 0..unit.tiles.len() {
-                    for (r, row) in self.plan.rows(unit.tiles.start + i).enumerate() {
-                        let [gate, up] =
-                            [gate, up].map(|sums| sums.add(i * geometry.sums() + r * geometry.strip));
+            with_sums(2 * self.unit_sums(), |scratch| {
+                let scratches = [scratch, scratch.wrapping_add(self.unit_sums())];
+                // SAFETY: both scratches have a place for every tile of a unit; the sweeps fill the pieces' columns
+                // of every row, which are what is read. Rows and valid columns lie inside of `out` and are this
+                // unit's alone.
+                unsafe {
+                    for (m, scratch) in scratches.into_iter().enumerate() {
+                        self.sweep_to_scratch(&unit, m, scratch);
+                    }
+                    self.for_each_row(&unit, |row, piece, place| {
+                        let cols = self.plan.cols(piece);
+                        let [gate, up] = scratches.map(|scratch| scratch.add(place));
                         for (m, sums) in [gate, up].into_iter().enumerate() {
-                            let (row_scale, scales) = self.last_scales(m, unit.piece, row);
+                            let (row_scale, scales) = self.last_scales(m, piece, row);
                             if !scales.is_null() {
                                 let (out, cols) = (sums, cols.len());
                                 let finish = Finish { sums, row_scale, scales, out, is_added: false, cols };
@@ -415,10 +445,10 @@ impl Product<'_, 2> {
                             }
                         }
                         (self.kernel.swiglu)(gate, up, cols.len());
-                        out.write(row, cols.start, std::slice::from_raw_parts(gate, valid));
-                    }
+                        out.write(row, cols.start, std::slice::from_raw_parts(gate, self.valid_cols(piece)));
+                    });
                 }
-            }
+            });
         });
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! * `operand`: x, row-major, in the number type of the product, `integers`: x quantised; `pack`: w, in panels,
 //!   in the memory of `arena`, `quantized`: narrow weights;
-//! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool;
+//! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool, with `scratch` for sums
+//!   that wait;
 //! * `unpack` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
 //! * `tile`: what a SIMD level computes in registers; `amx`, `avx512`, `avx2`, `portable` (`narrow` serves the
 //!   latter two);
@@ -36,6 +37,7 @@ mod portable;
 mod quantized;
 mod round;
 mod scales;
+mod scratch;
 #[cfg(test)]
 mod tests;
 mod tile;

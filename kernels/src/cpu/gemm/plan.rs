@@ -23,6 +23,20 @@ const SWEEP_BYTES: usize = 256 << 10;
 /// cycles of products. Shorter sweeps store and load sums more often.
 const AMX_SWEEP_BYTES: usize = 40 << 10;
 
+/// Rows of x that sweeps of AMX go over before the next ones: half of an L2 cache of 2 MiB, which is what processors
+/// with AMX have. Where one tile's rows are more, a unit takes several pieces, chunk by chunk: x is read from further
+/// away once for all of them.
+const AMX_BLOCK_BYTES: usize = 1 << 20;
+
+/// Most pieces of a unit, whose sums wait together: with 256 rows by 32 columns in f32 256 KiB of L2.
+const MAX_UNIT_PIECES: usize = 8;
+
+/// Units for every thread that are left when a unit takes several pieces.
+const MIN_AMX_UNITS_PER_THREAD: usize = 4;
+
+/// Rows of a block of AMX.
+const AMX_BLOCK_ROWS: usize = 32;
+
 /// Rows of x that go over all panels before the next ones: 384 KiB of the 512 that the weights leave.
 const BLOCK_BYTES: usize = 384 << 10;
 
@@ -86,11 +100,15 @@ pub(super) struct Plan {
     shape: Shape,
     geometry: Geometry,
     num_tiles: usize,
+    /// Rows of every tile but the last, in AMX; otherwise they are dealt out evenly.
+    tile_rows: usize,
     /// Runs of tiles that are units.
     num_groups: usize,
     groups_per_block: usize,
     /// Pieces over all panels.
     num_pieces: usize,
+    /// Pieces of a unit, but perhaps the last one's.
+    unit_pieces: usize,
     piece_cols: usize,
     /// Terms of a chunk of K, a multiple of the geometry's step.
     pub(super) chunk: usize,
@@ -103,8 +121,8 @@ pub(super) struct Plan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unit {
     pub(super) tiles: Range<usize>,
-    /// Index of the piece.
-    pub(super) piece: usize,
+    /// Indices of the pieces.
+    pub(super) pieces: Range<usize>,
     /// This unit's place among those that sweep over the piece, and their number, where that is the number
     /// of tiles; otherwise the sweep is inside of the unit.
     pub(super) sweep: Option<(usize, usize)>,
@@ -112,13 +130,18 @@ pub(super) struct Unit {
 
 impl Plan {
     pub(super) fn new(shape: Shape, geometry: Geometry, num_threads: usize) -> Self {
-        let num_tiles = shape.rows.div_ceil(geometry.rows);
+        let (mut num_tiles, mut tile_rows) = (shape.rows.div_ceil(geometry.rows), geometry.rows);
+        if geometry.is_amx {
+            // As even as whole blocks of rows allow.
+            tile_rows = shape.rows.div_ceil(num_tiles.max(1)).next_multiple_of(AMX_BLOCK_ROWS).max(1);
+            num_tiles = shape.rows.div_ceil(tile_rows);
+        }
         let number_bytes = tile_bytes(shape.kind);
         let term_bytes = geometry.strip * number_bytes;
-        let sweep_bytes = match (geometry.is_amx, num_tiles) {
-            (true, 1) => usize::MAX,
-            (true, _) => AMX_SWEEP_BYTES,
-            (false, _) => SWEEP_BYTES,
+        let sweep_bytes = match geometry.is_amx {
+            true if shape.rows <= AMX_BLOCK_ROWS => usize::MAX,
+            true => AMX_SWEEP_BYTES,
+            false => SWEEP_BYTES,
         };
         let num_chunks = (shape.k * term_bytes).div_ceil(sweep_bytes).max(1);
         let even_chunk = shape.k.div_ceil(num_chunks).next_multiple_of(geometry.step);
@@ -127,16 +150,23 @@ impl Plan {
 
         // What is unpacked is unpacked once for a group of tiles.
         let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES && !is_unpacked(shape.kind);
-        let is_tile = fits && !geometry.is_amx;
-        let num_groups = if is_tile { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
-        let tile_bytes = geometry.rows * shape.k * number_bytes;
-        let max_block_tiles = (BLOCK_BYTES / tile_bytes.max(1)).max(MIN_BLOCK_TILES);
+        let num_groups = if fits || geometry.is_amx { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
+        let tile_bytes = tile_rows * shape.k * number_bytes;
+        let max_block_tiles = match geometry.is_amx {
+            true => (AMX_BLOCK_BYTES / tile_bytes.max(1)).max(1),
+            false => (BLOCK_BYTES / tile_bytes.max(1)).max(MIN_BLOCK_TILES),
+        };
         let num_blocks = num_tiles.div_ceil(max_block_tiles).clamp(1, num_groups.max(1));
         let groups_per_block = num_groups.div_ceil(num_blocks);
 
         let num_panels = shape.n.div_ceil(NR);
-        let products = (shape.rows.max(4) * shape.n).saturating_mul(shape.k * shape.num_matrices);
-        let num_shares = num_threads.min(1 + products / MIN_PRODUCTS_PER_THREAD);
+        let products = |least_rows: usize| {
+            (shape.rows.max(least_rows) * shape.n).saturating_mul(shape.k * shape.num_matrices)
+        };
+        let num_shares = num_threads.min(match geometry.is_amx {
+            true => 1 + products(64) / (8 * MIN_PRODUCTS_PER_THREAD),
+            false => 1 + products(4) / MIN_PRODUCTS_PER_THREAD,
+        });
         let mut piece_cols = geometry.strip;
         while num_shares > 1
             && num_tiles > 1
@@ -146,13 +176,20 @@ impl Plan {
             piece_cols /= 2;
         }
         let num_pieces = shape.n.div_ceil(piece_cols); // None that is all padding.
+        let mut unit_pieces = 1;
+        if geometry.is_amx && tile_bytes > AMX_BLOCK_BYTES {
+            let per_unit = num_pieces * num_groups / (MIN_AMX_UNITS_PER_THREAD * num_shares);
+            unit_pieces = per_unit.clamp(1, MAX_UNIT_PIECES / shape.num_matrices);
+        }
         Self {
             shape,
             geometry,
             num_tiles,
+            tile_rows,
             num_groups,
             groups_per_block,
             num_pieces,
+            unit_pieces,
             piece_cols,
             chunk,
             num_chunks,
@@ -162,21 +199,26 @@ impl Plan {
 
     /// Units, in the order in which neighbours share most.
     pub(super) fn num_units(&self) -> usize {
-        self.num_groups * self.num_pieces
+        self.num_groups * self.num_pieces.div_ceil(self.unit_pieces)
+    }
+
+    /// Most pieces of a unit times most tiles.
+    pub(super) fn unit_tiles(&self) -> usize {
+        self.unit_pieces * self.num_tiles.div_ceil(self.num_groups.max(1))
     }
 
     /// The unit of an index.
     pub(super) fn unit(&self, idx: usize) -> Unit {
-        let block_units = self.groups_per_block * self.num_pieces;
+        let block_units = self.groups_per_block * self.num_pieces.div_ceil(self.unit_pieces);
         let (block, idx) = (idx / block_units, idx % block_units);
         let first_group = block * self.groups_per_block;
         let num_groups = self.groups_per_block.min(self.num_groups - first_group);
-        let (piece, in_block) = (idx / num_groups, idx % num_groups);
+        let (first_piece, in_block) = (idx / num_groups * self.unit_pieces, idx % num_groups);
         let group = first_group + in_block;
         Unit {
             tiles: share(self.num_tiles, self.num_groups, group),
-            piece,
-            sweep: (self.num_groups == self.num_tiles && self.num_chunks == 1 && !self.geometry.is_amx)
+            pieces: first_piece..self.num_pieces.min(first_piece + self.unit_pieces),
+            sweep: (self.num_groups == self.num_tiles && self.num_chunks == 1 && self.unit_pieces == 1)
                 .then_some((in_block, num_groups)),
         }
     }
@@ -184,8 +226,8 @@ impl Plan {
     /// The rows of a tile.
     pub(super) fn rows(&self, tile: usize) -> Range<usize> {
         if self.geometry.is_amx {
-            let start = tile * self.geometry.rows;
-            return start..self.shape.rows.min(start + self.geometry.rows);
+            let start = tile * self.tile_rows;
+            return start..self.shape.rows.min(start + self.tile_rows);
         }
         share(self.shape.rows, self.num_tiles, tile)
     }
@@ -256,13 +298,19 @@ mod tests {
                     let mut seen = vec![0; rows * padded];
                     for unit in (0..plan.num_units()).map(|i| plan.unit(i)) {
                         assert!((1..=GROUP_TILES).contains(&unit.tiles.len()), "{plan:?} {unit:?}");
+                        assert!(
+                            unit.tiles.len() * unit.pieces.len() <= plan.unit_tiles(),
+                            "{plan:?} {unit:?}"
+                        );
                         for tile in unit.tiles.clone() {
                             assert!(
                                 (1..=geometry.rows).contains(&plan.rows(tile).len()),
                                 "{plan:?} {unit:?}"
                             );
                             for row in plan.rows(tile) {
-                                plan.cols(unit.piece).for_each(|col| seen[row * padded + col] += 1);
+                                let pieces = unit.pieces.clone();
+                                let cols = pieces.flat_map(|piece| plan.cols(piece));
+                                cols.for_each(|col| seen[row * padded + col] += 1);
                             }
                         }
                     }

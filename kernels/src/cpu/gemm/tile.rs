@@ -1,7 +1,7 @@
 //! The register tile: what a SIMD level has to offer, and the sizes all of them share.
 //!
-//! A tile is up to [`MR`] rows of x times up to [`NR`] columns of one panel. Its sums live in registers and
-//! run through K in order, one chain per element; where K is cut into chunks, the f32 sums are stored and
+//! A tile is up to [`MR`] rows of x times up to [`NR`] columns of one panel, in AMX a column of such tiles. Its sums
+//! live in registers and run through K in order, one chain per element; where K is cut into chunks, the f32 sums are stored and
 //! taken up again, which keeps their bits. So an element's bits depend on its row of x and its row of w
 //! alone.
 
@@ -28,13 +28,10 @@ pub(super) const GROUP_BYTES: usize = 256;
 /// The narrowest piece of a panel that a tile may be: one 512-bit register.
 pub(super) const PIECE_COLS: usize = 16;
 
-/// Most sums of a tile: in AMX 32 rows by 32 columns.
-const MAX_SUMS: usize = 1024;
-
-/// A tile's sums while they are not in registers, `[rows, strip]` of its [`Geometry`].
+/// Sums that wait beside a tile's own, `[MR, NR]`.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Sums(pub(super) [f32; MAX_SUMS]);
+pub(super) struct Sums(pub(super) [f32; MR * NR]);
 
 /// How large the tiles of a level are, with weights of a type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,9 +56,9 @@ impl Geometry {
         #[cfg(target_arch = "x86_64")]
         if simd == Simd::Amx && kind == WeightType::Bf16 {
             return Self {
-                rows: super::amx::TILE_ROWS,
-                strip: super::amx::TILE_COLS,
-                narrowest: super::amx::TILE_COLS,
+                rows: super::amx::MAX_ROWS,
+                strip: super::amx::BLOCK_COLS,
+                narrowest: super::amx::BLOCK_COLS,
                 step: 32,
                 prefetch_bytes: 64,
                 is_amx: true,
@@ -83,8 +80,6 @@ impl Geometry {
         self.rows * self.strip
     }
 }
-
-const _: () = assert!(MR * NR <= MAX_SUMS);
 
 /// One call of a kernel: `c = [init +] a · b`, or `c += [init +] a · b`.
 ///

@@ -189,6 +189,26 @@ fn every_number_of_rows_up_to_1024_gives_the_bits_of_one() {
     }
 }
 
+/// Where x is larger than a cache, a unit of AMX takes several panels, chunk by chunk.
+#[test]
+fn units_of_several_panels_give_the_bits_of_one_row() {
+    let (rows, n, k) = (40, 300, 17_000);
+    let pool = pool(1);
+    for simd in levels() {
+        let kind = WeightType::Bf16;
+        let w = pack(simd, &random(n * k, 26), n, k, kind);
+        let values = random(rows * k, 27);
+        let mut out = vec![0.0; rows * n];
+        matmul(simd, &pool, &operand(&values, rows, k, kind), &w, &mut out, false);
+        let mut alone = vec![0.0; n];
+        for row in 0..rows {
+            let x = operand(&values[row * k..][..k], 1, k, kind);
+            matmul(simd, &pool, &x, &w, &mut alone, false);
+            assert!(bits(&alone) == bits(&out[row * n..][..n]), "{} row {row}", simd.name());
+        }
+    }
+}
+
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let pools = [pool(1), pool(2), pool(3)];

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::{fixtures, quickstart, shell, smollm2, tools};
+use crate::{cubins, fixtures, quickstart, shell, smollm2, tools};
 
 struct Step {
     name: &'static str,
@@ -18,6 +18,7 @@ const STEPS: &[Step] = &[
     Step { name: "clippy", what: "no warning from the compiler or clippy", run: clippy },
     Step { name: "doc", what: "the documentation builds without warnings", run: doc },
     Step { name: "deny", what: "bans, licences and sources of the dependencies", run: deny },
+    Step { name: "cubins", what: "the CUDA kernels compile, for each architecture", run: cubins::check },
     Step { name: "smollm2", what: "models/smollm2-135m is there", run: smollm2::make },
     Step { name: "fixtures", what: "target/fixtures is there and current", run: fixtures::make },
     Step { name: "doctest", what: "the examples in the documentation work", run: doctest },

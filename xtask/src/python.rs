@@ -1,5 +1,5 @@
-//! The Python of the conversion and fixture scripts: a virtual environment in `target/python` that
-//! holds exactly `tools/requirements.txt`, and is made again when that file changes.
+//! The Python of our scripts: virtual environments under `target/` that hold exactly what a file of `tools/` lists, and
+//! are made again when that file changes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,27 +9,39 @@ use anyhow::{Context, Result, bail};
 
 use crate::{repo, shell};
 
-const REQUIREMENTS: &str = "tools/requirements.txt";
+/// A virtual environment.
+pub(crate) struct Environment {
+    /// Where it lies in the repository.
+    pub(crate) folder: &'static str,
+    /// The file that lists its packages.
+    pub(crate) requirements: &'static str,
+}
 
-/// The environment's `python`. Call it with the lock held.
-pub(crate) fn ready() -> Result<PathBuf> {
-    let folder = repo::path("target/python");
-    let python = folder.join("bin/python");
-    let wanted = repo::contents(&[REQUIREMENTS])?;
-    // Copied in last, so a half-made environment has none.
-    let made_from = folder.join("made-from.txt");
-    let is_current = fs::read(&made_from).is_ok_and(|had| had == wanted);
-    if is_current && shell::succeeds(&mut shell::command(&python, ["--version"])) {
-        return Ok(python);
+/// That of the conversion and fixture scripts.
+pub(crate) const SCRIPTS: Environment =
+    Environment { folder: "target/python", requirements: "tools/requirements.txt" };
+
+impl Environment {
+    /// The environment's `python`. Call it with the lock held.
+    pub(crate) fn ready(&self) -> Result<PathBuf> {
+        let folder = repo::path(self.folder);
+        let python = folder.join("bin/python");
+        let wanted = repo::contents(&[self.requirements])?;
+        // Copied in last, so a half-made environment has none.
+        let made_from = folder.join("made-from.txt");
+        let is_current = fs::read(&made_from).is_ok_and(|had| had == wanted);
+        if is_current && shell::succeeds(&mut shell::command(&python, ["--version"])) {
+            return Ok(python);
+        }
+        println!("making {} from {}", self.folder, self.requirements);
+        // An environment knows its own path, so it is made in place and not beside it.
+        repo::remove_folder(&folder)?;
+        make_environment(self.folder)?;
+        shell::run(&mut pip(&python, &["install", "--no-deps", "--requirement", self.requirements]))
+            .context("install Python packages")?;
+        fs::write(&made_from, wanted).with_context(|| format!("write {}", made_from.display()))?;
+        Ok(python)
     }
-    println!("making target/python from {REQUIREMENTS}");
-    // An environment knows its own path, so it is made in place and not beside it.
-    repo::remove_folder(&folder)?;
-    make_environment()?;
-    shell::run(&mut pip(&python, &["install", "--no-deps", "--requirement", REQUIREMENTS]))
-        .context("install Python packages")?;
-    fs::write(&made_from, wanted).context("write target/python/made-from.txt")?;
-    Ok(python)
 }
 
 /// pip of the environment, quiet but for errors.
@@ -39,7 +51,7 @@ pub(crate) fn pip(python: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-fn make_environment() -> Result<()> {
+fn make_environment(folder: &str) -> Result<()> {
     if !shell::succeeds(&mut shell::command("python3", ["--version"])) {
         bail!(
             "python3 not found\nhint: install Python 3.10 or newer, on Debian and Ubuntu python3 and python3-venv"
@@ -49,5 +61,6 @@ fn make_environment() -> Result<()> {
     if !shell::succeeds(&mut shell::command("python3", ["-c", "import venv, ensurepip"])) {
         bail!("python3 has no venv module\nhint: on Debian and Ubuntu, install python3-venv");
     }
-    shell::run(&mut shell::command("python3", ["-m", "venv", "target/python"])).context("make target/python")
+    shell::run(&mut shell::command("python3", ["-m", "venv", folder]))
+        .with_context(|| format!("make {folder}"))
 }

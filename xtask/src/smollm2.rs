@@ -21,7 +21,7 @@ pub(crate) fn make() -> Result<()> {
         println!("{MODEL} is there");
         return Ok(());
     }
-    let python = python::ready()?;
+    let python = python::SCRIPTS.ready()?;
     repo::replace_folder(&folder, |unfinished| convert(&python, unfinished))
         .context("make models/smollm2-135m")
 }

@@ -1,0 +1,142 @@
+// What both attention kernels share: pages of the KV cache in a block's memory, scores, weights, and their sums.
+//
+// HEAD_DIM is the width of a head, padded to whole fragments; these files are compiled once for each. The cache is
+// that of kv_append.cu.
+//
+// Softmax is taken over powers of 2: scores are scaled by log2(e) / sqrt(head_dim).
+#pragma once
+
+#include "mma.cuh"
+
+constexpr u32 STRIDE = tile_stride<HEAD_DIM>();
+// Steps over a head's width, and fragments that hold it as columns.
+constexpr u32 DIM_STEPS = HEAD_DIM / 16;
+constexpr u32 DIM_FRAGMENTS = HEAD_DIM / 8;
+
+DEVICE float minus_infinity() { return f32_of_bits(0xff800000u); }
+
+// Sixteen queries against some keys so far, in the fragments of one warp: rows g and g + 8 are this lane's.
+struct Softmax {
+    // Largest score of each row, the same in its four lanes.
+    float max[2];
+    // This lane's part of the sum of weights.
+    float sum[2];
+    // Weights times values.
+    float out[DIM_FRAGMENTS][4];
+
+    DEVICE void clear() {
+        max[0] = max[1] = minus_infinity();
+        sum[0] = sum[1] = 0.0f;
+#pragma unroll
+        for (u32 n = 0; n < DIM_FRAGMENTS; n++) out[n][0] = out[n][1] = out[n][2] = out[n][3] = 0.0f;
+    }
+
+    // Turns scores into weights relative to the largest score so far, and what came before with them.
+    template <u32 KEY_FRAGMENTS>
+    DEVICE void weigh(float (&scores)[KEY_FRAGMENTS][4]) {
+#pragma unroll
+        for (u32 half = 0; half < 2; half++) {
+            float largest = max[half];
+#pragma unroll
+            for (u32 n = 0; n < KEY_FRAGMENTS; n++) {
+                largest = fmaxf(largest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+            }
+            largest = fmaxf(largest, shuffle_xor(largest, 1));
+            largest = fmaxf(largest, shuffle_xor(largest, 2));
+            // Where no key has been seen, weights are powers of minus infinity, and not of what is no number.
+            float base = largest == minus_infinity() ? 0.0f : largest;
+            float before = exp2f(max[half] - base);
+            max[half] = largest;
+            float weights = 0.0f;
+#pragma unroll
+            for (u32 n = 0; n < KEY_FRAGMENTS; n++) {
+#pragma unroll
+                for (u32 i = 2 * half; i < 2 * half + 2; i++) {
+                    scores[n][i] = exp2f(scores[n][i] - base);
+                    weights += scores[n][i];
+                }
+            }
+            sum[half] = sum[half] * before + weights;
+#pragma unroll
+            for (u32 n = 0; n < DIM_FRAGMENTS; n++) {
+                out[n][2 * half] *= before;
+                out[n][2 * half + 1] *= before;
+            }
+        }
+    }
+
+    // The sum of all weights of a row.
+    DEVICE float whole_sum(u32 half) const {
+        float whole = sum[half];
+        whole += shuffle_xor(whole, 1);
+        whole += shuffle_xor(whole, 2);
+        return whole;
+    }
+};
+
+// Sixteen queries as fragments, of the numbers that `query(row, d)` gives, rounded to bf16.
+template <typename Query>
+DEVICE void load_queries(u32 (&queries)[DIM_STEPS][4], u32 lane, Query query) {
+#pragma unroll
+    for (u32 step = 0; step < DIM_STEPS; step++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 row = lane / 4 + i % 2 * 8, d = step * 16 + lane % 4 * 2 + i / 2 * 8;
+            queries[step][i] = pack_bf16(query(row, d), query(row, d + 1));
+        }
+    }
+}
+
+// Begins to copy a head's entries of a page, keys or values; those from `num_entries` on are zero.
+DEVICE void copy_page(bf16* tile, const bf16* page, u32 num_entries, u32 num_threads) {
+    for (u32 chunk = threadIdx.x; chunk < PAGE * (HEAD_DIM / CHUNK); chunk += num_threads) {
+        u32 entry = chunk / (HEAD_DIM / CHUNK), d = chunk % (HEAD_DIM / CHUNK) * CHUNK;
+        bool is_there = entry < num_entries;
+        copy_chunk(tile + entry * STRIDE + d, page + (is_there ? entry * HEAD_DIM + d : 0), is_there);
+    }
+}
+
+// Scores of sixteen queries against 8 * KEY_FRAGMENTS keys of a tile, not yet scaled.
+template <u32 KEY_FRAGMENTS>
+DEVICE void score(float (&scores)[KEY_FRAGMENTS][4], const u32 (&queries)[DIM_STEPS][4], const bf16* keys, u32 lane) {
+    static_assert(KEY_FRAGMENTS % 2 == 0, "sixteen keys are loaded at once");
+#pragma unroll
+    for (u32 n = 0; n < KEY_FRAGMENTS; n++) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
+#pragma unroll
+    for (u32 step = 0; step < DIM_STEPS; step++) {
+#pragma unroll
+        for (u32 n = 0; n < KEY_FRAGMENTS; n += 2) {
+            u32 b[4];
+            load_matrices(b, keys + (n * 8 + lane % 8 + lane / 16 * 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
+            mma(scores[n], queries[step], b[0], b[1]);
+            mma(scores[n + 1], queries[step], b[2], b[3]);
+        }
+    }
+}
+
+// Adds sixteen rows of weights times 8 * KEY_FRAGMENTS values of a tile. Only rows of which `is_meant(half)` says so
+// are changed.
+template <u32 KEY_FRAGMENTS, typename IsMeant>
+DEVICE void add_values(float (&out)[DIM_FRAGMENTS][4], const float (&weights)[KEY_FRAGMENTS][4], const bf16* values, u32 lane, IsMeant is_meant) {
+#pragma unroll
+    for (u32 n = 0; n < DIM_FRAGMENTS; n += 2) {
+        float low[4], high[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) low[i] = out[n][i], high[i] = out[n + 1][i];
+#pragma unroll
+        for (u32 keys = 0; keys < KEY_FRAGMENTS; keys += 2) {
+            u32 a[4], b[4];
+            a[0] = pack_bf16(weights[keys][0], weights[keys][1]);
+            a[1] = pack_bf16(weights[keys][2], weights[keys][3]);
+            a[2] = pack_bf16(weights[keys + 1][0], weights[keys + 1][1]);
+            a[3] = pack_bf16(weights[keys + 1][2], weights[keys + 1][3]);
+            load_matrices_transposed(b, values + (keys * 8 + lane % 16) * STRIDE + n * 8 + lane / 16 * 8);
+            mma(low, a, b[0], b[1]);
+            mma(high, a, b[2], b[3]);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            if (is_meant(i / 2)) out[n][i] = low[i], out[n + 1][i] = high[i];
+        }
+    }
+}

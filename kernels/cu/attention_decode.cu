@@ -1,0 +1,110 @@
+// Attention of a row alone, of up to sixteen query heads that share a KV head: keys and values are read once for the
+// group. A block takes a row, a KV head and a part of the context; its warps share out each page's keys, sixteen each.
+//
+// A part leaves its largest score, its sum of weights and its sum of weighted values; `attention_merge` makes one result
+// of a row's parts.
+#include "attention.cuh"
+
+constexpr u32 WARPS = PAGE / 16;
+constexpr u32 THREADS = WARPS * WARP;
+// Pages under way at once.
+constexpr u32 STAGES = 3;
+constexpr u32 GROUP = 16;
+
+// A row, and how much it sees: DecodeRow of attention.rs.
+struct Row {
+    u32 row;
+    u32 num_keys;
+    // Where the sequence's pages begin in the table.
+    u32 pages;
+};
+
+// `sums` and `maxima` are [rows, kv_heads, parts, GROUP], `partial` is the same times HEAD_DIM.
+KERNEL(THREADS)
+attention_decode(float* partial, float* maxima, float* sums, const float* q, const bf16* cache, const u32* page_table,
+                 const Row* rows, u32 heads, u32 kv_heads, u32 head_dim, u32 part_pages, float scale) {
+    DYNAMIC_SHARED(memory);
+    bf16* keys = reinterpret_cast<bf16*>(memory);
+    bf16* values = keys + STAGES * PAGE * STRIDE;
+    const Row row = rows[blockIdx.x];
+    u32 kv_head = blockIdx.y, part = blockIdx.z, group = heads / kv_heads;
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 first_page = part * part_pages;
+    u32 end_page = min_of(first_page + part_pages, (row.num_keys + PAGE - 1) / PAGE);
+
+    auto copy = [&](u32 page) {
+        if (page < end_page) {
+            u64 entry = (u64(page_table[row.pages + page]) * kv_heads + kv_head) * 2 * PAGE * HEAD_DIM;
+            u32 num_entries = min_of(PAGE, row.num_keys - page * PAGE);
+            copy_page(keys + page % STAGES * PAGE * STRIDE, cache + entry, num_entries, THREADS);
+            copy_page(values + page % STAGES * PAGE * STRIDE, cache + entry + PAGE * HEAD_DIM, num_entries, THREADS);
+        }
+        close_copies();
+    };
+    for (u32 page = 0; page < STAGES - 1; page++) copy(first_page + page);
+
+    u32 queries[DIM_STEPS][4];
+    load_queries(queries, lane, [&](u32 head, u32 d) {
+        if (head >= group || d >= head_dim) return 0.0f;
+        return q[(u64(row.row) * heads + kv_head * group + head) * head_dim + d];
+    });
+
+    Softmax softmax;
+    softmax.clear();
+    for (u32 page = first_page; page < end_page; page++) {
+        await_copies<STAGES - 2>();
+        __syncthreads(); // This page is there for all, and the one before is done with by all.
+        copy(page + STAGES - 1);
+        const bf16* page_keys = keys + page % STAGES * PAGE * STRIDE;
+        const bf16* page_values = values + page % STAGES * PAGE * STRIDE;
+        float scores[2][4];
+        score(scores, queries, page_keys + warp * 16 * STRIDE, lane);
+#pragma unroll
+        for (u32 n = 0; n < 2; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                u32 position = page * PAGE + warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
+                scores[n][i] = position < row.num_keys ? scores[n][i] * scale : minus_infinity();
+            }
+        }
+        softmax.weigh(scores);
+        add_values(softmax.out, scores, page_values + warp * 16 * STRIDE, lane, [](u32) { return true; });
+    }
+    await_copies<0>();
+
+    // The warps' results side by side, in the place of pages.
+    __syncthreads();
+    float* warp_out = reinterpret_cast<float*>(memory);
+    float* warp_max = warp_out + WARPS * GROUP * HEAD_DIM;
+    float* warp_sum = warp_max + WARPS * GROUP;
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        u32 at = warp * GROUP + lane / 4 + half * 8;
+        float sum = softmax.whole_sum(half);
+        if (lane % 4 == 0) warp_max[at] = softmax.max[half], warp_sum[at] = sum;
+#pragma unroll
+        for (u32 n = 0; n < DIM_FRAGMENTS; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                warp_out[at * HEAD_DIM + n * 8 + lane % 4 * 2 + i] = softmax.out[n][2 * half + i];
+            }
+        }
+    }
+    __syncthreads();
+
+    u64 base = ((u64(blockIdx.x) * kv_heads + kv_head) * gridDim.z + part) * GROUP;
+    for (u32 i = threadIdx.x; i < group * HEAD_DIM; i += THREADS) {
+        u32 head = i / HEAD_DIM, d = i % HEAD_DIM;
+        float max = minus_infinity();
+        for (u32 w = 0; w < WARPS; w++) max = fmaxf(max, warp_max[w * GROUP + head]);
+        float base_max = max == minus_infinity() ? 0.0f : max;
+        float sum = 0.0f, value = 0.0f;
+        for (u32 w = 0; w < WARPS; w++) {
+            float share = exp2f(warp_max[w * GROUP + head] - base_max);
+            sum += warp_sum[w * GROUP + head] * share;
+            value += warp_out[(w * GROUP + head) * HEAD_DIM + d] * share;
+        }
+        partial[(base + head) * HEAD_DIM + d] = value;
+        if (d == 0) maxima[base + head] = max, sums[base + head] = sum;
+    }
+}

@@ -1,0 +1,142 @@
+// Attention of up to 64 queries at once, which share a sequence and a KV head: some rows of the group's heads. A block
+// takes a tile and a KV head, a warp sixteen queries; all walk the pages from the first.
+//
+// A query's result depends on its sequence alone, to the bit, whatever stands beside it: pages are walked in order at
+// absolute positions, and what a query may not see counts for nothing, not even if it is no number.
+#include "attention.cuh"
+
+constexpr u32 THREADS = 128;
+// Keys that are weighed at once.
+constexpr u32 KEYS = PAGE / 2;
+// Pages under way at once.
+constexpr u32 STAGES = 2;
+
+// Rows of a sequence that a block takes: PrefillTile of attention.rs.
+struct Tile {
+    // Of the batch's rows, the first, and how many; times the group at most 64, sixteen for each warp.
+    u32 first_row;
+    u32 num_rows;
+    u32 first_position;
+    // Where the sequence's pages begin in the table.
+    u32 pages;
+};
+
+DEVICE bool is_no_number(u32 pair) {
+    return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
+}
+
+// Makes entries of half a page zero, from `first` on.
+DEVICE void forget_from(bf16* tile, u32 first) {
+    for (u32 i = threadIdx.x; i < (KEYS - first) * HEAD_DIM; i += THREADS) {
+        tile[(first + i / HEAD_DIM) * STRIDE + i % HEAD_DIM] = 0;
+    }
+}
+
+// Whether some entry of a tile is no number or infinite; the same for all threads.
+DEVICE bool has_no_number(const bf16* tile) {
+    bool found = false;
+    for (u32 i = threadIdx.x; i < PAGE * HEAD_DIM / 2; i += THREADS) {
+        u32 entry = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2) * 2;
+        found |= is_no_number(*reinterpret_cast<const u32*>(tile + entry * STRIDE + d));
+    }
+    return __syncthreads_or(found);
+}
+
+KERNEL(THREADS)
+attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_table, const Tile* tiles, u32 heads,
+                  u32 kv_heads, u32 head_dim, u32 out_stride, float scale) {
+    DYNAMIC_SHARED(memory);
+    bf16* keys = reinterpret_cast<bf16*>(memory);
+    bf16* values = keys + STAGES * PAGE * STRIDE;
+    const Tile tile = tiles[blockIdx.x];
+    u32 kv_head = blockIdx.y, group = heads / kv_heads;
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 num_queries = tile.num_rows * group;
+    u32 last_position = tile.first_position + tile.num_rows - 1;
+    u32 num_pages = last_position / PAGE + 1;
+
+    auto copy = [&](u32 page) {
+        if (page < num_pages) {
+            u64 entry = (u64(page_table[tile.pages + page]) * kv_heads + kv_head) * 2 * PAGE * HEAD_DIM;
+            u32 num_entries = min_of(PAGE, last_position + 1 - page * PAGE);
+            copy_page(keys + page % STAGES * PAGE * STRIDE, cache + entry, num_entries, THREADS);
+            copy_page(values + page % STAGES * PAGE * STRIDE, cache + entry + PAGE * HEAD_DIM, num_entries, THREADS);
+        }
+        close_copies();
+    };
+    copy(0);
+
+    u32 queries[DIM_STEPS][4];
+    load_queries(queries, lane, [&](u32 row, u32 d) {
+        u32 query = warp * 16 + row;
+        if (query >= num_queries || d >= head_dim) return 0.0f;
+        u64 at = u64(tile.first_row + query / group) * heads + kv_head * group + query % group;
+        return q[at * head_dim + d];
+    });
+    // The last position that each of this lane's two queries may see.
+    u32 rows[2], last[2];
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        rows[half] = min_of((warp * 16 + lane / 4 + half * 8) / group, tile.num_rows - 1);
+        last[half] = tile.first_position + rows[half];
+    }
+
+    Softmax softmax;
+    softmax.clear();
+    for (u32 page = 0; page < num_pages; page++) {
+        copy(page + 1);
+        await_copies<1>();
+        __syncthreads();
+        const bf16* page_keys = keys + page % STAGES * PAGE * STRIDE;
+        bf16* page_values = values + page % STAGES * PAGE * STRIDE;
+        // A weight of zero times what is no number is no number: where a row may not see a value that is none, rows take
+        // their turns from the last to the first, and forget what they may not see.
+        bool hides = tile.num_rows > 1 && page * PAGE + PAGE - 1 > tile.first_position;
+        bool takes_turns = hides && has_no_number(page_values);
+        // Half a page at a time, because the scores of a whole one and sums 128 wide do not fit a thread's registers.
+#pragma unroll 1
+        for (u32 first = 0; first < PAGE; first += KEYS) {
+            float scores[KEYS / 8][4];
+            score(scores, queries, page_keys + first * STRIDE, lane);
+#pragma unroll
+            for (u32 n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    u32 position = page * PAGE + first + n * 8 + lane % 4 * 2 + i % 2;
+                    scores[n][i] = position <= last[i / 2] ? scores[n][i] * scale : minus_infinity();
+                }
+            }
+            softmax.weigh(scores);
+            bf16* some_values = page_values + first * STRIDE;
+            if (takes_turns) {
+                for (u32 row = tile.num_rows; row-- > 0;) {
+                    u32 end = tile.first_position + row + 1, start = page * PAGE + first;
+                    forget_from(some_values, end <= start ? 0 : min_of(KEYS, end - start));
+                    __syncthreads();
+                    add_values(softmax.out, scores, some_values, lane, [&](u32 half) { return rows[half] == row; });
+                    __syncthreads();
+                }
+            } else {
+                add_values(softmax.out, scores, some_values, lane, [](u32) { return true; });
+            }
+        }
+        __syncthreads(); // Nobody reads this page any more when it is written over.
+    }
+    await_copies<0>();
+
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        float sum = softmax.whole_sum(half);
+        u32 query = warp * 16 + lane / 4 + half * 8;
+        if (query >= num_queries) continue;
+        bf16* to = out + u64(tile.first_row + query / group) * out_stride + (kv_head * group + query % group) * head_dim;
+#pragma unroll
+        for (u32 n = 0; n < DIM_FRAGMENTS; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                u32 d = n * 8 + lane % 4 * 2 + i;
+                if (d < head_dim) to[d] = bf16_of(softmax.out[n][2 * half + i] / sum);
+            }
+        }
+    }
+}

@@ -1,49 +1,41 @@
 //! Keys and values that are needed next, fetched in small parts while others are worked on.
 //!
 //! A decode step reads each page once and does little with it: it takes as long as the pages take to arrive. A core has
-//! few lines under way at once, so that they must be asked for all the time, and never faster than they arrive.
+//! few lines under way at once, so that they are to be asked for all the time. Keys and values of all heads are asked
+//! for side by side: several streams arrive faster than one after the other (measured on pages of 48 KiB in random
+//! order: 27 GB/s for 23).
 
 use super::super::{Attend, Entries};
 use crate::backend::PAGE_TOKENS;
+use crate::cpu::kv_cache::KvCache;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Lines asked for at once.
-const PART: usize = 24;
+/// Parts that a page is fetched in: about as many as the steps of the page that is worked on meanwhile.
+const PARTS: usize = 8;
 
 /// Query rows of a tile above which there is more to compute than to fetch.
 const FEW_ROWS: usize = super::BLOCK;
 
 /// Entries of some neighbouring heads in a page: what is left of them to fetch.
 pub(super) struct Ahead {
+    /// The first head's keys.
     at: *const u8,
-    /// Lines left of the present keys or values.
-    lines: usize,
+    /// Bytes from keys to values, and from head to head.
+    key_bytes: usize,
+    head_bytes: usize,
+    heads: usize,
+    /// Lines of a head's keys and values, and those that have been asked for.
     key_lines: usize,
     value_lines: usize,
-    key_bytes: usize,
-    /// Bytes of a head's values.
-    value_bytes: usize,
-    /// Keys and values of a head count for one each.
-    halves_left: usize,
+    fetched: usize,
+    part: usize,
 }
 
 impl Ahead {
     /// What comes after a page of a tile: the next one, or the first of the tile after it.
     pub(super) fn new(job: &Attend<'_>, page_idx: usize, last_page: usize) -> Ahead {
-        let nothing = Ahead {
-            at: std::ptr::null(),
-            lines: 0,
-            key_lines: 0,
-            value_lines: 0,
-            key_bytes: 0,
-            value_bytes: 0,
-            halves_left: 0,
-        };
-        if job.num_heads * job.num_positions * job.group > FEW_ROWS {
-            return nothing;
-        }
         let next = if page_idx < last_page {
             let end = job.first_position + job.num_positions - (page_idx + 1) * PAGE_TOKENS;
             let (first_head, num_heads) = (job.first_head, job.num_heads);
@@ -52,24 +44,43 @@ impl Ahead {
         } else {
             job.next
         };
-        let Some(Entries { page, first_head, num_heads, num_keys }) = next else { return nothing };
-        let (keys, values) = (job.cache.keys(page, first_head), job.cache.values(page, first_head));
-        let key_lines = (num_keys * job.cache.key_stride() * 4).div_ceil(LINE);
-        Ahead {
-            at: keys.as_ptr().cast(),
-            lines: key_lines,
-            key_lines,
-            value_lines: (num_keys.div_ceil(2) * job.cache.value_stride() * 4).div_ceil(LINE),
-            key_bytes: size_of_val(keys),
-            value_bytes: size_of_val(values),
-            halves_left: 2 * num_heads,
+        let is_worth_it = job.num_heads * job.num_positions * job.group <= FEW_ROWS;
+        match next.filter(|_| is_worth_it) {
+            Some(entries) => Ahead::of(job.cache, entries),
+            None => Ahead {
+                at: std::ptr::null(),
+                key_bytes: 0,
+                head_bytes: 0,
+                heads: 0,
+                key_lines: 0,
+                value_lines: 0,
+                fetched: 0,
+                part: 0,
+            },
         }
     }
 
-    /// Asks for the next few lines.
+    fn of(cache: &KvCache, entries: Entries) -> Ahead {
+        let Entries { page, first_head, num_heads, num_keys } = entries;
+        let keys = cache.keys(page, first_head);
+        let key_lines = (num_keys * cache.key_stride() * 4).div_ceil(LINE);
+        let value_lines = (num_keys.div_ceil(2) * cache.value_stride() * 4).div_ceil(LINE);
+        Ahead {
+            at: keys.as_ptr().cast(),
+            key_bytes: size_of_val(keys),
+            head_bytes: cache.head_words() * 4,
+            heads: num_heads,
+            key_lines,
+            value_lines,
+            fetched: 0,
+            part: key_lines.max(value_lines).div_ceil(PARTS),
+        }
+    }
+
+    /// Asks for the next few lines of each.
     #[inline]
     pub(super) fn fetch_part(&mut self) {
-        self.fetch(PART);
+        self.fetch(self.part);
     }
 
     /// Asks for all that is left.
@@ -78,24 +89,19 @@ impl Ahead {
         self.fetch(usize::MAX);
     }
 
-    fn fetch(&mut self, mut most: usize) {
-        while self.halves_left > 0 && most > 0 {
-            let lines = self.lines.min(most);
-            for _ in 0..lines {
-                prefetch(self.at);
-                self.at = self.at.wrapping_add(LINE);
+    fn fetch(&mut self, most: usize) {
+        let end = self.key_lines.max(self.value_lines);
+        for line in self.fetched..end.min(self.fetched.saturating_add(most)) {
+            for head in 0..self.heads {
+                let keys = self.at.wrapping_add(head * self.head_bytes + line * LINE);
+                if line < self.key_lines {
+                    prefetch(keys);
+                }
+                if line < self.value_lines {
+                    prefetch(keys.wrapping_add(self.key_bytes));
+                }
             }
-            most -= lines;
-            self.lines -= lines;
-            if self.lines == 0 {
-                self.halves_left -= 1;
-                let (fetched, bytes, next) = match self.halves_left.is_multiple_of(2) {
-                    false => (self.key_lines, self.key_bytes, self.value_lines),
-                    true => (self.value_lines, self.value_bytes, self.key_lines),
-                };
-                self.at = self.at.wrapping_add(bytes - fetched * LINE);
-                self.lines = next;
-            }
+            self.fetched = line + 1;
         }
     }
 }

@@ -29,6 +29,9 @@ pub(crate) struct Report {
     pub(crate) run: Duration,
     /// Time that the pipeline actor took between the last stage and the first.
     pub(crate) handling: Duration,
+    /// CPU time of the threads that read and tokenize rows, and that detokenize and write them.
+    pub(crate) reader_cpu: Duration,
+    pub(crate) writer_cpu: Duration,
     pub(crate) stages: Vec<StageLine>,
     /// By what the stages were predicted.
     pub(crate) costs: Source,
@@ -135,8 +138,12 @@ impl Report {
                 add("hint:", format!("stages = {} would be about {percent:.0} % faster", ranges(spans)));
             }
         }
-        let handling = if seconds > 0.0 { 100.0 * self.handling.as_secs_f64() / seconds } else { 0.0 };
+        let share = |time: Duration| if seconds > 0.0 { 100.0 * time.as_secs_f64() / seconds } else { 0.0 };
+        let handling = share(self.handling);
         add("pipeline", format!("scheduling and stop strings took {handling:.2} % of the time"));
+        let (reader, writer) = (share(self.reader_cpu), share(self.writer_cpu));
+        let text = format!("reading and tokenizing {reader:.2} %, detokenizing and writing {writer:.2} %");
+        add("text", format!("{text}, on threads of their own"));
         if let Some(stats) = self.scheduler.filter(|stats| stats.preemptions > 0) {
             add(
                 "KV cache",

@@ -435,6 +435,8 @@ impl Ended<'_> {
                 load_seconds: self.running.load.as_secs_f64(),
                 run_seconds: self.running.run.as_secs_f64(),
                 scheduling_seconds: self.pipeline.clock.handling().as_secs_f64(),
+                reader_cpu_seconds: count(&self.progress.reader_cpu_ns) as f64 / 1e9,
+                writer_cpu_seconds: count(&self.progress.writer_cpu_ns) as f64 / 1e9,
             },
         }
     }
@@ -464,6 +466,8 @@ impl Ended<'_> {
             load: self.running.load,
             run: self.running.run,
             handling: self.pipeline.clock.handling(),
+            reader_cpu: Duration::from_nanos(self.progress.reader_cpu_ns.load(Ordering::Relaxed)),
+            writer_cpu: Duration::from_nanos(self.progress.writer_cpu_ns.load(Ordering::Relaxed)),
             stages,
             costs,
             better,

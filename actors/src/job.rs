@@ -80,6 +80,10 @@ pub struct JobProgress {
     pub prompt_tokens: AtomicU64,
     /// Tokens that this run has generated for them.
     pub generated_tokens: AtomicU64,
+    /// CPU time of the thread that reads, renders and tokenizes rows, in nanoseconds.
+    pub reader_cpu_ns: AtomicU64,
+    /// CPU time of the thread that detokenizes answers and writes lines, in nanoseconds.
+    pub writer_cpu_ns: AtomicU64,
 }
 
 /// How a job ended.
@@ -178,9 +182,9 @@ impl Actor for JobActor {
             credits.try_send(()).expect("a new channel of that size has room");
         }
         let (lines, unwritten) = bounded(window);
-        threads::spawn_reader(reader, leave, job.clone());
+        threads::spawn_reader(reader, leave, job.clone(), Arc::clone(&options.progress));
         let make = LineMaker { tokenizer: tokenizer.clone(), created };
-        threads::spawn_writer(writer, unwritten, make, job.clone());
+        threads::spawn_writer(writer, unwritten, make, job.clone(), Arc::clone(&options.progress));
         let keeper: Recipient<Checkpoint> = job.recipient();
         let leave = Arc::new(Semaphore::new(MAX_CHECKPOINTS));
         Ok(JobActor {

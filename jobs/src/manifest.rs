@@ -164,6 +164,12 @@ pub struct Timings {
     /// Seconds of these that scheduling and stop strings took, between the last stage and the first.
     #[serde(default)]
     pub scheduling_seconds: f64,
+    /// CPU seconds of the thread that reads, renders and tokenizes rows.
+    #[serde(default)]
+    pub reader_cpu_seconds: f64,
+    /// CPU seconds of the thread that detokenizes answers and writes lines.
+    #[serde(default)]
+    pub writer_cpu_seconds: f64,
 }
 
 // A path that is no UTF-8 is shown with replacement characters rather than not at all.

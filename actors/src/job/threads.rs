@@ -3,14 +3,16 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 use jobs::{Line, Reader, Row, Tokenizer, Unread, Writer};
 use kameo::actor::ActorRef;
+use rustix::time::{ClockId, clock_gettime};
 
 use super::state::Unwritten;
-use super::{InputEnded, JobActor, LinesEnded, RowRead, RowsFinished};
+use super::{InputEnded, JobActor, JobProgress, LinesEnded, RowRead, RowsFinished};
 use crate::error::{Error, Result, panic_message, with_causes};
 
 /// How often lines are put on disk and committed. This much work is lost at most when the program dies; a
@@ -20,9 +22,14 @@ const COMMIT_INTERVAL: Duration = Duration::from_millis(500);
 /// Finished rows that pass by in one message, which costs about as much as reading some rows.
 const BUNCH_ROWS: usize = 1024;
 
-pub(super) fn spawn_reader(reader: Reader, leave: Receiver<()>, job: ActorRef<JobActor>) {
+pub(super) fn spawn_reader(
+    reader: Reader,
+    leave: Receiver<()>,
+    job: ActorRef<JobActor>,
+    progress: Arc<JobProgress>,
+) {
     spawn("reader", move || {
-        if let Err(error) = catch(|| read_rows(reader, &leave, &job)) {
+        if let Err(error) = catch(|| read_rows(reader, &leave, &job, &progress.reader_cpu_ns)) {
             let _ = job.tell(InputEnded(Err(error))).blocking_send();
         }
     });
@@ -33,9 +40,10 @@ pub(super) fn spawn_writer(
     unwritten: Receiver<Unwritten>,
     make: LineMaker,
     job: ActorRef<JobActor>,
+    progress: Arc<JobProgress>,
 ) {
     spawn("writer", move || {
-        let ended = catch(|| write_lines(&mut writer, &unwritten, &make));
+        let ended = catch(|| write_lines(&mut writer, &unwritten, &make, &progress.writer_cpu_ns));
         let committed = writer.committed();
         // Either way the writer goes, and with it the lock on the folder, before anybody hears of the end.
         let ended = match ended {
@@ -49,16 +57,18 @@ pub(super) fn spawn_writer(
             Ok(Err(error)) => (committed, Some(files_error(&error))),
             Err(panic) => (committed, Some(panic)),
         };
+        note_cpu_time(&progress.writer_cpu_ns);
         let _ = job.tell(LinesEnded { written, failure }).blocking_send();
     });
 }
 
 /// Reads rows as long as there is leave, then says how the input ended.
-fn read_rows(mut reader: Reader, leave: &Receiver<()>, job: &ActorRef<JobActor>) {
+fn read_rows(mut reader: Reader, leave: &Receiver<()>, job: &ActorRef<JobActor>, cpu_ns: &AtomicU64) {
     // Finished rows that are still to be handed over, before any row behind them.
     let mut bunch = Vec::new();
     loop {
         let next = reader.next();
+        note_cpu_time(cpu_ns);
         match next {
             Some(Ok(Row::Finished(row))) if bunch.len() + 1 < BUNCH_ROWS => {
                 bunch.push(row);
@@ -93,6 +103,7 @@ fn write_lines(
     writer: &mut Writer,
     unwritten: &Receiver<Unwritten>,
     make: &LineMaker,
+    cpu_ns: &AtomicU64,
 ) -> jobs::Result<Option<Unread>> {
     let mut committed = Instant::now();
     loop {
@@ -105,6 +116,7 @@ fn write_lines(
         if committed.elapsed() >= COMMIT_INTERVAL {
             writer.commit()?;
             committed = Instant::now();
+            note_cpu_time(cpu_ns);
         }
     }
 }
@@ -131,6 +143,13 @@ impl LineMaker {
             Unwritten::End(_) => unreachable!("the end is no line"),
         }
     }
+}
+
+/// Notes how long the calling thread has had a core so far.
+fn note_cpu_time(cpu_ns: &AtomicU64) {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    let ns = Duration::try_from(time).map_or(0, |time| time.as_nanos() as u64);
+    cpu_ns.store(ns, Ordering::Relaxed);
 }
 
 /// Runs a thread's work; a panic in it must not leave the job waiting for a word that never comes.

@@ -170,6 +170,8 @@ fn a_manifest_is_replaced_whole() {
             load_seconds: 0.5,
             run_seconds: 0.25,
             scheduling_seconds: 0.0,
+            reader_cpu_seconds: 0.125,
+            writer_cpu_seconds: 0.0625,
         },
     };
     manifest.write(folder.path()).unwrap();

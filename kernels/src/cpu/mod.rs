@@ -16,16 +16,25 @@ mod rope;
 mod rows;
 pub(crate) mod simd;
 
+use std::cell::RefCell;
+
 use crate::array::Array;
-use crate::backend::{AttentionSlice, Backend, Dtype, LogitStats, RopeTable, TensorView, WeightType};
+use crate::backend::{
+    AttentionSlice, Backend, Dtype, Largest, LogitStats, RopeTable, TensorView, WeightType,
+};
 use crate::error::{Error, Result};
 use crate::{check, view};
 pub use gemm::Ceilings;
-use gemm::{Operand, PackedMatrix};
+use gemm::{Operand, PackedMatrix, RowBest};
 use kv_cache::KeyLayout;
 pub use kv_cache::KvCache;
 use pool::ThreadPool;
 use simd::Simd;
+
+thread_local! {
+    /// The caller's list of rows' largest entries, kept for the next call.
+    static BEST: RefCell<Vec<RowBest>> = const { RefCell::new(Vec::new()) };
+}
 
 /// What a CPU device is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -243,6 +252,25 @@ impl Backend for Cpu {
         check::all_below("gather", "row", rows, x.rows())?;
         out.reshape(rows.len(), x.cols());
         rows::for_each_row(&self.pool, out, |i, row| row.copy_from_slice(x.row(rows[i] as usize)));
+        Ok(())
+    }
+
+    fn matmul_argmax(
+        &self,
+        x: &CpuOperand,
+        w: &CpuMatrix,
+        _scratch: &mut Array,
+        out: &mut Vec<Largest>,
+    ) -> Result<()> {
+        check::shape("matmul_argmax", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        check::logits(w.0.rows())?;
+        BEST.with_borrow_mut(|best| {
+            best.clear();
+            best.resize_with(x.0.rows(), RowBest::default);
+            gemm::argmax(self.simd, &self.pool, &x.0, &w.0, best);
+            out.clear();
+            out.extend(best.iter().map(RowBest::largest));
+        });
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::Registers;
+use super::argmax::{MeetTile, RowBest};
 use super::integers::Integers;
 use super::operand::REGISTER_ROWS;
 use super::operand::{Operand, OperandWriter};
@@ -274,7 +275,7 @@ impl<'a, const N: usize> Product<'a, N> {
 
     /// Calls `each(row, piece, place of its sums in the scratch)` for every row of a unit's tiles.
     fn for_each_row(&self, unit: &Unit, mut each: impl FnMut(usize, usize, usize)) {
-        for (piece, tile) in unit.pieces.clone().flat_map(|p| unit.tiles.clone().map(move |tile| (p, tile))) {
+        for (piece, tile) in unit.tiles_of_pieces() {
             let place = self.place(unit, piece, tile);
             for (r, row) in self.plan.rows(tile).enumerate() {
                 each(row, piece, place + r * self.kernel.geometry.strip);
@@ -414,6 +415,36 @@ impl Product<'_, 1> {
                         let out = out.at(row * n + self.plan.cols(piece).start);
                         at_level(self.simd, Finish { sums, row_scale, scales, out, is_added, cols });
                     });
+                }
+            });
+        });
+    }
+}
+
+impl Product<'_, 1> {
+    /// The largest entry of every row of `x · wᵀ`, which is stored nowhere; `best: [rows]`.
+    pub(super) fn find_largest(&self, pool: &ThreadPool, best: &[RowBest]) {
+        assert_eq!(best.len(), self.x.numbers.rows(), "a place for every row");
+        self.for_each_unit(pool, |unit| {
+            with_sums(self.unit_sums(), |scratch| {
+                // SAFETY: the scratch has a place for every tile of a unit, and the sweep fills the pieces' columns of
+                // every row, which are what is read.
+                unsafe {
+                    self.sweep_to_scratch(&unit, 0, scratch);
+                    self.for_each_row(&unit, |row, piece, place| {
+                        let (row_scale, scales) = self.last_scales(0, piece, row);
+                        if !scales.is_null() {
+                            let (sums, cols) = (scratch.add(place), self.valid_cols(piece));
+                            let finish = Finish { sums, row_scale, scales, out: sums, is_added: false, cols };
+                            at_level(self.simd, finish);
+                        }
+                    });
+                    for (piece, tile) in unit.tiles_of_pieces() {
+                        let sums = scratch.add(self.place(&unit, piece, tile)).cast_const();
+                        let (first, cols) = (self.plan.cols(piece).start, self.valid_cols(piece));
+                        let (stride, best) = (self.kernel.geometry.strip, &best[self.plan.rows(tile)]);
+                        at_level(self.simd, MeetTile { sums, stride, cols, first, best });
+                    }
                 }
             });
         });

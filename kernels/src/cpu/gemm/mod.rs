@@ -5,6 +5,7 @@
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool, with `scratch` for sums
 //!   that wait;
 //! * `unpack` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
+//! * `argmax`: the largest sum of a row, where no other is wanted;
 //! * `tile`: what a SIMD level computes in registers; `amx`, `avx512`, `avx2`, `portable` (`narrow` serves the
 //!   latter two);
 //! * `ceiling`: what the machine can do at most, to measure products against.
@@ -22,6 +23,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod arena;
+mod argmax;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -45,6 +47,7 @@ mod unpack;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::Registers;
+pub(crate) use argmax::RowBest;
 pub use ceiling::Ceilings;
 pub(crate) use operand::{Operand, OperandWriter};
 pub(crate) use pack::{PackedMatrix, packed_bytes};
@@ -66,6 +69,11 @@ pub(crate) fn matmul(
     accumulate: bool,
 ) {
     with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).write(pool, out, accumulate));
+}
+
+/// The largest entry of every row of `x · wᵀ`, the lowest index where several are equal; `best: [rows]`, new.
+pub(crate) fn argmax(simd: Simd, pool: &ThreadPool, x: &Operand, w: &PackedMatrix, best: &[RowBest]) {
+    with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).find_largest(pool, best));
 }
 
 /// Goes on with the sums of a product over columns before those of w, which `sums` holds, in the order of K; with

@@ -128,6 +128,13 @@ pub(super) struct Unit {
     pub(super) sweep: Option<(usize, usize)>,
 }
 
+impl Unit {
+    /// Each piece and each tile of it.
+    pub(super) fn tiles_of_pieces(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.pieces.clone().flat_map(|piece| self.tiles.clone().map(move |tile| (piece, tile)))
+    }
+}
+
 impl Plan {
     pub(super) fn new(shape: Shape, geometry: Geometry, num_threads: usize) -> Self {
         let (mut num_tiles, mut tile_rows) = (shape.rows.div_ceil(geometry.rows), geometry.rows);

@@ -74,19 +74,6 @@ struct Softmax {
     }
 };
 
-// Sixteen queries as fragments, of the numbers that `query(row, d)` gives, rounded to bf16.
-template <typename Query>
-DEVICE void load_queries(u32 (&queries)[DIM_STEPS][4], u32 lane, Query query) {
-#pragma unroll
-    for (u32 step = 0; step < DIM_STEPS; step++) {
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) {
-            u32 row = lane / 4 + i % 2 * 8, d = step * 16 + lane % 4 * 2 + i / 2 * 8;
-            queries[step][i] = pack_bf16(query(row, d), query(row, d + 1));
-        }
-    }
-}
-
 // Begins to copy a head's entries of a page, keys or values; those from `num_entries` on are zero.
 DEVICE void copy_page(bf16* tile, const bf16* page, u32 num_entries, u32 num_threads) {
     for (u32 chunk = threadIdx.x; chunk < PAGE * (HEAD_DIM / CHUNK); chunk += num_threads) {
@@ -96,43 +83,56 @@ DEVICE void copy_page(bf16* tile, const bf16* page, u32 num_entries, u32 num_thr
     }
 }
 
-// Scores of sixteen queries against 8 * KEY_FRAGMENTS keys of a tile, not yet scaled.
-template <u32 KEY_FRAGMENTS>
-DEVICE void score(float (&scores)[KEY_FRAGMENTS][4], const u32 (&queries)[DIM_STEPS][4], const bf16* keys, u32 lane) {
+// Scores of sixteen queries against 8 * KEY_FRAGMENTS keys of a tile, not yet scaled. `query(step, a)` gives a step's
+// fragment of the queries.
+template <u32 KEY_FRAGMENTS, typename Query>
+DEVICE void score(float (&scores)[KEY_FRAGMENTS][4], Query query, const bf16* keys, u32 lane) {
     static_assert(KEY_FRAGMENTS % 2 == 0, "sixteen keys are loaded at once");
 #pragma unroll
     for (u32 n = 0; n < KEY_FRAGMENTS; n++) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
 #pragma unroll
     for (u32 step = 0; step < DIM_STEPS; step++) {
+        u32 a[4];
+        query(step, a);
 #pragma unroll
         for (u32 n = 0; n < KEY_FRAGMENTS; n += 2) {
             u32 b[4];
             load_matrices(b, keys + (n * 8 + lane % 8 + lane / 16 * 8) * STRIDE + step * 16 + lane / 8 % 2 * 8);
-            mma(scores[n], queries[step], b[0], b[1]);
-            mma(scores[n + 1], queries[step], b[2], b[3]);
+            mma(scores[n], a, b[0], b[1]);
+            mma(scores[n + 1], a, b[2], b[3]);
         }
     }
 }
 
-// Adds sixteen rows of weights times 8 * KEY_FRAGMENTS values of a tile. Only rows of which `is_meant(half)` says so
-// are changed.
-template <u32 KEY_FRAGMENTS, typename IsMeant>
-DEVICE void add_values(float (&out)[DIM_FRAGMENTS][4], const float (&weights)[KEY_FRAGMENTS][4], const bf16* values, u32 lane, IsMeant is_meant) {
+// Sixteen rows of weights as fragments for a product with values, rounded to bf16.
+template <u32 KEY_STEPS>
+DEVICE void pack_weights(u32 (&packed)[KEY_STEPS][4], const float (&weights)[2 * KEY_STEPS][4]) {
+#pragma unroll
+    for (u32 step = 0; step < KEY_STEPS; step++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const float(&pair)[4] = weights[2 * step + i / 2];
+            packed[step][i] = pack_bf16(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
+    }
+}
+
+// Adds sixteen rows of weights times 16 * KEY_STEPS values of a tile. Only rows of which `is_meant(half)` says so are
+// changed.
+template <u32 KEY_STEPS, typename IsMeant>
+DEVICE void add_values(float (&out)[DIM_FRAGMENTS][4], const u32 (&weights)[KEY_STEPS][4], const bf16* values, u32 lane,
+                       IsMeant is_meant) {
 #pragma unroll
     for (u32 n = 0; n < DIM_FRAGMENTS; n += 2) {
         float low[4], high[4];
 #pragma unroll
         for (u32 i = 0; i < 4; i++) low[i] = out[n][i], high[i] = out[n + 1][i];
 #pragma unroll
-        for (u32 keys = 0; keys < KEY_FRAGMENTS; keys += 2) {
-            u32 a[4], b[4];
-            a[0] = pack_bf16(weights[keys][0], weights[keys][1]);
-            a[1] = pack_bf16(weights[keys][2], weights[keys][3]);
-            a[2] = pack_bf16(weights[keys + 1][0], weights[keys + 1][1]);
-            a[3] = pack_bf16(weights[keys + 1][2], weights[keys + 1][3]);
-            load_matrices_transposed(b, values + (keys * 8 + lane % 16) * STRIDE + n * 8 + lane / 16 * 8);
-            mma(low, a, b[0], b[1]);
-            mma(high, a, b[2], b[3]);
+        for (u32 step = 0; step < KEY_STEPS; step++) {
+            u32 b[4];
+            load_matrices_transposed(b, values + (step * 16 + lane % 16) * STRIDE + n * 8 + lane / 16 * 8);
+            mma(low, weights[step], b[0], b[1]);
+            mma(high, weights[step], b[2], b[3]);
         }
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {

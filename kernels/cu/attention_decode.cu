@@ -43,11 +43,23 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
     };
     for (u32 page = 0; page < STAGES - 1; page++) copy(first_page + page);
 
+    // The group's queries as fragments, rounded to bf16; heads beyond the group are zero.
     u32 queries[DIM_STEPS][4];
-    load_queries(queries, lane, [&](u32 head, u32 d) {
-        if (head >= group || d >= head_dim) return 0.0f;
-        return q[(u64(row.row) * heads + kv_head * group + head) * head_dim + d];
-    });
+#pragma unroll
+    for (u32 step = 0; step < DIM_STEPS; step++) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 head = lane / 4 + i % 2 * 8, d = step * 16 + lane % 4 * 2 + i / 2 * 8;
+            const float* at = q + (u64(row.row) * heads + kv_head * group + head) * head_dim + d;
+            float low = head < group && d < head_dim ? at[0] : 0.0f;
+            float high = head < group && d + 1 < head_dim ? at[1] : 0.0f;
+            queries[step][i] = pack_bf16(low, high);
+        }
+    }
+    auto query = [&](u32 step, u32(&a)[4]) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) a[i] = queries[step][i];
+    };
 
     Softmax softmax;
     softmax.clear();
@@ -58,7 +70,7 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
         const bf16* page_keys = keys + page % STAGES * PAGE * STRIDE;
         const bf16* page_values = values + page % STAGES * PAGE * STRIDE;
         float scores[2][4];
-        score(scores, queries, page_keys + warp * 16 * STRIDE, lane);
+        score(scores, query, page_keys + warp * 16 * STRIDE, lane);
 #pragma unroll
         for (u32 n = 0; n < 2; n++) {
 #pragma unroll
@@ -68,7 +80,9 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
             }
         }
         softmax.weigh(scores);
-        add_values(softmax.out, scores, page_values + warp * 16 * STRIDE, lane, [](u32) { return true; });
+        u32 weights[1][4];
+        pack_weights(weights, scores);
+        add_values(softmax.out, weights, page_values + warp * 16 * STRIDE, lane, [](u32) { return true; });
     }
     await_copies<0>();
 

@@ -6,14 +6,13 @@
 #include "attention.cuh"
 
 constexpr u32 THREADS = 128;
-// Keys that are weighed at once.
-constexpr u32 KEYS = PAGE / 2;
+constexpr u32 QUERIES = THREADS / WARP * 16;
 // Pages under way at once.
 constexpr u32 STAGES = 2;
 
 // Rows of a sequence that a block takes: PrefillTile of attention.rs.
 struct Tile {
-    // Of the batch's rows, the first, and how many; times the group at most 64, sixteen for each warp.
+    // Of the batch's rows, the first, and how many; times the group at most QUERIES.
     u32 first_row;
     u32 num_rows;
     u32 first_position;
@@ -25,9 +24,9 @@ DEVICE bool is_no_number(u32 pair) {
     return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
 }
 
-// Makes entries of half a page zero, from `first` on.
+// Makes entries of a tile zero, from `first` on.
 DEVICE void forget_from(bf16* tile, u32 first) {
-    for (u32 i = threadIdx.x; i < (KEYS - first) * HEAD_DIM; i += THREADS) {
+    for (u32 i = threadIdx.x; i < (PAGE - first) * HEAD_DIM; i += THREADS) {
         tile[(first + i / HEAD_DIM) * STRIDE + i % HEAD_DIM] = 0;
     }
 }
@@ -48,6 +47,7 @@ attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_
     DYNAMIC_SHARED(memory);
     bf16* keys = reinterpret_cast<bf16*>(memory);
     bf16* values = keys + STAGES * PAGE * STRIDE;
+    bf16* queries = values + STAGES * PAGE * STRIDE;
     const Tile tile = tiles[blockIdx.x];
     u32 kv_head = blockIdx.y, group = heads / kv_heads;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -66,13 +66,15 @@ attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_
     };
     copy(0);
 
-    u32 queries[DIM_STEPS][4];
-    load_queries(queries, lane, [&](u32 row, u32 d) {
-        u32 query = warp * 16 + row;
-        if (query >= num_queries || d >= head_dim) return 0.0f;
+    // The queries, rounded to bf16; those beyond the tile are zero. The first page's barrier is theirs too.
+    for (u32 i = threadIdx.x; i < QUERIES * HEAD_DIM; i += THREADS) {
+        u32 query = i / HEAD_DIM, d = i % HEAD_DIM;
         u64 at = u64(tile.first_row + query / group) * heads + kv_head * group + query % group;
-        return q[at * head_dim + d];
-    });
+        bool is_there = query < num_queries && d < head_dim;
+        queries[query * STRIDE + d] = is_there ? bf16_of(q[at * head_dim + d]) : bf16(0);
+    }
+    const bf16* lane_queries = queries + (warp * 16 + lane % 16) * STRIDE + lane / 16 * 8;
+    auto query = [&](u32 step, u32(&a)[4]) { load_matrices(a, lane_queries + step * 16); };
     // The last position that each of this lane's two queries may see.
     u32 rows[2], last[2];
 #pragma unroll
@@ -89,36 +91,31 @@ attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_
         __syncthreads();
         const bf16* page_keys = keys + page % STAGES * PAGE * STRIDE;
         bf16* page_values = values + page % STAGES * PAGE * STRIDE;
+        float scores[PAGE / 8][4];
+        score(scores, query, page_keys, lane);
+#pragma unroll
+        for (u32 n = 0; n < PAGE / 8; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                u32 position = page * PAGE + n * 8 + lane % 4 * 2 + i % 2;
+                scores[n][i] = position <= last[i / 2] ? scores[n][i] * scale : minus_infinity();
+            }
+        }
+        softmax.weigh(scores);
+        u32 weights[PAGE / 16][4];
+        pack_weights(weights, scores);
         // A weight of zero times what is no number is no number: where a row may not see a value that is none, rows take
         // their turns from the last to the first, and forget what they may not see.
         bool hides = tile.num_rows > 1 && page * PAGE + PAGE - 1 > tile.first_position;
-        bool takes_turns = hides && has_no_number(page_values);
-        // Half a page at a time, because the scores of a whole one and sums 128 wide do not fit a thread's registers.
-#pragma unroll 1
-        for (u32 first = 0; first < PAGE; first += KEYS) {
-            float scores[KEYS / 8][4];
-            score(scores, queries, page_keys + first * STRIDE, lane);
-#pragma unroll
-            for (u32 n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    u32 position = page * PAGE + first + n * 8 + lane % 4 * 2 + i % 2;
-                    scores[n][i] = position <= last[i / 2] ? scores[n][i] * scale : minus_infinity();
-                }
+        bool in_turns = hides && has_no_number(page_values);
+        for (u32 turn = in_turns ? tile.num_rows : 1; turn-- > 0;) {
+            if (in_turns) {
+                u32 end = tile.first_position + turn + 1;
+                __syncthreads();
+                forget_from(page_values, end <= page * PAGE ? 0 : min_of(PAGE, end - page * PAGE));
+                __syncthreads();
             }
-            softmax.weigh(scores);
-            bf16* some_values = page_values + first * STRIDE;
-            if (takes_turns) {
-                for (u32 row = tile.num_rows; row-- > 0;) {
-                    u32 end = tile.first_position + row + 1, start = page * PAGE + first;
-                    forget_from(some_values, end <= start ? 0 : min_of(KEYS, end - start));
-                    __syncthreads();
-                    add_values(softmax.out, scores, some_values, lane, [&](u32 half) { return rows[half] == row; });
-                    __syncthreads();
-                }
-            } else {
-                add_values(softmax.out, scores, some_values, lane, [](u32) { return true; });
-            }
+            add_values(softmax.out, weights, page_values, lane, [&](u32 half) { return !in_turns || rows[half] == turn; });
         }
         __syncthreads(); // Nobody reads this page any more when it is written over.
     }

@@ -27,22 +27,6 @@ DEVICE void copy_rows(bf16* tile, const bf16* from, u32 num_rows, u32 first, u32
     }
 }
 
-// Does something with every `sum` of a lane and its place `at` in out, where that is inside. A macro, because NVRTC takes a
-// lambda with `auto` for host code.
-#define FOR_EACH_SUM(what)                                                                                              \
-    _Pragma("unroll") for (u32 i = 0; i < DOWN; i++) {                                                                  \
-        _Pragma("unroll") for (u32 j = 0; j < ACROSS; j++) {                                                            \
-            _Pragma("unroll") for (u32 n = 0; n < 4; n++) {                                                             \
-                u32 row = first_row + down + i * 16 + lane / 4 + n / 2 * 8;                                             \
-                u32 col = first_col + across + j * 8 + lane % 4 * 2 + n % 2;                                            \
-                if (row < rows && col < cols) {                                                                         \
-                    float &sum = sums[i][j][n], &at = out[u64(row) * out_stride + col];                                 \
-                    what                                                                                                \
-                }                                                                                                       \
-            }                                                                                                           \
-        }                                                                                                               \
-    }
-
 // A block's ROWS x COLS numbers, by WARPS_DOWN x WARPS_ACROSS warps.
 template <u32 ROWS, u32 WARPS_DOWN>
 DEVICE void multiply(float* out, const bf16* x, const bf16* w, u32 rows, u32 cols, u32 x_stride, u32 w_stride, u32 depth, u32 out_stride, u32 mode) {
@@ -69,9 +53,26 @@ DEVICE void multiply(float* out, const bf16* x, const bf16* w, u32 rows, u32 col
     for (u32 step = 0; step < STAGES - 1; step++) copy_step(step);
 
     float sums[DOWN][ACROSS][4] = {};
-    if (mode == GO_ON) {
-        FOR_EACH_SUM({ sum = at; });
-    }
+    // What out holds becomes sums, or sums become, or are added to, what out holds.
+    enum Move { READ, STORE, ADD_TO };
+    auto move = [&](Move what) {
+#pragma unroll
+        for (u32 i = 0; i < DOWN; i++) {
+#pragma unroll
+            for (u32 j = 0; j < ACROSS; j++) {
+#pragma unroll
+                for (u32 n = 0; n < 4; n++) {
+                    u32 row = first_row + down + i * 16 + lane / 4 + n / 2 * 8;
+                    u32 col = first_col + across + j * 8 + lane % 4 * 2 + n % 2;
+                    if (row >= rows || col >= cols) continue;
+                    float* at = out + u64(row) * out_stride + col;
+                    if (what == READ) sums[i][j][n] = *at;
+                    else *at = what == ADD_TO ? *at + sums[i][j][n] : sums[i][j][n];
+                }
+            }
+        }
+    };
+    if (mode == GO_ON) move(READ);
     for (u32 step = 0; step < steps; step++) {
         await_copies<STAGES - 2>();
         __syncthreads(); // This step is there for all, and the one before is done with by all.
@@ -100,11 +101,7 @@ DEVICE void multiply(float* out, const bf16* x, const bf16* w, u32 rows, u32 col
     }
     await_copies<0>(); // Nothing is under way any more when the block ends.
 
-    if (mode == ADD) {
-        FOR_EACH_SUM({ at += sum; });
-    } else {
-        FOR_EACH_SUM({ at = sum; });
-    }
+    move(mode == ADD ? ADD_TO : STORE);
 }
 
 #define GEMM(name, ROWS, WARPS_DOWN)                                                                                    \

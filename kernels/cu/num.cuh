@@ -20,6 +20,7 @@ constexpr u32 CHUNK = 8;
 #ifndef EMULATOR
 
 #define DEVICE __device__ __forceinline__
+// A kernel of blocks of so many threads, of which a multiprocessor runs at least one.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 // Memory of a thread block whose size the launch says.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]

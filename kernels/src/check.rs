@@ -79,10 +79,21 @@ pub(crate) fn rope_table(table: &RopeTable) -> Result<()> {
 /// Rows of `x` hold whole heads, and the table has an angle for every row; returns half a head's width.
 pub(crate) fn rope(op: &'static str, x: &Array, table: &RopeTable, positions: &[u32]) -> Result<usize> {
     let half = table.head_dim / 2;
-    shape(op, "x's columns", [x.cols()], [x.cols() / table.head_dim * table.head_dim])?;
-    shape(op, "positions", [positions.len()], [x.rows()])?;
-    all_below(op, "position", positions, table.cos.len() / half)?;
+    rope_shapes(op, [x.rows(), x.cols()], table.head_dim, table.cos.len() / half, positions)?;
     Ok(half)
+}
+
+/// The same for heads and angles that are elsewhere.
+pub(crate) fn rope_shapes(
+    op: &'static str,
+    [rows, cols]: [usize; 2],
+    head_dim: usize,
+    num_positions: usize,
+    positions: &[u32],
+) -> Result<()> {
+    shape(op, "x's columns", [cols], [cols / head_dim * head_dim])?;
+    shape(op, "positions", [positions.len()], [rows])?;
+    all_below(op, "position", positions, num_positions)
 }
 
 /// A cache of this shape can be made; returns the numbers of one half (keys or values) of it.

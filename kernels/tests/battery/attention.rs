@@ -75,7 +75,7 @@ type Case = (Dtype, [usize; 3], usize);
 
 /// What is exact depends on the cache's type alone, and is the slowest part: it is kept for the next device.
 #[derive(Default)]
-struct Attention {
+pub(crate) struct Attention {
     known: RefCell<HashMap<Case, Vec<Bounded>>>,
 }
 
@@ -156,7 +156,7 @@ fn attention_is_the_softmax_mean_of_the_values() {
 }
 
 /// Few keys that are all the same, huge scores, scores that are all far below zero, values of any size.
-struct Extremes;
+pub(crate) struct Extremes;
 
 impl Check for Extremes {
     fn check<B: Readable>(&self, device: &Device<B>) {

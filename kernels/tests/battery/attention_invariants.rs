@@ -88,7 +88,7 @@ fn at_once<B: Readable>(device: &Device<B>, sequence: &Sequence) -> Vec<u32> {
     out
 }
 
-struct Chunks;
+pub(crate) struct Chunks;
 
 impl Check for Chunks {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -109,7 +109,7 @@ fn a_prompt_in_chunks_on_other_pages_gives_the_same_bits() {
 }
 
 /// Sequences that advance by random steps, in batches of random company and order.
-struct Company;
+pub(crate) struct Company;
 
 impl Check for Company {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -175,7 +175,7 @@ fn any_number_of_threads_gives_the_same_bits() {
 
 /// A value that is not a number counts from its own position on, and for no row before it, although they
 /// share a page and every second one a word.
-struct Poison;
+pub(crate) struct Poison;
 
 impl Check for Poison {
     fn check<B: Readable>(&self, device: &Device<B>) {

@@ -3,7 +3,7 @@
 use crate::battery::device::{Check, Device, Readable, all_rounded, bits, every_weight_device};
 use crate::battery::random::Random;
 
-struct Copies;
+pub(crate) struct Copies;
 
 impl Check for Copies {
     fn check<B: Readable>(&self, device: &Device<B>) {

@@ -13,7 +13,7 @@ fn stats<B: Readable>(device: &Device<B>, logits: &[f32], vocabulary: usize) -> 
     stats
 }
 
-struct Vocabularies;
+pub(crate) struct Vocabularies;
 
 impl Check for Vocabularies {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -43,7 +43,7 @@ fn logit_stats_finds_the_lowest_of_the_largest_and_the_sum() {
     every_weight_device(&Vocabularies);
 }
 
-struct Special;
+pub(crate) struct Special;
 
 impl Check for Special {
     fn check<B: Readable>(&self, device: &Device<B>) {

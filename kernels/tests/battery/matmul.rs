@@ -22,7 +22,7 @@ const SHAPES: [[usize; 3]; 12] = [
     [130, 40, 80],
 ];
 
-struct Matmul;
+pub(crate) struct Matmul;
 
 impl Check for Matmul {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -66,7 +66,7 @@ fn matmul_is_the_product_summed_in_f32() {
     every_weight_device(&Matmul);
 }
 
-struct NoRows;
+pub(crate) struct NoRows;
 
 impl Check for NoRows {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -82,7 +82,7 @@ fn no_rows_are_no_work() {
     every_weight_device(&NoRows);
 }
 
-struct NotFinite;
+pub(crate) struct NotFinite;
 
 impl Check for NotFinite {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -158,7 +158,7 @@ fn products_in_integers_have_the_bits_of_plain_loops() {
 /// `[rows, in, out]` of products whose sums are parted: some tiles and panels, several chunks of K.
 const PARTED: [[usize; 3]; 5] = [[1, 130, 70], [7, 192, 64], [3, 1000, 17], [70, 300, 129], [2, 9000, 65]];
 
-struct Parted;
+pub(crate) struct Parted;
 
 impl Check for Parted {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -219,7 +219,7 @@ fn sums_that_are_gone_on_with_have_the_bits_of_one_product() {
     every_weight_device(&Parted);
 }
 
-struct Add;
+pub(crate) struct Add;
 
 impl Check for Add {
     fn check<B: Readable>(&self, device: &Device<B>) {

@@ -15,7 +15,7 @@ fn largest<B: Readable>(device: &Device<B>, x: &B::Operand, w: &B::Matrix) -> Ve
     largest
 }
 
-struct Products;
+pub(crate) struct Products;
 
 impl Check for Products {
     fn check<B: Readable>(&self, device: &Device<B>) {
@@ -48,7 +48,7 @@ fn matmul_argmax_finds_the_lowest_of_the_largest_of_the_product() {
     every_weight_device(&Products);
 }
 
-struct NotFinite;
+pub(crate) struct NotFinite;
 
 impl Check for NotFinite {
     fn check<B: Readable>(&self, device: &Device<B>) {

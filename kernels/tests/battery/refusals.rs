@@ -9,7 +9,7 @@ fn refused<T>(outcome: Result<T, Error>, expected: &str) {
     assert_eq!(error.to_string(), expected);
 }
 
-struct Refusals;
+pub(crate) struct Refusals;
 
 impl Check for Refusals {
     fn check<B: Readable>(&self, device: &Device<B>) {

@@ -6,7 +6,7 @@ use crate::battery::random::Random;
 
 const WIDTHS: [usize; 12] = [1, 2, 7, 15, 16, 17, 63, 64, 129, 576, 1025, 5000];
 
-struct RmsNorm;
+pub(crate) struct RmsNorm;
 
 impl Check for RmsNorm {
     fn check<B: Readable>(&self, device: &Device<B>) {

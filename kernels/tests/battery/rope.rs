@@ -17,7 +17,7 @@ pub(crate) fn table(head_dim: usize, positions: usize) -> RopeTable {
     }
 }
 
-struct Rope;
+pub(crate) struct Rope;
 
 impl Check for Rope {
     fn check<B: Readable>(&self, device: &Device<B>) {

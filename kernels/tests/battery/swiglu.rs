@@ -8,7 +8,7 @@ use crate::battery::random::Random;
 const SHAPES: [[usize; 3]; 7] =
     [[1, 1, 1], [1, 64, 130], [2, 9, 63], [7, 33, 65], [13, 100, 200], [65, 129, 17], [64, 96, 192]];
 
-struct Swiglu;
+pub(crate) struct Swiglu;
 
 impl Check for Swiglu {
     fn check<B: Readable>(&self, device: &Device<B>) {

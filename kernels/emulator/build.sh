@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds libcuda.so and libnvrtc.so, which are an emulator, into the folder that is given.
+set -euo pipefail
+out=$1
+cd "$(dirname "$0")"
+# Threads are fibers that jump between stacks, which glibc's checked jump takes for an error.
+flags=(-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -Wall -Wno-unused-function -Wno-unused-variable -Wno-unknown-pragmas -I../cu)
+objects=()
+running=()
+compile() { # compile OUTPUT SOURCE [FLAGS]
+    local object=$out/$1.o
+    objects+=("$object")
+    "${CXX:-c++}" "${flags[@]}" -c "$2" -o "$object" "${@:3}" &
+    running+=($!)
+    if ((${#running[@]} >= 2)); then wait "${running[0]}"; running=("${running[@]:1}"); fi
+}
+kernel() { # kernel FILE THREADS [HEAD_DIM]
+    local more=(-include device.h "-DSOURCE=\"../cu/$1.cu\"" "-DKERNELS=K($1)" "-DMAX_THREADS=$2")
+    if (($# > 2)); then more+=("-DHEAD_DIM=$3"); fi
+    compile "$1-${3:-}" kernel.cpp "${more[@]}"
+}
+compile block block.cpp
+compile driver driver.cpp
+for file in add embed gather rms_norm rope swiglu; do kernel $file 256; done
+kernel kv_append 128
+kernel attention_merge 128
+kernel logit_stats 512
+compile gemm kernel.cpp -include device.h '-DSOURCE="../cu/gemm.cu"' '-DKERNELS=K(gemm_16) K(gemm_64) K(gemm_128)' -DMAX_THREADS=256
+for head_dim in 16 32 48 64 80 96 128 256; do
+    kernel attention_prefill 128 $head_dim
+    kernel attention_decode 128 $head_dim
+done
+for process in "${running[@]}"; do wait "$process"; done
+"${CXX:-c++}" -shared -Wl,-soname,libcuda.so "${objects[@]}" -o "$out/libcuda.so"
+"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnvrtc.so nvrtc.cpp -o "$out/libnvrtc.so"
+rm "${objects[@]}"

@@ -1,0 +1,179 @@
+//! Which thread block attends to what.
+//!
+//! Rows that stand alone, as in decoding, are split over the context where there are too few of them to fill the device.
+//! Chunks of prompts go in tiles of 64 queries. Where results must not depend on the batch all rows go in tiles: how a
+//! context is split depends on how many rows there are.
+
+use std::sync::Arc;
+
+use super::program::{self, Source};
+use super::stream::{Grid, Kernel, Stream};
+use crate::backend::{AttentionSlice, PAGE_TOKENS};
+use crate::error::Result;
+
+/// Queries of a tile of attention_prefill.cu, sixteen for each warp.
+pub(crate) const TILE_QUERIES: usize = 64;
+/// Query heads that attention_decode.cu takes at once: GROUP there.
+pub(crate) const DECODE_GROUP: usize = 16;
+/// Threads of a block of both.
+pub(crate) const THREADS: usize = 128;
+/// Blocks of attention_decode.cu for each multiprocessor, where the context is long enough: two run at once, and one that
+/// ends early should find another.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
+/// A part of the context is no shorter than this: what it costs to merge it is then little.
+const LEAST_PART_PAGES: usize = 4;
+
+/// Attention for one width of heads.
+#[derive(Debug)]
+pub(crate) struct AttentionKernels {
+    pub(crate) prefill: Kernel,
+    pub(crate) prefill_bytes: usize,
+    /// Nothing where a block has too little memory for it.
+    pub(crate) decode: Option<Kernel>,
+    pub(crate) decode_bytes: usize,
+}
+
+impl AttentionKernels {
+    /// A head's width in whole fragments.
+    pub(crate) fn padded(head_dim: usize) -> usize {
+        head_dim.next_multiple_of(16)
+    }
+
+    /// Compiles and loads them; a block may have so much memory.
+    pub(crate) fn load(
+        stream: &Arc<Stream>,
+        cubin: impl Fn(Source, usize) -> Result<Vec<u8>>,
+        head_dim: usize,
+        most_bytes: usize,
+    ) -> Result<AttentionKernels> {
+        let padded = AttentionKernels::padded(head_dim);
+        // A page of keys and one of values for each stage, and a tile of queries; rows are a chunk wider than a head.
+        let bytes = |rows: usize| rows * (padded + 8) * size_of::<u16>();
+        let (prefill_bytes, decode_bytes) =
+            (bytes(2 * 2 * PAGE_TOKENS + TILE_QUERIES), bytes(3 * 2 * PAGE_TOKENS));
+        let load =
+            |source, name, bytes| Arc::new(stream.module(&cubin(source, padded)?)?).kernel(name, bytes);
+        Ok(AttentionKernels {
+            prefill: load(program::ATTENTION_PREFILL, "attention_prefill", prefill_bytes)?,
+            prefill_bytes,
+            decode: (decode_bytes <= most_bytes)
+                .then(|| load(program::ATTENTION_DECODE, "attention_decode", decode_bytes))
+                .transpose()?,
+            decode_bytes,
+        })
+    }
+}
+
+/// How a batch is shared out.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Plan {
+    /// Tiles, as attention_prefill.cu has them: first row, number of rows, first position, start of the pages.
+    pub(crate) tiles: Vec<u32>,
+    /// Rows that stand alone, as attention_decode.cu has them: row, number of keys, start of the pages.
+    pub(crate) rows: Vec<u32>,
+    /// Pages of all sequences, one after the other.
+    pub(crate) pages: Vec<u32>,
+    /// Parts that the context of rows that stand alone is split into, and the pages of each.
+    pub(crate) num_parts: usize,
+    pub(crate) part_pages: usize,
+}
+
+impl Plan {
+    /// For a group of so many query heads; rows that stand alone may be split over so many multiprocessors.
+    pub(crate) fn new(
+        slices: &[AttentionSlice],
+        group: usize,
+        kv_heads: usize,
+        multiprocessors: Option<usize>,
+    ) -> Plan {
+        let mut plan = Plan { num_parts: 1, ..Plan::default() };
+        let mut longest = 1;
+        for slice in slices.iter().filter(|slice| slice.num_rows > 0) {
+            let pages = plan.pages.len() as u32;
+            let num_keys = slice.first_position + slice.num_rows;
+            let num_pages = num_keys.div_ceil(PAGE_TOKENS);
+            plan.pages.extend(&slice.pages[..num_pages]);
+            if multiprocessors.is_some() && slice.num_rows == 1 && group <= DECODE_GROUP {
+                plan.rows.extend([slice.first_row as u32, num_keys as u32, pages]);
+                longest = longest.max(num_pages);
+                continue;
+            }
+            let tile_rows = TILE_QUERIES / group;
+            for first in (0..slice.num_rows).step_by(tile_rows) {
+                let num_rows = tile_rows.min(slice.num_rows - first);
+                let (row, position) = (slice.first_row + first, slice.first_position + first);
+                plan.tiles.extend([row as u32, num_rows as u32, position as u32, pages]);
+            }
+        }
+        let blocks = plan.num_rows() * kv_heads;
+        if let (Some(multiprocessors), 1..) = (multiprocessors, blocks) {
+            let wanted = (multiprocessors * BLOCKS_PER_MULTIPROCESSOR).div_ceil(blocks);
+            plan.part_pages = longest.div_ceil(wanted).max(LEAST_PART_PAGES.min(longest));
+            plan.num_parts = longest.div_ceil(plan.part_pages);
+        }
+        plan
+    }
+
+    pub(crate) fn num_tiles(&self) -> usize {
+        self.tiles.len() / 4
+    }
+
+    pub(crate) fn num_rows(&self) -> usize {
+        self.rows.len() / 3
+    }
+
+    /// Groups of query heads whose parts are kept: `[rows, kv_heads, parts]`, of DECODE_GROUP heads each.
+    pub(crate) fn num_partials(&self, kv_heads: usize) -> usize {
+        self.num_rows() * kv_heads * self.num_parts * DECODE_GROUP
+    }
+
+    pub(crate) fn prefill_grid(&self, kv_heads: usize, kernels: &AttentionKernels) -> Grid {
+        Grid { blocks: [self.num_tiles(), kv_heads, 1], threads: THREADS, block_bytes: kernels.prefill_bytes }
+    }
+
+    pub(crate) fn decode_grid(&self, kv_heads: usize, kernels: &AttentionKernels) -> Grid {
+        let blocks = [self.num_rows(), kv_heads, self.num_parts];
+        Grid { blocks, threads: THREADS, block_bytes: kernels.decode_bytes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slice(first_row: usize, num_rows: usize, first_position: usize, pages: &[u32]) -> AttentionSlice {
+        AttentionSlice { first_row, num_rows, first_position, pages: pages.to_vec() }
+    }
+
+    #[test]
+    fn rows_alone_are_split_and_chunks_go_in_tiles() {
+        let long: Vec<u32> = (10..42).collect();
+        let slices =
+            [slice(0, 1, 2047, &long), slice(1, 0, 0, &[]), slice(1, 9, 60, &[3, 4]), slice(10, 1, 0, &[7])];
+        let plan = Plan::new(&slices, 16, 8, Some(132));
+        assert_eq!(plan.rows, [0, 2048, 0, 10, 1, 34]);
+        assert_eq!(plan.tiles, [1, 4, 60, 32, 5, 4, 64, 32, 9, 1, 68, 32]);
+        assert_eq!(plan.pages[32..], [3, 4, 7]);
+        // 16 blocks: 132 · 4 / 16 = 33 parts would be wanted, of one page; four pages are the least.
+        assert_eq!((plan.part_pages, plan.num_parts), (4, 8));
+        assert_eq!(plan.num_partials(8), 2 * 8 * 8 * 16);
+    }
+
+    #[test]
+    fn enough_rows_are_not_split_and_parts_cover_the_longest() {
+        let pages: Vec<u32> = (0..17).collect();
+        let slices: Vec<AttentionSlice> = (0..256).map(|row| slice(row, 1, 64 * 17 - 1, &pages)).collect();
+        let plan = Plan::new(&slices, 8, 8, Some(132));
+        assert_eq!((plan.num_parts, plan.part_pages), (1, 17));
+        let plan = Plan::new(&slices[..1], 8, 1, Some(4));
+        assert_eq!((plan.num_parts, plan.part_pages), (5, 4));
+    }
+
+    #[test]
+    fn without_splits_all_rows_go_in_tiles_and_so_do_wide_groups() {
+        let one = [slice(0, 1, 5, &[2])];
+        assert_eq!(Plan::new(&one, 4, 2, None).tiles, [0, 1, 5, 0]);
+        assert_eq!(Plan::new(&one, 17, 2, Some(4)).tiles, [0, 1, 5, 0]);
+        assert_eq!(Plan::new(&[], 4, 2, Some(4)).num_partials(2), 0);
+    }
+}

@@ -1,0 +1,249 @@
+//! Device code: its source, which is part of this program, and its compiling for the GPU that is there.
+//!
+//! NVRTC compiles in a few seconds what is not on disk yet. A cubin's name there is a hash of all that it was made from:
+//! source, architecture, options and the compiler's version.
+
+use std::ffi::{CStr, CString, c_char};
+use std::path::Path;
+
+use cudarc::nvrtc::{result, sys};
+
+use super::gpu;
+use super::libraries;
+use crate::error::{Error, Result};
+
+/// A file of device code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// Its name in `kernels/cu`.
+    pub file: &'static str,
+    text: &'static str,
+    /// Whether it is compiled once for each width of a head.
+    pub is_per_head_dim: bool,
+}
+
+macro_rules! source {
+    ($name:ident, $file:literal, $is_per_head_dim:literal) => {
+        pub(crate) const $name: Source = Source {
+            file: $file,
+            text: include_str!(concat!("../../cu/", $file)),
+            is_per_head_dim: $is_per_head_dim,
+        };
+    };
+}
+
+source!(ADD, "add.cu", false);
+source!(EMBED, "embed.cu", false);
+source!(GATHER, "gather.cu", false);
+source!(RMS_NORM, "rms_norm.cu", false);
+source!(ROPE, "rope.cu", false);
+source!(KV_APPEND, "kv_append.cu", false);
+source!(SWIGLU, "swiglu.cu", false);
+source!(LOGIT_STATS, "logit_stats.cu", false);
+source!(GEMM, "gemm.cu", false);
+source!(ATTENTION_DECODE, "attention_decode.cu", true);
+source!(ATTENTION_PREFILL, "attention_prefill.cu", true);
+source!(ATTENTION_MERGE, "attention_merge.cu", false);
+
+/// What files include.
+const HEADERS: [(&CStr, &str); 3] = [
+    (c"num.cuh", include_str!("../../cu/num.cuh")),
+    (c"mma.cuh", include_str!("../../cu/mma.cuh")),
+    (c"attention.cuh", include_str!("../../cu/attention.cuh")),
+];
+
+/// What NVRTC makes of a source.
+#[derive(Debug, Clone)]
+pub struct Compiled {
+    /// Machine code for one architecture.
+    pub cubin: Vec<u8>,
+    /// What compiler and assembler said: with the assembler's word on registers where it was asked for.
+    pub log: String,
+}
+
+impl Source {
+    /// All device code.
+    pub const ALL: [Source; 12] = [
+        ADD,
+        EMBED,
+        GATHER,
+        RMS_NORM,
+        ROPE,
+        KV_APPEND,
+        SWIGLU,
+        LOGIT_STATS,
+        GEMM,
+        ATTENTION_DECODE,
+        ATTENTION_PREFILL,
+        ATTENTION_MERGE,
+    ];
+
+    /// Compiles for an architecture such as `sm_90a`, with the assembler's account of registers and memory in the log.
+    /// No GPU and no driver are needed. `head_dim` is 0 but for files that are compiled for each.
+    ///
+    /// # Errors
+    /// No NVRTC, or the compiler's own words.
+    pub fn compile(self, libraries: Option<&Path>, architecture: &str, head_dim: usize) -> Result<Compiled> {
+        libraries::NVRTC.load(libraries)?;
+        self.compile_with(&self.options(architecture, head_dim), true)
+    }
+
+    /// The cubin, from disk where it is there.
+    pub(crate) fn cubin(self, cubins: Option<&Path>, architecture: &str, head_dim: usize) -> Result<Vec<u8>> {
+        let options = self.options(architecture, head_dim);
+        let name = self.cubin_name(&options, compiler_version()?);
+        let path = cubins.map(|folder| folder.join(name));
+        if let Some(cubin) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
+            return Ok(cubin);
+        }
+        let Compiled { cubin, .. } = self.compile_with(&options, false)?;
+        if let Some(path) = path {
+            store(&path, &cubin);
+        }
+        Ok(cubin)
+    }
+
+    fn options(self, architecture: &str, head_dim: usize) -> Vec<String> {
+        let mut options = vec!["-std=c++17".to_owned(), format!("--gpu-architecture={architecture}")];
+        if self.is_per_head_dim {
+            options.push(format!("-DHEAD_DIM={head_dim}"));
+        }
+        options
+    }
+
+    fn cubin_name(self, options: &[String], compiler: (i32, i32)) -> String {
+        let mut hash = blake3::Hasher::new();
+        let headers = HEADERS.iter().map(|(_, text)| *text);
+        let compiler = format!("{}.{}", compiler.0, compiler.1);
+        let parts = [self.file, self.text, &compiler].into_iter().chain(headers);
+        for part in parts.chain(options.iter().map(String::as_str)) {
+            hash.update(&(part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+        format!("{}-{}.cubin", self.file.trim_end_matches(".cu"), &hash.finalize().to_hex()[..32])
+    }
+
+    fn compile_with(self, options: &[String], tells_registers: bool) -> Result<Compiled> {
+        let program = Program::new(self)?;
+        let mut options = options.to_vec();
+        if tells_registers {
+            options.push("--ptxas-options=-v".to_owned());
+        }
+        // SAFETY: the program lives.
+        let compiled = unsafe { result::compile_program(program.0, &options) };
+        // SAFETY: as above, and it has been compiled.
+        let log = unsafe { result::get_program_log(program.0) }.unwrap_or_default();
+        let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|&c| c != 0).collect();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        if let Err(error) = compiled {
+            let message = format!("compile {} with {}: {error}\n{log}", self.file, options.join(" "));
+            return Err(Error::NoCuda(message));
+        }
+        Ok(Compiled { cubin: program.cubin().map_err(|error| nvrtc(self.file, error))?, log })
+    }
+}
+
+/// A program of NVRTC.
+struct Program(sys::nvrtcProgram);
+
+impl Program {
+    fn new(source: Source) -> Result<Program> {
+        let c_text = |text: &str| CString::new(text).expect("sources hold no zero");
+        let (text, name) = (c_text(source.text), c_text(source.file));
+        let headers = HEADERS.map(|(_, text)| c_text(text));
+        let header_texts: Vec<*const c_char> = headers.iter().map(|text| text.as_ptr()).collect();
+        let header_names: Vec<*const c_char> = HEADERS.iter().map(|(name, _)| name.as_ptr()).collect();
+        let mut program = std::ptr::null_mut();
+        // SAFETY: all texts end in a zero and outlive the call, and there are as many names as texts.
+        unsafe {
+            sys::nvrtcCreateProgram(
+                &mut program,
+                text.as_ptr(),
+                name.as_ptr(),
+                HEADERS.len() as i32,
+                header_texts.as_ptr(),
+                header_names.as_ptr(),
+            )
+        }
+        .result()
+        .map_err(|error| nvrtc(source.file, error))?;
+        Ok(Program(program))
+    }
+
+    fn cubin(&self) -> std::result::Result<Vec<u8>, result::NvrtcError> {
+        let mut size = 0;
+        // SAFETY: the program has been compiled; it writes as many bytes as it says.
+        unsafe {
+            sys::nvrtcGetCUBINSize(self.0, &mut size).result()?;
+            let mut cubin = vec![0u8; size];
+            sys::nvrtcGetCUBIN(self.0, cubin.as_mut_ptr().cast()).result()?;
+            Ok(cubin)
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: it was created, and is destroyed once.
+        let _ = unsafe { result::destroy_program(self.0) };
+    }
+}
+
+/// Loads the compiler for a driver, which must be as new as what it makes.
+pub(crate) fn load_compiler(libraries: Option<&Path>) -> Result<()> {
+    libraries::NVRTC.load(libraries)?;
+    let (compiler, driver) = (compiler_version()?, gpu::driver_version()?);
+    if compiler.0 > driver / 1000 {
+        return Err(Error::NoCuda(format!(
+            "driver too old: it is for CUDA {}, and libnvrtc is of CUDA {}.{}\nhint: install nvidia-cuda-nvrtc of the driver's version",
+            gpu::version_name(driver),
+            compiler.0,
+            compiler.1
+        )));
+    }
+    Ok(())
+}
+
+fn compiler_version() -> Result<(i32, i32)> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the library is loaded, and writes two numbers.
+    unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
+        .result()
+        .map_err(|error| nvrtc("its version", error))?;
+    Ok((major, minor))
+}
+
+fn nvrtc(what: &str, error: result::NvrtcError) -> Error {
+    Error::NoCuda(format!("libnvrtc: {what}: {error}"))
+}
+
+/// Keeps a cubin, whole or not at all. Where that fails it is compiled again the next time.
+fn store(path: &Path, cubin: &[u8]) {
+    let Some(folder) = path.parent() else { return };
+    let unfinished = path.with_extension(format!("{}.unfinished", std::process::id()));
+    let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&unfinished, cubin));
+    let _ = written.and_then(|()| std::fs::rename(&unfinished, path));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cubin_is_named_by_all_that_it_was_made_from() {
+        let name = |source: Source, architecture, head_dim, compiler| {
+            source.cubin_name(&source.options(architecture, head_dim), compiler)
+        };
+        let one = name(ATTENTION_DECODE, "sm_90a", 128, (13, 0));
+        assert_eq!(one, name(ATTENTION_DECODE, "sm_90a", 128, (13, 0)));
+        for other in [
+            name(ATTENTION_PREFILL, "sm_90a", 128, (13, 0)),
+            name(ATTENTION_DECODE, "sm_80", 128, (13, 0)),
+            name(ATTENTION_DECODE, "sm_90a", 64, (13, 0)),
+            name(ATTENTION_DECODE, "sm_90a", 128, (12, 9)),
+        ] {
+            assert_ne!(one, other);
+        }
+        assert!(one.starts_with("attention_decode-") && one.ends_with(".cubin"), "{one}");
+    }
+}

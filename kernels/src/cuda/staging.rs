@@ -1,0 +1,139 @@
+//! The way of weights to a device: through two pinned buffers, so that one is filled while the other is copied.
+
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+use half::f16;
+
+use super::stream::{Memory, Stream};
+use crate::backend::{TensorView, ViewDtype};
+use crate::dtype::bf16_bits;
+use crate::error::Result;
+
+/// Bytes of a buffer: at 50 GB/s a copy takes 0.3 ms, long against its start.
+const BUFFER_BYTES: usize = 16 << 20;
+
+/// Two buffers that take turns.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    buffers: [Pinned; 2],
+    next: usize,
+}
+
+/// Memory of the host that a device copies from by itself.
+#[derive(Debug)]
+struct Pinned {
+    start: *mut u8,
+    /// Recorded behind the last copy from it.
+    copied: sys::CUevent,
+    stream: Arc<Stream>,
+}
+
+// SAFETY: the memory is owned, and events may be used from any thread.
+unsafe impl Send for Pinned {}
+
+impl Staging {
+    pub(crate) fn new(stream: &Arc<Stream>) -> Result<Staging> {
+        Ok(Staging { buffers: [Pinned::new(stream)?, Pinned::new(stream)?], next: 0 })
+    }
+
+    /// Queues a matrix in bf16, with rows padded by zeros to `stride` numbers. The view has been checked.
+    pub(crate) fn send(&mut self, view: &TensorView<'_>, stride: usize, to: &mut Memory) -> Result<()> {
+        let row_bytes = stride * size_of::<u16>();
+        // A row that is longer than a buffer goes in parts, several shorter ones go together.
+        let part = BUFFER_BYTES / size_of::<u16>();
+        let rows_at_once = (BUFFER_BYTES / row_bytes.max(1)).max(1);
+        for first in (0..view.rows).step_by(rows_at_once) {
+            let rows = first..(first + rows_at_once).min(view.rows);
+            for column in (0..stride).step_by(part) {
+                let columns = column..(column + part).min(stride);
+                let buffer = &mut self.buffers[self.next];
+                self.next = 1 - self.next;
+                let numbers = buffer.fill(rows.len() * columns.len())?;
+                for (row, out) in rows.clone().zip(numbers.chunks_exact_mut(columns.len())) {
+                    let there = columns.start.min(view.cols)..columns.end.min(view.cols);
+                    let (out, rest) = out.split_at_mut(there.len());
+                    let size = view.dtype.bytes();
+                    round(view.dtype, &view.row(row)[there.start * size..there.end * size], out);
+                    rest.fill(0);
+                }
+                buffer.send(
+                    to,
+                    (rows.start * stride + columns.start) * size_of::<u16>(),
+                    rows.len() * columns.len(),
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Numbers as bf16.
+fn round(dtype: ViewDtype, bytes: &[u8], out: &mut [u16]) {
+    match dtype {
+        ViewDtype::Bf16 => bytemuck::cast_slice_mut::<u16, u8>(out).copy_from_slice(bytes),
+        ViewDtype::F32 => {
+            let numbers = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+            out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
+        }
+        ViewDtype::F16 => {
+            let numbers = bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32());
+            out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
+        }
+    }
+}
+
+impl Pinned {
+    fn new(stream: &Arc<Stream>) -> Result<Pinned> {
+        const OP: &str = "pin memory";
+        stream.bind(OP)?;
+        // SAFETY: it is freed in `drop`. Without the flag for combined writes, so that it may be read too.
+        let start =
+            unsafe { result::malloc_host(BUFFER_BYTES, 0) }.map_err(|error| stream.failed(OP, error))?;
+        let copied = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+        match copied {
+            Ok(copied) => Ok(Pinned { start: start.cast(), copied, stream: Arc::clone(stream) }),
+            Err(error) => {
+                // SAFETY: nobody knows of it yet.
+                let _ = unsafe { result::free_host(start) };
+                Err(stream.failed(OP, error))
+            }
+        }
+    }
+
+    /// So many numbers to be written, when the last copy from here is done.
+    fn fill(&mut self, numbers: usize) -> Result<&mut [u16]> {
+        assert!(numbers * size_of::<u16>() <= BUFFER_BYTES, "{numbers} numbers for a buffer");
+        self.wait()?;
+        // SAFETY: the buffer is that large and aligned to a page, any bits are a number, and nothing else reads or
+        // writes it: the copy from it is done. What was never written is of no value, but initialised by the system.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.start.cast(), numbers) })
+    }
+
+    fn send(&mut self, to: &mut Memory, at: usize, numbers: usize) -> Result<()> {
+        const OP: &str = "send weights";
+        // SAFETY: as of `fill`, which has asserted the size; it is not written before the event.
+        let bytes = unsafe { std::slice::from_raw_parts(self.start, numbers * size_of::<u16>()) };
+        self.stream.upload(OP, bytes, to, at)?;
+        self.stream.record(OP, self.copied)
+    }
+
+    fn wait(&self) -> Result<()> {
+        const OP: &str = "send weights";
+        self.stream.bind(OP)?;
+        // SAFETY: the event lives; one that was never recorded is not waited for.
+        unsafe { result::event::synchronize(self.copied) }.map_err(|error| self.stream.failed(OP, error))
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.wait().is_ok() {
+            // SAFETY: no copy from here is under way, and both were made in `new`.
+            unsafe {
+                let _ = result::event::destroy(self.copied);
+                let _ = result::free_host(self.start.cast());
+            }
+        }
+    }
+}

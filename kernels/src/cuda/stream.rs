@@ -1,0 +1,329 @@
+//! A device's memory, and the one queue of work that a backend gives it.
+//!
+//! Everything that touches the device goes through here: what is queued runs in order, and memory that it uses is freed
+//! only when it has run.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+
+use crate::error::{Error, Result};
+
+/// A device's context and a queue on it.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    index: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+}
+
+// SAFETY: the driver's calls may be made from any thread; each of ours makes the context its thread's first.
+unsafe impl Send for Stream {}
+// SAFETY: as above; calls that queue work are themselves safe beside each other.
+unsafe impl Sync for Stream {}
+
+/// How a kernel is spread over the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Grid {
+    /// Thread blocks in each direction.
+    pub(crate) blocks: [usize; 3],
+    /// Threads of a block.
+    pub(crate) threads: usize,
+    /// Memory of a block beside what the kernel declares.
+    pub(crate) block_bytes: usize,
+}
+
+/// An argument of a kernel, as many bytes as its parameter.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Argument {
+    Pointer(u64),
+    U32(u32),
+    U64(u64),
+    F32(f32),
+}
+
+/// Most parameters of any kernel here.
+const MOST_ARGUMENTS: usize = 16;
+
+impl Stream {
+    /// Opens a device; the driver is running.
+    pub(crate) fn open(index: usize) -> Result<Arc<Stream>> {
+        let what = |error| failed(index, "open", error);
+        let device = result::device::get(index as i32).map_err(what)?;
+        // SAFETY: the device is the driver's, and what is retained is released in `drop`.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(what)?;
+        let mut stream = Stream { index, device, context, stream: std::ptr::null_mut() };
+        stream.bind("open")?;
+        stream.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(what)?;
+        Ok(Arc::new(stream))
+    }
+
+    /// Makes the device the calling thread's.
+    pub(crate) fn bind(&self, op: &'static str) -> Result<()> {
+        // SAFETY: the context lives as long as this.
+        unsafe { result::ctx::set_current(self.context) }.map_err(|error| failed(self.index, op, error))
+    }
+
+    /// Loads compiled kernels.
+    pub(crate) fn module(self: &Arc<Self>, cubin: &[u8]) -> Result<Module> {
+        self.bind("load kernels")?;
+        // SAFETY: the cubin is whole: it has just been compiled, or was found by its hash.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
+        Ok(Module {
+            module: module.map_err(|error| failed(self.index, "load kernels", error))?,
+            stream: Arc::clone(self),
+        })
+    }
+
+    /// Bytes that are free on the device.
+    pub(crate) fn free_bytes(&self) -> Result<usize> {
+        self.bind("ask for memory")?;
+        let (free, _) =
+            result::mem_get_info().map_err(|error| failed(self.index, "ask for memory", error))?;
+        Ok(free)
+    }
+
+    /// Memory of at least a byte, of any content.
+    pub(crate) fn allocate(self: &Arc<Self>, what: &'static str, bytes: usize) -> Result<Memory> {
+        self.bind(what)?;
+        // SAFETY: it is freed in `drop`.
+        match unsafe { result::malloc_sync(bytes.max(1)) } {
+            Ok(pointer) => Ok(Memory { pointer, bytes, stream: Arc::clone(self) }),
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(Error::OutOfMemory {
+                device: self.index,
+                what,
+                needed_bytes: bytes as u64,
+                free_bytes: self.free_bytes()? as u64,
+            }),
+            Err(error) => Err(failed(self.index, what, error)),
+        }
+    }
+
+    /// Queues a kernel.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, in order, and point to memory of this device that holds all that the kernel
+    /// reads and writes with this grid.
+    pub(crate) unsafe fn launch(
+        &self,
+        op: &'static str,
+        kernel: &Kernel,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let blocks = grid.blocks.map(|blocks| blocks as u32);
+        if blocks.contains(&0) {
+            return Ok(()); // Nothing to do, and the driver refuses such grids.
+        }
+        self.bind(op)?;
+        let mut values = [0u64; MOST_ARGUMENTS];
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
+        for ((argument, value), pointer) in arguments.iter().zip(&mut values).zip(&mut pointers) {
+            // Bytes beyond a parameter's own are not read; its own are the first, on every machine with CUDA.
+            *value = match *argument {
+                Argument::Pointer(value) | Argument::U64(value) => value,
+                Argument::U32(value) => u64::from(value),
+                Argument::F32(value) => u64::from(value.to_bits()),
+            };
+            *pointer = std::ptr::from_mut(value).cast();
+        }
+        let shape = (blocks[0], blocks[1], blocks[2]);
+        let threads = (grid.threads as u32, 1, 1);
+        let arguments = &mut pointers[..arguments.len()];
+        // SAFETY: the caller vouches for the arguments; the function is of this context.
+        unsafe {
+            result::launch_kernel(
+                kernel.function,
+                shape,
+                threads,
+                grid.block_bytes as u32,
+                self.stream,
+                arguments,
+            )
+        }
+        .map_err(|error| failed(self.index, op, error))
+    }
+
+    /// Queues a copy to the device. What comes from memory that is not pinned is taken before this returns.
+    pub(crate) fn upload(&self, op: &'static str, bytes: &[u8], to: &mut Memory, at: usize) -> Result<()> {
+        assert!(at + bytes.len() <= to.bytes, "{op}: {} bytes at {at} of {}", bytes.len(), to.bytes);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.bind(op)?;
+        // SAFETY: it fits, as asserted; pinned memory is kept until the copy is done by its owner.
+        unsafe { result::memcpy_htod_async(to.pointer + at as u64, bytes, self.stream) }
+            .map_err(|error| failed(self.index, op, error))
+    }
+
+    /// Copies from the device, after all that is queued.
+    pub(crate) fn download<T: bytemuck::Pod>(
+        &self,
+        op: &'static str,
+        from: &Memory,
+        to: &mut [T],
+    ) -> Result<()> {
+        assert!(size_of_val(to) <= from.bytes, "{op}: {} bytes of {}", size_of_val(to), from.bytes);
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.bind(op)?;
+        // SAFETY: there is as much, as asserted, any bits are a `T`, and the copy is waited for.
+        unsafe { result::memcpy_dtoh_async(to, from.pointer, self.stream) }
+            .map_err(|error| failed(self.index, op, error))?;
+        self.wait(op)
+    }
+
+    /// Queues zeros.
+    pub(crate) fn clear(&self, op: &'static str, memory: &mut Memory) -> Result<()> {
+        if memory.bytes == 0 {
+            return Ok(());
+        }
+        self.bind(op)?;
+        // SAFETY: all of the memory is this much.
+        unsafe { result::memset_d8_async(memory.pointer, 0, memory.bytes, self.stream) }
+            .map_err(|error| failed(self.index, op, error))
+    }
+
+    /// Queues an event, which is then behind all that is queued.
+    pub(crate) fn record(&self, op: &'static str, event: sys::CUevent) -> Result<()> {
+        self.bind(op)?;
+        // SAFETY: its owner keeps the event, and the stream lives as long as this.
+        unsafe { result::event::record(event, self.stream) }.map_err(|error| self.failed(op, error))
+    }
+
+    /// The driver's word on what was asked of this device.
+    pub(crate) fn failed(&self, op: &'static str, error: result::DriverError) -> Error {
+        failed(self.index, op, error)
+    }
+
+    /// Waits for all that is queued; what went wrong in it is said here at the latest.
+    pub(crate) fn wait(&self, op: &'static str) -> Result<()> {
+        self.bind(op)?;
+        // SAFETY: the stream lives as long as this.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| failed(self.index, op, error))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // A device that fails has nothing to be freed any more.
+        if self.bind("close").is_ok() && !self.stream.is_null() {
+            // SAFETY: nobody holds the stream any more: whoever did also held this.
+            let _ = unsafe { result::stream::destroy(self.stream) };
+        }
+        // SAFETY: it was retained once, in `open`.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+/// Memory of a device.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pointer: sys::CUdeviceptr,
+    bytes: usize,
+    stream: Arc<Stream>,
+}
+
+impl Memory {
+    /// Nothing yet; see [`Memory::reserve`].
+    pub(crate) fn none(stream: &Arc<Stream>) -> Memory {
+        Memory { pointer: 0, bytes: 0, stream: Arc::clone(stream) }
+    }
+
+    /// Where it begins, and so many bytes later.
+    pub(crate) fn at(&self, byte: usize) -> Argument {
+        Argument::Pointer(self.pointer + byte as u64)
+    }
+
+    /// Where it begins.
+    pub(crate) fn start(&self) -> Argument {
+        self.at(0)
+    }
+
+    /// Makes room for so many bytes; the content may be lost.
+    pub(crate) fn reserve(&mut self, what: &'static str, bytes: usize) -> Result<()> {
+        if bytes > self.bytes {
+            let stream = Arc::clone(&self.stream);
+            self.free();
+            *self = stream.allocate(what, bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Copies from its start to the host, after all that is queued.
+    pub(crate) fn download<T: bytemuck::Pod>(&self, op: &'static str, to: &mut [T]) -> Result<()> {
+        self.stream.download(op, self, to)
+    }
+
+    fn free(&mut self) {
+        let pointer = std::mem::replace(&mut self.pointer, 0);
+        self.bytes = 0;
+        if pointer != 0 && self.stream.wait("free").is_ok() {
+            // SAFETY: it was allocated here, is freed once, and nothing that is queued uses it any more.
+            let _ = unsafe { result::free_sync(pointer) };
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.free();
+    }
+}
+
+/// Compiled kernels on a device.
+#[derive(Debug)]
+pub(crate) struct Module {
+    module: sys::CUmodule,
+    stream: Arc<Stream>,
+}
+
+// SAFETY: as of Stream.
+unsafe impl Send for Module {}
+// SAFETY: as of Stream.
+unsafe impl Sync for Module {}
+
+/// One of them.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    function: sys::CUfunction,
+    /// Kept, for the function is in it.
+    _module: Arc<Module>,
+}
+
+// SAFETY: as of Stream.
+unsafe impl Send for Kernel {}
+// SAFETY: as of Stream.
+unsafe impl Sync for Kernel {}
+
+impl Module {
+    /// A kernel, which may be launched with so much memory for each block.
+    pub(crate) fn kernel(self: &Arc<Self>, name: &str, block_bytes: usize) -> Result<Kernel> {
+        let what = |error| failed(self.stream.index, "find a kernel", error);
+        self.stream.bind("find a kernel")?;
+        let c_name = std::ffi::CString::new(name).expect("names hold no zero");
+        // SAFETY: the module is loaded, and kept by the kernel.
+        let function = unsafe { result::module::get_function(self.module, c_name) }.map_err(what)?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the function is the module's.
+        unsafe { result::function::set_function_attribute(function, attribute, block_bytes as i32) }
+            .map_err(what)?;
+        Ok(Kernel { function, _module: Arc::clone(self) })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.stream.wait("unload kernels").is_ok() {
+            // SAFETY: nothing that is queued uses it any more, and no kernel of it is left.
+            let _ = unsafe { result::module::unload(self.module) };
+        }
+    }
+}
+
+fn failed(device: usize, op: &'static str, error: result::DriverError) -> Error {
+    Error::Cuda { device, op, message: format!("{:?}", error.0) }
+}

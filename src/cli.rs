@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Simulate(SimulateArgs),
     /// Measure what a model's blocks cost on a device of this machine, for plans and for `run`
     Profile(ProfileArgs),
+    /// Measure how many tokens a second a model prefills and decodes on a device of this machine, by batch size
+    Bench(BenchArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
 }
@@ -311,9 +313,25 @@ pub(crate) enum BalanceArg {
                         $SPANWISE_PROFILES, $XDG_CACHE_HOME/spanwise/profiles or ~/.cache/spanwise/profiles."
 )]
 pub(crate) struct ProfileArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// Longest context; the model's own limit if not given
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) max_context_tokens: Option<usize>,
+    /// Time for each point, alone and beside busy neighbours each
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) point_seconds: Option<f64>,
+    /// A table to read, or JSON for programs
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
+}
+
+/// What is measured.
+#[derive(Debug, Args)]
+pub(crate) struct TargetArgs {
     /// A model's folder, a config.json alone (random weights of its shapes), or a job file, whose devices are measured
     #[arg(value_name = "MODEL_DIR|config.json|JOB.toml")]
-    pub(crate) target: PathBuf,
+    pub(crate) path: PathBuf,
     /// The device
     #[arg(long, value_name = "DEVICE")]
     pub(crate) device: Option<Device>,
@@ -323,18 +341,34 @@ pub(crate) struct ProfileArgs {
     /// Number type of weights
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<DtypeArg>,
-    /// Longest context; the model's own limit if not given
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub(crate) max_context_tokens: Option<usize>,
     /// Largest micro-batch; 512 if not given
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) micro_batch_tokens: Option<usize>,
-    /// Time for each point, alone and beside busy neighbours each
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
-    pub(crate) point_seconds: Option<f64>,
     /// Override a key of the job file; a value that is not TOML is taken as a text
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub(crate) sets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "With nothing else running. A share is of the roofline that the device's peak of products and its memory \
+                        bandwidth make, both measured in the same run. Ctrl-C ends it at once; a table has then the \
+                        batches that were measured."
+)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// Tokens of each prompt, and positions that each row attends to which decodes; 256 if not given, or the
+    /// longest context
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) context_tokens: Option<usize>,
+    /// Rows of the batches
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = positive,
+          default_value = "1,2,4,8,16,32,64,128,256")]
+    pub(crate) batches: Vec<usize>,
+    /// Time for each distinct micro-batch
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) point_seconds: Option<f64>,
     /// A table to read, or JSON for programs
     #[arg(long, value_enum, default_value_t = Format::Text)]
     pub(crate) format: Format,

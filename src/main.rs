@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod audit;
+mod bench;
 mod cli;
 mod generate;
 mod hindsight;
@@ -22,6 +23,7 @@ mod run;
 mod runs;
 mod simulate;
 mod status;
+mod target;
 mod text;
 mod trace;
 
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
             Command::Plan(args) => plan::plan(&args),
             Command::Simulate(args) => simulate::simulate(&args),
             Command::Profile(args) => profile::profile(&args).map(|()| ExitCode::SUCCESS),
+            Command::Bench(args) => bench::bench(&args).map(|()| ExitCode::SUCCESS),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
         }
     });

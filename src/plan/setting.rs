@@ -333,10 +333,12 @@ pub(crate) fn roofline(spec: &DeviceSpec, weights: NumberType) -> Roofline {
         NumberType::Int8 => fp8, // Integers of 8 bits have fp8's rate on GPUs.
         NumberType::Int8Weight | NumberType::Int4Weight => bf16,
     };
+    let bytes_per_second = spec.bandwidth_gb_per_s * spec.bandwidth_efficiency * 1e9;
     Roofline {
         flops_per_second: tflops * 1e12,
         bf16_flops_per_second: bf16 * 1e12,
-        bytes_per_second: spec.bandwidth_gb_per_s * spec.bandwidth_efficiency * 1e9,
+        bytes_per_second,
+        activation_bytes_per_second: bytes_per_second,
         link: link(spec),
         all_reduce: Channel {
             latency_seconds: spec.all_reduce_latency_us * 1e-6,

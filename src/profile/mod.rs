@@ -2,12 +2,13 @@
 
 mod table;
 
-use anyhow::{Context, Result, bail};
-use configs::{Device, JobFile, Pipeline, Purpose};
+use anyhow::{Context, Result};
+use configs::Pipeline;
+use stages::Model;
 use stages::profile::{Effort, MeasureOptions, Missing, Profile, Store, Stored, measure};
-use stages::{Error, Model};
 
 use crate::cli::{Format, ProfileArgs};
+use crate::target::{self, Target};
 use crate::{lower, machine, print, say};
 
 /// Measures, stores and prints.
@@ -15,9 +16,10 @@ use crate::{lower, machine, print, say};
 /// # Errors
 /// A model or job file that cannot be read, a device that is not there, a folder that cannot be written.
 pub(crate) fn profile(args: &ProfileArgs) -> Result<()> {
-    let (files, pipeline) = subject(args)?;
-    let model = open_model(&files)?;
-    let options = options(&files, &pipeline, &model, args.effort())?;
+    let target = args.target()?;
+    let model = target.open_model()?;
+    let Target { files, pipeline } = target;
+    let options = options(&files, &pipeline, &model, target::effort(args.point_seconds))?;
     let store = store()?;
     let key = options.key(&model);
     say(&format!("measuring {} on {}", files.path.display(), key.device));
@@ -94,76 +96,13 @@ pub(crate) fn refresh(
     Ok(profile)
 }
 
-/// `[model]` and `[pipeline]`: those of a job file, or what the options say of a model.
-fn subject(args: &ProfileArgs) -> Result<(configs::Model, Pipeline)> {
-    if args.target.extension().is_some_and(|extension| extension == "toml") {
-        if args.has_model_options() {
-            bail!(
-                "{}: a job file says itself what is measured, expected --set in the place of other options",
-                args.target.display()
-            );
-        }
-        let JobFile { model, pipeline, .. } =
-            crate::run::load_for(Purpose::Plan, &args.target, &args.sets)?.job;
-        return Ok((model, pipeline));
-    }
-    if !args.sets.is_empty() {
-        bail!("--set: found {:?}, expected a job file to set keys of", args.sets[0]);
-    }
-    let files = configs::Model {
-        path: args.target.clone(),
-        dtype: args.dtype.map_or_else(configs::Dtype::default, Into::into),
-        max_context_tokens: args.max_context_tokens,
-        ..configs::Model::default()
-    };
-    let mut pipeline = Pipeline { threads: args.threads, devices: devices(args)?, ..Pipeline::default() };
-    pipeline.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(pipeline.micro_batch_tokens);
-    Ok((files, pipeline))
-}
-
-/// The device that was asked for, and as many others as the cores have room for.
-fn devices(args: &ProfileArgs) -> Result<Vec<Device>> {
-    let first = args.device.unwrap_or(Device::cpu(0));
-    let num_cores = machine::detect().cores.len();
-    let num_devices = match args.threads {
-        Some(0) => bail!("--threads: found 0, expected at least 1"),
-        Some(threads) => (num_cores / threads).max(first.index + 1),
-        None => first.index + 1,
-    };
-    if num_devices > num_cores {
-        bail!("--device: found {first}, expected one of the machine's {num_cores} cores at most");
-    }
-    let others = (0..num_devices).filter(|index| *index != first.index).map(Device::cpu);
-    Ok(std::iter::once(first).chain(others).collect())
-}
-
-/// The model with its own weights, or with random ones where it has none.
-fn open_model(files: &configs::Model) -> Result<Model> {
-    let is_config_alone = files.path.is_file();
-    let opened = Model::open(&files.path, files.random_weights || is_config_alone);
-    let opened = match opened {
-        Err(Error::NoWeights { .. }) => {
-            say("no weights there: random ones of the same shapes are measured");
-            Model::open(&files.path, true)
-        }
-        opened => opened,
-    };
-    let (model, warnings) = opened.context("load model")?;
-    warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
-    Ok(model)
-}
-
 impl ProfileArgs {
-    fn effort(&self) -> Effort {
-        let usual = Effort::default();
-        Effort { point_seconds: self.point_seconds.unwrap_or(usual.point_seconds), ..usual }
-    }
-
-    fn has_model_options(&self) -> bool {
-        self.device.is_some()
-            || self.threads.is_some()
-            || self.dtype.is_some()
-            || self.max_context_tokens.is_some()
-            || self.micro_batch_tokens.is_some()
+    fn target(&self) -> Result<Target> {
+        if self.max_context_tokens.is_some() {
+            self.target.refuse_job_file()?;
+        }
+        let mut target = Target::read(&self.target)?;
+        target.files.max_context_tokens = self.max_context_tokens.or(target.files.max_context_tokens);
+        Ok(target)
     }
 }

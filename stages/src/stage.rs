@@ -140,7 +140,7 @@ fn cpu_rank(
 }
 
 /// A group of cores, with the calling thread on the first of them.
-fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
+pub(crate) fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
     let Device::Cpu { cores, threads, simd } = device else { unreachable!("the device is a group of cores") };
     let Dtypes { weights, kv } = dtypes;
     let cpu = Cpu::new(CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv })?;

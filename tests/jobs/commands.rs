@@ -16,7 +16,7 @@ fn stdout(args: &[&str]) -> String {
 #[test]
 fn help_names_every_command() {
     let help = stdout(&["--help"]);
-    for command in ["run", "status", "audit", "retry", "generate", "inspect", "plan", "profile"] {
+    for command in ["run", "status", "audit", "retry", "generate", "inspect", "plan", "profile", "bench"] {
         assert!(help.contains(command), "{help}");
         assert!(stdout(&[command, "--help"]).contains("Usage"), "{command}");
     }

@@ -6,6 +6,7 @@
 
 mod abacus;
 mod afterwards;
+mod bench;
 mod commands;
 mod crashes;
 mod disturbed;

@@ -154,7 +154,7 @@ impl<'a> Estimator<'a> {
 
     /// Time to move so many numbers of activations for each token.
     fn pass_seconds(&self, numbers: f64, load: Load) -> f64 {
-        load.tokens() * numbers * ACTIVATION_BYTES / self.roofline.bytes_per_second
+        load.tokens() * numbers * ACTIVATION_BYTES / self.roofline.activation_bytes_per_second
     }
 
     fn attention_seconds(&self, rank: Rank, ranks: usize, load: Load) -> f64 {
@@ -195,7 +195,8 @@ impl<'a> Estimator<'a> {
             Balance::Flops => 0.0,
             Balance::Roofline => {
                 let moved = ACTIVATION_BYTES + F32_BYTES;
-                load.tokens() * self.config.dims.hidden as f64 * moved / self.roofline.bytes_per_second
+                let bytes = load.tokens() * self.config.dims.hidden as f64 * moved;
+                bytes / self.roofline.activation_bytes_per_second
             }
         };
         Extra { seconds, bytes }
@@ -214,7 +215,7 @@ impl<'a> Estimator<'a> {
             Balance::Roofline => {
                 let logits = rows * self.config.dims.vocab as f64 * F32_BYTES;
                 let mut sum = self.roofline.bf16_seconds(2.0 * rows * params as f64, table_bytes);
-                sum += SAMPLING_PASSES * logits / self.roofline.bytes_per_second;
+                sum += SAMPLING_PASSES * logits / self.roofline.activation_bytes_per_second;
                 sum
             }
         };
@@ -274,6 +275,7 @@ mod tests {
             flops_per_second: 790e12,
             bf16_flops_per_second: 790e12,
             bytes_per_second: 4.3e12,
+            activation_bytes_per_second: 4.3e12,
             link,
             all_reduce: Channel { latency_seconds: 8e-6, bytes_per_second: 480e9 },
         }

@@ -11,6 +11,9 @@ pub struct Roofline {
     pub bf16_flops_per_second: f64,
     /// Memory bandwidth.
     pub bytes_per_second: f64,
+    /// The rate at which activations are moved between operations: the memory's too, or without bound for a floor that
+    /// counts weights, keys and values alone.
+    pub activation_bytes_per_second: f64,
     /// To the next device in the pipeline.
     pub link: Channel,
     /// Among the devices of a stage; the rate is the bus bandwidth.

@@ -59,7 +59,7 @@ impl AttentionGrid {
         let Dims { hidden, vocab, .. } = dims;
         let base = |tokens: &usize| subject::short_rows(*tokens, Some(hidden), vocab);
         let point = |point: &Point| match point.kind {
-            Kind::Decode { context } => pages.decode(point.tokens, context, hidden, vocab),
+            Kind::Decode { context } => pages.decode(point.tokens, context, Some(hidden), vocab),
             Kind::Prefill { first } => pages.chunk(first, point.tokens, hidden, vocab),
         };
         self.bases.iter().map(base).chain(self.points.iter().map(point)).collect()

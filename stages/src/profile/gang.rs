@@ -5,19 +5,13 @@
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Instant;
 
+use super::at_work::AtWork;
 use super::measure::Effort;
 use super::points::{Both, Seconds};
 use super::subject::{Step, Subject};
 use crate::error::Result;
-use crate::stage::{self, Device, Dtypes, Stage};
-
-/// More than this says nothing new.
-const MAX_REPEATS: usize = 50;
-
-/// A point that takes this many times its share ends with however many times it has.
-const PATIENCE: f64 = 10.0;
+use crate::stage::{Device, Dtypes};
 
 /// Devices alike that share the memory, and how long to look.
 #[derive(Debug, Clone, Copy)]
@@ -85,9 +79,7 @@ impl Gang<'_> {
         before: &[Step],
         steps: &[Step],
     ) -> Result<Vec<Both<Vec<f64>>>> {
-        let loaded = stage::load(&subject.model, device, self.dtypes, subject.options);
-        let mut at_work =
-            loaded.map(|stage| AtWork { stage, scrub: vec![1; self.scrub_bytes as usize / 8], error: None });
+        let mut at_work = AtWork::load(subject, device, self.dtypes, self.scrub_bytes);
         if at_work.is_err() {
             shared.has_failed.store(true, Ordering::Release);
         }
@@ -111,19 +103,12 @@ impl Gang<'_> {
                 if are_several { self.repeat(at_work, step, Some(&shared.num_at_work)) } else { vec![] };
             times.push(Both { alone, busy });
         }
-        match at_work.error.take() {
-            Some(error) => Err(error),
-            None => Ok(times),
-        }
+        at_work.result().map(|()| times)
     }
 
     /// Times of one step, with neighbours until the last of them has enough.
     fn repeat(&self, at_work: &mut AtWork, step: &Step, neighbours: Option<&AtomicUsize>) -> Vec<f64> {
-        let mut times = vec![];
-        let begun = Instant::now();
-        while !self.effort.is_enough(times.len(), begun.elapsed().as_secs_f64()) {
-            times.push(at_work.seconds(step));
-        }
+        let times = at_work.repeat(step, self.effort);
         if let Some(num_at_work) = neighbours {
             num_at_work.fetch_sub(1, Ordering::AcqRel);
             while num_at_work.load(Ordering::Acquire) > 0 {
@@ -131,35 +116,5 @@ impl Gang<'_> {
             }
         }
         times
-    }
-}
-
-impl Effort {
-    fn is_enough(self, repeats: usize, elapsed: f64) -> bool {
-        let is_tired = repeats > 0 && elapsed > PATIENCE * self.point_seconds;
-        is_tired || repeats >= MAX_REPEATS || (repeats >= self.least_repeats && elapsed > self.point_seconds)
-    }
-}
-
-/// A loaded subject. Once its device has refused a step it does nothing more, so that nobody waits for it in vain.
-struct AtWork {
-    stage: Box<dyn Stage>,
-    scrub: Vec<u64>,
-    error: Option<crate::Error>,
-}
-
-impl AtWork {
-    /// Takes a step and says how long it took.
-    fn seconds(&mut self, step: &Step) -> f64 {
-        if self.error.is_some() {
-            return 0.0;
-        }
-        let input = step.input.clone();
-        std::hint::black_box(self.scrub.iter().sum::<u64>());
-        let begun = Instant::now();
-        let output = self.stage.step(&step.batch, input);
-        let seconds = begun.elapsed().as_secs_f64();
-        self.error = output.err();
-        seconds
     }
 }

@@ -257,7 +257,7 @@ impl Bench<'_> {
         let context_tokens = self.options.context_tokens + grid::CHUNK_TOKENS;
         let subject = Subject::blocks(self.model, block, copies, pages.total(), context_tokens);
         let steps = grid.steps(pages, dims);
-        let times = self.gang(0).time(&subject, &pages.fill(dims.hidden, dims.vocab), &steps)?;
+        let times = self.gang(0).time(&subject, &pages.fill(Some(dims.hidden), dims.vocab), &steps)?;
         Ok(grid.entry(kv_heads, copies, kv_bytes, &times))
     }
 

@@ -3,13 +3,16 @@
 //! [`measure`] runs the same spans as a pipeline does, over blocks of one shape at a time, so that a model which does
 //! not fit can be measured too. A [`Profile`] holds what came of it: one entry for each *distinct* block, one
 //! for the embedding, one for the head, and what attention takes on top at longer contexts. [`Store`] keeps profiles
-//! as files. docs/profile.md describes them.
+//! as files. docs/profile.md describes them. [`throughput`] runs a whole model instead and says how many tokens a second
+//! that is, by the rows of a batch (docs/bench.md).
 //!
 //! Two invariants. Weights are as cold as in a real pass: the same ones come again only after as many others as a
 //! stage would walk through. And a figure is what all devices that share the memory got at the same time, beside
 //! what one gets alone: neither says anything about the other.
 
+mod at_work;
 mod attention;
+mod ceilings;
 mod gang;
 mod grid;
 mod key;
@@ -18,17 +21,20 @@ mod measure;
 mod points;
 mod store;
 mod subject;
+mod throughput;
 
 use serde::{Deserialize, Serialize};
 
 use crate::block::{Attention, Block, Ffn};
 use crate::config::ModelConfig;
 
+pub use ceilings::Ceilings;
 pub use key::{DeviceKey, ProfileKey};
 pub use measure::{Effort, MeasureOptions, measure};
 pub use points::{Both, ContextPoint, Neighbours, Seconds, TokenPoint};
 pub use store::{Store, Stored};
 pub(crate) use subject::SHORT_CONTEXT;
+pub use throughput::{Rate, Throughput, ThroughputOptions, throughput};
 
 /// The format of the file, which grows with each change of what is measured or how.
 pub const FORMAT: u32 = 1;

@@ -66,6 +66,12 @@ impl Subject {
         )
     }
 
+    /// All of a model.
+    pub(super) fn whole(model: &Model, num_pages: usize, context_tokens: usize) -> Self {
+        let part = Span { start: 0, end: model.config.blocks.len() }.into();
+        Subject { model: model.clone(), options: SpanOptions { part, num_pages, context_tokens } }
+    }
+
     /// What a stage has beside its blocks.
     pub(super) fn no_blocks(model: &Model, place: Place) -> Self {
         let nothing = Block { slot: 0, attention: Attention::None, ffn: Ffn::None };
@@ -109,27 +115,43 @@ impl Pages {
     }
 
     /// Micro-batches that write somewhat of every 4 KB of every page: what was never written is no memory yet.
-    pub(super) fn fill(self, hidden: usize, vocab: usize) -> Vec<Step> {
+    pub(super) fn fill(self, hidden: Option<usize>, vocab: usize) -> Vec<Step> {
         let places = |page: usize| (0..PAGE_TOKENS).step_by(FILL_STEP).map(move |position| (page, position));
         let places: Vec<_> = (0..self.total()).flat_map(places).collect();
         let row = |(idx, &(page, position)): (usize, &(usize, usize))| {
             slice(idx, position, 1, vec![page as PageIdx], vocab)
         };
         let rows = |places: &[(usize, usize)]| places.iter().enumerate().map(row).collect();
-        places.chunks(FILL_TOKENS).map(|places| step(rows(places), Some(hidden))).collect()
+        places.chunks(FILL_TOKENS).map(|places| step(rows(places), hidden)).collect()
     }
 
     /// Rows that decode at a context.
-    pub(super) fn decode(self, rows: usize, context: usize, hidden: usize, vocab: usize) -> Step {
+    pub(super) fn decode(self, rows: usize, context: usize, hidden: Option<usize>, vocab: usize) -> Step {
         let row = |idx: usize| slice(idx, context - 1, 1, self.table(idx, 1, context), vocab);
-        step((0..rows).map(row).collect(), Some(hidden))
+        step((0..rows).map(row).collect(), hidden)
     }
 
     /// A chunk of a prompt from a position on.
     pub(super) fn chunk(self, first: usize, tokens: usize, hidden: usize, vocab: usize) -> Step {
-        let num_own = tokens.div_ceil(PAGE_TOKENS) + 1;
-        let table = self.table(0, num_own, first + tokens);
-        step(vec![slice(0, first, tokens, table, vocab)], Some(hidden))
+        step(vec![self.chunk_of(0, first, tokens, vocab)], Some(hidden))
+    }
+
+    /// Chunks of several prompts, tokens to be embedded; their last is drawn from where they end.
+    pub(super) fn prompts(
+        self,
+        prompts: usize,
+        first: usize,
+        tokens: usize,
+        is_end: bool,
+        vocab: usize,
+    ) -> Step {
+        let chunk = |idx| Slice { sample: is_end, ..self.chunk_of(idx, first, tokens, vocab) };
+        step((0..prompts).map(chunk).collect(), None)
+    }
+
+    fn chunk_of(self, idx: usize, first: usize, tokens: usize, vocab: usize) -> Slice {
+        let table = self.table(idx, pages_of_chunk(tokens), first + tokens);
+        slice(idx, first, tokens, table, vocab)
     }
 
     /// The pages of a sequence: its last `num_own` are those that it writes, what is before them is anybody's.
@@ -184,7 +206,7 @@ mod tests {
     #[test]
     fn rows_write_pages_of_their_own_and_read_shared_ones() {
         let pages = Pages { own: 4, shared: 3 };
-        let step = pages.decode(4, 300, 8, 100);
+        let step = pages.decode(4, 300, Some(8), 100);
         let tables: Vec<&[PageIdx]> = step.batch.slices.iter().map(|slice| &slice.pages[..]).collect();
         assert_eq!(tables[0], [4, 5, 6, 4, 0]);
         assert_eq!(tables[1], [5, 6, 4, 5, 1]);

@@ -1,0 +1,66 @@
+//! `spanwise bench`: how many tokens a second a model prefills and decodes on a device of this machine, by batch size.
+
+mod report;
+mod table;
+
+use anyhow::Result;
+use configs::KvCacheTokens;
+use stages::PAGE_TOKENS;
+use stages::profile::{DeviceKey, ThroughputOptions, throughput};
+
+use crate::cli::{BenchArgs, Format};
+use crate::target::{self, Target};
+use crate::{lower, machine, print, say};
+
+use report::Report;
+
+/// Tokens of a prompt, where nobody says: most prompts with half of their answers are about as long.
+const CONTEXT_TOKENS: usize = 256;
+
+/// Measures and prints, batch by batch.
+///
+/// # Errors
+/// A model or job file that cannot be read, a device that is not there, a model that the memory has no room for.
+pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
+    let target = Target::read(&args.target)?;
+    let model = target.open_model()?;
+    let Target { mut files, mut pipeline } = target;
+    let longest = lower::context_tokens(&files, &model.config)?;
+    files.max_context_tokens = Some(args.context_tokens.unwrap_or(CONTEXT_TOKENS.min(longest)));
+    pipeline.max_sequences = args.batches.iter().copied().max().unwrap_or(1);
+    let context_tokens = lower::context_tokens(&files, &model.config)?;
+    lower::check(&pipeline)?;
+    let machine = machine::detect();
+    let index = pipeline.devices.first().map_or(0, |device| device.index);
+    let options = ThroughputOptions {
+        device: lower::device_groups(&pipeline, &machine)?.swap_remove(index),
+        dtypes: lower::dtypes(&files, &pipeline),
+        context_tokens,
+        micro_batch_tokens: pipeline.micro_batch_tokens,
+        batches: args.batches.clone(),
+        effort: target::effort(args.point_seconds),
+    };
+    // The model with these pages must fit, as in a run.
+    pipeline.kv_cache_tokens = KvCacheTokens::Tokens(options.num_pages(&model) * PAGE_TOKENS);
+    lower::pipeline(&files, &pipeline, &model.config, &machine)?;
+
+    let mut report = Report::new(&model.config, &options, DeviceKey::of(&options.device, 1));
+    say(&format!("measuring {} on {}", files.path.display(), report.device));
+    let show = |line: &str| match args.format {
+        Format::Text => print(line),
+        Format::Json => say(line),
+    };
+    let mut hear = |batch: &_| {
+        if report.batches.is_empty() {
+            table::head(&report).iter().for_each(|line| show(line));
+        }
+        show(&table::line(batch));
+        report.batches.push(*batch);
+    };
+    throughput(&model, &options, &mut |line| say(line), &mut hear)?;
+    match args.format {
+        Format::Text => print(&table::ceilings(&report)),
+        Format::Json => print(&serde_json::to_string_pretty(&report)?),
+    }
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! A subject on a device, with a clock on its steps.
+
+use std::time::Instant;
+
+use super::measure::Effort;
+use super::subject::{Step, Subject};
+use crate::error::Result;
+use crate::stage::{self, Device, Dtypes, Stage};
+
+/// More than this says nothing new.
+const MAX_REPEATS: usize = 50;
+
+/// A point that takes this many times its share ends with however many times it has.
+const PATIENCE: f64 = 10.0;
+
+/// A loaded subject. Once its device has refused a step it does nothing more, so that nobody waits for it in vain.
+pub(super) struct AtWork {
+    stage: Box<dyn Stage>,
+    scrub: Vec<u64>,
+    error: Option<crate::Error>,
+}
+
+impl AtWork {
+    /// Loads a subject; the calling thread becomes the device's. Before each step it reads `scrub_bytes` of other
+    /// memory.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub(super) fn load(subject: &Subject, device: &Device, dtypes: Dtypes, scrub_bytes: u64) -> Result<Self> {
+        let stage = stage::load(&subject.model, device, dtypes, subject.options)?;
+        Ok(AtWork { stage, scrub: vec![1; scrub_bytes as usize / 8], error: None })
+    }
+
+    /// Takes a step and says how long it took.
+    pub(super) fn seconds(&mut self, step: &Step) -> f64 {
+        if self.error.is_some() {
+            return 0.0;
+        }
+        let input = step.input.clone();
+        std::hint::black_box(self.scrub.iter().sum::<u64>());
+        let begun = Instant::now();
+        let output = self.stage.step(&step.batch, input);
+        let seconds = begun.elapsed().as_secs_f64();
+        self.error = output.err();
+        seconds
+    }
+
+    /// Times of one step, until there are enough.
+    pub(super) fn repeat(&mut self, step: &Step, effort: Effort) -> Vec<f64> {
+        let mut times = vec![];
+        let begun = Instant::now();
+        while !effort.is_enough(times.len(), begun.elapsed().as_secs_f64()) {
+            times.push(self.seconds(step));
+        }
+        times
+    }
+
+    /// Whether the device took every step.
+    ///
+    /// # Errors
+    /// What it refused.
+    pub(super) fn result(&mut self) -> Result<()> {
+        self.error.take().map_or(Ok(()), Err)
+    }
+}
+
+impl Effort {
+    fn is_enough(self, repeats: usize, elapsed: f64) -> bool {
+        let is_tired = repeats > 0 && elapsed > PATIENCE * self.point_seconds;
+        is_tired || repeats >= MAX_REPEATS || (repeats >= self.least_repeats && elapsed > self.point_seconds)
+    }
+}

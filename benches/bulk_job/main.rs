@@ -1,0 +1,246 @@
+//! How many tokens a second does a bulk job generate, and what does that depend on?
+//!
+//! The job: 256 chat prompts of 34 to 407 tokens, 31.8 thousand together, of which the first 24 are the same, with 128 new
+//! tokens each, greedy, SmolLM2-135M in bf16, all rows in flight. Two variants run in turn; wherever both must answer
+//! alike, each run's answers are compared before its time counts.
+//!
+//! ```text
+//! cargo bench --bench bulk_job -- [QUESTION] [RUNS]
+//! ```
+//!
+//! | question | |
+//! |---|---|
+//! | `layouts` | two stages of one core each against one stage of all |
+//! | `int8` | int8 against bf16, one stage |
+//! | `neighbour` | beside one busy process against alone, one stage |
+//! | `llama` | 64 such prompts on a Llama of 1.1 B parameters with random weights |
+//! | `start` | from process start to the first token of an answer |
+//!
+//! With nothing else running. Rates are of the job without loading; the share of peak is of products measured before
+//! the first run and after the last.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a bench prints")]
+
+mod job;
+mod workload;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use job::{Job, Run, SPANWISE};
+use kernels::{Ceilings, Cpu, CpuOptions, Dtype, Simd, WeightType, available_cores};
+use stages::ModelConfig;
+use workload::Workload;
+
+const ONE_STAGE: &str = r#"pipeline.devices=["cpu:0"]"#;
+const TWO_STAGES: &str = r#"pipeline.devices=["cpu:0", "cpu:1"]"#;
+
+/// Makes this program the busy neighbour.
+const SPIN: &str = "--spin";
+
+/// One way to run the job.
+struct Variant {
+    name: &'static str,
+    sets: &'static [&'static str],
+    has_neighbour: bool,
+}
+
+/// Two variants that run in turn, or one alone.
+struct Question {
+    name: &'static str,
+    variants: &'static [Variant],
+    are_answers_alike: bool,
+}
+
+const fn variant(name: &'static str, sets: &'static [&'static str]) -> Variant {
+    Variant { name, sets, has_neighbour: false }
+}
+
+const QUESTIONS: [Question; 4] = [
+    Question {
+        name: "layouts",
+        variants: &[variant("one stage", &[ONE_STAGE]), variant("two stages", &[TWO_STAGES])],
+        are_answers_alike: true,
+    },
+    Question {
+        name: "int8",
+        variants: &[variant("bf16", &[ONE_STAGE]), variant("int8", &[ONE_STAGE, "model.dtype=int8"])],
+        are_answers_alike: false,
+    },
+    Question {
+        name: "neighbour",
+        variants: &[
+            variant("alone", &[ONE_STAGE]),
+            Variant { name: "beside one", sets: &[ONE_STAGE], has_neighbour: true },
+        ],
+        are_answers_alike: true,
+    },
+    Question {
+        name: "llama",
+        variants: &[variant("one stage", &[ONE_STAGE, "model.random_weights=true"])],
+        are_answers_alike: true,
+    },
+];
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    if args.iter().any(|arg| arg == SPIN) {
+        spin();
+    }
+    let runs = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(3);
+    let asked = args.iter().find(|arg| arg.parse::<usize>().is_err()).map_or("layouts", String::as_str);
+    let smollm2 = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2-135m");
+    assert!(smollm2.join("config.json").is_file(), "run `cargo smollm2` first");
+    if asked == "start" {
+        return start(&smollm2, runs);
+    }
+    let question = QUESTIONS.iter().find(|question| question.name == asked);
+    let question = question.unwrap_or_else(|| panic!("unknown question {asked}"));
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let llama = scratch.path().join("llama");
+    let (model, workload): (PathBuf, _) = match asked {
+        "llama" => {
+            workload::make_llama(&llama);
+            (llama, Workload::first(64))
+        }
+        _ => (smollm2, Workload::first(256)),
+    };
+    let config = ModelConfig::read(&model).expect("a configuration");
+    let input = match asked {
+        "llama" => workload.token_ids(config.dims.vocab),
+        _ => workload.chats(),
+    };
+    let (rows, prompt, new) = (workload.prompts.len(), workload.prompt_tokens(), workload.new_tokens());
+    println!("{rows} rows, {prompt} tokens of prompts, {new} new ones");
+    let peak_before = peak();
+    let all = ask(question, &Job::new(&model, &input, workload.prompt_tokens()), runs);
+    report(question, &all, &workload, &config, peak_before.max(peak()));
+}
+
+/// Runs all variants in turn.
+fn ask(question: &Question, job: &Job, runs: usize) -> Vec<Vec<Run>> {
+    let mut all: Vec<Vec<Run>> = question.variants.iter().map(|_| Vec::new()).collect();
+    for _ in 0..runs {
+        for (idx, variant) in question.variants.iter().enumerate() {
+            let neighbour = variant.has_neighbour.then(Neighbour::start);
+            let run = job.run(variant.sets);
+            drop(neighbour);
+            let first = if question.are_answers_alike { &all[0] } else { &all[idx] };
+            if let Some(first) = first.first() {
+                assert_eq!(first.lines, run.lines, "{} answers differently", variant.name);
+            }
+            all[idx].push(run);
+        }
+    }
+    all
+}
+
+fn report(question: &Question, all: &[Vec<Run>], workload: &Workload, config: &ModelConfig, peak: f64) {
+    let flops = workload.flops(config);
+    println!(
+        "{:.2} TFLOP; {:.0} GFLOP/s measured: {:.0} generated tokens/s at most in bf16; weights and KV {:.0} MB",
+        flops / 1e12,
+        peak / 1e9,
+        workload.new_tokens() as f64 * peak / flops,
+        workload.weight_and_kv_bytes(config) as f64 / 1e6
+    );
+    for (variant, runs) in question.variants.iter().zip(all) {
+        let list = |of: &dyn Fn(&Run) -> String| runs.iter().map(of).collect::<Vec<_>>().join(" ");
+        let rates: Vec<f64> = runs.iter().map(|run| run.rate).collect();
+        let rate = median(&rates);
+        println!(
+            "{:<10} {} generated tokens/s, median {rate:.0}, {:.1} % of the bf16 peak",
+            variant.name,
+            list(&|run| format!("{:.0}", run.rate)),
+            100.0 * flops * rate / workload.new_tokens() as f64 / peak
+        );
+        println!(
+            "{:<10} {} CPU seconds; memory {}",
+            "",
+            list(&|run| format!("{:.1}", run.cpu_seconds)),
+            runs[0].memory
+        );
+    }
+    if let ([a, b], [base, other]) = (question.variants, all) {
+        let mut ratios: Vec<f64> =
+            other.iter().zip(base).map(|(other, base)| other.rate / base.rate).collect();
+        ratios.sort_by(f64::total_cmp);
+        println!(
+            "{} / {}, pair by pair: median {:.3}, from {:.3} to {:.3}",
+            b.name,
+            a.name,
+            median(&ratios),
+            ratios[0],
+            ratios[ratios.len() - 1]
+        );
+    }
+}
+
+/// Seconds from the start of the process to the first byte of an answer.
+fn start(model: &Path, runs: usize) {
+    let mut seconds = Vec::new();
+    for _ in 0..=runs {
+        let begun = Instant::now();
+        let mut child = Command::new(SPANWISE)
+            .arg("generate")
+            .arg(model)
+            .args(["What is the capital of France?", "--temperature", "0"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start spanwise");
+        let mut answer = String::new();
+        let mut out = child.stdout.take().expect("a pipe");
+        let mut byte = [0];
+        out.read_exact(&mut byte).expect("an answer");
+        seconds.push(begun.elapsed().as_secs_f64());
+        out.read_to_string(&mut answer).expect("text");
+        assert!(child.wait().expect("an end").success() && answer.contains("Paris"), "{answer}");
+    }
+    seconds.remove(0); // The model may not have been in the disk cache.
+    let shown: Vec<String> = seconds.iter().map(|seconds| format!("{seconds:.3}")).collect();
+    println!("first token after {} s, median {:.3}", shown.join(" "), median(&seconds));
+}
+
+/// Products a second on all cores, in bf16.
+fn peak() -> f64 {
+    let cores = available_cores();
+    let (threads, simd) = (cores.len(), Simd::detect());
+    let options = CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: Dtype::Bf16 };
+    let cpu = Cpu::new(options).expect("a device");
+    // This thread is not pinned: what it starts would be, too.
+    Ceilings::new(&cpu).expect("memory to measure with").product_flops()
+}
+
+/// A process that computes all the time.
+struct Neighbour(Child);
+
+impl Neighbour {
+    fn start() -> Self {
+        let program = std::env::current_exe().expect("this program's path");
+        Neighbour(Command::new(program).arg(SPIN).spawn().expect("start a busy process"))
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        self.0.kill().expect("end the busy process");
+        self.0.wait().expect("its end");
+    }
+}
+
+fn spin() -> ! {
+    let mut state = 1u64;
+    loop {
+        state = std::hint::black_box(state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
+    (low + high) / 2.0
+}

@@ -219,7 +219,8 @@ impl Cut {
     /// Sum of the predicted times of a stage's micro-batches.
     fn predicted(&self, model: &Model, costs: &Measured, stage: usize, ran: &Ran) -> f64 {
         let pieces = pieces(&model.config, false);
-        let seconds = |(load, _): &(Load, f64)| costs.step_seconds(&pieces, self.spans[stage].range(), *load);
+        let seconds =
+            |(load, _): &(Load, f64)| costs.step_seconds(&pieces, self.spans[stage].range(), 1, *load);
         ran.steps[stage].iter().map(seconds).sum()
     }
 

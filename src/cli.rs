@@ -40,6 +40,9 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
+    /// Be a rank of a stage: what a run starts by itself, and talks to by standard input and output
+    #[command(hide = true)]
+    Rank,
 }
 
 #[derive(Debug, Args)]

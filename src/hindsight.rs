@@ -16,7 +16,10 @@ const LEAST_STEPS: u64 = 32;
 /// What a stage has done.
 #[derive(Debug, Clone)]
 pub(crate) struct StageWork {
-    pub(crate) blocks: Span,
+    /// A run of pieces.
+    pub(crate) pieces: Span,
+    /// How many devices share it.
+    pub(crate) ranks: usize,
     /// Time in the micro-batches of `loads`.
     pub(crate) seconds: f64,
     pub(crate) loads: Vec<StepLoads>,
@@ -39,8 +42,8 @@ pub(crate) struct BetterCut {
 }
 
 impl Hindsight {
-    /// Of stages that cover all `pieces`, which are whole blocks. Each has its costs, and its device by a number that all stages
-    /// of the device have.
+    /// Of stages that cover all `pieces`. Each has its costs, and its (first) device by a number that all stages of the device
+    /// have. A better cut is looked for where all are whole blocks on single devices.
     pub(crate) fn of(
         costs: &[&dyn CostModel],
         pieces: &[PieceShape],
@@ -48,15 +51,18 @@ impl Hindsight {
         seats: &[usize],
     ) -> Self {
         let expected: Vec<Taken> = (costs.iter().zip(stages))
-            .map(|(costs, stage)| Taken::by(*costs, pieces, &stage.loads))
+            .map(|(costs, stage)| Taken::by(*costs, pieces, stage.ranks, &stage.loads))
             .collect();
         let predicted: Vec<f64> =
-            expected.iter().zip(stages).map(|(taken, stage)| taken.stage(stage.blocks)).collect();
+            expected.iter().zip(stages).map(|(taken, stage)| taken.stage(stage.pieces)).collect();
         let has_enough = stages.iter().all(|stage| num_steps(&stage.loads) >= LEAST_STEPS);
-        let better = has_enough.then(|| scaled(&expected, &predicted, stages)).and_then(|taken| {
-            let present: Vec<Span> = stages.iter().map(|stage| stage.blocks).collect();
-            taken.better_cut(&present, seats)
-        });
+        let is_plain =
+            stages.iter().all(|stage| stage.ranks == 1) && pieces.iter().all(|piece| piece.ends_block);
+        let better =
+            (has_enough && is_plain).then(|| scaled(&expected, &predicted, stages)).and_then(|taken| {
+                let present: Vec<Span> = stages.iter().map(|stage| stage.pieces).collect();
+                taken.better_cut(&present, seats)
+            });
         Hindsight { predicted, better }
     }
 }
@@ -72,13 +78,16 @@ struct Taken {
     blocks: Vec<f64>,
     /// All hops from one stage to the next, in seconds.
     hops: f64,
+    /// How many times as much goes over the hop after each piece: twice, where an FFN is cut.
+    arrays: Vec<f64>,
 }
 
 impl Taken {
-    fn by(costs: &dyn CostModel, pieces: &[PieceShape], loads: &[StepLoads]) -> Self {
-        let mut taken = Taken { blocks: vec![0.0; pieces.len()], hops: 0.0 };
+    fn by(costs: &dyn CostModel, pieces: &[PieceShape], ranks: usize, loads: &[StepLoads]) -> Self {
+        let arrays = pieces.iter().map(|piece| if piece.ends_block { 1.0 } else { 2.0 }).collect();
+        let mut taken = Taken { blocks: vec![0.0; pieces.len()], hops: 0.0, arrays };
         for StepLoads { steps, load } in loads {
-            let (steps, rank) = (*steps as f64, costs.rank_costs(pieces, 1, *load));
+            let (steps, rank) = (*steps as f64, costs.rank_costs(pieces, ranks, *load));
             for (block, seconds) in taken.blocks.iter_mut().enumerate() {
                 *seconds += steps * rank.seconds(block..block + 1);
             }
@@ -89,8 +98,9 @@ impl Taken {
 
     /// A stage has half of each hop that it takes part in.
     fn stage(&self, blocks: Span) -> f64 {
-        let num_hops = usize::from(blocks.start > 0) + usize::from(blocks.end < self.blocks.len());
-        self.blocks[blocks.range()].iter().sum::<f64>() + num_hops as f64 * self.hops / 2.0
+        let before = blocks.start.checked_sub(1).map_or(0.0, |piece| self.arrays[piece]);
+        let after = if blocks.end < self.blocks.len() { self.arrays[blocks.end - 1] } else { 0.0 };
+        self.blocks[blocks.range()].iter().sum::<f64>() + (before + after) * self.hops / 2.0
     }
 
     /// The slowest device's time for all of its stages.
@@ -130,10 +140,11 @@ fn num_devices(seats: &[usize]) -> usize {
 
 /// Each stage's blocks as they were seen to be, and hops as slow or as fast as all stages together.
 fn scaled(expected: &[Taken], predicted: &[f64], stages: &[StageWork]) -> Taken {
-    let mut taken = Taken { blocks: Vec::new(), hops: 0.0 };
+    let arrays = expected.first().map_or_else(Vec::new, |taken| taken.arrays.clone());
+    let mut taken = Taken { blocks: Vec::new(), hops: 0.0, arrays };
     for ((expected, predicted), stage) in expected.iter().zip(predicted).zip(stages) {
         let ratio = stage.seconds / predicted;
-        taken.blocks.extend(expected.blocks[stage.blocks.range()].iter().map(|seconds| seconds * ratio));
+        taken.blocks.extend(expected.blocks[stage.pieces.range()].iter().map(|seconds| seconds * ratio));
         taken.hops += expected.hops * ratio / stages.len() as f64;
     }
     taken
@@ -167,7 +178,7 @@ mod tests {
         let pieces: Vec<PieceShape> = (0..blocks.len()).map(shape).collect();
         let spans = [Span { start: 0, end: cut }, Span { start: cut, end: blocks.len() }];
         let stages: Vec<StageWork> = (spans.into_iter().zip(seconds))
-            .map(|(blocks, seconds)| StageWork { blocks, seconds, loads: steps.to_vec() })
+            .map(|(pieces, seconds)| StageWork { pieces, ranks: 1, seconds, loads: steps.to_vec() })
             .collect();
         let costs = PerToken(blocks.to_vec());
         Hindsight::of(&[&costs, &costs], &pieces, &stages, &[0, 1])

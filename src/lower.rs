@@ -3,12 +3,13 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use actors::{Limits, PipelineOptions, StagePlacement};
+use actors::{Limits, PipelineOptions, RankHome, StagePlacement};
 use anyhow::{Result, bail};
-use configs::{KvCacheTokens, Stages, TensorParallel};
+use configs::KvCacheTokens;
 use jobs::NumericProfile;
-use scheduler::Span;
-use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd, WeightType};
+use stages::{AttentionSharing, Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd, WeightType};
+
+use crate::layout::{self, StageLayout};
 
 /// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
 /// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
@@ -36,20 +37,26 @@ pub(crate) struct Machine {
 /// A pipeline whose stages have no blocks yet.
 #[derive(Debug)]
 pub(crate) struct Unplaced {
-    /// Of each stage.
+    /// Those that the job names, in its order.
     pub(crate) devices: Vec<Device>,
+    ranks: RankHome,
     pub(crate) dtypes: Dtypes,
     pub(crate) scheduler: scheduler::Options,
     limits: Limits,
 }
 
 impl Unplaced {
-    /// The pipeline, with a span for each stage.
-    pub(crate) fn with(self, spans: &[Span]) -> PipelineOptions {
-        let Unplaced { devices, dtypes, scheduler, limits } = self;
-        let stage = |(device, span): (Device, &Span)| StagePlacement { device, span: *span };
-        let stages = devices.into_iter().zip(spans).map(stage).collect();
-        PipelineOptions { stages, dtypes, scheduler, limits, step_log: None }
+    /// The pipeline of these stages.
+    pub(crate) fn with(self, stages: &[StageLayout]) -> PipelineOptions {
+        let Unplaced { devices, ranks, dtypes, scheduler, limits } = self;
+        let stage = |stage: &StageLayout| StagePlacement {
+            devices: devices[stage.devices.clone()].to_vec(),
+            part: stage.part,
+            sharing: AttentionSharing::default(),
+        };
+        let scheduler = scheduler::Options { num_stages: stages.len(), ..scheduler };
+        let stages = stages.iter().map(stage).collect();
+        PipelineOptions { stages, ranks, dtypes, scheduler, limits, step_log: None }
     }
 }
 
@@ -80,7 +87,11 @@ pub(crate) fn pipeline(
         window: window(pipeline.max_sequences),
         step_timeout: Duration::from_secs(pipeline.step_timeout_seconds as u64),
     };
-    Ok(Unplaced { devices, dtypes, scheduler, limits })
+    let ranks = match pipeline.ranks {
+        configs::Ranks::Threads => RankHome::Threads,
+        configs::Ranks::Processes => RankHome::Processes,
+    };
+    Ok(Unplaced { devices, ranks, dtypes, scheduler, limits })
 }
 
 /// Rows offered to the pipeline at once.
@@ -91,19 +102,25 @@ pub(crate) fn window(max_sequences: usize) -> usize {
     sum
 }
 
-/// What the bits of a pipeline's results depend on beside the row, the model and the seed.
-pub(crate) fn numeric_profile(pipeline: &Unplaced) -> NumericProfile {
+/// What the bits of a pipeline's results depend on beside the row, the model and the seed. A block is summed over the
+/// ranks of its stage, so that it matters where stages of several ranks begin and end.
+pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
     // One machine runs all its stages on one level.
-    let (backend, simd) = match &pipeline.devices[0] {
+    let (backend, simd) = match &options.stages[0].devices[0] {
         Device::Reference => ("reference", "none"),
         Device::Cpu { simd, .. } => ("cpu", simd.name()),
     };
+    let shared: Vec<String> = (options.stages.iter())
+        .filter(|stage| stage.devices.len() > 1)
+        .map(|stage| format!("{} on {}", stage.part, stage.devices.len()))
+        .collect();
     NumericProfile {
         backend: backend.to_owned(),
         simd: simd.to_owned(),
-        dtype: pipeline.dtypes.weights.name().to_owned(),
-        kv_cache_dtype: pipeline.dtypes.kv.name().to_owned(),
-        tensor_parallel: 1,
+        dtype: options.dtypes.weights.name().to_owned(),
+        kv_cache_dtype: options.dtypes.kv.name().to_owned(),
+        tensor_parallel: options.stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1) as u32,
+        tensor_parallel_stages: (!shared.is_empty()).then(|| shared.join(", ")),
     }
 }
 
@@ -115,23 +132,6 @@ fn weights(dtype: configs::Dtype) -> WeightType {
         configs::Dtype::Int8Weight => WeightType::Int8Weight,
         configs::Dtype::Int4Weight => WeightType::Int4Weight,
     }
-}
-
-/// The spans that a job gives, if it does.
-pub(crate) fn given_spans(stages: &Stages, config: &ModelConfig) -> Result<Option<Vec<Span>>> {
-    let Stages::Blocks(ranges) = stages else { return Ok(None) };
-    let num_blocks = config.blocks.len();
-    let end = ranges.last().map_or(0, |range| range.end);
-    if end != num_blocks {
-        let slots = match config.num_slots - num_blocks {
-            0 => String::new(),
-            empty => format!(" ({} slots, and no block in {empty} of them)", config.num_slots),
-        };
-        bail!(
-            "[pipeline] stages: the last one ends at block {end}, the model has {num_blocks} blocks{slots}"
-        );
-    }
-    Ok(Some(ranges.iter().map(|range| Span { start: range.start, end: range.end }).collect()))
 }
 
 /// The number types of a job.
@@ -197,15 +197,16 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     }
 }
 
-/// What plans know and this engine cannot run yet.
+/// Refuses stages of several devices where a device is in two of them.
 fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
-    match &pipeline.tensor_parallel {
-        TensorParallel::Widths(widths) if widths.iter().any(|width| *width > 1) => {
-            bail!(
-                "[pipeline] tensor_parallel: found {widths:?}, only plans know stages of several devices yet"
-            )
-        }
-        TensorParallel::Auto | TensorParallel::Off | TensorParallel::Widths(_) => Ok(()),
+    let is_twice = |index: usize| pipeline.devices[..index].contains(&pipeline.devices[index]);
+    let twice = (0..pipeline.devices.len()).find(|index| is_twice(*index));
+    match (layout::widths(pipeline), twice) {
+        (Some(widths), Some(index)) => bail!(
+            "[pipeline] tensor_parallel: found {widths:?} with {} named twice, expected devices that are named once",
+            pipeline.devices[index]
+        ),
+        _ => Ok(()),
     }
 }
 

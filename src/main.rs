@@ -8,6 +8,7 @@ mod generate;
 mod hindsight;
 mod inspect;
 mod interrupt;
+mod layout;
 mod live_trace;
 mod lower;
 mod machine;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
             Command::Profile(args) => profile::profile(&args).map(|()| ExitCode::SUCCESS),
             Command::Bench(args) => bench::bench(&args).map(|()| ExitCode::SUCCESS),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
+            Command::Rank => rank(),
         }
     });
     // Device threads may be in the middle of a step that nobody waits for.
@@ -75,6 +77,14 @@ fn main() -> ExitCode {
         say(&format!("error: {error:#}"));
         ExitCode::from(EXIT_BAD_INPUT)
     })
+}
+
+/// A rank of a stage of another process, which says itself why it ends.
+fn rank() -> anyhow::Result<ExitCode> {
+    match actors::serve_rank(std::io::stdin(), std::io::stdout()) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(_) => Ok(ExitCode::from(EXIT_BAD_INPUT)),
+    }
 }
 
 /// A line to the user, beside the command's own output. Who has closed stderr does without it.

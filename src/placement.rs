@@ -7,14 +7,16 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::Result;
-use configs::{DeviceCatalog, JobFile, KvCacheDtype};
-use scheduler::{PlannedStage, Span, in_flight, least_bottleneck_on_seats};
-use stages::Model;
+use actors::StageTimes;
+use anyhow::{Context, Result};
+use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype};
+use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_on_seats};
 use stages::cost::{Balance, Basis, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
+use stages::{Model, Part};
 
 use crate::hindsight::{Hindsight, StageWork};
+use crate::layout::{self, StageLayout, part_of, ranges};
 use crate::plan::answer::{self, ends_block};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{Setting, roofline};
@@ -40,7 +42,7 @@ const MEMORY_MIB: f64 = (1_u64 << 40) as f64;
 /// A job's stages.
 #[derive(Debug, Clone)]
 pub(crate) struct Placement {
-    pub(crate) spans: Vec<Span>,
+    pub(crate) stages: Vec<StageLayout>,
     pub(crate) source: Source,
     /// The micro-batch that it was planned for.
     pub(crate) load: Load,
@@ -50,7 +52,7 @@ pub(crate) struct Placement {
     pub(crate) lines: Vec<String>,
     /// What it was planned for.
     setting: Setting,
-    /// For each stage, the place of its device among the setting's.
+    /// For each stage, the place of its (first) device among the setting's.
     seats: Vec<usize>,
 }
 
@@ -81,11 +83,11 @@ impl Source {
         }
     }
 
-    /// Where the costs of whole blocks come from for such micro-batches.
-    fn of(setting: &Setting, pieces: &[PieceShape], loads: &[Load]) -> Self {
+    /// Where the costs of pieces come from for such micro-batches, on one of so many ranks.
+    fn of(setting: &Setting, pieces: &[PieceShape], ranks: usize, loads: &[Load]) -> Self {
         match &setting.measured {
             Some(measured) => {
-                let basis = loads.iter().map(|load| measured.basis(pieces, 1, *load)).max();
+                let basis = loads.iter().map(|load| measured.basis(pieces, ranks, *load)).max();
                 Self::Measured(basis.unwrap_or(Basis::Measured))
             }
             None => Self::Estimate,
@@ -108,7 +110,7 @@ pub(crate) struct Occasion {
 /// Stages or devices that are wrong.
 pub(crate) fn check(job: &JobFile, model: &Model) -> Result<()> {
     lower::check(&job.pipeline)?;
-    lower::given_spans(&job.pipeline.stages, &model.config).map(drop)
+    layout::given(&job.pipeline, lower::dtypes(&job.model, &job.pipeline).weights, &model.config).map(drop)
 }
 
 /// Places a job's stages.
@@ -117,42 +119,55 @@ pub(crate) fn check(job: &JobFile, model: &Model) -> Result<()> {
 /// Stages or devices that are wrong, more stages than blocks.
 pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result<Placement> {
     let pipeline = &job.pipeline;
-    let given = lower::given_spans(&pipeline.stages, &model.config)?;
+    let weights = lower::dtypes(&job.model, pipeline).weights;
+    let given = layout::given(pipeline, weights, &model.config)?;
     let options = profile::options(&job.model, pipeline, model, Effort::default())?;
     let decides = given.is_none() && pipeline.devices.len() > 1 && occasion.has_rows;
     let profile = stored(job, model, &options, decides);
     let own = OwnDevices::of(pipeline, &machine::detect())?;
     let question = Question::new(job, model, &options, profile.as_ref(), own, occasion)?;
-    let planned = question.plan()?;
+    let widths = layout::widths(pipeline);
+    let planned = question.plan(widths, layout::keeps_bits(weights))?;
     let mut lines = vec![];
-    let spans = match given {
+    let stages = match given {
         Some(given) => {
+            let given = layout::stages(given, widths);
             lines.extend(question.compare(&given, &planned));
             given
         }
         None => {
-            if planned.len() > 1 {
+            if pipeline.devices.len() > 1 {
                 lines.push(question.announcement(&planned, occasion));
                 lines.extend(question.better_layout(&planned));
             }
             planned
         }
     };
-    let (seconds, source) = (question.seconds(&spans), question.source());
-    let Question { setting, own, load, .. } = question;
-    Ok(Placement { load, spans, source, seconds, lines, setting, seats: own.seats })
+    let (seconds, source) = (question.seconds(&stages), question.source(&stages));
+    let seats = question.seats(&stages);
+    let Question { setting, load, .. } = question;
+    Ok(Placement { load, stages, source, seconds, lines, setting, seats })
 }
 
 impl Placement {
     /// Holds what the stages have taken against the costs that they were cut by.
-    pub(crate) fn judge(&self, stages: &[StageWork]) -> (Hindsight, Source) {
-        let pieces = pieces(&self.setting.config, false);
+    pub(crate) fn judge(&self, times: &[StageTimes]) -> (Hindsight, Source) {
+        let parts: Vec<Part> = self.stages.iter().map(|stage| stage.part).collect();
+        let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts);
+        let work = |((times, pieces), stage): ((&StageTimes, &Span), &StageLayout)| StageWork {
+            pieces: *pieces,
+            ranks: stage.devices.len(),
+            seconds: times.in_steps.as_secs_f64(),
+            loads: times.loads.clone(),
+        };
+        let stages: Vec<StageWork> = times.iter().zip(&spans).zip(&self.stages).map(work).collect();
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let models: Vec<_> = kinds.iter().map(|spec| self.setting.cost_model(spec)).collect();
         let costs: Vec<_> = self.seats.iter().map(|seat| &*models[each[*seat]]).collect();
         let loads: Vec<Load> = stages.iter().flat_map(|stage| &stage.loads).map(|loads| loads.load).collect();
-        let source = Source::of(&self.setting, &pieces, &loads);
-        (Hindsight::of(&costs, &pieces, stages, &self.seats), source)
+        let ranks = stages.iter().map(|stage| stage.ranks).max().unwrap_or(1);
+        let source = Source::of(&self.setting, &pieces, ranks, &loads);
+        (Hindsight::of(&costs, &pieces, &stages, &self.seats), source)
     }
 }
 
@@ -285,12 +300,19 @@ impl Question {
         Ok(Question { setting, own, pieces, rows, load })
     }
 
-    fn source(&self) -> Source {
-        Source::of(&self.setting, &self.pieces, &[self.load])
+    fn source(&self, stages: &[StageLayout]) -> Source {
+        let (pieces, _) = layout::pieces_of(&self.setting.config, &parts(stages));
+        let ranks = stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1);
+        Source::of(&self.setting, &pieces, ranks, &[self.load])
     }
 
-    fn announcement(&self, planned: &[Span], occasion: &Occasion) -> String {
-        let (ranges, source) = (ranges(planned), self.source());
+    /// The place of each stage's (first) device among the setting's.
+    fn seats(&self, stages: &[StageLayout]) -> Vec<usize> {
+        stages.iter().map(|stage| self.own.seats[stage.devices.start]).collect()
+    }
+
+    fn announcement(&self, planned: &[StageLayout], occasion: &Occasion) -> String {
+        let (ranges, source) = (ranges(&parts(planned)), self.source(planned));
         let measure = match source {
             Source::Measured(_) => String::new(),
             Source::Estimate => format!(" ({} measures)", occasion.profile_command),
@@ -298,61 +320,101 @@ impl Question {
         format!("stages: {ranges}, {}{measure}", source.words())
     }
 
-    /// The best cut that can be run.
-    fn plan(&self) -> Result<Vec<Span>> {
-        let case = self.setting.case(&self.pieces, &[1], Balance::Roofline, self.rows);
-        let ends = ends_block(&self.pieces);
-        let stages = least_bottleneck_on_seats(&case.problem(&ends), &self.own.seats)?;
-        Ok(stages.iter().map(|stage| Span { start: stage.pieces.start, end: stage.pieces.end }).collect())
+    /// The best cut: stages of the given widths, or one for each device, of whole blocks or where that is faster with FFNs that
+    /// are cut. Whoever names a device several times has whole blocks.
+    fn plan(&self, widths: Option<&[usize]>, may_cut: bool) -> Result<Vec<StageLayout>> {
+        let may_cut = may_cut && runs::COLUMN_CUTS && self.setting.column_cuts == ColumnCuts::Auto;
+        let is_once = self.own.seats.iter().enumerate().all(|(entry, seat)| entry == *seat);
+        let Some(widths) = widths else {
+            let case = self.setting.case(&self.pieces, &[1], Balance::Roofline, self.rows);
+            let ends = ends_block(&self.pieces);
+            let stages = least_bottleneck_on_seats(&case.problem(&ends), &self.own.seats)?;
+            let whole: Vec<Part> = stages.iter().map(|stage| part_of(&self.pieces, &stage.pieces)).collect();
+            let whole = layout::stages(whole, None);
+            let cut = if may_cut && is_once && whole.len() > 1 {
+                self.least_bottleneck(&[1], None, true)
+            } else {
+                None
+            };
+            let is_faster = |cut: &Vec<StageLayout>| self.slowest(&whole) > BETTER_LAYOUT * self.slowest(cut);
+            return Ok(cut.filter(is_faster).unwrap_or(whole));
+        };
+        let mut kinds = widths.to_vec();
+        kinds.sort_unstable();
+        kinds.dedup();
+        self.least_bottleneck(&kinds, Some(widths), may_cut).with_context(|| {
+            format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
+        })
+    }
+
+    /// The cut whose slowest stage takes least, of stages of such widths.
+    fn least_bottleneck(
+        &self,
+        kinds: &[usize],
+        widths: Option<&[usize]>,
+        may_cut: bool,
+    ) -> Option<Vec<StageLayout>> {
+        let pieces = pieces(&self.setting.config, may_cut);
+        let case = self.setting.case(&pieces, kinds, Balance::Roofline, self.rows);
+        let ends = ends_block(&pieces);
+        let problem = case.problem(&ends).with_widths(widths);
+        let stages = least_bottleneck(&problem, 0, problem.devices.len())?;
+        let stage = |stage: &PlannedStage| StageLayout {
+            part: part_of(&pieces, &stage.pieces),
+            devices: stage.devices.clone(),
+        };
+        Some(stages.iter().map(stage).collect())
     }
 
     /// What each stage takes.
-    fn seconds(&self, spans: &[Span]) -> Vec<f64> {
+    fn seconds(&self, stages: &[StageLayout]) -> Vec<f64> {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
-        let stage = |(span, seat): (&Span, &usize)| {
-            let costs = self.setting.cost_model(kinds[each[*seat]]);
-            costs.step_seconds(&self.pieces, span.range(), self.load)
+        let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts(stages));
+        let stage = |(stage, span): (&StageLayout, &Span)| {
+            let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
+            costs.step_seconds(&pieces, span.range(), stage.devices.len(), self.load)
         };
-        spans.iter().zip(&self.own.seats).map(stage).collect()
+        stages.iter().zip(&spans).map(stage).collect()
     }
 
     /// What the slowest device takes for all of its stages.
-    fn slowest(&self, spans: &[Span]) -> f64 {
+    fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
-        for (seat, seconds) in self.own.seats.iter().zip(self.seconds(spans)) {
-            devices[*seat] += seconds;
+        for (stage, seconds) in stages.iter().zip(self.seconds(stages)) {
+            for seat in &self.own.seats[stage.devices.clone()] {
+                devices[*seat] += seconds;
+            }
         }
         devices.into_iter().fold(0.0, f64::max)
     }
 
     /// What a job should know whose own cut is slower than need be.
-    fn compare(&self, given: &[Span], planned: &[Span]) -> Option<String> {
+    fn compare(&self, given: &[StageLayout], planned: &[StageLayout]) -> Option<String> {
         let ratio = self.slowest(given) / self.slowest(planned);
         (ratio > BETTER_CUT).then(|| {
-            let (planned, words) = (ranges(planned), self.source().words());
+            let (planned, words) = (ranges(&parts(planned)), self.source(planned).words());
             format!("stages: the given cut takes {ratio:.2} times as long as {planned}, {words}")
         })
     }
 
     /// The fastest of all layouts that a plan knows, where that is faster than the planned stages: with as many rows in flight,
     /// shared stages and FFNs, several pipelines, stages in another order.
-    fn better_layout(&self, planned: &[Span]) -> Option<String> {
+    fn better_layout(&self, planned: &[StageLayout]) -> Option<String> {
         let pieces = self.setting.pieces();
         let (replicas, layout) = answer::plan(&self.setting, &pieces)?;
         let case = self.setting.case(&self.pieces, &[1], Balance::Roofline, self.rows);
-        let on_seat =
-            |(span, seat): (&Span, &usize)| PlannedStage { pieces: span.range(), devices: *seat..seat + 1 };
-        let own: Vec<PlannedStage> = planned.iter().zip(&self.own.seats).map(on_seat).collect();
-        let ends = ends_block(&self.pieces);
-        let ratio = layout.tokens_per_second / case.rows_per_second(case.problem(&ends).bottleneck(&own));
+        let ratio = layout.tokens_per_second / case.rows_per_second(self.slowest(planned));
         if ratio <= BETTER_LAYOUT {
             return None;
         }
+        let found = layout.stages.iter().map(|stage| (part_of(&pieces, &stage.pieces), stage.devices.len()));
+        let is_planned = found.eq(planned.iter().map(|stage| (stage.part, stage.devices.len())));
+        if replicas == 1 && is_planned {
+            return None;
+        }
         if runs::executes(replicas, &layout.stages, &ends_block(&pieces)) {
-            let (devices, stages) = self.to_paste(&pieces, &layout.stages);
-            return Some(format!(
-                "stages: devices = {devices} and stages = {stages} would be {ratio:.2} times as fast"
-            ));
+            let to_paste = self.to_paste(&pieces, &layout.stages);
+            return Some(format!("stages: {to_paste} would be {ratio:.2} times as fast"));
         }
         let stages: Vec<String> = layout.stages.iter().map(|stage| layout_stage(&pieces, stage)).collect();
         let times =
@@ -361,20 +423,22 @@ impl Question {
         Some(format!("stages: {stages}{times} would be {ratio:.2} times as fast, and cannot be run yet"))
     }
 
-    /// Devices and stages of whole blocks, as a job file has them.
-    fn to_paste(&self, pieces: &[PieceShape], stages: &[PlannedStage]) -> (String, String) {
-        let devices: Vec<&String> = stages.iter().map(|stage| &self.own.names[stage.devices.start]).collect();
-        let block = |piece: usize| pieces.get(piece).map_or(self.pieces.len(), |piece| piece.block);
-        let span =
-            |stage: &PlannedStage| Span { start: block(stage.pieces.start), end: block(stage.pieces.end) };
-        (format!("{devices:?}"), ranges(&stages.iter().map(span).collect::<Vec<_>>()))
+    /// Devices, widths where they are not all 1, and stages, as a job file has them.
+    fn to_paste(&self, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
+        let devices: Vec<&String> =
+            stages.iter().flat_map(|stage| &self.own.names[stage.devices.clone()]).collect();
+        let widths: Vec<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
+        let parts: Vec<Part> = stages.iter().map(|stage| part_of(pieces, &stage.pieces)).collect();
+        let widths = match widths.iter().all(|width| *width == 1) {
+            true => String::new(),
+            false => format!(", tensor_parallel = {widths:?}"),
+        };
+        format!("devices = {devices:?}{widths} and stages = {}", ranges(&parts))
     }
 }
 
-/// Spans as a job file has them.
-pub(crate) fn ranges(spans: &[Span]) -> String {
-    let ranges: Vec<String> = spans.iter().map(|span| format!("[{}, {}]", span.start, span.end)).collect();
-    format!("[{}]", ranges.join(", "))
+fn parts(stages: &[StageLayout]) -> Vec<Part> {
+    stages.iter().map(|stage| stage.part).collect()
 }
 
 /// Such as `blocks 40 (from column 5120) to 81 on 2 devices`.

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use actors::{StageParts, StageTimes};
 use jobs::{Score, Scores, StageRecord};
-use scheduler::Span;
+use stages::{CollectiveTimes, Part};
 
 use crate::hindsight::BetterCut;
-use crate::placement::{Source, ranges};
+use crate::layout::ranges;
+use crate::placement::Source;
 use crate::text::grouped;
 
 /// Another cut is worth a line when the run would have been faster by so much.
@@ -49,7 +50,13 @@ pub(crate) struct Report {
 /// One stage's part.
 pub(crate) struct StageLine {
     pub(crate) device: String,
-    pub(crate) blocks: Span,
+    pub(crate) part: Part,
+    /// How many devices share it.
+    pub(crate) ranks: usize,
+    /// What its first rank spent on collectives.
+    pub(crate) collectives: Option<CollectiveTimes>,
+    /// Bytes that it has handed on to the next stage.
+    pub(crate) hop_bytes: u64,
     pub(crate) times: StageTimes,
     /// Seconds that it should have been busy.
     pub(crate) predicted: f64,
@@ -61,7 +68,13 @@ impl StageLine {
         let parts = &self.times.parts;
         StageRecord {
             device: self.device.clone(),
-            blocks: [self.blocks.start, self.blocks.end],
+            blocks: [self.part.blocks.start, self.part.blocks.end],
+            first_column: self.part.first_column,
+            end_column: self.part.end_column,
+            ranks: self.ranks,
+            collective_seconds: self.collectives().time.as_secs_f64(),
+            collective_bytes: self.collectives().bytes,
+            hop_bytes: self.hop_bytes,
             busy_seconds: parts.busy.as_secs_f64(),
             starved_seconds: parts.starved.as_secs_f64(),
             blocked_seconds: parts.blocked.as_secs_f64(),
@@ -75,6 +88,29 @@ impl StageLine {
         }
     }
 
+    fn collectives(&self) -> CollectiveTimes {
+        self.collectives.unwrap_or_default()
+    }
+
+    /// What ranks and hops have moved, as far as they have any.
+    fn moved(&self) -> String {
+        let CollectiveTimes { time, bytes, .. } = self.collectives();
+        let megabytes = |bytes: u64| grouped(bytes / 1_000_000);
+        let mut text = match self.ranks {
+            1 => String::new(),
+            ranks => {
+                let busy = self.times.parts.busy.as_secs_f64().max(f64::MIN_POSITIVE);
+                let share = 100.0 * time.as_secs_f64() / busy;
+                let megabytes = megabytes(bytes);
+                format!(", {ranks} ranks: {share:.1} % of it in collectives of {megabytes} MB")
+            }
+        };
+        if self.hop_bytes > 0 {
+            text += &format!(", {} MB handed on", megabytes(self.hop_bytes));
+        }
+        text
+    }
+
     fn text(&self, costs: Source) -> String {
         let times = &self.times;
         let restarted = match times.restarts {
@@ -84,12 +120,13 @@ impl StageLine {
         let (busy, predicted) = (times.parts.busy.as_secs_f64(), self.predicted);
         let predicted = format!(" ({busy:.2} s, predicted {predicted:.2} s {})", costs.words());
         format!(
-            "{} blocks {}: {}, {} micro-batches of {:.0} tokens{restarted}",
+            "{} blocks {}: {}, {} micro-batches of {:.0} tokens{}{restarted}",
             self.device,
-            self.blocks,
+            self.part,
             parts(&times.parts, &predicted),
             grouped(times.steps),
             times.tokens as f64 / times.steps.max(1) as f64,
+            self.moved(),
         )
     }
 }
@@ -135,7 +172,8 @@ impl Report {
             // Whatever the slowest stage waited for, it would wait for again.
             let percent = 100.0 * saved / (seconds - saved).max(f64::MIN_POSITIVE);
             if percent >= LEAST_GAIN_PERCENT {
-                add("hint:", format!("stages = {} would be about {percent:.0} % faster", ranges(spans)));
+                let parts: Vec<Part> = spans.iter().map(|span| (*span).into()).collect();
+                add("hint:", format!("stages = {} would be about {percent:.0} % faster", ranges(&parts)));
             }
         }
         let share = |time: Duration| if seconds > 0.0 { 100.0 * time.as_secs_f64() / seconds } else { 0.0 };

@@ -14,13 +14,13 @@ use jobs::{
     NumericProfile, OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores,
     Settings, Status, Timings, TokenTotals,
 };
-use scheduler::Span;
 use serde_json::json;
-use stages::{Device, Model, ModelConfig};
+use stages::{Device, Model, ModelConfig, Part};
 
 use crate::cli::{ProgressKind, RunArgs};
-use crate::hindsight::{BetterCut, StageWork};
+use crate::hindsight::BetterCut;
 use crate::interrupt::{self, Interrupt};
+use crate::layout::StageLayout;
 use crate::live_trace::{LiveTrace, Prepared};
 use crate::lower;
 use crate::placement::{self, Occasion, Placement, Source};
@@ -89,9 +89,8 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     placement::check(job, &model)?;
     let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
-    let numeric_profile = lower::numeric_profile(&unplaced);
     let Files { text, reader, folder, settings, created } =
-        open_files(job, &model, unplaced.scheduler.context_tokens, &numeric_profile, &how)?;
+        open_files(job, &model, unplaced.scheduler.context_tokens, &how)?;
     let has_rows = progress::has_more_rows(&job.job.input, how.limit, folder.finished_rows()?);
     let occasion = Occasion { has_rows, profile_command: profile_command(&loaded, how.job_file.as_deref()) };
     let placement = tokio::select! {
@@ -99,10 +98,13 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
-    let mut options = unplaced.with(&placement.spans);
+    let mut options = unplaced.with(&placement.stages);
+    let numeric_profile = lower::numeric_profile(&options);
+    let settings = settings.with_numerics(&numeric_profile);
+    folder.check(&settings, how.accept_numerics)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
-    let trace = trace(how.trace.as_deref(), job, &placement.spans)?;
+    let trace = trace(how.trace.as_deref(), job, &placement.stages)?;
     options.step_log = trace.as_ref().map(Prepared::log);
     let plan = plan(job, &options, &placement);
     let limits = options.scheduler.clone();
@@ -178,11 +180,12 @@ fn profile_command(loaded: &Loaded, job_file: Option<&Path>) -> String {
 }
 
 /// The file of a run's steps, where one is wanted, with a row for each stage.
-fn trace(path: Option<&Path>, job: &JobFile, spans: &[Span]) -> Result<Option<Prepared>> {
+fn trace(path: Option<&Path>, job: &JobFile, stages: &[StageLayout]) -> Result<Option<Prepared>> {
     let Some(path) = path else { return Ok(None) };
-    let stages = job.pipeline.devices.iter().zip(spans).enumerate();
-    let names: Vec<String> =
-        stages.map(|(index, (device, span))| format!("stage {index} {device} blocks {span}")).collect();
+    let name = |(index, stage): (usize, &StageLayout)| {
+        format!("stage {index} {} blocks {}", device_names(job, stage), stage.part)
+    };
+    let names: Vec<String> = stages.iter().enumerate().map(name).collect();
     Prepared::create(path, &names).map(Some)
 }
 
@@ -208,22 +211,15 @@ struct Files {
     created: u64,
 }
 
-fn open_files(
-    job: &JobFile,
-    model: &Model,
-    context_tokens: usize,
-    numeric_profile: &NumericProfile,
-    how: &How,
-) -> Result<Files> {
+fn open_files(job: &JobFile, model: &Model, context_tokens: usize, how: &How) -> Result<Files> {
     let folder = OutputFolder::open(&job.job.output, how.start == Start::Fresh)?;
     let folder = if how.start == Start::Retry { folder.for_retry() } else { folder };
     let began_at = folder.unix_seconds()?.unwrap_or_else(unix_seconds);
     let text = open_text(&job.model, &model.config, began_at)?;
     let options = row_options(job, model.identity.clone(), context_tokens)?;
     let preparer = Preparer::new(Arc::clone(&text), options)?;
-    let settings = preparer.settings().with_numerics(numeric_profile);
+    let settings = preparer.settings();
     let reader = Reader::open(&job.job.input, preparer, how.limit)?;
-    folder.check(&settings, how.accept_numerics)?;
     Ok(Files { text, reader, folder, settings, created: began_at })
 }
 
@@ -287,17 +283,41 @@ fn order(order: configs::Order) -> jobs::Order {
     }
 }
 
+/// The devices of a stage, as the job calls them.
+fn device_names(job: &JobFile, stage: &StageLayout) -> String {
+    let names = job.pipeline.devices[stage.devices.clone()].iter().map(ToString::to_string);
+    names.collect::<Vec<_>>().join("+")
+}
+
+/// Bytes that a stage has handed on for so many tokens: the residual stream in f32, and the sums of an FFN that is cut.
+fn hop_bytes(part: Part, tokens: u64, config: &ModelConfig) -> u64 {
+    let arrays = match (part.is_last(config), part.end_column) {
+        (true, _) => 0,
+        (false, None) => 1,
+        (false, Some(_)) => 2,
+    };
+    arrays * tokens * (config.dims.hidden * size_of::<f32>()) as u64
+}
+
 /// Which blocks run where, how much each holds, and what was expected of it, for the manifest.
 fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serde_json::Value {
-    let stages: Vec<_> = (options.stages.iter().zip(&job.pipeline.devices))
+    let stages: Vec<_> = (options.stages.iter().zip(&placement.stages))
         .zip(&placement.seconds)
-        .map(|((stage, device), seconds)| {
-            let threads = match &stage.device {
+        .map(|((stage, layout), seconds)| {
+            let threads = match &stage.devices[0] {
                 Device::Cpu { threads, .. } => *threads,
                 Device::Reference => 1,
             };
-            let blocks = [stage.span.start, stage.span.end];
-            json!({"device": device, "blocks": blocks, "threads": threads, "predicted_seconds": seconds})
+            let Part { blocks, first_column, end_column } = stage.part;
+            json!({
+                "device": device_names(job, layout),
+                "blocks": [blocks.start, blocks.end],
+                "first_column": first_column,
+                "end_column": end_column,
+                "ranks": stage.devices.len(),
+                "threads": threads,
+                "predicted_seconds": seconds,
+            })
         })
         .collect();
     let load = placement.load;
@@ -380,19 +400,14 @@ impl Ended<'_> {
     /// What each stage has done and should have, and the cut that would have been faster.
     fn stages(&self) -> (Vec<StageLine>, Option<BetterCut>, Source) {
         let Running { stages, .. } = &self.running;
-        let spans = &self.pipeline.spans;
-        let work: Vec<StageWork> = (stages.iter().zip(spans))
-            .map(|(times, span)| StageWork {
-                blocks: *span,
-                seconds: times.in_steps.as_secs_f64(),
-                loads: times.loads.clone(),
-            })
-            .collect();
-        let (hindsight, costs) = self.placement.judge(&work);
-        let lines = (stages.iter().zip(&self.loaded.job.pipeline.devices).zip(spans).enumerate())
-            .map(|(index, ((times, device), span))| StageLine {
-                device: device.to_string(),
-                blocks: *span,
+        let (hindsight, costs) = self.placement.judge(stages);
+        let lines = (stages.iter().zip(&self.placement.stages).enumerate())
+            .map(|(index, (times, layout))| StageLine {
+                device: device_names(&self.loaded.job, layout),
+                part: layout.part,
+                ranks: layout.devices.len(),
+                collectives: self.pipeline.collective_clocks.get(index).map(|clock| clock.read()),
+                hop_bytes: hop_bytes(layout.part, times.tokens, &self.model.config),
                 times: times.clone(),
                 predicted: hindsight.predicted[index],
             })

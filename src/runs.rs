@@ -3,10 +3,10 @@
 use scheduler::PlannedStage;
 
 /// Stages of several devices that share each matrix.
-pub(crate) const TENSOR_PARALLEL: bool = false;
+pub(crate) const TENSOR_PARALLEL: bool = true;
 
 /// Stages that share an FFN with a neighbour, by its columns.
-pub(crate) const COLUMN_CUTS: bool = false;
+pub(crate) const COLUMN_CUTS: bool = true;
 
 /// Several pipelines for one job.
 pub(crate) const REPLICAS: bool = false;

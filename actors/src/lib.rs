@@ -13,6 +13,7 @@ mod error;
 mod job;
 mod link;
 mod pipeline;
+mod ranks;
 #[cfg(test)]
 mod simulation;
 mod stage;
@@ -25,4 +26,5 @@ pub use answer::answer;
 pub use clock::{PipelineClock, StageClock, StageParts, StageTimes, StepEvent, StepLoads, StepLog};
 pub use error::{Error, Result};
 pub use job::{JobOptions, JobOutcome, JobProgress, run_job};
+pub use ranks::{RankHome, serve_rank};
 pub use start::{Limits, Pipeline, PipelineOptions, StagePlacement, start};

@@ -6,24 +6,38 @@ use std::time::Duration;
 use kameo::actor::{ActorRef, PreparedActor};
 use kameo::mailbox;
 use scheduler::Span;
-use stages::{Device, Dtypes, Model, SpanOptions};
+use stages::{AttentionSharing, CollectiveClock, Device, Dtypes, Model, Part, SpanOptions};
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::device_thread::LoadStage;
 use crate::error::Result;
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
+use crate::ranks::{RankHome, RanksArgs};
 use crate::stage_set::StageSet;
 
 /// How long a report waits for a pipeline's figures.
 const STATS_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Ranks wait for each other so much longer than a stage may take for a step: a quarter, and the watchdog looks every
+/// eighth. So a rank that hangs is the watchdog's find, and counted as a thread that hangs.
+const PATIENCE_SHARE: u32 = 4;
+
 /// Where one stage runs.
 #[derive(Debug, Clone)]
 pub struct StagePlacement {
-    /// Its device.
-    pub device: Device,
+    /// Its devices, one for each rank.
+    pub devices: Vec<Device>,
     /// Its blocks.
-    pub span: Span,
+    pub part: Part,
+    /// How its ranks share attention.
+    pub sharing: AttentionSharing,
+}
+
+impl StagePlacement {
+    /// Whole blocks on one device.
+    pub fn alone(device: Device, blocks: Span) -> Self {
+        StagePlacement { devices: vec![device], part: blocks.into(), sharing: AttentionSharing::default() }
+    }
 }
 
 /// All that decides how a pipeline runs.
@@ -31,6 +45,8 @@ pub struct StagePlacement {
 pub struct PipelineOptions {
     /// The stages in order; their spans cover the model.
     pub stages: Vec<StagePlacement>,
+    /// Where ranks beside the first run.
+    pub ranks: RankHome,
     /// Number types.
     pub dtypes: Dtypes,
     /// Sizes of micro-batches and of the KV pool.
@@ -58,8 +74,10 @@ pub struct Pipeline {
     pub stage_clocks: Vec<Arc<StageClock>>,
     /// What the pipeline as a whole has done.
     pub clock: Arc<PipelineClock>,
+    /// What the first rank of each stage spends on collectives.
+    pub collective_clocks: Vec<Arc<CollectiveClock>>,
     /// The blocks of each stage.
-    pub spans: Vec<Span>,
+    pub parts: Vec<Part>,
     /// Most rows that may be offered and not yet completed.
     pub(crate) window: usize,
 }
@@ -78,22 +96,32 @@ impl Pipeline {
 /// # Errors
 /// The first stage that could not be loaded.
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
-    let PipelineOptions { stages, dtypes, scheduler, limits, step_log } = options;
-    let spans = stages.iter().map(|stage| stage.span).collect();
-    let load = |StagePlacement { device, span }| -> LoadStage {
-        let num_pages = scheduler.num_pages;
-        let options = SpanOptions { part: span.into(), num_pages, context_tokens: scheduler.context_tokens };
-        let model = model.clone();
-        Arc::new(move || stages::load(&model, &device, dtypes, options))
+    let PipelineOptions { stages, ranks, dtypes, scheduler, limits, step_log } = options;
+    let parts = stages.iter().map(|stage| stage.part).collect();
+    let clocks: Vec<Arc<CollectiveClock>> = stages.iter().map(|_| Arc::default()).collect();
+    let load = |(stage, placement): (usize, StagePlacement)| -> LoadStage {
+        let StagePlacement { devices, part, sharing } = placement;
+        let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
+        let options = SpanOptions { part, num_pages, context_tokens };
+        let (model, clock) = (model.clone(), Arc::clone(&clocks[stage]));
+        if let [device] = &devices[..] {
+            let device = device.clone();
+            return Arc::new(move || stages::load(&model, &device, dtypes, options));
+        }
+        let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;
+        let args =
+            RanksArgs { stage, model, devices, dtypes, options, sharing, home: ranks, patience, clock };
+        Arc::new(move || args.load())
     };
-    let loads = stages.into_iter().map(load).collect();
-    start_stages(loads, spans, scheduler, limits, step_log).await
+    let loads = stages.into_iter().enumerate().map(load).collect();
+    let pipeline = start_stages(loads, parts, scheduler, limits, step_log).await?;
+    Ok(Pipeline { collective_clocks: clocks, ..pipeline })
 }
 
 /// Starts a pipeline of whatever stages the loads make.
 pub(crate) async fn start_stages(
     loads: Vec<LoadStage>,
-    spans: Vec<Span>,
+    parts: Vec<Part>,
     scheduler: scheduler::Options,
     limits: Limits,
     step_log: Option<StepLog>,
@@ -106,5 +134,5 @@ pub(crate) async fn start_stages(
     let stages = StageSet::start(loads, &pipeline, &clock).await?;
     let stage_clocks = stages.clocks();
     prepared.spawn(PipelineArgs { options: scheduler, stages, step_timeout, clock: Arc::clone(&clock) });
-    Ok(Pipeline { actor: pipeline, stage_clocks, clock, spans, window })
+    Ok(Pipeline { actor: pipeline, stage_clocks, collective_clocks: Vec::new(), clock, parts, window })
 }

@@ -112,7 +112,7 @@ impl World {
                 Ok(Box::new(Probe { index, is_first, is_last, steps, trouble, step_time }) as Box<dyn Stage>)
             })
         };
-        let spans = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }).collect();
+        let spans = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }.into()).collect();
         let loads = (0..self.num_stages).map(load).collect();
         let limits = Limits { window: WINDOW, step_timeout: self.step_timeout };
         start_stages(loads, spans, options, limits, None).await.expect("probes load")
@@ -255,7 +255,7 @@ async fn a_full_bunch_of_finished_rows_passes_by_in_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stage_that_cannot_load_is_named() {
     let panics = || -> LoadStage { Arc::new(|| panic!("a planted panic while loading")) };
-    let spans = vec![Span { start: 0, end: 1 }];
+    let spans = vec![Span { start: 0, end: 1 }.into()];
     let limits = Limits { window: WINDOW, step_timeout: Duration::from_secs(60) };
     match start_stages(vec![panics()], spans, options(1), limits, None).await {
         Err(Error::Panic { stage: 0, message }) => assert!(message.contains("while loading"), "{message}"),

@@ -34,8 +34,8 @@ pub use schema::{
     Grade, Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Plan, Prompt, Sampling,
 };
 pub use types::{
-    ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile,
-    Simd, Stages, TENSOR_PARALLEL_WIDTHS, TensorParallel,
+    ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Place,
+    Profile, Ranks, Simd, Stages, TENSOR_PARALLEL_WIDTHS, TensorParallel,
 };
 pub use whole::Purpose;
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::devices::DeviceList;
 use crate::read;
 use crate::types::{
-    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Simd, Stages,
+    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Ranks, Simd, Stages,
     TensorParallel,
 };
 
@@ -66,7 +66,8 @@ pub struct Model {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pipeline {
-    /// One stage per entry, in the order of the blocks. A device may be named twice and hosts two stages then.
+    /// Those of each stage, in the order of the blocks: one, or as many as `tensor_parallel` says. A device may be named
+    /// twice and hosts two stages then.
     #[serde(deserialize_with = "read::devices")]
     pub devices: Vec<Device>,
     /// Threads per device; its cores when not set.
@@ -78,6 +79,8 @@ pub struct Pipeline {
     pub stages: Stages,
     /// Devices that share each stage's matrices.
     pub tensor_parallel: TensorParallel,
+    /// Where the ranks of a stage run that has several devices.
+    pub ranks: Ranks,
     /// Whether an FFN may be cut by its columns between neighbouring stages.
     pub column_cuts: ColumnCuts,
     /// Whether stages are cut by what was measured on the device.
@@ -105,6 +108,7 @@ impl Default for Pipeline {
             simd: Simd::Auto,
             stages: Stages::Auto,
             tensor_parallel: TensorParallel::Auto,
+            ranks: Ranks::Threads,
             column_cuts: ColumnCuts::Auto,
             profile: Profile::Auto,
             micro_batch_tokens: MICRO_BATCH_TOKENS,

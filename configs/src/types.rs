@@ -282,13 +282,48 @@ impl<'de> Deserialize<'de> for Device {
     }
 }
 
+words! {
+    /// Where the ranks of a stage run that has several.
+    Ranks, r#""threads" or "processes""#, {
+        /// Threads of one process.
+        Threads = "threads",
+        /// The first in this process, each other in one of its own.
+        Processes = "processes",
+    }
+}
+
+/// Where a stage begins or ends: before a block, or before a column of a block's FFN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    /// The block.
+    pub block: usize,
+    /// The column; 0 for the block's begin.
+    pub column: usize,
+}
+
+impl From<usize> for Place {
+    fn from(block: usize) -> Self {
+        Self { block, column: 0 }
+    }
+}
+
+/// As in a job file: `14`, or `14:6400` for a column.
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.column {
+            0 => write!(f, "{}", self.block),
+            column => write!(f, "{}:{column}", self.block),
+        }
+    }
+}
+
 /// Which blocks each stage holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stages {
-    /// One span per device, cut by cost.
+    /// Cut by cost.
     Auto,
-    /// One half-open range of blocks per device, contiguous from 0, none empty.
-    Blocks(Vec<Range<usize>>),
+    /// One half-open range for each stage, contiguous from 0, none empty.
+    Blocks(Vec<Range<Place>>),
 }
 
 const STAGES: &str = "\"auto\" or block ranges such as [[0, 14], [14, 30]]";
@@ -315,7 +350,33 @@ impl<'de> Deserialize<'de> for Stages {
     }
 }
 
-struct BlockRange(Range<usize>);
+impl Serialize for Place {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.column {
+            0 => serializer.serialize_u64(self.block as u64),
+            _ => serializer.collect_str(self),
+        }
+    }
+}
+
+const PLACE: &str = "a block's index, or a column of its FFN such as \"67:6400\"";
+
+impl<'de> Deserialize<'de> for Place {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let column = |text: &str| -> Option<Self> {
+            let (block, column) = text.split_once(':')?;
+            let place = Self { block: block.parse().ok()?, column: column.parse().ok()? };
+            // `67:0` is `67`, and one place has one name.
+            (place.to_string() == text && place.block <= u32::MAX as usize).then_some(place)
+        };
+        read::scalar(deserializer, PLACE, |found| match found {
+            Scalar::Text(text) => column(text),
+            found => found.integer::<u32>(0).map(|block| Self::from(block as usize)),
+        })
+    }
+}
+
+struct BlockRange(Range<Place>);
 
 impl<'de> Deserialize<'de> for BlockRange {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -324,12 +385,13 @@ impl<'de> Deserialize<'de> for BlockRange {
             deserializer,
             expected,
             |_| None,
-            |bounds: Vec<BlockIdx>| match bounds[..] {
-                [BlockIdx(start), BlockIdx(end)] if start < end => Ok(Self(start..end)),
-                [BlockIdx(start), BlockIdx(end)] => Err(format!(
+            |bounds: Vec<Place>| match bounds[..] {
+                [start, end] if start < end => Ok(Self(start..end)),
+                [start, end] if start.column == 0 && end.column == 0 => Err(format!(
                     "block range [{start}, {end}] is empty: the end is the first block not taken, so at least {}",
-                    start + 1
+                    start.block + 1
                 )),
+                [start, end] => Err(format!("block range [{start}, {end}] is empty: the end is not taken")),
                 _ => Err(format!("expected {expected}, found a list of {}", bounds.len())),
             },
         )
@@ -344,19 +406,19 @@ impl<'de> Deserialize<'de> for BlockIdx {
     }
 }
 
-fn check_contiguous(ranges: &[Range<usize>]) -> Result<(), String> {
+fn check_contiguous(ranges: &[Range<Place>]) -> Result<(), String> {
     if ranges.is_empty() {
         return Err(format!("expected {STAGES}, found an empty list"));
     }
-    let mut next_block = 0;
+    let mut next = Place::from(0);
     for (stage_idx, range) in ranges.iter().enumerate() {
-        if range.start != next_block {
+        if range.start != next {
             return Err(format!(
-                "stage {stage_idx} starts at block {}, expected block {next_block}: stages take all blocks in order",
+                "stage {stage_idx} starts at block {}, expected block {next}: stages take all blocks in order",
                 range.start
             ));
         }
-        next_block = range.end;
+        next = range.end;
     }
     Ok(())
 }

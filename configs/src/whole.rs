@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::file::File;
 use crate::layers::{Joined, Origin};
 use crate::schema::JobFile;
-use crate::types::Stages;
+use crate::types::{Stages, TensorParallel};
 
 /// The keys without a default, each with an example.
 pub(crate) const REQUIRED: [(&str, &str, &str); 5] = [
@@ -43,6 +43,7 @@ impl Whole<'_> {
         self.check_required()?;
         let job: JobFile = serde_path_to_error::deserialize(self.joined.to_toml())
             .map_err(|error| Error::new(format!("{}: {}", error.path(), error.inner().message())))?;
+        self.check_widths(&job)?;
         self.check_stages(&job)?;
         self.check_token_limits(&job)?;
         self.check_grade(&job)?;
@@ -84,11 +85,41 @@ impl Whole<'_> {
         Ok(())
     }
 
+    fn check_widths(&self, job: &JobFile) -> Result<(), Error> {
+        let TensorParallel::Widths(widths) = &job.pipeline.tensor_parallel else { return Ok(()) };
+        let (wanted, num_devices) = (widths.iter().sum::<usize>(), job.pipeline.devices.len());
+        // A plan may be for devices that the file does not name.
+        if wanted == num_devices || self.purpose == Purpose::Plan {
+            return Ok(());
+        }
+        let message = format!(
+            "pipeline.tensor_parallel {widths:?} takes {} for {} in pipeline.devices, expected as many",
+            count(wanted, "device"),
+            count(num_devices, "device")
+        );
+        let hint = "each stage takes as many of the devices, in their order, as its width says".to_owned();
+        Err(self.blame("pipeline", ["tensor_parallel", "devices"], Error::new(message).hint(hint)))
+    }
+
     fn check_stages(&self, job: &JobFile) -> Result<(), Error> {
         let Stages::Blocks(ranges) = &job.pipeline.stages else { return Ok(()) };
         let num_devices = job.pipeline.devices.len();
         // A plan may be for devices that the file does not name.
-        if ranges.len() == num_devices || self.purpose == Purpose::Plan {
+        if self.purpose == Purpose::Plan {
+            return Ok(());
+        }
+        if let TensorParallel::Widths(widths) = &job.pipeline.tensor_parallel {
+            if ranges.len() == widths.len() {
+                return Ok(());
+            }
+            let message = format!(
+                "{} in pipeline.stages for {} in pipeline.tensor_parallel, expected one range per stage",
+                count(ranges.len(), "block range"),
+                count(widths.len(), "width")
+            );
+            return Err(self.blame("pipeline", ["stages", "tensor_parallel"], Error::new(message)));
+        }
+        if ranges.len() == num_devices {
             return Ok(());
         }
         let message = format!(

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use configs::{
-    Device, Dtype, Error, JobFile, KvCacheDtype, KvCacheTokens, Loaded, Order, OverrideSource, Purpose, Simd,
-    Stages,
+    Device, Dtype, Error, JobFile, KvCacheDtype, KvCacheTokens, Loaded, Order, OverrideSource, Place,
+    Purpose, Simd, Stages,
 };
 
 const GOOD: &str = "[model]\npath = \"m\"\n[job]\ninput = \"in.jsonl\"\noutput = \"out\"\n";
@@ -120,7 +120,7 @@ fn every_key_arrives_where_it_belongs() {
     assert_eq!(job.pipeline.devices, [Device::cpu(0), Device::cpu(1), Device::cpu(0)]);
     assert_eq!(job.pipeline.threads, Some(3));
     assert_eq!(job.pipeline.simd, Simd::Avx2);
-    assert_eq!(job.pipeline.stages, Stages::Blocks(vec![0..4, 4..9, 9..10]));
+    assert_eq!(job.pipeline.stages, blocks([0..4, 4..9, 9..10]));
     assert_eq!(job.pipeline.micro_batch_tokens, 16);
     assert_eq!(job.pipeline.max_sequences, 7);
     assert_eq!(job.pipeline.kv_cache_tokens, KvCacheTokens::Tokens(8192));
@@ -201,7 +201,7 @@ fn a_value_that_is_no_toml_is_a_text() {
     let job = world.load().job;
     assert_eq!(job.model.dtype, Dtype::F32);
     assert_eq!(job.pipeline.devices, [Device::cpu(0), Device::cpu(1)]);
-    assert_eq!(job.pipeline.stages, Stages::Blocks(vec![0..14, 14..30]));
+    assert_eq!(job.pipeline.stages, blocks([0..14, 14..30]));
     let prompt = job.prompt.expect("a [prompt]");
     assert_eq!(prompt.user, "Summarise: {{ text }} # all of it");
     assert_eq!(prompt.system.as_deref(), Some("a = b"));
@@ -270,6 +270,7 @@ devices = ["cpu:0"]
 simd = "auto"
 stages = "auto"
 tensor_parallel = "auto"
+ranks = "threads"
 column_cuts = "auto"
 profile = "auto"
 micro_batch_tokens = 512
@@ -377,4 +378,9 @@ fn the_job_files_we_ship_load() {
             loaded.job.job.input.display()
         );
     }
+}
+
+/// Stages of whole blocks.
+fn blocks<const N: usize>(ranges: [std::ops::Range<usize>; N]) -> Stages {
+    Stages::Blocks(ranges.map(|range| Place::from(range.start)..Place::from(range.end)).to_vec())
 }

@@ -9,6 +9,7 @@
 //! | part | what |
 //! |---|---|
 //! | `write`, `stage0`, `stage1`, … | the point: a change to a file, or a step of that stage |
+//! | `stage0.1`, … | a step of a rank of that stage, from 1; counted in each life of a rank's process |
 //! | `@17`, `@1/30` | the 17th time the point is passed, from 1; or each time with that chance, by seed |
 //! | `:kill` | the process gets SIGKILL before the change |
 //! | `:tear` | half of the bytes are written, then the process gets SIGKILL |
@@ -29,6 +30,7 @@ static PLAN: OnceLock<Faults> = OnceLock::new();
 /// A plan of faults.
 #[derive(Debug, Clone)]
 pub struct Faults {
+    text: String,
     seed: u64,
     rules: Vec<Rule>,
 }
@@ -45,6 +47,8 @@ struct Rule {
 enum Point {
     Write,
     Stage(usize),
+    /// Of a stage, a rank beside the first.
+    Rank(usize, usize),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -103,7 +107,7 @@ impl FromStr for Faults {
     type Err = String;
 
     fn from_str(plan: &str) -> Result<Self, String> {
-        let mut faults = Faults { seed: 0, rules: Vec::new() };
+        let mut faults = Faults { text: plan.to_owned(), seed: 0, rules: Vec::new() };
         for part in plan.split(',') {
             let error = || format!("expected seed=N or POINT@WHEN:ACTION, found {part:?}");
             match part.strip_prefix("seed=") {
@@ -119,7 +123,10 @@ fn rule(text: &str) -> Option<Rule> {
     let (point, rest) = text.split_once('@')?;
     let (when, action) = rest.split_once(':')?;
     let point = match point.strip_prefix("stage") {
-        Some(stage) => Point::Stage(stage.parse().ok()?),
+        Some(stage) => match stage.split_once('.') {
+            Some((stage, rank)) => Point::Rank(stage.parse().ok()?, rank.parse().ok()?),
+            None => Point::Stage(stage.parse().ok()?),
+        },
         None => (point == "write").then_some(Point::Write)?,
     };
     let when = match when.strip_prefix("1/") {
@@ -130,9 +137,9 @@ fn rule(text: &str) -> Option<Rule> {
         (_, "kill") => Action::Kill,
         (Point::Write, "tear") => Action::Tear,
         (Point::Write, "error") => Action::Error,
-        (Point::Stage(_), "panic") => Action::Panic,
-        (Point::Stage(_), "hang") => Action::Hang,
-        (Point::Stage(_), "slow") => Action::Slow,
+        (Point::Stage(_) | Point::Rank(..), "panic") => Action::Panic,
+        (Point::Stage(_) | Point::Rank(..), "hang") => Action::Hang,
+        (Point::Stage(_) | Point::Rank(..), "slow") => Action::Slow,
         _ => return None,
     };
     Some(Rule { point, when, action, passed: Arc::default() })
@@ -143,7 +150,24 @@ fn rule(text: &str) -> Option<Rule> {
 /// # Panics
 /// Where that is planned.
 pub fn step(stage: usize) {
-    match PLAN.get().and_then(|plan| plan.pass(Point::Stage(stage))) {
+    take(Point::Stage(stage));
+}
+
+/// A rank of a stage, from 1, is about to take a step.
+///
+/// # Panics
+/// Where that is planned.
+pub fn rank_step(stage: usize, rank: usize) {
+    take(Point::Rank(stage, rank));
+}
+
+/// The plan of this process, for another that it starts.
+pub fn plan() -> Option<String> {
+    PLAN.get().map(|plan| plan.text.clone())
+}
+
+fn take(point: Point) {
+    match PLAN.get().and_then(|plan| plan.pass(point)) {
         Some(Action::Panic) => panic!("a planted panic"),
         Some(Action::Hang) => loop {
             std::thread::park();

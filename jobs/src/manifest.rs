@@ -103,6 +103,18 @@ pub struct StageRecord {
     pub idle_seconds: f64,
     /// What it should have been busy by the costs that the stages were cut by.
     pub predicted_seconds: Option<f64>,
+    /// Where its first block's FFN is shared with the stage before: its first column of it, else 0.
+    pub first_column: usize,
+    /// Where its last block's FFN is shared with the next stage: the end of its columns.
+    pub end_column: Option<usize>,
+    /// Devices that share it.
+    pub ranks: usize,
+    /// Time that its first rank spent in collectives, waiting for others counted.
+    pub collective_seconds: f64,
+    /// Bytes of the arrays that these were about.
+    pub collective_bytes: u64,
+    /// Bytes that it has handed on to the next stage.
+    pub hop_bytes: u64,
     /// Micro-batches that it computed.
     pub micro_batches: u64,
     /// Tokens of these.
@@ -122,8 +134,11 @@ pub struct NumericProfile {
     pub dtype: String,
     /// Number format of the KV cache.
     pub kv_cache_dtype: String,
-    /// Devices that shared one stage.
+    /// Most devices that share one stage.
     pub tensor_parallel: u32,
+    /// The stages that several devices share, where there are any: where each begins and ends, and how many they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel_stages: Option<String>,
 }
 
 /// Rows by outcome.

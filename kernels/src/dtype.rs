@@ -6,6 +6,10 @@ impl WeightType {
     /// Inputs that share a scale in [`WeightType::Int4Weight`]: one bit more for each weight.
     pub const INT4_GROUP: usize = 32;
 
+    /// Every type.
+    pub const ALL: [WeightType; 5] =
+        [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
+
     /// The type's name in options and numeric profiles.
     pub fn name(self) -> &'static str {
         match self {

@@ -75,5 +75,12 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Whether it says no more than that ranks did not come together: another one is to blame.
+    pub fn is_of_other_rank(&self) -> bool {
+        matches!(self, Error::Collective { .. })
+    }
+}
+
 /// This crate's result.
 pub type Result<T> = std::result::Result<T, Error>;

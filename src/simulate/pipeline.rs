@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail};
+use configs::Place;
 use scheduler::{Load, Options, PlannedStage, Problem, Simulation, VirtualStage, in_flight};
 use stages::PAGE_TOKENS;
 use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
@@ -19,10 +20,11 @@ use crate::simulate::lengths::Kind;
 pub(super) fn given_stages(
     setting: &Setting,
     pieces: &[PieceShape],
-    blocks: &[Range<usize>],
+    blocks: &[Range<Place>],
 ) -> Result<Vec<PlannedStage>> {
-    let (named, there) = (blocks.last().map_or(0, |range| range.end), setting.config.blocks.len());
-    if named != there {
+    let there = setting.config.blocks.len();
+    let named = blocks.last().map_or(Place::from(0), |range| range.end);
+    if named != Place::from(there) {
         bail!("[pipeline] stages: found {named} blocks, the model has {there}");
     }
     let kinds = setting.kind_of_each();
@@ -42,10 +44,27 @@ pub(super) fn given_stages(
         if of_stage.iter().any(|kind| *kind != of_stage[0]) {
             bail!("[pipeline] stages: the {width} devices of stage {index} are unlike");
         }
-        let place = |block: usize| pieces.partition_point(|piece| piece.block < block);
-        stages.push(PlannedStage { pieces: place(range.start)..place(range.end), devices });
+        stages.push(PlannedStage {
+            pieces: piece_at(pieces, range.start)?..piece_at(pieces, range.end)?,
+            devices,
+        });
     }
     Ok(stages)
+}
+
+/// The piece that begins at a place, or the end of all.
+fn piece_at(pieces: &[PieceShape], place: Place) -> Result<usize> {
+    let begin = |piece: &PieceShape| Place {
+        block: piece.block,
+        column: piece.columns.as_ref().map_or(0, |columns| columns.start),
+    };
+    let index = pieces.partition_point(|piece| begin(piece) < place);
+    match pieces.get(index).map(begin) {
+        Some(found) if found != place => {
+            bail!("[pipeline] stages: plans cut no FFN at \"{place}\", the next place is \"{found}\"")
+        }
+        _ => Ok(index),
+    }
 }
 
 /// How many devices a stage has: one, unless the job says so.

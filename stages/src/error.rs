@@ -76,6 +76,14 @@ pub enum Error {
         /// What there is for it.
         free_bytes: u64,
     },
+    /// A rank of a stage beside the first has failed.
+    #[error("rank {rank}: {message}")]
+    Rank {
+        /// Which, from 0.
+        rank: usize,
+        /// What it said, or what others saw of it.
+        message: String,
+    },
     /// A device refused.
     #[error(transparent)]
     Device(#[from] kernels::Error),

@@ -1,6 +1,6 @@
 //! A model directory: its configuration, its weights, and who it is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::checkpoint::Checkpoint;
@@ -12,6 +12,8 @@ use crate::weights::Weights;
 /// A model that has been checked and can be loaded, span by span. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Model {
+    /// Its folder.
+    pub directory: PathBuf,
     /// Its shape.
     pub config: Arc<ModelConfig>,
     /// Its tensors.
@@ -70,7 +72,8 @@ impl Model {
             Weights::Checkpoint(Arc::new(checkpoint))
         };
         let identity = hash.finalize().to_hex()[..32].to_owned();
-        Ok((Model { config: Arc::new(config), weights, identity }, warnings))
+        let directory = directory.to_owned();
+        Ok((Model { directory, config: Arc::new(config), weights, identity }, warnings))
     }
 }
 

@@ -17,6 +17,11 @@ pub enum Weights {
 }
 
 impl Weights {
+    /// Whether they are made from names.
+    pub fn is_random(&self) -> bool {
+        matches!(self, Weights::Random)
+    }
+
     /// Hands a tensor to `load`. A checkpoint's tensor is a range of a mapped file, a random one is made
     /// for the call and dropped after it.
     pub fn with<T>(&self, name: &str, shape: &[usize], load: impl FnOnce(TensorView<'_>) -> T) -> T {

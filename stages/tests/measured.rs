@@ -135,10 +135,10 @@ fn more_tokens_and_longer_contexts_never_take_less() {
 fn a_stage_takes_its_blocks_its_ends_and_its_parts_of_hops() {
     let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
     let load = decode(1.0, 4.5);
-    assert_eq!(costs.step_seconds(&pieces, 0..1, load), 0.25 + 0.5 + 0.0625);
-    assert_eq!(costs.step_seconds(&pieces, 1..2, load), 0.5 + 0.125);
-    assert_eq!(costs.step_seconds(&pieces, 2..3, load), 0.5 + 1.0 + 0.0625);
-    assert_eq!(costs.step_seconds(&pieces, 0..3, load), 0.25 + 1.5 + 1.0);
+    assert_eq!(costs.step_seconds(&pieces, 0..1, 1, load), 0.25 + 0.5 + 0.0625);
+    assert_eq!(costs.step_seconds(&pieces, 1..2, 1, load), 0.5 + 0.125);
+    assert_eq!(costs.step_seconds(&pieces, 2..3, 1, load), 0.5 + 1.0 + 0.0625);
+    assert_eq!(costs.step_seconds(&pieces, 0..3, 1, load), 0.25 + 1.5 + 1.0);
 }
 
 #[test]

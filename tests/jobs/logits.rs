@@ -6,7 +6,7 @@ use crate::harness::{Job, devices, fixture, levels, read_json, root};
 
 /// f32 against f64. A logit is a sum of some hundred products of numbers near 1, each rounded to 2^-24, a
 /// dozen blocks deep: measured up to 5e-6, and this is what users are promised.
-const F32_BOUND: f64 = 1e-4;
+pub(crate) const F32_BOUND: f64 = 1e-4;
 
 /// bf16 against f64 on models of at most 12 blocks whose logits have a standard deviation of 1: a rounding
 /// to 8 bits is off by up to 2^-9 = 0.2 %, some 60 of them (five operands a block) add up like a random
@@ -22,7 +22,7 @@ const INT8_BOUND: f64 = 0.3;
 const INT4_WEIGHT_BOUND: f64 = 2.2;
 
 /// All models of `cargo fixtures` with a reference beside them.
-const MODELS: [&str; 21] = [
+pub(crate) const MODELS: [&str; 21] = [
     "attention-only-last",
     "deci-7b",
     "deci-7b-as-blocks",
@@ -48,7 +48,7 @@ const MODELS: [&str; 21] = [
 
 /// Largest difference of a prompt token's log-probability, and of those of the most likely tokens, from a
 /// reference file's.
-fn largest_difference(model: &str, reference: &Value, sets: &[&str]) -> f64 {
+pub(crate) fn largest_difference(model: &str, reference: &Value, sets: &[&str]) -> f64 {
     let prompts = reference["prompts"].as_array().expect("prompts");
     let mut job = Job::on(model);
     for set in sets {

@@ -16,6 +16,7 @@ mod pictures;
 mod plan;
 mod plan_input;
 mod profile;
+mod ranks;
 mod refusals;
 mod results;
 mod resume;

@@ -159,6 +159,7 @@ fn a_manifest_is_replaced_whole() {
             dtype: "bf16".into(),
             kv_cache_dtype: "bf16".into(),
             tensor_parallel: 1,
+            tensor_parallel_stages: None,
         },
         counts: Counts { total: 2, completed: 1, failed: 1, resumed: 0, stale: 0 },
         tokens: TokenTotals { prompt: 5, generated: 7 },

@@ -17,6 +17,7 @@ mod rows;
 pub(crate) mod simd;
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use crate::array::Array;
 use crate::backend::{
@@ -54,7 +55,7 @@ pub struct CpuOptions {
 /// The fast CPU backend.
 #[derive(Debug)]
 pub struct Cpu {
-    pool: ThreadPool,
+    pool: Arc<ThreadPool>,
     simd: Simd,
     weights: WeightType,
     kv: Dtype,
@@ -78,7 +79,7 @@ impl Cpu {
         if threads == 0 {
             return Err(Error::Unsupported("a cpu device needs at least 1 thread, got 0".to_owned()));
         }
-        Ok(Cpu { pool: ThreadPool::new(&cores, threads), simd, weights, kv })
+        Ok(Cpu { pool: ThreadPool::of_device(&cores, threads), simd, weights, kv })
     }
 
     /// Pins the calling thread to the device's first core: for the thread that runs its operations.

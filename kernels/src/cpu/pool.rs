@@ -12,7 +12,7 @@ use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle, Thread};
 
 use core_affinity::CoreId;
@@ -89,7 +89,34 @@ impl std::fmt::Debug for Shared {
     }
 }
 
+/// The pools of devices, while anybody has them.
+static OF_DEVICES: Mutex<Vec<DevicePool>> = Mutex::new(Vec::new());
+
+struct DevicePool {
+    cores: Vec<usize>,
+    threads: usize,
+    pool: Weak<ThreadPool>,
+}
+
 impl ThreadPool {
+    /// The pool of a device: as [`ThreadPool::new`] makes it, or the one that another user of the same cores has, with as many
+    /// threads. So two stages on one device take turns, region by region, and do not get into each other's way. Without
+    /// cores each has its own.
+    pub fn of_device(cores: &[usize], threads: usize) -> Arc<ThreadPool> {
+        if cores.is_empty() {
+            return Arc::new(ThreadPool::new(cores, threads));
+        }
+        let mut pools = OF_DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.retain(|device| device.pool.strong_count() > 0);
+        let is_same = |device: &&DevicePool| device.cores == cores && device.threads == threads;
+        if let Some(pool) = pools.iter().find(is_same).and_then(|device| device.pool.upgrade()) {
+            return pool;
+        }
+        let pool = Arc::new(ThreadPool::new(cores, threads));
+        pools.push(DevicePool { cores: cores.to_vec(), threads, pool: Arc::downgrade(&pool) });
+        pool
+    }
+
     /// A pool of `threads` threads (at least one, the caller counted). Thread `i` is pinned to
     /// `cores[i % cores.len()]`; thread 0 is the caller, who pins itself by [`ThreadPool::pin_caller`].
     /// Without cores, or where the system refuses, threads run unpinned.
@@ -351,6 +378,19 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn users_of_the_same_cores_share_a_pool_as_long_as_there_are_any() {
+        let cores = [available_cores()[0]];
+        let pool = ThreadPool::of_device(&cores, 2);
+        assert!(Arc::ptr_eq(&pool, &ThreadPool::of_device(&cores, 2)));
+        assert!(!Arc::ptr_eq(&pool, &ThreadPool::of_device(&cores, 3)));
+        assert!(!Arc::ptr_eq(&ThreadPool::of_device(&[], 2), &ThreadPool::of_device(&[], 2)));
+        let gone = Arc::downgrade(&pool);
+        drop(pool);
+        assert!(gone.upgrade().is_none(), "nobody has it");
+        assert_eq!(count_runs(&ThreadPool::of_device(&cores, 2), 9), vec![1; 9]);
     }
 
     #[test]

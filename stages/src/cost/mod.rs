@@ -30,11 +30,13 @@ pub trait CostModel {
     /// Time to hand a micro-batch on from stage to stage: the sender's part and the receiver's together.
     fn hop_seconds(&self, load: Load) -> f64;
 
-    /// Time that a stage of one device is at work on a micro-batch: its `blocks`, embedding or head where it has
-    /// them, and its part of each hop. `pieces` are all of the model's, whole blocks.
-    fn step_seconds(&self, pieces: &[PieceShape], blocks: Range<usize>, load: Load) -> f64 {
-        let num_hops = usize::from(blocks.start > 0) + usize::from(blocks.end < pieces.len());
-        let hops = num_hops as f64 * self.hop_seconds(load) / 2.0;
-        self.rank_costs(pieces, 1, load).seconds(blocks) + hops
+    /// Time that each of a stage's `ranks` devices is at work on a micro-batch: its run of pieces, embedding or head where it has
+    /// them, and its part of each hop, which takes two arrays where an FFN is cut. `pieces` are all of the model's.
+    fn step_seconds(&self, pieces: &[PieceShape], run: Range<usize>, ranks: usize, load: Load) -> f64 {
+        let arrays = |piece: &PieceShape| if piece.ends_block { 1.0 } else { 2.0 };
+        let before = run.start.checked_sub(1).map_or(0.0, |piece| arrays(&pieces[piece]));
+        let after = if run.end < pieces.len() { arrays(&pieces[run.end - 1]) } else { 0.0 };
+        let hops = (before + after) * self.hop_seconds(load) / 2.0;
+        self.rank_costs(pieces, ranks, load).seconds(run) + hops
     }
 }

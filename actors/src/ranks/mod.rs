@@ -1,0 +1,135 @@
+//! A stage of several ranks, as its device thread sees it: the first rank, which tells the others what comes.
+//!
+//! The other ranks are threads of this process, or processes of their own. They meet in collectives; whoever is gone, or does
+//! not come within the group's patience, ends the step of all, and with it the stage: its supervisor starts it again as one.
+
+mod process;
+mod threads;
+mod wire;
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use scheduler::MicroBatch;
+use stages::{
+    Activations, AttentionSharing, CollectiveClock, Device, Dtypes, Model, RankStep, SpanOptions, Stage,
+    StageOutput,
+};
+
+pub use process::serve_rank;
+
+/// Where the ranks of a stage beside the first run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RankHome {
+    /// Threads of this process.
+    #[default]
+    Threads,
+    /// A process each, of this program, that talk by TCP.
+    Processes,
+}
+
+/// What a stage of several ranks is made from.
+#[derive(Clone)]
+pub(crate) struct RanksArgs {
+    pub(crate) stage: usize,
+    pub(crate) model: Model,
+    /// One for each rank.
+    pub(crate) devices: Vec<Device>,
+    pub(crate) dtypes: Dtypes,
+    pub(crate) options: SpanOptions,
+    pub(crate) sharing: AttentionSharing,
+    pub(crate) home: RankHome,
+    /// How long ranks wait for each other. The watchdog is to be first.
+    pub(crate) patience: Duration,
+    pub(crate) clock: Arc<CollectiveClock>,
+}
+
+impl RanksArgs {
+    /// Loads every rank's part on its device, in parallel; the first rank's on the calling thread.
+    ///
+    /// # Errors
+    /// The first rank that could not be loaded.
+    pub(crate) fn load(&self) -> stages::Result<Box<dyn Stage>> {
+        let draws = self.options.part.is_last(&self.model.config);
+        let (first, others) = match self.home {
+            RankHome::Threads => threads::load(self)?,
+            RankHome::Processes => process::load(self)?,
+        };
+        Ok(Box::new(RankedStage { first, others, draws }))
+    }
+}
+
+/// The first rank, and the way to the others.
+struct RankedStage {
+    // Before the others: a first rank that is gone ends those who wait for it.
+    first: Box<dyn Stage>,
+    others: Vec<Box<dyn RankLink>>,
+    draws: bool,
+}
+
+/// The way to a rank beside the first.
+trait RankLink: Send {
+    /// Tells it what comes; false when it is gone. Never waits for long: a rank that does not follow is found
+    /// in a collective.
+    fn tell(&mut self, step: &Arc<RankStep>) -> bool;
+
+    /// Where its end is told.
+    fn end(&self) -> &RankEnd;
+}
+
+/// Why a rank has ended.
+#[derive(Debug, Clone, Default)]
+struct RankEnd(Arc<Mutex<Option<End>>>);
+
+#[derive(Debug, Clone)]
+struct End {
+    message: String,
+    /// Whether it only followed another's.
+    is_consequence: bool,
+}
+
+impl RankEnd {
+    /// The first word counts.
+    fn tell(&self, message: String, is_consequence: bool) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(End { message, is_consequence });
+    }
+
+    fn read(&self) -> Option<End> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Whether an error says no more than that another rank is gone.
+fn is_consequence(error: &stages::Error) -> bool {
+    matches!(error, stages::Error::Device(device) if device.is_of_other_rank())
+}
+
+impl Stage for RankedStage {
+    fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
+        let step = Arc::new(RankStep::of(batch, self.draws));
+        let is_there =
+            |(index, other): (usize, &mut Box<dyn RankLink>)| (!other.tell(&step)).then_some(index + 1);
+        if let Some(rank) = self.others.iter_mut().enumerate().find_map(is_there) {
+            return Err(self.blame(rank, "it is gone".to_owned()));
+        }
+        match self.first.step(batch, input) {
+            Err(error) if is_consequence(&error) => {
+                let waited_for = self.others.iter().position(|other| other.end().read().is_some());
+                Err(self.blame(waited_for.map_or(0, |index| index + 1), error.to_string()))
+            }
+            outcome => outcome,
+        }
+    }
+}
+
+impl RankedStage {
+    /// The error of the rank that is to blame, as far as it has said why; else that of `rank`, as others saw it.
+    fn blame(&self, rank: usize, seen: String) -> stages::Error {
+        let ends = || self.others.iter().map(|other| other.end().read());
+        let cause = ends().enumerate().find_map(|(index, end)| {
+            end.filter(|end| !end.is_consequence).map(|end| (index + 1, end.message))
+        });
+        let (rank, message) = cause.unwrap_or((rank, seen));
+        stages::Error::Rank { rank, message }
+    }
+}

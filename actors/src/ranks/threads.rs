@@ -1,0 +1,111 @@
+//! Ranks that are threads of this process.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use stages::{Collective, Follower, RankGroup, RankStep, Stage, thread_ranks};
+
+use super::{RankEnd, RankLink, RanksArgs, is_consequence};
+use crate::error::{panic_message, with_causes};
+
+/// A thread that follows the first rank.
+struct ThreadRank {
+    /// Never holds more than a few: ranks meet in every micro-batch that they share.
+    steps: Sender<Arc<RankStep>>,
+    end: RankEnd,
+}
+
+impl RankLink for ThreadRank {
+    fn tell(&mut self, step: &Arc<RankStep>) -> bool {
+        self.steps.send(Arc::clone(step)).is_ok()
+    }
+
+    fn end(&self) -> &RankEnd {
+        &self.end
+    }
+}
+
+/// A stage's first rank, and the way to the others.
+pub(super) type Loaded = (Box<dyn Stage>, Vec<Box<dyn RankLink>>);
+
+/// Loads the first rank here, and each other on a thread of its own.
+pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
+    let mut ranks = thread_ranks(args.devices.len(), args.patience).into_iter();
+    let first = Box::new(ranks.next().expect("a stage has a rank"));
+    let mut others: Vec<Box<dyn RankLink>> = Vec::new();
+    let mut loading = Vec::new();
+    for (rank, collective) in (1..).zip(ranks) {
+        let (steps, received) = unbounded();
+        let (ready, loaded) = bounded(1);
+        let end = RankEnd::default();
+        let thread = Thread { args: args.clone(), rank, steps: received, end: end.clone() };
+        let name = format!("stage-{}.{rank}", args.stage);
+        let spawned =
+            std::thread::Builder::new().name(name).spawn(move || thread.run(Box::new(collective), &ready));
+        spawned.expect("the system starts a thread");
+        others.push(Box::new(ThreadRank { steps, end }));
+        loading.push(loaded);
+    }
+    let group = RankGroup { collective: first, sharing: args.sharing, clock: Arc::clone(&args.clock) };
+    let first = stages::load_first_rank(&args.model, &args.devices[0], args.dtypes, args.options, group)?;
+    for (rank, loaded) in (1..).zip(loading) {
+        let gone = || stages::Error::Rank { rank, message: "its thread ended while it loaded".to_owned() };
+        loaded.recv().map_err(|_| gone())??;
+    }
+    Ok((first, others))
+}
+
+/// All that a rank's thread works with.
+struct Thread {
+    args: RanksArgs,
+    rank: usize,
+    steps: Receiver<Arc<RankStep>>,
+    end: RankEnd,
+}
+
+impl Thread {
+    fn run(self, collective: Box<dyn Collective<stages::Array>>, ready: &Sender<stages::Result<()>>) {
+        let RanksArgs { stage, model, devices, dtypes, options, sharing, .. } = &self.args;
+        let group = RankGroup { collective, sharing: *sharing, clock: Arc::default() };
+        let load = || stages::load_follower(model, &devices[self.rank], *dtypes, *options, group);
+        let mut follower = match catch_unwind(AssertUnwindSafe(load)) {
+            Ok(Ok(follower)) => follower,
+            Ok(Err(error)) => return drop(ready.send(Err(error))),
+            Err(panic) => {
+                let message = panic_message(&*panic);
+                return drop(ready.send(Err(stages::Error::Rank { rank: self.rank, message })));
+            }
+        };
+        // Nobody waits for the answer any more when the start was given up.
+        if ready.send(Ok(())).is_err() {
+            return;
+        }
+        // Ends when the first rank is gone, and with it the sender of steps.
+        for step in &self.steps {
+            if let Err((message, is_consequence)) = follow(&mut *follower, *stage, self.rank, &step) {
+                // Before the follower goes, and others hear of it.
+                self.end.tell(message, is_consequence);
+                return;
+            }
+        }
+    }
+}
+
+/// Takes a step; why it could not, and whether that was another rank's fault.
+pub(super) fn follow(
+    follower: &mut dyn Follower,
+    stage: usize,
+    rank: usize,
+    step: &RankStep,
+) -> Result<(), (String, bool)> {
+    let compute = || {
+        jobs::faults::rank_step(stage, rank);
+        follower.follow(step)
+    };
+    match catch_unwind(AssertUnwindSafe(compute)) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err((with_causes(&error), is_consequence(&error))),
+        Err(panic) => Err((format!("it panicked: {}", panic_message(&*panic)), false)),
+    }
+}

@@ -1,0 +1,269 @@
+//! What the first rank of a stage and a process that follows it say to each other. Both are this program: nothing here
+//! outlives a run.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use scheduler::Span;
+use serde_json::{Value, json};
+use stages::{
+    AttentionSharing, AttentionSlice, Device, Dtype, Dtypes, Part, RankStep, Simd, SpanOptions, WeightType,
+};
+
+use super::RanksArgs;
+
+/// What a process is to be.
+#[derive(Debug, Clone)]
+pub(super) struct Order {
+    pub(super) stage: usize,
+    pub(super) rank: usize,
+    pub(super) num_ranks: usize,
+    pub(super) leader: SocketAddr,
+    pub(super) group: u64,
+    pub(super) patience: Duration,
+    pub(super) model: String,
+    pub(super) random_weights: bool,
+    /// The model's identity: its folder may have changed.
+    pub(super) identity: String,
+    pub(super) device: Device,
+    pub(super) dtypes: Dtypes,
+    pub(super) options: SpanOptions,
+    pub(super) sharing: AttentionSharing,
+    /// The plan of faults, where there is one.
+    pub(super) faults: Option<String>,
+}
+
+/// What a process says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Word {
+    /// It has its part of the model, and follows.
+    Ready,
+    /// It ends, and why.
+    End { message: String, is_consequence: bool },
+}
+
+impl Order {
+    pub(super) fn of(args: &RanksArgs, rank: usize, leader: SocketAddr, group: u64) -> Self {
+        Order {
+            stage: args.stage,
+            rank,
+            num_ranks: args.devices.len(),
+            leader,
+            group,
+            patience: args.patience,
+            model: args.model.directory.display().to_string(),
+            random_weights: args.model.weights.is_random(),
+            identity: args.model.identity.clone(),
+            device: args.devices[rank].clone(),
+            dtypes: args.dtypes,
+            options: args.options,
+            sharing: args.sharing,
+            faults: jobs::faults::plan(),
+        }
+    }
+
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let device = match &self.device {
+            Device::Reference => Value::Null,
+            Device::Cpu { cores, threads, simd } => {
+                json!({"cores": cores, "threads": threads, "simd": simd.name()})
+            }
+        };
+        let SpanOptions { part, num_pages, context_tokens } = self.options;
+        let order = json!({
+            "stage": self.stage, "rank": self.rank, "num_ranks": self.num_ranks,
+            "leader": self.leader.to_string(), "group": self.group, "patience_ms": self.patience.as_millis() as u64,
+            "model": self.model, "random_weights": self.random_weights, "identity": self.identity,
+            "device": device, "weights": self.dtypes.weights.name(), "kv": self.dtypes.kv.name(),
+            "blocks": [part.blocks.start, part.blocks.end], "first_column": part.first_column,
+            "end_column": part.end_column, "num_pages": num_pages, "context_tokens": context_tokens,
+            "by_sequences": self.sharing == AttentionSharing::Sequences, "faults": self.faults,
+        });
+        order.to_string().into_bytes()
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let order: Value = serde_json::from_slice(bytes).ok()?;
+        let number = |key: &str| order[key].as_u64();
+        let size = |key: &str| usize::try_from(number(key)?).ok();
+        let text = |key: &str| order[key].as_str().map(str::to_owned);
+        let simd = |name: &Value| Simd::ALL.into_iter().find(|simd| Some(simd.name()) == name.as_str());
+        let list = |value: &Value| -> Option<Vec<usize>> {
+            value.as_array()?.iter().map(|item| usize::try_from(item.as_u64()?).ok()).collect()
+        };
+        let device = match &order["device"] {
+            Value::Null => Device::Reference,
+            device => Device::Cpu {
+                cores: list(&device["cores"])?,
+                threads: usize::try_from(device["threads"].as_u64()?).ok()?,
+                simd: simd(&device["simd"])?,
+            },
+        };
+        let weights =
+            WeightType::ALL.into_iter().find(|weights| Some(weights.name()) == order["weights"].as_str());
+        let kv = [Dtype::F32, Dtype::Bf16].into_iter().find(|kv| Some(kv.name()) == order["kv"].as_str());
+        let [start, end] = list(&order["blocks"])?[..] else { return None };
+        let end_column = match &order["end_column"] {
+            Value::Null => None,
+            column => Some(usize::try_from(column.as_u64()?).ok()?),
+        };
+        let part = Part { blocks: Span { start, end }, first_column: size("first_column")?, end_column };
+        Some(Order {
+            stage: size("stage")?,
+            rank: size("rank")?,
+            num_ranks: size("num_ranks")?,
+            leader: text("leader")?.parse().ok()?,
+            group: number("group")?,
+            patience: Duration::from_millis(number("patience_ms")?),
+            model: text("model")?,
+            random_weights: order["random_weights"].as_bool()?,
+            identity: text("identity")?,
+            device,
+            dtypes: Dtypes { weights: weights?, kv: kv? },
+            options: SpanOptions {
+                part,
+                num_pages: size("num_pages")?,
+                context_tokens: size("context_tokens")?,
+            },
+            sharing: match order["by_sequences"].as_bool()? {
+                true => AttentionSharing::Sequences,
+                false => AttentionSharing::Heads,
+            },
+            faults: text("faults"),
+        })
+    }
+}
+
+impl Word {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let word = match self {
+            Word::Ready => json!({"ready": true}),
+            Word::End { message, is_consequence } => {
+                json!({"end": message, "is_consequence": is_consequence})
+            }
+        };
+        word.to_string().into_bytes()
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let word: Value = serde_json::from_slice(bytes).ok()?;
+        match word["end"].as_str() {
+            None => word["ready"].as_bool()?.then_some(Word::Ready),
+            Some(message) => Some(Word::End {
+                message: message.to_owned(),
+                is_consequence: word["is_consequence"].as_bool()?,
+            }),
+        }
+    }
+}
+
+/// A step as words of 64 bits: lists with their lengths before them.
+pub(super) fn encode_step(step: &RankStep) -> Vec<u8> {
+    let RankStep { slices, sequences, logit_rows, greedy_rows } = step;
+    let mut words = vec![slices.len() as u64];
+    let list = |words: &mut Vec<u64>, items: &[u32]| {
+        words.push(items.len() as u64);
+        words.extend(items.iter().map(|item| u64::from(*item)));
+    };
+    for (slice, sequence) in slices.iter().zip(sequences) {
+        words.extend([*sequence, slice.first_row as u64, slice.num_rows as u64, slice.first_position as u64]);
+        list(&mut words, &slice.pages);
+    }
+    list(&mut words, logit_rows);
+    list(&mut words, greedy_rows);
+    words.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
+/// The step of such words, where they are that.
+pub(super) fn decode_step(bytes: &[u8]) -> Option<RankStep> {
+    let (words, []) = bytes.as_chunks() else { return None };
+    let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+    let num_slices = words.next()?;
+    let mut step = RankStep::default();
+    for _ in 0..num_slices {
+        step.sequences.push(words.next()?);
+        let [first_row, num_rows, first_position] = [words.next()?, words.next()?, words.next()?]
+            .map(|word| usize::try_from(word).unwrap_or(usize::MAX));
+        let pages = decode_list(&mut words)?;
+        step.slices.push(AttentionSlice { first_row, num_rows, first_position, pages });
+    }
+    step.logit_rows = decode_list(&mut words)?;
+    step.greedy_rows = decode_list(&mut words)?;
+    words.next().is_none().then_some(step)
+}
+
+fn decode_list(words: &mut impl Iterator<Item = u64>) -> Option<Vec<u32>> {
+    let length = usize::try_from(words.next()?).ok()?;
+    // By and by: a length alone takes no memory.
+    let items: Option<Vec<u32>> = words.take(length).map(|word| u32::try_from(word).ok()).collect();
+    items.filter(|items| items.len() == length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(device: Device, end_column: Option<usize>) -> Order {
+        Order {
+            stage: 3,
+            rank: 2,
+            num_ranks: 4,
+            leader: "127.0.0.1:4711".parse().unwrap(),
+            group: u64::MAX - 5,
+            patience: Duration::from_millis(1500),
+            model: "some/where \"else\"".to_owned(),
+            random_weights: false,
+            identity: "abc".to_owned(),
+            device,
+            dtypes: Dtypes { weights: WeightType::Int4Weight, kv: Dtype::Bf16 },
+            options: SpanOptions {
+                part: Part { blocks: Span { start: 4, end: 7 }, first_column: 640, end_column },
+                num_pages: 99,
+                context_tokens: 1 << 17,
+            },
+            sharing: AttentionSharing::Sequences,
+            faults: Some("stage0.1@3:kill".to_owned()),
+        }
+    }
+
+    #[test]
+    fn orders_come_back_as_they_were_given() {
+        let cpu = Device::Cpu { cores: vec![4, 5], threads: 2, simd: Simd::Portable };
+        for order in [order(cpu, None), order(Device::Reference, Some(1280))] {
+            let back = Order::decode(&order.encode()).expect("an order");
+            assert_eq!(format!("{back:?}"), format!("{order:?}"));
+        }
+        assert!(Order::decode(b"{}").is_none() && Order::decode(b"no JSON").is_none());
+    }
+
+    #[test]
+    fn words_come_back_as_they_were_said() {
+        let end = Word::End { message: "it \"panicked\"".to_owned(), is_consequence: true };
+        for word in [Word::Ready, end] {
+            assert_eq!(Word::decode(&word.encode()), Some(word));
+        }
+        assert_eq!(Word::decode(b"{\"ready\": false}"), None);
+    }
+
+    #[test]
+    fn steps_come_back_as_they_were_told_and_nothing_else_passes_for_one() {
+        let slice = |first_row, pages: &[u32]| AttentionSlice {
+            first_row,
+            num_rows: 2,
+            first_position: 70,
+            pages: pages.to_vec(),
+        };
+        let step = RankStep {
+            slices: vec![slice(0, &[5, u32::MAX]), slice(2, &[])],
+            sequences: vec![u64::MAX, 0],
+            logit_rows: vec![1],
+            greedy_rows: vec![],
+        };
+        let bytes = encode_step(&step);
+        assert_eq!(format!("{:?}", decode_step(&bytes).expect("a step")), format!("{step:?}"));
+        for length in 0..bytes.len() {
+            assert!(decode_step(&bytes[..length]).is_none(), "{length} bytes");
+        }
+        assert!(decode_step(&[bytes, vec![0; 8]].concat()).is_none());
+    }
+}

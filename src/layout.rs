@@ -1,0 +1,177 @@
+//! A job's stages as they run: which part of the model, on which of the job's devices.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use configs::{Pipeline, Place, Stages, TensorParallel};
+use scheduler::Span;
+use stages::cost::PieceShape;
+use stages::{Ffn, ModelConfig, Part, SUM_CUT, WeightType};
+
+/// A stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StageLayout {
+    pub(crate) part: Part,
+    /// Its ranks' devices, by their place in `[pipeline] devices`.
+    pub(crate) devices: Range<usize>,
+}
+
+/// The parts that a job gives its stages, if it does.
+///
+/// # Errors
+/// Places that the model does not have, or where sums may not be parted.
+pub(crate) fn given(
+    pipeline: &Pipeline,
+    weights: WeightType,
+    config: &ModelConfig,
+) -> Result<Option<Vec<Part>>> {
+    let Stages::Blocks(ranges) = &pipeline.stages else { return Ok(None) };
+    let num_blocks = config.blocks.len();
+    let end = ranges.last().map_or(Place::from(0), |range| range.end);
+    if end != Place::from(num_blocks) {
+        let slots = match config.num_slots - num_blocks {
+            0 => String::new(),
+            empty => format!(" ({} slots, and no block in {empty} of them)", config.num_slots),
+        };
+        bail!(
+            "[pipeline] stages: the last one ends at block {end}, the model has {num_blocks} blocks{slots}"
+        );
+    }
+    for range in ranges {
+        check_place(range.end, weights, config)?;
+    }
+    Ok(Some(ranges.iter().map(part).collect()))
+}
+
+fn check_place(place: Place, weights: WeightType, config: &ModelConfig) -> Result<()> {
+    let Place { block, column } = place;
+    if column == 0 {
+        return Ok(());
+    }
+    let at = format!("[pipeline] stages: \"{place}\"");
+    match config.blocks.get(block).map(|block| block.ffn) {
+        Some(Ffn::SwiGlu { width }) if column < width => {}
+        Some(Ffn::SwiGlu { width }) => bail!("{at}: the FFN of block {block} has {width} columns"),
+        Some(Ffn::Linear | Ffn::None) => bail!("{at}: block {block} has no FFN of columns"),
+        None => bail!("{at}: the model has {} blocks", config.blocks.len()),
+    }
+    if !column.is_multiple_of(SUM_CUT) {
+        bail!("{at}: found column {column}, expected a multiple of {SUM_CUT}");
+    }
+    if !keeps_bits(weights) {
+        bail!(
+            "{at}: with weights in {} sums over columns cannot be parted, as rows have scales of their own",
+            weights.name()
+        );
+    }
+    Ok(())
+}
+
+/// Whether an FFN can be cut by columns without a change of bits.
+pub(crate) fn keeps_bits(weights: WeightType) -> bool {
+    matches!(weights, WeightType::F32 | WeightType::Bf16 | WeightType::Int4Weight)
+}
+
+fn part(range: &Range<Place>) -> Part {
+    let Place { block, column } = range.end;
+    let (end, end_column) = if column == 0 { (block, None) } else { (block + 1, Some(column)) };
+    Part { blocks: Span { start: range.start.block, end }, first_column: range.start.column, end_column }
+}
+
+/// How many devices each stage has, where a job gives some stage more than one.
+pub(crate) fn widths(pipeline: &Pipeline) -> Option<&[usize]> {
+    match &pipeline.tensor_parallel {
+        TensorParallel::Widths(widths) if widths.iter().any(|width| *width > 1) => Some(widths),
+        TensorParallel::Auto | TensorParallel::Off | TensorParallel::Widths(_) => None,
+    }
+}
+
+/// Stages of these parts, which take their devices in order: one each, or as many as the job says.
+pub(crate) fn stages(parts: Vec<Part>, widths: Option<&[usize]>) -> Vec<StageLayout> {
+    let mut next = 0;
+    (parts.into_iter().enumerate())
+        .map(|(index, part)| {
+            let first = next;
+            next += widths.map_or(1, |widths| widths[index]);
+            StageLayout { part, devices: first..next }
+        })
+        .collect()
+}
+
+/// The part that is a run of planned pieces.
+pub(crate) fn part_of(pieces: &[PieceShape], run: &Range<usize>) -> Part {
+    let (first, last) = (&pieces[run.start], &pieces[run.end - 1]);
+    let blocks = Span { start: first.block, end: last.block + 1 };
+    let first_column = first.columns.as_ref().map_or(0, |columns| columns.start);
+    let end_column = if last.ends_block { None } else { last.columns.as_ref().map(|columns| columns.end) };
+    Part { blocks, first_column, end_column }
+}
+
+/// A model in pieces that are whole blocks, but for those that the stages' parts cut; and the pieces of each part.
+pub(crate) fn pieces_of(config: &ModelConfig, parts: &[Part]) -> (Vec<PieceShape>, Vec<Span>) {
+    let (mut pieces, mut spans) = (Vec::new(), Vec::new());
+    for part in parts {
+        let start = pieces.len();
+        for block in part.blocks.range() {
+            let first = if block == part.blocks.start { part.first_column } else { 0 };
+            let end = if block + 1 == part.blocks.end { part.end_column } else { None };
+            let columns = match config.blocks[block].ffn {
+                Ffn::SwiGlu { width } => Some(first..end.unwrap_or(width)),
+                Ffn::Linear | Ffn::None => None,
+            };
+            pieces.push(PieceShape { block, columns, ends_block: end.is_none() });
+        }
+        spans.push(Span { start, end: pieces.len() });
+    }
+    (pieces, spans)
+}
+
+/// Parts as a job file has them.
+pub(crate) fn ranges(parts: &[Part]) -> String {
+    let place = |block: usize, column: usize| match column {
+        0 => block.to_string(),
+        column => format!("\"{block}:{column}\""),
+    };
+    let range = |part: &Part| {
+        let Span { start, end } = part.blocks;
+        let end = part.end_column.map_or(place(end, 0), |column| place(end - 1, column));
+        format!("[{}, {end}]", place(start, part.first_column))
+    };
+    format!("[{}]", parts.iter().map(range).collect::<Vec<_>>().join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts() -> [Part; 3] {
+        let part = |start, end, first_column, end_column| Part {
+            blocks: Span { start, end },
+            first_column,
+            end_column,
+        };
+        [part(0, 3, 0, Some(128)), part(2, 3, 128, Some(512)), part(2, 5, 512, None)]
+    }
+
+    #[test]
+    fn parts_are_written_as_a_job_file_reads_them() {
+        let text = ranges(&parts());
+        assert_eq!(text, r#"[[0, "2:128"], ["2:128", "2:512"], ["2:512", 5]]"#);
+        assert_eq!(ranges(&[Span { start: 0, end: 4 }.into()]), "[[0, 4]]");
+        let places = [
+            Place::from(0)..Place { block: 2, column: 128 },
+            Place { block: 2, column: 128 }..Place { block: 2, column: 512 },
+            Place { block: 2, column: 512 }..Place::from(5),
+        ];
+        assert_eq!(places.iter().map(part).collect::<Vec<_>>(), parts());
+    }
+
+    #[test]
+    fn stages_take_as_many_devices_as_they_have_ranks() {
+        let devices = |widths: Option<&[usize]>| -> Vec<Range<usize>> {
+            stages(parts().to_vec(), widths).into_iter().map(|stage| stage.devices).collect()
+        };
+        assert_eq!(devices(None), [0..1, 1..2, 2..3]);
+        assert_eq!(devices(Some(&[2, 1, 4])), [0..2, 2..3, 3..7]);
+    }
+}

@@ -1,0 +1,177 @@
+//! Stages of several devices, and FFNs that are cut by columns, through the binary: right numbers, the same ones every
+//! time, and complete jobs when a rank dies.
+
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+use crate::disturbed::{MODEL, assert_as_run_of, assert_done, row, stderr, stdout};
+use crate::harness::{Done, Job, fixture, read_json};
+use crate::logits::{F32_BOUND, MODELS, largest_difference};
+
+/// So many devices, shared out to stages of these widths.
+fn layout(job: Job, widths: &[usize]) -> Job {
+    sets(widths).into_iter().fold(job, |job, set| job.set(set))
+}
+
+fn sets(widths: &[usize]) -> [String; 2] {
+    let devices: Vec<String> = (0..widths.iter().sum()).map(|device| format!("cpu:{device}")).collect();
+    [format!("pipeline.devices={devices:?}"), format!("pipeline.tensor_parallel={widths:?}")]
+}
+
+fn rows(count: usize) -> Vec<String> {
+    (0..count).map(row).collect()
+}
+
+#[test]
+fn every_model_agrees_with_the_reference_on_stages_of_several_devices() {
+    for model in MODELS {
+        let reference = read_json(&fixture(model).join("reference.json"));
+        for widths in [&[2][..], &[4], &[1, 2], &[2, 4]] {
+            let num_blocks = stages::ModelConfig::read(&fixture(model)).unwrap().blocks.len();
+            if widths.len() > num_blocks {
+                continue;
+            }
+            let [devices, widths_set] = sets(widths);
+            let sets = [devices.as_str(), &widths_set, "model.dtype=f32"];
+            let difference = largest_difference(model, &reference, &sets);
+            assert!(difference <= F32_BOUND, "{model} on {widths:?}: off by {difference:.2e}");
+        }
+    }
+}
+
+/// The block of a model whose FFN is widest, and its width.
+fn widest(model: &str) -> (usize, usize) {
+    let config = stages::ModelConfig::read(&fixture(model)).unwrap();
+    let width = |(index, block): (usize, &stages::Block)| match block.ffn {
+        stages::Ffn::SwiGlu { width } => Some((width, index)),
+        stages::Ffn::Linear | stages::Ffn::None => None,
+    };
+    let (width, index) = config.blocks.iter().enumerate().filter_map(width).max().expect("an FFN");
+    (index, width)
+}
+
+fn cut_at(job: Job, block: usize, column: usize, num_blocks: usize) -> Job {
+    let place = format!("{block}:{column}");
+    job.set("pipeline.devices=[\"cpu:0\", \"cpu:1\"]")
+        .set(format!("pipeline.stages=[[0, \"{place}\"], [\"{place}\", {num_blocks}]]"))
+}
+
+#[test]
+fn a_job_whose_ffn_is_cut_at_any_column_writes_the_same_bytes() {
+    let num_blocks = stages::ModelConfig::read(&fixture(MODEL)).unwrap().blocks.len();
+    let (block, width) = widest(MODEL);
+    let job = || Job::on(MODEL).lines(rows(20));
+    for dtype in ["bf16", "f32", "int4-weight"] {
+        let of = |job: Job| job.set(format!("model.dtype={dtype}")).run().ok();
+        let expected = of(job()).sorted_lines();
+        assert!(width >= 256, "the widest FFN has {width} columns");
+        for column in (64..width).step_by(64) {
+            let done = of(cut_at(job(), block, column, num_blocks));
+            assert!(done.sorted_lines() == expected, "{dtype}, cut at {column} of {width}");
+            assert!(done.stdout.contains(&format!("blocks [0, {block}:{column})")), "{}", done.stdout);
+        }
+    }
+}
+
+fn manifest(done: &Done) -> Value {
+    read_json(&done.folder.path().join("out/manifest.json"))
+}
+
+#[test]
+fn ranks_in_threads_and_in_processes_write_the_same_bytes_and_are_reported() {
+    let job = |home: &str| {
+        layout(Job::on(MODEL).lines(rows(30)), &[1, 2]).set(format!("pipeline.ranks={home}")).run().ok()
+    };
+    let threads = job("threads");
+    assert!(threads.sorted_lines() == job("threads").sorted_lines(), "the same every time");
+    assert!(threads.sorted_lines() == job("processes").sorted_lines(), "processes as threads");
+    assert!(threads.stdout.contains("cpu:1+cpu:2"), "{}", threads.stdout);
+    assert!(threads.stdout.contains("2 ranks"), "{}", threads.stdout);
+    let manifest = manifest(&threads);
+    let stages = manifest["stages"].as_array().expect("stages");
+    assert_eq!((&stages[0]["ranks"], &stages[1]["ranks"]), (&json!(1), &json!(2)));
+    assert!(stages[1]["collective_bytes"].as_u64().unwrap() > 0);
+    assert!(stages[0]["hop_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(manifest["numeric_profile"]["tensor_parallel"], 2);
+}
+
+fn command_with(job: &Job, faults: &str) -> Command {
+    let plain = job.command();
+    let mut command = Command::new(plain.get_program());
+    command.args(["--faults", faults]).args(plain.get_args());
+    for (name, _) in plain.get_envs() {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn restarts(output: &Output) -> bool {
+    stdout(output).contains("started again")
+}
+
+#[test]
+fn a_rank_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() {
+    let undisturbed = layout(Job::on(MODEL).lines(rows(40)), &[1, 2]);
+    for (home, fault) in [
+        ("threads", "stage1.1@20:panic"),
+        ("threads", "stage1.1@20:hang"),
+        ("threads", "stage1@20:panic"),
+        ("processes", "stage1.1@25:kill"),
+        ("processes", "stage1.1@25:panic"),
+        ("processes", "stage1.1@25:hang"),
+    ] {
+        let job =
+            undisturbed.anew().set(format!("pipeline.ranks={home}")).set("pipeline.step_timeout_seconds=2");
+        let output = command_with(&job, fault).output().expect("start spanwise");
+        assert_done(&output);
+        assert!(restarts(&output), "{home} {fault}:\n{}", stdout(&output));
+        assert_as_run_of(&job.out(), &undisturbed.anew());
+    }
+}
+
+#[test]
+fn a_job_goes_on_with_the_layout_that_it_was_begun_with_and_no_other() {
+    let job = layout(Job::on(MODEL).lines(rows(30)), &[2]);
+    assert_done(&job.run_once(&["--limit", "10"]));
+    let other = job.run_once(&["--set", "pipeline.tensor_parallel=off"]);
+    assert_eq!(other.status.code(), Some(2), "{}", stderr(&other));
+    assert!(stderr(&other).contains("tensor parallel"), "{}", stderr(&other));
+    assert_done(&job.run_once(&[]));
+    assert_as_run_of(&job.out(), &layout(Job::on(MODEL).lines(rows(30)), &[2]));
+}
+
+#[test]
+fn layouts_that_cannot_be_run_are_refused() {
+    let num_blocks = stages::ModelConfig::read(&fixture(MODEL)).unwrap().blocks.len();
+    let (block, width) = widest(MODEL);
+    let job = || Job::on(MODEL).lines(rows(1));
+    let linear = (0..num_blocks).find(|index| {
+        let config = stages::ModelConfig::read(&fixture(MODEL)).unwrap();
+        !matches!(config.blocks[*index].ffn, stages::Ffn::SwiGlu { .. })
+    });
+    let linear = linear.expect("a block without an FFN of columns");
+    let cut = |block, column| cut_at(job(), block, column, num_blocks);
+    for (job, words) in [
+        (cut(block, 65), "found column 65, expected a multiple of 64"),
+        (cut(block, width), "columns"),
+        (cut(linear, 64), "has no FFN of columns"),
+        (cut(block, 64).set("model.dtype=int8"), "with weights in int8 sums over columns cannot be parted"),
+        (
+            job().set("pipeline.devices=[\"cpu:0\"]").set("pipeline.tensor_parallel=[2]"),
+            "takes 2 devices for 1 device in pipeline.devices, expected as many",
+        ),
+        (
+            job().set("pipeline.devices=[\"cpu:0\", \"cpu:0\"]").set("pipeline.tensor_parallel=[2]"),
+            "cpu:0 named twice",
+        ),
+        (
+            layout(job(), &[1, 2]).set(format!("pipeline.stages=[[0, {num_blocks}]]")),
+            "1 block range in pipeline.stages for 2 widths in pipeline.tensor_parallel",
+        ),
+    ] {
+        let done = job.run();
+        assert_eq!(done.code, Some(2), "{words}: {}", done.stderr);
+        assert!(done.stderr.contains(words), "{words}: {}", done.stderr);
+    }
+}

@@ -15,6 +15,7 @@
 //! | `neighbour` | beside one busy process against alone, one stage |
 //! | `llama` | 64 such prompts on a Llama of 1.1 B parameters with random weights |
 //! | `start` | from process start to the first token of an answer |
+//! | `rows` | none: prints the job's rows, for [other engines](../peers) |
 //!
 //! With nothing else running. Rates are of the job without loading; the share of peak is of products measured before
 //! the first run and after the last.
@@ -95,6 +96,9 @@ fn main() {
     assert!(smollm2.join("config.json").is_file(), "run `cargo smollm2` first");
     if asked == "start" {
         return start(&smollm2, runs);
+    }
+    if asked == "rows" {
+        return print!("{}", Workload::first(256).chats());
     }
     let question = QUESTIONS.iter().find(|question| question.name == asked);
     let question = question.unwrap_or_else(|| panic!("unknown question {asked}"));

@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Profile(ProfileArgs),
     /// Measure how many tokens a second a model prefills and decodes on a device of this machine, by batch size
     Bench(BenchArgs),
+    /// List the devices of this machine that a job can name, and why there is no GPU where there is none
+    Devices,
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
     /// Be a rank of a stage: what a run starts by itself, and talks to by standard input and output

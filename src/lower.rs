@@ -11,6 +11,8 @@ use stages::{AttentionSharing, Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, 
 
 use crate::layout::{self, StageLayout};
 
+use crate::gpus;
+
 /// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
 /// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
 /// read: 8 on a Zen 4 core (236 GFLOP/s, 30 GB/s), 12 on a Zen 5 core (473 GFLOP/s, 38 GB/s).
@@ -70,10 +72,14 @@ pub(crate) fn pipeline(
     check(pipeline)?;
     let dtypes = dtypes(model, pipeline);
     let groups = device_groups(pipeline, machine)?;
+    let free_bytes = match gpus::are_meant(pipeline)? {
+        true => gpus::free_bytes(pipeline)?,
+        false => machine.free_bytes,
+    };
     let devices = pipeline.devices.iter().map(|device| groups[device.index].clone()).collect();
 
     let context_tokens = context_tokens(model, config)?;
-    let num_pages = Memory::of(config, dtypes, machine).num_pages(pipeline, context_tokens)?;
+    let num_pages = Memory::of(config, dtypes, free_bytes).num_pages(pipeline, context_tokens)?;
     let scheduler = scheduler::Options {
         num_stages: pipeline.devices.len(),
         micro_batch_tokens: pipeline.micro_batch_tokens,
@@ -109,6 +115,7 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
     let (backend, simd) = match &options.stages[0].devices[0] {
         Device::Reference => ("reference", "none"),
         Device::Cpu { simd, .. } => ("cpu", simd.name()),
+        Device::Cuda { .. } => ("cuda", "none"),
     };
     let shared: Vec<String> = (options.stages.iter())
         .filter(|stage| stage.devices.len() > 1)
@@ -143,6 +150,9 @@ pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dt
 /// All devices that the machine is shared out to, as many as the highest one named needs; some may be idle.
 pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
     let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
+    if gpus::are_meant(pipeline)? {
+        return Ok((0..num_groups).map(gpus::device).collect());
+    }
     let simd = match pipeline.simd {
         configs::Simd::Reference => return Ok(vec![Device::Reference; num_groups]),
         configs::Simd::Auto => Simd::detect(),
@@ -177,6 +187,7 @@ fn core_group(num_cores: usize, num_groups: usize, index: usize) -> Range<usize>
 /// Refuses what cannot be meant, and what cannot be run.
 pub(crate) fn check(pipeline: &configs::Pipeline) -> Result<()> {
     check_sizes(pipeline)?;
+    gpus::are_meant(pipeline)?;
     check_layout(pipeline)
 }
 
@@ -197,11 +208,15 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     }
 }
 
-/// Refuses stages of several devices where a device is in two of them.
+/// Refuses stages of several devices where a device is in two of them, or where they are GPUs.
 fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     let is_twice = |index: usize| pipeline.devices[..index].contains(&pipeline.devices[index]);
     let twice = (0..pipeline.devices.len()).find(|index| is_twice(*index));
     match (layout::widths(pipeline), twice) {
+        (Some(widths), _) if gpus::are_meant(pipeline)? => bail!(
+            "[pipeline] tensor_parallel: found {widths:?} with {}, expected one GPU for each stage: several cannot share one yet",
+            pipeline.devices[0]
+        ),
         (Some(widths), Some(index)) => bail!(
             "[pipeline] tensor_parallel: found {widths:?} with {} named twice, expected devices that are named once",
             pipeline.devices[index]
@@ -230,11 +245,11 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(config: &ModelConfig, dtypes: Dtypes, machine: &Machine) -> Self {
+    fn of(config: &ModelConfig, dtypes: Dtypes, free_bytes: u64) -> Self {
         let values: u64 =
             config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
         Memory {
-            free_bytes: machine.free_bytes,
+            free_bytes,
             weight_bytes: stages::weight_bytes(config, dtypes.weights),
             kv_bytes_per_token: values * bytes(dtypes.kv),
         }

@@ -5,6 +5,7 @@ mod audit;
 mod bench;
 mod cli;
 mod generate;
+mod gpus;
 mod hindsight;
 mod inspect;
 mod interrupt;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
             Command::Generate(args) => generate::generate(args).await,
             Command::Plan(args) => plan::plan(&args),
             Command::Simulate(args) => simulate::simulate(&args),
+            Command::Devices => gpus::devices().map(|()| ExitCode::SUCCESS),
             Command::Profile(args) => profile::profile(&args).map(|()| ExitCode::SUCCESS),
             Command::Bench(args) => bench::bench(&args).map(|()| ExitCode::SUCCESS),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),

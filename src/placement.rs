@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use actors::StageTimes;
 use anyhow::{Context, Result};
-use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype};
+use configs::{ColumnCuts, DeviceCatalog, DeviceKind, JobFile, KvCacheDtype};
 use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_on_seats};
 use stages::cost::{Balance, Basis, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
@@ -173,7 +173,8 @@ impl Placement {
 
 /// The profile of the job's devices, measured again where it must be and decides something.
 fn stored(job: &JobFile, model: &Model, options: &MeasureOptions, decides: bool) -> Option<Profile> {
-    if job.pipeline.profile == configs::Profile::Off {
+    let are_gpus = job.pipeline.devices.iter().any(|device| device.kind == DeviceKind::Cuda);
+    if job.pipeline.profile == configs::Profile::Off || are_gpus {
         return None;
     }
     let store = profile::store().ok()?;
@@ -315,6 +316,7 @@ impl Question {
         let (ranges, source) = (ranges(&parts(planned)), self.source(planned));
         let measure = match source {
             Source::Measured(_) => String::new(),
+            Source::Estimate if self.own.has_gpus() => String::new(), // They cannot be measured yet.
             Source::Estimate => format!(" ({} measures)", occasion.profile_command),
         };
         format!("stages: {ranges}, {}{measure}", source.words())

@@ -306,7 +306,7 @@ fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serd
         .map(|((stage, layout), seconds)| {
             let threads = match &stage.devices[0] {
                 Device::Cpu { threads, .. } => *threads,
-                Device::Reference => 1,
+                Device::Reference | Device::Cuda { .. } => 1,
             };
             let Part { blocks, first_column, end_column } = stage.part;
             json!({

@@ -1,7 +1,7 @@
 //! What `spanwise profile` and `spanwise bench` measure: a model's folder with options, or a job file.
 
 use anyhow::{Context, Result, bail};
-use configs::{Device, JobFile, Pipeline, Purpose};
+use configs::{Device, DeviceKind, JobFile, Pipeline, Purpose};
 use stages::profile::Effort;
 use stages::{Error, Model};
 
@@ -24,7 +24,7 @@ impl Target {
             }
             let JobFile { model: files, pipeline, .. } =
                 crate::run::load_for(Purpose::Plan, &args.path, &args.sets)?.job;
-            return Ok(Target { files, pipeline });
+            return Target { files, pipeline }.without_gpus();
         }
         if !args.sets.is_empty() {
             bail!("--set: found {:?}, expected a job file to set keys of", args.sets[0]);
@@ -36,7 +36,14 @@ impl Target {
         };
         let mut pipeline = Pipeline { threads: args.threads, devices: devices(args)?, ..Pipeline::default() };
         pipeline.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(pipeline.micro_batch_tokens);
-        Ok(Target { files, pipeline })
+        Target { files, pipeline }.without_gpus()
+    }
+
+    fn without_gpus(self) -> Result<Self> {
+        match self.pipeline.devices.iter().find(|device| device.kind == DeviceKind::Cuda) {
+            Some(gpu) => bail!("found {gpu}, expected a cpu device: GPUs cannot be measured yet"),
+            None => Ok(self),
+        }
     }
 
     /// The model with its own weights, or with random ones where it has none.

@@ -202,9 +202,21 @@ impl<'de> Deserialize<'de> for TensorParallel {
 pub enum DeviceKind {
     /// An equal group of the machine's cores.
     Cpu,
+    /// A GPU, as NVIDIA's driver counts them.
+    Cuda,
 }
 
-/// A device that can host a stage, written `cpu:0`.
+impl DeviceKind {
+    /// The word before the colon.
+    fn word(self) -> &'static str {
+        match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+        }
+    }
+}
+
+/// A device that can host a stage, written `cpu:0` or `cuda:0`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Device {
     /// What it is made of.
@@ -227,7 +239,7 @@ pub enum DeviceError {
     #[error("expected a device such as \"cpu:0\", found {0:?}")]
     Form(String),
     /// A kind that this build has no backend for.
-    #[error("unknown device kind `{kind}` in {text:?}, there is: cpu")]
+    #[error("unknown device kind `{kind}` in {text:?}, there are: cpu, cuda")]
     Kind {
         /// The kind asked for.
         kind: String,
@@ -245,14 +257,14 @@ impl FromStr for Device {
     fn from_str(text: &str) -> Result<Self, DeviceError> {
         let form = || DeviceError::Form(text.to_owned());
         let (kind, index) = text.split_once(':').ok_or_else(form)?;
-        if kind != "cpu" {
-            return Err(match kind {
-                "" => form(),
-                _ => DeviceError::Kind { kind: kind.to_owned(), text: text.to_owned() },
-            });
-        }
-        let device =
-            Self::cpu(index.parse().ok().filter(|index| *index <= MAX_DEVICE_INDEX).ok_or_else(form)?);
+        let kind = match kind {
+            "cpu" => DeviceKind::Cpu,
+            "cuda" => DeviceKind::Cuda,
+            "" => return Err(form()),
+            _ => return Err(DeviceError::Kind { kind: kind.to_owned(), text: text.to_owned() }),
+        };
+        let index = index.parse().ok().filter(|index| *index <= MAX_DEVICE_INDEX).ok_or_else(form)?;
+        let device = Self { kind, index };
         // `cpu:+1` and `cpu:01` parse too; one device has one name.
         if device.to_string() == text { Ok(device) } else { Err(form()) }
     }
@@ -260,9 +272,7 @@ impl FromStr for Device {
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.kind {
-            DeviceKind::Cpu => write!(f, "cpu:{}", self.index),
-        }
+        write!(f, "{}:{}", self.kind.word(), self.index)
     }
 }
 

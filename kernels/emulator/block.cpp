@@ -37,9 +37,10 @@ struct Warp {
     unsigned num_waiting, count;
 };
 
-std::vector<Fiber> fibers;
-std::vector<Warp> warps;
-std::vector<unsigned char> shared;
+// Never destroyed: threads of a program that ends may still be at work.
+std::vector<Fiber>& fibers = *new std::vector<Fiber>();
+std::vector<Warp>& warps = *new std::vector<Warp>();
+std::vector<unsigned char>& shared = *new std::vector<unsigned char>();
 unsigned char* shared_start;
 unsigned running, num_threads, num_waiting_for_block, num_done;
 bool block_says, block_said;
@@ -127,7 +128,7 @@ const uint32_t* exchange(const uint32_t* words, unsigned count) {
     Warp& warp = warps[running / WARP];
     unsigned first = running / WARP * WARP;
     // What was exchanged before has been read by all, who have come here since. So two exchanges take turns in memory.
-    static std::vector<std::vector<uint32_t>> seen;
+    static auto& seen = *new std::vector<std::vector<uint32_t>>();
     seen.resize(std::max(seen.size(), warps.size()));
     if (count > EXCHANGED) fail("too much is exchanged");
     if (warp.num_waiting == 0) warp.count = count;
@@ -165,7 +166,7 @@ void await_copies(unsigned pending) {
 }
 
 std::multimap<std::string, Kernel>& kernels() {
-    static std::multimap<std::string, Kernel> all;
+    static auto& all = *new std::multimap<std::string, Kernel>();
     return all;
 }
 

@@ -27,8 +27,9 @@ struct Allocation {
     size_t mapped_bytes, bytes;
 };
 
-std::recursive_mutex lock;
-std::map<Pointer, Allocation> allocations;
+// Never destroyed: threads of a program that ends may still be at work.
+std::recursive_mutex& lock = *new std::recursive_mutex();
+std::map<Pointer, Allocation>& allocations = *new std::map<Pointer, Allocation>();
 size_t used_bytes = 0;
 
 struct Function {

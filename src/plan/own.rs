@@ -4,6 +4,7 @@ use anyhow::Result;
 use configs::{DeviceCatalog, DeviceList, Pipeline, cpu_name};
 use stages::Device;
 
+use crate::gpus;
 use crate::lower::{self, Machine};
 
 /// A job's own devices, each of them once. One that the job names several times has several stages.
@@ -33,10 +34,18 @@ impl OwnDevices {
             }
             seats.push(seat);
         }
-        let kinds: Vec<String> =
-            distinct.iter().map(|device| cpu_name(num_threads(&groups[device.index]))).collect();
+        let name = |device: &configs::Device| match device.kind {
+            configs::DeviceKind::Cpu => Ok(cpu_name(num_threads(&groups[device.index]))),
+            configs::DeviceKind::Cuda => gpus::catalog_name(device.index),
+        };
+        let kinds = distinct.iter().map(name).collect::<Result<Vec<String>>>()?;
         let list = DeviceList::of(&kinds.iter().map(String::as_str).collect::<Vec<_>>());
         Ok(OwnDevices { list, names: distinct.iter().map(ToString::to_string).collect(), seats })
+    }
+
+    /// Whether there is a GPU among them.
+    pub(crate) fn has_gpus(&self) -> bool {
+        self.list.runs().iter().any(|(_, name)| configs::num_cores(name).is_none())
     }
 
     /// A catalog that knows them, with this machine's memory shared out to their cores.
@@ -44,7 +53,8 @@ impl OwnDevices {
         let core_mib = machine.total_bytes as f64 / f64::from(1 << 20) / machine.cores.len().max(1) as f64;
         let mut catalog = catalog.with_cores_of(&self.list);
         for (_, name) in self.list.runs() {
-            let cores = configs::num_cores(name).expect("each is some cores").min(machine.cores.len());
+            let Some(cores) = configs::num_cores(name) else { continue }; // A GPU has its own.
+            let cores = cores.min(machine.cores.len());
             catalog = catalog.with_memory(name, core_mib * cores as f64);
         }
         catalog
@@ -54,7 +64,7 @@ impl OwnDevices {
 fn num_threads(device: &Device) -> usize {
     match device {
         Device::Cpu { threads, .. } => *threads,
-        Device::Reference => 1,
+        Device::Reference | Device::Cuda { .. } => 1,
     }
 }
 

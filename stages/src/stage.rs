@@ -1,6 +1,8 @@
 //! A stage as its actor sees it: a span of blocks on some device, one micro-batch at a time.
 
-use kernels::{Cpu, CpuOptions, Dtype, Reference, Simd, WeightType};
+use std::path::PathBuf;
+
+use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, Dtype, Reference, Simd, WeightType};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
@@ -61,6 +63,15 @@ pub enum Device {
         /// Instruction set.
         simd: Simd,
     },
+    /// A GPU.
+    Cuda {
+        /// Which one, as the driver counts them.
+        index: usize,
+        /// Where CUDA's libraries are looked for first.
+        libraries: Option<PathBuf>,
+        /// Where compiled kernels are kept.
+        cubins: Option<PathBuf>,
+    },
 }
 
 /// Number types of a stage.
@@ -83,6 +94,7 @@ pub fn load(model: &Model, device: &Device, dtypes: Dtypes, options: SpanOptions
             Ok(Box::new(SpanStage::load(Reference::new(dtypes.weights, dtypes.kv), model, options, None)?))
         }
         Device::Cpu { .. } => Ok(Box::new(SpanStage::load(cpu(device, dtypes)?, model, options, None)?)),
+        Device::Cuda { .. } => Ok(Box::new(SpanStage::load(cuda(device, dtypes)?, model, options, None)?)),
     }
 }
 
@@ -100,6 +112,7 @@ pub fn load_first_rank(
     Ok(match device {
         Device::Reference => Box::new(reference_rank(model, dtypes, options, group)?),
         Device::Cpu { .. } => Box::new(cpu_rank(model, device, dtypes, options, group)?),
+        Device::Cuda { index, .. } => return Err(no_ranks(*index)),
     })
 }
 
@@ -117,6 +130,7 @@ pub fn load_follower(
     Ok(match device {
         Device::Reference => Box::new(reference_rank(model, dtypes, options, group)?),
         Device::Cpu { .. } => Box::new(cpu_rank(model, device, dtypes, options, group)?),
+        Device::Cuda { index, .. } => return Err(no_ranks(*index)),
     })
 }
 
@@ -146,4 +160,25 @@ pub(crate) fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
     let cpu = Cpu::new(CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv })?;
     cpu.pin_caller();
     Ok(cpu)
+}
+
+/// What a GPU says to a place beside other ranks.
+fn no_ranks(index: usize) -> crate::error::Error {
+    let why =
+        format!("cuda:{index}: found a stage of several ranks, expected one: GPUs cannot share a stage yet");
+    kernels::Error::Unsupported(why).into()
+}
+
+/// A GPU, whose rows do not depend on what stands beside them: a job's answers rest on that.
+fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
+    let Device::Cuda { index, libraries, cubins } = device else { unreachable!("the device is a GPU") };
+    let Dtypes { weights, kv } = dtypes;
+    Ok(Cuda::new(CudaOptions {
+        device: *index,
+        weights,
+        kv,
+        is_deterministic: true,
+        libraries: libraries.clone(),
+        cubins: cubins.clone(),
+    })?)
 }

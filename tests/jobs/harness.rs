@@ -14,6 +14,7 @@ pub(crate) struct Job {
     sets: Vec<String>,
     sections: String,
     args: Vec<String>,
+    libraries: Option<PathBuf>,
 }
 
 /// What a job left behind.
@@ -39,6 +40,7 @@ impl Job {
             sets: Vec::new(),
             sections: String::new(),
             args: Vec::new(),
+            libraries: None,
         }
     }
 
@@ -79,6 +81,7 @@ impl Job {
             sets: self.sets.clone(),
             sections: self.sections.clone(),
             args: self.args.clone(),
+            libraries: self.libraries.clone(),
         }
     }
 
@@ -100,6 +103,12 @@ impl Job {
         self
     }
 
+    /// Runs the job with the emulator of a GPU.
+    pub(crate) fn emulated(mut self) -> Self {
+        self.libraries = Some(crate::cuda::emulator());
+        self
+    }
+
     /// Writes the job's files and returns its command, not yet started.
     pub(crate) fn command(&self) -> Command {
         let root = self.folder.path();
@@ -115,6 +124,12 @@ impl Job {
             command.args(["--set", set]);
         }
         command.args(&self.args);
+        if let Some(libraries) = &self.libraries {
+            // Compiled kernels go into the job's own folder, and not to those of whoever runs the tests.
+            command
+                .env("SPANWISE_CUDA_LIBRARIES", libraries)
+                .env("XDG_CACHE_HOME", self.folder.path().join("cache"));
+        }
         command
     }
 

@@ -12,7 +12,7 @@ pub(crate) const F32_BOUND: f64 = 1e-4;
 /// to 8 bits is off by up to 2^-9 = 0.2 %, some 60 of them (five operands a block) add up like a random
 /// walk to about 1.5 % of a deviation, and the largest of a few thousand such errors is about five times
 /// that.
-const BF16_BOUND: f64 = 0.08;
+pub(crate) const BF16_BOUND: f64 = 0.08;
 
 /// Narrow weights against f64 on models with random weights, which forgive less than trained ones. Measured up to
 /// 0.10 with weights of 8 bits, 0.20 where inputs have 8 bits too and 1.47 with 4 bits; levels differ by 0.02 from
@@ -49,11 +49,13 @@ pub(crate) const MODELS: [&str; 21] = [
 /// Largest difference of a prompt token's log-probability, and of those of the most likely tokens, from a
 /// reference file's.
 pub(crate) fn largest_difference(model: &str, reference: &Value, sets: &[&str]) -> f64 {
+    let job = sets.iter().fold(Job::on(model), |job, set| job.set(*set));
+    largest_difference_of(job, reference)
+}
+
+/// The same of a job without rows.
+pub(crate) fn largest_difference_of(mut job: Job, reference: &Value) -> f64 {
     let prompts = reference["prompts"].as_array().expect("prompts");
-    let mut job = Job::on(model);
-    for set in sets {
-        job = job.set(*set);
-    }
     for (i, prompt) in prompts.iter().enumerate() {
         let body = json!({"prompt": prompt["ids"], "max_tokens": 0, "echo": true, "logprobs": 1});
         job = job.completion(&format!("prompt-{i}"), body);

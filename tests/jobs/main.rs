@@ -9,6 +9,7 @@ mod afterwards;
 mod bench;
 mod commands;
 mod crashes;
+mod cuda;
 mod disturbed;
 mod harness;
 mod logits;

@@ -68,6 +68,9 @@ impl Order {
             Device::Cpu { cores, threads, simd } => {
                 json!({"cores": cores, "threads": threads, "simd": simd.name()})
             }
+            Device::Cuda { index, .. } => {
+                unreachable!("cuda:{index} shares a stage: no job is let have that")
+            }
         };
         let SpanOptions { part, num_pages, context_tokens } = self.options;
         let order = json!({

@@ -8,15 +8,15 @@ fn devices_and_stages_are_checked() {
         .more(
             r#"
 [pipeline]
-devices = ["cpu:0", "cuda:0"]"#,
+devices = ["cpu:0", "tpu:0"]"#,
         )
         .says(
             r#"
-pipeline.devices[1]: unknown device kind `cuda` in "cuda:0", there is: cpu
+pipeline.devices[1]: unknown device kind `tpu` in "tpu:0", there are: cpu, cuda
  --> job.toml:7:21
   |
-7 | devices = ["cpu:0", "cuda:0"]
-  |                     ^^^^^^^^"#,
+7 | devices = ["cpu:0", "tpu:0"]
+  |                     ^^^^^^^"#,
         );
     case("a device without index")
         .more(

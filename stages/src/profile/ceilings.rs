@@ -71,6 +71,11 @@ fn ceilings_of<T>(
 ) -> Result<T> {
     let cpu = match device {
         Device::Cpu { .. } => stage::cpu(device, dtypes)?,
+        Device::Cuda { index, .. } => {
+            let why =
+                format!("cuda:{index}: found a GPU, expected a cpu device: GPUs cannot be measured yet");
+            return Err(kernels::Error::Unsupported(why).into());
+        }
         Device::Reference => {
             let Dtypes { weights, kv } = dtypes;
             Cpu::new(CpuOptions { cores: vec![], threads: 1, simd: Simd::Portable, weights, kv })?

@@ -43,6 +43,7 @@ impl DeviceKey {
         let (backend, simd, threads) = match device {
             Device::Reference => ("reference", "none", 1),
             Device::Cpu { threads, simd, .. } => ("cpu", simd.name(), *threads),
+            Device::Cuda { .. } => ("cuda", "none", 1),
         };
         DeviceKey {
             backend: backend.to_owned(),

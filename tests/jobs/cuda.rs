@@ -1,0 +1,102 @@
+//! Whole jobs on a GPU that is an emulator: the same device code as on a real one, and no other path through the program.
+
+use std::process::Output;
+
+use serde_json::json;
+
+use crate::harness::{Job, read_json, root, spanwise};
+use crate::logits::{BF16_BOUND, largest_difference_of};
+
+/// Where `cargo xtask emulator` puts it.
+pub(crate) fn emulator() -> std::path::PathBuf {
+    let folder = root().join("target/cuda-emulator");
+    assert!(
+        folder.join("libcuda.so").is_file(),
+        "{} is missing: run `cargo xtask emulator` first",
+        folder.display()
+    );
+    folder
+}
+
+/// Every kind of block and width of heads; and two stages on one GPU.
+#[test]
+fn models_on_a_gpu_stay_within_the_bf16_bound() {
+    let one = "pipeline.devices=[\"cuda:0\"]";
+    let two = "pipeline.devices=[\"cuda:0\",\"cuda:0\"]";
+    let models =
+        [("deci-7b", one), ("odd-shapes", one), ("no-attention-anywhere", one), ("hetero-0-bf16", two)];
+    for (model, devices) in models {
+        let reference = read_json(&crate::harness::fixture(model).join("reference.json"));
+        let difference = largest_difference_of(Job::on(model).set(devices).emulated(), &reference);
+        assert!(difference <= BF16_BOUND, "{model} with {devices}: off by {difference:.2e}");
+    }
+}
+
+/// Drawn rows and greedy ones, with micro-batches and stages of any size.
+#[test]
+fn answers_of_a_gpu_do_not_depend_on_how_the_job_is_run() {
+    let lines = |sets: &[&str]| {
+        let mut job = Job::on("hetero-0-bf16").set("pipeline.max_sequences=3").emulated();
+        for set in sets {
+            job = job.set(*set);
+        }
+        for i in 0..4 {
+            let prompt: Vec<usize> = (0..4 + 25 * i).map(|k| 5 + (k * 7 + i * 31) % 200).collect();
+            let temperature = if i % 2 == 0 { 0.0 } else { 1.0 };
+            let body = json!({"prompt": prompt, "max_tokens": 4, "temperature": temperature, "seed": i, "ignore_eos": true});
+            job = job.completion(&format!("row-{i}"), body);
+        }
+        job.run().ok().sorted_lines()
+    };
+    let one = lines(&["pipeline.devices=[\"cuda:0\"]"]);
+    assert_eq!(one, lines(&["pipeline.devices=[\"cuda:0\",\"cuda:0\"]"]));
+    assert_eq!(one, lines(&["pipeline.devices=[\"cuda:0\"]", "pipeline.micro_batch_tokens=9"]));
+}
+
+fn text(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn devices_lists_gpus() {
+    let output = spanwise().arg("devices").env("SPANWISE_CUDA_LIBRARIES", emulator()).output().unwrap();
+    let (stdout, _) = text(&output);
+    assert!(output.status.success() && stdout.starts_with("cpu:0    "), "{stdout}");
+    assert!(
+        stdout.ends_with("cuda:0   emulator, compute capability 9.0, 4 multiprocessors, 2.1 GB\n"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn kinds_of_devices_are_not_mixed() {
+    let output = Job::on("tied").line("{}").set("pipeline.devices=[\"cpu:0\",\"cuda:0\"]").run_once(&[]);
+    let (_, stderr) = text(&output);
+    assert!(stderr.contains("[pipeline] devices: found cpu and cuda devices, expected one kind"), "{stderr}");
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn gpus_do_not_share_a_stage() {
+    let job = Job::on("tied")
+        .line("{}")
+        .set("pipeline.devices=[\"cuda:0\",\"cuda:1\"]")
+        .set("pipeline.tensor_parallel=[2]");
+    let (_, stderr) = text(&job.emulated().run_once(&[]));
+    assert!(
+        stderr.contains("[pipeline] tensor_parallel: found [2] with cuda:0, expected one GPU for each stage"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn types_that_a_gpu_lacks_are_refused_by_name() {
+    let job =
+        Job::on("tied").line("{}").set("pipeline.devices=[\"cuda:0\"]").set("model.dtype=int8").emulated();
+    let (_, stderr) = text(&job.run_once(&[]));
+    assert!(
+        stderr.contains("cuda:0: found weights of int8 with keys and values of bf16, expected bf16 and bf16"),
+        "{stderr}"
+    );
+}

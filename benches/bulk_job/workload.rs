@@ -61,7 +61,9 @@ impl Workload {
         let words: Vec<&str> = WORDS.split_whitespace().collect();
         let row = |(row, tokens): (usize, &usize)| {
             let mut next = random(row as u64);
-            let text: Vec<&str> = (TEMPLATE_TOKENS..*tokens).map(|_| words[next(words.len())]).collect();
+            // Without a space before it not every word is one token; the first one is.
+            let more = (TEMPLATE_TOKENS + 1..*tokens).map(|_| words[next(words.len())]);
+            let text: Vec<&str> = std::iter::once(words[0]).chain(more).collect();
             let message = json!({"role": "user", "content": text.join(" ")});
             line(row, "/v1/chat/completions", json!({"messages": [message]}))
         };

@@ -12,7 +12,7 @@ pub(super) fn head(report: &Report) -> Vec<String> {
         format!("model      {} parameters, {weights} weights, {kv} KV", grouped(*params)),
         format!("device     {device}"),
         format!("context    {} tokens", grouped(*context_tokens as u64)),
-        format!("{:>5} {:^39}   {:^39}", "", "prefill", "decode"),
+        format!("{:>5} {:^39}   {:>22}", "", "prefill", "decode"),
         format!("{:>5} {}   {}", "rows", columns(), columns()),
     ]
 }

@@ -61,8 +61,8 @@ fn play(requests: u64) -> (Simulated, Duration) {
     // model on a fast device.
     let seconds =
         |load: Load| 1e-6 * (load.tokens().max(300.0) + 1e-3 * load.decode_tokens * load.decode_context);
-    let stage = || VirtualStage { seconds: Box::new(seconds), hop_seconds: Box::new(|_| 5e-6) };
-    let stages = std::iter::repeat_with(stage).take(NUM_STAGES).collect();
+    let stage = |device| VirtualStage { device, seconds: Box::new(seconds), hop_seconds: Box::new(|_| 5e-6) };
+    let stages = (0..NUM_STAGES).map(stage).collect();
     let window = 2 * options.max_sequences;
     let simulation = Simulation { options, stages, window, max_tokens: MAX_TOKENS };
 

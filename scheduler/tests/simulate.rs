@@ -27,11 +27,12 @@ fn options(num_stages: usize) -> Options {
 
 /// Stages that take the same for every micro-batch, in milliseconds, and hops.
 fn constant(stages_ms: &[(f64, f64)]) -> Vec<VirtualStage<'static>> {
-    let stage = |&(compute, hop): &(f64, f64)| VirtualStage {
+    let stage = |(device, &(compute, hop)): (usize, &(f64, f64))| VirtualStage {
+        device,
         seconds: Box::new(move |_| compute * 1e-3),
         hop_seconds: Box::new(move |_| hop * 1e-3),
     };
-    stages_ms.iter().map(stage).collect()
+    stages_ms.iter().enumerate().map(stage).collect()
 }
 
 fn rows(count: usize, prompt_tokens: u32, output_tokens: u32) -> Vec<Lengths> {
@@ -90,6 +91,26 @@ fn simulation(stages_ms: &[(f64, f64)]) -> Simulation<'static> {
 
 fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
+}
+
+/// Four stages of two devices, 3 and 5 ms for a micro-batch each: never both stages of a device at once, and the slower device
+/// is busy all the time but where the pipeline fills and empties.
+#[test]
+fn stages_of_one_device_share_its_time() {
+    let mut stages = constant(&[(2.0, 0.1), (1.0, 0.1), (1.0, 0.1), (4.0, 0.0)]);
+    for (stage, device) in stages.iter_mut().zip([0, 1, 0, 1]) {
+        stage.device = device;
+    }
+    let simulation = Simulation { options: options(4), stages, window: 64, max_tokens: 300 };
+    let (simulated, steps) = play(&simulation, &rows(400, 8, 40));
+    for device in [0, 1] {
+        let mut of_device: Vec<&Step> = steps.iter().filter(|step| step.stage % 2 == device).collect();
+        of_device.sort_by_key(|step| step.start);
+        assert!(of_device.windows(2).all(|pair| pair[0].end <= pair[1].start), "steps overlap");
+    }
+    let busy = simulated.stages[1].busy + simulated.stages[3].busy;
+    let share = busy.as_secs_f64() / simulated.wall.as_secs_f64();
+    assert!(share > 0.9 && share <= 1.0, "{share}");
 }
 
 #[test]
@@ -235,11 +256,12 @@ impl Case {
     }
 
     fn simulation(&self) -> Simulation<'_> {
-        let stage = |&[each, token, hop]: &[u64; 3]| VirtualStage {
+        let stage = |(device, &[each, token, hop]): (usize, &[u64; 3])| VirtualStage {
+            device,
             seconds: Box::new(move |load: Load| (each as f64 + token as f64 * load.tokens()) * 1e-6),
             hop_seconds: Box::new(move |_| hop as f64 * 1e-6),
         };
-        let stages = self.costs.iter().map(stage).collect();
+        let stages = self.costs.iter().enumerate().map(stage).collect();
         Simulation { options: self.options.clone(), stages, window: self.window, max_tokens: self.max_tokens }
     }
 }

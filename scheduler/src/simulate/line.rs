@@ -11,6 +11,8 @@ use crate::micro_batch::MicroBatchId;
 #[derive(Debug)]
 pub(super) struct Line<'a> {
     stages: &'a [VirtualStage<'a>],
+    /// For each stage the others of its device.
+    others: Vec<Vec<usize>>,
     /// For each stage the end of its last step.
     free_ns: Vec<u64>,
     /// For each stage the steps that take time and are not over yet, or were not accounted for.
@@ -28,8 +30,13 @@ pub(super) struct Busy {
 
 impl<'a> Line<'a> {
     pub(super) fn new(stages: &'a [VirtualStage<'a>]) -> Self {
+        let others = |index: usize| {
+            let is_other = |other: &usize| *other != index && stages[*other].device == stages[index].device;
+            (0..stages.len()).filter(is_other).collect()
+        };
         Self {
             stages,
+            others: (0..stages.len()).map(others).collect(),
             free_ns: vec![0; stages.len()],
             steps: vec![VecDeque::new(); stages.len()],
             back_ns: 0,
@@ -46,8 +53,9 @@ impl<'a> Line<'a> {
     ) -> u64 {
         let mut arrival_ns = now_ns;
         for (index, stage) in self.stages.iter().enumerate() {
-            let start_ns = arrival_ns.max(self.free_ns[index]);
-            let end_ns = start_ns + nanoseconds((stage.seconds)(load));
+            let step_ns = nanoseconds((stage.seconds)(load));
+            let start_ns = self.start(index, arrival_ns.max(self.free_ns[index]), step_ns);
+            let end_ns = start_ns + step_ns;
             arrival_ns = end_ns + nanoseconds((stage.hop_seconds)(load));
             self.free_ns[index] = end_ns;
             if start_ns < end_ns {
@@ -65,6 +73,19 @@ impl<'a> Line<'a> {
         // A small micro-batch may hop faster than a large one before it; it is not heard of before that.
         self.back_ns = self.back_ns.max(arrival_ns);
         self.back_ns
+    }
+
+    /// When a stage may begin a step, at `from_ns` or later. What its device will do for its other stages is certain: it has the
+    /// time between for this one, where that is enough.
+    fn start(&self, index: usize, from_ns: u64, step_ns: u64) -> u64 {
+        let mut start_ns = from_ns;
+        loop {
+            let is_in_the_way = |step: &&Busy| step.start_ns < start_ns + step_ns && start_ns < step.end_ns;
+            let steps =
+                self.others[index].iter().filter_map(|other| self.steps[*other].iter().find(is_in_the_way));
+            let Some(end_ns) = steps.map(|step| step.end_ns).max() else { return start_ns };
+            start_ns = end_ns;
+        }
     }
 
     /// Walks what a stage did from `from_ns` to `to_ns`, where it was not forgotten yet: each part of the

@@ -27,6 +27,8 @@ pub use waits::Waits;
 
 /// What one stage takes for a micro-batch.
 pub struct VirtualStage<'a> {
+    /// A number that all stages of one device have: they share its time.
+    pub device: usize,
     /// Seconds that it computes.
     pub seconds: Box<dyn Fn(Load) -> f64 + 'a>,
     /// Seconds from then until the next stage has the activations, or the scheduler the tokens. The stage

@@ -234,6 +234,9 @@ pub(crate) struct SettingArgs {
     /// Number type of weights; keys and values are fp8 beside fp8 and fp4
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) dtype: Option<PlanDtype>,
+    /// How output lengths are spread around `[plan] output_tokens`; plan takes fixed if not given, simulate exponential
+    #[arg(long, value_enum)]
+    pub(crate) lengths: Option<LengthsArg>,
     /// Tokenize each N-th row of the input only, which stands for those between; all lines are read
     #[arg(long, value_name = "N", default_value = "1")]
     pub(crate) sample: NonZeroU64,
@@ -257,9 +260,6 @@ pub(crate) struct SimulateArgs {
     /// Where times come from: the devices' rooflines, or what was measured on those of the job
     #[arg(long, value_enum, default_value_t = TimesArg::Roofline)]
     pub(crate) cost: TimesArg,
-    /// How output lengths are distributed around `[plan] output_tokens`
-    #[arg(long, value_enum, default_value_t = LengthsArg::Exponential)]
-    pub(crate) lengths: LengthsArg,
     /// Source of chance
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,

@@ -15,6 +15,7 @@ use stages::cost::{Balance, Basis, Load, Measured, NumberType, NumberTypes, Piec
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
 use stages::{Model, Part};
 
+use crate::cli::LengthsArg;
 use crate::hindsight::{Hindsight, StageWork};
 use crate::layout::{self, StageLayout, part_of, ranges};
 use crate::plan::answer::{self, ends_block};
@@ -238,7 +239,8 @@ fn lengths(job: &JobFile, model: &Model, context_tokens: usize, has_rows: bool) 
     let typical = TYPICAL_TOKENS.min(context_tokens / 2).max(1);
     let given =
         |tokens: Option<usize>| tokens.map_or(typical, |tokens| tokens.min(context_tokens).max(1)) as u64;
-    let alike = || Lengths::alike(given(plan.prompt_tokens), given(plan.output_tokens));
+    let (prompt, output) = (given(plan.prompt_tokens), given(plan.output_tokens));
+    let alike = || Lengths::alike(prompt, output, output);
     match (plan.prompt_tokens, plan.output_tokens) {
         (Some(_), Some(_)) => alike(),
         // There is nothing to cut, and a tokenizer takes a second to read.
@@ -277,7 +279,7 @@ impl Question {
         let all_reduce = roofline(catalog.get(configs::CPU_CORE)?, types.weights).all_reduce;
         let costs = |profile| Measured::new(&model.config, profile, neighbours(job), types, all_reduce).ok();
         let lengths = lengths(job, model, options.context_tokens, occasion.has_rows);
-        let mix = lengths.mix().expect("an answer has a token");
+        let mix = lengths.mix(LengthsArg::Fixed).expect("an answer has a token");
         let pipeline = &job.pipeline;
         let setting = Setting {
             config: (*model.config).clone(),
@@ -286,6 +288,7 @@ impl Question {
             types,
             is_kv_type_given: pipeline.kv_cache_dtype != KvCacheDtype::Auto,
             mix,
+            lengths: LengthsArg::Fixed,
             tokens_in_flight: Some((pipeline.max_sequences as u64).saturating_mul(mix.kv_tokens_per_row)),
             max_tokens: pipeline.micro_batch_tokens as f64,
             rows: None,

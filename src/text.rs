@@ -25,6 +25,19 @@ pub(crate) fn short(number: f64) -> String {
     format!("{}{letter}", (number / unit * 10.0).round() / 10.0)
 }
 
+/// Bytes with a tenth of the unit that fits, as `506.8 GB`, `71.2 MB` or `1.5 kB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    let (unit, name) = match bytes {
+        // Rounding must not make a thousand of a unit.
+        999_950_000.. => (1e9, "GB"),
+        999_950.. => (1e6, "MB"),
+        1_000.. => (1e3, "kB"),
+        0 => return "0".to_owned(),
+        _ => return format!("{bytes} B"),
+    };
+    format!("{:.1} {name}", bytes as f64 / unit)
+}
+
 /// Seconds as `45 s`, `12 min` or `3 h 05 min`.
 pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
@@ -50,6 +63,13 @@ mod tests {
     fn large_numbers_have_a_letter() {
         let numbers = [999.0, 110_784.0, 834_699_264.0, 253_401_268_224.0, 2e9];
         assert_eq!(numbers.map(short), ["999", "110.8 K", "834.7 M", "253.4 B", "2 B"]);
+    }
+
+    #[test]
+    fn bytes_have_the_unit_that_fits() {
+        let sizes = [0, 999, 1_500, 999_949, 999_960, 71_234_567, 999_960_000, 506_802_536_448];
+        let texts = ["0", "999 B", "1.5 kB", "999.9 kB", "1.0 MB", "71.2 MB", "1.0 GB", "506.8 GB"];
+        assert_eq!(sizes.map(bytes), texts);
     }
 
     #[test]

@@ -80,12 +80,6 @@ pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, L
     Some(twice.unwrap_or(once))
 }
 
-/// The fastest layout of one pipeline over all devices, which goes through them once.
-pub(crate) fn one_pipeline(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
-    let (_, stages) = choose(setting, pieces, &[1])?;
-    expect(setting, pieces, &setting.widths(), stages)
-}
-
 /// What given stages come to on all devices; none where they do not fit.
 pub(crate) fn given(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>) -> Option<Layout> {
     expect(setting, pieces, &setting.widths(), stages)

@@ -15,6 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jobs::{ModelText, PreparedRow, Preparer, Reader, RejectedRow, Row};
 use stages::ModelConfig;
 
+use crate::cli::LengthsArg;
 use crate::plan::lengths::Lengths;
 use crate::text::grouped;
 use crate::{lower, run};
@@ -67,7 +68,8 @@ impl Work {
             output: plan.output_tokens.map(|n| n as u64),
         };
         if let Given { prompt: Some(prompt), output: Some(output) } = given {
-            return Ok(Work { lengths: Lengths::alike(prompt, output), rows, read: None });
+            let lengths = Lengths::alike(prompt, output, context as u64 - prompt);
+            return Ok(Work { lengths, rows, read: None });
         }
         if job.job.input.as_os_str().is_empty() {
             bail!(
@@ -145,8 +147,8 @@ impl Given {
             read.looked_at += 1;
             match row? {
                 Row::Request(row) => {
-                    let (prompt, output) = self.of_row(&row, context);
-                    lengths.add(prompt, output, row.reply.choices.into());
+                    let RowLengths { prompt, output, limit } = self.of_row(&row, context);
+                    lengths.add(prompt, output, limit, row.reply.choices.into());
                 }
                 Row::Rejected(row) if row.error.code == "context_length_exceeded" => read.too_long += 1,
                 Row::Rejected(row) => {
@@ -163,12 +165,20 @@ impl Given {
         Ok(Work { lengths, rows: Some(read.rows), read: Some(read) })
     }
 
-    /// Tokens of a row's prompt and output: no row generates more than it may.
-    fn of_row(self, row: &PreparedRow, context: u64) -> (u64, u64) {
+    /// Tokens of a row: none generates more than it may.
+    fn of_row(self, row: &PreparedRow, context: u64) -> RowLengths {
         let own = u64::from(row.request.sampling.max_tokens);
         let prompt = self.prompt.unwrap_or(row.request.prompt.len() as u64);
-        (prompt, self.output.unwrap_or(own).min(own).min(context - prompt))
+        let limit = own.min(context - prompt);
+        RowLengths { prompt, output: self.output.unwrap_or(own).min(limit), limit }
     }
+}
+
+/// Tokens of a row's prompt and output, and the most that its output may have.
+struct RowLengths {
+    prompt: u64,
+    output: u64,
+    limit: u64,
 }
 
 fn check(input: &Path, lengths: &Lengths, read: &Read, refused: Option<RejectedRow>) -> Result<()> {
@@ -184,7 +194,7 @@ fn check(input: &Path, lengths: &Lengths, read: &Read, refused: Option<RejectedR
     if lengths.rows() == 0 {
         bail!("each of the {rows} prompts of {path} is longer than the context");
     }
-    if lengths.mix().is_none() {
+    if lengths.mix(LengthsArg::Fixed).is_none() {
         bail!("no row of {path} generates a token, and plans are for generated tokens");
     }
     Ok(())

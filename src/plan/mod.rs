@@ -1,12 +1,14 @@
 //! `spanwise plan`: which blocks go on which devices, and what to expect of it. An estimate, by rooflines.
 
 pub(crate) mod answer;
+pub(crate) mod given;
 mod input;
 mod lengths;
 mod missing;
 pub(crate) mod own;
 pub(crate) mod report;
 pub(crate) mod setting;
+pub(crate) mod spread;
 pub(crate) mod table;
 
 use std::process::ExitCode;
@@ -19,7 +21,7 @@ use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
 
 use crate::EXIT_BAD_INPUT;
-use crate::cli::{BalanceArg, Format, PlanArgs, PlanDtype, SettingArgs};
+use crate::cli::{BalanceArg, Format, LengthsArg, PlanArgs, PlanDtype, SettingArgs};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{MAX_TOKENS, Setting, roofline};
 use crate::{machine, picture, placement, profile};
@@ -39,7 +41,8 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
         BalanceArg::Flops => Balance::Flops,
         BalanceArg::Weights => Balance::Weights,
     };
-    let mut setting = setting(&args.setting, &job, balance)?;
+    let mut setting =
+        setting(&args.setting, &job, balance, args.setting.lengths.unwrap_or(LengthsArg::Fixed))?;
     if args.cost == BalanceArg::Measured {
         setting.measured = Some(measured(&args.setting, &job, &setting)?);
     }
@@ -95,7 +98,12 @@ pub(crate) fn load(args: &SettingArgs) -> Result<JobFile> {
 ///
 /// # Errors
 /// A model or list of devices that is wrong; lengths that are neither given nor to be had from an input.
-pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Result<Setting> {
+pub(crate) fn setting(
+    args: &SettingArgs,
+    job: &JobFile,
+    balance: Balance,
+    lengths: LengthsArg,
+) -> Result<Setting> {
     let plan = job.plan.clone().unwrap_or_default();
     let config = ModelConfig::read(&job.model.path).context("load model")?;
     let catalog = match &args.devices_file {
@@ -113,7 +121,7 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
     };
     setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
     let work = Work::of(job, &config, args.sample)?;
-    let mix = work.lengths.mix().context("nothing is generated")?;
+    let mix = work.lengths.mix(lengths).context("nothing is generated")?;
     check_tokens_in_flight(&plan, mix.kv_tokens_per_row)?;
     Ok(Setting {
         config,
@@ -122,6 +130,7 @@ pub(crate) fn setting(args: &SettingArgs, job: &JobFile, balance: Balance) -> Re
         types: number_types(args.dtype, job),
         is_kv_type_given: job.pipeline.kv_cache_dtype != KvCacheDtype::Auto,
         mix,
+        lengths,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
         max_tokens: MAX_TOKENS,
         rows: work.sequences(),

@@ -11,6 +11,7 @@ use stages::cost::{
     activation_bytes, hop_bytes, pieces,
 };
 
+use crate::cli::LengthsArg;
 use crate::plan::input::Work;
 
 /// What the job's rows ask, on average.
@@ -38,6 +39,8 @@ pub(crate) struct Setting {
     /// Whether the job names the type of keys and values, which then stays whatever the weights are.
     pub(crate) is_kv_type_given: bool,
     pub(crate) mix: Mix,
+    /// How outputs are spread around the means that `mix` is made of.
+    pub(crate) lengths: LengthsArg,
     pub(crate) tokens_in_flight: Option<u64>,
     /// Most tokens of a micro-batch. A longer prompt comes in chunks.
     pub(crate) max_tokens: f64,

@@ -9,9 +9,7 @@ use scheduler::Lengths;
 use stages::random::Stream;
 
 use crate::cli::LengthsArg;
-
-/// Spread of the logarithm of log-normal lengths. Chat corpora have 0.9 to 1.3.
-pub(super) const SIGMA: f64 = 1.0;
+use crate::plan::spread::SIGMA;
 
 /// How long the rows of a job are.
 #[derive(Debug, Clone)]
@@ -34,9 +32,9 @@ pub(super) struct Kind {
 }
 
 impl LengthDraw {
-    /// The first `rows` rows.
-    pub(super) fn rows(&self, rows: u64) -> impl Iterator<Item = Lengths> {
-        (0..rows).map(move |row| self.row(row))
+    /// Those of the first `rows` rows that the `replica`-th of so many has: each has every `replicas`-th.
+    pub(super) fn rows(&self, replica: usize, replicas: usize, rows: u64) -> impl Iterator<Item = Lengths> {
+        (replica as u64..rows).step_by(replicas).map(move |row| self.row(row))
     }
 
     fn row(&self, row: u64) -> Lengths {
@@ -75,7 +73,7 @@ mod tests {
     fn draw(distribution: LengthsArg, output_tokens: u32) -> Vec<f64> {
         let kinds = vec![Kind { prompt_tokens: 5, output_tokens, max_tokens: u32::MAX, rows_so_far: 1 }];
         let draw = LengthDraw { distribution, seed: 3, kinds };
-        draw.rows(ROWS).map(|lengths| f64::from(lengths.output_tokens)).collect()
+        draw.rows(0, 1, ROWS).map(|lengths| f64::from(lengths.output_tokens)).collect()
     }
 
     fn mean(lengths: &[f64]) -> f64 {
@@ -115,7 +113,7 @@ mod tests {
         };
         let kinds = vec![kind(10, 1), kind(20, 4)];
         let draw = LengthDraw { distribution: LengthsArg::Fixed, seed: 3, kinds };
-        let rows: Vec<Lengths> = draw.rows(ROWS).collect();
+        let rows: Vec<Lengths> = draw.rows(0, 1, ROWS).collect();
         assert!(rows.iter().all(|row| row.output_tokens == row.prompt_tokens));
         let short = rows.iter().filter(|row| row.prompt_tokens == 10).count() as f64 / ROWS as f64;
         assert!((short - 0.25).abs() < 0.02, "{short}");
@@ -125,7 +123,7 @@ mod tests {
     fn no_row_is_longer_than_it_may_be() {
         let kinds = vec![Kind { prompt_tokens: 5, output_tokens: 40, max_tokens: 40, rows_so_far: 1 }];
         let draw = LengthDraw { distribution: LengthsArg::Exponential, seed: 3, kinds };
-        let lengths: Vec<u32> = draw.rows(ROWS).map(|row| row.output_tokens).collect();
+        let lengths: Vec<u32> = draw.rows(0, 1, ROWS).map(|row| row.output_tokens).collect();
         assert!(lengths.iter().all(|length| *length <= 40) && lengths.contains(&40) && lengths.contains(&1));
     }
 

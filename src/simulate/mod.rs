@@ -12,13 +12,14 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use configs::{JobFile, Stages};
-use scheduler::{Lengths, Simulated, Simulation, Step};
+use configs::JobFile;
+use scheduler::{Lengths, PlannedStage, Simulated, Simulation, Step};
 use stages::cost::{Balance, PieceShape};
 
-use crate::cli::{Format, SimulateArgs, TimesArg};
+use crate::cli::{Format, LengthsArg, SimulateArgs, TimesArg};
 use crate::picture;
 use crate::plan::answer::{self, Layout};
+use crate::plan::given::{given_stages, lacking};
 use crate::plan::report::device_names;
 use crate::plan::setting::Setting;
 use crate::replace;
@@ -37,28 +38,37 @@ const DEFAULT_ROUNDS: u64 = 4;
 /// no error of these: what is missing is said as a plan says it, and the exit code is that of bad input.
 pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     let job = crate::plan::load(&args.setting)?;
-    let mut setting = crate::plan::setting(&args.setting, &job, Balance::Roofline)?;
+    let lengths = args.setting.lengths.unwrap_or(LengthsArg::Exponential);
+    let mut setting = crate::plan::setting(&args.setting, &job, Balance::Roofline, lengths)?;
     if args.cost == TimesArg::Measured {
         setting.measured = Some(crate::plan::measured(&args.setting, &job, &setting)?);
     }
     let pieces = setting.pieces();
-    let Some(layout) = layout(&setting, &job, &pieces)? else {
+    let Some((replicas, layout)) = layout(&setting, &job, &pieces)? else {
         let refused = crate::plan::refuse(&setting, args.format)?;
         if let Some(path) = &args.svg {
             bail!("no picture for {}: nothing fits, so there is no job to play", path.display());
         }
         return Ok(refused);
     };
+    let replica = setting.replica(replicas);
     let context_tokens = job.model.max_context_tokens.unwrap_or(setting.config.max_position_embeddings);
     let kinds = kinds(&setting)?;
-    let (options, max_tokens) = pipeline::options(&setting, &pieces, &layout, context_tokens, &kinds)?;
+    let (options, max_tokens) = pipeline::options(&replica, &pieces, &layout, context_tokens, &kinds)?;
     let most = context_tokens.min(options.cache_tokens() + 1);
-    let rows = args.rows.or(setting.rows).unwrap_or(DEFAULT_ROUNDS * options.max_sequences as u64);
+    let in_flight = (options.max_sequences * replicas) as u64;
+    let rows = args.rows.or(setting.rows).unwrap_or(DEFAULT_ROUNDS * in_flight);
     let kinds = kinds.into_iter().filter(|kind| (kind.prompt_tokens as usize) < most).collect();
-    let draw = LengthDraw { distribution: args.lengths, seed: args.seed, kinds };
-    let simulation = pipeline::simulation(&setting, &pieces, &layout, options, max_tokens);
-    let names = stage_names(&setting, &pieces, &layout);
-    let simulated = play(&simulation, draw.rows(rows), args.trace.as_deref(), &names)?;
+    let draw = LengthDraw { distribution: lengths, seed: args.seed, kinds };
+    let simulation = pipeline::simulation(&replica, &pieces, &layout, options, max_tokens);
+    let names = stage_names(&setting, &pieces, &layout, replicas);
+    let simulated = play(
+        &simulation,
+        replicas,
+        |replica| draw.rows(replica, replicas, rows),
+        args.trace.as_deref(),
+        &names,
+    )?;
     let report = Report::of(Played {
         setting: &setting,
         pieces: &pieces,
@@ -80,15 +90,14 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The job's own stages where it names any, else those of its plan; none where no plan fits.
-fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Option<Layout>> {
-    let Stages::Blocks(blocks) = &job.pipeline.stages else {
-        return Ok(answer::one_pipeline(setting, pieces));
+/// The job's own stages where it names any, else those of its plan, and how often they are there; none where no plan fits.
+fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Option<(usize, Layout)>> {
+    let Some(stages) = given_stages(setting, job, pieces)? else {
+        return Ok(answer::plan(setting, pieces));
     };
-    let stages = pipeline::given_stages(setting, pieces, blocks)?;
     match answer::given(setting, pieces, stages.clone()) {
-        Some(layout) => Ok(Some(layout)),
-        None => bail!("{}", pipeline::lacking(setting, pieces, &stages)),
+        Some(layout) => Ok(Some((1, layout))),
+        None => bail!("{}", lacking(setting, pieces, &stages)),
     }
 }
 
@@ -96,51 +105,59 @@ fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Opt
 fn kinds(setting: &Setting) -> Result<Vec<Kind>> {
     let tokens =
         |tokens: u64| u32::try_from(tokens.max(1)).context("a row has more tokens than can be counted");
-    // Where the job does not say how long outputs are, they are taken to be as long as they may.
-    let is_limit = setting.work.read.is_some_and(|read| !read.is_output_given);
     let mut rows_so_far = 0;
-    (setting.work.lengths.pairs())
-        .map(|(prompt, output, rows)| {
-            rows_so_far += rows;
-            let (prompt_tokens, output_tokens) = (tokens(prompt)?, tokens(output)?);
-            let max_tokens = if is_limit { output_tokens } else { u32::MAX };
+    (setting.work.lengths.kinds())
+        .map(|kind| {
+            rows_so_far += kind.rows;
+            let max_tokens = u32::try_from(kind.limit.max(1)).unwrap_or(u32::MAX);
+            let (prompt_tokens, output_tokens) = (tokens(kind.prompt)?, tokens(kind.output)?);
             Ok(Kind { prompt_tokens, output_tokens, max_tokens, rows_so_far })
         })
         .collect()
 }
 
-/// What a stage is called in a trace.
-fn stage_names(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> Vec<String> {
-    (layout.stages.iter().enumerate())
-        .map(|(index, stage)| {
-            let (first, last) = (&pieces[stage.pieces.start], &pieces[stage.pieces.end - 1]);
-            let devices = device_names(setting, stage.devices.clone()).join(" ");
-            format!("stage {index} {devices} blocks [{}, {})", first.block, last.block + 1)
-        })
-        .collect()
+/// What the stages of all replicas are called in a trace.
+fn stage_names(setting: &Setting, pieces: &[PieceShape], layout: &Layout, replicas: usize) -> Vec<String> {
+    let num_devices = setting.devices.num_devices() / replicas;
+    let name = |replica: usize, (index, stage): (usize, &PlannedStage)| {
+        let (first, last) = (&pieces[stage.pieces.start], &pieces[stage.pieces.end - 1]);
+        let devices = stage.devices.start + replica * num_devices..stage.devices.end + replica * num_devices;
+        let devices = device_names(setting, devices).join(" ");
+        let of_replica = if replicas > 1 { format!("replica {replica} ") } else { String::new() };
+        format!("{of_replica}stage {index} {devices} blocks [{}, {})", first.block, last.block + 1)
+    };
+    let of_replica = |replica| layout.stages.iter().enumerate().map(move |stage| name(replica, stage));
+    (0..replicas).flat_map(of_replica).collect()
 }
 
-fn play(
+/// Plays each replica with rows of its own.
+fn play<R: Iterator<Item = Lengths>>(
     simulation: &Simulation<'_>,
-    rows: impl Iterator<Item = Lengths>,
+    replicas: usize,
+    rows: impl Fn(usize) -> R,
     trace: Option<&Path>,
     names: &[String],
-) -> Result<Simulated> {
-    let Some(path) = trace else { return Ok(simulation.run(rows, &mut |_| ())?) };
+) -> Result<Vec<Simulated>> {
+    let each = |observe: &mut dyn FnMut(usize, Step)| -> Result<Vec<Simulated>> {
+        let one = |replica| Ok(simulation.run(rows(replica), &mut |step| observe(replica, step))?);
+        (0..replicas).map(one).collect()
+    };
+    let Some(path) = trace else { return each(&mut |_, _| ()) };
     let context = || format!("write trace {}", path.display());
     replace::check(path, replace::TRACE)?;
     let mut writer = TraceWriter::create(path, names).with_context(context)?;
     let mut written = Ok(());
-    let simulated = simulation.run(rows, &mut |step| {
+    let num_stages = simulation.stages.len();
+    let simulated = each(&mut |replica, step| {
         if written.is_ok() {
-            written = write_step(&mut writer, step);
+            written = write_step(&mut writer, replica * num_stages + step.stage, step);
         }
     })?;
     written.and_then(|()| writer.finish()).with_context(context)?;
     Ok(simulated)
 }
 
-fn write_step(writer: &mut TraceWriter, step: Step) -> std::io::Result<()> {
-    let Step { stage, micro_batch, start, end, tokens, decode_tokens } = step;
-    writer.step(stage, start.as_secs_f64(), end.as_secs_f64(), micro_batch, tokens, decode_tokens)
+fn write_step(writer: &mut TraceWriter, row: usize, step: Step) -> std::io::Result<()> {
+    let Step { stage: _, micro_batch, start, end, tokens, decode_tokens } = step;
+    writer.step(row, start.as_secs_f64(), end.as_secs_f64(), micro_batch, tokens, decode_tokens)
 }

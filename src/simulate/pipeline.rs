@@ -1,10 +1,7 @@
 //! The pipeline that is played: a layout's stages as virtual ones, and what the scheduler may use.
 
-use std::ops::Range;
-
 use anyhow::{Result, bail};
-use configs::Place;
-use scheduler::{Load, Options, PlannedStage, Problem, Simulation, VirtualStage, in_flight};
+use scheduler::{Load, Options, PlannedStage, Simulation, VirtualStage, in_flight};
 use stages::PAGE_TOKENS;
 use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
 
@@ -12,89 +9,6 @@ use crate::lower::{CPU_EFFICIENT_TOKENS, window};
 use crate::plan::answer::{self, Layout};
 use crate::plan::setting::{Setting, hop_seconds};
 use crate::simulate::lengths::Kind;
-
-/// The stages that a job names, on the first of the devices.
-///
-/// # Errors
-/// Stages that are not the model's, or not the devices'.
-pub(super) fn given_stages(
-    setting: &Setting,
-    pieces: &[PieceShape],
-    blocks: &[Range<Place>],
-) -> Result<Vec<PlannedStage>> {
-    let there = setting.config.blocks.len();
-    let named = blocks.last().map_or(Place::from(0), |range| range.end);
-    if named != Place::from(there) {
-        bail!("[pipeline] stages: found {named} blocks, the model has {there}");
-    }
-    let kinds = setting.kind_of_each();
-    let mut first_device = 0;
-    let mut stages = vec![];
-    for (index, range) in blocks.iter().enumerate() {
-        let width = given_width(setting, index)?;
-        let devices = first_device..first_device + width;
-        first_device = devices.end;
-        let Some(of_stage) = kinds.get(devices.clone()) else {
-            bail!(
-                "[pipeline] stages: stage {index} is beyond the {} devices {}",
-                kinds.len(),
-                setting.devices
-            );
-        };
-        if of_stage.iter().any(|kind| *kind != of_stage[0]) {
-            bail!("[pipeline] stages: the {width} devices of stage {index} are unlike");
-        }
-        stages.push(PlannedStage {
-            pieces: piece_at(pieces, range.start)?..piece_at(pieces, range.end)?,
-            devices,
-        });
-    }
-    Ok(stages)
-}
-
-/// The piece that begins at a place, or the end of all.
-fn piece_at(pieces: &[PieceShape], place: Place) -> Result<usize> {
-    let begin = |piece: &PieceShape| Place {
-        block: piece.block,
-        column: piece.columns.as_ref().map_or(0, |columns| columns.start),
-    };
-    let index = pieces.partition_point(|piece| begin(piece) < place);
-    match pieces.get(index).map(begin) {
-        Some(found) if found != place => {
-            bail!("[pipeline] stages: plans cut no FFN at \"{place}\", the next place is \"{found}\"")
-        }
-        _ => Ok(index),
-    }
-}
-
-/// How many devices a stage has: one, unless the job says so.
-fn given_width(setting: &Setting, stage: usize) -> Result<usize> {
-    let Some(widths) = setting.given_widths() else { return Ok(1) };
-    let Some(&width) = widths.get(stage) else {
-        bail!("[pipeline] tensor_parallel: found {} widths, expected one for each stage", widths.len());
-    };
-    if !setting.widths().contains(&width) {
-        bail!("[pipeline] tensor_parallel: found {width}, expected one of {:?}", setting.widths());
-    }
-    Ok(width)
-}
-
-/// Why the job's own stages have no room for a single row.
-pub(super) fn lacking(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
-    let ends = answer::ends_block(pieces);
-    let case = setting.case(pieces, &setting.widths(), Balance::Roofline, 1);
-    let problem = Problem::new(&case.devices, &ends, &case.costs);
-    let kv_tokens = setting.kv().needed(1, stages.len() as u64).unwrap_or(0);
-    let missing = stages.iter().map(|stage| problem.stage_missing_bytes(stage, kv_tokens));
-    let hint = "hint: spanwise plan finds stages that fit, or says what would";
-    match missing.enumerate().find(|(_, bytes)| *bytes > 0) {
-        Some((stage, bytes)) => {
-            let gigabytes = bytes as f64 / 1e9;
-            format!("[pipeline] stages: stage {stage} lacks {gigabytes:.1} GB on each of its devices\n{hint}")
-        }
-        None => format!("[plan] tokens_in_flight: fewer than one row in each micro-batch needs\n{hint}"),
-    }
-}
 
 /// The scheduler's options for a layout and rows of up to `context_tokens`, and the most tokens of any row's output: what
 /// the shortest prompt leaves.
@@ -167,7 +81,11 @@ fn virtual_stage<'a>(
         true => 0.0,
         false => hop_seconds(links, load.tokens() * bytes_per_token),
     };
-    VirtualStage { seconds: Box::new(move |load| seconds.of(load)), hop_seconds: Box::new(hop) }
+    VirtualStage {
+        device: stage.devices.start,
+        seconds: Box::new(move |load| seconds.of(load)),
+        hop_seconds: Box::new(hop),
+    }
 }
 
 /// A stage by what was measured. Taking over and handing on were measured as its own work, half of a hop each.
@@ -182,5 +100,6 @@ fn measured_stage<'a>(
         let hops = num_hops as f64 / 2.0 * measured.hop_seconds(load);
         measured.rank_costs(pieces, ranks, load).seconds(range.clone()) + hops
     };
-    VirtualStage { seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }
+    let device = stage.devices.start;
+    VirtualStage { device, seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }
 }

@@ -6,11 +6,12 @@ use scheduler::{Options, Problem, Share, Simulated, Timeline, Waits};
 use serde::Serialize;
 use stages::cost::PieceShape;
 
-use super::lengths::{LengthDraw, SIGMA};
+use super::lengths::LengthDraw;
 use crate::cli::LengthsArg;
 use crate::plan::answer::{self, Layout};
 use crate::plan::report::device_names;
 use crate::plan::setting::Setting;
+use crate::plan::spread::SIGMA;
 
 /// A whole simulation.
 #[derive(Debug, Serialize)]
@@ -22,6 +23,10 @@ pub(crate) struct Report {
     pub(crate) estimate: bool,
     pub(crate) lengths: LengthsPart,
     pub(crate) pipeline: PipelinePart,
+    /// How many pipelines there are, each with a part of the rows.
+    pub(crate) replicas: usize,
+    /// The one that ends last, of which `kv`, `tail_ns`, `stages` and `timeline` are.
+    pub(crate) last_replica: usize,
     pub(crate) rows: u64,
     pub(crate) prompt_tokens: u64,
     pub(crate) generated_tokens: u64,
@@ -114,26 +119,33 @@ pub(super) struct Played<'a> {
     pub(super) window: usize,
     pub(super) max_tokens: u32,
     pub(super) draw: LengthDraw,
-    pub(super) simulated: Simulated,
+    /// Of each replica.
+    pub(super) simulated: Vec<Simulated>,
 }
 
 impl Report {
     pub(super) fn of(played: Played<'_>) -> Self {
-        let stages = stages(&played);
+        let last_replica = played.last_replica();
+        let stages = stages(&played, &played.simulated[last_replica]);
         let bottleneck = bottleneck(&played);
-        let Played { setting, layout, options, window, max_tokens, draw, simulated, .. } = played;
-        let tokens_per_second = simulated.tokens_per_second();
+        let Played { setting, layout, options, window, max_tokens, draw, mut simulated, .. } = played;
+        let sum = |part: fn(&Simulated) -> u64| simulated.iter().map(part).sum::<u64>();
+        let (rows, prompt_tokens) = (sum(|one| one.rows), sum(|one| one.prompt_tokens));
+        let (generated_tokens, micro_batches) =
+            (sum(|one| one.generated_tokens), sum(|one| one.micro_batches));
+        let (preemptions, recomputed_tokens) =
+            (sum(|one| one.stats.preemptions), sum(|one| one.stats.recomputed_tokens));
+        let replicas = simulated.len();
+        let simulated = simulated.swap_remove(last_replica);
+        let seconds = simulated.wall.as_secs_f64();
+        let tokens_per_second = if seconds > 0.0 { generated_tokens as f64 / seconds } else { 0.0 };
         Report {
             devices: setting.devices.to_string(),
             dtype: setting.types.weights.name(),
             kv_cache_dtype: setting.types.kv.name(),
             estimate: setting.measured.is_none(),
             lengths: LengthsPart {
-                distribution: match draw.distribution {
-                    LengthsArg::Fixed => "fixed",
-                    LengthsArg::Exponential => "exponential",
-                    LengthsArg::Lognormal => "lognormal",
-                },
+                distribution: draw.distribution.name(),
                 sigma: (draw.distribution == LengthsArg::Lognormal).then_some(SIGMA),
                 seed: draw.seed,
                 prompt_tokens: setting.mix.prompt_tokens,
@@ -148,10 +160,12 @@ impl Report {
                 num_pages: options.num_pages,
                 page_tokens: options.page_tokens,
             },
-            rows: simulated.rows,
-            prompt_tokens: simulated.prompt_tokens,
-            generated_tokens: simulated.generated_tokens,
-            micro_batches: simulated.micro_batches,
+            replicas,
+            last_replica,
+            rows,
+            prompt_tokens,
+            generated_tokens,
+            micro_batches,
             wall_seconds: simulated.wall.as_secs_f64(),
             wall_ns: ns(simulated.wall),
             tokens_per_second,
@@ -160,8 +174,8 @@ impl Report {
                 ratio: tokens_per_second / layout.tokens_per_second,
                 bottleneck,
             },
-            preemptions: simulated.stats.preemptions,
-            recomputed_tokens: simulated.stats.recomputed_tokens,
+            preemptions,
+            recomputed_tokens,
             kv: KvPart { mean: simulated.kv, most: simulated.kv_most },
             tail_ns: ns(simulated.tail),
             stages,
@@ -170,8 +184,18 @@ impl Report {
     }
 }
 
-fn stages(played: &Played<'_>) -> Vec<StagePart> {
-    let Played { setting, pieces, layout, simulated, .. } = played;
+impl Played<'_> {
+    /// The replica for which the job's end waits; of several the first.
+    fn last_replica(&self) -> usize {
+        let wall = |index: &usize| (self.simulated[*index].wall, std::cmp::Reverse(*index));
+        (0..self.simulated.len()).max_by_key(wall).unwrap_or(0)
+    }
+}
+
+/// The stages of the replica that ends last.
+fn stages(played: &Played<'_>, simulated: &Simulated) -> Vec<StagePart> {
+    let Played { setting, pieces, layout, .. } = played;
+    let first_device = played.last_replica() * setting.devices.num_devices() / played.simulated.len();
     let ends = answer::ends_block(pieces);
     let problem: Problem<'_> = layout.problem(&ends);
     let bottleneck = problem.bottleneck(&layout.stages);
@@ -180,7 +204,10 @@ fn stages(played: &Played<'_>) -> Vec<StagePart> {
             let Waits { busy, starved, kv_limited, tail, idle } = *waits;
             StagePart {
                 blocks: [pieces[stage.pieces.start].block, pieces[stage.pieces.end - 1].block + 1],
-                devices: device_names(setting, stage.devices.clone()),
+                devices: device_names(
+                    setting,
+                    first_device + stage.devices.start..first_device + stage.devices.end,
+                ),
                 planned_busy: (problem.stage_seconds(stage) - problem.hop_seconds(stage)) / bottleneck,
                 busy_ns: ns(busy),
                 starved_ns: ns(starved),
@@ -192,11 +219,12 @@ fn stages(played: &Played<'_>) -> Vec<StagePart> {
         .collect()
 }
 
-/// The first of the stages that take longest by the plan, which charges the sender for hops.
+/// The first of the stages whose devices take longest by the plan, which charges the sender for hops.
 fn bottleneck(played: &Played<'_>) -> usize {
     let ends = answer::ends_block(played.pieces);
     let problem = played.layout.problem(&ends);
-    let seconds: Vec<f64> = played.layout.stages.iter().map(|stage| problem.stage_seconds(stage)).collect();
+    let devices = problem.device_seconds(&played.layout.stages);
+    let seconds: Vec<f64> = played.layout.stages.iter().map(|stage| devices[stage.devices.start]).collect();
     let longest = seconds.iter().copied().fold(0.0, f64::max);
     seconds.iter().position(|seconds| *seconds == longest).unwrap_or(0)
 }

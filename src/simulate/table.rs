@@ -1,6 +1,7 @@
 //! A simulated job as people read it.
 
 use super::report::{Report, StagePart};
+use crate::plan::table::device_range;
 use crate::text::{duration, grouped};
 
 pub(super) fn lines(report: &Report) -> Vec<String> {
@@ -30,22 +31,22 @@ pub(super) fn lines(report: &Report) -> Vec<String> {
             "stage", "blocks", "devices", "busy", "starved", "KV", "tail", "idle", "planned"
         ),
     ];
+    if report.replicas > 1 {
+        let (replicas, last) = (report.replicas, report.last_replica);
+        lines.push(format!("replicas   {replicas}, each with a part of the rows; stages, tail and KV are of {last}, which ends last"));
+    }
     lines.extend(report.stages.iter().enumerate().map(|(idx, stage)| stage_line(report, idx, stage)));
     lines.extend(outcome_lines(report));
     let source = match report.estimate {
         true => "by the devices' rooflines and the scheduler's own decisions: nothing was measured",
-        false => "by measured times of stages and the scheduler's own decisions",
+        false => "by measured times of stages, interpolated, and the scheduler's own decisions",
     };
     lines.push(format!("estimate   {source}"));
     lines
 }
 
 fn stage_line(report: &Report, idx: usize, stage: &StagePart) -> String {
-    let devices = match stage.devices.as_slice() {
-        [one] => one.clone(),
-        [first, .., last] => format!("{first}-{}", last.rsplit(':').next().unwrap_or(last)),
-        [] => String::new(),
-    };
+    let devices = device_range(&stage.devices);
     let share = |ns: u64| percent(ns as f64 / report.wall_ns.max(1) as f64);
     format!(
         "{idx:<5} {:<11} {devices:<16} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}",

@@ -1,0 +1,113 @@
+//! The stages that a job gives itself.
+
+use std::ops::Range;
+
+use anyhow::{Result, bail};
+use configs::{JobFile, Place, Stages};
+use scheduler::PlannedStage;
+use stages::cost::{Balance, PieceShape};
+
+use crate::plan::answer;
+use crate::plan::own::OwnDevices;
+use crate::plan::setting::Setting;
+use crate::{machine, text};
+
+/// The stages that a job gives, if it does: on its own devices as it names them, on others in order. Where these are fewer than
+/// stages, it goes through all of them as often as need be.
+///
+/// # Errors
+/// Stages that are not the model's, or not the devices'.
+pub(crate) fn given_stages(
+    setting: &Setting,
+    job: &JobFile,
+    pieces: &[PieceShape],
+) -> Result<Option<Vec<PlannedStage>>> {
+    let Stages::Blocks(blocks) = &job.pipeline.stages else { return Ok(None) };
+    let there = setting.config.blocks.len();
+    let named = blocks.last().map_or(Place::from(0), |range| range.end);
+    if named != Place::from(there) {
+        bail!("[pipeline] stages: found {named} blocks, the model has {there}");
+    }
+    let devices = match setting.given_widths() {
+        Some(widths) => of_widths(setting, widths, blocks.len())?,
+        None => of_one_each(setting, job, blocks.len())?,
+    };
+    let stage = |(range, devices): (&Range<Place>, Range<usize>)| {
+        Ok(PlannedStage { pieces: piece_at(pieces, range.start)?..piece_at(pieces, range.end)?, devices })
+    };
+    blocks.iter().zip(devices).map(stage).collect::<Result<_>>().map(Some)
+}
+
+/// The piece that begins at a place, or the end of all.
+fn piece_at(pieces: &[PieceShape], place: Place) -> Result<usize> {
+    let begin = |piece: &PieceShape| Place {
+        block: piece.block,
+        column: piece.columns.as_ref().map_or(0, |columns| columns.start),
+    };
+    let index = pieces.partition_point(|piece| begin(piece) < place);
+    match pieces.get(index).map(begin) {
+        Some(found) if found != place => {
+            bail!("[pipeline] stages: plans cut no FFN at \"{place}\", the next place is \"{found}\"")
+        }
+        _ => Ok(index),
+    }
+}
+
+/// The devices of each stage, where these have the widths that the job gives.
+fn of_widths(setting: &Setting, widths: &[usize], num_stages: usize) -> Result<Vec<Range<usize>>> {
+    let kinds = setting.kind_of_each();
+    let mut first_device = 0;
+    let mut stages = vec![];
+    for stage in 0..num_stages {
+        let Some(&width) = widths.get(stage) else {
+            bail!("[pipeline] tensor_parallel: found {} widths, expected one for each stage", widths.len());
+        };
+        if !setting.widths().contains(&width) {
+            bail!("[pipeline] tensor_parallel: found {width}, expected one of {:?}", setting.widths());
+        }
+        let devices = first_device..first_device + width;
+        let Some(of_stage) = kinds.get(devices.clone()) else { return Err(beyond(setting, stage)) };
+        if of_stage.iter().any(|kind| *kind != of_stage[0]) {
+            bail!("[pipeline] stages: the {width} devices of stage {stage} are unlike");
+        }
+        first_device = devices.end;
+        stages.push(devices);
+    }
+    Ok(stages)
+}
+
+/// The device of each stage, where each has one.
+fn of_one_each(setting: &Setting, job: &JobFile, num_stages: usize) -> Result<Vec<Range<usize>>> {
+    let num_devices = setting.devices.num_devices();
+    let own = OwnDevices::of(&job.pipeline, &machine::detect())?;
+    let seats = match setting.devices == own.list && own.seats.len() == num_stages {
+        true => own.seats,
+        false if num_stages <= num_devices || num_stages.is_multiple_of(num_devices) => {
+            (0..num_stages).map(|stage| stage % num_devices).collect()
+        }
+        false => return Err(beyond(setting, num_devices)),
+    };
+    Ok(seats.into_iter().map(|seat| seat..seat + 1).collect())
+}
+
+fn beyond(setting: &Setting, stage: usize) -> anyhow::Error {
+    let (there, list) = (setting.devices.num_devices(), &setting.devices);
+    anyhow::anyhow!("[pipeline] stages: stage {stage} is beyond the {there} devices {list}")
+}
+
+/// Why the job's own stages have no room for a single row.
+pub(crate) fn lacking(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
+    let ends = answer::ends_block(pieces);
+    let case = setting.case(pieces, &setting.widths(), Balance::Roofline, 1);
+    let problem = case.problem(&ends);
+    let kv_tokens = setting.kv().needed(1, stages.len() as u64).unwrap_or(0);
+    let missing = stages.iter().map(|stage| problem.stage_missing_bytes(stage, kv_tokens));
+    let hint = "hint: spanwise plan finds stages that fit, or says what would";
+    match missing.enumerate().find(|(_, bytes)| *bytes > 0) {
+        Some((stage, bytes)) => {
+            let bytes = text::bytes(bytes);
+            format!("[pipeline] stages: stage {stage} lacks {bytes} on each of its devices\n{hint}")
+        }
+        None => format!("[plan] tokens_in_flight: fewer than one row in each micro-batch needs\n{hint}"),
+    }
+}

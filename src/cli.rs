@@ -300,6 +300,9 @@ pub(crate) enum PlanDtype {
     Bf16,
     Fp8,
     Fp4,
+    Int8,
+    Int8Weight,
+    Int4Weight,
 }
 
 /// `--cost`.

@@ -11,7 +11,7 @@ use stages::{AttentionSharing, Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, 
 
 use crate::layout::{self, StageLayout};
 
-use crate::gpus;
+use crate::{gpus, text};
 
 /// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
 /// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
@@ -258,14 +258,14 @@ impl Memory {
     fn num_pages(&self, pipeline: &configs::Pipeline, context_tokens: usize) -> Result<usize> {
         let left = self.free_bytes.saturating_sub(self.weight_bytes);
         if left == 0 {
-            let (weights, free) = (gigabytes(self.weight_bytes), gigabytes(self.free_bytes));
+            let (weights, free) = (text::bytes(self.weight_bytes), text::bytes(self.free_bytes));
             bail!("the weights take {weights}, and {free} of memory are free");
         }
         let tokens = match pipeline.kv_cache_tokens {
             KvCacheTokens::Tokens(tokens) => {
                 let needed = tokens as u64 * self.kv_bytes_per_token;
                 if needed > left {
-                    let (needed, left) = (gigabytes(needed), gigabytes(left));
+                    let (needed, left) = (text::bytes(needed), text::bytes(left));
                     bail!(
                         "[pipeline] kv_cache_tokens: {tokens} take {needed}, and {left} of memory are free beside the weights"
                     );
@@ -292,19 +292,15 @@ impl Memory {
             None => usize::MAX, // Without attention there is nothing to keep.
         };
         if room < context {
-            let kv = gigabytes(context as u64 * self.kv_bytes_per_token);
+            let kv = text::bytes(context as u64 * self.kv_bytes_per_token);
             bail!(
                 "a context of {context_tokens} tokens takes {kv} of KV cache, and {} of memory are free beside the \
                  weights\nhint: set [model] max_context_tokens to at most {room}, or [pipeline] kv_cache_tokens",
-                gigabytes(left)
+                text::bytes(left)
             );
         }
         Ok(wanted.min(room / PAGE_TOKENS * PAGE_TOKENS))
     }
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 fn bytes(dtype: Dtype) -> u64 {

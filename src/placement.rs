@@ -191,6 +191,10 @@ fn stored(job: &JobFile, model: &Model, options: &MeasureOptions, decides: bool)
         }
         Stored::Usable(profile) => match profile.missing(&model.config) {
             missing if missing.is_empty() => return Some(*profile),
+            missing if profile.measurable(missing.clone(), options.room_bytes()).is_empty() => {
+                say(&format!("profile: {}, and the memory has no room to measure it", lacks(&missing)));
+                return None;
+            }
             missing => (lacks(&missing), Some(*profile)),
         },
     };
@@ -297,6 +301,7 @@ impl Question {
             column_cuts: pipeline.column_cuts,
             balance: Balance::Roofline,
             measured: profile.and_then(costs),
+            profile_command: None,
         };
         let rows = pipeline.max_sequences as u64 / in_flight(own.seats.len() as u64);
         let rows = rows.min(setting.max_rows()).max(1);

@@ -26,7 +26,7 @@ use crate::lower;
 use crate::placement::{self, Occasion, Placement, Source};
 use crate::progress::{self, Display, Watched};
 use crate::report::{Report, StageLine};
-use crate::{machine, print, replace, say};
+use crate::{machine, print, profile, replace, say};
 
 /// A job that failed and can be run again, once what stopped it is out of the way.
 const EXIT_FAILED: u8 = 1;
@@ -170,13 +170,8 @@ async fn place(job: &JobFile, model: &Model, occasion: Occasion) -> Result<Place
 /// The command that measures what a job's stages are cut by.
 fn profile_command(loaded: &Loaded, job_file: Option<&Path>) -> String {
     let Some(path) = job_file else { return "spanwise profile with the job's own file".to_owned() };
-    let mut command = format!("spanwise profile {}", path.display());
-    let decides =
-        |set: &&configs::Override| set.key.starts_with("model.") || set.key.starts_with("pipeline.");
-    for set in loaded.overrides.iter().filter(decides) {
-        command += &format!(" --set '{}={}'", set.key, set.value);
-    }
-    command
+    let sets: Vec<String> = loaded.overrides.iter().map(|set| format!("{}={}", set.key, set.value)).collect();
+    profile::command(path, sets.iter().map(String::as_str))
 }
 
 /// The file of a run's steps, where one is wanted, with a row for each stage.

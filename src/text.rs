@@ -38,6 +38,37 @@ pub(crate) fn bytes(bytes: u64) -> String {
     format!("{:.1} {name}", bytes as f64 / unit)
 }
 
+/// Things a second: with digits behind the point where they are few.
+pub(crate) fn rate(per_second: f64) -> String {
+    match per_second {
+        10.0.. => grouped(per_second.round() as u64),
+        0.1.. => format!("{per_second:.1}"),
+        _ => format!("{per_second:.4}"),
+    }
+}
+
+/// Milliseconds, or microseconds where they are few.
+pub(crate) fn milliseconds(ms: f64) -> String {
+    if ms == 0.0 || ms >= 0.95 { format!("{ms:.1} ms") } else { format!("{:.1} us", ms * 1e3) }
+}
+
+/// From so many hours to so many, or in seconds where they are few.
+pub(crate) fn hours([least, most]: [f64; 2]) -> String {
+    match is_seconds(most) {
+        true => format!("{:.1} to {:.1} s", least * 3600.0, most * 3600.0),
+        false => format!("{least:.2} to {most:.2} hours"),
+    }
+}
+
+/// Hours, or seconds where they are few.
+pub(crate) fn hours_or_seconds(hours: f64) -> String {
+    if is_seconds(hours) { format!("{:.1} s", hours * 3600.0) } else { format!("{hours:.1} hours") }
+}
+
+fn is_seconds(hours: f64) -> bool {
+    hours < 0.1
+}
+
 /// Seconds as `45 s`, `12 min` or `3 h 05 min`.
 pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
@@ -70,6 +101,18 @@ mod tests {
         let sizes = [0, 999, 1_500, 999_949, 999_960, 71_234_567, 999_960_000, 506_802_536_448];
         let texts = ["0", "999 B", "1.5 kB", "999.9 kB", "1.0 MB", "71.2 MB", "1.0 GB", "506.8 GB"];
         assert_eq!(sizes.map(bytes), texts);
+    }
+
+    #[test]
+    fn small_figures_have_small_units() {
+        assert_eq!([5_262.4, 9.96, 0.17, 0.0031].map(rate), ["5,262", "10.0", "0.2", "0.0031"]);
+        assert_eq!(
+            [1636.13, 0.95, 0.0421, 0.0].map(milliseconds),
+            ["1636.1 ms", "0.9 ms", "42.1 us", "0.0 ms"]
+        );
+        assert_eq!(hours([2.746, 8.89]), "2.75 to 8.89 hours");
+        assert_eq!(hours([0.001, 0.003]), "3.6 to 10.8 s");
+        assert_eq!([22.04, 0.05].map(hours_or_seconds), ["22.0 hours", "180.0 s"]);
     }
 
     #[test]

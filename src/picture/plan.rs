@@ -270,7 +270,7 @@ fn longest(rows: &[Row]) -> f64 {
 
 /// The even split's stages with their time for as many rows as the plan's micro-batch has.
 fn even_rows(setting: &Setting, answer: &Answer, ends: &[bool]) -> Vec<Row> {
-    let (layout, factor) = match &answer.even_layout {
+    let (layout, factor) = match &answer.even.layout {
         Some(even) => (even, answer.plan.case.rows as f64 / even.case.rows as f64),
         None => (&answer.plan, 1.0),
     };

@@ -33,13 +33,23 @@ pub(crate) struct Answer {
     pub(crate) replicas: usize,
     /// One of the replicas, with the tokens a second of all of them.
     pub(crate) plan: Layout,
-    pub(crate) even_layout: Option<Layout>,
+    /// The job's own stages, where it gives any.
+    pub(crate) given: Option<Other>,
+    pub(crate) even: Other,
     /// One stage of all devices, and what to expect of it if it fits; nothing where devices are unlike.
     pub(crate) uniform: Option<(usize, Option<Layout>)>,
     pub(crate) bottleneck_over_mean: f64,
-    pub(crate) even_over_mean: f64,
     pub(crate) blocks_only: f64,
     pub(crate) blocks_only_even: f64,
+}
+
+/// Other stages than the plan's.
+#[derive(Debug)]
+pub(crate) struct Other {
+    /// In what is balanced.
+    pub(crate) over_mean: f64,
+    /// What to expect of them, if they fit.
+    pub(crate) layout: Option<Layout>,
 }
 
 impl Layout {
@@ -48,8 +58,8 @@ impl Layout {
     }
 }
 
-/// The plan, or none when nothing fits.
-pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
+/// The plan beside the stages that a job gives, or none when nothing fits.
+pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>) -> Option<Answer> {
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
     let (replicas, plan) = plan(setting, &pieces)?;
@@ -61,8 +71,8 @@ pub(crate) fn answer(setting: &Setting) -> Option<Answer> {
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
-        even_over_mean: over_mean(setting, &pieces, &even, rows),
-        even_layout: expect(setting, &pieces, &[1], even.clone()),
+        given: given_stages.map(|stages| other(setting, &pieces, stages, rows)),
+        even: other(setting, &pieces, even, rows),
         uniform: uniform(setting, &pieces),
         blocks_only,
         blocks_only_even,
@@ -251,9 +261,13 @@ pub(crate) fn even_split(setting: &Setting, pieces: &[PieceShape]) -> Vec<Planne
 
 /// The slowest device over the mean, in what is balanced, for stages on all devices.
 fn over_mean(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage], rows: u64) -> f64 {
-    let case = setting.case(pieces, &[1], setting.balance, rows);
+    let case = setting.case(pieces, &setting.widths(), setting.balance, rows);
     let ends = ends_block(pieces);
     case.problem(&ends).bottleneck_over_mean(stages)
+}
+
+fn other(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>, rows: u64) -> Other {
+    Other { over_mean: over_mean(setting, pieces, &stages, rows), layout: given(setting, pieces, stages) }
 }
 
 fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<Layout>)> {

@@ -4,8 +4,8 @@ use configs::DeviceList;
 use serde::Serialize;
 use stages::cost::NumberType;
 
-use crate::plan::answer;
 use crate::plan::setting::Setting;
+use crate::plan::{answer, kv_type};
 
 /// How far a setting is from fitting.
 #[derive(Debug, Serialize)]
@@ -64,20 +64,30 @@ fn fewer_tokens(setting: &Setting) -> Option<u64> {
 
 /// The widest of the narrower types of weights that fits.
 fn narrower(setting: &Setting) -> Option<&'static str> {
-    let types = [NumberType::F32, NumberType::Bf16, NumberType::Fp8, NumberType::Fp4];
-    let place = types.iter().position(|kind| *kind == setting.types.weights)?;
-    let fitting = types[place + 1..].iter().find(|weights| {
+    let own = setting.types.weights;
+    // A thousand million numbers tell types apart that have scales beside them.
+    let bytes = |kind: NumberType| kind.bytes(1 << 30);
+    let fitting = types_of(setting).iter().filter(|kind| bytes(**kind) < bytes(own)).find(|weights| {
         let mut narrow = setting.clone();
         narrow.types.weights = **weights;
         if !setting.is_kv_type_given {
-            narrow.types.kv = match weights {
-                NumberType::Fp8 | NumberType::Fp4 => NumberType::Fp8,
-                other => **other,
-            };
+            narrow.types.kv = kv_type(**weights);
         }
         answer::fits(&narrow, 0)
     });
     fitting.map(|weights| weights.name())
+}
+
+/// The types of weights that the devices compute with, the widest first: CPUs have integers, and so has a job that names them;
+/// GPUs narrow floating-point numbers.
+fn types_of(setting: &Setting) -> &'static [NumberType] {
+    use NumberType::{Bf16, F32, Fp4, Fp8, Int4Weight, Int8, Int8Weight};
+    let is_cpu = |(_, name): &(usize, String)| configs::num_cores(name).is_some();
+    let has_integers = matches!(setting.types.weights, Int8 | Int8Weight | Int4Weight);
+    match has_integers || setting.devices.runs().iter().any(is_cpu) {
+        true => &[F32, Bf16, Int8Weight, Int4Weight],
+        false => &[F32, Bf16, Fp8, Fp4],
+    }
 }
 
 /// The fewest devices of the last kind more.

@@ -15,7 +15,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use configs::{DeviceCatalog, JobFile, KvCacheDtype, Purpose, Stages};
+use configs::{DeviceCatalog, JobFile, KvCacheDtype, Purpose};
+use scheduler::PlannedStage;
 use stages::cost::{Balance, Measured, NumberType, NumberTypes};
 use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
@@ -35,7 +36,7 @@ pub(crate) use crate::plan::lengths::Lengths;
 /// A job file, model or list of devices that is wrong. A model that does not fit is no error of these: the
 /// plan says what is missing, and the exit code is that of bad input.
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
-    let job = load(&args.setting)?;
+    let job = crate::run::load_for(Purpose::Plan, &args.setting.job, &args.setting.sets)?.job;
     let balance = match args.cost {
         BalanceArg::Roofline | BalanceArg::Measured => Balance::Roofline,
         BalanceArg::Flops => Balance::Flops,
@@ -46,10 +47,8 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
     if args.cost == BalanceArg::Measured {
         setting.measured = Some(measured(&args.setting, &job, &setting)?);
     }
-    if job.pipeline.stages != Stages::Auto {
-        crate::say("warning: a plan finds its own stages, [pipeline] stages is not looked at");
-    }
-    let Some(answer) = answer::answer(&setting) else {
+    let given = given_stages(&args.setting, &job, &setting)?;
+    let Some(answer) = answer::answer(&setting, given) else {
         let refused = refuse(&setting, args.format)?;
         if let Some(path) = &args.svg {
             bail!("no picture for {}: nothing fits, so there is no plan to draw", path.display());
@@ -63,6 +62,18 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
         picture::save(path, &picture::draw_plan(&name, &setting, &answer, found))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The stages that a job gives. Where it is planned for other devices, they need not be stages of these.
+fn given_stages(args: &SettingArgs, job: &JobFile, setting: &Setting) -> Result<Option<Vec<PlannedStage>>> {
+    let is_elsewhere = args.devices.is_some() || job.plan.as_ref().is_some_and(|plan| plan.devices.is_some());
+    match given::given_stages(setting, job, &setting.pieces()) {
+        Err(error) if is_elsewhere => {
+            crate::say(&format!("warning: the job's own stages are not compared: {error}"));
+            Ok(None)
+        }
+        given => given,
+    }
 }
 
 /// Says what a model that does not fit is missing, and the nearest that fits.
@@ -82,18 +93,6 @@ fn show(setting: &Setting, report: &report::Report, format: Format) -> Result<()
     Ok(())
 }
 
-/// The job file with what overrides it.
-///
-/// # Errors
-/// A job file that is wrong.
-pub(crate) fn load(args: &SettingArgs) -> Result<JobFile> {
-    // A variable that is not UTF-8 is none of ours.
-    let environment =
-        std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
-    let folder = std::env::current_dir().context("find the working folder")?;
-    Ok(configs::load_for(Purpose::Plan, &args.job, &args.sets, environment, &folder)?.job)
-}
-
 /// What is planned for a job.
 ///
 /// # Errors
@@ -110,12 +109,14 @@ pub(crate) fn setting(
         Some(path) => DeviceCatalog::read(path)?,
         None => DeviceCatalog::shipped(),
     };
+    let mut profile_command = None;
     let (devices, catalog) = match (&args.devices, &plan.devices) {
         (Some(list), _) | (None, Some(list)) => (list.clone(), catalog.with_cores_of(list)),
         (None, None) => {
             let machine = machine::detect();
             let own = OwnDevices::of(&job.pipeline, &machine)?;
             let catalog = own.in_catalog(catalog, &machine);
+            profile_command = Some(profile::command(&args.job, args.sets.iter().map(String::as_str)));
             (own.list, catalog)
         }
     };
@@ -139,6 +140,7 @@ pub(crate) fn setting(
         column_cuts: job.pipeline.column_cuts,
         balance,
         measured: None,
+        profile_command,
     })
 }
 
@@ -204,12 +206,26 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
         Some(PlanDtype::Bf16) => NumberType::Bf16,
         Some(PlanDtype::Fp8) => NumberType::Fp8,
         Some(PlanDtype::Fp4) => NumberType::Fp4,
+        Some(PlanDtype::Int8) => NumberType::Int8,
+        Some(PlanDtype::Int8Weight) => NumberType::Int8Weight,
+        Some(PlanDtype::Int4Weight) => NumberType::Int4Weight,
         None => own(job.model.dtype),
     };
-    let kv = match (job.pipeline.kv_cache_dtype, weights) {
-        (KvCacheDtype::F32, _) | (KvCacheDtype::Auto, NumberType::F32) => NumberType::F32,
-        (KvCacheDtype::Auto, NumberType::Fp8 | NumberType::Fp4) => NumberType::Fp8,
-        (KvCacheDtype::Bf16 | KvCacheDtype::Auto, _) => NumberType::Bf16,
+    let kv = match job.pipeline.kv_cache_dtype {
+        KvCacheDtype::F32 => NumberType::F32,
+        KvCacheDtype::Bf16 => NumberType::Bf16,
+        KvCacheDtype::Auto => kv_type(weights),
     };
     NumberTypes { weights, kv }
+}
+
+/// Keys and values beside such weights, where nobody names their type.
+fn kv_type(weights: NumberType) -> NumberType {
+    match weights {
+        NumberType::F32 => NumberType::F32,
+        NumberType::Fp8 | NumberType::Fp4 => NumberType::Fp8,
+        NumberType::Bf16 | NumberType::Int8 | NumberType::Int8Weight | NumberType::Int4Weight => {
+            NumberType::Bf16
+        }
+    }
 }

@@ -6,9 +6,9 @@ use configs::DeviceSpec;
 use scheduler::PlannedStage;
 use serde::Serialize;
 use stages::Ffn;
-use stages::cost::{Balance, PieceShape};
+use stages::cost::{Balance, Basis, Measured, PieceShape};
 
-use crate::plan::answer::{self, Answer, Layout};
+use crate::plan::answer::{self, Answer, Layout, Other};
 use crate::plan::missing::Missing;
 use crate::plan::setting::{self, Setting};
 
@@ -16,6 +16,10 @@ use crate::plan::setting::{self, Setting};
 /// counted (benchmarks of TensorRT-LLM 1.0, MLPerf 5.1): a job takes its estimate at best, and this many
 /// times as long at worst.
 const LONGEST: f64 = 1.0 / 0.31;
+
+/// Stages of pipelines that were measured have taken up to this many times what their profile says, beside the spread of its
+/// times: 1.03 to 1.08 (benches/results/2026-11-24-zen4-2-cores.md).
+const LONGEST_MEASURED: f64 = 1.1;
 
 /// A whole plan.
 #[derive(Debug, Serialize)]
@@ -47,12 +51,18 @@ pub(crate) struct Found {
     pub(crate) replicas: usize,
     pub(crate) stages: Vec<StagePart>,
     pub(crate) micro_batch_rows: u64,
+    /// Rows that decode in a micro-batch on average: less than one where a prompt comes in several.
+    pub(crate) decode_rows: f64,
+    /// Where measured times come from: `measured`, `interpolated`, `extrapolated` or `scaled`.
+    pub(crate) basis: Option<&'static str>,
     pub(crate) tokens_in_flight: u64,
     pub(crate) tokens_per_second: f64,
     pub(crate) bottleneck_over_mean: f64,
     pub(crate) bubble: f64,
     pub(crate) blocks_only: BlocksOnly,
-    pub(crate) even_split: EvenSplit,
+    /// The job's own stages, where it gives any.
+    pub(crate) given_stages: Option<OtherStages>,
+    pub(crate) even_split: OtherStages,
     pub(crate) uniform_tp: Option<UniformTp>,
     pub(crate) job: JobPart,
 }
@@ -107,8 +117,9 @@ pub(crate) struct BlocksOnly {
     pub(crate) even_split: f64,
 }
 
+/// Other stages of single devices.
 #[derive(Debug, Serialize)]
-pub(crate) struct EvenSplit {
+pub(crate) struct OtherStages {
     pub(crate) bottleneck_over_mean: f64,
     pub(crate) fits: bool,
     pub(crate) tokens_per_second: Option<f64>,
@@ -137,6 +148,8 @@ pub(crate) struct JobPart {
     pub(crate) prompt_tokens: PromptPart,
     /// What says how long outputs are: `plan`, or `max_tokens`, an upper bound.
     pub(crate) output_lengths: &'static str,
+    /// How outputs are spread around theirs.
+    pub(crate) lengths: &'static str,
     pub(crate) output_tokens: f64,
     /// Of all rows that are run.
     pub(crate) tokens: Option<TokensPart>,
@@ -162,7 +175,8 @@ pub(crate) struct TokensPart {
     pub(crate) output: u64,
 }
 
-/// From the estimate to what engines have been seen to fall short of it.
+/// From the least to the most that is to be expected: of an estimate from itself to what engines have been seen to fall short of
+/// it, of measured times by their spread and what pipelines have been seen to take beyond them.
 #[derive(Debug, Serialize)]
 pub(crate) struct Interval {
     pub(crate) hours: Option<[f64; 2]>,
@@ -216,7 +230,11 @@ impl Found {
             let other = layout.as_ref().map(|layout| layout.tokens_per_second);
             (other, other.map(|other| speed / other))
         };
-        let (even_speed, even_ratio) = beside(&answer.even_layout);
+        let other = |other: &Other| {
+            let (tokens_per_second, ratio) = beside(&other.layout);
+            let (bottleneck_over_mean, fits) = (other.over_mean, other.layout.is_some());
+            OtherStages { bottleneck_over_mean, fits, tokens_per_second, ratio }
+        };
         let uniform_tp = answer.uniform.as_ref().map(|(ranks, layout)| {
             let (tokens_per_second, ratio) = beside(layout);
             UniformTp { tensor_parallel: *ranks, fits: layout.is_some(), tokens_per_second, ratio }
@@ -225,6 +243,8 @@ impl Found {
             replicas: answer.replicas,
             stages,
             micro_batch_rows: plan.case.rows,
+            decode_rows: plan.case.decode_rows,
+            basis: setting.measured.as_ref().map(|measured| basis(replica, measured, answer).name()),
             tokens_in_flight: answer::tokens_in_flight(replica, plan),
             tokens_per_second: speed,
             bottleneck_over_mean: answer.bottleneck_over_mean,
@@ -233,15 +253,32 @@ impl Found {
                 bottleneck_over_mean: answer.blocks_only,
                 even_split: answer.blocks_only_even,
             },
-            even_split: EvenSplit {
-                bottleneck_over_mean: answer.even_over_mean,
-                fits: answer.even_layout.is_some(),
-                tokens_per_second: even_speed,
-                ratio: even_ratio,
-            },
+            given_stages: answer.given.as_ref().map(other),
+            even_split: other(&answer.even),
             uniform_tp,
-            job: JobPart::of(setting, room, speed),
+            job: JobPart::of(setting, room, speed, interval(replica, answer)),
         }
+    }
+}
+
+/// Where the times of all stages come from, the least sure of them.
+fn basis(setting: &Setting, measured: &Measured, answer: &Answer) -> Basis {
+    let load = setting.load(answer.plan.case.rows);
+    let stages = answer.plan.stages.iter();
+    let of_stage = |stage: &PlannedStage| {
+        measured.basis(&answer.pieces[stage.pieces.clone()], stage.devices.len(), load)
+    };
+    stages.map(of_stage).max().unwrap_or(Basis::Measured)
+}
+
+/// The shortest and the longest that a job may take, as shares of what it is said to take.
+fn interval(setting: &Setting, answer: &Answer) -> [f64; 2] {
+    match &setting.measured {
+        Some(measured) => {
+            let [least, most] = measured.spread(setting.load(answer.plan.case.rows));
+            [least, most * LONGEST_MEASURED]
+        }
+        None => [1.0, LONGEST],
     }
 }
 
@@ -353,7 +390,7 @@ fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedS
 
 impl JobPart {
     /// The job on stages of which the fullest has room for so many tokens.
-    fn of(setting: &Setting, room: u64, tokens_per_second: f64) -> Self {
+    fn of(setting: &Setting, room: u64, tokens_per_second: f64, interval: [f64; 2]) -> Self {
         let work = &setting.work;
         let lengths = &work.lengths;
         let in_all = |tokens: f64| setting.rows.map(|rows| rows as f64 * tokens);
@@ -363,7 +400,7 @@ impl JobPart {
             (setting.kind_of_each().iter()).map(|kind| setting.kinds()[*kind].price_per_hour).collect();
         let price = prices.map(|prices| prices.iter().sum::<f64>());
         let cost = hours.zip(price).map(|(hours, price)| hours * price);
-        let interval = |least: Option<f64>| least.map(|least| [least, least * LONGEST]);
+        let interval = |of: Option<f64>| of.map(|of| interval.map(|share| share * of));
         JobPart {
             rows: work.rows,
             rows_refused: work.read.and_then(|read| work.of_all(read.refused)),
@@ -380,6 +417,7 @@ impl JobPart {
                 Some(read) if !read.is_output_given => "max_tokens",
                 Some(_) | None => "plan",
             },
+            lengths: setting.lengths.name(),
             output_tokens: setting.mix.output_tokens,
             tokens: prompt.zip(output).map(|(prompt, output)| TokensPart {
                 prompt: prompt.round() as u64,

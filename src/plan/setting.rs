@@ -53,6 +53,8 @@ pub(crate) struct Setting {
     pub(crate) balance: Balance,
     /// What takes the roofline's place.
     pub(crate) measured: Option<Measured>,
+    /// What would measure the devices, where they are this machine's.
+    pub(crate) profile_command: Option<String>,
 }
 
 /// Rows of a micro-batch beyond which nothing is gained: products reach their ceiling at some 200 tokens.

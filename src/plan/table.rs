@@ -1,9 +1,10 @@
 //! A plan as people read it.
 
+use crate::cli::LengthsArg;
 use crate::plan::missing::{Missing, Nearest};
 use crate::plan::report::{Found, Report, StagePart};
 use crate::plan::setting::Setting;
-use crate::text::grouped;
+use crate::text::{self, bytes, grouped, rate, short};
 
 pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
     let mut lines = vec![];
@@ -23,11 +24,22 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
     if let Some(found) = &report.found {
         lines.extend(found_lines(report, found));
     }
-    lines.push(match report.estimate {
-        true => "estimate   by the devices' rooflines: nothing here was measured".to_owned(),
-        false => "measured   times are those of the profile, the rest follows from shapes".to_owned(),
-    });
+    lines.push(source_line(setting, report));
     lines
+}
+
+/// Where times come from.
+fn source_line(setting: &Setting, report: &Report) -> String {
+    if report.estimate {
+        let measure = setting.profile_command.as_ref();
+        let measure = measure.map_or(String::new(), |command| format!("; {command} would"));
+        return format!("estimate   by the devices' rooflines: nothing here was measured{measure}");
+    }
+    let basis = match report.found.as_ref().and_then(|found| found.basis) {
+        Some("measured") | None => String::new(),
+        Some(basis) => format!(", {basis}"),
+    };
+    format!("measured   times are those of the profile{basis}, the rest follows from shapes")
 }
 
 /// What is planned for.
@@ -36,8 +48,12 @@ fn work_lines(setting: &Setting, report: &Report) -> Vec<String> {
     let (prompt, output) = (whole(setting.mix.prompt_tokens), whole(setting.mix.output_tokens));
     let Some(read) = setting.work.read else {
         let devices = &report.devices;
+        let spread = match setting.lengths {
+            LengthsArg::Fixed => "for each".to_owned(),
+            spread => format!("on average, {}", spread.name()),
+        };
         return vec![format!(
-            "job        prompts of {prompt} tokens, {output} generated for each, on {devices}"
+            "job        prompts of {prompt} tokens, {output} generated {spread}, on {devices}"
         )];
     };
     let lengths = &setting.work.lengths;
@@ -71,8 +87,8 @@ fn work_lines(setting: &Setting, report: &Report) -> Vec<String> {
 fn missing_lines(report: &Report, missing: &Missing) -> Vec<String> {
     let mut lines = vec![format!(
         "does not fit: {} are missing, {} on each of {}",
-        gigabytes(missing.bytes),
-        gigabytes(missing.bytes_per_device),
+        bytes(missing.bytes),
+        bytes(missing.bytes_per_device),
         report.devices
     )];
     for nearest in &missing.nearest {
@@ -118,12 +134,12 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
         );
     }
     lines.push(format!(
-        "micro-batch of {} rows, {} tokens of KV in flight{}",
-        grouped(found.micro_batch_rows),
+        "micro-batch of {}, {} tokens of KV in flight{}",
+        micro_batch(found),
         grouped(found.tokens_in_flight),
         if found.replicas > 1 { ", in each replica" } else { "" }
     ));
-    lines.push(format!("speed      {} generated tokens/s", grouped(found.tokens_per_second.round() as u64)));
+    lines.push(format!("speed      {} generated tokens/s", rate(found.tokens_per_second)));
     lines.push(format!(
         "balance    slowest over mean {:.3} by {}, bubble {:.1} %; blocks alone {:.4}",
         found.bottleneck_over_mean,
@@ -131,6 +147,10 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
         found.bubble * 100.0,
         found.blocks_only.bottleneck_over_mean
     ));
+    if let Some(given) = &found.given_stages {
+        let (over_mean, beside) = (given.bottleneck_over_mean, beside(given.tokens_per_second, given.ratio));
+        lines.push(format!("own stages slowest over mean {over_mean:.3}: {beside}"));
+    }
     let even = &found.even_split;
     lines.push(format!(
         "even split slowest over mean {:.3}, blocks alone {:.4}: {}",
@@ -156,15 +176,26 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
     lines
 }
 
+/// The rows of a micro-batch, or how a long prompt is shared out to several.
+fn micro_batch(found: &Found) -> String {
+    match found.decode_rows < found.micro_batch_rows as f64 {
+        true => format!(
+            "a chunk of 1 prompt, {:.1} of them for a row",
+            found.micro_batch_rows as f64 / found.decode_rows
+        ),
+        false => format!("{} rows", grouped(found.micro_batch_rows)),
+    }
+}
+
 /// Another layout's speed, and the plan's beside it.
 pub(crate) fn beside(tokens_per_second: Option<f64>, ratio: Option<f64>) -> String {
     match tokens_per_second.zip(ratio) {
         Some((speed, ratio)) if ratio < 1.0 => {
-            let (speed, better) = (grouped(speed.round() as u64), 1.0 / ratio);
+            let (speed, better) = (rate(speed), 1.0 / ratio);
             format!("{speed} tokens/s, {better:.2} times as fast as the plan: take it")
         }
         Some((speed, ratio)) => {
-            format!("{} tokens/s, the plan is {ratio:.2} times as fast", grouped(speed.round() as u64))
+            format!("{} tokens/s, the plan is {ratio:.2} times as fast", rate(speed))
         }
         None => "does not fit".to_owned(),
     }
@@ -181,15 +212,15 @@ pub(crate) fn device_range(devices: &[String]) -> String {
 
 fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
     let devices = device_range(&stage.devices);
-    let ms = |ms: f64| format!("{ms:.1} ms");
+    let ms = |ms: f64| text::milliseconds(ms);
     let mut lines = vec![format!(
         "{idx:<5} {:<9} {:<11} {devices:<16} {:>7} {:>8} {:>8} {:>8} {:>10} {:>8} {:>8} {:>8}",
         format!("[{}, {})", stage.blocks[0], stage.blocks[1]),
         format!("[{}, {})", stage.slots[0], stage.slots[1]),
-        format!("{:.1} B", stage.params as f64 / 1e9),
-        gigabytes(stage.memory.weights),
-        gigabytes(stage.memory.kv),
-        gigabytes(stage.memory.free),
+        short(stage.params as f64),
+        bytes(stage.memory.weights),
+        bytes(stage.memory.kv),
+        bytes(stage.memory.free),
         stage.kv_tokens.map_or("-".to_owned(), grouped),
         ms(stage.time_ms.prefill),
         ms(stage.time_ms.decode),
@@ -203,18 +234,16 @@ fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
 
 fn job_line(found: &Found) -> Option<String> {
     let job = &found.job;
-    let (rows, hours, [_, longest]) = (job.rows?, job.hours?, job.interval.hours?);
-    let cost = match job.cost.zip(job.interval.cost) {
-        Some((cost, [_, dearest])) => format!(", costs {cost:.2} to {dearest:.2}"),
+    let (rows, [shortest, longest]) = (job.rows?, job.interval.hours?);
+    let cost = match job.interval.cost {
+        Some([cheapest, dearest]) => format!(", costs {cheapest:.2} to {dearest:.2}"),
         None => String::new(),
     };
+    let devices = shortest * job.device_hours? / job.hours?;
     Some(format!(
-        "{} rows   {hours:.2} to {longest:.2} hours, {:.1} device-hours at best{cost}",
+        "{} rows   {}, {} of a device at best{cost}",
         grouped(rows),
-        job.device_hours?
+        text::hours([shortest, longest]),
+        text::hours_or_seconds(devices)
     ))
-}
-
-pub(crate) fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / 1e9)
 }

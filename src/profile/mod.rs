@@ -2,6 +2,8 @@
 
 mod table;
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use configs::Pipeline;
 use stages::Model;
@@ -48,6 +50,13 @@ pub(crate) fn store() -> Result<Store> {
     store.context("find a folder for profiles\nhint: set SPANWISE_PROFILES, XDG_CACHE_HOME or HOME")
 }
 
+/// The command that measures a job's devices, with what of its overrides they depend on.
+pub(crate) fn command<'a>(job: &Path, sets: impl Iterator<Item = &'a str>) -> String {
+    let decides = |set: &&str| set.starts_with("model.") || set.starts_with("pipeline.");
+    let sets: String = sets.filter(decides).map(|set| format!(" --set '{set}'")).collect();
+    format!("spanwise profile {}{sets}", job.display())
+}
+
 /// How a job's devices are measured: as `run` lays them over the machine.
 ///
 /// # Errors
@@ -84,7 +93,7 @@ pub(crate) fn refresh(
     earlier: Option<Profile>,
 ) -> Result<Profile> {
     let wanted = match &earlier {
-        Some(profile) => profile.missing(&model.config),
+        Some(profile) => profile.measurable(profile.missing(&model.config), options.room_bytes()),
         None => Missing::all_of(&model.config),
     };
     let fresh = measure(model, options, &wanted, &mut |line| tracing::info!("{line}"))?;

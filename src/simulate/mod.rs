@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use configs::JobFile;
+use configs::{JobFile, Purpose};
 use scheduler::{Lengths, PlannedStage, Simulated, Simulation, Step};
 use stages::cost::{Balance, PieceShape};
 
@@ -37,7 +37,7 @@ const DEFAULT_ROUNDS: u64 = 4;
 /// A job file, model or list of devices that is wrong, or a trace or picture that cannot be written. A model that does not fit is
 /// no error of these: what is missing is said as a plan says it, and the exit code is that of bad input.
 pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
-    let job = crate::plan::load(&args.setting)?;
+    let job = crate::run::load_for(Purpose::Plan, &args.setting.job, &args.setting.sets)?.job;
     let lengths = args.setting.lengths.unwrap_or(LengthsArg::Exponential);
     let mut setting = crate::plan::setting(&args.setting, &job, Balance::Roofline, lengths)?;
     if args.cost == TimesArg::Measured {

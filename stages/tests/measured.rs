@@ -75,6 +75,7 @@ fn profile() -> Profile {
             decode: by_context(&[(64.0, 0.5), (256.0, 2.0)]),
             prefill: by_context(&[(64.0, -0.25), (256.0, 1.0)]),
         }],
+        too_large: vec![],
     }
 }
 

@@ -185,6 +185,29 @@ fn a_profile_of_another_version_is_measured_again_and_one_that_lacks_blocks_comp
     assert_eq!(blocks(&read_json(&world.file())), before);
 }
 
+/// A block that did not fit into the memory is tried again only where there is room for it.
+#[test]
+fn what_was_too_large_to_measure_is_not_tried_by_every_run() {
+    let world = World::measured();
+    let leave_out = |needed_bytes: u64| {
+        world.edit(|profile| {
+            let entry = profile["blocks"].as_array_mut().unwrap().pop().unwrap();
+            let part = json!({"block": entry["shape"]});
+            profile["too_large"] = json!([{"part": part, "needed_bytes": needed_bytes}]);
+        });
+    };
+    leave_out(1 << 50);
+    for _ in 0..2 {
+        let (plan, stderr) = world.run(&[]);
+        assert!(plan["cost"] == "estimate" && stderr.contains("no room to measure it"), "{stderr}");
+        assert!(!stderr.contains("measured again"), "{stderr}");
+    }
+    world.edit(|profile| profile["too_large"][0]["needed_bytes"] = json!(1));
+    let (plan, stderr) = world.run(&[]);
+    assert!(plan["cost"] == "measured" && stderr.contains("lacks 1 block"), "{stderr}");
+    assert_eq!(read_json(&world.file())["too_large"], Value::Null);
+}
+
 /// Two stages of each device: it has the time for both.
 #[test]
 fn devices_that_are_named_twice_are_balanced_and_not_their_stages() {

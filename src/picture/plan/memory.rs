@@ -3,7 +3,7 @@
 use crate::picture::canvas::{Area, Bar, Canvas, SMALL};
 use crate::picture::plan::{MEMORY, MEMORY_WIDTH};
 use crate::plan::report::{MemoryPart, StagePart};
-use crate::plan::table::gigabytes;
+use crate::text::bytes as sized;
 use crate::text::{grouped, short};
 
 const WEIGHTS: &str = "#52606d";
@@ -28,7 +28,7 @@ pub(super) fn draw(canvas: &mut Canvas, y: f64, stages: &[&StagePart], is_wide: 
     let parts = [memory.weights, memory.kv, memory.workspace, memory.free];
     for (bytes, (fill, name)) in parts.into_iter().zip(LEGEND) {
         let area = Area { x, y: y + 2.0, width: bytes as f64 * scale, height: 13.0 };
-        let tooltip = format!("{name}: {} of {}", gigabytes(bytes), gigabytes(memory.total));
+        let tooltip = format!("{name}: {} of {}", sized(bytes), sized(memory.total));
         canvas.bars(("data-memory", name.to_owned()), &tooltip, &[Bar { area, fill }]);
         x += area.width;
     }
@@ -51,10 +51,10 @@ fn shared(stages: &[&StagePart]) -> MemoryPart {
 }
 
 fn figures(memory: &MemoryPart, kv_tokens: Option<u64>) -> [String; 2] {
-    let (weights, total) = (gigabytes(memory.weights), gigabytes(memory.total));
+    let (weights, total) = (sized(memory.weights), sized(memory.total));
     match kv_tokens {
         Some(tokens) => [
-            format!("weights {weights}, KV {} of {total}", gigabytes(memory.kv)),
+            format!("weights {weights}, KV {} of {total}", sized(memory.kv)),
             format!("room for {} KV tokens", grouped(tokens)),
         ],
         None => [format!("weights {weights} of {total}"), "no KV".to_owned()],

@@ -14,7 +14,7 @@ use super::rank::{self, Parts};
 use super::roofline::{Channel, NumberTypes};
 use crate::block::Attention;
 use crate::config::ModelConfig;
-use crate::profile::{ContextPoint, Missing, Neighbours, Profile, SHORT_CONTEXT, TokenPoint};
+use crate::profile::{ContextPoint, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, TokenPoint};
 
 /// Costs of one model on a device that was measured.
 #[derive(Debug, Clone)]
@@ -33,6 +33,9 @@ pub struct Measured {
 struct BlockCurves {
     /// By tokens of the micro-batch, at almost no context.
     base: Curve,
+    /// The quartiles of the same.
+    lower: Curve,
+    upper: Curve,
     /// Beyond that, for each token by its context.
     attention: Option<AttentionCurves>,
 }
@@ -83,6 +86,8 @@ impl Measured {
             let entry = profile.block((*block).into()).expect("none is missing");
             BlockCurves {
                 base: by_tokens(entry.points.get(neighbours)),
+                lower: quartile(entry.points.get(neighbours), |seconds| seconds.lower),
+                upper: quartile(entry.points.get(neighbours), |seconds| seconds.upper),
                 attention: match block.attention {
                     Attention::Gqa { kv_heads } => Some(attention(kv_heads)),
                     Attention::Linear | Attention::None => None,
@@ -114,6 +119,15 @@ impl Measured {
     /// Whether every cost for a load was measured at that very point.
     pub fn is_measured_at(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> bool {
         self.basis(pieces, ranks, load) == Basis::Measured
+    }
+
+    /// The quartiles of what all blocks take for a load, as shares of the median: by their times at almost no context.
+    pub fn spread(&self, load: Load) -> [f64; 2] {
+        let sum = |curve: fn(&BlockCurves) -> &Curve| {
+            self.blocks.iter().map(|block| curve(block).at(load.tokens())).sum::<f64>()
+        };
+        let median = sum(|block| &block.base);
+        [sum(|block| &block.lower) / median, sum(|block| &block.upper) / median]
     }
 
     /// One rank's share of a block, by its matrices.
@@ -195,6 +209,10 @@ impl BlockCurves {
         }
         basis
     }
+}
+
+fn quartile(points: &[TokenPoint], of: fn(&Seconds) -> f64) -> Curve {
+    Curve::new(points.iter().map(|point| (point.tokens as f64, of(&point.seconds))))
 }
 
 fn by_context(points: &[ContextPoint]) -> Curve {

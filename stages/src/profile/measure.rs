@@ -10,7 +10,7 @@ use super::grid;
 use super::key::ProfileKey;
 use super::points::{Both, Seconds, TokenPoint};
 use super::subject::{self, Pages, Place, Step, Subject};
-use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile};
+use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile, TooLarge};
 use crate::block::{Attention, Block, Ffn};
 use crate::cost::NumberType;
 use crate::error::{Error, Result};
@@ -57,6 +57,11 @@ impl Default for Effort {
 }
 
 impl MeasureOptions {
+    /// Memory for what one device holds.
+    pub fn room_bytes(&self) -> u64 {
+        (self.free_bytes as f64 * MEMORY_SHARE) as u64 / self.devices.len() as u64
+    }
+
     /// What a profile of `model` by these options holds for.
     pub fn key(&self, model: &Model) -> ProfileKey {
         let config = &model.config;
@@ -92,33 +97,44 @@ pub fn measure(
         head,
         blocks: Vec::new(),
         attention: Vec::new(),
+        too_large: Vec::new(),
     };
     for (idx, shape) in wanted.blocks.iter().enumerate() {
         let which = format!("block {} of {}: {shape}", idx + 1, wanted.blocks.len());
-        profile.blocks.extend(unless_too_large(&which, || bench.block(*shape, &profile.hop), say)?);
+        match unless_too_large(&which, || bench.block(*shape, &profile.hop), say)? {
+            Ok(entry) => profile.blocks.push(entry),
+            Err(needed_bytes) => {
+                profile.too_large.push(TooLarge { part: super::Part::Block(*shape), needed_bytes });
+            }
+        }
     }
     for (idx, kv_heads) in wanted.kv_heads.iter().enumerate() {
         let which = format!("attention {} of {}: {kv_heads} KV heads", idx + 1, wanted.kv_heads.len());
-        profile.attention.extend(unless_too_large(&which, || bench.attention(*kv_heads), say)?);
+        match unless_too_large(&which, || bench.attention(*kv_heads), say)? {
+            Ok(entry) => profile.attention.push(entry),
+            Err(needed_bytes) => {
+                profile.too_large.push(TooLarge { part: super::Part::Attention(*kv_heads), needed_bytes });
+            }
+        }
     }
     Ok(profile)
 }
 
-/// Measures a part, or says why it is left out.
+/// Measures a part, or says why it is left out, and how many bytes it would take.
 fn unless_too_large<T>(
     which: &str,
     measure: impl FnOnce() -> Result<T>,
     say: &mut dyn FnMut(&str),
-) -> Result<Option<T>> {
+) -> Result<std::result::Result<T, u64>> {
     let begun = Instant::now();
     match measure() {
         Ok(entry) => {
             say(&format!("{which}, {:.1} s", begun.elapsed().as_secs_f64()));
-            Ok(Some(entry))
+            Ok(Ok(entry))
         }
-        Err(error @ Error::TooLargeToMeasure { .. }) => {
+        Err(error @ Error::TooLargeToMeasure { needed_bytes, .. }) => {
             say(&format!("{which} is left out: {error}"));
-            Ok(None)
+            Ok(Err(needed_bytes))
         }
         Err(error) => Err(error),
     }
@@ -164,9 +180,8 @@ impl Bench<'_> {
         NumberType::from(self.options.dtypes.weights).at_least_bf16().bytes(self.table_params())
     }
 
-    /// Memory for what one device holds.
     fn room(&self) -> u64 {
-        (self.options.free_bytes as f64 * MEMORY_SHARE) as u64 / self.options.devices.len() as u64
+        self.options.room_bytes()
     }
 
     fn check_room(&self, what: &str, needed_bytes: u64) -> Result<()> {

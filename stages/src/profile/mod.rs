@@ -60,6 +60,28 @@ pub struct Profile {
     pub blocks: Vec<BlockEntry>,
     /// Each distinct attention.
     pub attention: Vec<AttentionEntry>,
+    /// What the memory had no room for, and what it would have taken: it is not tried again before there is as much.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub too_large: Vec<TooLarge>,
+}
+
+/// A part that is not there because it did not fit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TooLarge {
+    /// Which.
+    pub part: Part,
+    /// What it takes on one device.
+    pub needed_bytes: u64,
+}
+
+/// A part of a model that has an entry of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// A distinct block.
+    Block(BlockShape),
+    /// Attention of so many KV heads.
+    Attention(usize),
 }
 
 /// What makes blocks alike.
@@ -166,6 +188,17 @@ impl Profile {
         self.hop.alone.last().is_some_and(|point| point.tokens >= micro_batch_tokens)
     }
 
+    /// Of what it lacks, all that there may be room for where one device has `room_bytes`.
+    pub fn measurable(&self, mut missing: Missing, room_bytes: u64) -> Missing {
+        let may_fit = |part: Part| {
+            let known = self.too_large.iter().find(|too_large| too_large.part == part);
+            known.is_none_or(|known| known.needed_bytes <= room_bytes)
+        };
+        missing.blocks.retain(|shape| may_fit(Part::Block(*shape)));
+        missing.kv_heads.retain(|kv_heads| may_fit(Part::Attention(*kv_heads)));
+        missing
+    }
+
     /// What it lacks for a model.
     pub fn missing(&self, config: &ModelConfig) -> Missing {
         let mut missing = Missing::all_of(config);
@@ -182,6 +215,13 @@ impl Profile {
         self.blocks.extend(earlier.blocks.into_iter().filter(|entry| own.block(entry.shape).is_none()));
         self.attention
             .extend(earlier.attention.into_iter().filter(|entry| own.attention(entry.kv_heads).is_none()));
+        let is_new = |too_large: &TooLarge| own.too_large.iter().all(|other| other.part != too_large.part);
+        self.too_large.extend(earlier.too_large.into_iter().filter(is_new));
+        let has = |part: Part| match part {
+            Part::Block(shape) => self.blocks.iter().any(|entry| entry.shape == shape),
+            Part::Attention(kv_heads) => self.attention.iter().any(|entry| entry.kv_heads == kv_heads),
+        };
+        self.too_large.retain(|too_large| !has(too_large.part));
         self
     }
 }

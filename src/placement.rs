@@ -280,7 +280,7 @@ impl Question {
         for (_, name) in own.list.runs() {
             catalog = catalog.with_memory(name, MEMORY_MIB);
         }
-        let all_reduce = roofline(catalog.get(configs::CPU_CORE)?, types.weights).all_reduce;
+        let all_reduce = roofline(catalog.get(&own.list.runs()[0].1)?, types.weights).all_reduce;
         let costs = |profile| Measured::new(&model.config, profile, neighbours(job), types, all_reduce).ok();
         let lengths = lengths(job, model, options.context_tokens, occasion.has_rows);
         let mix = lengths.mix(LengthsArg::Fixed).expect("an answer has a token");

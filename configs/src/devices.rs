@@ -39,6 +39,11 @@ pub struct DeviceSpec {
     /// The share of `bf16_tflops` that products reach.
     #[serde(default = "bf16_efficiency")]
     pub bf16_efficiency: f64,
+    /// The share of `bf16_tflops` that attention reaches; that of products where it is not given.
+    pub attention_efficiency: Option<f64>,
+    /// What attention takes for each query head of a token whatever its context, in nanoseconds.
+    #[serde(default)]
+    pub attention_head_ns: f64,
     /// The share of `fp8_tflops` that products reach.
     #[serde(default = "fp8_efficiency")]
     pub fp8_efficiency: f64,
@@ -116,11 +121,12 @@ impl DeviceCatalog {
     }
 
     /// The same with several cores of a CPU as one device, for each name such as `cpu-8-cores` in a list: so many times one
-    /// [`CPU_CORE`].
+    /// of its cores.
     #[must_use]
     pub fn with_cores_of(mut self, devices: &DeviceList) -> Self {
         for (_, name) in devices.runs() {
-            if let (Some(cores), Some(core)) = (num_cores(name), self.0.get(CPU_CORE)) {
+            let Some((kind, cores)) = cpu_of(name) else { continue };
+            if let Some(core) = self.0.get(&cpu_name(kind, 1)) {
                 let cpu = core.times(cores as f64);
                 self.0.entry(name.clone()).or_insert(cpu);
             }
@@ -158,22 +164,42 @@ impl DeviceCatalog {
     }
 }
 
-/// What a core of a CPU is called in `devices.toml`.
-pub const CPU_CORE: &str = "cpu-core";
+/// The kinds of cores that plans know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cpu {
+    /// Multiplies in vectors.
+    Vectors,
+    /// Multiplies in AMX tiles.
+    Amx,
+}
 
-/// What so many cores of a CPU are called as one device.
-pub fn cpu_name(cores: usize) -> String {
-    match cores {
-        1 => CPU_CORE.to_owned(),
-        cores => format!("cpu-{cores}-cores"),
+impl Cpu {
+    const ALL: [Cpu; 2] = [Cpu::Vectors, Cpu::Amx];
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Vectors => "cpu",
+            Self::Amx => "amx",
+        }
     }
 }
 
-/// The cores of a device that is called like one of [`cpu_name`].
-pub fn num_cores(name: &str) -> Option<usize> {
-    let count = || name.strip_prefix("cpu-")?.strip_suffix("-cores")?.parse().ok();
-    let cores = if name == CPU_CORE { Some(1) } else { count() };
-    cores.filter(|cores| cpu_name(*cores) == name)
+/// What so many cores are called as one device, in `devices.toml` and in lists.
+pub fn cpu_name(kind: Cpu, cores: usize) -> String {
+    match cores {
+        1 => format!("{}-core", kind.prefix()),
+        cores => format!("{}-{cores}-cores", kind.prefix()),
+    }
+}
+
+/// The kind and the number of cores of a device that is called so.
+pub fn cpu_of(name: &str) -> Option<(Cpu, usize)> {
+    Cpu::ALL.into_iter().find_map(|kind| {
+        let rest = name.strip_prefix(kind.prefix())?.strip_prefix('-')?;
+        let count = || rest.strip_suffix("-cores")?.parse().ok();
+        let cores = if rest == "core" { Some(1) } else { count() };
+        cores.filter(|cores| cpu_name(kind, *cores) == name).map(|cores| (kind, cores))
+    })
 }
 
 impl DeviceSpec {
@@ -183,6 +209,7 @@ impl DeviceSpec {
             memory_mib: self.memory_mib * count,
             bandwidth_gb_per_s: self.bandwidth_gb_per_s * count,
             bf16_tflops: self.bf16_tflops * count,
+            attention_head_ns: self.attention_head_ns / count,
             fp8_tflops: self.fp8_tflops.map(|rate| rate * count),
             fp4_tflops: self.fp4_tflops.map(|rate| rate * count),
             reserved_gb: self.reserved_gb * count,
@@ -203,6 +230,7 @@ impl DeviceSpec {
         ];
         let shares = [
             ("bf16_efficiency", self.bf16_efficiency),
+            ("attention_efficiency", self.attention_efficiency.unwrap_or(1.0)),
             ("fp8_efficiency", self.fp8_efficiency),
             ("fp4_efficiency", self.fp4_efficiency),
             ("bandwidth_efficiency", self.bandwidth_efficiency),
@@ -210,6 +238,7 @@ impl DeviceSpec {
         let amounts = [
             ("link_latency_us", Some(self.link_latency_us)),
             ("all_reduce_latency_us", Some(self.all_reduce_latency_us)),
+            ("attention_head_ns", Some(self.attention_head_ns)),
             ("reserved_gb", Some(self.reserved_gb)),
             ("price_per_hour", self.price_per_hour),
         ];
@@ -362,10 +391,15 @@ mod tests {
 
     #[test]
     fn cores_of_a_cpu_are_one_device() {
-        let list: DeviceList = "cpu-core,2xcpu-8-cores,cpu-1-cores,cpu-x-cores".parse().unwrap();
+        let list: DeviceList = "cpu-core,2xcpu-8-cores,cpu-1-cores,cpu-x-cores,amx-2-cores".parse().unwrap();
         let catalog = DeviceCatalog::shipped().with_cores_of(&list);
         let (one, eight) = (catalog.get("cpu-core").unwrap(), catalog.get("cpu-8-cores").unwrap());
         assert_eq!(eight.bf16_tflops, 8.0 * one.bf16_tflops);
+        assert_eq!(cpu_of("amx-2-cores"), Some((Cpu::Amx, 2)));
+        assert_eq!(
+            catalog.get("amx-2-cores").unwrap().bf16_tflops,
+            2.0 * catalog.get("amx-core").unwrap().bf16_tflops
+        );
         assert_eq!(eight.link_gb_per_s, one.link_gb_per_s);
         assert!(catalog.get("cpu-1-cores").is_err() && catalog.get("cpu-x-cores").is_err());
         assert_eq!(catalog.with_memory("cpu-core", 7.0).get("cpu-core").unwrap().memory_mib, 7.0);

@@ -27,7 +27,7 @@ mod whole;
 
 use std::path::Path;
 
-pub use devices::{CPU_CORE, DeviceCatalog, DeviceList, DeviceSpec, cpu_name, num_cores};
+pub use devices::{Cpu, DeviceCatalog, DeviceList, DeviceSpec, cpu_name, cpu_of};
 pub use error::Error;
 pub use overrides::{ENVIRONMENT_PREFIX, Override, OverrideSource};
 pub use schema::{

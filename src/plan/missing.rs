@@ -82,7 +82,7 @@ fn narrower(setting: &Setting) -> Option<&'static str> {
 /// GPUs narrow floating-point numbers.
 fn types_of(setting: &Setting) -> &'static [NumberType] {
     use NumberType::{Bf16, F32, Fp4, Fp8, Int4Weight, Int8, Int8Weight};
-    let is_cpu = |(_, name): &(usize, String)| configs::num_cores(name).is_some();
+    let is_cpu = |(_, name): &(usize, String)| configs::cpu_of(name).is_some();
     let has_integers = matches!(setting.types.weights, Int8 | Int8Weight | Int4Weight);
     match has_integers || setting.devices.runs().iter().any(is_cpu) {
         true => &[F32, Bf16, Int8Weight, Int4Weight],

@@ -175,7 +175,7 @@ pub(crate) fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> 
     let key = options.key(&model);
     let store = profile::store()?;
     let make = format!("hint: spanwise profile {} measures it", args.job.display());
-    let all_reduce = roofline(setting.catalog.get(configs::CPU_CORE)?, own.weights).all_reduce;
+    let all_reduce = roofline(setting.kinds()[0], own.weights).all_reduce;
     let costs = |profile: &Profile| {
         Measured::new(&setting.config, profile, placement::neighbours(job), own, all_reduce)
     };

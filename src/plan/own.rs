@@ -1,8 +1,8 @@
 //! The devices of `[pipeline]` as plans know them: so many cores of this machine each.
 
 use anyhow::Result;
-use configs::{DeviceCatalog, DeviceList, Pipeline, cpu_name};
-use stages::Device;
+use configs::{Cpu, DeviceCatalog, DeviceList, Pipeline, cpu_name};
+use stages::{Device, Simd};
 
 use crate::gpus;
 use crate::lower::{self, Machine};
@@ -35,7 +35,7 @@ impl OwnDevices {
             seats.push(seat);
         }
         let name = |device: &configs::Device| match device.kind {
-            configs::DeviceKind::Cpu => Ok(cpu_name(num_threads(&groups[device.index]))),
+            configs::DeviceKind::Cpu => Ok(name(&groups[device.index])),
             configs::DeviceKind::Cuda => gpus::catalog_name(device.index),
         };
         let kinds = distinct.iter().map(name).collect::<Result<Vec<String>>>()?;
@@ -45,7 +45,7 @@ impl OwnDevices {
 
     /// Whether there is a GPU among them.
     pub(crate) fn has_gpus(&self) -> bool {
-        self.list.runs().iter().any(|(_, name)| configs::num_cores(name).is_none())
+        self.list.runs().iter().any(|(_, name)| configs::cpu_of(name).is_none())
     }
 
     /// A catalog that knows them, with this machine's memory shared out to their cores.
@@ -53,7 +53,7 @@ impl OwnDevices {
         let core_mib = machine.total_bytes as f64 / f64::from(1 << 20) / machine.cores.len().max(1) as f64;
         let mut catalog = catalog.with_cores_of(&self.list);
         for (_, name) in self.list.runs() {
-            let Some(cores) = configs::num_cores(name) else { continue }; // A GPU has its own.
+            let Some((_, cores)) = configs::cpu_of(name) else { continue }; // A GPU has its own.
             let cores = cores.min(machine.cores.len());
             catalog = catalog.with_memory(name, core_mib * cores as f64);
         }
@@ -61,10 +61,11 @@ impl OwnDevices {
     }
 }
 
-fn num_threads(device: &Device) -> usize {
+fn name(device: &Device) -> String {
     match device {
-        Device::Cpu { threads, .. } => *threads,
-        Device::Reference | Device::Cuda { .. } => 1,
+        Device::Cpu { threads, simd: Simd::Amx, .. } => cpu_name(Cpu::Amx, *threads),
+        Device::Cpu { threads, .. } => cpu_name(Cpu::Vectors, *threads),
+        Device::Reference | Device::Cuda { .. } => cpu_name(Cpu::Vectors, 1),
     }
 }
 
@@ -74,7 +75,7 @@ mod tests {
 
     fn own(devices: &[usize], cores: usize) -> OwnDevices {
         let devices = devices.iter().map(|index| configs::Device::cpu(*index)).collect();
-        let pipeline = Pipeline { devices, ..Pipeline::default() };
+        let pipeline = Pipeline { devices, simd: configs::Simd::Portable, ..Pipeline::default() };
         let machine = Machine { cores: (0..cores).collect(), free_bytes: 1 << 30, total_bytes: 8 << 30 };
         OwnDevices::of(&pipeline, &machine).unwrap()
     }

@@ -342,6 +342,9 @@ pub(crate) fn roofline(spec: &DeviceSpec, weights: NumberType) -> Roofline {
     Roofline {
         flops_per_second: tflops * 1e12,
         bf16_flops_per_second: bf16 * 1e12,
+        attention_flops_per_second: spec.attention_efficiency.map_or(bf16, |share| spec.bf16_tflops * share)
+            * 1e12,
+        attention_head_seconds: spec.attention_head_ns * 1e-9,
         bytes_per_second,
         activation_bytes_per_second: bytes_per_second,
         link: link(spec),

@@ -135,7 +135,7 @@ fn the_job_s_own_stages_are_played_or_refused_in_words() {
 
 #[test]
 fn a_model_that_does_not_fit_is_refused_as_a_plan_refuses_it() {
-    let args = ["--devices", "4xh100-80gb", "--format", "json"];
+    let args = ["--devices", "4xh100-80gb", "--format", "json", "--lengths", "fixed"];
     let played = simulate(ULTRA, &args.join(" "));
     let planned = spanwise().args(["plan", ULTRA]).args(args).output().unwrap();
     assert_eq!((played.status.code(), &played.stdout), (Some(2), &planned.stdout));

@@ -165,8 +165,11 @@ impl<'a> Estimator<'a> {
         let attended = |tokens: f64, context: f64| tokens * context * rank.flops_per_context_token;
         let kv_bytes = load.decode_tokens * load.decode_context * self.types.kv.bytes(rank.kv_values) as f64;
         let mut sum = self.product_seconds(rank.matrix_params, load.tokens());
-        sum += self.roofline.bf16_seconds(attended(load.decode_tokens, load.decode_context), kv_bytes);
-        sum += self.roofline.bf16_seconds(attended(load.prefill_tokens, load.prefill_context), 0.0);
+        sum += self.roofline.attention_seconds(attended(load.decode_tokens, load.decode_context), kv_bytes);
+        sum += self.roofline.attention_seconds(attended(load.prefill_tokens, load.prefill_context), 0.0);
+        // Of linear halves the operations for each position are none, and so are heads.
+        let heads = rank.flops_per_context_token / (4 * self.config.dims.head_dim) as f64;
+        sum += load.tokens() * heads * self.roofline.attention_head_seconds;
         sum += self.pass_seconds(ATTENTION_PASSES * hidden, load);
         sum += self.all_reduce_seconds(ranks, load);
         sum
@@ -274,6 +277,8 @@ mod tests {
         Roofline {
             flops_per_second: 790e12,
             bf16_flops_per_second: 790e12,
+            attention_flops_per_second: 790e12,
+            attention_head_seconds: 0.0,
             bytes_per_second: 4.3e12,
             activation_bytes_per_second: 4.3e12,
             link,

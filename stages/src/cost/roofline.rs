@@ -7,8 +7,12 @@ use kernels::{Dtype, WeightType};
 pub struct Roofline {
     /// Operations a second of products in the weights' type.
     pub flops_per_second: f64,
-    /// Operations a second in bf16: attention, and the output matrix.
+    /// Operations a second in bf16: the output matrix.
     pub bf16_flops_per_second: f64,
+    /// Operations a second of attention.
+    pub attention_flops_per_second: f64,
+    /// What attention takes for each query head of a token whatever its context.
+    pub attention_head_seconds: f64,
     /// Memory bandwidth.
     pub bytes_per_second: f64,
     /// The rate at which activations are moved between operations: the memory's too, or without bound for a floor that
@@ -46,6 +50,11 @@ impl Roofline {
     /// Time for operations and bytes that overlap perfectly: the longer of both.
     pub fn seconds(&self, flops: f64, bytes: f64) -> f64 {
         (flops / self.flops_per_second).max(bytes / self.bytes_per_second)
+    }
+
+    /// The same for scores and sums of attention.
+    pub fn attention_seconds(&self, flops: f64, bytes: f64) -> f64 {
+        (flops / self.attention_flops_per_second).max(bytes / self.bytes_per_second)
     }
 
     /// The same where operations are bf16's whatever the weights' type.

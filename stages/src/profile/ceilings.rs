@@ -56,6 +56,8 @@ impl Ceilings {
         Roofline {
             flops_per_second: self.product_flops_per_second,
             bf16_flops_per_second: self.wide_product_flops_per_second,
+            attention_flops_per_second: self.wide_product_flops_per_second,
+            attention_head_seconds: 0.0,
             bytes_per_second: self.read_bytes_per_second,
             activation_bytes_per_second: f64::INFINITY,
             link: nowhere,

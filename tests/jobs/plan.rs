@@ -243,6 +243,51 @@ fn a_pipeline_goes_through_its_devices_twice_where_that_is_faster() {
     }
 }
 
+/// 60,000 tokens of prompt for one of answer: the activations of all of them would fill half a device, of a chunk they do not.
+#[test]
+fn a_long_prompt_with_a_short_answer_comes_in_chunks() {
+    let plan = fitting(ULTRA, "--devices 8xh200 --set plan.prompt_tokens=60000 --set plan.output_tokens=1");
+    assert_eq!(number(&plan, "micro_batch_rows"), 1.0);
+    assert!((number(&plan, "decode_rows") - 16_384.0 / 60_001.0).abs() < 1e-9, "{plan}");
+    let mix = plan["stages"].as_array().unwrap().iter().map(|stage| number(&stage["time_ms"], "mix"));
+    let seconds = mix.fold(0.0, f64::max) * 1e-3;
+    assert!((number(&plan, "tokens_per_second") * seconds / number(&plan, "decode_rows") - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_job_s_own_stages_are_compared() {
+    let own =
+        |args: &str| fitting(ULTRA, &format!("--devices 2xh200 --dtype fp8 {args}"))["given_stages"].clone();
+    assert_eq!(own(""), Value::Null);
+    let worse = own("--set pipeline.stages=[[0,47],[47,81]]");
+    assert!(worse["fits"] == true && number(&worse, "ratio") > 1.0, "{worse}");
+    // The plan's own stages, on the same devices in the same order, are as fast as the plan.
+    let plan = fitting(ULTRA, &format!("--devices 2xh200 --dtype fp8 {WHOLE_BLOCKS}"));
+    let stages: Vec<&Value> =
+        plan["stages"].as_array().unwrap().iter().map(|stage| &stage["blocks"]).collect();
+    let stages = serde_json::to_string(&stages).unwrap();
+    let same = own(&format!("{WHOLE_BLOCKS} --set pipeline.stages={stages}"));
+    assert_eq!(same["tokens_per_second"], plan["tokens_per_second"], "{plan}");
+}
+
+/// Of geometric lengths a row in flight has a whole mean behind it, so that fewer are in flight where KV is short.
+#[test]
+fn unlike_lengths_keep_more_in_flight() {
+    let plan = |lengths: &str| fitting(ULTRA, &format!("--devices 8xh100-80gb --lengths {lengths}"));
+    let (alike, unlike) = (plan("fixed"), plan("exponential"));
+    assert_eq!(alike, fitting(ULTRA, "--devices 8xh100-80gb"));
+    let per_row = |plan: &Value| number(plan, "tokens_in_flight") / number(plan, "micro_batch_rows");
+    assert!(number(&unlike, "micro_batch_rows") < number(&alike, "micro_batch_rows"), "{unlike}");
+    assert!(per_row(&unlike) > per_row(&alike) && unlike["job"]["lengths"] == "exponential", "{unlike}");
+}
+
+#[test]
+fn integers_are_narrowed_to_narrower_integers() {
+    let (plan, code) = plan(ULTRA, "--devices 2xh200 --dtype int8 --set plan.tokens_in_flight=400000");
+    assert_eq!((code, &plan["fits"]), (Some(2), &Value::Bool(false)));
+    assert!(nearest(&plan).contains(&"{\"dtype\":\"int4-weight\"}".to_owned()), "{plan}");
+}
+
 #[test]
 fn unlike_devices_hours_and_prices_are_told() {
     let plan =

@@ -77,7 +77,7 @@ fn known_name(catalog: &DeviceCatalog, gpu: &str) -> Option<String> {
     let family = |name: &str| name.split('-').next().unwrap_or_default().to_owned();
     catalog
         .names()
-        .find(|name| gpu.contains(&family(name)) && configs::num_cores(name).is_none())
+        .find(|name| gpu.contains(&family(name)) && configs::cpu_of(name).is_none())
         .map(str::to_owned)
 }
 

@@ -266,6 +266,7 @@ macro_rules! multiply {
 }
 
 multiply!(two_of_bf16, one_of_bf16, "tdpbf16ps");
+multiply!(two_of_integers, one_of_integers, "tdpbusd");
 
 /// A bf16 tile.
 ///
@@ -277,37 +278,69 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
     let prefetch = Prefetch::new(tile, steps);
     for first in (0..tile.rows).step_by(BLOCK_ROWS) {
         let rows = BLOCK_ROWS.min(tile.rows - first);
-        let (from, fours) = prefetch.of_block(first / BLOCK_ROWS);
-        // SAFETY: the caller vouches for the tile's rows.
-        let (init, c) =
-            unsafe { (tile.init.wrapping_add(first * BLOCK_COLS), tile.c.add(first * tile.c_stride)) };
-        let mut block = Block {
-            a: tile.a.wrapping_add(first * tile.a_stride),
-            a_stride: tile.a_stride,
-            b: tile.b,
-            steps,
-            init: if tile.init.is_null() { std::ptr::null() } else { init.cast() },
-            init_stride: STRIP_BYTES,
-            c: c.cast(),
-            c_stride: tile.c_stride * 4,
-            prefetch: from,
-            prefetch_fours: fours,
-        };
+        let mut block = Block::new(tile, first, steps, &prefetch);
+        if !tile.init.is_null() {
+            block.init = tile.init.wrapping_add(first * BLOCK_COLS).cast();
+        }
         let multiply = if rows > ROWS { two_of_bf16 } else { one_of_bf16 };
         // Registers are stored whole.
         let fits = rows == BLOCK_ROWS || rows == tile.register_rows;
         // SAFETY: the caller vouches for what is read. What is written are rows that the tile has, or the buffer,
         // from which those that it has are taken.
         unsafe {
+            let c = tile.c.add(first * tile.c_stride);
             if fits && !tile.is_added {
+                (block.c, block.c_stride) = (c.cast(), tile.c_stride * 4);
                 multiply(&block);
                 continue;
             }
             let mut buffer = MaybeUninit::<Buffer>::uninit();
             block.c = buffer.as_mut_ptr().cast();
-            block.c_stride = STRIP_BYTES;
             multiply(&block);
             copy(block.c.cast(), c, tile.c_stride, rows, tile.is_added);
+        }
+    }
+}
+
+/// A tile in integers of 8 bits. Their sums are exact, so that they have the bits of every other level.
+///
+/// # Safety
+/// As of [`tile_bf16`].
+pub(super) unsafe fn tile_int8(tile: &Tile) {
+    let steps = tile.k / ROW_BYTES;
+    let prefetch = Prefetch::new(tile, steps);
+    for first in (0..tile.rows).step_by(BLOCK_ROWS) {
+        let rows = BLOCK_ROWS.min(tile.rows - first);
+        let mut buffer = MaybeUninit::<Buffer>::uninit();
+        let mut block = Block::new(tile, first, steps, &prefetch);
+        block.c = buffer.as_mut_ptr().cast();
+        // The same for every row.
+        (block.init, block.init_stride) = (tile.bias.cast(), 0);
+        let multiply = if rows > ROWS { two_of_integers } else { one_of_integers };
+        let init = if tile.init.is_null() { tile.init } else { tile.init.wrapping_add(first * BLOCK_COLS) };
+        // SAFETY: the caller vouches for what is read and for the tile's rows; the buffer holds a whole block.
+        unsafe {
+            multiply(&block);
+            add_integers(block.c.cast(), init, tile.c.add(first * tile.c_stride), tile.c_stride, rows);
+        }
+    }
+}
+
+impl Block {
+    /// A tile's rows from `first` on, with sums that start from zero and destination rows of a strip.
+    fn new(tile: &Tile, first: usize, steps: usize, prefetch: &Prefetch) -> Self {
+        let (prefetch, prefetch_fours) = prefetch.of_block(first / BLOCK_ROWS);
+        Self {
+            a: tile.a.wrapping_add(first * tile.a_stride),
+            a_stride: tile.a_stride,
+            b: tile.b,
+            steps,
+            init: std::ptr::null(),
+            init_stride: STRIP_BYTES,
+            c: std::ptr::null_mut(),
+            c_stride: STRIP_BYTES,
+            prefetch,
+            prefetch_fours,
         }
     }
 }
@@ -359,46 +392,69 @@ unsafe fn copy(sums: *const f32, c: *mut f32, c_stride: usize, rows: usize, is_a
     }
 }
 
-/// Multiplications and additions of a round of [`products`].
+/// `c = [init +] f32(sums)`; `sums, init: [rows, 32]`, `c: [rows, 32]` with `c_stride` numbers from row to row.
+#[target_feature(enable = "avx512f")]
+unsafe fn add_integers(sums: *const i32, init: *const f32, c: *mut f32, c_stride: usize, rows: usize) {
+    for row in 0..rows {
+        for col in (0..BLOCK_COLS).step_by(16) {
+            // SAFETY: the caller vouches for all three.
+            unsafe {
+                let mut sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.add(row * BLOCK_COLS + col).cast()));
+                if !init.is_null() {
+                    sum = _mm512_add_ps(_mm512_loadu_ps(init.add(row * BLOCK_COLS + col)), sum);
+                }
+                _mm512_storeu_ps(c.add(row * c_stride + col), sum);
+            }
+        }
+    }
+}
+
+/// Multiplications and additions of a round of products of bf16 from registers alone; of integers twice as many.
 pub(super) const ROUND_FLOPS: usize = 4 * 2 * ROWS * ROWS * ROW_BYTES / 2;
 
-/// So many rounds of four products of ones in bf16, from registers alone: what the unit can do.
-///
-/// # Safety
-/// As [`Registers::shape`].
-pub(super) unsafe fn products(rounds: usize) -> f32 {
-    let ones = [0x3f80_3f80u32; ROW_BYTES / 4];
-    let mut sum = [0f32; ROW_BYTES / 4 * ROWS];
-    // SAFETY: the caller vouches for the instructions; a stride of zero reads the same 64 bytes for every row, and
-    // a register is stored to a kilobyte.
-    unsafe {
-        let _registers = Registers::shape(ROWS);
-        asm!(
-            "tileloadd tmm4, [{ones} + {zero}*1]",
-            "tileloadd tmm5, [{ones} + {zero}*1]",
-            "tileloadd tmm6, [{ones} + {zero}*1]",
-            "tileloadd tmm7, [{ones} + {zero}*1]",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "dec {rounds}",
-            "jnz 2b",
-            "tilestored [{sum} + {row}*1], tmm0",
-            ones = in(reg) ones.as_ptr(),
-            zero = in(reg) 0usize,
-            rounds = inout(reg) rounds.max(1) => _,
-            sum = in(reg) sum.as_mut_ptr(),
-            row = in(reg) ROW_BYTES,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-    sum[0]
+/// So many rounds of four products from registers alone: what the unit can do.
+macro_rules! peak {
+    ($name:ident, $product:literal) => {
+        /// # Safety
+        /// As [`Registers::shape`].
+        pub(super) unsafe fn $name(rounds: usize) -> f32 {
+            // Numbers of many bits: zeros or ones take less power, and so less time.
+            let numbers: [u32; ROW_BYTES / 4 * ROWS] =
+                std::array::from_fn(|i| 0x3c00_3c00 | (i as u32).wrapping_mul(0x9e37_79b9) & 0x81ff_81ff);
+            let mut sum = [0f32; ROW_BYTES / 4 * ROWS];
+            // SAFETY: the caller vouches for the instructions; a register is loaded from a kilobyte and stored to one.
+            unsafe {
+                let _registers = Registers::shape(ROWS);
+                asm!(
+                    "tileloadd tmm4, [{numbers} + {row}*1]",
+                    "tileloadd tmm5, [{numbers} + {row}*1]",
+                    "tileloadd tmm6, [{numbers} + {row}*1]",
+                    "tileloadd tmm7, [{numbers} + {row}*1]",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "2:",
+                    concat!($product, " tmm0, tmm4, tmm6"),
+                    concat!($product, " tmm1, tmm4, tmm7"),
+                    concat!($product, " tmm2, tmm5, tmm6"),
+                    concat!($product, " tmm3, tmm5, tmm7"),
+                    "dec {rounds}",
+                    "jnz 2b",
+                    "tilestored [{sum} + {row}*1], tmm0",
+                    numbers = in(reg) numbers.as_ptr(),
+                    rounds = inout(reg) rounds.max(1) => _,
+                    sum = in(reg) sum.as_mut_ptr(),
+                    row = in(reg) ROW_BYTES,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+            sum[0]
+        }
+    };
 }
+
+peak!(bf16_products, "tdpbf16ps");
+peak!(integer_products, "tdpbusd");

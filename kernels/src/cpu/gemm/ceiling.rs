@@ -47,25 +47,27 @@ impl<'a> Ceilings<'a> {
     }
 
     /// Multiplications and additions per second of the device's fastest product in the number type that its
-    /// weights are multiplied in, all threads together: `TDPBF16PS` in AMX; in AVX-512 `VPDPBUSD` for integers on
+    /// weights are multiplied in, all threads together: `TDPBUSD` and `TDPBF16PS` in AMX; in AVX-512 `VPDPBUSD` for integers on
     /// both sides and `VDPBF16PS` for bf16 and what is unpacked to it; otherwise as [`Ceilings::f32_flops`].
     pub fn product_flops(&self) -> f64 {
         match (self.cpu.simd, self.cpu.weights) {
             #[cfg(target_arch = "x86_64")]
-            (Simd::Amx, WeightType::Bf16) => {
+            (Simd::Amx, WeightType::Int8) => {
                 // SAFETY: the device has its level.
-                self.flops(ROUNDS / 8, amx::ROUND_FLOPS, || unsafe { amx::products(ROUNDS / 8) })
+                self.flops(ROUNDS / 8, 2 * amx::ROUND_FLOPS, || unsafe { amx::integer_products(ROUNDS / 8) })
             }
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512 | Simd::Amx, WeightType::Int8) if has_vnni() => {
+            (Simd::Amx, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight) => {
+                // SAFETY: the device has its level.
+                self.flops(ROUNDS / 8, amx::ROUND_FLOPS, || unsafe { amx::bf16_products(ROUNDS / 8) })
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Simd::Avx512, WeightType::Int8) if has_vnni() => {
                 // SAFETY: the device has its level, and `VPDPBUSD`.
                 self.flops(ROUNDS, SUMS * 128, || unsafe { x86::integer_products(ROUNDS) })
             }
             #[cfg(target_arch = "x86_64")]
-            (
-                Simd::Avx512 | Simd::Amx,
-                WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight,
-            ) => {
+            (Simd::Avx512, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight) => {
                 // SAFETY: the device has its level.
                 self.flops(ROUNDS, SUMS * 64, || unsafe { x86::dot_products(ROUNDS) })
             }

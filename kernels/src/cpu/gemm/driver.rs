@@ -10,7 +10,7 @@ use super::pack::{PackedMatrix, padded_terms, terms_per_word};
 use super::plan::{Plan, Shape, Unit, is_unpacked, share, tile_bytes};
 use super::scales::{AddGroup, Finish};
 use super::scratch::with_sums;
-use super::tile::{Kernel, Sums, Tile};
+use super::tile::{Kernel, Tile};
 use super::unpack::{Unpack, Unpacked, unpack_fn};
 use crate::backend::WeightType;
 use crate::cpu::lanes::at_level;
@@ -153,9 +153,9 @@ impl<'a, const N: usize> Product<'a, N> {
         idx * self.kernel.geometry.sums()
     }
 
-    /// Numbers of the sums of a unit.
+    /// Numbers of the sums of a unit by one matrix, and of a tile's over a group of K.
     fn unit_sums(&self) -> usize {
-        self.plan.unit_tiles() * self.kernel.geometry.sums()
+        (self.plan.unit_tiles() + 1) * self.kernel.geometry.sums()
     }
 
     /// The same where weights are unpacked: chunk by chunk, for all tiles of the unit; the sums go to `scratch`.
@@ -164,8 +164,10 @@ impl<'a, const N: usize> Product<'a, N> {
     /// `scratch` has room for the unit's tiles.
     unsafe fn sweep_unpacked(&self, unit: &Unit, m: usize, scratch: *mut f32) {
         let unpack = unpack_fn(self.simd, self.kind);
-        let (mut unpacked, mut group) = (MaybeUninit::<Unpacked>::uninit(), MaybeUninit::<Sums>::uninit());
-        let (b, group) = (unpacked.as_mut_ptr().cast::<u32>(), group.as_mut_ptr().cast::<f32>());
+        let mut unpacked = MaybeUninit::<Unpacked>::uninit();
+        let b = unpacked.as_mut_ptr().cast::<u32>();
+        // A tile's sums over a group lie behind those of the unit.
+        let group = scratch.wrapping_add(self.plan.unit_tiles() * self.kernel.geometry.sums());
         let has_groups = self.kind == WeightType::Int4Weight;
         let geometry = &self.kernel.geometry;
         let chunks = 0..self.plan.num_chunks;
@@ -175,7 +177,7 @@ impl<'a, const N: usize> Product<'a, N> {
             let words =
                 self.piece(m, piece).wrapping_add(first / terms_per_word(self.kind) * geometry.strip * 4);
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
-            unsafe { unpack(&Unpack { words: words.cast(), terms: k, cols, out: b }) };
+            unsafe { unpack(&Unpack { words: words.cast(), strip: geometry.strip, terms: k, cols, out: b }) };
             let is_first = chunk == 0 && !self.is_begun;
             for tile in unit.tiles.clone() {
                 let rows = self.plan.rows(tile);
@@ -203,7 +205,10 @@ impl<'a, const N: usize> Product<'a, N> {
                 unsafe { (self.kernel.tile)(&tile) }
                 if has_groups {
                     let (scales, rows) = (self.scales(m, piece, chunk), rows.len());
-                    at_level(self.simd, AddGroup { group, scales, sums, is_first, rows, cols });
+                    at_level(
+                        self.simd,
+                        AddGroup { group, scales, sums, is_first, rows, strip: geometry.strip, cols },
+                    );
                 }
             }
         }

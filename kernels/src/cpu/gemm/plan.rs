@@ -11,7 +11,7 @@
 use super::pack::PanelLayout;
 use super::quantized::{BLOCK, GROUP};
 use super::tile::{Geometry, NR};
-use super::unpack::UNPACKED_TERMS;
+use super::unpack::unpacked_terms;
 use crate::backend::WeightType;
 use std::ops::Range;
 
@@ -85,11 +85,11 @@ pub(super) const fn is_unpacked(kind: WeightType) -> bool {
 }
 
 /// Terms of a chunk where the number type fixes them; results of the other types do not depend on it.
-const fn fixed_chunk(kind: WeightType) -> Option<usize> {
+const fn fixed_chunk(kind: WeightType, geometry: Geometry) -> Option<usize> {
     match kind {
         WeightType::F32 | WeightType::Bf16 => None,
         WeightType::Int8 => Some(BLOCK),
-        WeightType::Int8Weight => Some(UNPACKED_TERMS),
+        WeightType::Int8Weight => Some(unpacked_terms(geometry.strip)),
         WeightType::Int4Weight => Some(GROUP),
     }
 }
@@ -152,7 +152,7 @@ impl Plan {
         };
         let num_chunks = (shape.k * term_bytes).div_ceil(sweep_bytes).max(1);
         let even_chunk = shape.k.div_ceil(num_chunks).next_multiple_of(geometry.step);
-        let chunk = fixed_chunk(shape.kind).unwrap_or(even_chunk);
+        let chunk = fixed_chunk(shape.kind, geometry).unwrap_or(even_chunk);
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.
@@ -277,13 +277,16 @@ mod tests {
     use crate::cpu::simd::Simd;
 
     /// Levels that differ in their tiles, with the types of weights.
-    const LEVELS: [(Simd, WeightType); 6] = [
+    const LEVELS: [(Simd, WeightType); 9] = [
         (Simd::Avx512, WeightType::F32),
         (Simd::Avx512, WeightType::Bf16),
         (Simd::Avx512, WeightType::Int8),
         (Simd::Avx512, WeightType::Int8Weight),
         (Simd::Avx512, WeightType::Int4Weight),
         (Simd::Amx, WeightType::Bf16),
+        (Simd::Amx, WeightType::Int8),
+        (Simd::Amx, WeightType::Int8Weight),
+        (Simd::Amx, WeightType::Int4Weight),
     ];
 
     fn avx512(kind: WeightType) -> Geometry {
@@ -338,7 +341,9 @@ mod tests {
             let geometry = Geometry::new(simd, kind);
             let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, geometry, 2);
             let term_bytes = geometry.strip * tile_bytes(kind);
-            let most = if geometry.is_amx { AMX_SWEEP_BYTES } else { SWEEP_BYTES };
+            // In integers a block of K is what it is.
+            let is_short = geometry.is_amx && kind != WeightType::Int8;
+            let most = if is_short { AMX_SWEEP_BYTES } else { SWEEP_BYTES };
             assert!(plan.chunk * term_bytes <= most + geometry.step * term_bytes, "{plan:?}");
         }
     }

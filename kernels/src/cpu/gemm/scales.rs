@@ -1,11 +1,10 @@
 //! Scales of narrow weights, applied to sums.
 
-use super::tile::NR;
 use crate::cpu::lanes::{Kernel, Lanes};
 
 /// `sums = [sums +] group · scales`: adds what a group of K has come to.
 pub(super) struct AddGroup {
-    /// `[rows, NR]`, of which `cols` of each NR are read.
+    /// `[rows, strip]`, of which `cols` of each strip are read.
     pub(super) group: *const f32,
     /// `[cols]`
     pub(super) scales: *const f32,
@@ -13,6 +12,8 @@ pub(super) struct AddGroup {
     pub(super) sums: *mut f32,
     pub(super) is_first: bool,
     pub(super) rows: usize,
+    /// NR, or in AMX half of it.
+    pub(super) strip: usize,
     /// 16, 32 or 64.
     pub(super) cols: usize,
 }
@@ -27,8 +28,8 @@ impl Kernel for AddGroup {
             for col in (0..self.cols).step_by(L::LANES) {
                 let scale = L::load(self.scales.add(col));
                 for row in 0..self.rows {
-                    let group = L::load(self.group.add(row * NR + col));
-                    let sums = self.sums.add(row * NR + col);
+                    let group = L::load(self.group.add(row * self.strip + col));
+                    let sums = self.sums.add(row * self.strip + col);
                     let sum = match self.is_first {
                         true => group.mul(scale),
                         false => group.mul_add(scale, L::load(sums)),

@@ -5,6 +5,10 @@
 //! taken up again, which keeps their bits. So an element's bits depend on its row of x and its row of w
 //! alone.
 
+#[cfg(target_arch = "x86_64")]
+use super::operand::LINE_BYTES;
+#[cfg(target_arch = "x86_64")]
+use super::plan::tile_bytes;
 use crate::backend::WeightType;
 use crate::cpu::simd::Simd;
 #[cfg(target_arch = "x86_64")]
@@ -28,7 +32,7 @@ pub(super) const GROUP_BYTES: usize = 256;
 /// The narrowest piece of a panel that a tile may be: one 512-bit register.
 pub(super) const PIECE_COLS: usize = 16;
 
-/// Sums that wait beside a tile's own, `[MR, NR]`.
+/// Sums of a tile of the levels below AMX, `[MR, NR]`.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Sums(pub(super) [f32; MR * NR]);
@@ -54,12 +58,12 @@ impl Geometry {
     /// The tiles of a level.
     pub(super) fn new(simd: Simd, kind: WeightType) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if simd == Simd::Amx && kind == WeightType::Bf16 {
+        if simd == Simd::Amx && kind != WeightType::F32 {
             return Self {
                 rows: super::amx::MAX_ROWS,
                 strip: super::amx::BLOCK_COLS,
                 narrowest: super::amx::BLOCK_COLS,
-                step: 32,
+                step: LINE_BYTES / tile_bytes(kind),
                 prefetch_bytes: 64,
                 is_amx: true,
             };
@@ -156,8 +160,9 @@ impl Kernel {
 #[cfg(target_arch = "x86_64")]
 fn amx_tile(kind: WeightType) -> TileFn {
     match kind {
-        WeightType::Bf16 => super::amx::tile_bf16,
-        _ => avx512_tile(kind),
+        WeightType::F32 => super::avx512::tile_f32,
+        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::amx::tile_bf16,
+        WeightType::Int8 => super::amx::tile_int8,
     }
 }
 

@@ -7,24 +7,30 @@ use super::tile::NR;
 use crate::backend::WeightType;
 use crate::cpu::simd::Simd;
 
-/// Terms that are unpacked at a time, at most: 128 pairs of NR columns would be 32 KiB, all of an L1 cache; 64
-/// leave half of it to x and to sums.
-pub(super) const UNPACKED_TERMS: usize = 128;
+/// Terms that are unpacked at a time, at most, by the columns that lie side by side.
+///
+/// 128 pairs of NR columns would be 32 KiB, all of an L1 cache; 64 leave half of it to x and to sums. Processors with
+/// AMX have 48 KiB, and x does not stay in it: 256 pairs of 32 columns, because sums are stored after every chunk.
+pub(super) const fn unpacked_terms(strip: usize) -> usize {
+    if strip < NR { 512 } else { 128 }
+}
 
-/// A chunk of a panel, unpacked: `[UNPACKED_TERMS / 2][NR][2]` bf16.
+/// A chunk of a panel, unpacked: `[terms / 2][strip][2]` bf16.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Unpacked(pub(super) [u32; UNPACKED_TERMS / 2 * NR]);
+pub(super) struct Unpacked(pub(super) [u32; unpacked_terms(NR / 2) / 2 * NR / 2]);
 
 /// What to unpack, and where to.
 pub(super) struct Unpack {
-    /// The piece's words from the chunk's first on, NR words from one to the next.
+    /// The piece's words from the chunk's first on, `strip` words from one to the next.
     pub(super) words: *const u32,
+    /// NR, or in AMX half of it.
+    pub(super) strip: usize,
     /// Terms, a multiple of KR.
     pub(super) terms: usize,
     /// 16, 32 or 64.
     pub(super) cols: usize,
-    /// `[terms / 2][NR]` pairs, of which `cols` of each NR are written.
+    /// `[terms / 2][strip]` pairs, of which `cols` of each strip are written.
     pub(super) out: *mut u32,
 }
 
@@ -62,13 +68,13 @@ unsafe fn unpack<const TERMS: usize, const PAIRS: usize>(chunk: &Unpack) {
         for first in (0..chunk.cols).step_by(LANES) {
             // SAFETY: the caller vouches for `terms / TERMS` rows of words, and for PAIRS times as many of pairs.
             unsafe {
-                let words = chunk.words.add(word * NR + first).cast::<[u32; LANES]>().read();
+                let words = chunk.words.add(word * chunk.strip + first).cast::<[u32; LANES]>().read();
                 for pair in 0..PAIRS {
                     let pairs = words.map(|word| match TERMS {
                         8 => join(nibble(word, 4 * pair), nibble(word, 16 + 4 * pair)),
                         _ => join(byte(word, 16 * pair), byte(word, 16 * pair + 8)),
                     });
-                    let out = chunk.out.add((word * PAIRS + pair) * NR + first);
+                    let out = chunk.out.add((word * PAIRS + pair) * chunk.strip + first);
                     out.cast::<[u32; LANES]>().write(pairs);
                 }
             }
@@ -99,7 +105,7 @@ fn join(even: f32, odd: f32) -> u32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, NR, Unpack, unpack};
+    use super::{LANES, Unpack, unpack};
     use std::arch::x86_64::*;
 
     /// Where `VPERMT2W` finds the upper halves of two registers, in turn.
@@ -131,14 +137,17 @@ mod x86 {
         unsafe {
             for word in 0..chunk.terms / 4 {
                 for first in (0..chunk.cols).step_by(LANES) {
-                    let words = _mm512_loadu_si512(chunk.words.add(word * NR + first).cast());
+                    let words = _mm512_loadu_si512(chunk.words.add(word * chunk.strip + first).cast());
                     let words = _mm512_xor_si512(words, flip);
-                    let out = chunk.out.add(word * 2 * NR + first);
+                    let out = chunk.out.add(word * 2 * chunk.strip + first);
                     let (even, odd) = (number(words), number(_mm512_srli_epi32::<8>(words)));
                     _mm512_storeu_si512(out.cast(), _mm512_permutex2var_epi16(even, upper, odd));
                     let (even, odd) =
                         (number(_mm512_srli_epi32::<16>(words)), number(_mm512_srli_epi32::<24>(words)));
-                    _mm512_storeu_si512(out.add(NR).cast(), _mm512_permutex2var_epi16(even, upper, odd));
+                    _mm512_storeu_si512(
+                        out.add(chunk.strip).cast(),
+                        _mm512_permutex2var_epi16(even, upper, odd),
+                    );
                 }
             }
         }
@@ -181,13 +190,19 @@ mod x86 {
             let table = _mm512_loadu_si512(TABLE.as_ptr().cast());
             for word in 0..chunk.terms / 8 {
                 for first in (0..chunk.cols).step_by(LANES) {
-                    let words = _mm512_loadu_si512(chunk.words.add(word * NR + first).cast());
-                    let out = chunk.out.add(word * 4 * NR + first);
+                    let words = _mm512_loadu_si512(chunk.words.add(word * chunk.strip + first).cast());
+                    let out = chunk.out.add(word * 4 * chunk.strip + first);
                     _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(words, table));
                     let words_of = |pairs| _mm512_permutexvar_epi16(pairs, table);
-                    _mm512_storeu_si512(out.add(NR).cast(), words_of(_mm512_srli_epi16::<4>(words)));
-                    _mm512_storeu_si512(out.add(2 * NR).cast(), words_of(_mm512_srli_epi16::<8>(words)));
-                    _mm512_storeu_si512(out.add(3 * NR).cast(), words_of(_mm512_srli_epi16::<12>(words)));
+                    _mm512_storeu_si512(out.add(chunk.strip).cast(), words_of(_mm512_srli_epi16::<4>(words)));
+                    _mm512_storeu_si512(
+                        out.add(2 * chunk.strip).cast(),
+                        words_of(_mm512_srli_epi16::<8>(words)),
+                    );
+                    _mm512_storeu_si512(
+                        out.add(3 * chunk.strip).cast(),
+                        words_of(_mm512_srli_epi16::<12>(words)),
+                    );
                 }
             }
         }
@@ -221,6 +236,7 @@ mod tests {
                     let mut out = vec![0u32; 16 * per_word / 2 * NR];
                     let chunk = Unpack {
                         words: words[col..].as_ptr(),
+                        strip: NR,
                         terms: 16 * per_word,
                         cols,
                         out: out[col..].as_mut_ptr(),

@@ -2,7 +2,7 @@
 //!
 //! And, for few rows, how near to the speed at which memory can be read? Both ceilings are measured in the
 //! same run, with the same threads. Weights are read cold, as in a model: every call takes another copy, of
-//! 128 MB together as bf16.
+//! 128 MB together or two copies at least; with `--warm` all take the same.
 //!
 //! ```text
 //! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512|amx] [--rows 1,64] [--shapes 576x1536]
@@ -19,8 +19,9 @@ use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, 
 use kernels::{TensorView, ViewDtype, WeightType, available_cores};
 use std::time::Instant;
 
-/// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head) and of a 1.1 B Llama (alike).
-const SHAPES: [(usize, usize); 10] = [
+/// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head), of a 1.1 B Llama (alike), and of a narrow
+/// slice of Ultra (an eighth of q and of o, k and v, the narrowest FFN).
+const SHAPES: [(usize, usize); 15] = [
     (576, 576),
     (192, 576),
     (1536, 576),
@@ -31,6 +32,11 @@ const SHAPES: [(usize, usize); 10] = [
     (8192, 2048),
     (2048, 8192),
     (32_000, 2048),
+    (2048, 16_384),
+    (16_384, 2048),
+    (1024, 16_384),
+    (5376, 16_384),
+    (16_384, 5376),
 ];
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
 const WEIGHTS: [WeightType; 4] =
@@ -95,8 +101,10 @@ impl Weights {
         let bits: Vec<u16> = random(n * k).map(|v| (v.to_bits() >> 16) as u16).collect();
         let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
         let view = TensorView::new(ViewDtype::Bf16, n, k, &bytes);
-        let copies = if is_warm { 1 } else { (COLD_BYTES / bytes.len()).max(2) };
-        let packed = (0..copies).map(|_| cpu.matrix(view)).collect::<Result<_, _>>()?;
+        let first = cpu.matrix(view)?;
+        let copies = if is_warm { 1 } else { (COLD_BYTES / first.bytes()).max(2) };
+        let others = (1..copies).map(|_| cpu.matrix(view));
+        let packed = std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>()?;
         let packed: Vec<CpuMatrix> = packed;
         let mut plain = vec![0.0; n * k];
         plain.chunks_mut(k).enumerate().for_each(|(row, plain)| packed[0].copy_row(row, plain));

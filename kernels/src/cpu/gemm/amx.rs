@@ -345,7 +345,7 @@ impl Block {
     }
 }
 
-/// How a tile's blocks share what is to be prefetched: as much as the tile's own weights.
+/// How a tile's blocks share what is to be prefetched.
 struct Prefetch {
     from: *const u8,
     /// Fours of lines for every step of a block; the first blocks have them.
@@ -355,15 +355,11 @@ struct Prefetch {
 }
 
 impl Prefetch {
-    /// Fours of lines that a step of weights is made of.
-    const STEP_FOURS: usize = ROWS * STRIP_BYTES / (4 * 64);
-
     fn new(tile: &Tile, steps: usize) -> Self {
-        let blocks = tile.rows.div_ceil(BLOCK_ROWS);
+        let (blocks, all) = (tile.rows.div_ceil(BLOCK_ROWS), tile.prefetch_groups);
         // Two blocks are little more than the time of memory: the earlier the better. Otherwise evenly.
-        let blocks = if blocks <= 2 { 1 } else { blocks.min(Self::STEP_FOURS) };
-        let fours = if tile.prefetch_groups > 0 { Self::STEP_FOURS / blocks } else { 0 };
-        Self { from: tile.prefetch, fours, blocks: Self::STEP_FOURS / fours.max(1), steps }
+        let fours = if blocks <= 2 { all } else { all.div_ceil(blocks) };
+        Self { from: tile.prefetch, fours, blocks: all.div_ceil(fours.max(1)), steps }
     }
 
     fn of_block(&self, block: usize) -> (*const u8, usize) {

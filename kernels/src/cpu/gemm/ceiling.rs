@@ -108,6 +108,19 @@ impl<'a> Ceilings<'a> {
         MEMORY_BYTES as f64 / seconds
     }
 
+    /// Seconds that the pool takes to open a region, to have every thread in it and to close it again: the mean of
+    /// many that follow each other at once.
+    pub fn region_seconds(&self) -> f64 {
+        let regions = 10_000;
+        let start = Instant::now();
+        (0..regions).for_each(|_| {
+            self.cpu.pool.for_each(self.cpu.pool.num_threads(), |task| {
+                black_box(task);
+            })
+        });
+        start.elapsed().as_secs_f64() / f64::from(regions)
+    }
+
     /// Operations per second, where `work` does so many in each of its rounds.
     fn flops(&self, rounds: usize, per_round: usize, work: impl Fn() -> f32 + Sync) -> f64 {
         let seconds = best_region(&self.cpu.pool, REGIONS, |_| {
@@ -235,6 +248,8 @@ mod tests {
             }
         }
         let cpu = device(Simd::detect(), WeightType::F32);
-        assert!(is_plausible(Ceilings::new(&cpu).unwrap().read_bandwidth()));
+        let ceilings = Ceilings::new(&cpu).unwrap();
+        assert!(is_plausible(ceilings.read_bandwidth()));
+        assert!(ceilings.region_seconds() > 0.0);
     }
 }

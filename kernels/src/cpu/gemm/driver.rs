@@ -176,6 +176,11 @@ impl<'a, const N: usize> Product<'a, N> {
             let cols = self.plan.cols(piece).len();
             let words =
                 self.piece(m, piece).wrapping_add(first / terms_per_word(self.kind) * geometry.strip * 4);
+            // In AMX what is unpacked next comes from memory while the tiles are multiplied; they take no notice
+            // of memory themselves.
+            let next = words.wrapping_add(k / terms_per_word(self.kind) * geometry.strip * 4);
+            let step_words = geometry.step / terms_per_word(self.kind) * geometry.strip;
+            let step_groups = if geometry.is_amx { step_words * 4 / geometry.prefetch_bytes } else { 0 };
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
             unsafe { unpack(&Unpack { words: words.cast(), strip: geometry.strip, terms: k, cols, out: b }) };
             let is_first = chunk == 0 && !self.is_begun;
@@ -197,8 +202,8 @@ impl<'a, const N: usize> Product<'a, N> {
                     c: if has_groups { group } else { sums },
                     c_stride: geometry.strip,
                     is_added: false,
-                    prefetch: b.cast_const().cast(),
-                    prefetch_groups: 0,
+                    prefetch: next,
+                    prefetch_groups: if tile == unit.tiles.start { step_groups } else { 0 },
                 };
                 // SAFETY: rows and terms lie inside of x by the plan, the chunk's columns have been unpacked, and
                 // sums from the chunk before are in the scratch.
@@ -329,11 +334,12 @@ impl<'a, const N: usize> Product<'a, N> {
         places: usize,
     ) -> (*const u8, usize) {
         let geometry = &self.kernel.geometry;
+        let step_groups = geometry.step * geometry.strip * tile_bytes(self.kind) / geometry.prefetch_bytes;
         if geometry.is_amx {
             // The first tile sees to it with its blocks of rows; a single block leaves it to the processor, too.
-            return next.filter(|_| place == 0 && !self.is_one_block()).map_or((b, 0), |next| (next, 1));
+            let next = next.filter(|_| place == 0 && !self.is_one_block());
+            return next.map_or((b, 0), |next| (next, step_groups));
         }
-        let step_groups = geometry.step * geometry.strip * tile_bytes(self.kind) / geometry.prefetch_bytes;
         if places == 1 {
             return (b, 0);
         }

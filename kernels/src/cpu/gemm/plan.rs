@@ -157,7 +157,8 @@ impl Plan {
 
         // What is unpacked is unpacked once for a group of tiles.
         let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES && !is_unpacked(shape.kind);
-        let num_groups = if fits || geometry.is_amx { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
+        let has_tile_units = fits || (geometry.is_amx && !is_unpacked(shape.kind));
+        let num_groups = if has_tile_units { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
         let tile_bytes = tile_rows * shape.k * number_bytes;
         let max_block_tiles = match geometry.is_amx {
             true => (AMX_BLOCK_BYTES / tile_bytes.max(1)).max(1),

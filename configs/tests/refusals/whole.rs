@@ -134,7 +134,7 @@ in --set pipeline.devices=[cpu:0, cpu:1]: expected a list of devices such as ["c
 hint: this is no TOML value and was taken as text; a list of texts is written '["a", "b"]', with the outer quotes for the shell"#);
     case("a --set list with a wrong element")
         .set(r#"pipeline.devices=["cpu:0", "gpu:1"]"#)
-        .says(r#"in --set pipeline.devices=["cpu:0", "gpu:1"]: pipeline.devices[1]: unknown device kind `gpu` in "gpu:1", there is: cpu"#);
+        .says(r#"in --set pipeline.devices=["cpu:0", "gpu:1"]: pipeline.devices[1]: unknown device kind `gpu` in "gpu:1", there are: cpu, cuda"#);
     case("a --set number for a path").set(r"job.input=2026").says(
         r#"
 in --set job.input=2026: expected a path, found 2026

@@ -157,8 +157,8 @@ const VALUES: &[Case] = &[
     ),
     case(
         "a device that is not there",
-        |w| w.set("pipeline.devices=[\"cuda:0\"]"),
-        "error: in --set pipeline.devices=[\"cuda:0\"]: pipeline.devices[0]: unknown device kind `cuda` in \"cuda:0\", there is: cpu",
+        |w| w.set("pipeline.devices=[\"tpu:0\"]"),
+        "error: in --set pipeline.devices=[\"tpu:0\"]: pipeline.devices[0]: unknown device kind `tpu` in \"tpu:0\", there are: cpu, cuda",
     ),
     case(
         "a device beyond all cores",

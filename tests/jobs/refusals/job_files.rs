@@ -185,8 +185,8 @@ const VALUES: &[Case] = &[
 const COMMANDS: &[Case] = &[
     case(
         "an unknown command",
-        |w| w.spanwise(&["rnu", "job.toml"]),
-        "error: unrecognized subcommand 'rnu'\n\nUsage: spanwise <COMMAND>\n\nFor more information, try '--help'.",
+        |w| w.spanwise(&["zzz", "job.toml"]),
+        "error: unrecognized subcommand 'zzz'\n\nUsage: spanwise <COMMAND>\n\nFor more information, try '--help'.",
     ),
     case(
         "run without a job",

@@ -30,7 +30,7 @@ pub use config::{ModelConfig, swiglu_width};
 pub use error::{Error, Result};
 pub use kernels::{
     Array, AttentionSlice, Collective, Dtype, FRAME_HEADER_BYTES, Frame, Gpu, PAGE_TOKENS, SUM_CUT, Simd,
-    TcpRank, WeightType, available_cores, thread_ranks,
+    TcpRank, ThreadRank, WeightType, available_cores, thread_ranks,
 };
 pub use model::{Model, Warnings};
 pub use part::Part;

@@ -1,0 +1,350 @@
+//! One FFN is eight times the others, and there are two devices: what do a column cut and a stage of two ranks bring over
+//! whole blocks, and do micro-batches take what the plan predicts?
+//!
+//! The model: two blocks, a fused FFN of 12,288 columns, two blocks; hidden 512, random weights, each device one pinned
+//! core. Blocks are profiled; the planner cuts whole blocks, and columns, by that. Micro-batches of 64 rows decode at a
+//! context of 64. All-reduces are not profiled: their time is measured here, between the same two cores, and handed to the
+//! plan. All layouts must draw the same tokens but for the ranks' rounding, which may turn a few.
+//!
+//! `cargo bench --bench wide_ffn [-- RUNS]`, with nothing else running; about two minutes.
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, reason = "a bench prints")]
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use kernels::{Array, Collective};
+use scheduler::{
+    Load, MicroBatch, MicroBatchId, Problem, Request, RequestKey, Sampling, SequenceId, Slice, StageDevice,
+    TokenId, least_bottleneck, least_bottleneck_on_each,
+};
+use serde_json::{Value, json};
+use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
+use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, measure};
+use stages::{
+    Activations, AttentionSharing, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep,
+    Simd, SpanOptions, StageOutput, WeightType, available_cores, thread_ranks,
+};
+
+const HIDDEN: usize = 512;
+const VOCAB: usize = 2048;
+const FFN: usize = 1536;
+const ROWS: usize = 64;
+const CONTEXT: usize = 64;
+/// Micro-batches of a run, and those in flight with two stages.
+const STEPS: u64 = 60;
+const IN_FLIGHT: usize = 3;
+
+const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
+const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() -> Result<()> {
+    let runs = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(9);
+    let folder = tempfile::tempdir()?;
+    let model = model(folder.path())?;
+    let cores = available_cores();
+    ensure!(cores.len() >= 2, "2 cores are needed, found {}", cores.len());
+    let device = |core: &usize| Device::Cpu { cores: vec![*core], threads: 1, simd: Simd::detect() };
+    let devices: Vec<Device> = cores[..2].iter().map(device).collect();
+    let all_reduce = all_reduce(&devices);
+    println!(
+        "all-reduce of [{ROWS}, {HIDDEN}] in f32: {:.1} us",
+        1e6 * all_reduce.all_reduce_seconds((ROWS * HIDDEN * 4) as f64, 2)
+    );
+    let profile = profile(&model, &devices)?;
+    // A rank shares its step with the other core as a stage of a pipeline does.
+    let costs = Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, all_reduce)?;
+    let load = micro_batch(0).load();
+
+    let whole = plan(&model, &costs, load, false)?;
+    let cut = plan(&model, &costs, load, true)?;
+    let all: Part = scheduler::Span { start: 0, end: model.config.blocks.len() }.into();
+    let layouts = [
+        Layout { name: "whole blocks", parts: whole, ranks: 1 },
+        Layout { name: "column cut", parts: cut, ranks: 1 },
+        Layout { name: "two ranks", parts: vec![all], ranks: 2 },
+    ];
+    let expected = layouts[0].run(&model, &devices).1;
+    for layout in &layouts[1..] {
+        let found = layout.run(&model, &devices).1;
+        let turned = found.iter().zip(&expected).filter(|(found, expected)| found != expected).count();
+        ensure!(layout.ranks > 1 || turned == 0, "{}: {turned} tokens differ", layout.name);
+        ensure!(
+            turned <= expected.len() / 50,
+            "{}: {turned} of {} tokens differ",
+            layout.name,
+            expected.len()
+        );
+    }
+    let mut seconds = [vec![], vec![], vec![]];
+    for _ in 0..runs {
+        for (layout, seconds) in layouts.iter().zip(&mut seconds) {
+            seconds.push(layout.run(&model, &devices).0 / STEPS as f64);
+        }
+    }
+    let base = median(&seconds[0]);
+    for (layout, seconds) in layouts.iter().zip(&seconds) {
+        let (measured, predicted) = (median(seconds), layout.predicted(&model, &costs, load));
+        println!(
+            "{:<13} {:.3} ms a micro-batch ({:.3} to {:.3}), predicted {:.3} ms, measured / predicted {:.3}; {:.2} times as fast as whole blocks: {}",
+            layout.name,
+            1e3 * measured,
+            1e3 * seconds.iter().copied().fold(f64::INFINITY, f64::min),
+            1e3 * seconds.iter().copied().fold(0.0, f64::max),
+            1e3 * predicted,
+            measured / predicted,
+            base / measured,
+            layout.parts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
+        );
+    }
+    Ok(())
+}
+
+fn model(folder: &std::path::Path) -> Result<Model> {
+    let block = |has_attention: bool, width: usize| {
+        json!({
+            "attention": {"n_heads_in_group": has_attention.then_some(4), "no_op": !has_attention, "replace_with_linear": false},
+            "ffn": {"intermediate_size": width, "no_op": false, "replace_with_linear": false},
+        })
+    };
+    let blocks: Vec<Value> = [(true, FFN), (true, FFN), (false, 8 * FFN), (true, FFN), (true, FFN)]
+        .map(|(has_attention, width)| block(has_attention, width))
+        .to_vec();
+    let config = json!({
+        "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "hidden_act": "silu",
+        "hidden_size": HIDDEN, "num_attention_heads": 8, "num_hidden_layers": blocks.len(), "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "rope_scaling": null, "tie_word_embeddings": false, "vocab_size": VOCAB,
+        "max_position_embeddings": 256, "eos_token_id": [], "block_configs": blocks,
+        "attention_bias": false, "mlp_bias": false,
+    });
+    std::fs::write(folder.join("config.json"), config.to_string())?;
+    Ok(Model::open(folder, true)?.0)
+}
+
+fn profile(model: &Model, devices: &[Device]) -> Result<Profile> {
+    let options = MeasureOptions {
+        devices: devices.to_vec(),
+        dtypes: DTYPES,
+        context_tokens: 256,
+        micro_batch_tokens: ROWS,
+        free_bytes: 4 << 30,
+        effort: Effort::default(),
+    };
+    let begun = Instant::now();
+    let profile = measure(model, &options, &Missing::all_of(&model.config), &mut |_| {})?;
+    println!("profiled in {:.0} s", begun.elapsed().as_secs_f64());
+    Ok(profile)
+}
+
+/// What an all-reduce of the residual stream takes between the two cores, as a channel of no latency.
+fn all_reduce(devices: &[Device]) -> Channel {
+    const CALLS: u32 = 2000;
+    let ranks = thread_ranks(2, PATIENCE);
+    let seconds: Vec<f64> = std::thread::scope(|scope| {
+        let measure = |(mut rank, device): (stages::ThreadRank, &Device)| {
+            let device = device.clone();
+            scope.spawn(move || {
+                pin(&device);
+                let mut x = Array::new();
+                x.reshape(ROWS, HIDDEN);
+                x.values_mut().fill(0.0);
+                let begun = Instant::now();
+                (0..CALLS).for_each(|_| rank.all_reduce(&mut x).expect("both are there"));
+                begun.elapsed().as_secs_f64() / f64::from(CALLS)
+            })
+        };
+        let threads: Vec<_> = ranks.into_iter().zip(devices).map(measure).collect();
+        threads.into_iter().map(|thread| thread.join().expect("it ends")).collect()
+    });
+    // A ring of two moves the bytes once.
+    Channel {
+        latency_seconds: 0.0,
+        bytes_per_second: (ROWS * HIDDEN * 4) as f64 / seconds[0].max(seconds[1]),
+    }
+}
+
+/// A device pins the thread that makes it.
+fn pin(device: &Device) {
+    let Device::Cpu { cores, threads, simd } = device else { return };
+    let options = kernels::CpuOptions {
+        cores: cores.clone(),
+        threads: *threads,
+        simd: *simd,
+        weights: DTYPES.weights,
+        kv: DTYPES.kv,
+    };
+    kernels::Cpu::new(options).expect("the core is there").pin_caller();
+}
+
+/// The best cut into two stages.
+fn plan(model: &Model, costs: &Measured, load: Load, column_cuts: bool) -> Result<Vec<Part>> {
+    let pieces = pieces(&model.config, column_cuts);
+    let hop_seconds = costs.hop_seconds(load);
+    let device =
+        StageDevice { kind: 0, memory_bytes: u64::MAX, hop_seconds, cut_hop_seconds: 2.0 * hop_seconds };
+    let ends: Vec<bool> = pieces.iter().map(|piece| piece.ends_block).collect();
+    let (devices, costs) = ([device; 2], [vec![(1, costs.rank_costs(&pieces, 1, load))]]);
+    let problem = Problem::new(&devices, &ends, &costs);
+    let stages = match column_cuts {
+        true => least_bottleneck(&problem, 0, 2).context("memory is no limit")?,
+        false => least_bottleneck_on_each(&problem, 0)?.context("memory is no limit")?,
+    };
+    Ok(stages.iter().map(|stage| part(&pieces[stage.pieces.clone()])).collect())
+}
+
+fn part(pieces: &[PieceShape]) -> Part {
+    let (first, last) = (&pieces[0], &pieces[pieces.len() - 1]);
+    let columns = |piece: &PieceShape| piece.columns.clone().unwrap_or(0..0);
+    Part {
+        blocks: scheduler::Span { start: first.block, end: last.block + 1 },
+        first_column: columns(first).start,
+        end_column: (!last.ends_block).then_some(columns(last).end),
+    }
+}
+
+struct Layout {
+    name: &'static str,
+    parts: Vec<Part>,
+    ranks: usize,
+}
+
+type Parcel = (Arc<MicroBatch>, Option<Activations>);
+
+impl Layout {
+    /// Seconds for all micro-batches, and the tokens that they draw.
+    fn run(&self, model: &Model, devices: &[Device]) -> (f64, Vec<TokenId>) {
+        if self.ranks > 1 { self.run_ranks(model, devices) } else { self.run_stages(model, devices) }
+    }
+
+    fn run_stages(&self, model: &Model, devices: &[Device]) -> (f64, Vec<TokenId>) {
+        let loaded = Barrier::new(self.parts.len() + 1);
+        std::thread::scope(|scope| {
+            let (tell, tokens): (Sender<Vec<TokenId>>, Receiver<Vec<TokenId>>) = channel();
+            let mut next: Option<Sender<Parcel>> = None;
+            for (part, device) in self.parts.iter().zip(devices).rev() {
+                let (sender, parcels) = channel::<Parcel>();
+                let (next, tell, loaded) = (next.replace(sender), tell.clone(), &loaded);
+                scope.spawn(move || {
+                    let mut stage = stages::load(model, device, DTYPES, options(*part)).expect("it loads");
+                    loaded.wait();
+                    for (batch, input) in parcels {
+                        match stage.step(&batch, input).expect("a step") {
+                            StageOutput::Activations(values) => {
+                                let next = next.as_ref().expect("not the last");
+                                next.send((batch, Some(values))).expect("the next stage is there");
+                            }
+                            StageOutput::Tokens(output) => {
+                                let drawn = output.slices.iter().filter_map(|slice| slice.token).collect();
+                                tell.send(drawn).expect("the bench is there");
+                            }
+                        }
+                    }
+                });
+            }
+            let first = next.expect("there is a stage");
+            loaded.wait();
+            let begun = Instant::now();
+            let mut drawn = Vec::new();
+            for id in 0..STEPS + IN_FLIGHT as u64 {
+                if id < STEPS {
+                    first.send((Arc::new(micro_batch(id)), None)).expect("the first stage is there");
+                }
+                if id >= IN_FLIGHT as u64 {
+                    drawn.extend(tokens.recv().expect("a micro-batch comes back"));
+                }
+            }
+            (begun.elapsed().as_secs_f64(), drawn)
+        })
+    }
+
+    fn run_ranks(&self, model: &Model, devices: &[Device]) -> (f64, Vec<TokenId>) {
+        let loaded = Barrier::new(2);
+        let part = self.parts[0];
+        let group = |rank: stages::ThreadRank| RankGroup {
+            collective: Box::new(rank),
+            sharing: AttentionSharing::Heads,
+            clock: Arc::new(CollectiveClock::default()),
+        };
+        std::thread::scope(|scope| {
+            let mut ranks = thread_ranks(2, PATIENCE).into_iter();
+            let (first, second) = (ranks.next().expect("two"), ranks.next().expect("two"));
+            let (sender, steps) = channel::<RankStep>();
+            let loaded = &loaded;
+            scope.spawn(move || {
+                let follower =
+                    stages::load_follower(model, &devices[1], DTYPES, options(part), group(second));
+                let mut follower = follower.expect("it loads");
+                loaded.wait();
+                steps.iter().for_each(|step| follower.follow(&step).expect("a step"));
+            });
+            let own = scope.spawn(move || {
+                let stage = stages::load_first_rank(model, &devices[0], DTYPES, options(part), group(first));
+                let mut stage = stage.expect("it loads");
+                loaded.wait();
+                let (begun, mut drawn) = (Instant::now(), Vec::new());
+                for id in 0..STEPS {
+                    let batch = micro_batch(id);
+                    sender.send(RankStep::of(&batch, true)).expect("the other rank is there");
+                    let StageOutput::Tokens(output) = stage.step(&batch, None).expect("a step") else {
+                        panic!("the stage is the last")
+                    };
+                    drawn.extend(output.slices.iter().filter_map(|slice| slice.token));
+                }
+                (begun.elapsed().as_secs_f64(), drawn)
+            });
+            own.join().expect("it ends")
+        })
+    }
+
+    /// The slowest stage's time, by the profile.
+    fn predicted(&self, model: &Model, costs: &Measured, load: Load) -> f64 {
+        let mut cut = Vec::new();
+        let mut runs = Vec::new();
+        for part in &self.parts {
+            let start = cut.len();
+            for block in part.blocks.range() {
+                let first = if block == part.blocks.start { part.first_column } else { 0 };
+                let end = part.end_column.filter(|_| block + 1 == part.blocks.end);
+                let stages::Ffn::SwiGlu { width } = model.config.blocks[block].ffn else { continue };
+                let columns = Some(first..end.unwrap_or(width));
+                cut.push(PieceShape { block, columns, ends_block: end.is_none() });
+            }
+            runs.push(start..cut.len());
+        }
+        let seconds = runs.into_iter().map(|run| costs.step_seconds(&cut, run, self.ranks, load));
+        seconds.fold(0.0, f64::max)
+    }
+}
+
+fn options(part: Part) -> SpanOptions {
+    SpanOptions { part, num_pages: ROWS * 2, context_tokens: 256 }
+}
+
+/// Each row decodes at the same position of a sequence of its own: what its cache holds is written anew or zero.
+fn micro_batch(id: u64) -> MicroBatch {
+    let sampling = Arc::new(Sampling::greedy(1));
+    let slice = |row: usize| Slice {
+        sequence: SequenceId(row as u64),
+        first_position: CONTEXT as u32 - 1,
+        tokens: [((id as usize * 31 + row * 7) % VOCAB) as TokenId].into_iter().collect(),
+        pages: Arc::new(vec![2 * row as u32, 2 * row as u32 + 1]),
+        sample: true,
+        score: Vec::new(),
+        request: Arc::new(Request {
+            key: RequestKey(row as u128),
+            prompt: vec![0],
+            sampling: Arc::clone(&sampling),
+            sample: 0,
+        }),
+    };
+    MicroBatch { id: MicroBatchId(id), slices: (0..ROWS).map(slice).collect() }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}

@@ -1,0 +1,383 @@
+//! The operations of the contract: what each checks, and which kernels it queues.
+
+use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
+use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
+use super::gemm::{Onto, Product};
+use super::stream::{Argument, Grid};
+use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
+use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable, TensorView};
+use crate::error::{Error, Result};
+use crate::{check, view};
+
+/// Most columns of an FFN that are computed at once. NVIDIA's fused FFNs are 5,376 to 425,984 wide.
+const SWIGLU_COLUMNS: usize = 53_248;
+
+/// Bytes that the two products of a SwiGLU may take: fewer columns are computed at once where there are many rows.
+const SWIGLU_BYTES: usize = 256 << 20;
+
+impl Backend for Cuda {
+    type Matrix = CudaMatrix;
+    type Vector = CudaVector;
+    type Rope = CudaRope;
+    type Array = CudaArray;
+    type Operand = CudaOperand;
+    type KvCache = CudaKvCache;
+
+    fn numeric_profile(&self) -> String {
+        let CudaOptions { weights, kv, is_deterministic, .. } = &self.options;
+        let architecture = self.gpu.architecture();
+        let fixed = if *is_deterministic { " deterministic" } else { "" };
+        format!("cuda {architecture} {} kv {}{fixed}", weights.name(), kv.name())
+    }
+
+    fn matrix(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
+        self.packed("matrix", view)
+    }
+
+    fn table(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
+        self.packed("table", view)
+    }
+
+    fn vector(&self, view: TensorView<'_>) -> Result<CudaVector> {
+        let values = view::widen("vector", &view)?;
+        Ok(CudaVector { len: values.len(), memory: self.numbers("vector", &values)? })
+    }
+
+    fn rope_table(&self, table: RopeTable) -> Result<CudaRope> {
+        check::rope_table(&table)?;
+        let RopeTable { head_dim, cos, sin } = table;
+        let positions = cos.len() / (head_dim / 2);
+        let [cos, sin] = [cos, sin].map(|angles| self.numbers("rope_table", &angles));
+        Ok(CudaRope { head_dim, positions, cos: cos?, sin: sin? })
+    }
+
+    fn array(&self) -> CudaArray {
+        CudaArray::new(&self.stream)
+    }
+
+    fn operand(&self) -> CudaOperand {
+        CudaOperand::new(&self.stream)
+    }
+
+    fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<CudaKvCache> {
+        check::kv_cache(num_pages, kv_heads, head_dim)?;
+        let overflow = || {
+            Error::Unsupported(format!(
+                "kv_cache: {num_pages} pages of {kv_heads} heads of {head_dim} overflow"
+            ))
+        };
+        // Places in the cache are counted in 32 bits.
+        let places = num_pages.checked_mul(PAGE_TOKENS).filter(|&places| places <= u32::MAX as usize);
+        let bytes = places.and_then(|_| num_pages.checked_mul(CudaKvCache::page_bytes(kv_heads, head_dim)));
+        let memory = self.stream.allocate("kv_cache", bytes.ok_or_else(overflow)?)?;
+        Ok(CudaKvCache { num_pages, kv_heads, head_dim, memory, kernels: self.attention_kernels(head_dim)? })
+    }
+
+    fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut CudaArray) -> Result<()> {
+        check::shape("upload", "values", [values.len()], [rows * cols])?;
+        out.reshape(rows, cols)?;
+        self.stream.upload("upload", bytemuck::cast_slice(values), &mut out.memory, 0)
+    }
+
+    fn download(&self, x: &CudaArray, out: &mut Vec<f32>) -> Result<()> {
+        out.resize(x.rows * x.cols, 0.0);
+        self.stream.download("download", &x.memory, out)
+    }
+
+    fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {
+        const OP: &str = "embed";
+        check::all_below(OP, "token", tokens, table.rows)?;
+        out.reshape(tokens.len(), table.cols)?;
+        let tokens_at = locked(&self.tables).tokens.put(&self.stream, OP, tokens)?;
+        let arguments =
+            [out.memory.start(), table.memory.start(), tokens_at, u32_of(table.cols), u32_of(table.stride())];
+        // SAFETY: every token is a row of the table, and out has a row for each.
+        unsafe { self.stream.launch(OP, &self.kernels.embed, row_grid(tokens.len(), 256), &arguments) }
+    }
+
+    fn rms_norm(&self, x: &CudaArray, weight: &CudaVector, eps: f32, out: &mut CudaOperand) -> Result<()> {
+        const OP: &str = "rms_norm";
+        check::shape(OP, "weight", [weight.len], [x.cols])?;
+        out.reshape(x.rows, x.cols)?;
+        let arguments = [
+            out.memory.start(),
+            x.memory.start(),
+            weight.memory.start(),
+            Argument::F32(eps),
+            u32_of(x.cols),
+            u32_of(out.stride()),
+        ];
+        // SAFETY: the weight is as long as rows are wide, and out has as many rows, padded.
+        unsafe { self.stream.launch(OP, &self.kernels.rms_norm, row_grid(x.rows, 256), &arguments) }
+    }
+
+    fn matmul(&self, x: &CudaOperand, w: &CudaMatrix, out: &mut CudaArray) -> Result<()> {
+        check::shape("matmul", "x's columns", [x.cols], [w.cols])?;
+        out.reshape(x.rows, w.rows)?;
+        self.kernels.gemm.run(&self.stream, "matmul", Product::whole(x, w, out), Onto::Nothing)
+    }
+
+    fn matmul_add(&self, x: &CudaOperand, w: &CudaMatrix, out: &mut CudaArray) -> Result<()> {
+        check::shape("matmul_add", "x's columns", [x.cols], [w.cols])?;
+        check::shape("matmul_add", "out", [out.rows, out.cols], [x.rows, w.rows])?;
+        self.kernels.gemm.run(&self.stream, "matmul_add", Product::whole(x, w, out), Onto::Product)
+    }
+
+    fn matmul_onto(&self, x: &CudaOperand, w: &CudaMatrix, sums: &mut CudaArray) -> Result<()> {
+        check::shape("matmul_onto", "x's columns", [x.cols], [w.cols])?;
+        check::shape("matmul_onto", "sums", [sums.rows, sums.cols], [x.rows, w.rows])?;
+        self.kernels.gemm.run(&self.stream, "matmul_onto", Product::whole(x, w, sums), Onto::Sums)
+    }
+
+    fn add(&self, x: &CudaArray, out: &mut CudaArray) -> Result<()> {
+        check::shape("add", "out", [out.rows, out.cols], [x.rows, x.cols])?;
+        let count = x.rows * x.cols;
+        let arguments = [out.memory.start(), x.memory.start(), Argument::U64(count as u64)];
+        // SAFETY: both have as many numbers.
+        unsafe { self.stream.launch("add", &self.kernels.add, flat_grid(count), &arguments) }
+    }
+
+    fn swiglu(
+        &self,
+        x: &CudaOperand,
+        gate: &CudaMatrix,
+        up: &CudaMatrix,
+        out: &mut CudaOperand,
+    ) -> Result<()> {
+        const OP: &str = "swiglu";
+        check::shape(OP, "x's columns", [x.cols], [gate.cols])?;
+        check::shape(OP, "up", [up.rows, up.cols], [gate.rows, gate.cols])?;
+        out.reshape(x.rows, gate.rows)?;
+        let columns = swiglu_columns(x.rows, gate.rows);
+        let mut workspace = locked(&self.workspace);
+        let Workspace { gate: gates, up: ups, .. } = &mut *workspace;
+        for first in (0..gate.rows).step_by(columns.max(1)) {
+            let width = columns.min(gate.rows - first);
+            for (matrix, product) in [(gate, &mut *gates), (up, &mut *ups)] {
+                product.reserve(OP, x.rows * width * size_of::<f32>())?;
+                let product = Product::of_rows(x, matrix, first, width, product);
+                self.kernels.gemm.run(&self.stream, OP, product, Onto::Nothing)?;
+            }
+            // What pads a row belongs to its last columns.
+            let padded = if first + width == gate.rows { out.stride() - first } else { width };
+            let arguments = [
+                out.memory.at(first * size_of::<u16>()),
+                gates.start(),
+                ups.start(),
+                u32_of(width),
+                u32_of(padded),
+                u32_of(out.stride()),
+            ];
+            // Blocks in y are 65,535 at most.
+            assert!(x.rows < 1 << 16, "{} rows of a micro-batch", x.rows);
+            let grid = Grid { blocks: [padded.div_ceil(256), x.rows, 1], threads: 256, block_bytes: 0 };
+            // SAFETY: both products are `[rows, width]`, and out's rows have room from the first column on.
+            unsafe { self.stream.launch(OP, &self.kernels.swiglu, grid, &arguments) }?;
+        }
+        Ok(())
+    }
+
+    fn rope(&self, x: &mut CudaArray, rope: &CudaRope, positions: &[u32]) -> Result<()> {
+        const OP: &str = "rope";
+        check::rope_shapes(OP, [x.rows, x.cols], rope.head_dim, rope.positions, positions)?;
+        let positions_at = locked(&self.tables).positions.put(&self.stream, OP, positions)?;
+        let half = rope.head_dim / 2;
+        let num_pairs = x.rows * x.cols / 2;
+        let arguments = [
+            x.memory.start(),
+            rope.cos.start(),
+            rope.sin.start(),
+            positions_at,
+            u32_of(x.cols / rope.head_dim),
+            u32_of(half),
+            Argument::U64(num_pairs as u64),
+        ];
+        // SAFETY: rows are whole heads, and every position has its angles.
+        unsafe { self.stream.launch(OP, &self.kernels.rope, flat_grid(num_pairs), &arguments) }
+    }
+
+    fn kv_append(
+        &self,
+        cache: &mut CudaKvCache,
+        k: &CudaArray,
+        v: &CudaArray,
+        slices: &[AttentionSlice],
+    ) -> Result<()> {
+        const OP: &str = "kv_append";
+        let CudaKvCache { num_pages, kv_heads, head_dim, .. } = *cache;
+        check::shape(OP, "k's columns", [k.cols], [kv_heads * head_dim])?;
+        check::shape(OP, "v", [v.rows, v.cols], [k.rows, k.cols])?;
+        check::slices(OP, slices, k.rows, num_pages)?;
+        let places_at = locked(&self.tables).places.put(&self.stream, OP, &places(slices))?;
+        let arguments = [
+            cache.memory.start(),
+            k.memory.start(),
+            v.memory.start(),
+            places_at,
+            u32_of(kv_heads),
+            u32_of(head_dim),
+            u32_of(AttentionKernels::padded(head_dim)),
+        ];
+        let grid = Grid { blocks: [k.rows, kv_heads, 1], threads: 128, block_bytes: 0 };
+        // SAFETY: every row has a place, on a page of the cache; keys and values have the cache's heads.
+        unsafe { self.stream.launch(OP, &self.kernels.kv_append, grid, &arguments) }
+    }
+
+    fn attention(
+        &self,
+        q: &CudaArray,
+        cache: &CudaKvCache,
+        slices: &[AttentionSlice],
+        out: &mut CudaOperand,
+    ) -> Result<()> {
+        const OP: &str = "attention";
+        let CudaKvCache { kv_heads, head_dim, .. } = *cache;
+        let group = check::heads(OP, "q's columns", q.cols, kv_heads, head_dim)?;
+        check::slices(OP, slices, q.rows, cache.num_pages)?;
+        if group > TILE_QUERIES {
+            return Err(Error::Unsupported(format!(
+                "{OP}: a KV head has {group} query heads, expected {TILE_QUERIES} at most"
+            )));
+        }
+        out.reshape(q.rows, q.cols)?;
+        if out.stride() != out.cols {
+            self.stream.clear(OP, &mut out.memory)?; // What pads rows.
+        }
+        let may_split = !self.options.is_deterministic && cache.kernels.decode.is_some();
+        let multiprocessors = may_split.then_some(self.gpu.multiprocessors as usize);
+        let plan = Plan::new(slices, group, kv_heads, multiprocessors);
+        let mut tables = locked(&self.tables);
+        let pages_at = tables.pages.put(&self.stream, OP, &plan.pages)?;
+        let tiles_at = tables.tiles.put(&self.stream, OP, &plan.tiles)?;
+        let rows_at = tables.rows.put(&self.stream, OP, &plan.rows)?;
+        let heads = u32_of(q.cols / head_dim);
+        let (kv_heads_at, head_dim_at) = (u32_of(kv_heads), u32_of(head_dim));
+        let scale = Argument::F32(std::f32::consts::LOG2_E / (head_dim as f32).sqrt());
+        let arguments = [
+            out.memory.start(),
+            q.memory.start(),
+            cache.memory.start(),
+            pages_at,
+            tiles_at,
+            heads,
+            kv_heads_at,
+            head_dim_at,
+            u32_of(out.stride()),
+            scale,
+        ];
+        let grid = plan.prefill_grid(kv_heads, &cache.kernels);
+        // SAFETY: slices and pages have been checked; tiles are made of them, and no wider than 64 queries.
+        unsafe { self.stream.launch(OP, &cache.kernels.prefill, grid, &arguments) }?;
+        let Some(decode) = &cache.kernels.decode else { return Ok(()) };
+        if plan.rows.is_empty() {
+            return Ok(());
+        }
+        let mut workspace = locked(&self.workspace);
+        let Workspace { partial, maxima, sums, .. } = &mut *workspace;
+        let num_partials = plan.num_partials(kv_heads);
+        let padded = AttentionKernels::padded(head_dim);
+        partial.reserve(OP, num_partials * padded * size_of::<f32>())?;
+        maxima.reserve(OP, num_partials * size_of::<f32>())?;
+        sums.reserve(OP, num_partials * size_of::<f32>())?;
+        let arguments = [
+            partial.start(),
+            maxima.start(),
+            sums.start(),
+            q.memory.start(),
+            cache.memory.start(),
+            pages_at,
+            rows_at,
+            heads,
+            kv_heads_at,
+            head_dim_at,
+            u32_of(plan.part_pages),
+            scale,
+        ];
+        // SAFETY: as above; a group is no wider than 16, and each part of a row has its place.
+        unsafe { self.stream.launch(OP, decode, plan.decode_grid(kv_heads, &cache.kernels), &arguments) }?;
+        let arguments = [
+            out.memory.start(),
+            partial.start(),
+            maxima.start(),
+            sums.start(),
+            rows_at,
+            heads,
+            kv_heads_at,
+            head_dim_at,
+            u32_of(padded),
+            u32_of(plan.num_parts),
+            u32_of(out.stride()),
+        ];
+        let grid = Grid { blocks: [plan.num_rows(), q.cols / head_dim, 1], threads: 128, block_bytes: 0 };
+        debug_assert!(group <= DECODE_GROUP, "rows are split for groups of {DECODE_GROUP} at most");
+        // SAFETY: the parts that it reads have been queued before it.
+        unsafe { self.stream.launch(OP, &self.kernels.attention_merge, grid, &arguments) }
+    }
+
+    fn gather(&self, x: &CudaArray, rows: &[u32], out: &mut CudaArray) -> Result<()> {
+        const OP: &str = "gather";
+        check::all_below(OP, "row", rows, x.rows)?;
+        out.reshape(rows.len(), x.cols)?;
+        let rows_at = locked(&self.tables).gathered.put(&self.stream, OP, rows)?;
+        let arguments = [out.memory.start(), x.memory.start(), rows_at, u32_of(x.cols)];
+        // SAFETY: every row is one of x, and out has a row for each.
+        unsafe { self.stream.launch(OP, &self.kernels.gather, row_grid(rows.len(), 256), &arguments) }
+    }
+
+    fn logit_stats(&self, logits: &CudaArray, out: &mut Vec<LogitStats>) -> Result<()> {
+        const OP: &str = "logit_stats";
+        check::logits(logits.cols)?;
+        let mut workspace = locked(&self.workspace);
+        let Workspace { stats, host_stats, .. } = &mut *workspace;
+        stats.reserve(OP, logits.rows * size_of::<[u32; 3]>())?;
+        let arguments = [stats.start(), logits.memory.start(), u32_of(logits.cols)];
+        // SAFETY: there is room for the statistics of each row.
+        unsafe { self.stream.launch(OP, &self.kernels.logit_stats, row_grid(logits.rows, 512), &arguments) }?;
+        host_stats.resize(logits.rows, [0; 3]);
+        self.stream.download(OP, stats, host_stats)?;
+        out.clear();
+        out.extend(host_stats.iter().map(|&[argmax, max, log_sum_exp]| LogitStats {
+            argmax,
+            max: f32::from_bits(max),
+            log_sum_exp: f32::from_bits(log_sum_exp),
+        }));
+        Ok(())
+    }
+}
+
+/// Columns of an FFN of so many that are computed at once for so many rows: whole chunks, so that each begins at 16 bytes.
+fn swiglu_columns(rows: usize, width: usize) -> usize {
+    let fitting = SWIGLU_BYTES / (rows.max(1) * 2 * size_of::<f32>());
+    (fitting / 64 * 64).clamp(64, SWIGLU_COLUMNS).min(width)
+}
+
+/// Where in a cache each row of a batch belongs: its page times PAGE_TOKENS, and its place there.
+fn places(slices: &[AttentionSlice]) -> Vec<u32> {
+    let place = |slice: &AttentionSlice, row: usize| {
+        let position = slice.first_position + row;
+        slice.pages[position / PAGE_TOKENS] * PAGE_TOKENS as u32 + (position % PAGE_TOKENS) as u32
+    };
+    slices.iter().flat_map(|slice| (0..slice.num_rows).map(move |row| place(slice, row))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_widest_ffn_is_computed_in_chunks_that_fit() {
+        assert_eq!(swiglu_columns(512, 425_984), 53_248);
+        assert_eq!(swiglu_columns(8192, 425_984), 4096);
+        assert_eq!(swiglu_columns(1, 130), 130);
+        assert_eq!(swiglu_columns(1 << 30, 425_984), 64);
+    }
+
+    #[test]
+    fn each_row_has_its_place() {
+        let slices = [
+            AttentionSlice { first_row: 0, num_rows: 3, first_position: 62, pages: vec![5, 2] },
+            AttentionSlice { first_row: 3, num_rows: 1, first_position: 0, pages: vec![9] },
+        ];
+        assert_eq!(places(&slices), [5 * 64 + 62, 5 * 64 + 63, 2 * 64, 9 * 64]);
+    }
+}

@@ -3,7 +3,8 @@
 mod folders;
 mod inputs;
 mod job_files;
-mod models;
+mod model_configs;
+mod model_files;
 mod table;
 
 use std::path::Path;

@@ -15,12 +15,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
-use anyhow::{Context, Result, bail, ensure};
+mod common;
+
+use anyhow::{Result, bail, ensure};
+use common::{numbers, random, time};
 use kernels::{
     Array, AttentionSlice, Backend, Ceilings, Cpu, CpuOptions, Dtype, KvCache, PAGE_TOKENS, Reference, Simd,
     WeightType, available_cores,
 };
-use std::time::Instant;
 
 const KV_HEADS: usize = 4;
 const CONTEXTS: [usize; 4] = [128, 512, 2048, 8192];
@@ -29,8 +31,6 @@ const GROUPS: [usize; 4] = [1, 3, 8, 16];
 const CACHE_BYTES: usize = 128 << 20;
 const MAX_ROWS: usize = 256;
 const CHUNK_TOKENS: usize = 512;
-const SAMPLES: usize = 15;
-const SAMPLE_SECONDS: f64 = 1e-3;
 /// Queries are so large that few keys have nearly all of the weight: else every answer would be close to 0.
 const QUERY_SIZE: f32 = 32.0;
 /// Weights, and the answer, are rounded to bf16 on both sides: 2⁻⁹ of values below 1 each, and room for sums.
@@ -146,7 +146,7 @@ fn report(cpu: &Cpu, ceilings: &Ceilings<'_>, case: Case) -> Result<()> {
     let bytes = (case.kv_bytes() * case.context * slices.len()) as f64;
     let before = (ceilings.product_flops(), ceilings.read_bandwidth());
     let expected = (flops / before.0).max(bytes / before.1);
-    let seconds = time(expected, || Ok(cpu.attention(&q, &cache, &slices, &mut out)?))?;
+    let seconds = time(expected, || Ok(cpu.attention(&q, &cache, &slices, &mut out)?))?.median;
     let (peak, bandwidth) = (before.0.max(ceilings.product_flops()), before.1.max(ceilings.read_bandwidth()));
     println!(
         "{:<7} {:8} {:6} {rows:6} {:9.0} {:9.0} {:7.1}% {:7.1} {:9.1}% {:8.1}%",
@@ -220,29 +220,6 @@ fn check(
     Ok(())
 }
 
-/// Times a call, in samples long enough to trust the clock; `expected` is its time in seconds, about.
-fn time(expected: f64, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
-    let calls = ((SAMPLE_SECONDS / expected) as usize).clamp(1, 1000);
-    let mut seconds = Vec::with_capacity(SAMPLES + 1);
-    for _ in 0..=SAMPLES {
-        let start = Instant::now();
-        (0..calls).try_for_each(|_| call())?;
-        seconds.push(start.elapsed().as_secs_f64() / calls as f64);
-    }
-    seconds.remove(0); // To warm up.
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[SAMPLES / 2])
-}
-
-/// Numbers in -1..1.
-fn random(len: usize, seed: u64) -> impl Iterator<Item = f32> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed + 1);
-    (0..len).map(move |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    })
-}
-
 fn options() -> Result<Options> {
     let mut options = Options {
         threads: available_cores().len(),
@@ -253,15 +230,12 @@ fn options() -> Result<Options> {
     };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(key) = args.next() {
-        let value = args.next().with_context(|| format!("{key} needs a value"))?;
+        let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
             "--threads" => options.threads = value.parse()?,
-            "--simd" => {
-                let level = Simd::ALL.into_iter().find(|simd| simd.name() == value);
-                options.simd = level.with_context(|| format!("unknown level {value}"))?;
-            }
-            "--contexts" => options.contexts = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
-            "--groups" => options.groups = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--simd" => options.simd = common::simd(&value)?,
+            "--contexts" => options.contexts = numbers(&value)?,
+            "--groups" => options.groups = numbers(&value)?,
             "--head-dim" => options.head_dim = value.parse()?,
             _ => bail!("unknown option {key}"),
         }

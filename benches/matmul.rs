@@ -14,10 +14,12 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+mod common;
+
 use anyhow::{Context, Result, bail};
+use common::{numbers, random, time};
 use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, Simd};
 use kernels::{TensorView, ViewDtype, WeightType, available_cores};
-use std::time::Instant;
 
 /// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head), of a 1.1 B Llama (alike), and of a narrow
 /// slice of Ultra (an eighth of q and of o, k and v, the narrowest FFN).
@@ -41,8 +43,6 @@ const SHAPES: [(usize, usize); 15] = [
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
 const WEIGHTS: [WeightType; 4] =
     [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
-const SAMPLES: usize = 15;
-const SAMPLE_SECONDS: f64 = 1e-3;
 /// Several times an L3 cache.
 const COLD_BYTES: usize = 128 << 20;
 
@@ -54,12 +54,6 @@ struct Options {
     shapes: Vec<(usize, usize)>,
     /// Whether every call takes the same weights, which stay in the caches that they fit into.
     is_warm: bool,
-}
-
-/// Seconds of a call.
-struct Time {
-    median: f64,
-    best: f64,
 }
 
 fn main() -> Result<()> {
@@ -98,7 +92,7 @@ struct Weights {
 
 impl Weights {
     fn new(cpu: &Cpu, n: usize, k: usize, is_warm: bool) -> Result<Self> {
-        let bits: Vec<u16> = random(n * k).map(|v| (v.to_bits() >> 16) as u16).collect();
+        let bits: Vec<u16> = random(n * k, 0).map(|v| (v.to_bits() >> 16) as u16).collect();
         let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
         let view = TensorView::new(ViewDtype::Bf16, n, k, &bytes);
         let first = cpu.matrix(view)?;
@@ -150,7 +144,7 @@ fn report(
 
 /// Random rows in the device's number type: a norm is what makes a matmul's input from f32.
 fn operand(cpu: &Cpu, rows: usize, k: usize) -> Result<CpuOperand> {
-    let values: Vec<f32> = random(rows * k).collect();
+    let values: Vec<f32> = random(rows * k, 0).collect();
     let ones: Vec<u8> = (0..k).flat_map(|_| 1f32.to_le_bytes()).collect();
     let ones = cpu.vector(TensorView::new(ViewDtype::F32, 1, k, &ones))?;
     let (mut x, mut operand) = (cpu.array(), cpu.operand());
@@ -182,29 +176,6 @@ fn check(x: &CpuOperand, w: &[f32], out: &Array, [n, k]: [usize; 2], has_integer
     Ok(())
 }
 
-/// Time a call, in samples long enough to trust the clock; `expected` is its time in seconds, about.
-fn time(expected: f64, mut call: impl FnMut() -> Result<()>) -> Result<Time> {
-    let calls = ((SAMPLE_SECONDS / expected) as usize).clamp(1, 1000);
-    let mut seconds = Vec::with_capacity(SAMPLES);
-    for _ in 0..=SAMPLES {
-        let start = Instant::now();
-        (0..calls).try_for_each(|_| call())?;
-        seconds.push(start.elapsed().as_secs_f64() / calls as f64);
-    }
-    seconds.remove(0); // To warm up.
-    seconds.sort_by(f64::total_cmp);
-    Ok(Time { median: seconds[SAMPLES / 2], best: seconds[0] })
-}
-
-/// Numbers in -1..1.
-fn random(len: usize) -> impl Iterator<Item = f32> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    (0..len).map(move |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    })
-}
-
 fn options() -> Result<Options> {
     let mut options = Options {
         threads: available_cores().len(),
@@ -220,18 +191,15 @@ fn options() -> Result<Options> {
             options.is_warm = true;
             continue;
         }
-        let value = args.next().with_context(|| format!("{key} needs a value"))?;
+        let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
             "--threads" => options.threads = value.parse()?,
-            "--simd" => {
-                let level = Simd::ALL.into_iter().find(|simd| simd.name() == value);
-                options.simd = level.with_context(|| format!("unknown level {value}"))?;
-            }
+            "--simd" => options.simd = common::simd(&value)?,
             "--weights" => {
                 let weights = WEIGHTS.into_iter().find(|weights| weights.name() == value);
                 options.weights = weights.with_context(|| format!("unknown type {value}"))?;
             }
-            "--rows" => options.rows = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--rows" => options.rows = numbers(&value)?,
             "--shapes" => options.shapes = value.split(',').map(shape).collect::<Result<_>>()?,
             _ => bail!("unknown option {key}"),
         }

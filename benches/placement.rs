@@ -9,6 +9,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use common::median;
 use scheduler::{
     Generated, MicroBatch, MicroBatchOutput, Options, Problem, Request, RequestKey, Sampling, Scheduler,
     Span, StageDevice, TokenId, least_bottleneck_on_each,
@@ -343,11 +346,4 @@ fn requests() -> Vec<Arc<Request>> {
 
 fn shown(spans: &[Span]) -> String {
     spans.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-    (low + high) / 2.0
 }

@@ -14,7 +14,10 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+mod common;
+
 use anyhow::{Context, Result, bail, ensure};
+use common::{median, random};
 use kernels::{
     Array, AttentionSlice, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, KvCache,
 };
@@ -87,11 +90,7 @@ fn main() -> Result<()> {
 }
 
 fn report(costs: &[Cost], peak: f64, bandwidth: f64) {
-    let median = |cost: &Cost| {
-        let mut seconds = cost.seconds.clone();
-        seconds.sort_by(f64::total_cmp);
-        seconds[seconds.len() / 2]
-    };
+    let median = |cost: &Cost| median(&cost.seconds);
     let total: f64 = costs.iter().map(median).sum();
     let floor = |cost: &Cost| (cost.flops / peak).max(cost.bytes / bandwidth);
     println!("operation       ms  share   GFLOP/s    GB/s  floor ms  of floor");
@@ -287,27 +286,15 @@ fn matrix(cpu: &Cpu, n: usize, k: usize, seed: u64) -> Result<CpuMatrix> {
     Ok(cpu.matrix(TensorView::new(ViewDtype::F32, n, k, &bytes))?)
 }
 
-/// Numbers in -1..1.
-fn random(len: usize, seed: u64) -> impl Iterator<Item = f32> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_add(seed);
-    (0..len).map(move |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    })
-}
-
 fn options() -> Result<Options> {
     let mut options =
         Options { threads: available_cores().len(), simd: Simd::detect(), rows: 256, chunk: 1, context: 150 };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(key) = args.next() {
-        let value = args.next().with_context(|| format!("{key} needs a value"))?;
+        let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
             "--threads" => options.threads = value.parse()?,
-            "--simd" => {
-                let level = Simd::ALL.into_iter().find(|simd| simd.name() == value);
-                options.simd = level.with_context(|| format!("unknown level {value}"))?;
-            }
+            "--simd" => options.simd = common::simd(&value)?,
             "--rows" => options.rows = value.parse()?,
             "--chunk" => options.chunk = value.parse()?,
             "--context" => options.context = value.parse()?,

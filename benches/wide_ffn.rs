@@ -10,11 +10,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+mod common;
+
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use common::median;
 use kernels::{Array, Collective};
 use scheduler::{
     Load, MicroBatch, MicroBatchId, Problem, Request, RequestKey, Sampling, SequenceId, Slice, StageDevice,
@@ -341,10 +344,4 @@ fn micro_batch(id: u64) -> MicroBatch {
         }),
     };
     MicroBatch { id: MicroBatchId(id), slices: (0..ROWS).map(slice).collect() }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }

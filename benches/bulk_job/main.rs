@@ -22,6 +22,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod job;
 mod workload;
 
@@ -30,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use common::median;
 use job::{Job, Run, SPANWISE};
 use kernels::{Ceilings, Cpu, CpuOptions, Dtype, Simd, WeightType, available_cores};
 use stages::ModelConfig;
@@ -240,11 +243,4 @@ fn spin() -> ! {
     loop {
         state = std::hint::black_box(state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
     }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-    (low + high) / 2.0
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds libcuda.so and libnvrtc.so, which are an emulator, into the folder that is given.
+# Builds libcuda.so, libnvrtc.so and libcublasLt.so, which are an emulator, into the folder that is given.
 set -euo pipefail
 out=$1
 cd "$(dirname "$0")"
@@ -33,4 +33,5 @@ done
 for process in "${running[@]}"; do wait "$process"; done
 "${CXX:-c++}" -shared -Wl,-soname,libcuda.so "${objects[@]}" -o "$out/libcuda.so"
 "${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnvrtc.so nvrtc.cpp -o "$out/libnvrtc.so"
+"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libcublasLt.so cublaslt.cpp -o "$out/libcublasLt.so"
 rm "${objects[@]}"

@@ -178,6 +178,7 @@ fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
         weights,
         kv,
         is_deterministic: true,
+        ffn_columns: Cuda::FFN_COLUMNS,
         libraries: libraries.clone(),
         cubins: cubins.clone(),
     })?)

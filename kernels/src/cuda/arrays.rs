@@ -30,12 +30,38 @@ pub struct CudaOperand {
     pub(crate) memory: Memory,
 }
 
-/// A weight matrix on a GPU: bf16 `[rows, cols]`, each row padded with zeros to 16 bytes.
+/// A weight matrix on a GPU: bf16 `[rows, cols]`, in chunks of columns one after the other, each `[rows, chunk]` with rows
+/// padded with zeros to 16 bytes. So no product has more to count than 32 bits hold.
 #[derive(Debug)]
 pub struct CudaMatrix {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
+    /// Columns of every chunk but the last one, a multiple of 64.
+    pub(crate) chunk: usize,
     pub(crate) memory: Memory,
+}
+
+/// Columns of a matrix, or as many numbers of every row of an operand, and where those of the first row begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    /// The first column.
+    pub(crate) first: usize,
+    /// How many.
+    pub(crate) cols: usize,
+    /// Numbers from row to row of the matrix.
+    pub(crate) stride: usize,
+    /// Numbers before them in the matrix.
+    pub(crate) at: usize,
+}
+
+/// The chunks of a matrix; one of no columns has one.
+pub(crate) fn chunks(rows: usize, cols: usize, chunk: usize) -> impl Iterator<Item = Chunk> {
+    let count = cols.div_ceil(chunk).max(1);
+    (0..count).map(move |index| {
+        let first = index * chunk;
+        let cols = chunk.min(cols - first);
+        Chunk { first, cols, stride: padded(cols), at: rows * first }
+    })
 }
 
 /// An f32 vector on a GPU.
@@ -115,8 +141,14 @@ impl CudaOperand {
 }
 
 impl CudaMatrix {
-    /// Numbers from row to row.
+    /// Its chunks.
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = Chunk> + use<> {
+        chunks(self.rows, self.cols, self.chunk)
+    }
+
+    /// Numbers from row to row, of a matrix that is one chunk.
     pub(crate) fn stride(&self) -> usize {
+        assert!(self.cols <= self.chunk, "{} columns in chunks of {}", self.cols, self.chunk);
         padded(self.cols)
     }
 
@@ -130,5 +162,22 @@ impl CudaKvCache {
     /// Memory that a page takes, in bytes.
     pub fn page_bytes(kv_heads: usize, head_dim: usize) -> usize {
         kv_heads * 2 * crate::PAGE_TOKENS * AttentionKernels::padded(head_dim) * size_of::<u16>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_follow_each_other_and_the_last_is_padded() {
+        let chunk = |first, cols, stride, at| Chunk { first, cols, stride, at };
+        let found: Vec<Chunk> = chunks(3, 150, 64).collect();
+        assert_eq!(found, [chunk(0, 64, 64, 0), chunk(64, 64, 64, 192), chunk(128, 22, 24, 384)]);
+        assert_eq!(chunks(3, 64, 64).collect::<Vec<_>>(), [chunk(0, 64, 64, 0)]);
+        assert_eq!(chunks(3, 0, 64).collect::<Vec<_>>(), [chunk(0, 0, 0, 0)]);
+        // Ultra's widest FFN: as much memory as without chunks.
+        let last = chunks(16_384, 425_984, 53_248).last().unwrap();
+        assert_eq!(last.at + 16_384 * last.stride, 16_384 * 425_984);
     }
 }

@@ -2,9 +2,8 @@
 //!
 //! A number's sum runs over K in one order whatever the tile is, so that a row has the same bits in any batch.
 
-use super::arrays::{CudaArray, CudaMatrix, CudaOperand};
 use super::program::{self, Source};
-use super::stream::{Argument, Grid, Kernel, Memory, Stream};
+use super::stream::{Argument, Grid, Kernel, Stream};
 use crate::error::Result;
 use std::sync::Arc;
 
@@ -43,34 +42,6 @@ pub(crate) struct Product {
     pub(crate) x_stride: usize,
     pub(crate) w_stride: usize,
     pub(crate) out_stride: usize,
-}
-
-impl Product {
-    /// Rows of `w` from `first` on, `cols` of them, into an array of as many columns.
-    pub(crate) fn of_rows(
-        x: &CudaOperand,
-        w: &CudaMatrix,
-        first: usize,
-        cols: usize,
-        out: &Memory,
-    ) -> Product {
-        Product {
-            x: x.memory.start(),
-            w: w.memory.at(first * w.stride() * size_of::<u16>()),
-            out: out.start(),
-            rows: x.rows,
-            cols,
-            depth: x.cols,
-            x_stride: x.stride(),
-            w_stride: w.stride(),
-            out_stride: cols,
-        }
-    }
-
-    /// `x · wᵀ` as a whole.
-    pub(crate) fn whole(x: &CudaOperand, w: &CudaMatrix, out: &CudaArray) -> Product {
-        Product::of_rows(x, w, 0, w.rows, &out.memory)
-    }
 }
 
 impl Gemm {

@@ -32,6 +32,10 @@ pub(crate) const NVRTC: Wanted = Wanted {
     companions: Some("libnvrtc-builtins.so"),
 };
 
+/// The library of matrix products.
+pub(crate) const CUBLASLT: Wanted =
+    Wanted { stem: "libcublasLt", endings: &[".so", ".so.13", ".so.12"], companions: None };
+
 impl Wanted {
     fn names(&self) -> impl Iterator<Item = String> {
         self.endings.iter().map(|ending| format!("{}{ending}", self.stem))

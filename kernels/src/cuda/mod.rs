@@ -4,15 +4,17 @@
 //! for, but where numbers come back to the host. Device code lies in `cu/` and is compiled for the GPU that is there;
 //! without a GPU `emulator/` runs the same code, which is how it is tested on any machine.
 //!
-//! Only `stream.rs`, `staging.rs`, `gpu.rs`, `program.rs` and `libraries.rs` call NVIDIA's libraries, and no library is
+//! Only `stream.rs`, `staging.rs`, `gpu.rs`, `program.rs`, `libraries.rs` and `cublaslt/calls.rs` call NVIDIA's libraries, and no library is
 //! called before it has been found: a machine without CUDA gets an error, never a panic.
 
 mod arrays;
 mod attention;
+mod cublaslt;
 mod gemm;
 mod gpu;
 mod libraries;
 mod operations;
+mod products;
 mod program;
 mod staging;
 mod stream;
@@ -30,6 +32,7 @@ use crate::backend::{Dtype, TensorView, WeightType};
 use crate::check;
 use crate::error::{Error, Result};
 use attention::AttentionKernels;
+use cublaslt::CublasLt;
 use gemm::Gemm;
 use staging::Staging;
 use stream::{Argument, Grid, Kernel, Memory, Stream};
@@ -44,8 +47,11 @@ pub struct CudaOptions {
     pub weights: WeightType,
     /// Number type of keys and values: bf16.
     pub kv: Dtype,
-    /// Whether a row has the same bits in any batch: contexts are then not split, and decoding is slower.
+    /// Whether a row has the same bits in any batch: contexts are then not split, and matrix products are our own kernel's
+    /// and not cuBLASLt's, both of which is slower.
     pub is_deterministic: bool,
+    /// Most columns of an FFN that are computed at once, a multiple of 64; see [`Cuda::FFN_COLUMNS`].
+    pub ffn_columns: usize,
     /// Where CUDA's libraries are looked for first.
     pub libraries: Option<PathBuf>,
     /// Where compiled kernels are kept, if anywhere.
@@ -63,6 +69,10 @@ pub struct Cuda {
     staging: Mutex<Option<Staging>>,
     tables: Mutex<Tables>,
     workspace: Mutex<Workspace>,
+    /// A product before it is added.
+    product: Mutex<Memory>,
+    /// Nothing where products are our own kernel's.
+    library: Option<CublasLt>,
     // Last, so that everything above is freed before it.
     stream: Arc<Stream>,
 }
@@ -94,12 +104,17 @@ struct Workspace {
 }
 
 impl Cuda {
+    /// Columns of an FFN that are computed at once where nobody says otherwise. NVIDIA's fused FFNs are 5,376 to 425,984
+    /// wide, their parents 53,248: a chunk is one of those.
+    pub const FFN_COLUMNS: usize = 53_248;
+
     /// Opens a GPU and compiles its kernels, where they are not on disk.
     ///
     /// # Errors
     /// No driver, no such device, a library that is missing, number types that are not there; the message says which.
     pub fn new(options: CudaOptions) -> Result<Cuda> {
-        let CudaOptions { device, weights, kv, .. } = options;
+        let CudaOptions { device, weights, kv, ffn_columns, .. } = options;
+        assert!(ffn_columns > 0 && ffn_columns.is_multiple_of(64), "chunks of {ffn_columns} columns");
         if weights != WeightType::Bf16 || kv != Dtype::Bf16 {
             return Err(Error::Unsupported(format!(
                 "cuda:{device}: found weights of {} with keys and values of {}, expected bf16 and bf16: the CUDA backend has no other types yet",
@@ -132,6 +147,11 @@ impl Cuda {
             attention_merge: load(program::ATTENTION_MERGE, "attention_merge")?,
             gemm: Gemm::load(&stream, cubin, most_bytes)?,
         };
+        // Without the library our own kernel serves; the numeric profile says which does.
+        let (libraries, folder) = (options.libraries.as_deref(), options.cubins.as_deref());
+        let library = (!options.is_deterministic)
+            .then(|| CublasLt::load(&stream, &gpu, libraries, folder))
+            .and_then(Result::ok);
         Ok(Cuda {
             kernels,
             attention: Mutex::default(),
@@ -146,6 +166,8 @@ impl Cuda {
                 stats: Memory::none(&stream),
                 host_stats: Vec::new(),
             }),
+            product: Mutex::new(Memory::none(&stream)),
+            library,
             stream,
             gpu,
             options,
@@ -176,16 +198,22 @@ impl Cuda {
         Ok(Arc::clone(known.entry(head_dim).or_insert(Arc::new(kernels))))
     }
 
-    fn packed(&self, op: &'static str, view: TensorView<'_>) -> Result<CudaMatrix> {
+    /// A matrix in chunks of so many columns at most.
+    fn packed(&self, op: &'static str, view: TensorView<'_>, chunk: usize) -> Result<CudaMatrix> {
         check::view(op, &view)?;
-        let mut matrix = CudaMatrix { rows: view.rows, cols: view.cols, memory: Memory::none(&self.stream) };
-        let stride = matrix.stride();
-        matrix.memory.reserve("weights", view.rows * stride * size_of::<u16>())?;
+        let (rows, cols, memory) = (view.rows, view.cols, Memory::none(&self.stream));
+        let mut matrix = CudaMatrix { rows, cols, chunk, memory };
+        let numbers: usize = matrix.chunks().map(|chunk| rows * chunk.stride).sum();
+        matrix.memory.reserve("weights", numbers * size_of::<u16>())?;
         let mut staging = locked(&self.staging);
         if staging.is_none() {
             *staging = Some(Staging::new(&self.stream)?);
         }
-        staging.as_mut().expect("it was made").send(&view, stride, &mut matrix.memory)?;
+        let staging = staging.as_mut().expect("it was made");
+        for chunk in matrix.chunks() {
+            let part = view.columns(chunk.first..chunk.first + chunk.cols);
+            staging.send(&part, chunk.stride, &mut matrix.memory, chunk.at)?;
+        }
         Ok(matrix)
     }
 

@@ -2,15 +2,12 @@
 
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
-use super::gemm::{Onto, Product};
+use super::gemm::Onto;
 use super::stream::{Argument, Grid};
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
 use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable, TensorView};
 use crate::error::{Error, Result};
 use crate::{check, view};
-
-/// Most columns of an FFN that are computed at once. NVIDIA's fused FFNs are 5,376 to 425,984 wide.
-const SWIGLU_COLUMNS: usize = 53_248;
 
 /// Bytes that the two products of a SwiGLU may take: fewer columns are computed at once where there are many rows.
 const SWIGLU_BYTES: usize = 256 << 20;
@@ -27,15 +24,17 @@ impl Backend for Cuda {
         let CudaOptions { weights, kv, is_deterministic, .. } = &self.options;
         let architecture = self.gpu.architecture();
         let fixed = if *is_deterministic { " deterministic" } else { "" };
-        format!("cuda {architecture} {} kv {}{fixed}", weights.name(), kv.name())
+        let library = self.library.as_ref().map_or(String::new(), |library| format!(" {}", library.name()));
+        format!("cuda {architecture} {} kv {}{fixed}{library}", weights.name(), kv.name())
     }
 
     fn matrix(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
-        self.packed("matrix", view)
+        self.packed("matrix", view, self.options.ffn_columns)
     }
 
     fn table(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
-        self.packed("table", view)
+        // Its rows are read one by one.
+        self.packed("table", view, view.cols.max(1))
     }
 
     fn vector(&self, view: TensorView<'_>) -> Result<CudaVector> {
@@ -114,19 +113,19 @@ impl Backend for Cuda {
     fn matmul(&self, x: &CudaOperand, w: &CudaMatrix, out: &mut CudaArray) -> Result<()> {
         check::shape("matmul", "x's columns", [x.cols], [w.cols])?;
         out.reshape(x.rows, w.rows)?;
-        self.kernels.gemm.run(&self.stream, "matmul", Product::whole(x, w, out), Onto::Nothing)
+        self.multiply_all("matmul", x, w, out, Onto::Nothing)
     }
 
     fn matmul_add(&self, x: &CudaOperand, w: &CudaMatrix, out: &mut CudaArray) -> Result<()> {
         check::shape("matmul_add", "x's columns", [x.cols], [w.cols])?;
         check::shape("matmul_add", "out", [out.rows, out.cols], [x.rows, w.rows])?;
-        self.kernels.gemm.run(&self.stream, "matmul_add", Product::whole(x, w, out), Onto::Product)
+        self.multiply_all("matmul_add", x, w, out, Onto::Product)
     }
 
     fn matmul_onto(&self, x: &CudaOperand, w: &CudaMatrix, sums: &mut CudaArray) -> Result<()> {
         check::shape("matmul_onto", "x's columns", [x.cols], [w.cols])?;
         check::shape("matmul_onto", "sums", [sums.rows, sums.cols], [x.rows, w.rows])?;
-        self.kernels.gemm.run(&self.stream, "matmul_onto", Product::whole(x, w, sums), Onto::Sums)
+        self.multiply_all("matmul_onto", x, w, sums, Onto::Sums)
     }
 
     fn add(&self, x: &CudaArray, out: &mut CudaArray) -> Result<()> {
@@ -148,15 +147,14 @@ impl Backend for Cuda {
         check::shape(OP, "x's columns", [x.cols], [gate.cols])?;
         check::shape(OP, "up", [up.rows, up.cols], [gate.rows, gate.cols])?;
         out.reshape(x.rows, gate.rows)?;
-        let columns = swiglu_columns(x.rows, gate.rows);
+        let columns = swiglu_columns(x.rows, gate.rows, self.options.ffn_columns);
         let mut workspace = locked(&self.workspace);
         let Workspace { gate: gates, up: ups, .. } = &mut *workspace;
         for first in (0..gate.rows).step_by(columns.max(1)) {
             let width = columns.min(gate.rows - first);
             for (matrix, product) in [(gate, &mut *gates), (up, &mut *ups)] {
                 product.reserve(OP, x.rows * width * size_of::<f32>())?;
-                let product = Product::of_rows(x, matrix, first, width, product);
-                self.kernels.gemm.run(&self.stream, OP, product, Onto::Nothing)?;
+                self.multiply(OP, x, matrix, first..first + width, product, Onto::Nothing)?;
             }
             // What pads a row belongs to its last columns.
             let padded = if first + width == gate.rows { out.stride() - first } else { width };
@@ -345,10 +343,11 @@ impl Backend for Cuda {
     }
 }
 
-/// Columns of an FFN of so many that are computed at once for so many rows: whole chunks, so that each begins at 16 bytes.
-fn swiglu_columns(rows: usize, width: usize) -> usize {
+/// Columns of an FFN of so many that are computed at once for so many rows, `most` at most: multiples of 64, so that each part
+/// begins at 16 bytes.
+fn swiglu_columns(rows: usize, width: usize, most: usize) -> usize {
     let fitting = SWIGLU_BYTES / (rows.max(1) * 2 * size_of::<f32>());
-    (fitting / 64 * 64).clamp(64, SWIGLU_COLUMNS).min(width)
+    (fitting / 64 * 64).clamp(64, most).min(width)
 }
 
 /// Where in a cache each row of a batch belongs: its page times PAGE_TOKENS, and its place there.
@@ -366,10 +365,11 @@ mod tests {
 
     #[test]
     fn the_widest_ffn_is_computed_in_chunks_that_fit() {
-        assert_eq!(swiglu_columns(512, 425_984), 53_248);
-        assert_eq!(swiglu_columns(8192, 425_984), 4096);
-        assert_eq!(swiglu_columns(1, 130), 130);
-        assert_eq!(swiglu_columns(1 << 30, 425_984), 64);
+        let most = Cuda::FFN_COLUMNS;
+        assert_eq!(swiglu_columns(512, 425_984, most), 53_248);
+        assert_eq!(swiglu_columns(8192, 425_984, most), 4096);
+        assert_eq!(swiglu_columns(1, 130, most), 130);
+        assert_eq!(swiglu_columns(1 << 30, 425_984, most), 64);
     }
 
     #[test]

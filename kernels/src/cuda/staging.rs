@@ -37,8 +37,14 @@ impl Staging {
         Ok(Staging { buffers: [Pinned::new(stream)?, Pinned::new(stream)?], next: 0 })
     }
 
-    /// Queues a matrix in bf16, with rows padded by zeros to `stride` numbers. The view has been checked.
-    pub(crate) fn send(&mut self, view: &TensorView<'_>, stride: usize, to: &mut Memory) -> Result<()> {
+    /// Queues a matrix in bf16, with rows padded by zeros to `stride` numbers, behind `at` numbers. The view has been checked.
+    pub(crate) fn send(
+        &mut self,
+        view: &TensorView<'_>,
+        stride: usize,
+        to: &mut Memory,
+        at: usize,
+    ) -> Result<()> {
         let row_bytes = stride * size_of::<u16>();
         // A row that is longer than a buffer goes in parts, several shorter ones go together.
         let part = BUFFER_BYTES / size_of::<u16>();
@@ -59,7 +65,7 @@ impl Staging {
                 }
                 buffer.send(
                     to,
-                    (rows.start * stride + columns.start) * size_of::<u16>(),
+                    (at + rows.start * stride + columns.start) * size_of::<u16>(),
                     rows.len() * columns.len(),
                 )?;
             }

@@ -194,6 +194,16 @@ impl Stream {
         unsafe { result::event::record(event, self.stream) }.map_err(|error| self.failed(op, error))
     }
 
+    /// The queue itself, for a library that queues work of its own.
+    pub(crate) fn handle(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Which device it is, as the driver counts them.
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
     /// The driver's word on what was asked of this device.
     pub(crate) fn failed(&self, op: &'static str, error: result::DriverError) -> Error {
         failed(self.index, op, error)

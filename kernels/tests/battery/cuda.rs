@@ -29,16 +29,36 @@ fn emulator() -> PathBuf {
     folder
 }
 
-/// A device of the emulator's libraries, or of the machine's.
-fn device(libraries: Option<PathBuf>, is_deterministic: bool) -> Device<Cuda> {
-    let (weights, kv) = (WeightType::Bf16, Dtype::Bf16);
-    let options = CudaOptions { device: 0, weights, kv, is_deterministic, libraries, cubins: None };
-    Device { backend: Cuda::new(options).unwrap(), weights, kv }
+/// How a device is set up for a check.
+#[derive(Clone, Copy)]
+struct Mode {
+    is_deterministic: bool,
+    ffn_columns: usize,
 }
 
-/// In which mode a check is made.
-const BOTH: [bool; 2] = [false, true];
-const DETERMINISTIC: [bool; 1] = [true];
+/// Where rows do not depend on their batch.
+const FIXED: Mode = Mode { is_deterministic: true, ffn_columns: Cuda::FFN_COLUMNS };
+/// Where contexts are split, and products are cuBLASLt's.
+const FAST: Mode = Mode { is_deterministic: false, ffn_columns: Cuda::FFN_COLUMNS };
+
+const DETERMINISTIC: [Mode; 1] = [FIXED];
+const BOTH: [Mode; 2] = [FAST, FIXED];
+/// Both, also with matrices of several chunks.
+const CHUNKED: [Mode; 4] = [FAST, FIXED, Mode { ffn_columns: 64, ..FAST }, Mode { ffn_columns: 64, ..FIXED }];
+/// Where a matrix in chunks must have the bits of a whole one.
+const FIXED_CHUNKS: [Mode; 2] = [FIXED, Mode { ffn_columns: 64, ..FIXED }];
+
+fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
+    let (weights, kv) = (WeightType::Bf16, Dtype::Bf16);
+    let Mode { is_deterministic, ffn_columns } = mode;
+    CudaOptions { device: 0, weights, kv, is_deterministic, ffn_columns, libraries, cubins: None }
+}
+
+/// A device of the emulator's libraries, or of the machine's.
+fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
+    let (weights, kv) = (WeightType::Bf16, Dtype::Bf16);
+    Device { backend: Cuda::new(options(libraries, mode)).unwrap(), weights, kv }
+}
 
 macro_rules! checks {
     ($($name:ident: $check:expr, $modes:expr;)*) => {
@@ -74,31 +94,24 @@ checks! {
     embed_and_gather_copy_rows: embed_gather::Copies, DETERMINISTIC;
     logit_stats_finds_the_lowest_of_the_largest_and_the_sum: logit_stats::Vocabularies, DETERMINISTIC;
     logit_stats_keeps_what_is_not_finite: logit_stats::Special, DETERMINISTIC;
-    matmul_is_the_product_summed_in_f32: matmul::Matmul, DETERMINISTIC;
-    no_rows_are_no_work: matmul::NoRows, DETERMINISTIC;
-    a_row_with_a_nan_is_nan_and_spoils_no_other: matmul::NotFinite, DETERMINISTIC;
-    sums_that_are_gone_on_with_have_the_bits_of_one_product: matmul::Parted, DETERMINISTIC;
+    matmul_is_the_product_summed_in_f32: matmul::Matmul, CHUNKED;
+    no_rows_are_no_work: matmul::NoRows, CHUNKED;
+    a_row_with_a_nan_is_nan_and_spoils_no_other: matmul::NotFinite, CHUNKED;
+    sums_that_are_gone_on_with_have_the_bits_of_one_product: matmul::Parted, FIXED_CHUNKS;
     add_adds_number_by_number: matmul::Add, DETERMINISTIC;
-    matmul_argmax_finds_the_lowest_of_the_largest_of_the_product: matmul_argmax::Products, DETERMINISTIC;
+    matmul_argmax_finds_the_lowest_of_the_largest_of_the_product: matmul_argmax::Products, BOTH;
     matmul_argmax_lets_no_nan_pass: matmul_argmax::NotFinite, DETERMINISTIC;
     shapes_that_do_not_fit_are_refused_with_their_numbers: refusals::Refusals, DETERMINISTIC;
     rms_norm_divides_by_the_root_of_the_mean_square: rms_norm::RmsNorm, DETERMINISTIC;
     rope_turns_each_dimension_with_the_one_half_a_head_away: rope::Rope, DETERMINISTIC;
-    rows_together_are_what_each_is_alone: row_invariants::RowsAlone, BOTH;
-    swiglu_gates_one_product_by_the_silu_of_the_other: swiglu::Swiglu, DETERMINISTIC;
+    rows_together_are_what_each_is_alone: row_invariants::RowsAlone, FIXED_CHUNKS;
+    swiglu_gates_one_product_by_the_silu_of_the_other: swiglu::Swiglu, CHUNKED;
 }
 
 /// A request that cannot be met is an error with its reason.
 #[test]
 fn what_the_backend_lacks_is_refused_by_name() {
-    let options = |device, weights| CudaOptions {
-        device,
-        weights,
-        kv: Dtype::Bf16,
-        is_deterministic: false,
-        libraries: Some(emulator()),
-        cubins: None,
-    };
+    let options = |device, weights| CudaOptions { device, weights, ..options(Some(emulator()), FAST) };
     let error = Cuda::new(options(0, WeightType::Int8)).unwrap_err().to_string();
     assert!(
         error.starts_with("cuda:0: found weights of int8 with keys and values of bf16, expected bf16"),
@@ -112,7 +125,7 @@ fn what_the_backend_lacks_is_refused_by_name() {
 #[test]
 fn more_memory_than_there_is_is_refused_with_its_numbers() {
     use kernels::Backend;
-    let device = device(Some(emulator()), true);
+    let device = device(Some(emulator()), FIXED);
     let error = device.backend.kv_cache(1 << 18, 8, 128).unwrap_err().to_string();
     assert!(error.starts_with("cuda:0: kv_cache takes 68719476736 bytes, and "), "{error}");
     assert!(device.backend.kv_cache(2, 8, 128).is_ok());
@@ -124,8 +137,7 @@ fn cubins_are_kept_on_disk() {
     let folder = tempfile::tempdir().unwrap();
     let open = || {
         let cubins = Some(folder.path().to_owned());
-        let (weights, kv, libraries) = (WeightType::Bf16, Dtype::Bf16, Some(emulator()));
-        Cuda::new(CudaOptions { device: 0, weights, kv, is_deterministic: false, libraries, cubins }).unwrap()
+        Cuda::new(CudaOptions { cubins, ..options(Some(emulator()), FAST) }).unwrap()
     };
     drop(open());
     let names = || {
@@ -141,4 +153,66 @@ fn cubins_are_kept_on_disk() {
     );
     drop(open());
     assert_eq!(names(), first);
+}
+
+/// What cuBLASLt was found to do best is kept beside the cubins, and a run that finds it does not measure again.
+#[test]
+fn plans_of_products_are_kept_on_disk() {
+    use kernels::Backend;
+    let folder = tempfile::tempdir().unwrap();
+    let product = || {
+        let cubins = Some(folder.path().to_owned());
+        let backend = Cuda::new(CudaOptions { cubins, ..options(Some(emulator()), FAST) }).unwrap();
+        let device = Device { backend, weights: WeightType::Bf16, kv: Dtype::Bf16 };
+        assert_eq!(device.name(), "cuda sm_90a bf16 kv bf16 cublaslt 13.1.0");
+        let ((x, _), w) = (device.operand(&[1.0; 3 * 40], 40), device.matrix(&[0.5; 24 * 40], 24, 40));
+        let mut out = device.backend.array();
+        device.backend.matmul(&x, &w, &mut out).unwrap();
+        device.backend.matmul_add(&x, &w, &mut out).unwrap();
+        device.values(&out)
+    };
+    let plans = || {
+        let paths = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
+        let mut plans = paths.filter(|path| path.extension().is_some_and(|ending| ending == "plans"));
+        let path = plans.next().expect("a file of plans");
+        assert!(plans.next().is_none());
+        (std::fs::read_to_string(&path).unwrap(), path)
+    };
+    let values = product();
+    let (text, path) = plans();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..3], ["spanwise gemm plans 1", "cublasLt 130100", "emulator"]);
+    assert!(
+        lines[3].starts_with("bf16 16 24 40 store ") && lines[4].starts_with("bf16 16 24 40 add "),
+        "{text}"
+    );
+    assert_eq!(lines.len(), 5);
+    // The third algorithm in place of what was chosen: it is believed, and not measured.
+    let words = |id: u64| format!("{id:016x}{:0112x}", 0);
+    let kept = text.lines().map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+        [kind, rows, cols, depth, onto, _, _] => {
+            format!("{kind} {rows} {cols} {depth} {onto} {} 7.5\n", words(3))
+        }
+        _ => format!("{line}\n"),
+    });
+    let kept: String = kept.collect();
+    std::fs::write(&path, &kept).unwrap();
+    assert_eq!(product(), values);
+    assert_eq!(plans().0, kept);
+    // One that the library does not know is measured again.
+    std::fs::write(&path, kept.replace(&words(3), &words(9))).unwrap();
+    assert_eq!(product(), values);
+    assert!(!plans().0.contains(&words(9)));
+}
+
+/// Without cuBLASLt our own kernel serves, and the profile does not speak of it.
+#[test]
+fn products_need_no_library() {
+    let folder = tempfile::tempdir().unwrap();
+    for library in ["libcuda.so", "libnvrtc.so"] {
+        std::os::unix::fs::symlink(emulator().join(library), folder.path().join(library)).unwrap();
+    }
+    let device = device(Some(folder.path().to_owned()), FAST);
+    assert_eq!(device.name(), "cuda sm_90a bf16 kv bf16");
+    matmul::Matmul.check(&device);
 }

@@ -1,0 +1,149 @@
+// A libcublasLt for the emulator's memory: what the CUDA backend calls of it, by plain loops, done at once.
+//
+// It has several algorithms, which sum in unlike orders, as those of the library do. One is offered and then refuses to start.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#define API extern "C" __attribute__((visibility("default")))
+using Status = int;
+constexpr Status SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15;
+
+namespace {
+
+// cudaDataType.
+constexpr int F32 = 0, BF16 = 14;
+constexpr int COMPUTE_32F = 68;
+constexpr int TRANSPOSED = 1;
+// cublasLtMatmulDescAttributes_t.
+constexpr int TRANSA = 3, TRANSB = 4;
+
+struct Descriptor {
+    int compute_type, scale_type, is_a_transposed, is_b_transposed;
+};
+
+// Columns after columns.
+struct Layout {
+    int type;
+    uint64_t rows, cols;
+    int64_t stride;
+};
+
+struct Preference {
+    uint64_t workspace_bytes;
+};
+
+struct Algorithm {
+    uint64_t words[8];
+};
+
+struct Heuristic {
+    Algorithm algorithm;
+    size_t workspace_bytes;
+    Status state;
+    float waves;
+    int reserved[4];
+};
+
+// Algorithms count from 1. This one says it works, and does not start.
+constexpr uint64_t NUM_ALGORITHMS = 3, BROKEN = 2;
+
+float bf16_at(const void* numbers, uint64_t index) {
+    uint32_t bits = uint32_t(static_cast<const uint16_t*>(numbers)[index]) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// What the backend asks for, and nothing else is known here.
+bool is_known(const Descriptor& product, const Layout& a, const Layout& b, const Layout& out) {
+    bool is_f32 = product.compute_type == COMPUTE_32F && product.scale_type == F32 && out.type == F32;
+    bool are_shapes = a.rows == b.rows && a.cols == out.rows && b.cols == out.cols;
+    bool are_strides = a.stride >= int64_t(a.rows) && b.stride >= int64_t(b.rows) && out.stride >= int64_t(out.rows);
+    bool are_aligned = a.stride % 8 == 0 && b.stride % 8 == 0;
+    return is_f32 && are_shapes && are_strides && are_aligned && product.is_a_transposed && !product.is_b_transposed &&
+           a.type == BF16 && b.type == BF16;
+}
+
+}  // namespace
+
+API size_t cublasLtGetVersion() { return 130100; }
+API Status cublasLtCreate(void** handle) { return *handle = new int(0), SUCCESS; }
+API Status cublasLtDestroy(void* handle) { return delete static_cast<int*>(handle), SUCCESS; }
+
+API Status cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, uint64_t cols, int64_t stride) {
+    return *layout = new Layout{type, rows, cols, stride}, SUCCESS;
+}
+API Status cublasLtMatrixLayoutDestroy(void* layout) { return delete static_cast<Layout*>(layout), SUCCESS; }
+
+API Status cublasLtMatmulDescCreate(void** product, int compute_type, int scale_type) {
+    return *product = new Descriptor{compute_type, scale_type, 0, 0}, SUCCESS;
+}
+API Status cublasLtMatmulDescSetAttribute(void* product, int attribute, const void* value, size_t bytes) {
+    auto& descriptor = *static_cast<Descriptor*>(product);
+    int number;
+    if (bytes != sizeof(number)) return INVALID_VALUE;
+    std::memcpy(&number, value, sizeof(number));
+    switch (attribute) {
+        case TRANSA: descriptor.is_a_transposed = number == TRANSPOSED; return SUCCESS;
+        case TRANSB: descriptor.is_b_transposed = number == TRANSPOSED; return SUCCESS;
+        default: return INVALID_VALUE;
+    }
+}
+API Status cublasLtMatmulDescDestroy(void* product) { return delete static_cast<Descriptor*>(product), SUCCESS; }
+
+API Status cublasLtMatmulPreferenceCreate(void** preference) { return *preference = new Preference{0}, SUCCESS; }
+API Status cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const void* value, size_t bytes) {
+    if (attribute != 1 || bytes != sizeof(uint64_t)) return INVALID_VALUE; // Most bytes of the workspace.
+    return std::memcpy(&static_cast<Preference*>(preference)->workspace_bytes, value, bytes), SUCCESS;
+}
+API Status cublasLtMatmulPreferenceDestroy(void* preference) { return delete static_cast<Preference*>(preference), SUCCESS; }
+
+API Status cublasLtMatmulAlgoGetHeuristic(void*, void* product, void* a, void* b, void* c, void* d, void* preference, int most,
+                                          Heuristic* results, int* count) {
+    *count = 0;
+    if (c != d || static_cast<Preference*>(preference)->workspace_bytes == 0) return INVALID_VALUE;
+    if (!is_known(*static_cast<Descriptor*>(product), *static_cast<Layout*>(a), *static_cast<Layout*>(b), *static_cast<Layout*>(d))) {
+        return NOT_SUPPORTED;
+    }
+    for (uint64_t id = 1; id <= NUM_ALGORITHMS && *count < most; id++) {
+        results[(*count)++] = Heuristic{{{id}}, 0, SUCCESS, 1.0f, {}};
+    }
+    return SUCCESS;
+}
+
+API Status cublasLtMatmulAlgoCheck(void*, void* product, void* a, void* b, void*, void* d, const Algorithm* algorithm, Heuristic* result) {
+    uint64_t id = algorithm->words[0];
+    bool is_good = id >= 1 && id <= NUM_ALGORITHMS &&
+                   is_known(*static_cast<Descriptor*>(product), *static_cast<Layout*>(a), *static_cast<Layout*>(b), *static_cast<Layout*>(d));
+    *result = Heuristic{*algorithm, 0, is_good ? SUCCESS : NOT_SUPPORTED, 1.0f, {}};
+    return result->state;
+}
+
+API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
+                          const float* beta, const float* c, void*, float* d, void* d_layout, const Algorithm* algorithm, void*, size_t,
+                          void*) {
+    const auto &left = *static_cast<Layout*>(a_layout), &right = *static_cast<Layout*>(b_layout), &out = *static_cast<Layout*>(d_layout);
+    if (!is_known(*static_cast<Descriptor*>(product), left, right, out)) return NOT_SUPPORTED;
+    uint64_t id = algorithm->words[0];
+    if (id == 0 || id > NUM_ALGORITHMS || id == BROKEN) return NOT_SUPPORTED;
+    if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 != 0) return INVALID_VALUE;
+    // The last algorithm has four sums that take turns.
+    uint64_t num_sums = id == NUM_ALGORITHMS ? 4 : 1;
+    for (uint64_t column = 0; column < out.cols; column++) {
+        for (uint64_t row = 0; row < out.rows; row++) {
+            float sums[4] = {};
+            for (uint64_t k = 0; k < left.rows; k++) {
+                sums[k % num_sums] += bf16_at(a, row * left.stride + k) * bf16_at(b, column * right.stride + k);
+            }
+            float sum = *alpha * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            uint64_t at = column * out.stride + row;
+            // What is multiplied with nothing is not read.
+            d[at] = *beta == 0.0f ? sum : sum + *beta * c[at];
+        }
+    }
+    return SUCCESS;
+}

@@ -1,0 +1,180 @@
+//! Matrix products by cuBLASLt: the fast path, whose bits depend on the batch.
+//!
+//! For products of one shape, rows counted in buckets, the library's heuristics are asked once, their candidates are timed
+//! on the product itself, and the best is kept, also on disk. What the library cannot do is left to our own kernel.
+//! The first product of a shape waits for the device; later ones are queued and nothing else, so that a step may be captured
+//! once it has run.
+
+mod calls;
+mod file;
+mod plan;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::gemm::Product;
+use super::gpu::Gpu;
+use super::stream::{Memory, Stream};
+use super::{libraries, locked};
+use crate::error::Result;
+use calls::{Handle, Shape};
+use file::{Owner, Plans};
+use plan::{Algorithm, Choice, Key};
+
+pub(crate) use plan::{Kind, cuts};
+
+/// Runs of a candidate that are timed together, after one that is not.
+const TIMED_RUNS: u32 = 4;
+
+/// cuBLASLt on one device.
+#[derive(Debug)]
+pub(crate) struct CublasLt {
+    handle: Handle,
+    owner: Owner,
+    folder: Option<PathBuf>,
+    known: Mutex<Known>,
+    stream: Arc<Stream>,
+}
+
+#[derive(Debug)]
+struct Known {
+    plans: Plans,
+    shapes: HashMap<Exact, Option<Prepared>>,
+    /// What candidates write to while they are timed.
+    scratch: Memory,
+}
+
+/// All that a shape is, in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Exact {
+    key: Key,
+    rows: usize,
+    strides: [usize; 3],
+}
+
+/// A shape and its algorithm.
+#[derive(Debug)]
+struct Prepared {
+    shape: Shape,
+    algorithm: Algorithm,
+}
+
+impl CublasLt {
+    /// Loads the library, and what has been chosen on this device with its version.
+    ///
+    /// # Errors
+    /// It is nowhere, or does not start.
+    pub(crate) fn load(
+        stream: &Arc<Stream>,
+        gpu: &Gpu,
+        libraries: Option<&Path>,
+        folder: Option<&Path>,
+    ) -> Result<CublasLt> {
+        libraries::CUBLASLT.load(libraries)?;
+        let handle = Handle::new(stream)?;
+        let owner = Owner { library: handle.version(), device: gpu.name.clone() };
+        let plans = folder.map_or_else(Plans::new, |folder| owner.load(folder));
+        let known = Known { plans, shapes: HashMap::new(), scratch: Memory::none(stream) };
+        Ok(CublasLt {
+            handle,
+            owner,
+            folder: folder.map(Path::to_owned),
+            known: Mutex::new(known),
+            stream: Arc::clone(stream),
+        })
+    }
+
+    /// Such as `cublaslt 13.1.0`.
+    pub(crate) fn name(&self) -> String {
+        let version = self.owner.library;
+        format!("cublaslt {}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+    }
+
+    /// Queues a product, which `adds` to what is there or takes its place; `false` where the library cannot.
+    ///
+    /// # Safety
+    /// The product's arrays are of this device, and as large as its shape says.
+    pub(crate) unsafe fn run(
+        &self,
+        op: &'static str,
+        kind: Kind,
+        product: &Product,
+        adds: bool,
+    ) -> Result<bool> {
+        if product.rows == 0 || product.cols == 0 || product.depth == 0 {
+            return Ok(false);
+        }
+        let Product { rows, cols, depth, x_stride, w_stride, out_stride, .. } = *product;
+        let key = Key { kind, rows: plan::bucket(rows), cols, depth, adds };
+        let exact = Exact { key, rows, strides: [x_stride, w_stride, out_stride] };
+        let mut known = locked(&self.known);
+        if !known.shapes.contains_key(&exact) {
+            // SAFETY: the caller vouches for the arrays.
+            let prepared = unsafe { self.prepare(&mut known, key, product) }?;
+            known.shapes.insert(exact, prepared);
+        }
+        let Some(Prepared { shape, algorithm }) = &known.shapes[&exact] else { return Ok(false) };
+        // SAFETY: the caller vouches for the arrays, and the shape is the product's.
+        unsafe { self.handle.multiply(op, shape, product, adds, *algorithm) }?;
+        Ok(true)
+    }
+
+    /// Finds a shape's algorithm: the key's, which is chosen now where it is not known.
+    ///
+    /// # Safety
+    /// As of [`CublasLt::run`].
+    unsafe fn prepare(&self, known: &mut Known, key: Key, product: &Product) -> Result<Option<Prepared>> {
+        let shape = self.handle.shape(key.kind, product)?;
+        if let Some(choice) = known.plans.get(&key)
+            && self.handle.accepts(&shape, choice.algorithm)
+        {
+            let algorithm = choice.algorithm;
+            return Ok(Some(Prepared { shape, algorithm }));
+        }
+        let candidates = self.handle.candidates(&shape)?;
+        // SAFETY: the caller vouches for the arrays.
+        let times = candidates
+            .iter()
+            .map(|&algorithm| unsafe { self.time(&mut known.scratch, &shape, product, key.adds, algorithm) });
+        let times = times.collect::<Result<Vec<_>>>()?;
+        let Some(best) = plan::fastest(&times) else { return Ok(None) };
+        let algorithm = candidates[best];
+        let choice = Choice { algorithm, microseconds: times[best].expect("the fastest has a time") };
+        known.plans.insert(key, choice);
+        if let Some(folder) = &self.folder {
+            self.owner.keep(folder, key, choice);
+        }
+        Ok(Some(Prepared { shape, algorithm }))
+    }
+
+    /// Microseconds of a candidate, or nothing where the library refuses to start it.
+    ///
+    /// # Safety
+    /// As of [`CublasLt::run`].
+    unsafe fn time(
+        &self,
+        scratch: &mut Memory,
+        shape: &Shape,
+        product: &Product,
+        adds: bool,
+        algorithm: Algorithm,
+    ) -> Result<Option<f64>> {
+        const OP: &str = "time a product";
+        scratch.reserve(OP, product.rows * product.out_stride * size_of::<f32>())?;
+        let product = Product { out: scratch.start(), ..*product };
+        // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
+        let run = || unsafe { self.handle.multiply(OP, shape, &product, adds, algorithm) };
+        if run().is_err() {
+            return Ok(None);
+        }
+        self.stream.wait(OP)?;
+        let start = Instant::now();
+        for _ in 0..TIMED_RUNS {
+            run()?;
+        }
+        self.stream.wait(OP)?;
+        Ok(Some(start.elapsed().as_secs_f64() * 1e6 / f64::from(TIMED_RUNS)))
+    }
+}

@@ -1,0 +1,143 @@
+//! Matrix products: cut where they are wide, and given to cuBLASLt or to our own kernel.
+//!
+//! The columns of a matrix lie in chunks, whose products are summed up in f32 one after the other. Our own kernel goes on
+//! with a chunk's sums in the order of K, so that chunks change no bit.
+
+use std::ops::Range;
+
+use super::arrays::{CudaArray, CudaMatrix, CudaOperand};
+use super::cublaslt::{self, Kind};
+use super::gemm::{Onto, Product};
+use super::stream::{Argument, Grid, Memory};
+use super::{Cuda, flat_grid, locked};
+use crate::error::Result;
+
+impl Cuda {
+    /// Queues `x · wᵀ` as a whole. The shapes have been checked.
+    pub(super) fn multiply_all(
+        &self,
+        op: &'static str,
+        x: &CudaOperand,
+        w: &CudaMatrix,
+        out: &CudaArray,
+        onto: Onto,
+    ) -> Result<()> {
+        self.multiply(op, x, w, 0..w.rows, &out.memory, onto)
+    }
+
+    /// Queues a product with some rows of `w`, into an array of as many columns.
+    pub(super) fn multiply(
+        &self,
+        op: &'static str,
+        x: &CudaOperand,
+        w: &CudaMatrix,
+        cols: Range<usize>,
+        out: &Memory,
+        onto: Onto,
+    ) -> Result<()> {
+        let num_chunks = w.chunks().count();
+        if onto == Onto::Product && num_chunks > 1 && self.library.is_none() {
+            return self.multiply_apart(op, x, w, cols, out);
+        }
+        for (index, chunk) in w.chunks().enumerate() {
+            let product = Product {
+                x: x.memory.at(chunk.first * size_of::<u16>()),
+                w: w.memory.at((chunk.at + cols.start * chunk.stride) * size_of::<u16>()),
+                out: out.start(),
+                rows: x.rows,
+                cols: cols.len(),
+                depth: chunk.cols,
+                x_stride: x.stride(),
+                w_stride: chunk.stride,
+                out_stride: cols.len(),
+            };
+            self.multiply_chunk(op, &product, if index == 0 { onto } else { Onto::Sums })?;
+        }
+        Ok(())
+    }
+
+    /// A product of several chunks that is summed first, then added.
+    fn multiply_apart(
+        &self,
+        op: &'static str,
+        x: &CudaOperand,
+        w: &CudaMatrix,
+        cols: Range<usize>,
+        out: &Memory,
+    ) -> Result<()> {
+        let count = x.rows * cols.len();
+        let mut scratch = locked(&self.product);
+        scratch.reserve(op, count * size_of::<f32>())?;
+        self.multiply(op, x, w, cols, &scratch, Onto::Nothing)?;
+        let grid: Grid = flat_grid(count);
+        let arguments = [out.start(), scratch.start(), Argument::U64(count as u64)];
+        // SAFETY: both have as many numbers.
+        unsafe { self.stream.launch(op, &self.kernels.add, grid, &arguments) }
+    }
+
+    fn multiply_chunk(&self, op: &'static str, product: &Product, onto: Onto) -> Result<()> {
+        let Some(library) = &self.library else {
+            return self.kernels.gemm.run(&self.stream, op, *product, onto);
+        };
+        for rows in cublaslt::cuts(product.rows, product.x_stride.max(product.out_stride)) {
+            for cols in cublaslt::cuts(product.cols, product.w_stride) {
+                let part = product.part(rows.clone(), cols);
+                // SAFETY: x and w have `rows` and `cols` rows of their strides, each at least `depth` wide, and out has `rows`
+                // of `out_stride`: their shapes have been checked.
+                let is_done = unsafe { library.run(op, Kind::Bf16, &part, onto != Onto::Nothing) }?;
+                if !is_done {
+                    self.kernels.gemm.run(&self.stream, op, part, onto)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Product {
+    /// Some rows of x with some of w.
+    fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Product {
+        let moved = |argument: Argument, bytes: usize| match argument {
+            Argument::Pointer(address) => Argument::Pointer(address + bytes as u64),
+            other => unreachable!("{other:?} is no pointer"),
+        };
+        Product {
+            x: moved(self.x, rows.start * self.x_stride * size_of::<u16>()),
+            w: moved(self.w, cols.start * self.w_stride * size_of::<u16>()),
+            out: moved(self.out, (rows.start * self.out_stride + cols.start) * size_of::<f32>()),
+            rows: rows.len(),
+            cols: cols.len(),
+            ..*self
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_begins_at_its_first_row_and_column() {
+        let at = Argument::Pointer;
+        let (rows, cols) = (10, 20);
+        let (x_stride, w_stride, out_stride) = (64, 32, 24);
+        let whole = Product {
+            x: at(1000),
+            w: at(2000),
+            out: at(3000),
+            rows,
+            cols,
+            depth: 30,
+            x_stride,
+            w_stride,
+            out_stride,
+        };
+        let part = whole.part(2..5, 4..20);
+        let address = |argument| match argument {
+            Argument::Pointer(address) => address,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([part.x, part.w, part.out].map(address), [1000 + 256, 2000 + 256, 3000 + (48 + 4) * 4]);
+        assert_eq!((part.rows, part.cols, part.depth), (3, 16, 30));
+    }
+}

@@ -4,6 +4,7 @@
 mod audit;
 mod bench;
 mod cli;
+mod first_run;
 mod generate;
 mod gpus;
 mod hindsight;

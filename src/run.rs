@@ -18,6 +18,7 @@ use serde_json::json;
 use stages::{Device, Model, ModelConfig, Part};
 
 use crate::cli::{ProgressKind, RunArgs};
+use crate::first_run;
 use crate::hindsight::BetterCut;
 use crate::interrupt::{self, Interrupt};
 use crate::layout::StageLayout;
@@ -92,7 +93,12 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     let Files { text, reader, folder, settings, created } =
         open_files(job, &model, unplaced.scheduler.context_tokens, &how)?;
     let has_rows = progress::has_more_rows(&job.job.input, how.limit, folder.finished_rows()?);
-    let occasion = Occasion { has_rows, profile_command: profile_command(&loaded, how.job_file.as_deref()) };
+    let occasion = Occasion {
+        has_rows,
+        profile_command: profile_command(&loaded, how.job_file.as_deref()),
+        first_run: folder.layout()?,
+        accept_numerics: how.accept_numerics,
+    };
     let placement = tokio::select! {
         placement = place(job, &model, occasion) => placement?,
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
@@ -100,7 +106,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     placement.lines.iter().for_each(|line| say(line));
     let mut options = unplaced.with(&placement.stages);
     let numeric_profile = lower::numeric_profile(&options);
-    let settings = settings.with_numerics(&numeric_profile);
+    let settings = settings.with_numerics(&numeric_profile).with_layout(first_run::shapes(&placement.stages));
     folder.check(&settings, how.accept_numerics)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 

@@ -16,7 +16,7 @@ use crate::journal::{self, EarlierRuns, Journal, unix_now};
 use crate::line::LineFile;
 use crate::lines_file::LinesFile;
 use crate::manifest::Manifest;
-use crate::settings::{Settings, changes};
+use crate::settings::{Settings, StageShape, changes};
 use crate::settle;
 use crate::writer::{Order, Writer};
 
@@ -77,6 +77,11 @@ impl OutputFolder {
     /// When the job's first run began, in Unix seconds: the moment its chat template's dates speak of.
     pub fn unix_seconds(&self) -> Result<Option<u64>> {
         self.journal.as_ref().map(Journal::unix_seconds).transpose()
+    }
+
+    /// The stages of the job's first run, where there was one.
+    pub fn layout(&self) -> Result<Option<Vec<StageShape>>> {
+        self.journal.as_ref().map(|journal| Ok(journal.settings()?.layout)).transpose()
     }
 
     /// Lines that earlier runs have written for rows which this one need not compute, whether they are in its input or not.

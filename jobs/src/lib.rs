@@ -68,7 +68,7 @@ pub use prepare::{Preparer, RowOptions};
 pub use prepared::{Endpoint, Message, PreparedRow, Prompt, RejectedRow, Reply, Row};
 pub use reader::{MAX_LINE_BYTES, Reader};
 pub use sampling::{MAX_CHOICES, MAX_STOPS, SamplingOptions};
-pub use settings::{Named, Settings};
+pub use settings::{Named, Settings, StageShape};
 pub use status::{JobPhase, JobStatus};
 pub use stop::{StopMatcher, Transcript};
 pub use tokenizer::Tokenizer;

@@ -23,6 +23,23 @@ pub struct Settings {
     /// knows every row again. It follows from `answers`, and is not compared.
     #[serde(default)]
     pub identity: Vec<String>,
+    /// The stages of the job's first run, in the order of the pipeline. Later runs keep what of it decides an answer's last bits,
+    /// and that stands in `numerics`; so it is not compared.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layout: Vec<StageShape>,
+}
+
+/// A stage as far as it may decide an answer's last bits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageShape {
+    /// Its blocks, `[start, end)`.
+    pub blocks: [usize; 2],
+    /// Its first column of the first block's FFN; 0 where it has the whole block.
+    pub first_column: usize,
+    /// The end of its columns of the last block's FFN, where it has not all.
+    pub end_column: Option<usize>,
+    /// Devices that share it.
+    pub ranks: usize,
 }
 
 impl Settings {
@@ -30,6 +47,11 @@ impl Settings {
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.answers.insert(name.to_owned(), value.into());
         self
+    }
+
+    /// Adds the stages that the job has from now on.
+    pub fn with_layout(self, layout: Vec<StageShape>) -> Self {
+        Settings { layout, ..self }
     }
 
     /// Adds how numbers are computed. Number types are settings of their own, which nobody changes

@@ -90,6 +90,11 @@ pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, L
     Some(twice.unwrap_or(once))
 }
 
+/// The fastest layout of one pipeline that goes through its devices once; none where nothing fits.
+pub(crate) fn passed_once(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
+    Some(replicated(setting, pieces, choose(setting, pieces, &[1])?)?.1)
+}
+
 /// What given stages come to on all devices; none where they do not fit.
 pub(crate) fn given(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>) -> Option<Layout> {
     expect(setting, pieces, &setting.widths(), stages)

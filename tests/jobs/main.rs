@@ -12,6 +12,7 @@ mod crashes;
 mod cuda;
 mod disturbed;
 mod harness;
+mod layouts;
 mod logits;
 mod pictures;
 mod plan;

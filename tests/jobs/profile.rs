@@ -8,37 +8,48 @@ use serde_json::{Value, json};
 use crate::harness::{Job, fixture, read_json, spanwise};
 
 const MODEL: &str = "hetero-0-bf16";
-const SETS: [&str; 3] = [
+/// One device for each stage: these tests are about where stages are cut.
+const SETS: [&str; 4] = [
     "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
     "pipeline.micro_batch_tokens=8",
     "model.max_context_tokens=64",
+    "pipeline.tensor_parallel=off",
 ];
 
 /// A store with the profile of the job's two devices, whose figures a test may change.
-struct World {
+pub(crate) struct World {
     store: tempfile::TempDir,
-    job: Job,
+    sets: Vec<&'static str>,
+    pub(crate) job: Job,
 }
 
 impl World {
     fn new() -> Self {
+        Self::with(&SETS)
+    }
+
+    /// A job with such settings, of which nothing is measured yet.
+    pub(crate) fn with(sets: &[&'static str]) -> Self {
         let row = json!({"prompt": "hello", "max_tokens": 2, "ignore_eos": true});
-        let mut job = Job::on(MODEL).completion("row", row);
-        for set in SETS {
-            job = job.set(set);
-        }
-        World { store: tempfile::tempdir().unwrap(), job }
+        let job = Job::on(MODEL).completion("row", row);
+        let job = sets.iter().fold(job, |job, set| job.set(*set));
+        World { store: tempfile::tempdir().unwrap(), sets: sets.to_vec(), job }
+    }
+
+    fn measured() -> Self {
+        let world = Self::new();
+        world.measure();
+        world
     }
 
     /// Measures, quickly and badly.
-    fn measured() -> Self {
-        let world = Self::new();
-        let run = world.job.command(); // Writes the job file.
+    pub(crate) fn measure(&self) {
+        let run = self.job.command(); // Writes the job file.
         let file = PathBuf::from(run.get_args().nth(1).unwrap());
         let mut command = spanwise();
-        command.env("SPANWISE_PROFILES", world.store.path()).arg("profile").arg(file);
+        command.env("SPANWISE_PROFILES", self.store.path()).arg("profile").arg(file);
         command.args(["--point-seconds", "0.001"]);
-        for set in SETS {
+        for set in &self.sets {
             command.args(["--set", set]);
         }
         let output = command.output().unwrap();
@@ -47,7 +58,6 @@ impl World {
         for words in ["alone", "busy", "GFLOP/s", "swiglu", "head and greedy draw", "stored"] {
             assert!(stdout.contains(words), "{words} is not in\n{stdout}");
         }
-        world
     }
 
     fn file(&self) -> PathBuf {
@@ -57,10 +67,15 @@ impl World {
         files[0].clone()
     }
 
-    fn edit(&self, edit: impl FnOnce(&mut Value)) {
+    pub(crate) fn edit(&self, edit: impl FnOnce(&mut Value)) {
         let mut profile = read_json(&self.file());
         edit(&mut profile);
         std::fs::write(self.file(), profile.to_string()).unwrap();
+    }
+
+    /// Runs a job by what the store has.
+    pub(crate) fn run_job(&self, job: &Job, args: &[&str]) -> Output {
+        job.command().env("SPANWISE_PROFILES", self.store.path()).args(args).output().unwrap()
     }
 
     /// Runs the job anew; its plan by the manifest, and what it said.
@@ -79,7 +94,7 @@ impl World {
 }
 
 /// Makes everything free but blocks, which take a millisecond each, or ten where they are like block `dear`.
-fn even_costs(profile: &mut Value, dear: Option<&Value>) {
+pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
     fn set(points: &mut Value, seconds: f64) {
         for point in points.as_object_mut().unwrap().values_mut().flat_map(|p| p.as_array_mut().unwrap()) {
             for key in ["median", "lower", "upper"] {

@@ -1,0 +1,127 @@
+//! Layouts that the plan chooses: which devices share what, and that a job keeps what it began with.
+
+use std::process::Output;
+
+use serde_json::{Value, json};
+
+use crate::disturbed::{assert_done, assert_refused, lines, row, stderr};
+use crate::harness::{Job, read_json};
+use crate::profile::{World, even_costs};
+
+/// Micro-batches have room for all rows.
+const SETS: [&str; 3] = [
+    "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
+    "pipeline.micro_batch_tokens=256",
+    "model.max_context_tokens=64",
+];
+
+/// A job of so many rows that lets the plan choose, and what has been measured of its devices.
+fn world(count: usize) -> (World, Job) {
+    let world = World::with(&SETS);
+    let job = world.job.anew().over((0..count).map(row));
+    (world, job)
+}
+
+/// What makes sharing fast: every block takes as long for many tokens as for one, so that micro-batches of all rows, of
+/// which one stage needs only one in flight, come off best.
+fn measure_what_favours_sharing(world: &World) {
+    world.measure();
+    world.edit(|profile| even_costs(profile, None));
+}
+
+fn ranks(job: &Job) -> Vec<u64> {
+    let manifest = read_json(&job.out().join("manifest.json"));
+    let stages = manifest["plan"]["stages"].as_array().expect("stages").clone();
+    stages.iter().map(|stage| stage["ranks"].as_u64().expect("a number")).collect()
+}
+
+fn all_lines(job: &Job) -> [Vec<String>; 2] {
+    ["output.jsonl", "errors.jsonl"].map(|file| lines(&job.out(), file))
+}
+
+#[track_caller]
+fn done(output: Output) -> String {
+    assert_done(&output);
+    stderr(&output)
+}
+
+#[test]
+fn a_new_job_takes_what_the_plan_finds_and_off_keeps_its_stages_apart() {
+    let (world, job) = world(20);
+    done(world.run_job(&job, &[]));
+    assert_eq!(ranks(&job), [1, 1], "by the estimate of so small a model");
+    measure_what_favours_sharing(&world);
+    let shared = job.anew();
+    let said = done(world.run_job(&shared, &[]));
+    assert_eq!(ranks(&shared), [2]);
+    assert!(said.contains("with tensor_parallel = [2], by"), "{said}");
+    let given = job.anew().set("pipeline.tensor_parallel=[2]");
+    done(world.run_job(&given, &[]));
+    assert!(all_lines(&shared) == all_lines(&given), "the same as where the file says so");
+    let apart = job.anew().set("pipeline.tensor_parallel=off");
+    done(world.run_job(&apart, &[]));
+    assert_eq!(ranks(&apart), [1, 1]);
+}
+
+#[test]
+fn what_is_measured_between_two_runs_of_a_job_changes_none_of_its_answers() {
+    // Begun with a device for each stage, and then sharing is found to be faster; and the other way round.
+    for begins_shared in [false, true] {
+        let (world, job) = world(20);
+        let undisturbed = job.anew();
+        let favour = |is_shared: bool| {
+            measure_what_favours_sharing(&world);
+            if !is_shared {
+                // Sums over ranks never are free, and now nothing else takes any time.
+                world.edit(|profile| {
+                    let free = |points: &mut Value| {
+                        for point in points
+                            .as_object_mut()
+                            .unwrap()
+                            .values_mut()
+                            .flat_map(|p| p.as_array_mut().unwrap())
+                        {
+                            for key in ["median", "lower", "upper"] {
+                                point["seconds"][key] = json!(1e-9);
+                            }
+                        }
+                    };
+                    profile["blocks"]
+                        .as_array_mut()
+                        .unwrap()
+                        .iter_mut()
+                        .for_each(|entry| free(&mut entry["points"]));
+                });
+            }
+        };
+        favour(begins_shared);
+        let expected: &[u64] = if begins_shared { &[2] } else { &[1, 1] };
+        done(world.run_job(&undisturbed, &[]));
+        done(world.run_job(&job, &["--limit", "8"]));
+        favour(!begins_shared);
+        let other = job.anew();
+        done(world.run_job(&other, &[]));
+        assert_ne!(ranks(&other), expected, "a new job is laid out otherwise");
+        let said = done(world.run_job(&job, &[]));
+        assert_eq!(said.contains("as in the job's first run"), begins_shared, "{said}");
+        for run in [&undisturbed, &job] {
+            assert_eq!(ranks(run), expected);
+        }
+        assert!(all_lines(&job) == all_lines(&undisturbed), "begun shared: {begins_shared}");
+    }
+}
+
+#[test]
+fn a_layout_that_the_devices_no_longer_fit_is_named_with_the_cure() {
+    let (world, job) = world(20);
+    measure_what_favours_sharing(&world);
+    done(world.run_job(&job, &["--limit", "8"]));
+    let three = ["--set", "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\"]"];
+    let words =
+        ["found 3", "took 2", "tensor_parallel = [2]", "hint: name 2 CPU devices", "--accept-numerics"];
+    assert_refused(&world.run_job(&job, &three), &words);
+    let accepted = [&three[..], &["--accept-numerics"]].concat();
+    done(world.run_job(&job, &accepted));
+    // What the job was begun with is no longer what it goes on with.
+    done(world.run_job(&job, &three));
+}

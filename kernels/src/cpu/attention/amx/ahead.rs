@@ -1,9 +1,10 @@
-//! Keys and values that are needed next, fetched in small parts while others are worked on.
+//! Keys and values that are needed next, asked for while others are worked on.
 //!
 //! A decode step reads each page once and does little with it: it takes as long as the pages take to arrive. A core has
-//! few lines under way at once, so that they are to be asked for all the time. Keys and values of all heads are asked
-//! for side by side: several streams arrive faster than one after the other (measured on pages of 48 KiB in random
-//! order: 27 GB/s for 23).
+//! few lines under way at once, so that they are to be asked for all the time, and evenly: a hint that finds all places
+//! taken holds up what comes after it. So each loop over a page issues its share of them, the loops of register loads
+//! too. What is asked for are lines of several streams side by side, which arrive faster than those of one
+//! after the other (measured on pages of 48 KiB in random order: 25 GB/s for 22).
 
 use super::super::{Attend, Entries};
 use crate::backend::PAGE_TOKENS;
@@ -12,25 +13,40 @@ use crate::cpu::kv_cache::KvCache;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Parts that a page is fetched in: about as many as the steps of the page that is worked on meanwhile.
-const PARTS: usize = 8;
-
 /// Query rows of a tile above which there is more to compute than to fetch.
 const FEW_ROWS: usize = super::BLOCK;
 
-/// Entries of some neighbouring heads in a page: what is left of them to fetch.
+/// What each loop over a page asks for, of [`WHOLE`]: about as much as its time is of the page's. Shares that differed by a
+/// third made no difference that could be told from the machine's own.
+pub(super) const SCORES: usize = 30;
+pub(super) const WEIGHTS: usize = 32;
+pub(super) const UPRIGHT: usize = 8;
+pub(super) const VALUES: usize = 42;
+/// What is asked for before a tile's end is written, when its last page is done.
+pub(super) const FINISH: usize = 16;
+/// All lines of the next page.
+const WHOLE: usize = SCORES + WEIGHTS + UPRIGHT + VALUES + FINISH;
+
+/// Entries of some neighbouring heads in a page: what is left of them to ask for. A *row* is a line of each stream,
+/// and a stream a head's keys or its values.
 pub(super) struct Ahead {
-    /// The first head's keys.
+    /// The first stream's line of the next row.
     at: *const u8,
-    /// Bytes from keys to values, and from head to head.
-    key_bytes: usize,
-    head_bytes: usize,
-    heads: usize,
-    /// Lines of a head's keys and values, and those that have been asked for.
-    key_lines: usize,
-    value_lines: usize,
-    fetched: usize,
-    part: usize,
+    /// Bytes from stream to stream.
+    stride: usize,
+    streams: usize,
+    rows: usize,
+    left: usize,
+}
+
+/// Rows for every round of a loop, as the loop's assembly reads them.
+#[repr(C)]
+pub(super) struct Hints {
+    pub(super) at: *const u8,
+    pub(super) stride: usize,
+    /// At least 1.
+    pub(super) streams: usize,
+    pub(super) rows: usize,
 }
 
 impl Ahead {
@@ -47,61 +63,53 @@ impl Ahead {
         let is_worth_it = job.num_heads * job.num_positions * job.group <= FEW_ROWS;
         match next.filter(|_| is_worth_it) {
             Some(entries) => Ahead::of(job.cache, entries),
-            None => Ahead {
-                at: std::ptr::null(),
-                key_bytes: 0,
-                head_bytes: 0,
-                heads: 0,
-                key_lines: 0,
-                value_lines: 0,
-                fetched: 0,
-                part: 0,
-            },
+            None => Ahead { at: std::ptr::null(), stride: 0, streams: 1, rows: 0, left: 0 },
         }
     }
 
     fn of(cache: &KvCache, entries: Entries) -> Ahead {
         let Entries { page, first_head, num_heads, num_keys } = entries;
-        let keys = cache.keys(page, first_head);
-        let key_lines = (num_keys * cache.key_stride() * 4).div_ceil(LINE);
-        let value_lines = (num_keys.div_ceil(2) * cache.value_stride() * 4).div_ceil(LINE);
-        Ahead {
-            at: keys.as_ptr().cast(),
-            key_bytes: size_of_val(keys),
-            head_bytes: cache.head_words() * 4,
-            heads: num_heads,
-            key_lines,
-            value_lines,
-            fetched: 0,
-            part: key_lines.max(value_lines).div_ceil(PARTS),
-        }
+        let at = cache.keys(page, first_head).as_ptr().cast();
+        // As if values took as much as keys, which they do but for paddings: a hint beside the mark does no harm.
+        let stride = cache.head_words() * 4 / 2;
+        let rows = (stride * num_keys).div_ceil(PAGE_TOKENS * LINE);
+        Ahead { at, stride, streams: 2 * num_heads, rows, left: rows }
     }
 
-    /// Asks for the next few lines of each.
+    /// A share of the page, over the rounds of a loop: what a round is to ask for. The loop has at least one.
     #[inline]
-    pub(super) fn fetch_part(&mut self) {
-        self.fetch(self.part);
+    pub(super) fn during(&mut self, share: usize, rounds: usize) -> Hints {
+        let rows = (self.rows * share).div_ceil(WHOLE * rounds).min(self.left / rounds);
+        let hints = Hints { at: self.at, stride: self.stride, streams: self.streams, rows };
+        self.left -= rows * rounds;
+        self.at = self.at.wrapping_add(rows * rounds * LINE);
+        hints
+    }
+
+    /// Asks for a share at once.
+    #[inline]
+    pub(super) fn fetch(&mut self, share: usize) {
+        self.during(share, 1).fetch();
     }
 
     /// Asks for all that is left.
     #[inline]
     pub(super) fn fetch_rest(&mut self) {
-        self.fetch(usize::MAX);
+        self.fetch(WHOLE);
     }
+}
 
-    fn fetch(&mut self, most: usize) {
-        let end = self.key_lines.max(self.value_lines);
-        for line in self.fetched..end.min(self.fetched.saturating_add(most)) {
-            for head in 0..self.heads {
-                let keys = self.at.wrapping_add(head * self.head_bytes + line * LINE);
-                if line < self.key_lines {
-                    prefetch(keys);
-                }
-                if line < self.value_lines {
-                    prefetch(keys.wrapping_add(self.key_bytes));
-                }
+impl Hints {
+    /// Asks for the rows of a round.
+    #[inline(always)]
+    pub(super) fn fetch(&mut self) {
+        for _ in 0..self.rows {
+            let mut at = self.at;
+            for _ in 0..self.streams {
+                prefetch(at);
+                at = at.wrapping_add(self.stride);
             }
-            self.fetched = line + 1;
+            self.at = self.at.wrapping_add(LINE);
         }
     }
 }

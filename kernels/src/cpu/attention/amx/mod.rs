@@ -130,19 +130,24 @@ pub(super) unsafe fn attend(mut job: Attend<'_>) {
     // checked.
     unsafe {
         let registers = Registers::shape(BLOCK);
+        let mut ahead = Ahead::new(&job, 0, last_page);
         start(&job, &scratch, columns);
         for page_idx in 0..=last_page {
-            let mut ahead = Ahead::new(&job, page_idx, last_page);
+            if page_idx > 0 {
+                ahead.fetch_rest();
+                ahead = Ahead::new(&job, page_idx, last_page);
+            }
             for block in 0..scratch.blocks {
                 let page = Page::new(&job, &scratch, page_idx, block, columns);
                 if page.most_seen > 0 {
                     page.attend(&mut ahead);
                 }
             }
-            ahead.fetch_rest();
         }
         drop(registers);
+        ahead.fetch(ahead::FINISH);
         finish(&mut job, &scratch, columns);
+        ahead.fetch_rest();
     }
 }
 

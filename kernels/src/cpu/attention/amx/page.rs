@@ -2,8 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::ahead::Ahead;
-use super::registers::{Scores, scores, values};
+use super::ahead::{Ahead, SCORES, UPRIGHT, VALUES, WEIGHTS};
+use super::registers::{Scores, Values, scores, values};
 use super::vectors::{exp2, transpose};
 use super::{Attend, BLOCK, PAGE_STEPS, STEP, Scratch};
 use crate::backend::PAGE_TOKENS;
@@ -64,8 +64,9 @@ impl<'a> Page<'a> {
         let Page { job, scratch, .. } = self;
         unsafe {
             for first in (0..self.most_seen).step_by(STEP) {
-                ahead.fetch_part();
-                scores(&Scores {
+                let share = SCORES / self.most_seen.div_ceil(STEP);
+                let hints = ahead.during(share, job.num_heads * scratch.steps);
+                scores(&mut Scores {
                     keys: self.keys.add(first * job.cache.key_stride()),
                     key_bytes: job.cache.key_stride() * 4,
                     head_bytes: job.cache.head_words() * 4,
@@ -73,6 +74,7 @@ impl<'a> Page<'a> {
                     queries: scratch.queries.add(self.part() * scratch.steps * BLOCK * BLOCK),
                     steps: scratch.steps,
                     out: scratch.scores.add(first * BLOCK),
+                    hints,
                 });
             }
             let rescale = self.weigh(ahead);
@@ -102,11 +104,11 @@ impl<'a> Page<'a> {
             let interleave = _mm512_loadu_si512(INTERLEAVE.as_ptr().cast());
             let (mut scores, mut pairs) = (self.scratch.scores.cast_const(), self.scratch.pairs);
             let mut total = [_mm512_setzero_ps(); 2];
-            for eighth in 0..self.most_seen.next_multiple_of(STEP) / 8 {
-                if eighth % 2 == 0 {
-                    ahead.fetch_part();
-                }
+            let eighths = self.most_seen.next_multiple_of(STEP) / 8;
+            let mut hints = ahead.during(WEIGHTS, 4 * eighths);
+            for _ in 0..eighths {
                 for pair in 0..4 {
+                    hints.fetch();
                     let weight = |key: usize| {
                         let score = _mm512_load_ps(scores.add(key * BLOCK));
                         exp2(_mm512_mul_ps(_mm512_sub_ps(score, new_max), factor))
@@ -188,8 +190,10 @@ impl<'a> Page<'a> {
     /// Puts the weights upright: a row for each column, with its pairs of keys.
     #[target_feature(enable = "avx512f")]
     unsafe fn stand_up(&self, ahead: &mut Ahead) {
-        for step in 0..self.most_seen.div_ceil(STEP) {
-            ahead.fetch_part();
+        let steps = self.most_seen.div_ceil(STEP);
+        let mut hints = ahead.during(UPRIGHT, steps);
+        for step in 0..steps {
+            hints.fetch();
             unsafe {
                 let mut rows = [_mm512_setzero_si512(); BLOCK];
                 for (i, row) in rows.iter_mut().enumerate() {
@@ -272,9 +276,12 @@ impl<'a> Page<'a> {
     unsafe fn multiply(&self, factors: &[*const u32], sums: *mut f32, ahead: &mut Ahead) {
         let stride = self.scratch.stride;
         for first in (0..stride).step_by(4 * BLOCK) {
-            ahead.fetch_part();
             let registers = (stride - first).div_ceil(BLOCK).min(4);
-            unsafe { values(registers, factors, first * 4, stride * 4, sums.add(first)) };
+            let share = VALUES / stride.div_ceil(4 * BLOCK);
+            let hints = ahead.during(share, (factors.len() / 2).max(1));
+            let sums = sums.wrapping_add(first);
+            let product = Values { factors, offset: first * 4, stride: stride * 4, sums, hints };
+            unsafe { values(registers, &product) };
         }
     }
 

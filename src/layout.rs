@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail};
-use configs::{Pipeline, Place, Stages, TensorParallel};
+use configs::{DeviceKind, Pipeline, Place, Stages, TensorParallel};
 use scheduler::Span;
 use stages::cost::PieceShape;
 use stages::{Ffn, ModelConfig, Part, SUM_CUT, WeightType};
@@ -38,12 +38,12 @@ pub(crate) fn given(
         );
     }
     for range in ranges {
-        check_place(range.end, weights, config)?;
+        check_place(range.end, keeps_bits(weights, pipeline), weights, config)?;
     }
     Ok(Some(ranges.iter().map(part).collect()))
 }
 
-fn check_place(place: Place, weights: WeightType, config: &ModelConfig) -> Result<()> {
+fn check_place(place: Place, keeps_bits: bool, weights: WeightType, config: &ModelConfig) -> Result<()> {
     let Place { block, column } = place;
     if column == 0 {
         return Ok(());
@@ -58,18 +58,24 @@ fn check_place(place: Place, weights: WeightType, config: &ModelConfig) -> Resul
     if !column.is_multiple_of(SUM_CUT) {
         bail!("{at}: found column {column}, expected a multiple of {SUM_CUT}");
     }
-    if !keeps_bits(weights) {
+    if !keeps_bits {
         bail!(
-            "{at}: with weights in {} sums over columns cannot be parted, as rows have scales of their own",
+            "{at}: with weights in {} sums over columns cannot be parted, as scales belong to more of them",
             weights.name()
         );
     }
     Ok(())
 }
 
-/// Whether an FFN can be cut by columns without a change of bits.
-pub(crate) fn keeps_bits(weights: WeightType) -> bool {
-    matches!(weights, WeightType::F32 | WeightType::Bf16 | WeightType::Int4Weight)
+/// Whether an FFN can be cut by columns without a change of bits. On GPUs groups of 4 bits are wider than what cuts are
+/// multiples of.
+pub(crate) fn keeps_bits(weights: WeightType, pipeline: &Pipeline) -> bool {
+    let are_gpus = pipeline.devices.iter().any(|device| device.kind == DeviceKind::Cuda);
+    match weights {
+        WeightType::F32 | WeightType::Bf16 => true,
+        WeightType::Int4Weight => !are_gpus,
+        WeightType::Int8 | WeightType::Int8Weight => false,
+    }
 }
 
 fn part(range: &Range<Place>) -> Part {

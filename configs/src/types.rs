@@ -76,7 +76,7 @@ words! {
         Int8 = "int8",
         /// Integers of 8 bits with a scale for each output, multiplied in bf16.
         Int8Weight = "int8-weight",
-        /// Integers of 4 bits with a scale for each output and 32 inputs, multiplied in bf16.
+        /// Integers of 4 bits with a scale for each output and 32 inputs (on a GPU 128), multiplied in bf16.
         Int4Weight = "int4-weight",
     }
 }

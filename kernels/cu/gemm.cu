@@ -1,114 +1,37 @@
-// out = x · wᵀ, or out += x · wᵀ, or sums that go on from out, of bf16 with sums in f32: x [rows, stride], w [cols, stride], out [rows, cols].
-//
-// Every number is one sum over K in steps of 16, in order, whatever the tile is: a row has the same bits in any batch,
-// and `gemm_16`, `gemm_64` and `gemm_128` give the same. Rows of x and w are padded with zeros to whole chunks.
-// Blocks in x share the rows of w that one in y stands for, so that w comes from memory once.
-#include "mma.cuh"
+// Products with weights in bf16, w [cols, stride], rows padded with zeros to whole chunks.
+#include "gemm.cuh"
 
-// K of a step through a block's memory.
-constexpr u32 STEP = 64;
-// Tiles of x and w under way at once.
-constexpr u32 STAGES = 3;
-// Columns of out that a block takes.
-constexpr u32 COLS = 128;
-constexpr u32 THREADS = 256;
-constexpr u32 STRIDE = tile_stride<STEP>();
+struct Bf16Weights {
+    static constexpr bool IS_PLAIN = true;
+    static constexpr u32 TILE = COLS * STRIDE;
+    const bf16* numbers;
+    u32 stride, depth;
+    // Where a lane's rows of the step begin.
+    u32 row, column;
 
-// What becomes of what out held before, beside nothing: Onto of gemm.rs.
-constexpr u32 ADD = 1, GO_ON = 2;
-
-// Begins to copy `num_rows` rows of a step; what lies outside is zero.
-DEVICE void copy_rows(bf16* tile, const bf16* from, u32 num_rows, u32 first, u32 rows, u32 k, u32 depth, u32 stride) {
-    for (u32 chunk = threadIdx.x; chunk < num_rows * (STEP / CHUNK); chunk += THREADS) {
-        u32 row = chunk / (STEP / CHUNK), column = chunk % (STEP / CHUNK) * CHUNK;
-        bool is_there = first + row < rows && k + column < depth;
-        u64 at = is_there ? u64(first + row) * stride + k + column : 0;
-        copy_chunk(tile + row * STRIDE + column, from + at, is_there);
+    DEVICE void copy(bf16* tile, u32 first_col, u32 cols, u32 step) const {
+        copy_rows(tile, numbers, COLS, first_col, cols, step * STEP, depth, stride);
     }
-}
 
-// A block's ROWS x COLS numbers, by WARPS_DOWN x WARPS_ACROSS warps.
-template <u32 ROWS, u32 WARPS_DOWN>
-DEVICE void multiply(float* out, const bf16* x, const bf16* w, u32 rows, u32 cols, u32 x_stride, u32 w_stride, u32 depth, u32 out_stride, u32 mode) {
-    constexpr u32 WARPS_ACROSS = THREADS / WARP / WARPS_DOWN;
-    constexpr u32 DOWN = ROWS / WARPS_DOWN / 16, ACROSS = COLS / WARPS_ACROSS / 8;
-    static_assert(ACROSS % 2 == 0, "two columns of fragments are loaded at once");
-    DYNAMIC_SHARED(memory);
-    bf16* x_tiles = reinterpret_cast<bf16*>(memory);
-    bf16* w_tiles = x_tiles + STAGES * ROWS * STRIDE;
-
-    u32 first_row = blockIdx.x * ROWS, first_col = blockIdx.y * COLS;
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    u32 down = warp / WARPS_ACROSS * DOWN * 16, across = warp % WARPS_ACROSS * ACROSS * 8;
-    u32 steps = (depth + STEP - 1) / STEP;
-
-    auto copy_step = [&](u32 step) {
-        if (step < steps) {
-            u32 stage = step % STAGES, k = step * STEP;
-            copy_rows(x_tiles + stage * ROWS * STRIDE, x, ROWS, first_row, rows, k, depth, x_stride);
-            copy_rows(w_tiles + stage * COLS * STRIDE, w, COLS, first_col, cols, k, depth, w_stride);
-        }
-        close_copies();
-    };
-    for (u32 step = 0; step < STAGES - 1; step++) copy_step(step);
-
-    float sums[DOWN][ACROSS][4] = {};
-    // What out holds becomes sums, or sums become, or are added to, what out holds.
-    enum Move { READ, STORE, ADD_TO };
-    auto move = [&](Move what) {
-#pragma unroll
-        for (u32 i = 0; i < DOWN; i++) {
-#pragma unroll
-            for (u32 j = 0; j < ACROSS; j++) {
-#pragma unroll
-                for (u32 n = 0; n < 4; n++) {
-                    u32 row = first_row + down + i * 16 + lane / 4 + n / 2 * 8;
-                    u32 col = first_col + across + j * 8 + lane % 4 * 2 + n % 2;
-                    if (row >= rows || col >= cols) continue;
-                    float* at = out + u64(row) * out_stride + col;
-                    if (what == READ) sums[i][j][n] = *at;
-                    else *at = what == ADD_TO ? *at + sums[i][j][n] : sums[i][j][n];
-                }
-            }
-        }
-    };
-    if (mode == GO_ON) move(READ);
-    for (u32 step = 0; step < steps; step++) {
-        await_copies<STAGES - 2>();
-        __syncthreads(); // This step is there for all, and the one before is done with by all.
-        copy_step(step + STAGES - 1);
-        const bf16* x_tile = x_tiles + step % STAGES * ROWS * STRIDE;
-        const bf16* w_tile = w_tiles + step % STAGES * COLS * STRIDE;
-#pragma unroll
-        for (u32 k = 0; k < STEP; k += 16) {
-            u32 a[DOWN][4];
-#pragma unroll
-            for (u32 i = 0; i < DOWN; i++) {
-                load_matrices(a[i], x_tile + (down + i * 16 + lane % 16) * STRIDE + k + lane / 16 * 8);
-            }
-#pragma unroll
-            for (u32 j = 0; j < ACROSS; j += 2) {
-                u32 b[4];
-                u32 row = across + j * 8 + lane % 8 + lane / 16 * 8;
-                load_matrices(b, w_tile + row * STRIDE + k + lane / 8 % 2 * 8);
-#pragma unroll
-                for (u32 i = 0; i < DOWN; i++) {
-                    mma(sums[i][j], a[i], b[0], b[1]);
-                    mma(sums[i][j + 1], a[i], b[2], b[3]);
-                }
-            }
-        }
+    DEVICE void begin(const bf16*, u32, u32 across, u32 lane, u32) {
+        row = across + lane % 8 + lane / 16 * 8;
+        column = lane / 8 % 2 * 8;
     }
-    await_copies<0>(); // Nothing is under way any more when the block ends.
 
-    move(mode == ADD ? ADD_TO : STORE);
-}
+    DEVICE void fragments(u32 (&b)[4], const bf16* tile, u32 j, u32 k) const {
+        load_matrices(b, tile + (row + j * 8) * STRIDE + k + column);
+    }
+
+    template <typename Sums>
+    DEVICE void close(Sums&, Sums&, u32, u32) const {}
+};
 
 #define GEMM(name, ROWS, WARPS_DOWN)                                                                                    \
     KERNEL(THREADS)                                                                                                     \
     name(float* out, const bf16* x, const bf16* w, u32 rows, u32 cols, u32 x_stride, u32 w_stride, u32 depth,           \
          u32 out_stride, u32 mode) {                                                                                    \
-        multiply<ROWS, WARPS_DOWN>(out, x, w, rows, cols, x_stride, w_stride, depth, out_stride, mode);                 \
+        Bf16Weights weights = {w, w_stride, depth, 0, 0};                                                               \
+        multiply<ROWS, WARPS_DOWN>(out, x, weights, rows, cols, x_stride, depth, out_stride, mode);                     \
     }
 
 GEMM(gemm_16, 16, 1)

@@ -35,6 +35,20 @@ DEVICE u32 pack_bf16(float low, float high) {
     return packed;
 }
 
+// A number of half precision, in the lower half of a word.
+DEVICE float f32_of_f16(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<unsigned short>(bits)));
+    return value;
+}
+
+// Sums of two pairs of bf16, each rounded to nearest even.
+DEVICE u32 add_bf16x2(u32 a, u32 b) {
+    u32 sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+    return sum;
+}
+
 DEVICE float shuffle_xor(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

@@ -60,6 +60,17 @@ static inline unsigned bf16_bits(float value) {
 }
 static inline unsigned pack_bf16(float low, float high) { return bf16_bits(low) | bf16_bits(high) << 16; }
 
+static inline float f32_of_f16(unsigned bits) {
+    unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    if (exponent == 31) return f32_of_bits(sign | 0x7f800000u | fraction << 13);
+    float value = std::ldexp(float(exponent ? fraction | 0x400 : fraction), int(exponent ? exponent : 1) - 25);
+    return sign ? -value : value;
+}
+
+static inline unsigned add_bf16x2(unsigned a, unsigned b) {
+    return pack_bf16(f32_of_bits(a << 16) + f32_of_bits(b << 16), f32_of_bits(a & 0xffff0000u) + f32_of_bits(b & 0xffff0000u));
+}
+
 static inline unsigned shuffle_xor(unsigned value, unsigned mask) {
     unsigned lane = threadIdx.x % 32;
     return emulated::exchange(&value, 1)[lane ^ mask];

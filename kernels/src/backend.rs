@@ -50,9 +50,18 @@ pub enum WeightType {
     Int8,
     /// Integers of 8 bits with a scale for each output, and products in bfloat16, which holds them exactly.
     Int8Weight,
-    /// Integers of 4 bits, -8 for the largest of a group, with a scale for each output and [`WeightType::INT4_GROUP`] inputs, and
-    /// products in bfloat16, which holds them exactly.
+    /// Integers of 4 bits, -8 for the largest of a group, with a scale for each output and group of inputs, see
+    /// [`Int4Groups`], and products in bfloat16, which holds them exactly.
     Int4Weight,
+}
+
+/// How integers of 4 bits share scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Int4Groups {
+    /// 32 inputs, with a scale in f32: the CPU's.
+    Of32,
+    /// 128 inputs, with a scale that is rounded to bf16 before numbers are divided by it: a GPU's.
+    Of128,
 }
 
 /// Number type of a tensor in a checkpoint.

@@ -1,11 +1,8 @@
 //! What a device keeps of an f32.
 
-use crate::backend::{Dtype, WeightType};
+use crate::backend::{Dtype, Int4Groups, WeightType};
 
 impl WeightType {
-    /// Inputs that share a scale in [`WeightType::Int4Weight`]: one bit more for each weight.
-    pub const INT4_GROUP: usize = 32;
-
     /// Every type.
     pub const ALL: [WeightType; 5] =
         [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
@@ -28,6 +25,16 @@ impl WeightType {
             WeightType::Bf16 | WeightType::Int8 | WeightType::Int8Weight | WeightType::Int4Weight => {
                 Dtype::Bf16
             }
+        }
+    }
+}
+
+impl Int4Groups {
+    /// Inputs that share a scale.
+    pub const fn inputs(self) -> usize {
+        match self {
+            Int4Groups::Of32 => 32,
+            Int4Groups::Of128 => 128,
         }
     }
 }

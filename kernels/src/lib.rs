@@ -19,8 +19,8 @@ mod view;
 
 pub use array::Array;
 pub use backend::{
-    AttentionSlice, Backend, Dtype, Largest, LogitStats, PAGE_TOKENS, RopeTable, SUM_CUT, TensorView,
-    ViewDtype, WeightType,
+    AttentionSlice, Backend, Dtype, Int4Groups, Largest, LogitStats, PAGE_TOKENS, RopeTable, SUM_CUT,
+    TensorView, ViewDtype, WeightType,
 };
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
 pub use cpu::pool::{ThreadPool, available_cores};

@@ -2,6 +2,9 @@
 //!
 //! Every step is one IEEE operation in f32, so that all backends and levels get the same integers.
 
+use crate::backend::Int4Groups;
+use crate::dtype::bf16_bits;
+
 /// Largest integer of 8 bits that is used: -128 is not, so that a number and its negative are alike.
 const INT8_LEVELS: f32 = 127.0;
 
@@ -40,8 +43,15 @@ impl Quantizer {
     }
 
     /// To 4 bits, of some numbers.
-    pub(crate) fn int4_of(values: &[f32]) -> Quantizer {
-        Quantizer::new(-largest(values), INT4_LEVELS, 7.0)
+    pub(crate) fn int4_of(values: &[f32], groups: Int4Groups) -> Quantizer {
+        let exact = Quantizer::new(-largest(values), INT4_LEVELS, 7.0);
+        match groups {
+            Int4Groups::Of128 if exact.scale.is_finite() && exact.scale != 0.0 => {
+                let scale = f32::from_bits(u32::from(bf16_bits(exact.scale)) << 16);
+                Quantizer { scale, inverse: 1.0 / scale, ..exact }
+            }
+            Int4Groups::Of128 | Int4Groups::Of32 => exact,
+        }
     }
 
     #[inline(always)]
@@ -88,16 +98,16 @@ mod tests {
 
     #[test]
     fn four_bits_take_the_largest_to_minus_eight() {
-        let quantizer = Quantizer::int4_of(&[1.0, 16.0, -16.0, 3.0]);
+        let quantizer = Quantizer::int4_of(&[1.0, 16.0, -16.0, 3.0], Int4Groups::Of32);
         assert_eq!(quantizer.scale, -2.0);
         assert_eq!([16.0, -16.0, 1.0, 3.0, -13.0].map(|value| quantizer.quantize(value)), [-8, 7, 0, -2, 6]);
-        assert_eq!(Quantizer::int4_of(&[-16.0, 16.0]).scale, 2.0);
+        assert_eq!(Quantizer::int4_of(&[-16.0, 16.0], Int4Groups::Of32).scale, 2.0);
     }
 
     #[test]
     fn every_size_of_numbers_comes_back_within_half_a_step() {
         for largest in [2e-36f32, 1e-20, 0.3, 1.0, 7.7e9, f32::MAX] {
-            for quantizer in [Quantizer::int8(largest), Quantizer::int4_of(&[-largest])] {
+            for quantizer in [Quantizer::int8(largest), Quantizer::int4_of(&[-largest], Int4Groups::Of32)] {
                 // Beside -8 there is no 8.
                 let last = if quantizer.most == 7.0 { 93 } else { 100 };
                 for i in -100..=last {
@@ -113,13 +123,15 @@ mod tests {
     #[test]
     fn tiny_numbers_are_zeros_and_what_is_not_finite_spoils_the_scale() {
         for tiny in [0.0, f32::from_bits(1), 1e-39, 1e-38] {
-            for quantizer in [Quantizer::int8_of(&[tiny, -tiny]), Quantizer::int4_of(&[tiny, -tiny])] {
+            for quantizer in
+                [Quantizer::int8_of(&[tiny, -tiny]), Quantizer::int4_of(&[tiny, -tiny], Int4Groups::Of32)]
+            {
                 assert_eq!((quantizer.scale, quantizer.quantize(tiny)), (0.0, 0));
             }
         }
         for wrong in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             assert!(Quantizer::int8_of(&[1.0, wrong, 2.0]).scale.is_nan());
-            assert!(Quantizer::int4_of(&[1.0, wrong, 2.0]).scale.is_nan());
+            assert!(Quantizer::int4_of(&[1.0, wrong, 2.0], Int4Groups::Of32).scale.is_nan());
         }
     }
 }

@@ -8,7 +8,7 @@
 
 use crate::array::Array;
 use crate::backend::{
-    AttentionSlice, Backend, Dtype, LogitStats, PAGE_TOKENS, RopeTable, TensorView, WeightType,
+    AttentionSlice, Backend, Dtype, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, TensorView, WeightType,
 };
 use crate::error::Result;
 use crate::quantize::Quantizer;
@@ -19,6 +19,7 @@ use crate::{check, view};
 pub struct Reference {
     weights: WeightType,
     kv: Dtype,
+    int4: Int4Groups,
 }
 
 /// A weight matrix, rounded to the backend's type.
@@ -53,7 +54,12 @@ pub struct ReferenceKvCache {
 impl Reference {
     /// A backend whose blocks' weights are `weights`, and whose KV cache is `kv`.
     pub fn new(weights: WeightType, kv: Dtype) -> Reference {
-        Reference { weights, kv }
+        Reference { weights, kv, int4: Int4Groups::Of32 }
+    }
+
+    /// The same with integers of 4 bits that share scales so.
+    pub fn with_int4(self, int4: Int4Groups) -> Reference {
+        Reference { int4, ..self }
     }
 
     fn rounded(&self, rows: usize, cols: usize, mut values: Vec<f32>) -> ReferenceMatrix {
@@ -81,10 +87,10 @@ impl ReferenceMatrix {
     }
 
     /// A matrix of integers of 4 bits, each multiplied with the scale of its group.
-    fn int4(rows: usize, cols: usize, mut values: Vec<f32>) -> Self {
+    fn int4(rows: usize, cols: usize, mut values: Vec<f32>, groups: Int4Groups) -> Self {
         for row in values.chunks_mut(cols.max(1)) {
-            for group in row.chunks_mut(WeightType::INT4_GROUP) {
-                let quantizer = Quantizer::int4_of(group);
+            for group in row.chunks_mut(groups.inputs()) {
+                let quantizer = Quantizer::int4_of(group, groups);
                 let back = |value| f32::from(quantizer.quantize(value)) * quantizer.scale;
                 group.iter_mut().for_each(|value| *value = back(*value));
             }
@@ -151,7 +157,7 @@ impl Backend for Reference {
             WeightType::F32 | WeightType::Bf16 => self.rounded(rows, cols, values),
             WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, true),
             WeightType::Int8Weight => ReferenceMatrix::int8(rows, cols, values, false),
-            WeightType::Int4Weight => ReferenceMatrix::int4(rows, cols, values),
+            WeightType::Int4Weight => ReferenceMatrix::int4(rows, cols, values, self.int4),
         })
     }
 

@@ -103,7 +103,7 @@ impl Question {
             rows: None,
             work: Arc::new(Work { lengths, ..Work::default() }),
             tensor_parallel: pipeline.tensor_parallel.clone(),
-            column_cuts: match layout::keeps_bits(options.dtypes.weights) && runs::COLUMN_CUTS {
+            column_cuts: match layout::keeps_bits(options.dtypes.weights, pipeline) && runs::COLUMN_CUTS {
                 true => pipeline.column_cuts,
                 false => ColumnCuts::Off,
             },

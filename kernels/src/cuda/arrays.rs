@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::attention::AttentionKernels;
+use super::int4::Int4;
 use super::stream::{Memory, Stream};
+use crate::backend::WeightType;
 use crate::error::Result;
 
 /// Numbers in 16 bytes of bf16, to which rows are padded with zeros: CHUNK of `cu/num.cuh`.
@@ -30,12 +32,27 @@ pub struct CudaOperand {
     pub(crate) memory: Memory,
 }
 
-/// A weight matrix on a GPU: bf16 `[rows, cols]`, in chunks of columns one after the other, each `[rows, chunk]` with rows
-/// padded with zeros to 16 bytes. So no product has more to count than 32 bits hold.
+/// A weight matrix `[rows, cols]` on a GPU.
 #[derive(Debug)]
 pub struct CudaMatrix {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
+    pub(crate) form: Form,
+}
+
+/// How a matrix lies.
+#[derive(Debug)]
+pub(crate) enum Form {
+    /// In bf16.
+    Bf16(Chunked),
+    /// In integers of 4 bits.
+    Int4(Int4),
+}
+
+/// Chunks of columns one after the other, each `[rows, chunk]` with rows padded with zeros to 16 bytes. So no product has more
+/// to count than 32 bits hold.
+#[derive(Debug)]
+pub(crate) struct Chunked {
     /// Columns of every chunk but the last one, a multiple of 64.
     pub(crate) chunk: usize,
     pub(crate) memory: Memory,
@@ -141,18 +158,23 @@ impl CudaOperand {
 }
 
 impl CudaMatrix {
-    /// Its chunks.
-    pub(crate) fn chunks(&self) -> impl Iterator<Item = Chunk> + use<> {
-        chunks(self.rows, self.cols, self.chunk)
+    /// A table's numbers, and numbers from row to row.
+    pub(crate) fn table(&self) -> (&Memory, usize) {
+        match &self.form {
+            Form::Bf16(Chunked { chunk, memory }) if self.cols <= *chunk => (memory, padded(self.cols)),
+            _ => unreachable!("tables are in bf16 and in one piece"),
+        }
     }
 
-    /// Numbers from row to row, of a matrix that is one chunk.
-    pub(crate) fn stride(&self) -> usize {
-        assert!(self.cols <= self.chunk, "{} columns in chunks of {}", self.cols, self.chunk);
-        padded(self.cols)
+    /// Memory that a block's matrix takes in such weights, in bytes.
+    pub fn bytes_in(weights: WeightType, rows: usize, cols: usize) -> u64 {
+        match weights {
+            WeightType::Int4Weight => Int4::bytes_of(rows, cols),
+            _ => CudaMatrix::bytes_of(rows, cols),
+        }
     }
 
-    /// Memory that a matrix of so many rows and columns takes, in bytes.
+    /// Memory that a matrix of so many rows and columns takes in bf16, as every table is, in bytes.
     pub fn bytes_of(rows: usize, cols: usize) -> u64 {
         rows as u64 * padded(cols) as u64 * size_of::<u16>() as u64
     }

@@ -1,4 +1,4 @@
-//! Matrix products by our own tensor-core kernel (`cu/gemm.cu`).
+//! Matrix products by our own tensor-core kernel (`cu/gemm.cu`; what it shares with others: `cu/gemm.cuh`).
 //!
 //! A number's sum runs over K in one order whatever the tile is, so that a row has the same bits in any batch.
 
@@ -8,10 +8,13 @@ use crate::error::Result;
 use std::sync::Arc;
 
 /// Columns of a block's tile, K of a step, tiles under way: COLS, STEP and STAGES of the kernel.
-const COLS: usize = 128;
+pub(crate) const COLS: usize = 128;
 const STEP: usize = 64;
-const STAGES: usize = 3;
-const THREADS: usize = 256;
+pub(crate) const STAGES: usize = 3;
+pub(crate) const THREADS: usize = 256;
+
+/// Rows of the tiles that there are, largest first.
+pub(crate) const TILES: [usize; 3] = [128, 64, 16];
 
 /// What becomes of what out held before: the modes of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +25,17 @@ pub(crate) enum Onto {
     Product,
     /// Sums begin with it.
     Sums,
+}
+
+impl Onto {
+    /// As kernels are told.
+    pub(crate) fn mode(self) -> Argument {
+        Argument::U32(match self {
+            Onto::Nothing => 0,
+            Onto::Product => 1,
+            Onto::Sums => 2,
+        })
+    }
 }
 
 /// The kernel in tiles of so many rows, largest first.
@@ -52,9 +66,8 @@ impl Gemm {
         most_bytes: usize,
     ) -> Result<Gemm> {
         let module = Arc::new(stream.module(&cubin(program::GEMM)?)?);
-        let tiles = [(128, "gemm_128"), (64, "gemm_64"), (16, "gemm_16")];
-        let tiles = tiles.into_iter().filter(|&(rows, _)| block_bytes(rows) <= most_bytes);
-        let tiles = tiles.map(|(rows, name)| Ok((rows, module.kernel(name, block_bytes(rows))?)));
+        let tiles = TILES.into_iter().filter(|&rows| block_bytes(rows) <= most_bytes);
+        let tiles = tiles.map(|rows| Ok((rows, module.kernel(&format!("gemm_{rows}"), block_bytes(rows))?)));
         Ok(Gemm { tiles: tiles.collect::<Result<_>>()? })
     }
 
@@ -67,11 +80,6 @@ impl Gemm {
         let blocks = [rows.div_ceil(*tile_rows), cols.div_ceil(COLS), 1];
         let grid = Grid { blocks, threads: THREADS, block_bytes: block_bytes(*tile_rows) };
         let u32_of = |value: usize| Argument::U32(value as u32);
-        let mode = match onto {
-            Onto::Nothing => 0,
-            Onto::Product => 1,
-            Onto::Sums => 2,
-        };
         let arguments = [
             out,
             x,
@@ -82,7 +90,7 @@ impl Gemm {
             u32_of(w_stride),
             u32_of(depth),
             u32_of(out_stride),
-            Argument::U32(mode),
+            onto.mode(),
         ];
         // SAFETY: x and w have `rows` and `cols` rows of their strides, each at least `depth` wide and padded with zeros to
         // chunks, and out has `rows` of `out_stride`: their shapes have been checked.
@@ -91,7 +99,7 @@ impl Gemm {
 }
 
 /// Rows of the tile that wastes least.
-fn tile_rows(rows: usize) -> usize {
+pub(crate) fn tile_rows(rows: usize) -> usize {
     match rows {
         0..=16 => 16,
         17..=64 => 64,
@@ -100,5 +108,10 @@ fn tile_rows(rows: usize) -> usize {
 }
 
 fn block_bytes(tile_rows: usize) -> usize {
-    STAGES * (tile_rows + COLS) * (STEP + 8) * size_of::<u16>()
+    STAGES * (x_tile_bytes(tile_rows) + x_tile_bytes(COLS))
+}
+
+/// Bytes of a block's memory for a step of so many rows.
+pub(crate) fn x_tile_bytes(rows: usize) -> usize {
+    rows * (STEP + 8) * size_of::<u16>()
 }

@@ -12,6 +12,7 @@ mod attention;
 mod cublaslt;
 mod gemm;
 mod gpu;
+mod int4;
 mod libraries;
 mod operations;
 mod products;
@@ -19,6 +20,7 @@ mod program;
 mod staging;
 mod stream;
 mod tables;
+mod weights;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -28,12 +30,12 @@ pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, Cuda
 pub use gpu::Gpu;
 pub use program::{Compiled, Source};
 
-use crate::backend::{Dtype, TensorView, WeightType};
-use crate::check;
+use crate::backend::{Dtype, WeightType};
 use crate::error::{Error, Result};
 use attention::AttentionKernels;
 use cublaslt::CublasLt;
 use gemm::Gemm;
+use int4::Int4Kernels;
 use staging::Staging;
 use stream::{Argument, Grid, Kernel, Memory, Stream};
 use tables::Tables;
@@ -43,7 +45,7 @@ use tables::Tables;
 pub struct CudaOptions {
     /// Which GPU, as the driver counts them.
     pub device: usize,
-    /// What the weights of blocks are kept in: bf16.
+    /// What the weights of blocks are kept in: bf16 or int4, which has groups of 128 here.
     pub weights: WeightType,
     /// Number type of keys and values: bf16.
     pub kv: Dtype,
@@ -73,6 +75,10 @@ pub struct Cuda {
     product: Mutex<Memory>,
     /// Nothing where products are our own kernel's.
     library: Option<CublasLt>,
+    /// Where weights are of 4 bits.
+    int4: Option<Int4Kernels>,
+    /// Numbers on their way to a narrower type.
+    source: Mutex<Memory>,
     // Last, so that everything above is freed before it.
     stream: Arc<Stream>,
 }
@@ -115,9 +121,9 @@ impl Cuda {
     pub fn new(options: CudaOptions) -> Result<Cuda> {
         let CudaOptions { device, weights, kv, ffn_columns, .. } = options;
         assert!(ffn_columns > 0 && ffn_columns.is_multiple_of(64), "chunks of {ffn_columns} columns");
-        if weights != WeightType::Bf16 || kv != Dtype::Bf16 {
+        if !matches!(weights, WeightType::Bf16 | WeightType::Int4Weight) || kv != Dtype::Bf16 {
             return Err(Error::Unsupported(format!(
-                "cuda:{device}: found weights of {} with keys and values of {}, expected bf16 and bf16: the CUDA backend has no other types yet",
+                "cuda:{device}: found weights of {} with keys and values of {}, expected bf16 or int4-weight, and bf16: the CUDA backend has no other types yet",
                 weights.name(),
                 kv.name()
             )));
@@ -147,6 +153,9 @@ impl Cuda {
             attention_merge: load(program::ATTENTION_MERGE, "attention_merge")?,
             gemm: Gemm::load(&stream, cubin, most_bytes)?,
         };
+        let int4 = (weights == WeightType::Int4Weight)
+            .then(|| Int4Kernels::load(&stream, cubin, most_bytes))
+            .transpose()?;
         // Without the library our own kernel serves; the numeric profile says which does.
         let (libraries, folder) = (options.libraries.as_deref(), options.cubins.as_deref());
         let library = (!options.is_deterministic)
@@ -168,6 +177,8 @@ impl Cuda {
             }),
             product: Mutex::new(Memory::none(&stream)),
             library,
+            int4,
+            source: Mutex::new(Memory::none(&stream)),
             stream,
             gpu,
             options,
@@ -196,25 +207,6 @@ impl Cuda {
         let cubin = |source: Source, head_dim| source.cubin(cubins, &architecture, head_dim);
         let kernels = AttentionKernels::load(&self.stream, cubin, head_dim, self.gpu.block_bytes as usize)?;
         Ok(Arc::clone(known.entry(head_dim).or_insert(Arc::new(kernels))))
-    }
-
-    /// A matrix in chunks of so many columns at most.
-    fn packed(&self, op: &'static str, view: TensorView<'_>, chunk: usize) -> Result<CudaMatrix> {
-        check::view(op, &view)?;
-        let (rows, cols, memory) = (view.rows, view.cols, Memory::none(&self.stream));
-        let mut matrix = CudaMatrix { rows, cols, chunk, memory };
-        let numbers: usize = matrix.chunks().map(|chunk| rows * chunk.stride).sum();
-        matrix.memory.reserve("weights", numbers * size_of::<u16>())?;
-        let mut staging = locked(&self.staging);
-        if staging.is_none() {
-            *staging = Some(Staging::new(&self.stream)?);
-        }
-        let staging = staging.as_mut().expect("it was made");
-        for chunk in matrix.chunks() {
-            let part = view.columns(chunk.first..chunk.first + chunk.cols);
-            staging.send(&part, chunk.stride, &mut matrix.memory, chunk.at)?;
-        }
-        Ok(matrix)
     }
 
     fn numbers(&self, op: &'static str, values: &[f32]) -> Result<Memory> {

@@ -29,12 +29,13 @@ impl Backend for Cuda {
     }
 
     fn matrix(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
-        self.packed("matrix", view, self.options.ffn_columns)
+        self.weights("matrix", view)
     }
 
     fn table(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
         // Its rows are read one by one.
-        self.packed("table", view, view.cols.max(1))
+        check::view("table", &view)?;
+        self.packed(view, view.cols.max(1))
     }
 
     fn vector(&self, view: TensorView<'_>) -> Result<CudaVector> {
@@ -88,8 +89,8 @@ impl Backend for Cuda {
         check::all_below(OP, "token", tokens, table.rows)?;
         out.reshape(tokens.len(), table.cols)?;
         let tokens_at = locked(&self.tables).tokens.put(&self.stream, OP, tokens)?;
-        let arguments =
-            [out.memory.start(), table.memory.start(), tokens_at, u32_of(table.cols), u32_of(table.stride())];
+        let (numbers, stride) = table.table();
+        let arguments = [out.memory.start(), numbers.start(), tokens_at, u32_of(table.cols), u32_of(stride)];
         // SAFETY: every token is a row of the table, and out has a row for each.
         unsafe { self.stream.launch(OP, &self.kernels.embed, row_grid(tokens.len(), 256), &arguments) }
     }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::arrays::{CudaArray, CudaMatrix, CudaOperand};
+use super::arrays::{self, CudaArray, CudaMatrix, CudaOperand, Form};
 use super::cublaslt::{self, Kind};
 use super::gemm::{Onto, Product};
 use super::stream::{Argument, Grid, Memory};
@@ -35,14 +35,23 @@ impl Cuda {
         out: &Memory,
         onto: Onto,
     ) -> Result<()> {
-        let num_chunks = w.chunks().count();
+        let chunked = match &w.form {
+            Form::Bf16(chunked) => chunked,
+            Form::Int4(int4) => {
+                let kernels = self.int4.as_ref().expect("the matrix was made by them");
+                let x = (x.memory.start(), x.rows, x.stride());
+                return kernels.multiply(op, x, int4, cols, out.start(), onto);
+            }
+        };
+        let chunks = || arrays::chunks(w.rows, w.cols, chunked.chunk);
+        let num_chunks = chunks().count();
         if onto == Onto::Product && num_chunks > 1 && self.library.is_none() {
             return self.multiply_apart(op, x, w, cols, out);
         }
-        for (index, chunk) in w.chunks().enumerate() {
+        for (index, chunk) in chunks().enumerate() {
             let product = Product {
                 x: x.memory.at(chunk.first * size_of::<u16>()),
-                w: w.memory.at((chunk.at + cols.start * chunk.stride) * size_of::<u16>()),
+                w: chunked.memory.at((chunk.at + cols.start * chunk.stride) * size_of::<u16>()),
                 out: out.start(),
                 rows: x.rows,
                 cols: cols.len(),

@@ -41,14 +41,19 @@ source!(KV_APPEND, "kv_append.cu", false);
 source!(SWIGLU, "swiglu.cu", false);
 source!(LOGIT_STATS, "logit_stats.cu", false);
 source!(GEMM, "gemm.cu", false);
+source!(GEMM_INT4, "gemm_int4.cu", false);
+source!(QUANTIZE_INT4, "quantize_int4.cu", false);
+source!(SHUFFLE_INT4, "shuffle_int4.cu", false);
 source!(ATTENTION_DECODE, "attention_decode.cu", true);
 source!(ATTENTION_PREFILL, "attention_prefill.cu", true);
 source!(ATTENTION_MERGE, "attention_merge.cu", false);
 
 /// What files include.
-const HEADERS: [(&CStr, &str); 3] = [
+const HEADERS: [(&CStr, &str); 5] = [
     (c"num.cuh", include_str!("../../cu/num.cuh")),
     (c"mma.cuh", include_str!("../../cu/mma.cuh")),
+    (c"gemm.cuh", include_str!("../../cu/gemm.cuh")),
+    (c"int4.cuh", include_str!("../../cu/int4.cuh")),
     (c"attention.cuh", include_str!("../../cu/attention.cuh")),
 ];
 
@@ -63,7 +68,7 @@ pub struct Compiled {
 
 impl Source {
     /// All device code.
-    pub const ALL: [Source; 12] = [
+    pub const ALL: [Source; 15] = [
         ADD,
         EMBED,
         GATHER,
@@ -73,6 +78,9 @@ impl Source {
         SWIGLU,
         LOGIT_STATS,
         GEMM,
+        GEMM_INT4,
+        QUANTIZE_INT4,
+        SHUFFLE_INT4,
         ATTENTION_DECODE,
         ATTENTION_PREFILL,
         ATTENTION_MERGE,

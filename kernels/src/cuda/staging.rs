@@ -37,17 +37,18 @@ impl Staging {
         Ok(Staging { buffers: [Pinned::new(stream)?, Pinned::new(stream)?], next: 0 })
     }
 
-    /// Queues a matrix in bf16, with rows padded by zeros to `stride` numbers, behind `at` numbers. The view has been checked.
-    pub(crate) fn send(
+    /// Queues a matrix in bf16 or f32, with rows padded by zeros to `stride` numbers, behind `at` numbers. The view has been
+    /// checked.
+    pub(crate) fn send<T: Element>(
         &mut self,
         view: &TensorView<'_>,
         stride: usize,
         to: &mut Memory,
         at: usize,
     ) -> Result<()> {
-        let row_bytes = stride * size_of::<u16>();
+        let row_bytes = stride * size_of::<T>();
         // A row that is longer than a buffer goes in parts, several shorter ones go together.
-        let part = BUFFER_BYTES / size_of::<u16>();
+        let part = BUFFER_BYTES / size_of::<T>();
         let rows_at_once = (BUFFER_BYTES / row_bytes.max(1)).max(1);
         for first in (0..view.rows).step_by(rows_at_once) {
             let rows = first..(first + rows_at_once).min(view.rows);
@@ -55,18 +56,18 @@ impl Staging {
                 let columns = column..(column + part).min(stride);
                 let buffer = &mut self.buffers[self.next];
                 self.next = 1 - self.next;
-                let numbers = buffer.fill(rows.len() * columns.len())?;
+                let numbers: &mut [T] = buffer.fill(rows.len() * columns.len())?;
                 for (row, out) in rows.clone().zip(numbers.chunks_exact_mut(columns.len())) {
                     let there = columns.start.min(view.cols)..columns.end.min(view.cols);
                     let (out, rest) = out.split_at_mut(there.len());
                     let size = view.dtype.bytes();
-                    round(view.dtype, &view.row(row)[there.start * size..there.end * size], out);
-                    rest.fill(0);
+                    T::read(view.dtype, &view.row(row)[there.start * size..there.end * size], out);
+                    rest.fill(T::zeroed());
                 }
                 buffer.send(
                     to,
-                    (at + rows.start * stride + columns.start) * size_of::<u16>(),
-                    rows.len() * columns.len(),
+                    (at + rows.start * stride + columns.start) * size_of::<T>(),
+                    rows.len() * columns.len() * size_of::<T>(),
                 )?;
             }
         }
@@ -74,17 +75,42 @@ impl Staging {
     }
 }
 
-/// Numbers as bf16.
-fn round(dtype: ViewDtype, bytes: &[u8], out: &mut [u16]) {
-    match dtype {
-        ViewDtype::Bf16 => bytemuck::cast_slice_mut::<u16, u8>(out).copy_from_slice(bytes),
-        ViewDtype::F32 => {
-            let numbers = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
-            out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
+/// What numbers of a checkpoint are sent as.
+pub(crate) trait Element: bytemuck::Pod {
+    /// Numbers, rounded to nearest even where these hold less.
+    fn read(dtype: ViewDtype, bytes: &[u8], out: &mut [Self]);
+}
+
+/// In bf16.
+impl Element for u16 {
+    fn read(dtype: ViewDtype, bytes: &[u8], out: &mut [u16]) {
+        match dtype {
+            ViewDtype::Bf16 => bytemuck::cast_slice_mut::<u16, u8>(out).copy_from_slice(bytes),
+            ViewDtype::F32 => {
+                let numbers = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
+            }
+            ViewDtype::F16 => {
+                let numbers = bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32());
+                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
+            }
         }
-        ViewDtype::F16 => {
-            let numbers = bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32());
-            out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
+    }
+}
+
+impl Element for f32 {
+    fn read(dtype: ViewDtype, bytes: &[u8], out: &mut [f32]) {
+        match dtype {
+            ViewDtype::F32 => bytemuck::cast_slice_mut::<f32, u8>(out).copy_from_slice(bytes),
+            ViewDtype::Bf16 => {
+                let numbers = bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b));
+                let numbers = numbers.map(|bits| f32::from_bits(u32::from(bits) << 16));
+                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = number);
+            }
+            ViewDtype::F16 => {
+                let numbers = bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32());
+                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = number);
+            }
         }
     }
 }
@@ -108,18 +134,18 @@ impl Pinned {
     }
 
     /// So many numbers to be written, when the last copy from here is done.
-    fn fill(&mut self, numbers: usize) -> Result<&mut [u16]> {
-        assert!(numbers * size_of::<u16>() <= BUFFER_BYTES, "{numbers} numbers for a buffer");
+    fn fill<T: Element>(&mut self, numbers: usize) -> Result<&mut [T]> {
+        assert!(numbers * size_of::<T>() <= BUFFER_BYTES, "{numbers} numbers for a buffer");
         self.wait()?;
         // SAFETY: the buffer is that large and aligned to a page, any bits are a number, and nothing else reads or
         // writes it: the copy from it is done. What was never written is of no value, but initialised by the system.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.start.cast(), numbers) })
     }
 
-    fn send(&mut self, to: &mut Memory, at: usize, numbers: usize) -> Result<()> {
+    fn send(&mut self, to: &mut Memory, at: usize, bytes: usize) -> Result<()> {
         const OP: &str = "send weights";
         // SAFETY: as of `fill`, which has asserted the size; it is not written before the event.
-        let bytes = unsafe { std::slice::from_raw_parts(self.start, numbers * size_of::<u16>()) };
+        let bytes = unsafe { std::slice::from_raw_parts(self.start, bytes) };
         self.stream.upload(OP, bytes, to, at)?;
         self.stream.record(OP, self.copied)
     }

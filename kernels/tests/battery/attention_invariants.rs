@@ -161,8 +161,7 @@ fn any_number_of_threads_gives_the_same_bits() {
     for simd in levels() {
         for kv in [Dtype::F32, Dtype::Bf16] {
             let of_threads = |threads| {
-                let device =
-                    Device { backend: cpu(simd, threads, WeightType::F32, kv), weights: WeightType::F32, kv };
+                let device = Device::new(cpu(simd, threads, WeightType::F32, kv), WeightType::F32, kv);
                 at_once(&device, &sequence)
             };
             let one = of_threads(1);

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::{Cuda, CudaOptions, Dtype, WeightType};
+use kernels::{Cuda, CudaOptions, Dtype, Int4Groups, WeightType};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
@@ -34,30 +34,41 @@ fn emulator() -> PathBuf {
 struct Mode {
     is_deterministic: bool,
     ffn_columns: usize,
+    weights: WeightType,
 }
 
 /// Where rows do not depend on their batch.
-const FIXED: Mode = Mode { is_deterministic: true, ffn_columns: Cuda::FFN_COLUMNS };
+const FIXED: Mode =
+    Mode { is_deterministic: true, ffn_columns: Cuda::FFN_COLUMNS, weights: WeightType::Bf16 };
 /// Where contexts are split, and products are cuBLASLt's.
-const FAST: Mode = Mode { is_deterministic: false, ffn_columns: Cuda::FFN_COLUMNS };
+const FAST: Mode = Mode { is_deterministic: false, ..FIXED };
+const INT4: Mode = Mode { weights: WeightType::Int4Weight, ..FIXED };
 
 const DETERMINISTIC: [Mode; 1] = [FIXED];
 const BOTH: [Mode; 2] = [FAST, FIXED];
-/// Both, also with matrices of several chunks.
-const CHUNKED: [Mode; 4] = [FAST, FIXED, Mode { ffn_columns: 64, ..FAST }, Mode { ffn_columns: 64, ..FIXED }];
-/// Where a matrix in chunks must have the bits of a whole one.
-const FIXED_CHUNKS: [Mode; 2] = [FIXED, Mode { ffn_columns: 64, ..FIXED }];
+/// Both, also with matrices of several chunks, and weights of every type.
+const PRODUCTS: [Mode; 5] =
+    [FAST, FIXED, Mode { ffn_columns: 64, ..FAST }, Mode { ffn_columns: 64, ..FIXED }, INT4];
+/// Where sums must have the bits of one product.
+const FIXED_SUMS: [Mode; 3] = [FIXED, Mode { ffn_columns: 64, ..FIXED }, INT4];
 
 fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
-    let (weights, kv) = (WeightType::Bf16, Dtype::Bf16);
-    let Mode { is_deterministic, ffn_columns } = mode;
-    CudaOptions { device: 0, weights, kv, is_deterministic, ffn_columns, libraries, cubins: None }
+    let Mode { is_deterministic, ffn_columns, weights } = mode;
+    CudaOptions {
+        device: 0,
+        weights,
+        kv: Dtype::Bf16,
+        is_deterministic,
+        ffn_columns,
+        libraries,
+        cubins: None,
+    }
 }
 
 /// A device of the emulator's libraries, or of the machine's.
 fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
-    let (weights, kv) = (WeightType::Bf16, Dtype::Bf16);
-    Device { backend: Cuda::new(options(libraries, mode)).unwrap(), weights, kv }
+    let backend = Cuda::new(options(libraries, mode)).unwrap();
+    Device { int4: Int4Groups::Of128, ..Device::new(backend, mode.weights, Dtype::Bf16) }
 }
 
 macro_rules! checks {
@@ -94,18 +105,18 @@ checks! {
     embed_and_gather_copy_rows: embed_gather::Copies, DETERMINISTIC;
     logit_stats_finds_the_lowest_of_the_largest_and_the_sum: logit_stats::Vocabularies, DETERMINISTIC;
     logit_stats_keeps_what_is_not_finite: logit_stats::Special, DETERMINISTIC;
-    matmul_is_the_product_summed_in_f32: matmul::Matmul, CHUNKED;
-    no_rows_are_no_work: matmul::NoRows, CHUNKED;
-    a_row_with_a_nan_is_nan_and_spoils_no_other: matmul::NotFinite, CHUNKED;
-    sums_that_are_gone_on_with_have_the_bits_of_one_product: matmul::Parted, FIXED_CHUNKS;
+    matmul_is_the_product_summed_in_f32: matmul::Matmul, PRODUCTS;
+    no_rows_are_no_work: matmul::NoRows, PRODUCTS;
+    a_row_with_a_nan_is_nan_and_spoils_no_other: matmul::NotFinite, PRODUCTS;
+    sums_that_are_gone_on_with_have_the_bits_of_one_product: matmul::Parted, FIXED_SUMS;
     add_adds_number_by_number: matmul::Add, DETERMINISTIC;
     matmul_argmax_finds_the_lowest_of_the_largest_of_the_product: matmul_argmax::Products, BOTH;
     matmul_argmax_lets_no_nan_pass: matmul_argmax::NotFinite, DETERMINISTIC;
     shapes_that_do_not_fit_are_refused_with_their_numbers: refusals::Refusals, DETERMINISTIC;
     rms_norm_divides_by_the_root_of_the_mean_square: rms_norm::RmsNorm, DETERMINISTIC;
     rope_turns_each_dimension_with_the_one_half_a_head_away: rope::Rope, DETERMINISTIC;
-    rows_together_are_what_each_is_alone: row_invariants::RowsAlone, FIXED_CHUNKS;
-    swiglu_gates_one_product_by_the_silu_of_the_other: swiglu::Swiglu, CHUNKED;
+    rows_together_are_what_each_is_alone: row_invariants::RowsAlone, FIXED_SUMS;
+    swiglu_gates_one_product_by_the_silu_of_the_other: swiglu::Swiglu, PRODUCTS;
 }
 
 /// A request that cannot be met is an error with its reason.
@@ -114,7 +125,9 @@ fn what_the_backend_lacks_is_refused_by_name() {
     let options = |device, weights| CudaOptions { device, weights, ..options(Some(emulator()), FAST) };
     let error = Cuda::new(options(0, WeightType::Int8)).unwrap_err().to_string();
     assert!(
-        error.starts_with("cuda:0: found weights of int8 with keys and values of bf16, expected bf16"),
+        error.starts_with(
+            "cuda:0: found weights of int8 with keys and values of bf16, expected bf16 or int4-weight"
+        ),
         "{error}"
     );
     let error = Cuda::new(options(3, WeightType::Bf16)).unwrap_err().to_string();
@@ -163,7 +176,7 @@ fn plans_of_products_are_kept_on_disk() {
     let product = || {
         let cubins = Some(folder.path().to_owned());
         let backend = Cuda::new(CudaOptions { cubins, ..options(Some(emulator()), FAST) }).unwrap();
-        let device = Device { backend, weights: WeightType::Bf16, kv: Dtype::Bf16 };
+        let device = Device::new(backend, WeightType::Bf16, Dtype::Bf16);
         assert_eq!(device.name(), "cuda sm_90a bf16 kv bf16 cublaslt 13.1.0");
         let ((x, _), w) = (device.operand(&[1.0; 3 * 40], 40), device.matrix(&[0.5; 24 * 40], 24, 40));
         let mut out = device.backend.array();

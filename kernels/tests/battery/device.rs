@@ -1,6 +1,8 @@
 //! The devices under test, and the way in and out of them.
 
-use kernels::{Backend, Cpu, CpuOptions, Dtype, Reference, Simd, TensorView, ViewDtype, WeightType};
+use kernels::{
+    Backend, Cpu, CpuOptions, Dtype, Int4Groups, Reference, Simd, TensorView, ViewDtype, WeightType,
+};
 
 /// Half a unit in the last place of a bf16, relative: 8 significant bits.
 pub(crate) const BF16_UNIT: f64 = 1.0 / 256.0;
@@ -38,6 +40,7 @@ pub(crate) struct Device<B> {
     pub(crate) backend: B,
     pub(crate) weights: WeightType,
     pub(crate) kv: Dtype,
+    pub(crate) int4: Int4Groups,
 }
 
 /// A check that any backend can run.
@@ -50,9 +53,9 @@ pub(crate) trait Check {
 pub(crate) fn every_device(check: &impl Check) {
     for weights in DTYPES.map(WeightType::from) {
         for kv in DTYPES {
-            check.check(&Device { backend: Reference::new(weights, kv), weights, kv });
+            check.check(&Device::new(Reference::new(weights, kv), weights, kv));
             for simd in levels() {
-                check.check(&Device { backend: cpu(simd, 2, weights, kv), weights, kv });
+                check.check(&Device::new(cpu(simd, 2, weights, kv), weights, kv));
             }
         }
     }
@@ -62,11 +65,17 @@ pub(crate) fn every_device(check: &impl Check) {
 pub(crate) fn every_weight_device(check: &impl Check) {
     for weights in WEIGHT_TYPES {
         let kv = weights.operands();
-        check.check(&Device { backend: Reference::new(weights, kv), weights, kv });
+        check.check(&Device::new(Reference::new(weights, kv), weights, kv));
         for simd in levels() {
-            check.check(&Device { backend: cpu(simd, 2, weights, kv), weights, kv });
+            check.check(&Device::new(cpu(simd, 2, weights, kv), weights, kv));
         }
     }
+}
+
+/// The twin of a GPU with weights of 4 bits.
+pub(crate) fn reference_with_long_groups() -> Device<Reference> {
+    let (weights, kv, int4) = (WeightType::Int4Weight, Dtype::Bf16, Int4Groups::Of128);
+    Device { int4, ..Device::new(Reference::new(weights, kv).with_int4(int4), weights, kv) }
 }
 
 pub(crate) fn levels() -> impl Iterator<Item = Simd> {
@@ -90,15 +99,32 @@ pub(crate) fn all_rounded(dtype: Dtype, values: &[f32]) -> Vec<f32> {
     values.iter().map(|&value| rounded(dtype, value)).collect()
 }
 
+/// How numbers are quantised.
+#[derive(Clone, Copy)]
+struct Kept {
+    group: usize,
+    levels: f32,
+    most: f32,
+    /// Whether scales are rounded to bf16 first.
+    has_short_scales: bool,
+}
+
+const INT8: Kept = Kept { group: 1, levels: 127.0, most: 127.0, has_short_scales: false };
+
 /// Rows quantised in groups: the number of the largest magnitude becomes `levels`, others at most `most`, and what
 /// would make the scale denormal is zero.
-fn quantized(values: &[f32], cols: usize, group: usize, levels: f32, most: f32) -> Vec<f64> {
+fn quantized(values: &[f32], cols: usize, kept: Kept) -> Vec<f64> {
+    let Kept { group, levels, most, has_short_scales } = kept;
     let mut out = Vec::with_capacity(values.len());
     for group in values.chunks(cols.max(1)).flat_map(|row| row.chunks(group.max(1))) {
         let largest = group.iter().fold(0.0f32, |l, &value| if value.abs() > l.abs() { value } else { l });
         let largest = if levels > 0.0 { largest.abs() } else { largest };
         let (scale, inverse) = match (largest / levels).abs() < f32::MIN_POSITIVE {
             true => (0.0, 0.0),
+            false if has_short_scales => {
+                let scale = rounded(Dtype::Bf16, largest / levels);
+                (scale, 1.0 / scale)
+            }
             false => (largest / levels, levels / largest),
         };
         let integer = |value: f32| (value * inverse).min(most).round_ties_even();
@@ -120,6 +146,10 @@ pub(crate) fn unit(dtype: Dtype) -> f64 {
 }
 
 impl<B: Readable> Device<B> {
+    pub(crate) fn new(backend: B, weights: WeightType, kv: Dtype) -> Device<B> {
+        Device { backend, weights, kv, int4: Int4Groups::Of32 }
+    }
+
     pub(crate) fn name(&self) -> String {
         self.backend.numeric_profile()
     }
@@ -140,15 +170,26 @@ impl<B: Readable> Device<B> {
             WeightType::F32 | WeightType::Bf16 => {
                 all_rounded(self.weights.operands(), values).into_iter().map(f64::from).collect()
             }
-            WeightType::Int8 | WeightType::Int8Weight => quantized(values, cols, cols, 127.0, 127.0),
-            WeightType::Int4Weight => quantized(values, cols, WeightType::INT4_GROUP, -8.0, 7.0),
+            WeightType::Int8 | WeightType::Int8Weight => {
+                quantized(values, cols, Kept { group: cols, ..INT8 })
+            }
+            WeightType::Int4Weight => quantized(
+                values,
+                cols,
+                Kept {
+                    group: self.int4.inputs(),
+                    levels: -8.0,
+                    most: 7.0,
+                    has_short_scales: self.int4 == Int4Groups::Of128,
+                },
+            ),
         }
     }
 
     /// What is left of a matmul's input, already rounded, when it is multiplied.
     pub(crate) fn multiplied(&self, values: &[f32], cols: usize) -> Vec<f64> {
         match self.weights {
-            WeightType::Int8 => quantized(values, cols, cols, 127.0, 127.0),
+            WeightType::Int8 => quantized(values, cols, Kept { group: cols, ..INT8 }),
             _ => values.iter().map(|&value| f64::from(value)).collect(),
         }
     }

@@ -89,7 +89,7 @@ fn rows_of_long_sums_are_what_each_is_alone() {
     for simd in levels() {
         for weights in WEIGHT_TYPES {
             let kv = weights.operands();
-            let device = Device { backend: cpu(simd, 3, weights, kv), weights, kv };
+            let device = Device::new(cpu(simd, 3, weights, kv), weights, kv);
             let mut random = Random::new(8);
             let matrix = device.matrix(&random.values(LONG * 70), 70, LONG);
             let x = random.values(100 * LONG);
@@ -114,7 +114,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
     for (simd, weights) in levels().flat_map(|simd| WEIGHT_TYPES.map(|weights| (simd, weights))) {
         let of_threads = |threads: usize| {
             let kv = Dtype::Bf16;
-            let device = Device { backend: cpu(simd, threads, weights, kv), weights, kv };
+            let device = Device::new(cpu(simd, threads, weights, kv), weights, kv);
             let mut random = Random::new(9);
             let (x, normed) = device.operand(&random.values(70 * 300), 300);
             let matrix = device.matrix(&random.values(5000 * 300), 5000, 300);

@@ -8,7 +8,7 @@
 
 use super::pack::{ColumnPlace, PanelLayout, Strips};
 use super::tile::NR;
-use crate::backend::{TensorView, WeightType};
+use crate::backend::{Int4Groups, TensorView, WeightType};
 use crate::quantize::Quantizer;
 use crate::view;
 
@@ -19,7 +19,7 @@ use crate::view;
 pub(super) const BLOCK: usize = 4096;
 
 /// Terms of 4 bits that share a scale.
-pub(super) const GROUP: usize = WeightType::INT4_GROUP;
+pub(super) const GROUP: usize = Int4Groups::Of32.inputs();
 
 /// What x's integers are stored above themselves, because `VPDPBUSD` takes them without a sign.
 pub(super) const OFFSET: u8 = 128;
@@ -54,7 +54,7 @@ pub(super) fn pack_quantized(
             values.chunks(per_scale).zip(integers.chunks_mut(per_scale)).enumerate()
         {
             let quantizer = match kind {
-                WeightType::Int4Weight => Quantizer::int4_of(values),
+                WeightType::Int4Weight => Quantizer::int4_of(values, Int4Groups::Of32),
                 _ => Quantizer::int8_of(values),
             };
             scales[i * NR + column] = quantizer.scale.to_bits();

@@ -1,0 +1,76 @@
+//! Matrices on their way to a device.
+
+use super::arrays::{self, Chunked, CudaMatrix, Form, padded};
+use super::int4::Int4;
+use super::staging::{Element, Staging};
+use super::stream::Memory;
+use super::{Cuda, locked};
+use crate::backend::{TensorView, ViewDtype, WeightType};
+use crate::check;
+use crate::error::Result;
+
+/// Bytes of numbers that are on the device at once before they are quantised.
+const SOURCE_BYTES: usize = 256 << 20;
+
+impl Cuda {
+    /// A block's matrix.
+    pub(super) fn weights(&self, op: &'static str, view: TensorView<'_>) -> Result<CudaMatrix> {
+        check::view(op, &view)?;
+        match self.options.weights {
+            WeightType::Int4Weight => self.int4(view),
+            _ => self.packed(view, self.options.ffn_columns),
+        }
+    }
+
+    /// A matrix in bf16, in chunks of so many columns at most. The view has been checked.
+    pub(super) fn packed(&self, view: TensorView<'_>, chunk: usize) -> Result<CudaMatrix> {
+        let (rows, cols) = (view.rows, view.cols);
+        let chunks = || arrays::chunks(rows, cols, chunk);
+        let numbers: usize = chunks().map(|chunk| rows * chunk.stride).sum();
+        let mut memory = self.stream.allocate("weights", numbers * size_of::<u16>())?;
+        for chunk in chunks() {
+            let part = view.columns(chunk.first..chunk.first + chunk.cols);
+            self.send::<u16>(&part, chunk.stride, &mut memory, chunk.at)?;
+        }
+        Ok(CudaMatrix { rows, cols, form: Form::Bf16(Chunked { chunk, memory }) })
+    }
+
+    /// A matrix of 4 bits, quantised on the device.
+    fn int4(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
+        let kernels = self.int4.as_ref().expect("they are loaded where weights are of 4 bits");
+        let (rows, cols, stride) = (view.rows, view.cols, padded(view.cols));
+        let mut matrix = Int4::new(&self.stream, rows, cols)?;
+        // What f16 holds does not fit into bf16.
+        let (dtype, size) = match view.dtype {
+            ViewDtype::Bf16 => (ViewDtype::Bf16, size_of::<u16>()),
+            ViewDtype::F32 | ViewDtype::F16 => (ViewDtype::F32, size_of::<f32>()),
+        };
+        let at_once = (SOURCE_BYTES / (stride * size).max(1) / 16 * 16).max(16);
+        let mut source = locked(&self.source);
+        for first in (0..rows).step_by(at_once) {
+            let part = first..(first + at_once).min(rows);
+            source.reserve("weights", part.len() * stride * size)?;
+            let numbers = view.rows(part.clone());
+            match dtype {
+                ViewDtype::Bf16 => self.send::<u16>(&numbers, stride, &mut source, 0)?,
+                _ => self.send::<f32>(&numbers, stride, &mut source, 0)?,
+            }
+            kernels.quantize((&source, dtype, stride), part, &mut matrix)?;
+        }
+        Ok(CudaMatrix { rows, cols, form: Form::Int4(matrix) })
+    }
+
+    fn send<T: Element>(
+        &self,
+        view: &TensorView<'_>,
+        stride: usize,
+        to: &mut Memory,
+        at: usize,
+    ) -> Result<()> {
+        let mut staging = locked(&self.staging);
+        if staging.is_none() {
+            *staging = Some(Staging::new(&self.stream)?);
+        }
+        staging.as_mut().expect("it was made").send::<T>(view, stride, to, at)
+    }
+}

@@ -69,7 +69,7 @@ fn what_differs(pipeline: &Pipeline, taken: usize) -> Option<String> {
     }
     match twice {
         Some(index) => Some(format!("{} twice", devices[index])),
-        None => (devices.len() != taken).then(|| devices.len().to_string()),
+        None => (pipeline.devices_per_replica() != taken).then(|| pipeline.devices_per_replica().to_string()),
     }
 }
 

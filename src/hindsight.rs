@@ -42,6 +42,25 @@ pub(crate) struct BetterCut {
 }
 
 impl Hindsight {
+    /// Of replicas of the same stages, each with its costs and its seats: what every stage should have taken, one replica
+    /// after the other; and the cut that would have been better for all of them together.
+    pub(crate) fn of_replicas(
+        costs: &[Vec<&dyn CostModel>],
+        pieces: &[PieceShape],
+        replicas: &[Vec<StageWork>],
+        seats: &[Vec<usize>],
+    ) -> Self {
+        let each = costs.iter().zip(replicas).zip(seats);
+        let mut each = each.map(|((costs, stages), seats)| Self::of(costs, pieces, stages, seats));
+        if let [_] = replicas {
+            return each.next().expect("there is one");
+        }
+        let predicted = each.flat_map(|hindsight| hindsight.predicted).collect();
+        let together = Self::of(&costs[0], pieces, &summed(replicas), &seats[0]);
+        let of_one = |better: BetterCut| BetterCut { saved: better.saved / replicas.len() as f64, ..better };
+        Hindsight { predicted, better: together.better.map(of_one) }
+    }
+
     /// Of stages that cover all `pieces`. Each has its costs, and its (first) device by a number that all stages of the device
     /// have. A better cut is looked for where all are whole blocks on single devices.
     pub(crate) fn of(
@@ -65,6 +84,19 @@ impl Hindsight {
             });
         Hindsight { predicted, better }
     }
+}
+
+/// Each stage with the work of its like in all replicas.
+fn summed(replicas: &[Vec<StageWork>]) -> Vec<StageWork> {
+    let stage = |(index, first): (usize, &StageWork)| {
+        let all = || replicas.iter().map(|stages| &stages[index]);
+        StageWork {
+            seconds: all().map(|stage| stage.seconds).sum(),
+            loads: all().flat_map(|stage| stage.loads.clone()).collect(),
+            ..first.clone()
+        }
+    };
+    replicas[0].iter().enumerate().map(stage).collect()
 }
 
 fn num_steps(loads: &[StepLoads]) -> u64 {
@@ -218,6 +250,30 @@ mod tests {
         assert!(has_better(50, 26, LEAST_STEPS));
         assert!(!has_better(100, 51, LEAST_STEPS));
         assert!(!has_better(50, 26, LEAST_STEPS - 1));
+    }
+
+    #[test]
+    fn replicas_are_judged_each_and_cut_together() {
+        let shape = |block| PieceShape { block, columns: None, ends_block: true };
+        let pieces: Vec<PieceShape> = (0..6).map(shape).collect();
+        let spans = [Span { start: 0, end: 3 }, Span { start: 3, end: 6 }];
+        let costs = PerToken(vec![1.0; 6]);
+        let replica = |seconds: [f64; 2], steps: &StepLoads| -> Vec<StageWork> {
+            let stage = |(pieces, seconds)| StageWork { pieces, ranks: 1, seconds, loads: vec![*steps] };
+            spans.into_iter().zip(seconds).map(stage).collect()
+        };
+        // As in the test above, with the micro-batches shared out unevenly: a fifth and four fifths of them.
+        let replicas =
+            [replica([12.02, 6.01], &steps(20, 100.0)), replica([48.08, 24.04], &steps(80, 100.0))];
+        let costs: Vec<Vec<&dyn CostModel>> = vec![vec![&costs, &costs]; 2];
+        let hindsight = Hindsight::of_replicas(&costs, &pieces, &replicas, &[vec![0, 1], vec![2, 3]]);
+        for (found, expected) in hindsight.predicted.iter().zip([6.01, 6.01, 24.04, 24.04]) {
+            assert_close(*found, expected);
+        }
+        assert_eq!(hindsight.predicted.len(), 4);
+        let better = hindsight.better.expect("another cut is better");
+        assert_eq!(better.spans, [Span { start: 0, end: 2 }, Span { start: 2, end: 6 }]);
+        assert!((better.saved - 5.0).abs() < 0.1, "{better:?}"); // Of 30 seconds side by side.
     }
 
     #[test]

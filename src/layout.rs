@@ -12,7 +12,7 @@ use stages::{Ffn, ModelConfig, Part, SUM_CUT, WeightType};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StageLayout {
     pub(crate) part: Part,
-    /// Its ranks' devices, by their place in `[pipeline] devices`.
+    /// Its ranks' devices, by their place among those of a replica in `[pipeline] devices`.
     pub(crate) devices: Range<usize>,
 }
 
@@ -102,6 +102,18 @@ pub(crate) fn stages(parts: Vec<Part>, widths: Option<&[usize]>) -> Vec<StageLay
             StageLayout { part, devices: first..next }
         })
         .collect()
+}
+
+/// The devices of a replica's stage, as the job calls them.
+pub(crate) fn device_names(pipeline: &Pipeline, replica: usize, stage: &StageLayout) -> String {
+    let devices = &pipeline.devices[replica * pipeline.devices_per_replica()..];
+    let names = devices[stage.devices.clone()].iter().map(ToString::to_string);
+    names.collect::<Vec<_>>().join("+")
+}
+
+/// Such as `replica 1 `, where there are several.
+pub(crate) fn of_replica(pipeline: &Pipeline, replica: usize) -> String {
+    if pipeline.replicas > 1 { format!("replica {replica} ") } else { String::new() }
 }
 
 /// The part that is a run of planned pieces.

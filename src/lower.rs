@@ -39,8 +39,9 @@ pub(crate) struct Machine {
 /// A pipeline whose stages have no blocks yet.
 #[derive(Debug)]
 pub(crate) struct Unplaced {
-    /// Those that the job names, in its order.
+    /// Those that the job names, in its order: of one replica after the other.
     pub(crate) devices: Vec<Device>,
+    replicas: usize,
     ranks: RankHome,
     pub(crate) dtypes: Dtypes,
     pub(crate) scheduler: scheduler::Options,
@@ -48,17 +49,27 @@ pub(crate) struct Unplaced {
 }
 
 impl Unplaced {
-    /// The pipeline of these stages.
-    pub(crate) fn with(self, stages: &[StageLayout]) -> PipelineOptions {
-        let Unplaced { devices, ranks, dtypes, scheduler, limits } = self;
-        let stage = |stage: &StageLayout| StagePlacement {
-            devices: devices[stage.devices.clone()].to_vec(),
-            part: stage.part,
-            sharing: AttentionSharing::default(),
-        };
+    /// A pipeline of these stages for each replica.
+    pub(crate) fn with(self, stages: &[StageLayout]) -> Vec<PipelineOptions> {
+        let Unplaced { devices, replicas, ranks, dtypes, scheduler, limits } = self;
         let scheduler = scheduler::Options { num_stages: stages.len(), ..scheduler };
-        let stages = stages.iter().map(stage).collect();
-        PipelineOptions { stages, ranks, dtypes, scheduler, limits, step_log: None }
+        let replica = |(replica, devices): (usize, &[Device])| {
+            let stage = |stage: &StageLayout| StagePlacement {
+                devices: devices[stage.devices.clone()].to_vec(),
+                part: stage.part,
+                sharing: AttentionSharing::default(),
+            };
+            PipelineOptions {
+                first_stage: replica * stages.len(),
+                stages: stages.iter().map(stage).collect(),
+                ranks,
+                dtypes,
+                scheduler: scheduler.clone(),
+                limits,
+                step_log: None,
+            }
+        };
+        devices.chunks(devices.len() / replicas).enumerate().map(replica).collect()
     }
 }
 
@@ -79,28 +90,35 @@ pub(crate) fn pipeline(
     let devices = pipeline.devices.iter().map(|device| groups[device.index].clone()).collect();
 
     let context_tokens = context_tokens(model, config)?;
-    let num_pages = Memory::of(config, dtypes, free_bytes).num_pages(pipeline, context_tokens)?;
+    let replicas = pipeline.replicas;
+    let max_sequences = sequences_per_replica(pipeline);
+    let num_pages = Memory::of(config, dtypes, free_bytes, replicas).num_pages(pipeline, context_tokens)?;
     let scheduler = scheduler::Options {
-        num_stages: pipeline.devices.len(),
+        num_stages: pipeline.devices_per_replica(),
         micro_batch_tokens: pipeline.micro_batch_tokens,
-        max_sequences: pipeline.max_sequences,
+        max_sequences,
         num_pages,
         page_tokens: PAGE_TOKENS,
         context_tokens,
         efficient_tokens: CPU_EFFICIENT_TOKENS,
     };
     let limits = Limits {
-        window: window(pipeline.max_sequences),
+        window: window(max_sequences),
         step_timeout: Duration::from_secs(pipeline.step_timeout_seconds as u64),
     };
     let ranks = match pipeline.ranks {
         configs::Ranks::Threads => RankHome::Threads,
         configs::Ranks::Processes => RankHome::Processes,
     };
-    Ok(Unplaced { devices, ranks, dtypes, scheduler, limits })
+    Ok(Unplaced { devices, replicas, ranks, dtypes, scheduler, limits })
 }
 
-/// Rows offered to the pipeline at once.
+/// One replica's share of the sequences in flight.
+pub(crate) fn sequences_per_replica(pipeline: &configs::Pipeline) -> usize {
+    pipeline.max_sequences.div_ceil(pipeline.replicas)
+}
+
+/// Rows offered to a pipeline at once.
 pub(crate) fn window(max_sequences: usize) -> usize {
     let mut sum = 0;
     sum += max_sequences; // Running.
@@ -198,6 +216,7 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
         false => Ok(()),
     };
     most("devices", pipeline.devices.len(), 1 << 10)?;
+    most("replicas", pipeline.replicas, pipeline.devices.len())?;
     most("threads", pipeline.threads.unwrap_or(1), 1 << 10)?;
     most("step_timeout_seconds", pipeline.step_timeout_seconds, 1 << 30)?;
     most("max_sequences", pipeline.max_sequences, 1 << 16)?;
@@ -237,21 +256,22 @@ pub(crate) fn context_tokens(model: &configs::Model, config: &ModelConfig) -> Re
     Ok(context)
 }
 
-/// What the weights take, and what they leave for keys and values.
+/// What the weights take, and what they leave for keys and values: of all replicas together.
 struct Memory {
     free_bytes: u64,
     weight_bytes: u64,
+    /// Of as many tokens as there are replicas, one in each.
     kv_bytes_per_token: u64,
 }
 
 impl Memory {
-    fn of(config: &ModelConfig, dtypes: Dtypes, free_bytes: u64) -> Self {
+    fn of(config: &ModelConfig, dtypes: Dtypes, free_bytes: u64, replicas: usize) -> Self {
         let values: u64 =
             config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
         Memory {
             free_bytes,
-            weight_bytes: stages::weight_bytes(config, dtypes.weights),
-            kv_bytes_per_token: values * bytes(dtypes.kv),
+            weight_bytes: replicas as u64 * stages::weight_bytes(config, dtypes.weights),
+            kv_bytes_per_token: replicas as u64 * values * bytes(dtypes.kv),
         }
     }
 
@@ -286,7 +306,7 @@ impl Memory {
         context_tokens: usize,
     ) -> Result<usize> {
         let context = context_tokens.next_multiple_of(PAGE_TOKENS);
-        let wanted = context.saturating_mul(pipeline.max_sequences).min(MAX_KV_TOKENS);
+        let wanted = context.saturating_mul(sequences_per_replica(pipeline)).min(MAX_KV_TOKENS);
         let room = match ((left as f64 * KV_MEMORY_SHARE) as u64).checked_div(self.kv_bytes_per_token) {
             Some(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
             None => usize::MAX, // Without attention there is nothing to keep.

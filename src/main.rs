@@ -4,6 +4,7 @@
 mod audit;
 mod bench;
 mod cli;
+mod ended;
 mod first_run;
 mod generate;
 mod gpus;

@@ -1,7 +1,8 @@
 //! Which blocks each stage of a job gets: cut by what was measured on the device, or by an estimate.
 //!
 //! One stage for each device that the job names, where a device that is named several times has the time for all of its stages;
-//! or stages that several devices share, where a plan has them faster ([`question`]). A job that goes on keeps the shared stages
+//! or stages that several devices share, where a plan has them faster ([`question`]). Replicas have the same stages, placed for the
+//! devices of the first. A job that goes on keeps the shared stages
 //! that it began with ([`first_run`]). Where another layout would be faster, or a job's own cut is slower than need be, a line says so. A profile that
 //! is stale or lacks blocks is measured again, where it decides something; one that is not there is never measured unasked.
 
@@ -28,7 +29,9 @@ use question::Question;
 /// A job's stages.
 #[derive(Debug, Clone)]
 pub(crate) struct Placement {
+    /// Those of each replica.
     pub(crate) stages: Vec<StageLayout>,
+    pub(crate) replicas: usize,
     pub(crate) source: Source,
     /// The micro-batch that it was planned for.
     pub(crate) load: Load,
@@ -38,8 +41,8 @@ pub(crate) struct Placement {
     pub(crate) lines: Vec<String>,
     /// What it was planned for.
     setting: Setting,
-    /// For each stage, the place of its (first) device among the setting's.
-    seats: Vec<usize>,
+    /// For each stage of each replica, the place of its (first) device among the setting's.
+    seats: Vec<Vec<usize>>,
 }
 
 /// Where costs come from.
@@ -114,7 +117,8 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result
     let kept =
         first_run::kept(pipeline, &model.config, occasion.first_run.as_deref(), occasion.accept_numerics)?;
     let options = profile::options(&job.model, pipeline, model, Effort::default())?;
-    let is_decided = given.is_some() || matches!(kept, Kept::Stages(_)) || pipeline.devices.len() == 1;
+    let is_decided =
+        given.is_some() || matches!(kept, Kept::Stages(_)) || pipeline.devices_per_replica() == 1;
     let profile = stored(job, model, &options, !is_decided && occasion.has_rows);
     let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows)?;
     let widths = layout::widths(pipeline);
@@ -131,21 +135,29 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result
         }
         (None, kept) => {
             let planned = question.plan(widths, &kept)?;
-            if pipeline.devices.len() > 1 {
+            if pipeline.devices_per_replica() > 1 {
                 lines.push(question.announcement(&planned, &occasion.profile_command));
+            }
+            if pipeline.devices.len() > 1 {
                 lines.extend(question.better_layout(&planned));
             }
             planned
         }
     };
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
-    let seats = question.seats(&stages);
+    let replicas = pipeline.replicas;
+    let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();
     let (load, setting) = (question.load(stages.len()), question.setting);
-    Ok(Placement { load, stages, source, seconds, lines, setting, seats })
+    Ok(Placement { load, stages, replicas, source, seconds, lines, setting, seats })
 }
 
 impl Placement {
-    /// Holds what the stages have taken against the costs that they were cut by.
+    /// The stages of all replicas as they are numbered, each with its replica.
+    pub(crate) fn numbered(&self) -> impl Iterator<Item = (usize, &StageLayout)> {
+        (0..self.replicas).flat_map(|replica| self.stages.iter().map(move |stage| (replica, stage)))
+    }
+
+    /// Holds what the stages of all replicas have taken, one replica after the other, against the costs that they were cut by.
     pub(crate) fn judge(&self, times: &[StageTimes]) -> (Hindsight, Source) {
         let parts: Vec<Part> = self.stages.iter().map(|stage| stage.part).collect();
         let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts);
@@ -155,14 +167,19 @@ impl Placement {
             seconds: times.in_steps.as_secs_f64(),
             loads: times.loads.clone(),
         };
-        let stages: Vec<StageWork> = times.iter().zip(&spans).zip(&self.stages).map(work).collect();
+        let replica = |times: &[StageTimes]| -> Vec<StageWork> {
+            times.iter().zip(&spans).zip(&self.stages).map(work).collect()
+        };
+        let replicas: Vec<Vec<StageWork>> = times.chunks(self.stages.len()).map(replica).collect();
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let models: Vec<_> = kinds.iter().map(|spec| self.setting.cost_model(spec)).collect();
-        let costs: Vec<_> = self.seats.iter().map(|seat| &*models[each[*seat]]).collect();
-        let loads: Vec<Load> = stages.iter().flat_map(|stage| &stage.loads).map(|loads| loads.load).collect();
-        let ranks = stages.iter().map(|stage| stage.ranks).max().unwrap_or(1);
+        let costs = |seats: &[usize]| -> Vec<_> { seats.iter().map(|seat| &*models[each[*seat]]).collect() };
+        let loads = replicas.iter().flatten().flat_map(|stage| &stage.loads);
+        let loads: Vec<Load> = loads.map(|loads| loads.load).collect();
+        let ranks = self.stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1);
         let source = Source::of(&self.setting, &pieces, ranks, &loads);
-        (Hindsight::of(&costs, &pieces, &stages, &self.seats), source)
+        let costs: Vec<Vec<_>> = self.seats.iter().map(|seats| costs(seats)).collect();
+        (Hindsight::of_replicas(&costs, &pieces, &replicas, &self.seats), source)
     }
 }
 

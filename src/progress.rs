@@ -23,7 +23,8 @@ const RATE_SPAN: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(crate) struct Watched {
     pub(crate) progress: Arc<JobProgress>,
-    pub(crate) clock: Arc<PipelineClock>,
+    /// Of each replica.
+    pub(crate) clocks: Vec<Arc<PipelineClock>>,
     /// Rows of the input, once they are counted.
     pub(crate) total_rows: Arc<AtomicU64>,
 }
@@ -115,7 +116,7 @@ impl Reading {
             resumed: watched.progress.resumed.load(Ordering::Relaxed),
             failed,
             total_rows: watched.total_rows.load(Ordering::Relaxed),
-            sampled_tokens: watched.clock.sampled_tokens(),
+            sampled_tokens: watched.clocks.iter().map(|clock| clock.sampled_tokens()).sum(),
         }
     }
 

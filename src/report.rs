@@ -41,6 +41,8 @@ pub(crate) struct Report {
     pub(crate) trace: Option<String>,
     /// What the scheduler did, where it could still be asked.
     pub(crate) scheduler: Option<scheduler::Stats>,
+    /// Replicas that others went on without, and why.
+    pub(crate) failed_replicas: Vec<(usize, String)>,
     pub(crate) peak_bytes: Option<u64>,
     /// Keys that were set from outside of the job file.
     pub(crate) overrides: Vec<String>,
@@ -49,6 +51,8 @@ pub(crate) struct Report {
 
 /// One stage's part.
 pub(crate) struct StageLine {
+    /// Which replica has it, where there are several.
+    pub(crate) replica: Option<usize>,
     pub(crate) device: String,
     pub(crate) part: Part,
     /// How many devices share it.
@@ -67,6 +71,7 @@ impl StageLine {
     pub(crate) fn record(&self) -> StageRecord {
         let parts = &self.times.parts;
         StageRecord {
+            replica: self.replica.unwrap_or(0),
             device: self.device.clone(),
             blocks: [self.part.blocks.start, self.part.blocks.end],
             first_column: self.part.first_column,
@@ -119,8 +124,9 @@ impl StageLine {
         };
         let (busy, predicted) = (times.parts.busy.as_secs_f64(), self.predicted);
         let predicted = format!(" ({busy:.2} s, predicted {predicted:.2} s {})", costs.words());
+        let replica = self.replica.map_or_else(String::new, |replica| format!("replica {replica} "));
         format!(
-            "{} blocks {}: {}, {} micro-batches of {:.0} tokens{}{restarted}",
+            "{replica}{} blocks {}: {}, {} micro-batches of {:.0} tokens{}{restarted}",
             self.device,
             self.part,
             parts(&times.parts, &predicted),
@@ -167,6 +173,9 @@ impl Report {
         add("time", format!("{seconds:.2} s, and {:.2} s to load the model", self.load.as_secs_f64()));
         for (index, stage) in self.stages.iter().enumerate() {
             add(&format!("stage {index}"), stage.text(self.costs));
+        }
+        for (replica, error) in &self.failed_replicas {
+            add(&format!("replica {replica}"), format!("was given up, and others took its rows: {error}"));
         }
         if let Some(BetterCut { spans, saved }) = &self.better {
             // Whatever the slowest stage waited for, it would wait for again.

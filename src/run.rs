@@ -3,37 +3,28 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use actors::{JobOptions, JobOutcome, JobProgress, Pipeline, PipelineOptions, StageTimes};
+use actors::{JobOptions, JobProgress, PipelineOptions};
 use anyhow::{Context, Result};
 use configs::{JobFile, Loaded, Purpose};
 use jobs::{
-    Counts, FolderLock, Grader, InputRecord, Manifest, ModelRecord, ModelText, ModelTextOptions,
-    NumericProfile, OutputFolder, Preparer, PromptOptions, Reader, RowOptions, SamplingOptions, Scores,
-    Settings, Status, Timings, TokenTotals,
+    Grader, ModelText, ModelTextOptions, OutputFolder, Preparer, PromptOptions, Reader, RowOptions,
+    SamplingOptions, Settings,
 };
 use serde_json::json;
 use stages::{Device, Model, ModelConfig, Part};
 
 use crate::cli::{ProgressKind, RunArgs};
+use crate::ended::{Ended, Running};
 use crate::first_run;
-use crate::hindsight::BetterCut;
 use crate::interrupt::{self, Interrupt};
-use crate::layout::StageLayout;
+use crate::layout::{StageLayout, device_names, of_replica};
 use crate::live_trace::{LiveTrace, Prepared};
 use crate::lower;
-use crate::placement::{self, Occasion, Placement, Source};
+use crate::placement::{self, Occasion, Placement};
 use crate::progress::{self, Display, Watched};
-use crate::report::{Report, StageLine};
-use crate::{machine, print, profile, replace, say};
-
-/// A job that failed and can be run again, once what stopped it is out of the way.
-const EXIT_FAILED: u8 = 1;
-
-/// A job that was stopped for its many errors.
-const EXIT_TOO_MANY_ERRORS: u8 = 3;
+use crate::{machine, profile, replace, say};
 
 /// Runs a job.
 ///
@@ -104,18 +95,18 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
-    let mut options = unplaced.with(&placement.stages);
-    let numeric_profile = lower::numeric_profile(&options);
+    let mut replicas = unplaced.with(&placement.stages);
+    let numeric_profile = lower::numeric_profile(&replicas[0]);
     let settings = settings.with_numerics(&numeric_profile).with_layout(first_run::shapes(&placement.stages));
     folder.check(&settings, how.accept_numerics)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));
 
-    let trace = trace(how.trace.as_deref(), job, &placement.stages)?;
-    options.step_log = trace.as_ref().map(Prepared::log);
-    let plan = plan(job, &options, &placement);
-    let limits = options.scheduler.clone();
-    let pipeline = tokio::select! {
-        pipeline = actors::start(&model, options) => pipeline?,
+    let trace = trace(how.trace.as_deref(), job, &placement)?;
+    replicas.iter_mut().for_each(|replica| replica.step_log = trace.as_ref().map(Prepared::log));
+    let plan = plan(job, &replicas, &placement);
+    let limits = replicas[0].scheduler.clone();
+    let pipelines = tokio::select! {
+        pipelines = actors::start_replicas(&model, replicas) => pipelines?,
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     let load = started.elapsed();
@@ -129,7 +120,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     let progress = Arc::new(JobProgress::default());
     let watched = Watched {
         progress: Arc::clone(&progress),
-        clock: Arc::clone(&pipeline.clock),
+        clocks: pipelines.iter().map(|pipeline| Arc::clone(&pipeline.clock)).collect(),
         total_rows: progress::count_rows(&job.job.input, how.limit),
     };
     let display = Display::start(how.progress, watched);
@@ -144,15 +135,16 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         checkpoint_tokens: job.job.checkpoint_tokens,
         progress: Arc::clone(&progress),
     };
-    let outcome = actors::run_job(&pipeline, options, interrupt.wait()).await?;
-    let stages = pipeline.stage_clocks.iter().map(|clock| clock.read()).collect();
+    let outcome = actors::run_job(&pipelines, options, interrupt.wait()).await?;
+    let clocks = pipelines.iter().flat_map(|pipeline| &pipeline.stage_clocks);
+    let stages = clocks.map(|clock| clock.read()).collect();
     let running = Running { started_at, load, run: began.elapsed(), stages };
     drop(display);
 
     let ended = Ended {
         loaded: &loaded,
         model: &model,
-        pipeline: &pipeline,
+        pipelines: &pipelines,
         placement,
         plan,
         numeric_profile,
@@ -181,12 +173,13 @@ fn profile_command(loaded: &Loaded, job_file: Option<&Path>) -> String {
 }
 
 /// The file of a run's steps, where one is wanted, with a row for each stage.
-fn trace(path: Option<&Path>, job: &JobFile, stages: &[StageLayout]) -> Result<Option<Prepared>> {
+fn trace(path: Option<&Path>, job: &JobFile, placement: &Placement) -> Result<Option<Prepared>> {
     let Some(path) = path else { return Ok(None) };
-    let name = |(index, stage): (usize, &StageLayout)| {
-        format!("stage {index} {} blocks {}", device_names(job, stage), stage.part)
+    let name = |(index, (replica, stage)): (usize, (usize, &StageLayout))| {
+        let (of, devices) = (of_replica(&job.pipeline, replica), device_names(&job.pipeline, replica, stage));
+        format!("{of}stage {index} {devices} blocks {}", stage.part)
     };
-    let names: Vec<String> = stages.iter().enumerate().map(name).collect();
+    let names: Vec<String> = placement.numbered().enumerate().map(name).collect();
     Prepared::create(path, &names).map(Some)
 }
 
@@ -284,34 +277,22 @@ fn order(order: configs::Order) -> jobs::Order {
     }
 }
 
-/// The devices of a stage, as the job calls them.
-fn device_names(job: &JobFile, stage: &StageLayout) -> String {
-    let names = job.pipeline.devices[stage.devices.clone()].iter().map(ToString::to_string);
-    names.collect::<Vec<_>>().join("+")
-}
-
-/// Bytes that a stage has handed on for so many tokens: the residual stream in f32, and the sums of an FFN that is cut.
-fn hop_bytes(part: Part, tokens: u64, config: &ModelConfig) -> u64 {
-    let arrays = match (part.is_last(config), part.end_column) {
-        (true, _) => 0,
-        (false, None) => 1,
-        (false, Some(_)) => 2,
-    };
-    arrays * tokens * (config.dims.hidden * size_of::<f32>()) as u64
-}
-
 /// Which blocks run where, how much each holds, and what was expected of it, for the manifest.
-fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serde_json::Value {
-    let stages: Vec<_> = (options.stages.iter().zip(&placement.stages))
-        .zip(&placement.seconds)
-        .map(|((stage, layout), seconds)| {
+fn plan(job: &JobFile, replicas: &[PipelineOptions], placement: &Placement) -> serde_json::Value {
+    let seconds = placement.seconds.iter().cycle(); // The same in all replicas.
+    let options = &replicas[0];
+    let stages: Vec<_> = (replicas.iter().flat_map(|replica| &replica.stages))
+        .zip(placement.numbered())
+        .zip(seconds)
+        .map(|((stage, (replica, layout)), seconds)| {
             let threads = match &stage.devices[0] {
                 Device::Cpu { threads, .. } => *threads,
                 Device::Reference | Device::Cuda { .. } => 1,
             };
             let Part { blocks, first_column, end_column } = stage.part;
             json!({
-                "device": device_names(job, layout),
+                "replica": replica,
+                "device": device_names(&job.pipeline, replica, layout),
                 "blocks": [blocks.start, blocks.end],
                 "first_column": first_column,
                 "end_column": end_column,
@@ -323,6 +304,7 @@ fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serd
         .collect();
     let load = placement.load;
     json!({
+        "replicas": replicas.len(),
         "stages": stages,
         "cost": placement.source.name(),
         "micro_batch": {
@@ -334,168 +316,6 @@ fn plan(job: &JobFile, options: &PipelineOptions, placement: &Placement) -> serd
         "context_tokens": options.scheduler.context_tokens,
         "kv_cache_tokens": options.scheduler.cache_tokens(),
     })
-}
-
-/// When a run began, and where its time went.
-struct Running {
-    started_at: u64,
-    load: Duration,
-    run: Duration,
-    stages: Vec<StageTimes>,
-}
-
-/// A run that has come to its end, one way or another.
-struct Ended<'a> {
-    loaded: &'a Loaded,
-    model: &'a Model,
-    pipeline: &'a Pipeline,
-    placement: Placement,
-    plan: serde_json::Value,
-    numeric_profile: NumericProfile,
-    running: Running,
-    /// What became of the trace, where one was wanted.
-    trace: Option<String>,
-    outcome: JobOutcome,
-    progress: Arc<JobProgress>,
-    limit: Option<u64>,
-    /// Until the manifest is there.
-    _lock: FolderLock,
-}
-
-impl Ended<'_> {
-    /// Writes the manifest, prints the report and chooses the exit code.
-    async fn report(self) -> Result<ExitCode> {
-        let (stages, better, costs) = self.stages();
-        let scores = self.scores()?;
-        let manifest = self.manifest(&stages, scores);
-        let folder = &self.loaded.job.job.output;
-        let has_manifest = manifest.write(folder);
-        let report = self.figures(&manifest, stages, better, costs).await;
-        report.lines().iter().for_each(|line| print(line));
-        if let Some(failure) = &self.outcome.failure {
-            // What keeps the manifest from being written is mostly what stopped the job.
-            say(&format!("error: the job stopped: {failure}"));
-            say("hint: what is done is kept; the same command goes on from there");
-            return Ok(ExitCode::from(match failure {
-                actors::Error::TooManyErrors { .. } => EXIT_TOO_MANY_ERRORS,
-                _ => EXIT_FAILED,
-            }));
-        }
-        has_manifest?;
-        match self.outcome.was_interrupted {
-            true => Ok(ExitCode::from(interrupt::EXIT_CODE)),
-            false => Ok(ExitCode::SUCCESS),
-        }
-    }
-
-    /// How well the rows were answered, once all are.
-    fn scores(&self) -> Result<Option<Scores>> {
-        let JobFile { job, grade, .. } = &self.loaded.job;
-        let is_complete = self.outcome.failure.is_none() && !self.outcome.was_interrupted;
-        match grade {
-            Some(_) if is_complete => Ok(Some(Scores::read(&job.output)?)),
-            _ => Ok(None),
-        }
-    }
-
-    /// What each stage has done and should have, and the cut that would have been faster.
-    fn stages(&self) -> (Vec<StageLine>, Option<BetterCut>, Source) {
-        let Running { stages, .. } = &self.running;
-        let (hindsight, costs) = self.placement.judge(stages);
-        let lines = (stages.iter().zip(&self.placement.stages).enumerate())
-            .map(|(index, (times, layout))| StageLine {
-                device: device_names(&self.loaded.job, layout),
-                part: layout.part,
-                ranks: layout.devices.len(),
-                collectives: self.pipeline.collective_clocks.get(index).map(|clock| clock.read()),
-                hop_bytes: hop_bytes(layout.part, times.tokens, &self.model.config),
-                times: times.clone(),
-                predicted: hindsight.predicted[index],
-            })
-            .collect();
-        (lines, hindsight.better, costs)
-    }
-
-    fn manifest(&self, stages: &[StageLine], scores: Option<Scores>) -> Manifest {
-        let JobFile { model, job, .. } = &self.loaded.job;
-        let written = self.outcome.written;
-        let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let unread = || InputRecord { path: job.input.clone(), blake3: String::new(), bytes: 0, rows: 0 };
-        let input = self.outcome.input.clone().unwrap_or_else(unread);
-        Manifest {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            status: match (&self.outcome.failure, self.outcome.was_interrupted) {
-                (Some(_), _) => Status::Failed,
-                (None, true) => Status::Interrupted,
-                (None, false) => Status::Complete,
-            },
-            model: ModelRecord { path: model.path.clone(), identity: self.model.identity.clone() },
-            counts: Counts {
-                total: input.rows.max(written.output_lines + written.error_lines),
-                completed: written.output_lines,
-                failed: written.error_lines,
-                resumed: count(&self.progress.resumed),
-                stale: written.stale_lines,
-            },
-            input,
-            limit: self.limit,
-            config: self.config(),
-            plan: self.plan.clone(),
-            stages: stages.iter().map(StageLine::record).collect(),
-            numeric_profile: self.numeric_profile.clone(),
-            tokens: TokenTotals { prompt: written.prompt_tokens, generated: written.generated_tokens },
-            scores,
-            timings: Timings {
-                started_at: self.running.started_at,
-                finished_at: unix_seconds(),
-                load_seconds: self.running.load.as_secs_f64(),
-                run_seconds: self.running.run.as_secs_f64(),
-                scheduling_seconds: self.pipeline.clock.handling().as_secs_f64(),
-                reader_cpu_seconds: count(&self.progress.reader_cpu_ns) as f64 / 1e9,
-                writer_cpu_seconds: count(&self.progress.writer_cpu_ns) as f64 / 1e9,
-            },
-        }
-    }
-
-    /// The job file as it took effect, and what was set from outside of it.
-    fn config(&self) -> serde_json::Value {
-        let mut config = json!(self.loaded.job);
-        config["overrides"] = json!(self.loaded.overrides);
-        config
-    }
-
-    async fn figures(
-        &self,
-        manifest: &Manifest,
-        stages: Vec<StageLine>,
-        better: Option<BetterCut>,
-        costs: Source,
-    ) -> Report {
-        Report {
-            scores: manifest.scores.clone(),
-            rows_completed: manifest.counts.completed,
-            rows_failed: manifest.counts.failed,
-            rows_resumed: manifest.counts.resumed,
-            stale_lines: manifest.counts.stale,
-            prompt_tokens: self.progress.prompt_tokens.load(Ordering::Relaxed),
-            generated_tokens: self.progress.generated_tokens.load(Ordering::Relaxed),
-            load: self.running.load,
-            run: self.running.run,
-            handling: self.pipeline.clock.handling(),
-            reader_cpu: Duration::from_nanos(self.progress.reader_cpu_ns.load(Ordering::Relaxed)),
-            writer_cpu: Duration::from_nanos(self.progress.writer_cpu_ns.load(Ordering::Relaxed)),
-            stages,
-            costs,
-            better,
-            trace: self.trace.clone(),
-            scheduler: self.pipeline.scheduler_stats().await,
-            peak_bytes: machine::peak_bytes(),
-            overrides: (self.loaded.overrides.iter())
-                .map(|set| format!("{} = {} ({})", set.key, set.value, set.source))
-                .collect(),
-            output: self.loaded.job.job.output.display().to_string(),
-        }
-    }
 }
 
 /// Now.

@@ -8,14 +8,10 @@ pub(crate) const TENSOR_PARALLEL: bool = true;
 /// Stages that share an FFN with a neighbour, by its columns.
 pub(crate) const COLUMN_CUTS: bool = true;
 
-/// Several pipelines for one job.
-pub(crate) const REPLICAS: bool = false;
-
-/// Whether so many replicas of these stages can be run. Devices may be in several stages: a job names them as often.
-pub(crate) fn executes(replicas: usize, stages: &[PlannedStage], ends_block: &[bool]) -> bool {
+/// Whether these stages can be run. Devices may be in several of them, and there may be several replicas: a job names its
+/// devices as often.
+pub(crate) fn executes(stages: &[PlannedStage], ends_block: &[bool]) -> bool {
     let is_shared = |stage: &PlannedStage| stage.devices.len() > 1;
     let is_cut = |stage: &PlannedStage| !ends_block[stage.pieces.end - 1];
-    (REPLICAS || replicas == 1)
-        && (TENSOR_PARALLEL || !stages.iter().any(is_shared))
-        && (COLUMN_CUTS || !stages.iter().any(is_cut))
+    (TENSOR_PARALLEL || !stages.iter().any(is_shared)) && (COLUMN_CUTS || !stages.iter().any(is_cut))
 }

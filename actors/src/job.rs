@@ -1,10 +1,13 @@
-//! The job actor: feeds rows to a pipeline and hands what comes back to the writer.
+//! The job actor: feeds rows to a pipeline, or to several that are replicas of each other, and hands what comes back to the
+//! writer.
 //!
 //! It carries events to [`JobState`], which decides, and decisions away from it. Files block, so a reader
 //! and a writer thread stand beside it. Memory is bounded by credits: the reader takes one for each row it
 //! hands over, and gets it back when the row's line goes to the writer. Rows that earlier runs have
-//! finished pass by in bunches.
+//! finished pass by in bunches. A replica that fails for good leaves its rows to the others; the job fails with the
+//! last of them.
 
+mod rooms;
 mod state;
 pub(crate) mod threads;
 
@@ -24,6 +27,7 @@ use kameo::mailbox;
 use kameo::message::{Context, Message};
 use tokio::sync::Semaphore;
 
+pub(crate) use self::rooms::Rooms;
 pub(crate) use self::state::{Fate, JobState, Submission, Unwritten};
 pub(crate) use self::threads::LineMaker;
 use crate::clock::PipelineClock;
@@ -37,8 +41,9 @@ use crate::start::Pipeline;
 const MAX_CHECKPOINTS: usize = 64;
 
 /// Messages that can be under way to a job at once.
-const fn mailbox_size(window: usize) -> usize {
+const fn mailbox_size(window: usize, replicas: usize) -> usize {
     let mut sum = 0;
+    sum += replicas; // Word of their ends.
     sum += window * MAX_CHOICES as usize; // A row in flight on its way in, its completions, or a bunch.
     sum += MAX_CHECKPOINTS;
     sum += 1; // The end of the input.
@@ -57,7 +62,7 @@ pub struct JobOptions {
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// When the job's first run began, in Unix seconds: its answers were created then.
     pub created: u64,
-    /// What the pipeline takes; a row beyond it becomes an error line.
+    /// What a pipeline takes; a row beyond it becomes an error line.
     pub limits: scheduler::Options,
     /// The job stops once a greater share of its finished rows are error lines.
     pub max_error_rate: f64,
@@ -97,24 +102,31 @@ pub struct JobOutcome {
     pub was_interrupted: bool,
     /// What stopped it, if it failed.
     pub failure: Option<Error>,
+    /// The replicas that have failed while others went on, and why.
+    pub failed_replicas: Vec<(usize, Error)>,
 }
 
-/// Runs a job to its end, or until `interrupt` resolves: then no further row is started, rows in flight
-/// are given up, and the lines that are there are made whole.
+/// Runs a job to its end on replicas of a pipeline, or until `interrupt` resolves: then no further row is started, rows in
+/// flight are given up, and the lines that are there are made whole.
 ///
 /// # Errors
 /// Only where the job could not even end in order; a job that failed says so in its outcome.
 pub async fn run_job(
-    pipeline: &Pipeline,
+    pipelines: &[Pipeline],
     options: JobOptions,
     interrupt: impl Future<Output = ()>,
 ) -> Result<JobOutcome> {
-    pipeline.stage_clocks.iter().for_each(|clock| clock.begin());
-    let prepared = PreparedActor::<JobActor>::new(mailbox::bounded(mailbox_size(pipeline.window)));
+    pipelines.iter().flat_map(|pipeline| &pipeline.stage_clocks).for_each(|clock| clock.begin());
+    let window = pipelines.iter().map(|pipeline| pipeline.window).sum();
+    let prepared = PreparedActor::<JobActor>::new(mailbox::bounded(mailbox_size(window, pipelines.len())));
     let job = prepared.actor_ref().clone();
-    job.link(&pipeline.actor).await;
-    let clock = Arc::clone(&pipeline.clock);
-    let args = JobArgs { options, pipeline: pipeline.actor.clone(), clock, window: pipeline.window };
+    let mut replicas = Vec::new();
+    for Pipeline { actor, clock, .. } in pipelines {
+        job.link(actor).await;
+        replicas.push(Replica { pipeline: actor.clone(), clock: Arc::clone(clock) });
+    }
+    let rooms = Rooms::new(pipelines.iter().map(|pipeline| pipeline.window));
+    let args = JobArgs { options, replicas, rooms, window };
     let mut running = prepared.spawn(args);
     let ended = tokio::select! {
         ended = &mut running => ended,
@@ -132,15 +144,20 @@ pub async fn run_job(
 
 struct JobArgs {
     options: JobOptions,
+    replicas: Vec<Replica>,
+    rooms: Rooms,
+    /// Of all replicas together.
+    window: usize,
+}
+
+struct Replica {
     pipeline: ActorRef<PipelineActor>,
     clock: Arc<PipelineClock>,
-    window: usize,
 }
 
 struct JobActor {
     state: JobState,
-    pipeline: ActorRef<PipelineActor>,
-    clock: Arc<PipelineClock>,
+    replicas: Vec<Replica>,
     tokenizer: Option<Arc<Tokenizer>>,
     checkpoints: Checkpoints,
     /// Gives the reader leave for another row; gone once no further row is wanted.
@@ -150,6 +167,7 @@ struct JobActor {
     written: Written,
     was_interrupted: bool,
     failure: Option<Error>,
+    failed_replicas: Vec<(usize, Error)>,
 }
 
 /// The reader hands over a row.
@@ -175,7 +193,7 @@ impl Actor for JobActor {
     type Error = Infallible;
 
     async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
-        let JobArgs { options, pipeline, clock, window } = args;
+        let JobArgs { options, replicas, rooms, window } = args;
         let JobOptions { reader, writer, tokenizer, created, limits, .. } = options;
         let (credits, leave) = bounded(window);
         for () in std::iter::repeat_n((), window) {
@@ -188,9 +206,8 @@ impl Actor for JobActor {
         let keeper: Recipient<Checkpoint> = job.recipient();
         let leave = Arc::new(Semaphore::new(MAX_CHECKPOINTS));
         Ok(JobActor {
-            state: JobState::new(limits, options.max_error_rate, options.progress),
-            pipeline,
-            clock,
+            state: JobState::new(limits, rooms, options.max_error_rate, options.progress),
+            replicas,
             tokenizer,
             checkpoints: Checkpoints { keeper, leave, every: options.checkpoint_tokens },
             credits: Some(credits),
@@ -198,28 +215,46 @@ impl Actor for JobActor {
             written: Written::default(),
             was_interrupted: false,
             failure: None,
+            failed_replicas: Vec::new(),
         })
     }
 
     async fn on_link_died(
         &mut self,
-        _: WeakActorRef<Self>,
-        _: ActorId,
+        job: WeakActorRef<Self>,
+        id: ActorId,
         reason: ActorStopReason,
     ) -> std::result::Result<ControlFlow<ActorStopReason>, Infallible> {
-        self.fail(death_error(&reason));
+        let error = death_error(&reason);
+        let replica = self.replicas.iter().position(|replica| replica.pipeline.id() == id);
+        match (replica, job.upgrade()) {
+            // All that it had sent has come before: a mailbox keeps the order of each sender.
+            (Some(replica), Some(job)) if self.state.replica_failed(replica) => {
+                tracing::warn!("replica {replica} is given up, others take its rows: {error}");
+                self.failed_replicas.push((replica, error));
+                self.hand_out(&job);
+            }
+            _ => self.fail(error),
+        }
         Ok(ControlFlow::Continue(())) // Until the writer has made its lines whole.
     }
 }
 
 impl JobActor {
     fn into_outcome(self) -> JobOutcome {
-        let JobActor { state, written, was_interrupted, failure, .. } = self;
-        JobOutcome { input: state.into_input(), written, was_interrupted, failure }
+        let JobActor { state, written, was_interrupted, failure, failed_replicas, .. } = self;
+        JobOutcome { input: state.into_input(), written, was_interrupted, failure, failed_replicas }
+    }
+
+    /// Submits rows that wait for room, where there is some; not when no answer is wanted any more.
+    fn hand_out(&mut self, job: &ActorRef<Self>) {
+        if self.lines.is_some() {
+            self.state.hand_out().into_iter().for_each(|submission| self.submit(submission, job));
+        }
     }
 
     fn submit(&self, submission: Submission, job: &ActorRef<Self>) {
-        let Submission { tag, request, so_far, is_kept } = submission;
+        let Submission { replica, tag, request, so_far, is_kept } = submission;
         let stop = (self.tokenizer.as_ref())
             .filter(|_| !request.sampling.stop.is_empty())
             .map(|tokenizer| StopMatcher::after(Arc::clone(tokenizer), &request.sampling, &so_far.tokens));
@@ -227,7 +262,7 @@ impl JobActor {
         let checkpoints = is_kept.then(|| self.checkpoints.clone());
         let prompt = Prompt { tag, request, so_far, stop, completed, sampled: None, checkpoints };
         // A pipeline that is gone tells so through its link.
-        is_delivered(self.pipeline.tell(prompt).try_send());
+        is_delivered(self.replicas[replica].pipeline.tell(prompt).try_send());
     }
 
     /// Sends what a row has become to the writer, and lets the reader read on.
@@ -295,9 +330,10 @@ impl Message<RowsFinished> for JobActor {
 impl Message<Completed> for JobActor {
     type Reply = ();
 
-    async fn handle(&mut self, Completed { tag, completion }: Completed, _: &mut Context<Self, ()>) {
+    async fn handle(&mut self, Completed { tag, completion }: Completed, ctx: &mut Context<Self, ()>) {
         if let Some(unwritten) = self.state.completed(tag, completion) {
             self.write(unwritten);
+            self.hand_out(ctx.actor_ref());
         }
     }
 }
@@ -307,7 +343,8 @@ impl Message<Checkpoint> for JobActor {
 
     async fn handle(&mut self, checkpoint: Checkpoint, _: &mut Context<Self, ()>) {
         let Checkpoint { tag, first, piece, _leave } = checkpoint;
-        self.send(self.state.checkpoint(tag, first, piece));
+        let unwritten = self.state.checkpoint(tag, first, piece);
+        self.send(unwritten);
     }
 }
 
@@ -315,7 +352,7 @@ impl Message<InputEnded> for JobActor {
     type Reply = ();
 
     async fn handle(&mut self, InputEnded(input): InputEnded, _: &mut Context<Self, ()>) {
-        self.clock.set_input_read();
+        self.replicas.iter().for_each(|replica| replica.clock.set_input_read());
         match input {
             Ok((record, unread)) => {
                 self.state.input_ended(record, unread);

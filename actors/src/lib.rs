@@ -27,4 +27,4 @@ pub use clock::{PipelineClock, StageClock, StageParts, StageTimes, StepEvent, St
 pub use error::{Error, Result};
 pub use job::{JobOptions, JobOutcome, JobProgress, run_job};
 pub use ranks::{RankHome, serve_rank};
-pub use start::{Limits, Pipeline, PipelineOptions, StagePlacement, start};
+pub use start::{Limits, Pipeline, PipelineOptions, StagePlacement, start, start_replicas};

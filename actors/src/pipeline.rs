@@ -190,7 +190,7 @@ impl PipelineActor {
                 panic.downcast().unwrap_or_else(|| Error::Ended("a stage").into())
             }
             _ if hung.is_some() => StageEnd {
-                error: Error::Hang { stage, seconds: self.step_timeout.as_secs() },
+                error: Error::Hang { stage: self.stages.number(stage), seconds: self.step_timeout.as_secs() },
                 micro_batch: hung,
             },
             _ => Error::Ended("a stage").into(),

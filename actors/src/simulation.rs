@@ -3,8 +3,8 @@
 //! Real are the reader, [`JobState`], the scheduler, the writer, its journal and its files. Simulated are
 //! the stages: a token is a plain function of the one before it and its position, so that what a row must
 //! get is known without them; and the actors, in whose place two queues stand. Which of them moves next is
-//! drawn. Programs die between any two events; stages end, by themselves and over rows that are deadly; and
-//! the input changes between runs. Deaths inside a commit and what the pipeline actor does about a stage
+//! drawn. Programs die between any two events; stages end, by themselves and over rows that are deadly; replicas of the
+//! pipeline fail for good while others go on; and the input changes between runs. Deaths inside a commit and what the pipeline actor does about a stage
 //! are not played here: tests/jobs/crashes.rs and this crate's `tests` have them.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -22,7 +22,7 @@ use scheduler::{
 };
 use serde_json::Value;
 
-use crate::job::{Fate, JobProgress, JobState, LineMaker, Submission, Unwritten};
+use crate::job::{Fate, JobProgress, JobState, LineMaker, Rooms, Submission, Unwritten};
 
 /// Seeds that every test run plays. `SPANWISE_SIMULATION_SEEDS` asks for more.
 const SEEDS: u64 = 1000;
@@ -107,7 +107,8 @@ struct Job {
     rows: Vec<InputRow>,
     next_id: usize,
     options: scheduler::Options,
-    window: usize,
+    /// Of each replica.
+    windows: Vec<usize>,
     checkpoint_tokens: usize,
     /// Rows whose lines are committed, and which must not be computed again.
     durable: HashSet<RequestKey>,
@@ -143,7 +144,7 @@ impl Job {
             next_id: rows.len(),
             rows,
             options,
-            window: 1 + random.below(8),
+            windows: (0..1 + random.below(3)).map(|_| 1 + random.below(8)).collect(),
             checkpoint_tokens: 1 + random.below(5),
             durable: HashSet::new(),
             committed: [0; 2],
@@ -261,15 +262,21 @@ struct Run<'a> {
     writer: Option<Writer>,
     make: LineMaker,
     state: JobState,
-    scheduler: Scheduler,
+    /// None where it has failed.
+    replicas: Vec<Option<Replica>>,
     credits: usize,
-    /// What each sequence is, and how many of its tokens were sent to be kept.
-    sequences: BTreeMap<SequenceId, (u64, usize)>,
-    in_flight: VecDeque<MicroBatch>,
     /// To the writer.
     unwritten: VecDeque<Unwritten>,
     /// Written since the last commit.
     written: Vec<RequestKey>,
+}
+
+/// One pipeline.
+struct Replica {
+    scheduler: Scheduler,
+    /// What each sequence is, and how many of its tokens were sent to be kept.
+    sequences: BTreeMap<SequenceId, (u64, usize)>,
+    in_flight: VecDeque<MicroBatch>,
 }
 
 impl<'a> Run<'a> {
@@ -279,15 +286,18 @@ impl<'a> Run<'a> {
         let begun = output.begin(Order::Input, &preparer.settings(), 0, false);
         let (writer, finished) = begun.expect("a folder of the same job");
         let reader = Reader::open(&job.folder.join("input.jsonl"), preparer, None).expect("the input");
+        let replica = |_: &usize| {
+            let scheduler = Scheduler::new(job.options.clone());
+            Some(Replica { scheduler, sequences: BTreeMap::new(), in_flight: VecDeque::new() })
+        };
+        let rooms = Rooms::new(job.windows.iter().copied());
         Run {
             reader: Some(reader.after(finished)),
             writer: Some(writer),
             make: LineMaker { tokenizer: None, created: 0 },
-            state: JobState::new(job.options.clone(), 1.0, Arc::new(JobProgress::default())),
-            scheduler: Scheduler::new(job.options.clone()),
-            credits: job.window,
-            sequences: BTreeMap::new(),
-            in_flight: VecDeque::new(),
+            state: JobState::new(job.options.clone(), rooms, 1.0, Arc::new(JobProgress::default())),
+            replicas: job.windows.iter().map(replica).collect(),
+            credits: job.windows.iter().sum(),
             unwritten: VecDeque::new(),
             written: Vec::new(),
             job,
@@ -295,22 +305,30 @@ impl<'a> Run<'a> {
     }
 
     fn event(&mut self, random: &mut Random) {
-        match random.below(16) {
-            0..=3 if self.credits > 0 => self.read(),
-            4..=6 => {
-                if let Some(batch) = self.scheduler.next_micro_batch() {
-                    self.in_flight.push_back(batch);
+        let at = random.below(self.replicas.len());
+        let num_alive = self.replicas.iter().flatten().count();
+        match (random.below(16), &mut self.replicas[at]) {
+            (0..=3, _) if self.credits > 0 => self.read(),
+            (4..=6, Some(replica)) => {
+                if let Some(batch) = replica.scheduler.next_micro_batch() {
+                    replica.in_flight.push_back(batch);
                 }
             }
-            7..=9 if !self.in_flight.is_empty() => self.complete(),
-            10..=13 => self.write(),
-            14 if random.is_one_in(3) => self.commit(),
+            (7..=9, Some(replica)) if !replica.in_flight.is_empty() => self.complete(at),
+            (10..=13, _) => self.write(),
+            (14, _) if random.is_one_in(3) => self.commit(),
             // Over several sequences, so that none is convicted for what it did not do.
-            15 if random.is_one_in(6) => {
-                let crowded = self.in_flight.iter().position(|batch| batch.slices.len() > 1);
+            (15, Some(replica)) if random.is_one_in(6) => {
+                let crowded = replica.in_flight.iter().position(|batch| batch.slices.len() > 1);
                 if let Some(index) = crowded {
-                    self.end_stage(index);
+                    self.end_stage(at, index);
                 }
+            }
+            (15, Some(_)) if random.is_one_in(30) && num_alive > 1 => {
+                self.replicas[at] = None;
+                assert!(self.state.replica_failed(at), "another replica is there");
+                let submissions = self.state.hand_out();
+                self.submit(submissions);
             }
             _ => {}
         }
@@ -322,17 +340,7 @@ impl<'a> Run<'a> {
             Some(row) => {
                 self.credits -= 1;
                 match self.state.row(row.expect("the input can be read")) {
-                    Fate::Submit(submissions) => {
-                        for Submission { tag, request, so_far, is_kept } in submissions {
-                            // More than any sequence has.
-                            let num_kept = if is_kept { so_far.tokens.len() } else { CONTEXT };
-                            let sequence =
-                                self.scheduler.submit(request, so_far).expect("it was checked to fit");
-                            self.sequences.insert(sequence, (tag, num_kept));
-                        }
-                        let finished = self.scheduler.drain_finished();
-                        self.completed(finished);
-                    }
+                    Fate::Submit(submissions) => self.submit(submissions),
                     Fate::Write(unwritten) => self.send(unwritten),
                 }
             }
@@ -344,12 +352,29 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn complete(&mut self) {
-        let is_deadly = |slice: &Slice| slice.request.prompt[0] == DEADLY && slice.first_position == 0;
-        if self.in_flight[0].slices.iter().any(is_deadly) {
-            return self.end_stage(0);
+    fn submit(&mut self, submissions: Vec<Submission>) {
+        for Submission { replica: at, tag, request, so_far, is_kept } in submissions {
+            // More than any sequence has.
+            let num_kept = if is_kept { so_far.tokens.len() } else { CONTEXT };
+            let replica = self.replica(at);
+            let sequence = replica.scheduler.submit(request, so_far).expect("it was checked to fit");
+            replica.sequences.insert(sequence, (tag, num_kept));
+            let finished = replica.scheduler.drain_finished();
+            self.completed(at, finished);
         }
-        let batch = self.in_flight.pop_front().expect("one is in flight");
+    }
+
+    fn replica(&mut self, at: usize) -> &mut Replica {
+        self.replicas[at].as_mut().expect("a replica that has not failed")
+    }
+
+    fn complete(&mut self, at: usize) {
+        let is_deadly = |slice: &Slice| slice.request.prompt[0] == DEADLY && slice.first_position == 0;
+        if self.replica(at).in_flight[0].slices.iter().any(is_deadly) {
+            return self.end_stage(at, 0);
+        }
+        let replica = self.replica(at);
+        let batch = replica.in_flight.pop_front().expect("one is in flight");
         let answer = |slice: &Slice| SliceOutput {
             sequence: slice.sequence,
             token: slice.sample.then(|| {
@@ -361,11 +386,13 @@ impl<'a> Run<'a> {
             failure: None,
         };
         let output = MicroBatchOutput { id: batch.id, slices: batch.slices.iter().map(answer).collect() };
-        let completions = self.scheduler.complete(output, |_, _| false);
-        self.completed(completions);
-        for (&sequence, (tag, num_kept)) in &mut self.sequences {
-            let Some(generated) = self.scheduler.generated(sequence) else { continue };
-            if generated.tokens.len() >= *num_kept + self.job.checkpoint_tokens {
+        let completions = replica.scheduler.complete(output, |_, _| false);
+        self.completed(at, completions);
+        let every = self.job.checkpoint_tokens;
+        let replica = self.replicas[at].as_mut().expect("it has not failed");
+        for (&sequence, (tag, num_kept)) in &mut replica.sequences {
+            let Some(generated) = replica.scheduler.generated(sequence) else { continue };
+            if generated.tokens.len() >= *num_kept + every {
                 let piece: Generated = generated.since(*num_kept);
                 self.unwritten.push_back(self.state.checkpoint(*tag, *num_kept, piece));
                 *num_kept = generated.tokens.len();
@@ -373,21 +400,25 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn end_stage(&mut self, index: usize) {
-        let fatal = self.in_flight[index].id;
-        self.in_flight.clear();
-        let convicted = self.scheduler.stage_ended(Some(fatal));
-        self.completed(convicted.into_iter().collect());
+    fn end_stage(&mut self, at: usize, index: usize) {
+        let replica = self.replica(at);
+        let fatal = replica.in_flight[index].id;
+        replica.in_flight.clear();
+        let convicted = replica.scheduler.stage_ended(Some(fatal));
+        self.completed(at, convicted.into_iter().collect());
     }
 
-    fn completed(&mut self, completions: Vec<Completion>) {
+    fn completed(&mut self, at: usize, completions: Vec<Completion>) {
         for completion in completions {
             let key = completion.request.key;
             assert!(!self.job.durable.contains(&key), "{key:?} has its line, and is computed again");
-            let (tag, _) =
-                self.sequences.remove(&completion.sequence).expect("a sequence that was submitted");
+            let (tag, _) = (self.replica(at).sequences)
+                .remove(&completion.sequence)
+                .expect("a sequence that was submitted");
             if let Some(unwritten) = self.state.completed(tag, completion) {
                 self.send(unwritten);
+                let submissions = self.state.hand_out();
+                self.submit(submissions);
             }
         }
     }

@@ -20,6 +20,8 @@ use crate::stage::{self, Flush, StageActor, StageArgs};
 
 /// All stages of one pipeline.
 pub(crate) struct StageSet {
+    /// The number by which the job knows the first of them.
+    first_stage: usize,
     loads: Vec<LoadStage>,
     clocks: Vec<Arc<StageClock>>,
     seats: Vec<Seat>,
@@ -69,13 +71,14 @@ impl StageSet {
     /// # Errors
     /// The first stage that could not be loaded.
     pub(crate) async fn start(
+        first_stage: usize,
         loads: Vec<LoadStage>,
         pipeline: &ActorRef<PipelineActor>,
         clock: &Arc<PipelineClock>,
     ) -> Result<Self> {
-        let new_clock = |index| Arc::new(StageClock::new(index, Arc::clone(clock)));
+        let new_clock = |index| Arc::new(StageClock::new(first_stage + index, Arc::clone(clock)));
         let clocks = (0..loads.len()).map(new_clock).collect();
-        let mut stages = StageSet { loads, clocks, seats: Vec::new(), lost: Lost::default() };
+        let mut stages = StageSet { first_stage, loads, clocks, seats: Vec::new(), lost: Lost::default() };
         // From the last stage to the first: each is given the way to the next.
         let mut next = stages.way_back(pipeline);
         for index in (0..stages.len()).rev() {
@@ -114,7 +117,7 @@ impl StageSet {
     async fn spawn(&self, index: usize, next: Next, pipeline: &ActorRef<PipelineActor>) -> Incumbent {
         let at_work = Arc::new(AtWork::default());
         let args = StageArgs {
-            index,
+            index: self.number(index),
             num_stages: self.len(),
             load: self.loads[index].clone(),
             next,
@@ -125,6 +128,11 @@ impl StageSet {
         let mailbox = mailbox::bounded(stage::mailbox_size(self.len()));
         let actor = StageActor::spawn_link_with_mailbox(pipeline, args, mailbox).await;
         Incumbent { actor, at_work }
+    }
+
+    /// The number by which the job knows a stage.
+    pub(crate) fn number(&self, index: usize) -> usize {
+        self.first_stage + index
     }
 
     pub(crate) fn len(&self) -> usize {

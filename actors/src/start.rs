@@ -10,7 +10,7 @@ use stages::{AttentionSharing, CollectiveClock, Device, Dtypes, Model, Part, Spa
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::device_thread::LoadStage;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
 use crate::ranks::{RankHome, RanksArgs};
 use crate::stage_set::StageSet;
@@ -43,6 +43,8 @@ impl StagePlacement {
 /// All that decides how a pipeline runs.
 #[derive(Debug, Clone)]
 pub struct PipelineOptions {
+    /// The number of its first stage: a job counts its stages through all of its pipelines.
+    pub first_stage: usize,
     /// The stages in order; their spans cover the model.
     pub stages: Vec<StagePlacement>,
     /// Where ranks beside the first run.
@@ -91,47 +93,74 @@ impl Pipeline {
     }
 }
 
+/// Loads every stage of every replica on its device, in parallel, and starts the pipelines.
+///
+/// # Errors
+/// The first stage that could not be loaded.
+pub async fn start_replicas(model: &Model, replicas: Vec<PipelineOptions>) -> Result<Vec<Pipeline>> {
+    let start = |options| {
+        let model = model.clone();
+        tokio::spawn(async move { start(&model, options).await })
+    };
+    let starting: Vec<_> = replicas.into_iter().map(start).collect();
+    let mut pipelines = Vec::new();
+    for starting in starting {
+        pipelines.push(starting.await.map_err(|_| Error::Ended("the start of a pipeline"))??);
+    }
+    Ok(pipelines)
+}
+
 /// Loads every stage on its device, in parallel, and starts the pipeline.
 ///
 /// # Errors
 /// The first stage that could not be loaded.
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
-    let PipelineOptions { stages, ranks, dtypes, scheduler, limits, step_log } = options;
+    let PipelineOptions { first_stage, stages, ranks, dtypes, scheduler, limits, step_log } = options;
     let parts = stages.iter().map(|stage| stage.part).collect();
     let clocks: Vec<Arc<CollectiveClock>> = stages.iter().map(|_| Arc::default()).collect();
-    let load = |(stage, placement): (usize, StagePlacement)| -> LoadStage {
+    let load = |(index, placement): (usize, StagePlacement)| -> LoadStage {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
         let options = SpanOptions { part, num_pages, context_tokens };
-        let (model, clock) = (model.clone(), Arc::clone(&clocks[stage]));
+        let (model, clock) = (model.clone(), Arc::clone(&clocks[index]));
         if let [device] = &devices[..] {
             let device = device.clone();
             return Arc::new(move || stages::load(&model, &device, dtypes, options));
         }
+        let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;
         let args =
             RanksArgs { stage, model, devices, dtypes, options, sharing, home: ranks, patience, clock };
         Arc::new(move || args.load())
     };
     let loads = stages.into_iter().enumerate().map(load).collect();
-    let pipeline = start_stages(loads, parts, scheduler, limits, step_log).await?;
+    let pipeline =
+        start_stages(StageLoads { first_stage, loads, parts }, scheduler, limits, step_log).await?;
     Ok(Pipeline { collective_clocks: clocks, ..pipeline })
+}
+
+/// What loads the stages of a pipeline.
+pub(crate) struct StageLoads {
+    /// The number of the first of them.
+    pub(crate) first_stage: usize,
+    pub(crate) loads: Vec<LoadStage>,
+    pub(crate) parts: Vec<Part>,
 }
 
 /// Starts a pipeline of whatever stages the loads make.
 pub(crate) async fn start_stages(
-    loads: Vec<LoadStage>,
-    parts: Vec<Part>,
+    stages: StageLoads,
     scheduler: scheduler::Options,
     limits: Limits,
     step_log: Option<StepLog>,
 ) -> Result<Pipeline> {
+    let StageLoads { first_stage, loads, parts } = stages;
     let Limits { window, step_timeout } = limits;
     let clock = Arc::new(PipelineClock::new(step_log));
     let mailbox_size = pipeline::mailbox_size(loads.len(), window);
     let prepared = PreparedActor::<PipelineActor>::new(mailbox::bounded(mailbox_size));
     let pipeline = prepared.actor_ref().clone();
-    let stages = StageSet::start(loads, &pipeline, &clock).await?;
+    let stages = StageSet::start(first_stage, loads, &pipeline, &clock).await?;
     let stage_clocks = stages.clocks();
     prepared.spawn(PipelineArgs { options: scheduler, stages, step_timeout, clock: Arc::clone(&clock) });
     Ok(Pipeline { actor: pipeline, stage_clocks, collective_clocks: Vec::new(), clock, parts, window })

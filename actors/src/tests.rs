@@ -1,6 +1,7 @@
 //! Whole pipelines of probe stages: what the actors do when a stage works, fails, or is in the way.
 
 use std::collections::HashMap;
+use std::slice::from_ref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use crate::device_thread::LoadStage;
 use crate::error::Error;
 use crate::job::threads::catch;
 use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
-use crate::start::{Limits, Pipeline, start_stages};
+use crate::start::{Limits, Pipeline, StageLoads, start_stages};
 
 /// What may go wrong before a step, told the stage, its step and the micro-batch.
 type Trouble = Arc<dyn Fn(usize, usize, &MicroBatch) + Send + Sync>;
@@ -112,10 +113,12 @@ impl World {
                 Ok(Box::new(Probe { index, is_first, is_last, steps, trouble, step_time }) as Box<dyn Stage>)
             })
         };
-        let spans = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }.into()).collect();
+        let parts = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }.into()).collect();
         let loads = (0..self.num_stages).map(load).collect();
         let limits = Limits { window: WINDOW, step_timeout: self.step_timeout };
-        start_stages(loads, spans, options, limits, None).await.expect("probes load")
+        start_stages(StageLoads { first_stage: 0, loads, parts }, options, limits, None)
+            .await
+            .expect("probes load")
     }
 }
 
@@ -190,9 +193,19 @@ impl Files {
     }
 }
 
+/// Runs a job on a pipeline of each world.
+async fn run_on_replicas(worlds: &[World], files: &Files) -> JobOutcome {
+    let mut pipelines = Vec::new();
+    for world in worlds {
+        pipelines.push(world.start().await);
+    }
+    let options = files.options(worlds[0].num_stages);
+    run_job(&pipelines, options, std::future::pending()).await.expect("the job ends in order")
+}
+
 async fn run(world: &World, files: &Files) -> JobOutcome {
     let pipeline = world.start().await;
-    run_job(&pipeline, files.options(world.num_stages), std::future::pending())
+    run_job(from_ref(&pipeline), files.options(world.num_stages), std::future::pending())
         .await
         .expect("the job ends in order")
 }
@@ -246,7 +259,8 @@ async fn a_full_bunch_of_finished_rows_passes_by_in_order() {
     let options = files.options(1);
     let progress = Arc::clone(&options.progress);
     let pipeline = World::new(1).start().await;
-    let outcome = run_job(&pipeline, options, std::future::pending()).await.expect("the job ends in order");
+    let outcome =
+        run_job(from_ref(&pipeline), options, std::future::pending()).await.expect("the job ends in order");
     assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
     assert_eq!(progress.resumed.load(Ordering::Relaxed), 3000);
     assert_eq!((files.output_lines(), outcome.written.output_lines), (before, 3000));
@@ -255,9 +269,10 @@ async fn a_full_bunch_of_finished_rows_passes_by_in_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stage_that_cannot_load_is_named() {
     let panics = || -> LoadStage { Arc::new(|| panic!("a planted panic while loading")) };
-    let spans = vec![Span { start: 0, end: 1 }.into()];
+    let parts = vec![Span { start: 0, end: 1 }.into()];
     let limits = Limits { window: WINDOW, step_timeout: Duration::from_secs(60) };
-    match start_stages(vec![panics()], spans, options(1), limits, None).await {
+    let stages = StageLoads { first_stage: 0, loads: vec![panics()], parts };
+    match start_stages(stages, options(1), limits, None).await {
         Err(Error::Panic { stage: 0, message }) => assert!(message.contains("while loading"), "{message}"),
         Err(other) => panic!("found {other:?}"),
         Ok(_) => panic!("a stage that panics while loading was started"),
@@ -270,7 +285,8 @@ async fn an_interrupt_ends_a_job_between_rows() {
     let world = World { step_time: Duration::from_millis(2), ..World::new(2) };
     let pipeline = world.start().await;
     let interrupt = tokio::time::sleep(Duration::from_millis(300));
-    let outcome = run_job(&pipeline, files.options(2), interrupt).await.expect("the job ends in order");
+    let outcome =
+        run_job(from_ref(&pipeline), files.options(2), interrupt).await.expect("the job ends in order");
     assert!(outcome.was_interrupted && outcome.failure.is_none());
     assert!((1..10_000).contains(&outcome.written.output_lines), "{:?}", outcome.written);
     assert_eq!(files.output_lines().len() as u64, outcome.written.output_lines);
@@ -313,6 +329,80 @@ async fn a_stage_that_panics_now_and_then_costs_no_row_and_no_byte() {
         let restarts = world.loads.load(Ordering::SeqCst) - 3;
         assert!(restarts >= 20, "{restarts} restarts of stage {stage} alone");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_share_the_rows_and_change_no_byte() {
+    let expected = undisturbed(300).await;
+    for num_replicas in [2, 3] {
+        let steps: Vec<Arc<AtomicUsize>> = (0..num_replicas).map(|_| Arc::default()).collect();
+        let world = |steps: &Arc<AtomicUsize>| {
+            let steps = Arc::clone(steps);
+            let step_time = Duration::from_millis(1);
+            World { step_time, ..World::new(2) }.with(move |_, _, _| {
+                steps.fetch_add(1, Ordering::SeqCst);
+            })
+        };
+        let worlds: Vec<World> = steps.iter().map(world).collect();
+        let files = Files::with_rows(300);
+        let outcome = run_on_replicas(&worlds, &files).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        assert_same(&files.output_lines(), &expected);
+        let steps: Vec<usize> = steps.iter().map(|steps| steps.load(Ordering::SeqCst)).collect();
+        let total: usize = steps.iter().sum();
+        assert!(steps.iter().all(|steps| 2 * num_replicas * steps > total), "not shared out: {steps:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_panics_in_one_replica_costs_no_row_and_no_byte() {
+    let expected = undisturbed(200).await;
+    let files = Files::with_rows(200);
+    let worlds = [
+        World::new(2),
+        World::new(2).with(|at, step, _| assert!(at != 1 || step % 20 != 13, "a planted panic")),
+    ];
+    let outcome = run_on_replicas(&worlds, &files).await;
+    assert!(outcome.failure.is_none() && outcome.failed_replicas.is_empty(), "{outcome:?}");
+    assert_same(&files.output_lines(), &expected);
+    assert!(worlds[1].loads.load(Ordering::SeqCst) > 2, "no stage was started again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_fails_for_good_leaves_its_rows_to_the_others() {
+    let expected = undisturbed(300).await;
+    for broken in 0..3 {
+        let files = Files::with_rows(300);
+        let world = |replica: usize| match replica == broken {
+            // In the middle of rows, some of whose tokens are kept already.
+            true => World { most_loads: 2, ..World::new(2) }
+                .with(|at, step, _| assert!(at != 1 || step < 25, "a planted panic")),
+            false => World::new(2),
+        };
+        let outcome = run_on_replicas(&[world(0), world(1), world(2)], &files).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        match &outcome.failed_replicas[..] {
+            [(replica, Error::Panic { .. })] => assert_eq!(*replica, broken),
+            other => panic!("expected the panic of replica {broken}, found {other:?}"),
+        }
+        assert_same(&files.output_lines(), &expected);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_fails_with_its_last_replica_and_goes_on_in_the_next_run() {
+    let expected = undisturbed(300).await;
+    let files = Files::with_rows(300);
+    let world = |last: usize| {
+        World { most_loads: 1, ..World::new(1) }
+            .with(move |_, step, _| assert!(step < last, "a planted panic"))
+    };
+    let outcome = run_on_replicas(&[world(20), world(50)], &files).await;
+    assert!(matches!(outcome.failure, Some(Error::Panic { .. })), "{:?}", outcome.failure);
+    assert_eq!(outcome.failed_replicas.len(), 1);
+    let outcome = run_on_replicas(&[World::new(1), World::new(1)], &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_same(&files.output_lines(), &expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -414,7 +504,8 @@ async fn timed(world: &World, files: &Files, limits: scheduler::Options) -> Vec<
     let pipeline = world.start_with(limits.clone()).await;
     let options = JobOptions { limits, ..files.options(world.num_stages) };
     let began = Instant::now();
-    let outcome = run_job(&pipeline, options, std::future::pending()).await.expect("the job ends in order");
+    let outcome =
+        run_job(from_ref(&pipeline), options, std::future::pending()).await.expect("the job ends in order");
     assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
     parts_of(&pipeline, began)
 }
@@ -466,7 +557,7 @@ async fn a_stage_that_is_started_again_keeps_its_counts_and_was_idle_meanwhile()
     let files = Files::with_rows(40);
     let (pipeline, options) = (world.start().await, files.options(2));
     let began = Instant::now();
-    run_job(&pipeline, options, std::future::pending()).await.expect("the job ends in order");
+    run_job(from_ref(&pipeline), options, std::future::pending()).await.expect("the job ends in order");
     let parts = parts_of(&pipeline, began);
     let times = pipeline.stage_clocks[1].read();
     assert!(times.steps > 10 && times.restarts == 1, "{times:?}");

@@ -112,6 +112,6 @@ mod tests {
         assert_eq!(nearest("Max-Sequences", known), Some(&"max_sequences"));
         assert_eq!(nearest("smid", known), Some(&"simd"));
         assert_eq!(nearest("thraeds", known), Some(&"threads"));
-        assert_eq!(nearest("replicas", known), None);
+        assert_eq!(nearest("batch", known), None);
     }
 }

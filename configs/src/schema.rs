@@ -66,10 +66,13 @@ pub struct Model {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Pipeline {
-    /// Those of each stage, in the order of the blocks: one, or as many as `tensor_parallel` says. A device may be named
-    /// twice and hosts two stages then.
+    /// Those of each stage, in the order of the blocks: one, or as many as `tensor_parallel` says; of one replica after the
+    /// other. A device may be named twice and hosts two stages then.
     #[serde(deserialize_with = "read::devices")]
     pub devices: Vec<Device>,
+    /// Whole pipelines that share the job's rows.
+    #[serde(deserialize_with = "read::positive")]
+    pub replicas: usize,
     /// Threads per device; its cores when not set.
     #[serde(deserialize_with = "read::positive", skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
@@ -88,10 +91,10 @@ pub struct Pipeline {
     /// Most tokens in one micro-batch, prefill and decode together.
     #[serde(deserialize_with = "read::positive")]
     pub micro_batch_tokens: usize,
-    /// Most sequences in flight in the whole pipeline.
+    /// Most sequences in flight in all replicas together.
     #[serde(deserialize_with = "read::positive")]
     pub max_sequences: usize,
-    /// Tokens that the KV cache holds for all sequences together.
+    /// Tokens that the KV cache of one replica holds for all of its sequences together.
     pub kv_cache_tokens: KvCacheTokens,
     /// Number type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
@@ -100,10 +103,18 @@ pub struct Pipeline {
     pub step_timeout_seconds: usize,
 }
 
+impl Pipeline {
+    /// Devices of one replica.
+    pub fn devices_per_replica(&self) -> usize {
+        self.devices.len() / self.replicas
+    }
+}
+
 impl Default for Pipeline {
     fn default() -> Self {
         Self {
             devices: vec![Device::cpu(0)],
+            replicas: 1,
             threads: None,
             simd: Simd::Auto,
             stages: Stages::Auto,

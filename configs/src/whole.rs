@@ -43,6 +43,7 @@ impl Whole<'_> {
         self.check_required()?;
         let job: JobFile = serde_path_to_error::deserialize(self.joined.to_toml())
             .map_err(|error| Error::new(format!("{}: {}", error.path(), error.inner().message())))?;
+        self.check_replicas(&job)?;
         self.check_widths(&job)?;
         self.check_stages(&job)?;
         self.check_token_limits(&job)?;
@@ -85,17 +86,33 @@ impl Whole<'_> {
         Ok(())
     }
 
+    fn check_replicas(&self, job: &JobFile) -> Result<(), Error> {
+        let (replicas, num_devices) = (job.pipeline.replicas, job.pipeline.devices.len());
+        // A plan may be for devices that the file does not name.
+        if num_devices.is_multiple_of(replicas) || self.purpose == Purpose::Plan {
+            return Ok(());
+        }
+        let message = format!(
+            "{} in pipeline.devices for {}, expected as many devices for each replica",
+            count(num_devices, "device"),
+            count(replicas, "replica")
+        );
+        let hint = "pipeline.devices lists those of one replica after the other".to_owned();
+        Err(self.blame("pipeline", ["replicas", "devices"], Error::new(message).hint(hint)))
+    }
+
     fn check_widths(&self, job: &JobFile) -> Result<(), Error> {
         let TensorParallel::Widths(widths) = &job.pipeline.tensor_parallel else { return Ok(()) };
-        let (wanted, num_devices) = (widths.iter().sum::<usize>(), job.pipeline.devices.len());
+        let (wanted, num_devices) = (widths.iter().sum::<usize>(), job.pipeline.devices_per_replica());
         // A plan may be for devices that the file does not name.
         if wanted == num_devices || self.purpose == Purpose::Plan {
             return Ok(());
         }
         let message = format!(
-            "pipeline.tensor_parallel {widths:?} takes {} for {} in pipeline.devices, expected as many",
+            "pipeline.tensor_parallel {widths:?} takes {} for {} in pipeline.devices{}, expected as many",
             count(wanted, "device"),
-            count(num_devices, "device")
+            count(num_devices, "device"),
+            of_each(job)
         );
         let hint = "each stage takes as many of the devices, in their order, as its width says".to_owned();
         Err(self.blame("pipeline", ["tensor_parallel", "devices"], Error::new(message).hint(hint)))
@@ -103,7 +120,7 @@ impl Whole<'_> {
 
     fn check_stages(&self, job: &JobFile) -> Result<(), Error> {
         let Stages::Blocks(ranges) = &job.pipeline.stages else { return Ok(()) };
-        let num_devices = job.pipeline.devices.len();
+        let num_devices = job.pipeline.devices_per_replica();
         // A plan may be for devices that the file does not name.
         if self.purpose == Purpose::Plan {
             return Ok(());
@@ -123,9 +140,10 @@ impl Whole<'_> {
             return Ok(());
         }
         let message = format!(
-            "{} in pipeline.stages for {} in pipeline.devices, expected one range per device",
+            "{} in pipeline.stages for {} in pipeline.devices{}, expected one range per device",
             count(ranges.len(), "block range"),
-            count(num_devices, "device")
+            count(num_devices, "device"),
+            of_each(job)
         );
         let error = Error::new(message).hint("stages = \"auto\" fits any devices".to_owned());
         Err(self.blame("pipeline", ["stages", "devices"], error))
@@ -166,6 +184,11 @@ impl Whole<'_> {
             _ => self.file.error_at(section, names[0], error),
         }
     }
+}
+
+/// Whose devices are counted, where there are several pipelines.
+fn of_each(job: &JobFile) -> &'static str {
+    if job.pipeline.replicas > 1 { " for each replica" } else { "" }
 }
 
 fn count(n: usize, what: &str) -> String {

@@ -266,6 +266,7 @@ random_weights = false
 
 [pipeline]
 devices = ["cpu:0"]
+replicas = 1
 # threads =  # not set
 simd = "auto"
 stages = "auto"

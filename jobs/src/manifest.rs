@@ -33,6 +33,9 @@ pub struct Manifest {
     /// What each stage has done, in this run alone.
     #[serde(default)]
     pub stages: Vec<StageRecord>,
+    /// The pipelines that failed for good while others went on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed_replicas: Vec<FailedReplica>,
     /// What a row's bytes depend on beside the row, the model and the seed.
     pub numeric_profile: NumericProfile,
     /// Rows by outcome.
@@ -82,9 +85,21 @@ pub struct InputRecord {
     pub rows: u64,
 }
 
+/// A pipeline that failed for good while others went on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedReplica {
+    /// Which one, from 0.
+    pub replica: usize,
+    /// Why.
+    pub error: String,
+}
+
 /// What one stage has done. The seconds of its six parts sum up to those of the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StageRecord {
+    /// The pipeline that it is of, from 0.
+    #[serde(default)]
+    pub replica: usize,
     /// Its device, as the job file names it.
     pub device: String,
     /// Its blocks, `[start, end)`.

@@ -131,6 +131,13 @@ impl Generated {
             prompt_logprobs: if first == 0 { self.prompt_logprobs.clone() } else { Vec::new() },
         }
     }
+
+    /// Adds what came since; see [`Generated::since`].
+    pub fn extend(&mut self, since: &Generated) {
+        self.tokens.extend_from_slice(&since.tokens);
+        self.logprobs.extend_from_slice(&since.logprobs);
+        self.prompt_logprobs.extend_from_slice(&since.prompt_logprobs);
+    }
 }
 
 /// A sequence that has ended.

@@ -67,6 +67,15 @@ pub struct Stats {
     pub recomputed_tokens: u64,
 }
 
+impl std::ops::AddAssign for Stats {
+    fn add_assign(&mut self, other: Self) {
+        self.prefill_tokens += other.prefill_tokens;
+        self.decode_tokens += other.decode_tokens;
+        self.preemptions += other.preemptions;
+        self.recomputed_tokens += other.recomputed_tokens;
+    }
+}
+
 /// A micro-batch on its way.
 #[derive(Debug)]
 struct InFlight {

@@ -18,7 +18,7 @@ use crate::plan::answer::{self, ends_block};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{Setting, roofline};
 use crate::plan::{Lengths, Work, first_rows};
-use crate::{machine, runs};
+use crate::{lower, machine, runs};
 
 /// Rows of the input whose lengths stand for all: some thousand tokens are enough to tell short prompts from long ones.
 const SAMPLED_ROWS: u64 = 256;
@@ -62,10 +62,13 @@ fn lengths(job: &JobFile, model: &Model, context_tokens: usize, has_rows: bool) 
 pub(super) struct Question {
     /// The job's own devices, and no more rows in flight than it allows.
     pub(super) setting: Setting,
+    /// The same of the first replica alone.
+    first: Setting,
     own: OwnDevices,
+    replicas: usize,
     /// The model's blocks, whole.
     pieces: Vec<PieceShape>,
-    /// Most rows in flight.
+    /// Most rows in flight in a replica.
     max_sequences: u64,
 }
 
@@ -102,6 +105,7 @@ impl Question {
             max_tokens: pipeline.micro_batch_tokens as f64,
             rows: None,
             work: Arc::new(Work { lengths, ..Work::default() }),
+            replicas: if own.list.group(pipeline.replicas).is_some() { pipeline.replicas } else { 1 },
             tensor_parallel: pipeline.tensor_parallel.clone(),
             column_cuts: match layout::keeps_bits(options.dtypes.weights, pipeline) && runs::COLUMN_CUTS {
                 true => pipeline.column_cuts,
@@ -111,8 +115,14 @@ impl Question {
             measured: profile.and_then(costs),
             profile_command: None,
         };
-        let (pieces, max_sequences) = (pieces(&model.config, false), pipeline.max_sequences as u64);
-        Ok(Question { setting, own, pieces, max_sequences })
+        let (pieces, replicas) = (pieces(&model.config, false), pipeline.replicas);
+        let max_sequences = lower::sequences_per_replica(pipeline) as u64;
+        let first = Setting {
+            devices: own.first_of(replicas),
+            tokens_in_flight: Some(max_sequences.saturating_mul(mix.kv_tokens_per_row)),
+            ..setting.clone()
+        };
+        Ok(Question { setting, first, own, replicas, pieces, max_sequences })
     }
 
     /// Rows of a micro-batch in the middle of the job, on so many stages.
@@ -131,9 +141,16 @@ impl Question {
         Source::of(&self.setting, &pieces, ranks, &[self.load(stages.len())])
     }
 
-    /// The place of each stage's (first) device among the setting's.
-    pub(super) fn seats(&self, stages: &[StageLayout]) -> Vec<usize> {
-        stages.iter().map(|stage| self.own.seats[stage.devices.start]).collect()
+    /// The place of each device of a replica among the setting's.
+    fn seats_of(&self, replica: usize) -> &[usize] {
+        let num_devices = self.own.seats.len() / self.replicas;
+        &self.own.seats[replica * num_devices..][..num_devices]
+    }
+
+    /// The place of each stage's (first) device among the setting's, in a replica.
+    pub(super) fn seats(&self, stages: &[StageLayout], replica: usize) -> Vec<usize> {
+        let seats = self.seats_of(replica);
+        stages.iter().map(|stage| seats[stage.devices.start]).collect()
     }
 
     pub(super) fn announcement(&self, planned: &[StageLayout], profile_command: &str) -> String {
@@ -173,7 +190,7 @@ impl Question {
         self.setting.column_cuts == ColumnCuts::Auto
     }
 
-    /// Whether each device is named once.
+    /// Whether each device is named once, by one replica.
     fn is_once(&self) -> bool {
         self.own.seats.iter().enumerate().all(|(entry, seat)| entry == *seat)
     }
@@ -181,10 +198,11 @@ impl Question {
     /// The best cut with one stage for each device, of whole blocks or where that is faster with FFNs that are cut. Whoever
     /// names a device several times has whole blocks.
     fn one_each(&self) -> Result<Vec<StageLayout>> {
-        let num_stages = self.own.seats.len();
+        let seats = self.seats_of(0);
+        let num_stages = seats.len();
         let case = self.setting.case(&self.pieces, &[1], Balance::Roofline, self.rows(num_stages));
         let ends = ends_block(&self.pieces);
-        let stages = least_bottleneck_on_seats(&case.problem(&ends), &self.own.seats)?;
+        let stages = least_bottleneck_on_seats(&case.problem(&ends), seats)?;
         let whole: Vec<Part> = stages.iter().map(|stage| part_of(&self.pieces, &stage.pieces)).collect();
         let whole = layout::stages(whole, None);
         let may_cut = self.may_cut() && self.is_once() && num_stages > 1;
@@ -193,17 +211,18 @@ impl Question {
         Ok(cut.filter(is_faster).unwrap_or(whole))
     }
 
-    /// The fastest layout of one pipeline on devices that are named once, where that has stages which several share and gives
+    /// The fastest layout of a replica on devices that are named once, where that has stages which several share and gives
     /// every device something to do. GPUs cannot share a stage yet.
     fn shared(&self) -> Option<Vec<StageLayout>> {
-        if !runs::TENSOR_PARALLEL || !self.is_once() || self.own.has_gpus() || self.own.seats.len() == 1 {
+        let num_devices = self.seats_of(0).len();
+        if !runs::TENSOR_PARALLEL || !self.is_once() || self.own.has_gpus() || num_devices == 1 {
             return None;
         }
-        let pieces = self.setting.pieces();
-        let stages = planned(&pieces, &answer::passed_once(&self.setting, &pieces)?.stages);
+        let pieces = self.first.pieces();
+        let stages = planned(&pieces, &answer::passed_once(&self.first, &pieces)?.stages);
         let is_shared = stages.iter().any(|stage| stage.devices.len() > 1);
         let used: usize = stages.iter().map(|stage| stage.devices.len()).sum();
-        (is_shared && used == self.own.seats.len()).then_some(stages)
+        (is_shared && used == num_devices).then_some(stages)
     }
 
     /// The cut whose slowest stage takes least, of stages of such widths.
@@ -215,7 +234,7 @@ impl Question {
         num_stages: usize,
     ) -> Option<Vec<StageLayout>> {
         let pieces = pieces(&self.setting.config, may_cut);
-        let case = self.setting.case(&pieces, kinds, Balance::Roofline, self.rows(num_stages));
+        let case = self.first.case(&pieces, kinds, Balance::Roofline, self.rows(num_stages));
         let ends = ends_block(&pieces);
         let problem = case.problem(&ends).with_widths(widths);
         Some(planned(&pieces, &least_bottleneck(&problem, 0, problem.devices.len())?))
@@ -233,20 +252,23 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// What the slowest device takes for all of its stages.
+    /// What the slowest device takes for all of its stages, those of all replicas.
     fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
-        for (stage, seconds) in stages.iter().zip(self.seconds(stages)) {
-            for seat in &self.own.seats[stage.devices.clone()] {
-                devices[*seat] += seconds;
+        let seconds = self.seconds(stages);
+        for seats in (0..self.replicas).map(|replica| self.seats_of(replica)) {
+            for (stage, seconds) in stages.iter().zip(&seconds) {
+                for seat in &seats[stage.devices.clone()] {
+                    devices[*seat] += seconds;
+                }
             }
         }
         devices.into_iter().fold(0.0, f64::max)
     }
 
-    /// Rows that decode in a second.
+    /// Rows that decode in a second, in all replicas.
     fn speed(&self, stages: &[StageLayout]) -> f64 {
-        self.setting.decode_rows(self.rows(stages.len())) / self.slowest(stages)
+        self.replicas as f64 * self.setting.decode_rows(self.rows(stages.len())) / self.slowest(stages)
     }
 
     /// What a job should know whose own cut is slower than need be.
@@ -269,31 +291,34 @@ impl Question {
         }
         let found = layout.stages.iter().map(|stage| (part_of(&pieces, &stage.pieces), stage.devices.len()));
         let is_planned = found.eq(planned.iter().map(|stage| (stage.part, stage.devices.len())));
-        if replicas == 1 && is_planned {
+        if replicas == self.replicas && is_planned {
             return None;
         }
-        if runs::executes(replicas, &layout.stages, &ends_block(&pieces)) {
-            let to_paste = self.to_paste(&pieces, &layout.stages);
+        if runs::executes(&layout.stages, &ends_block(&pieces)) {
+            let to_paste = self.to_paste(replicas, &pieces, &layout.stages);
             return Some(format!("stages: {to_paste} would be {ratio:.2} times as fast"));
         }
         let stages: Vec<String> = layout.stages.iter().map(|stage| layout_stage(&pieces, stage)).collect();
-        let times =
-            if replicas > 1 { format!(", {replicas} times on devices of their own,") } else { String::new() };
         let stages = stages.join(", ");
-        Some(format!("stages: {stages}{times} would be {ratio:.2} times as fast, and cannot be run yet"))
+        Some(format!("stages: {stages} would be {ratio:.2} times as fast, and cannot be run yet"))
     }
 
-    /// Devices, widths where they are not all 1, and stages, as a job file has them.
-    fn to_paste(&self, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
-        let devices: Vec<&String> =
-            stages.iter().flat_map(|stage| &self.own.names[stage.devices.clone()]).collect();
+    /// Replicas where they change, devices, widths where they are not all 1, and stages, as a job file has them.
+    fn to_paste<'a>(&'a self, replicas: usize, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
+        let groups = self.own.names.chunks(self.own.names.len() / replicas);
+        let of_group = |names: &'a [String]| stages.iter().flat_map(|stage| &names[stage.devices.clone()]);
+        let devices: Vec<&String> = groups.flat_map(of_group).collect();
+        let replicas = match replicas == self.replicas {
+            true => String::new(),
+            false => format!("replicas = {replicas}, "),
+        };
         let widths: Vec<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
         let parts: Vec<Part> = stages.iter().map(|stage| part_of(pieces, &stage.pieces)).collect();
         let widths = match widths.iter().all(|width| *width == 1) {
             true => String::new(),
             false => format!(", tensor_parallel = {widths:?}"),
         };
-        format!("devices = {devices:?}{widths} and stages = {}", ranges(&parts))
+        format!("{replicas}devices = {devices:?}{widths} and stages = {}", ranges(&parts))
     }
 }
 

@@ -71,7 +71,10 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>)
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
-        given: given_stages.map(|stages| other(setting, &pieces, stages, rows)),
+        given: given_stages.map(|stages| Other {
+            over_mean: over_mean(&setting.given_replica(), &pieces, &stages, rows),
+            layout: given(setting, &pieces, stages),
+        }),
         even: other(setting, &pieces, even, rows),
         uniform: uniform(setting, &pieces),
         blocks_only,
@@ -95,9 +98,9 @@ pub(crate) fn passed_once(setting: &Setting, pieces: &[PieceShape]) -> Option<La
     Some(replicated(setting, pieces, choose(setting, pieces, &[1])?)?.1)
 }
 
-/// What given stages come to on all devices; none where they do not fit.
+/// What given stages come to in all replicas that the job has; none where they do not fit.
 pub(crate) fn given(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>) -> Option<Layout> {
-    expect(setting, pieces, &setting.widths(), stages)
+    replicated(setting, pieces, (setting.replicas, stages)).map(|(_, layout)| layout)
 }
 
 /// Whether anything fits on devices with so many more bytes each.
@@ -272,7 +275,8 @@ fn over_mean(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage], 
 }
 
 fn other(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>, rows: u64) -> Other {
-    Other { over_mean: over_mean(setting, pieces, &stages, rows), layout: given(setting, pieces, stages) }
+    let over_mean = over_mean(setting, pieces, &stages, rows);
+    Other { over_mean, layout: expect(setting, pieces, &setting.widths(), stages) }
 }
 
 fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<Layout>)> {

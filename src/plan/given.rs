@@ -12,7 +12,7 @@ use crate::plan::own::OwnDevices;
 use crate::plan::setting::Setting;
 use crate::{machine, text};
 
-/// The stages that a job gives, if it does: on its own devices as it names them, on others in order. Where these are fewer than
+/// The stages that a job gives one replica, if it does: on its own devices as it names them, on others in order. Where these are fewer than
 /// stages, it goes through all of them as often as need be.
 ///
 /// # Errors
@@ -28,9 +28,10 @@ pub(crate) fn given_stages(
     if named != Place::from(there) {
         bail!("[pipeline] stages: found {named} blocks, the model has {there}");
     }
+    let replica = setting.given_replica();
     let devices = match setting.given_widths() {
-        Some(widths) => of_widths(setting, widths, blocks.len())?,
-        None => of_one_each(setting, job, blocks.len())?,
+        Some(widths) => of_widths(&replica, widths, blocks.len())?,
+        None => of_one_each(&replica, job, blocks.len())?,
     };
     let stage = |(range, devices): (&Range<Place>, Range<usize>)| {
         Ok(PlannedStage { pieces: piece_at(pieces, range.start)?..piece_at(pieces, range.end)?, devices })
@@ -80,8 +81,10 @@ fn of_widths(setting: &Setting, widths: &[usize], num_stages: usize) -> Result<V
 fn of_one_each(setting: &Setting, job: &JobFile, num_stages: usize) -> Result<Vec<Range<usize>>> {
     let num_devices = setting.devices.num_devices();
     let own = OwnDevices::of(&job.pipeline, &machine::detect())?;
-    let seats = match setting.devices == own.list && own.seats.len() == num_stages {
-        true => own.seats,
+    let seats = &own.seats[..own.seats.len() / job.pipeline.replicas];
+    let is_own = setting.devices == own.first_of(job.pipeline.replicas);
+    let seats = match is_own && seats.len() == num_stages {
+        true => seats.to_vec(),
         false if num_stages <= num_devices || num_stages.is_multiple_of(num_devices) => {
             (0..num_stages).map(|stage| stage % num_devices).collect()
         }

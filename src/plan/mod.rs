@@ -123,11 +123,11 @@ pub(crate) fn setting(
     setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
     let work = Work::of(job, &config, args.sample)?;
     let mix = work.lengths.mix(lengths).context("nothing is generated")?;
+    let replicas = job.pipeline.replicas;
     check_tokens_in_flight(&plan, mix.kv_tokens_per_row)?;
     Ok(Setting {
         config,
         catalog: catalog.with_price(plan.price_per_hour),
-        devices,
         types: number_types(args.dtype, job),
         is_kv_type_given: job.pipeline.kv_cache_dtype != KvCacheDtype::Auto,
         mix,
@@ -136,6 +136,8 @@ pub(crate) fn setting(
         max_tokens: MAX_TOKENS,
         rows: work.sequences(),
         work: Arc::new(work),
+        replicas: if devices.group(replicas).is_some() { replicas } else { 1 },
+        devices,
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         column_cuts: job.pipeline.column_cuts,
         balance,

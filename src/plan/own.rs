@@ -43,6 +43,13 @@ impl OwnDevices {
         Ok(OwnDevices { list, names: distinct.iter().map(ToString::to_string).collect(), seats })
     }
 
+    /// The devices of the first of so many replicas, each of them once.
+    pub(crate) fn first_of(&self, replicas: usize) -> DeviceList {
+        let seats = &self.seats[..self.seats.len() / replicas];
+        let num_devices = seats.iter().map(|seat| seat + 1).max().unwrap_or(0);
+        DeviceList::of(&self.list.names().take(num_devices).collect::<Vec<_>>())
+    }
+
     /// Whether there is a GPU among them.
     pub(crate) fn has_gpus(&self) -> bool {
         self.list.runs().iter().any(|(_, name)| configs::cpu_of(name).is_none())
@@ -87,6 +94,9 @@ mod tests {
         let twice = own(&[1, 0, 1, 0], 2);
         assert_eq!((twice.list.to_string(), twice.seats), ("2xcpu-core".to_owned(), vec![0, 1, 0, 1]));
         assert_eq!(twice.names, ["cpu:1", "cpu:0"]);
+        assert_eq!(own(&[1, 0, 1, 0], 2).first_of(2).to_string(), "2xcpu-core");
+        let apart = own(&[0, 1], 3);
+        assert_eq!(apart.first_of(2).to_string(), "1xcpu-core");
         let unlike = own(&[0, 1], 3);
         assert_eq!(unlike.list.to_string(), "1xcpu-core,1xcpu-2-cores");
     }

@@ -48,6 +48,8 @@ pub(crate) struct Setting {
     pub(crate) rows: Option<u64>,
     /// The rows that `mix` and `rows` are made of.
     pub(crate) work: Arc<Work>,
+    /// How often the job has its own stages; 1 where the devices are not so many groups that are alike.
+    pub(crate) replicas: usize,
     pub(crate) tensor_parallel: TensorParallel,
     pub(crate) column_cuts: ColumnCuts,
     pub(crate) balance: Balance,
@@ -132,14 +134,24 @@ impl Setting {
         Setting { devices, ..self.clone() }
     }
 
-    /// How often the model may be there: as often as the devices are groups that are alike. A layout that is given
-    /// is one on all devices, and so is a cut that is to be compared with others.
+    /// How often the model may be there: as often as the devices are groups that are alike. A layout whose widths are given is
+    /// there as often as the job says, and a cut that is to be compared with others once.
     pub(crate) fn replica_counts(&self) -> Vec<usize> {
-        let is_free = self.given_widths().is_none() && self.balance == Balance::Roofline;
-        let most = if is_free { self.rows.unwrap_or(u64::MAX) } else { 1 };
+        if self.balance != Balance::Roofline {
+            return vec![1];
+        }
+        if self.given_widths().is_some() {
+            return vec![self.replicas];
+        }
+        let most = self.rows.unwrap_or(u64::MAX);
         (1..=self.devices.num_devices())
             .filter(|count| *count as u64 <= most && self.devices.group(*count).is_some())
             .collect()
+    }
+
+    /// One of the replicas that the job has of its own stages.
+    pub(crate) fn given_replica(&self) -> Self {
+        self.replica(self.replicas)
     }
 
     /// What one of so many replicas has: the first group of devices, and its share of the rows and of the tokens in

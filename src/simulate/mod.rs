@@ -96,8 +96,8 @@ fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Opt
         return Ok(answer::plan(setting, pieces));
     };
     match answer::given(setting, pieces, stages.clone()) {
-        Some(layout) => Ok(Some((1, layout))),
-        None => bail!("{}", lacking(setting, pieces, &stages)),
+        Some(layout) => Ok(Some((setting.replicas, layout))),
+        None => bail!("{}", lacking(&setting.given_replica(), pieces, &stages)),
     }
 }
 

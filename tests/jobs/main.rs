@@ -20,6 +20,7 @@ mod plan_input;
 mod profile;
 mod ranks;
 mod refusals;
+mod replicas;
 mod results;
 mod resume;
 mod sameness;

@@ -72,7 +72,11 @@ fn rows_do_not_depend_on_how_the_job_is_run() {
     let one = devices(1);
     let two = devices(2);
     let four = devices(4);
-    let variants: [&[&str]; 9] = [
+    let variants: [&[&str]; 13] = [
+        &[&two, "pipeline.replicas=2"],
+        &[&four, "pipeline.replicas=2", "pipeline.micro_batch_tokens=64"],
+        &[&four, "pipeline.replicas=4", "pipeline.threads=1", "job.order=completion"],
+        &[&four, "pipeline.replicas=2", "pipeline.stages=[[0, 3], [3, 11]]", "pipeline.max_sequences=1"],
         &[&one, "pipeline.threads=2"],
         &[&two, "pipeline.threads=1"],
         &[&two, "pipeline.threads=2", "pipeline.micro_batch_tokens=128"],

@@ -1,9 +1,10 @@
 //! What a job knows, and what follows from each event: no actor, no thread, no clock.
 //!
-//! Every row that comes in goes out once: to the pipeline and back, or straight to the writer. The job
-//! actor carries events here and decisions away, and so does the simulation.
+//! Every row that comes in goes out once: to a replica of the pipeline and back, or straight to the writer. A row of a
+//! replica that fails for good goes to another. The job actor carries events here and decisions away, and so does the
+//! simulation.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,6 +12,7 @@ use jobs::{FinishedRow, InputRecord, Line, LineFile, MAX_CHOICES, PreparedRow, R
 use scheduler::{Completion, Generated, Request, RequestKey};
 
 use super::JobProgress;
+use super::rooms::Rooms;
 use crate::error::Error;
 
 /// No share of errors is judged among fewer rows than these: the first row of a good job may be a bad one.
@@ -30,14 +32,16 @@ pub(crate) enum Unwritten {
 
 /// What becomes of a row.
 pub(crate) enum Fate {
-    /// The pipeline answers it, with a sequence for each choice.
+    /// A pipeline answers it, with a sequence for each choice.
     Submit(Vec<Submission>),
     /// It has its line.
     Write(Unwritten),
 }
 
-/// What the pipeline is asked for one choice of a row.
+/// What a pipeline is asked for one choice of a row.
 pub(crate) struct Submission {
+    /// Which replica of the pipeline.
+    pub(crate) replica: usize,
     /// Its name in the pipeline.
     pub(crate) tag: u64,
     pub(crate) request: Arc<Request>,
@@ -46,11 +50,15 @@ pub(crate) struct Submission {
     pub(crate) is_kept: bool,
 }
 
-/// A row in the pipeline.
+/// A row in a pipeline, or on its way to one.
 struct InFlight {
     row: PreparedRow,
+    /// The replica that has it; none where it waits for room.
+    replica: Option<usize>,
     /// By choice, as far as they are done.
     completions: Vec<Option<Completion>>,
+    /// What its replica has told of it, where another could take it over; it comes after what earlier runs had.
+    told: Generated,
 }
 
 /// The rows of one job on their way.
@@ -58,15 +66,25 @@ pub(crate) struct JobState {
     limits: scheduler::Options,
     max_error_rate: f64,
     progress: Arc<JobProgress>,
-    /// Rows in the pipeline, by their index.
+    /// Rows in the pipelines, by their index.
     in_flight: HashMap<u64, InFlight>,
+    /// Rows of these that no pipeline has room for, by their index.
+    waiting: VecDeque<u64>,
+    rooms: Rooms,
     /// What was read, and what has become of finished rows that the reader did not come by; once it is done.
     input: Option<(InputRecord, Unread)>,
 }
 
 impl JobState {
-    pub(crate) fn new(limits: scheduler::Options, max_error_rate: f64, progress: Arc<JobProgress>) -> Self {
-        JobState { limits, max_error_rate, progress, in_flight: HashMap::new(), input: None }
+    /// A job on pipelines that take rows within `limits`, as many at once as `rooms` has.
+    pub(crate) fn new(
+        limits: scheduler::Options,
+        rooms: Rooms,
+        max_error_rate: f64,
+        progress: Arc<JobProgress>,
+    ) -> Self {
+        let (in_flight, waiting) = (HashMap::new(), VecDeque::new());
+        JobState { limits, max_error_rate, progress, in_flight, waiting, rooms, input: None }
     }
 
     /// The reader hands over a row.
@@ -80,10 +98,42 @@ impl JobState {
             let error = RowError::new("context_length_exceeded", error.to_string());
             return self.write(Unwritten::Line(Line::refused(&row, &error)));
         }
-        let submissions = (0..row.reply.choices).map(|choice| submission(&row, choice)).collect();
+        let index = row.index;
         let completions = (0..row.reply.choices).map(|_| None).collect();
-        self.in_flight.insert(row.index, InFlight { row: *row, completions });
-        Fate::Submit(submissions)
+        let in_flight = InFlight { row: *row, replica: None, completions, told: Generated::default() };
+        self.in_flight.insert(index, in_flight);
+        self.waiting.push_back(index);
+        Fate::Submit(self.hand_out())
+    }
+
+    /// Gives waiting rows to the pipelines, as far as they have room. Rows wait only after a replica has failed.
+    pub(crate) fn hand_out(&mut self) -> Vec<Submission> {
+        let mut submissions = Vec::new();
+        while let Some(index) = self.waiting.front()
+            && let Some(replica) = self.rooms.take()
+        {
+            let in_flight = self.in_flight.get_mut(index).expect("a row that waits is in flight");
+            in_flight.replica = Some(replica);
+            submissions.extend(in_flight.submissions(replica));
+            self.waiting.pop_front();
+        }
+        submissions
+    }
+
+    /// A replica has failed for good: its rows are to wait for room in another. False when there is none.
+    pub(crate) fn replica_failed(&mut self, replica: usize) -> bool {
+        let is_there_another = self.rooms.close(replica);
+        let of_it = |(index, row): (&u64, &mut InFlight)| {
+            let is_of_it = row.replica == Some(replica);
+            is_of_it.then(|| {
+                row.replica = None;
+                *index
+            })
+        };
+        let mut rows: Vec<u64> = self.in_flight.iter_mut().filter_map(of_it).collect();
+        rows.sort_unstable(); // They came before those that wait already.
+        rows.into_iter().rev().for_each(|index| self.waiting.push_front(index));
+        is_there_another
     }
 
     /// The reader has come by rows that have their lines already.
@@ -91,7 +141,7 @@ impl JobState {
         self.counted(Unwritten::Finished(rows))
     }
 
-    /// The pipeline is done with a choice of a row. What there is to write, once it is with all of them.
+    /// A pipeline is done with a choice of a row. What there is to write, once it is with all of them.
     pub(crate) fn completed(&mut self, tag: u64, completion: Completion) -> Option<Unwritten> {
         let (index, choice) = row_and_choice(tag);
         let in_flight = self.in_flight.get_mut(&index).expect("a completion answers a row in flight");
@@ -99,14 +149,18 @@ impl JobState {
         if in_flight.completions.iter().any(Option::is_none) {
             return None;
         }
-        let InFlight { row, completions } = self.in_flight.remove(&index).expect("it is there");
+        let InFlight { row, replica, completions, .. } = self.in_flight.remove(&index).expect("it is there");
+        self.rooms.give_back(replica.expect("a row that was answered was handed out"));
         Some(self.counted(Unwritten::Completed(Box::new(row), completions.into_iter().flatten().collect())))
     }
 
-    /// The pipeline has more tokens of a row than the first so many.
-    pub(crate) fn checkpoint(&self, tag: u64, first: usize, piece: Generated) -> Unwritten {
+    /// A pipeline has more tokens of a row than the first so many.
+    pub(crate) fn checkpoint(&mut self, tag: u64, first: usize, piece: Generated) -> Unwritten {
         let (index, _) = row_and_choice(tag);
-        let in_flight = self.in_flight.get(&index).expect("a checkpoint is of a row in flight");
+        let in_flight = self.in_flight.get_mut(&index).expect("a checkpoint is of a row in flight");
+        if self.rooms.are_several() {
+            in_flight.told.extend(&piece);
+        }
         Unwritten::Checkpoint(in_flight.row.request.key, first, piece)
     }
 
@@ -166,16 +220,28 @@ impl JobState {
     }
 }
 
-fn submission(row: &PreparedRow, choice: u32) -> Submission {
-    let request = match choice {
-        0 => Arc::clone(&row.request),
-        sample => Arc::new(Request { sample, ..Request::clone(&row.request) }),
-    };
-    // The journal keeps one sequence a row.
-    let is_kept = row.reply.choices == 1;
-    let so_far = Some(row.so_far.clone()).filter(|so_far| is_kept && request.goes_on_from(so_far));
-    let tag = row.index * u64::from(MAX_CHOICES) + u64::from(choice);
-    Submission { tag, request, so_far: so_far.unwrap_or_default(), is_kept }
+impl InFlight {
+    /// What a replica is asked for the choices that are not done.
+    fn submissions(&self, replica: usize) -> impl Iterator<Item = Submission> {
+        let is_open = |(_, completion): &(usize, &Option<Completion>)| completion.is_none();
+        let open = self.completions.iter().enumerate().filter(is_open);
+        open.map(move |(choice, _)| self.submission(replica, choice as u32))
+    }
+
+    fn submission(&self, replica: usize, choice: u32) -> Submission {
+        let row = &self.row;
+        let request = match choice {
+            0 => Arc::clone(&row.request),
+            sample => Arc::new(Request { sample, ..Request::clone(&row.request) }),
+        };
+        // The journal keeps one sequence a row.
+        let is_kept = row.reply.choices == 1;
+        let so_far = Some(row.so_far.clone()).filter(|so_far| is_kept && request.goes_on_from(so_far));
+        let mut so_far = so_far.unwrap_or_default();
+        so_far.extend(&self.told);
+        let tag = row.index * u64::from(MAX_CHOICES) + u64::from(choice);
+        Submission { replica, tag, request, so_far, is_kept }
+    }
 }
 
 fn row_and_choice(tag: u64) -> (u64, usize) {

@@ -146,6 +146,7 @@ fn a_folder_that_cannot_be_is_named() {
 fn a_manifest_is_replaced_whole() {
     let folder = TempDir::new().unwrap();
     let mut manifest = Manifest {
+        failed_replicas: vec![],
         version: "0.1.0".into(),
         status: Status::Interrupted,
         model: ModelRecord { path: "models/tiny".into(), identity: "abc".into() },

@@ -39,7 +39,7 @@ pub(crate) enum Command {
     /// Measure how many tokens a second a model prefills and decodes on a device of this machine, by batch size
     Bench(BenchArgs),
     /// List the devices of this machine that a job can name, and why there is no GPU where there is none
-    Devices,
+    Devices(DevicesArgs),
     /// Show a model's blocks: attention, FFN, parameters, FLOPs and KV cache
     Inspect(InspectArgs),
     /// Be a rank of a stage: what a run starts by itself, and talks to by standard input and output
@@ -393,6 +393,13 @@ pub(crate) struct InspectArgs {
     /// Draw the model too: each block's attention and FFN, to scale
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    pub(crate) format: Format,
 }
 
 /// How something is printed.

@@ -32,7 +32,7 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let whole = Span { start: 0, end: model.config.blocks.len() };
     let replicas = lower::pipeline(&files, &settings, &model.config, &machine::detect())?
-        .with(&[crate::layout::StageLayout { part: whole.into(), devices: 0..1 }]);
+        .with(&[crate::layout::StageLayout { part: whole.into(), devices: 0..1 }])?;
     let options = replicas.into_iter().next().expect("there is one");
 
     let text = run::open_text(&files, &model.config, run::unix_seconds())?;

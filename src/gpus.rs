@@ -1,69 +1,52 @@
-//! The machine's GPUs, where the files that they need are, and `spanwise devices`.
+//! The machine's GPUs, and where the files that they need are.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use configs::{DeviceCatalog, DeviceKind};
-use stages::{Device, Gpu, Simd};
-
-use crate::lower::Machine;
-use crate::{machine, print};
+use stages::{Device, Gpu};
 
 /// Names the folder in which CUDA's libraries are looked for first.
 const LIBRARIES: &str = "SPANWISE_CUDA_LIBRARIES";
-
-/// Of a GPU's memory so much is left to the driver and to what a step works in, at most.
-const RESERVED_BYTES: u64 = 2 << 30;
-
-/// As that, of small memories: one part in so many.
-const RESERVED_SHARE: u64 = 8;
-
-/// Prints the devices that a job file can name, and where there is no GPU, why.
-pub(crate) fn devices() -> Result<()> {
-    let Machine { cores, free_bytes, .. } = machine::detect();
-    let gigabytes = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
-    let (cores, simd) = (cores.len(), Simd::detect().name());
-    print(&format!(
-        "cpu:0    {cores} cores, {simd}, {} of memory free; cpu:0, cpu:1, … share them out",
-        gigabytes(free_bytes)
-    ));
-    match Gpu::all(libraries().as_deref()) {
-        Ok(gpus) if gpus.is_empty() => print("cuda     none: the driver counts no device"),
-        Ok(gpus) => gpus.iter().for_each(|gpu| {
-            let (major, minor) = gpu.capability;
-            print(&format!(
-                "cuda:{}   {}, compute capability {major}.{minor}, {} multiprocessors, {}",
-                gpu.index,
-                gpu.name,
-                gpu.multiprocessors,
-                gigabytes(gpu.total_bytes)
-            ));
-        }),
-        Err(why) => print(&format!("cuda     none: {why}")),
-    }
-    Ok(())
-}
 
 /// A GPU as a stage's device.
 pub(crate) fn device(index: usize) -> Device {
     Device::Cuda { index, libraries: libraries(), cubins: cubins() }
 }
 
-/// What the named GPUs have for weights, keys and values, together.
+/// Bytes that are free on each GPU that a pipeline names, by its index.
 ///
 /// # Errors
 /// One that is not there, and why.
-pub(crate) fn free_bytes(pipeline: &configs::Pipeline) -> Result<u64> {
-    let mut bytes = 0;
-    let mut seen = vec![];
+pub(crate) fn free_bytes(pipeline: &configs::Pipeline) -> Result<BTreeMap<usize, u64>> {
+    let named: BTreeSet<usize> = pipeline.devices.iter().map(|device| device.index).collect();
+    named.into_iter().map(|index| Ok((index, gpu(index)?.free_bytes()?))).collect()
+}
+
+/// Refuses GPUs of unlike architectures: a row's bits would depend on which blocks are where.
+///
+/// # Errors
+/// Two that are unlike, by name, or one that is not there, and why.
+pub(crate) fn check_alike(pipeline: &configs::Pipeline) -> Result<()> {
+    let Some(first) = pipeline.devices.first() else { return Ok(()) };
+    let first = gpu(first.index)?;
     for device in &pipeline.devices {
-        if !seen.contains(&device.index) {
-            seen.push(device.index);
-            let total = gpu(device.index)?.total_bytes;
-            bytes += total - RESERVED_BYTES.min(total / RESERVED_SHARE);
+        let other = gpu(device.index)?;
+        if other.architecture() != first.architecture() {
+            bail!(
+                "[pipeline] devices: found cuda:{} ({}, {}) and cuda:{} ({}, {}), expected GPUs of one architecture: \
+                 their tensor cores round unlike",
+                first.index,
+                first.name,
+                first.architecture(),
+                other.index,
+                other.name,
+                other.architecture()
+            );
         }
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// What the catalog of devices calls a GPU; of one that it does not know, what is nearest to most.
@@ -94,6 +77,14 @@ pub(crate) fn are_meant(pipeline: &configs::Pipeline) -> Result<bool> {
         );
     }
     Ok(count != 0)
+}
+
+/// All GPUs of the machine.
+///
+/// # Errors
+/// Why there are none.
+pub(crate) fn all() -> Result<Vec<Gpu>> {
+    Ok(Gpu::all(libraries().as_deref())?)
 }
 
 fn gpu(index: usize) -> Result<Gpu> {

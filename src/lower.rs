@@ -11,7 +11,7 @@ use stages::{AttentionSharing, Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, 
 
 use crate::layout::{self, StageLayout};
 
-use crate::{gpus, text};
+use crate::{gpu_memory, gpus, text};
 
 /// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
 /// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
@@ -19,7 +19,7 @@ use crate::{gpus, text};
 pub(crate) const CPU_EFFICIENT_TOKENS: usize = 8;
 
 /// Positions that page indices of 32 bits can name.
-const MAX_KV_TOKENS: usize = (u32::MAX as usize) * PAGE_TOKENS;
+pub(crate) const MAX_KV_TOKENS: usize = (u32::MAX as usize) * PAGE_TOKENS;
 
 /// The share of the memory left beside the weights that an automatic KV pool takes. Pages are touched
 /// when they are first used, lowest first, so a job that needs less takes less.
@@ -44,14 +44,25 @@ pub(crate) struct Unplaced {
     replicas: usize,
     ranks: RankHome,
     pub(crate) dtypes: Dtypes,
-    pub(crate) scheduler: scheduler::Options,
+    /// Longest sequence.
+    pub(crate) context_tokens: usize,
+    scheduler: scheduler::Options,
     limits: Limits,
+    /// Of GPUs it depends on the stages how many pages there are.
+    gpus: Option<gpu_memory::Question>,
 }
 
 impl Unplaced {
     /// A pipeline of these stages for each replica.
-    pub(crate) fn with(self, stages: &[StageLayout]) -> Vec<PipelineOptions> {
-        let Unplaced { devices, replicas, ranks, dtypes, scheduler, limits } = self;
+    ///
+    /// # Errors
+    /// A GPU that its stages do not fit.
+    pub(crate) fn with(self, stages: &[StageLayout]) -> Result<Vec<PipelineOptions>> {
+        let Unplaced { devices, replicas, ranks, dtypes, context_tokens: _, mut scheduler, limits, gpus } =
+            self;
+        if let Some(gpus) = gpus {
+            scheduler.num_pages = gpus.num_pages(&devices, replicas, stages)?;
+        }
         let scheduler = scheduler::Options { num_stages: stages.len(), ..scheduler };
         let replica = |(replica, devices): (usize, &[Device])| {
             let stage = |stage: &StageLayout| StagePlacement {
@@ -69,7 +80,7 @@ impl Unplaced {
                 step_log: None,
             }
         };
-        devices.chunks(devices.len() / replicas).enumerate().map(replica).collect()
+        Ok(devices.chunks(devices.len() / replicas).enumerate().map(replica).collect())
     }
 }
 
@@ -83,16 +94,22 @@ pub(crate) fn pipeline(
     check(pipeline)?;
     let dtypes = dtypes(model, pipeline);
     let groups = device_groups(pipeline, machine)?;
-    let free_bytes = match gpus::are_meant(pipeline)? {
-        true => gpus::free_bytes(pipeline)?,
-        false => machine.free_bytes,
-    };
     let devices = pipeline.devices.iter().map(|device| groups[device.index].clone()).collect();
 
     let context_tokens = context_tokens(model, config)?;
     let replicas = pipeline.replicas;
     let max_sequences = sequences_per_replica(pipeline);
-    let num_pages = Memory::of(config, dtypes, free_bytes, replicas).num_pages(pipeline, context_tokens)?;
+    let gpus = match gpus::are_meant(pipeline)? {
+        true => Some(gpu_memory::Question::of(pipeline, config, dtypes, context_tokens)?),
+        false => None,
+    };
+    let num_pages = match &gpus {
+        Some(_) => 0, // Until the stages are placed.
+        None => {
+            let memory = Memory::of(config, dtypes, machine.free_bytes, replicas);
+            memory.num_pages(pipeline, context_tokens)?
+        }
+    };
     let scheduler = scheduler::Options {
         num_stages: pipeline.devices_per_replica(),
         micro_batch_tokens: pipeline.micro_batch_tokens,
@@ -110,7 +127,7 @@ pub(crate) fn pipeline(
         configs::Ranks::Threads => RankHome::Threads,
         configs::Ranks::Processes => RankHome::Processes,
     };
-    Ok(Unplaced { devices, replicas, ranks, dtypes, scheduler, limits })
+    Ok(Unplaced { devices, replicas, ranks, dtypes, context_tokens, scheduler, limits, gpus })
 }
 
 /// One replica's share of the sequences in flight.

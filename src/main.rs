@@ -4,9 +4,11 @@
 mod audit;
 mod bench;
 mod cli;
+mod devices;
 mod ended;
 mod first_run;
 mod generate;
+mod gpu_memory;
 mod gpus;
 mod hindsight;
 mod inspect;
@@ -68,7 +70,7 @@ fn main() -> ExitCode {
             Command::Generate(args) => generate::generate(args).await,
             Command::Plan(args) => plan::plan(&args),
             Command::Simulate(args) => simulate::simulate(&args),
-            Command::Devices => gpus::devices().map(|()| ExitCode::SUCCESS),
+            Command::Devices(args) => devices::devices(args.format).map(|()| ExitCode::SUCCESS),
             Command::Profile(args) => profile::profile(&args).map(|()| ExitCode::SUCCESS),
             Command::Bench(args) => bench::bench(&args).map(|()| ExitCode::SUCCESS),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),

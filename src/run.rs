@@ -82,7 +82,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     placement::check(job, &model)?;
     let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let Files { text, reader, folder, settings, created } =
-        open_files(job, &model, unplaced.scheduler.context_tokens, &how)?;
+        open_files(job, &model, unplaced.context_tokens, &how)?;
     let has_rows = progress::has_more_rows(&job.job.input, how.limit, folder.finished_rows()?);
     let occasion = Occasion {
         has_rows,
@@ -95,7 +95,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
-    let mut replicas = unplaced.with(&placement.stages);
+    let mut replicas = unplaced.with(&placement.stages)?;
     let numeric_profile = lower::numeric_profile(&replicas[0]);
     let settings = settings.with_numerics(&numeric_profile).with_layout(first_run::shapes(&placement.stages));
     folder.check(&settings, how.accept_numerics)?;

@@ -44,8 +44,7 @@ std::vector<unsigned char>& shared = *new std::vector<unsigned char>();
 unsigned char* shared_start;
 unsigned running, num_threads, num_waiting_for_block, num_done;
 bool block_says, block_said;
-const Kernel* the_kernel;
-void** the_arguments;
+const std::function<void()>* the_call;
 jmp_buf scheduler;
 ucontext_t scheduler_context;
 unsigned char* stacks;
@@ -61,7 +60,7 @@ void yield() {
 }
 
 void begin() {
-    the_kernel->call(the_arguments);
+    (*the_call)();
     Fiber& fiber = fibers[running];
     for (const auto& group : fiber.copies) {
         if (!group.empty()) fail("a thread ended with copies under way");
@@ -180,7 +179,7 @@ const Kernel* find_kernel(const char* name, unsigned head_dim) {
     return nullptr;
 }
 
-void run_grid(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned shared_bytes, void** arguments) {
+void run_grid(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned shared_bytes, const std::function<void()>& call) {
     static unsigned launches = 0;
     num_threads = block.x * block.y * block.z;
     if (num_threads == 0 || num_threads > kernel.max_threads) fail("a block of more threads than the kernel is for");
@@ -193,7 +192,7 @@ void run_grid(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned shared_bytes
     }
     fibers.resize(num_threads);
     warps.resize(num_threads / WARP);
-    the_kernel = &kernel, the_arguments = arguments, gridDim = grid, blockDim = block;
+    the_call = &call, gridDim = grid, blockDim = block;
     launches++;
     for (unsigned z = 0; z < grid.z; z++) {
         for (unsigned y = 0; y < grid.y; y++) {

@@ -9,7 +9,7 @@ namespace {
 #define HEAD_DIM 0
 #endif
 
-#define K(name) emulated::add_kernel(#name, {HEAD_DIM, MAX_THREADS, emulated::launchable(name)});
+#define K(name) emulated::add_kernel(#name, {HEAD_DIM, MAX_THREADS, emulated::bindable(name)});
 struct Registration {
     Registration() { KERNELS }
 } registration;

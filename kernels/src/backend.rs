@@ -243,6 +243,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Copy an array to the host; `out` is cleared first.
     fn download(&self, x: &Self::Array, out: &mut Vec<f32>) -> Result<()>;
 
+    /// Frees memory that operations keep for themselves from call to call, where there is too little of it.
+    fn free_workspace(&self) {}
+
     // ---- Operations. T is the number of rows (tokens) of a batch.
 
     /// `out[t] = table[tokens[t]]`; `table: [vocab, hidden]`, `out: [T, hidden]`.

@@ -89,5 +89,12 @@ pub enum Error {
     Device(#[from] kernels::Error),
 }
 
+impl Error {
+    /// Whether a device has no room for what it was asked, and might have for less.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Error::Device(kernels::Error::OutOfMemory { .. }))
+    }
+}
+
 /// This crate's result.
 pub type Result<T> = std::result::Result<T, Error>;

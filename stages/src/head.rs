@@ -15,7 +15,7 @@ use crate::sampling;
 
 /// Rows of logits that are made at a time: 64 rows of a vocabulary of 128,256 are 33 MB, which the draws
 /// then walk, and 64 rows are enough for a matrix product at full speed.
-const LOGIT_ROWS: usize = 64;
+pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// The last norm and the output matrix, or a rank's rows of it.
 pub(crate) struct Head<B: Backend> {

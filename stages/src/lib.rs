@@ -12,6 +12,7 @@ pub mod cost;
 mod error;
 mod fields;
 mod head;
+mod memory;
 mod model;
 mod part;
 pub mod profile;
@@ -32,6 +33,7 @@ pub use kernels::{
     Array, AttentionSlice, Collective, Dtype, FRAME_HEADER_BYTES, Frame, Gpu, PAGE_TOKENS, SUM_CUT, Simd,
     TcpRank, ThreadRank, WeightType, available_cores, thread_ranks,
 };
+pub use memory::{GpuMemory, StepSize};
 pub use model::{Model, Warnings};
 pub use part::Part;
 pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep};

@@ -21,6 +21,28 @@ pub struct Activations {
     pub hidden: usize,
 }
 
+impl Activations {
+    /// Those of the first rows, and those of the rest.
+    pub(crate) fn split(&self, rows: usize) -> (Activations, Activations) {
+        let at = rows * self.hidden;
+        let part = |range: std::ops::Range<usize>| Activations {
+            values: self.values[range.clone()].to_vec(),
+            sums: self.sums.as_ref().map(|sums| sums[range].to_vec()),
+            hidden: self.hidden,
+        };
+        (part(0..at), part(at..self.values.len()))
+    }
+
+    /// These and then those of further rows.
+    fn joined(mut self, rest: Activations) -> Activations {
+        self.values.extend(rest.values);
+        if let (Some(sums), Some(rest)) = (&mut self.sums, rest.sums) {
+            sums.extend(rest);
+        }
+        self
+    }
+}
+
 /// What a stage passes on.
 #[derive(Debug)]
 pub enum StageOutput {
@@ -28,6 +50,21 @@ pub enum StageOutput {
     Activations(Activations),
     /// From the last stage, back to the scheduler.
     Tokens(MicroBatchOutput),
+}
+
+impl StageOutput {
+    /// What a micro-batch gives, from what its halves gave.
+    pub(crate) fn joined(self, back: StageOutput) -> StageOutput {
+        match (self, back) {
+            (StageOutput::Activations(front), StageOutput::Activations(back)) => {
+                StageOutput::Activations(front.joined(back))
+            }
+            (StageOutput::Tokens(front), StageOutput::Tokens(back)) => {
+                StageOutput::Tokens(front.joined(back))
+            }
+            _ => panic!("one stage gave activations and tokens"),
+        }
+    }
 }
 
 /// A loaded span. Calls come in the order of micro-batches, from one thread.

@@ -4,7 +4,7 @@ use std::process::Output;
 
 use serde_json::json;
 
-use crate::harness::{Job, read_json, root, spanwise};
+use crate::harness::{Job, read_json, root};
 use crate::logits::{BF16_BOUND, largest_difference_of};
 
 /// Where `cargo xtask emulator` puts it.
@@ -56,17 +56,6 @@ fn answers_of_a_gpu_do_not_depend_on_how_the_job_is_run() {
 fn text(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))
-}
-
-#[test]
-fn devices_lists_gpus() {
-    let output = spanwise().arg("devices").env("SPANWISE_CUDA_LIBRARIES", emulator()).output().unwrap();
-    let (stdout, _) = text(&output);
-    assert!(output.status.success() && stdout.starts_with("cpu:0    "), "{stdout}");
-    assert!(
-        stdout.ends_with("cuda:0   emulator, compute capability 9.0, 4 multiprocessors, 2.1 GB\n"),
-        "{stdout}"
-    );
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod commands;
 mod crashes;
 mod cuda;
 mod disturbed;
+mod gpus;
 mod harness;
 mod layouts;
 mod logits;

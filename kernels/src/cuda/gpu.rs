@@ -5,6 +5,7 @@ use std::path::Path;
 use cudarc::driver::{result, sys};
 
 use super::libraries;
+use super::stream::Stream;
 use crate::error::{Error, Result};
 
 /// The oldest CUDA whose driver has every call that is made here.
@@ -74,6 +75,14 @@ impl Gpu {
             // SAFETY: as above.
             total_bytes: unsafe { result::device::total_mem(device) }.map_err(what)? as u64,
         })
+    }
+
+    /// Bytes of its memory that are free. To ask, the device is opened, which takes some of it and some tenths of a second.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn free_bytes(&self) -> Result<u64> {
+        Ok(Stream::open(self.index)?.free_bytes()? as u64)
     }
 
     /// The architecture that kernels are compiled for. From Hopper on it is the device's own, `a`: tensor cores have

@@ -14,6 +14,7 @@ mod gemm;
 mod gpu;
 mod int4;
 mod libraries;
+mod memory;
 mod operations;
 mod products;
 mod program;
@@ -28,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 pub use gpu::Gpu;
+pub use memory::{cuda_allocated_bytes, cuda_swiglu_bytes};
 pub use program::{Compiled, Source};
 
 use crate::backend::{Dtype, WeightType};
@@ -109,6 +111,20 @@ struct Workspace {
     host_stats: Vec<[u32; 3]>,
 }
 
+impl Workspace {
+    fn new(stream: &Arc<Stream>) -> Workspace {
+        Workspace {
+            gate: Memory::none(stream),
+            up: Memory::none(stream),
+            partial: Memory::none(stream),
+            maxima: Memory::none(stream),
+            sums: Memory::none(stream),
+            stats: Memory::none(stream),
+            host_stats: Vec::new(),
+        }
+    }
+}
+
 impl Cuda {
     /// Columns of an FFN that are computed at once where nobody says otherwise. NVIDIA's fused FFNs are 5,376 to 425,984
     /// wide, their parents 53,248: a chunk is one of those.
@@ -166,15 +182,7 @@ impl Cuda {
             attention: Mutex::default(),
             staging: Mutex::default(),
             tables: Mutex::new(Tables::new(&stream)),
-            workspace: Mutex::new(Workspace {
-                gate: Memory::none(&stream),
-                up: Memory::none(&stream),
-                partial: Memory::none(&stream),
-                maxima: Memory::none(&stream),
-                sums: Memory::none(&stream),
-                stats: Memory::none(&stream),
-                host_stats: Vec::new(),
-            }),
+            workspace: Mutex::new(Workspace::new(&stream)),
             product: Mutex::new(Memory::none(&stream)),
             library,
             int4,

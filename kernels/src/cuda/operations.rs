@@ -84,6 +84,10 @@ impl Backend for Cuda {
         self.stream.download("download", &x.memory, out)
     }
 
+    fn free_workspace(&self) {
+        *locked(&self.workspace) = Workspace::new(&self.stream);
+    }
+
     fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {
         const OP: &str = "embed";
         check::all_below(OP, "token", tokens, table.rows)?;
@@ -346,7 +350,7 @@ impl Backend for Cuda {
 
 /// Columns of an FFN of so many that are computed at once for so many rows, `most` at most: multiples of 64, so that each part
 /// begins at 16 bytes.
-fn swiglu_columns(rows: usize, width: usize, most: usize) -> usize {
+pub(super) fn swiglu_columns(rows: usize, width: usize, most: usize) -> usize {
     let fitting = SWIGLU_BYTES / (rows.max(1) * 2 * size_of::<f32>());
     (fitting / 64 * 64).clamp(64, most).min(width)
 }

@@ -48,7 +48,21 @@ impl<B: Backend> SpanStage<B> {
             .transpose()?;
         let (eps, hidden) = (config.rms_norm_eps, config.dims.hidden);
         let (work, batch) = (Work::new(&backend), Batch::default());
-        Ok(SpanStage { eps, hidden, part, embedding, batch, blocks, head, rope, ranks, work, backend })
+        let has_halved = false;
+        Ok(SpanStage {
+            eps,
+            hidden,
+            part,
+            embedding,
+            batch,
+            blocks,
+            head,
+            rope,
+            ranks,
+            has_halved,
+            work,
+            backend,
+        })
     }
 }
 

@@ -50,6 +50,8 @@ pub(crate) struct SpanStage<B: Backend> {
     head: Option<Head<B>>,
     rope: Option<B::Rope>,
     ranks: Option<Ranks<B::Array>>,
+    /// Whether a step went in halves, which is told once.
+    has_halved: bool,
     work: Work<B>,
 }
 
@@ -171,17 +173,17 @@ impl<B: Backend> SpanStage<B> {
     }
 
     /// Takes what comes in: tokens, or the activations of the stage before.
-    fn take(&mut self, input: Option<Activations>) -> Result<()> {
+    fn take(&mut self, input: Option<&Activations>) -> Result<()> {
         match (&self.embedding, input) {
             (Some(table), None) => {
                 self.backend.embed(table, self.batch.tokens(), &mut self.work.x)?;
             }
             (None, Some(Activations { values, sums, hidden })) => {
                 let rows = values.len() / hidden;
-                self.backend.upload(&values, rows, hidden, &mut self.work.x)?;
+                self.backend.upload(values, rows, *hidden, &mut self.work.x)?;
                 assert_eq!(sums.is_some(), self.part.first_column > 0, "sums come where an FFN is cut");
                 if let Some(sums) = sums {
-                    self.backend.upload(&sums, rows, hidden, &mut self.work.sums)?;
+                    self.backend.upload(sums, rows, *hidden, &mut self.work.sums)?;
                 }
             }
             (Some(_), Some(_)) => panic!("the first stage was given activations"),
@@ -201,8 +203,9 @@ impl<B: Backend> SpanStage<B> {
     }
 }
 
-impl<B: Backend> Stage for SpanStage<B> {
-    fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
+impl<B: Backend> SpanStage<B> {
+    /// A micro-batch as a whole.
+    fn whole_step(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
         self.batch.assign(batch);
         self.take(input)?;
         let is_everywhere = self.run_blocks()?;
@@ -214,6 +217,42 @@ impl<B: Backend> Stage for SpanStage<B> {
             }
             None => self.activations().map(StageOutput::Activations),
         }
+    }
+
+    /// A micro-batch; where the device has no room for it, its halves one after the other, and theirs.
+    ///
+    /// Rows do not depend on what stands beside them, and a key that is written twice is the same key: so what comes of it has
+    /// the same bits. To send sequences back to wait would help nobody: their pages are memory that the cache keeps.
+    fn step_in_parts(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
+        let error = match self.whole_step(batch, input) {
+            Err(error) if error.is_out_of_memory() && self.ranks.is_none() => error,
+            done => return done,
+        };
+        let Some((front, back)) = batch.halves() else { return Err(error) };
+        if !std::mem::replace(&mut self.has_halved, true) {
+            let tokens = batch.num_tokens();
+            tracing::warn!(
+                "{error}: the step of {tokens} tokens goes in halves, and later ones where they must"
+            );
+        }
+        // What has grown for larger steps than these goes first.
+        self.work = Work::new(&self.backend);
+        self.backend.free_workspace();
+        let (for_front, for_back) = match input {
+            Some(input) => {
+                let (front, back) = input.split(front.num_tokens());
+                (Some(front), Some(back))
+            }
+            None => (None, None),
+        };
+        let done = self.step_in_parts(&front, for_front.as_ref())?;
+        Ok(done.joined(self.step_in_parts(&back, for_back.as_ref())?))
+    }
+}
+
+impl<B: Backend> Stage for SpanStage<B> {
+    fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
+        self.step_in_parts(batch, input.as_ref())
     }
 }
 

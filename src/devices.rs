@@ -1,0 +1,101 @@
+//! `spanwise devices`: what a job file can name, and where there is no GPU, why.
+
+use anyhow::Result;
+use serde::Serialize;
+use stages::{Gpu, Simd};
+
+use crate::cli::Format;
+use crate::lower::Machine;
+use crate::{gpus, machine, print, text};
+
+/// What the machine has.
+#[derive(Debug, Serialize)]
+struct Devices {
+    cpu: Cpu,
+    cuda: Vec<Cuda>,
+    /// Why there is no GPU, where there is none.
+    no_cuda: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Cpu {
+    /// What a job calls all of it.
+    device: &'static str,
+    cores: usize,
+    simd: &'static str,
+    free_bytes: u64,
+    total_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Cuda {
+    /// What a job calls it.
+    device: String,
+    name: String,
+    /// Such as `9.0`.
+    compute_capability: String,
+    architecture: String,
+    multiprocessors: u32,
+    total_bytes: u64,
+}
+
+/// Prints them.
+pub(crate) fn devices(format: Format) -> Result<()> {
+    let devices = Devices::found();
+    match format {
+        Format::Text => devices.lines().iter().for_each(|line| print(line)),
+        Format::Json => print(&serde_json::to_string_pretty(&devices)?),
+    }
+    Ok(())
+}
+
+impl Devices {
+    fn found() -> Devices {
+        let Machine { cores, free_bytes, total_bytes } = machine::detect();
+        let simd = Simd::detect().name();
+        let (cuda, no_cuda) = match gpus::all() {
+            Ok(gpus) if gpus.is_empty() => (vec![], Some("the driver counts no device".to_owned())),
+            Ok(gpus) => (gpus.into_iter().map(Cuda::from).collect(), None),
+            Err(why) => (vec![], Some(why.to_string())),
+        };
+        Devices {
+            cpu: Cpu { device: "cpu:0", cores: cores.len(), simd, free_bytes, total_bytes },
+            cuda,
+            no_cuda,
+        }
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let Cpu { device, cores, simd, free_bytes, .. } = &self.cpu;
+        let free = text::bytes(*free_bytes);
+        let mut lines = vec![format!(
+            "{device}    {cores} cores, {simd}, {free} of memory free; cpu:0, cpu:1, … share them out"
+        )];
+        lines.extend(self.cuda.iter().map(|gpu| {
+            format!(
+                "{}   {}, compute capability {}, {} multiprocessors, {}",
+                gpu.device,
+                gpu.name,
+                gpu.compute_capability,
+                gpu.multiprocessors,
+                text::bytes(gpu.total_bytes)
+            )
+        }));
+        lines.extend(self.no_cuda.iter().map(|why| format!("cuda     none: {why}")));
+        lines
+    }
+}
+
+impl From<Gpu> for Cuda {
+    fn from(gpu: Gpu) -> Cuda {
+        let (major, minor) = gpu.capability;
+        Cuda {
+            device: format!("cuda:{}", gpu.index),
+            compute_capability: format!("{major}.{minor}"),
+            architecture: gpu.architecture(),
+            multiprocessors: gpu.multiprocessors,
+            total_bytes: gpu.total_bytes,
+            name: gpu.name,
+        }
+    }
+}

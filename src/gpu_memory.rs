@@ -1,0 +1,244 @@
+//! Whether stages fit their GPUs, and how many KV pages there is room for: deciding only.
+//!
+//! All stages have as many pages, so the fullest GPU says how many. Pages take what weights, a step's arrays and a reserve
+//! leave; they are never so few that a row's answer would depend on how much memory is free.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use anyhow::{Result, bail};
+use configs::{KvCacheTokens, Pipeline};
+use stages::{Device, Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, StepSize, WeightType};
+
+use crate::layout::StageLayout;
+use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
+use crate::{gpus, text};
+
+/// Of a GPU's memory so much is left at most: to kernels that are loaded, captured graphs, libraries' workspaces, and to how
+/// a driver's memory falls to pieces.
+const RESERVED_BYTES: u64 = 1 << 30;
+
+/// As that, of small memories: one part in so many.
+const RESERVED_SHARE: u64 = 16;
+
+/// What is known of a pipeline's GPUs before its stages are placed.
+#[derive(Debug)]
+pub(crate) struct Question {
+    config: ModelConfig,
+    weights: WeightType,
+    /// By the GPU's index.
+    free_bytes: BTreeMap<usize, u64>,
+    step: StepSize,
+    wanted: WantedTokens,
+}
+
+impl Question {
+    /// Asks the GPUs what is free.
+    ///
+    /// # Errors
+    /// One that is not there, and why, or two that are unlike.
+    pub(crate) fn of(
+        pipeline: &Pipeline,
+        config: &ModelConfig,
+        dtypes: Dtypes,
+        context_tokens: usize,
+    ) -> Result<Question> {
+        gpus::check_alike(pipeline)?;
+        let (rows, sequences) = (pipeline.micro_batch_tokens, sequences_per_replica(pipeline));
+        Ok(Question {
+            config: config.clone(),
+            weights: dtypes.weights,
+            free_bytes: gpus::free_bytes(pipeline)?,
+            step: StepSize { rows, sequences, context_tokens },
+            wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
+        })
+    }
+
+    /// Pages of each replica, whose `devices` come one after the other.
+    ///
+    /// # Errors
+    /// A GPU that its stages do not fit.
+    pub(crate) fn num_pages(
+        &self,
+        devices: &[Device],
+        replicas: usize,
+        stages: &[StageLayout],
+    ) -> Result<usize> {
+        let load = |(&index, &free_bytes): (&usize, &u64)| {
+            let is_here =
+                |device: &Device| matches!(device, Device::Cuda { index: here, .. } if *here == index);
+            let parts: Vec<Part> = (devices.chunks(devices.len() / replicas))
+                .flat_map(|devices| stages.iter().filter(|stage| is_here(&devices[stage.devices.start])))
+                .map(|stage| stage.part)
+                .collect();
+            let mut memory = GpuMemory::default();
+            for part in &parts {
+                memory += GpuMemory::of(&self.config, *part, self.weights, self.step);
+            }
+            GpuLoad { index, free_bytes, parts, memory }
+        };
+        num_pages(&self.free_bytes.iter().map(load).collect::<Vec<_>>(), self.wanted)
+    }
+}
+
+/// A GPU and the stages that it hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct GpuLoad {
+    /// As the driver counts it.
+    index: usize,
+    /// Bytes that are free before anything is loaded.
+    free_bytes: u64,
+    /// What the stages hold, in the order of the pipeline.
+    parts: Vec<Part>,
+    /// What they take together.
+    memory: GpuMemory,
+}
+
+/// How many tokens of keys and values a job wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct WantedTokens {
+    kv_cache_tokens: KvCacheTokens,
+    /// Longest sequence.
+    context_tokens: usize,
+    /// Most sequences.
+    sequences: usize,
+}
+
+/// Pages that every GPU has room for, no more than are of use.
+///
+/// # Errors
+/// A GPU that its stages, or the pages that must be there, do not fit.
+fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens) -> Result<usize> {
+    for gpu in gpus {
+        gpu.check_weights()?;
+    }
+    let WantedTokens { kv_cache_tokens, context_tokens, sequences } = wanted;
+    if let KvCacheTokens::Tokens(tokens) = kv_cache_tokens {
+        let pages = tokens.div_ceil(PAGE_TOKENS);
+        if let Some(gpu) = gpus.iter().find(|gpu| gpu.pages() < pages) {
+            bail!(
+                "[pipeline] kv_cache_tokens: {tokens} take {} on cuda:{}, and {} of its memory are free beside {}",
+                text::bytes(pages as u64 * gpu.memory.page_bytes),
+                gpu.index,
+                text::bytes(gpu.left()),
+                gpu.spans()
+            );
+        }
+        return Ok(pages);
+    }
+    let least = context_tokens.div_ceil(PAGE_TOKENS);
+    let most = least.saturating_mul(sequences).min(MAX_KV_TOKENS / PAGE_TOKENS);
+    let Some(fullest) = gpus.iter().min_by_key(|gpu| gpu.pages()) else { return Ok(most) };
+    let pages = fullest.pages();
+    if pages < least {
+        bail!(
+            "a context of {context_tokens} tokens takes {} of KV cache on cuda:{}, and {} of its memory are free beside {}\n\
+             hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
+            text::bytes(least as u64 * fullest.memory.page_bytes),
+            fullest.index,
+            text::bytes(fullest.left()),
+            fullest.spans(),
+            pages * PAGE_TOKENS
+        );
+    }
+    Ok(most.min(pages))
+}
+
+impl GpuLoad {
+    fn usable(&self) -> u64 {
+        self.free_bytes - RESERVED_BYTES.min(self.free_bytes / RESERVED_SHARE)
+    }
+
+    fn pages(&self) -> usize {
+        self.memory.pages_in(self.usable())
+    }
+
+    /// What is left for pages.
+    fn left(&self) -> u64 {
+        self.usable().saturating_sub(self.memory.with_pages(0))
+    }
+
+    fn check_weights(&self) -> Result<()> {
+        let (needed, usable) = (self.memory.with_pages(0), self.usable());
+        if needed <= usable {
+            return Ok(());
+        }
+        bail!(
+            "{} on cuda:{} take {} of weights and {} to work in, and {} of its memory are free\n\
+             hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages",
+            self.spans(),
+            self.index,
+            text::bytes(self.memory.weight_bytes),
+            text::bytes(needed - self.memory.weight_bytes),
+            text::bytes(usable)
+        )
+    }
+
+    /// Such as `blocks [0, 14) and [30, 31)`.
+    fn spans(&self) -> String {
+        let mut text = "blocks ".to_owned();
+        for (place, part) in self.parts.iter().enumerate() {
+            let joint = if place == 0 { "" } else { " and " };
+            write!(text, "{joint}{part}").expect("a text takes what is written");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use scheduler::Span;
+
+    use super::*;
+
+    const GB: u64 = 1_000_000_000;
+
+    /// A GPU with so much free for a stage of 100 GB, whose pages take 1 MB each.
+    fn gpu(index: usize, free_bytes: u64) -> GpuLoad {
+        let memory =
+            GpuMemory { weight_bytes: 90 * GB, work_bytes: 10 * GB, page_bytes: 1_000_000, num_caches: 0 };
+        let parts = vec![Span { start: 0, end: 14 }.into()];
+        GpuLoad { index, free_bytes, parts, memory }
+    }
+
+    fn wanted(kv_cache_tokens: KvCacheTokens) -> WantedTokens {
+        WantedTokens { kv_cache_tokens, context_tokens: 1000, sequences: 100 }
+    }
+
+    fn pages(gpus: &[GpuLoad], kv_cache_tokens: KvCacheTokens) -> std::result::Result<usize, String> {
+        num_pages(gpus, wanted(kv_cache_tokens)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn pages_take_what_the_fullest_gpu_has_left_and_no_more_than_are_of_use() {
+        // So much is free that of all but the reserve these bytes are left.
+        let left = |bytes| 100 * GB + RESERVED_BYTES + bytes;
+        // Sixteen pages for a row of 1,000 tokens, and for 100 of them.
+        assert_eq!(pages(&[gpu(0, left(50 * GB))], KvCacheTokens::Auto), Ok(1600));
+        assert_eq!(pages(&[gpu(0, left(50 * GB)), gpu(1, left(GB))], KvCacheTokens::Auto), Ok(1000));
+        assert_eq!(pages(&[gpu(0, left(GB))], KvCacheTokens::Tokens(128 * 64 - 1)), Ok(128));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_numbers() {
+        // Of 8 GiB a sixteenth is kept back.
+        let error = pages(&[gpu(3, 8 << 30)], KvCacheTokens::Auto).unwrap_err();
+        assert_eq!(
+            error,
+            "blocks [0, 14) on cuda:3 take 90.0 GB of weights and 10.0 GB to work in, and 8.1 GB of its memory are free\n\
+             hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages"
+        );
+        let tight = gpu(1, 100 * GB + RESERVED_BYTES + 5_500_000);
+        let error = pages(&[gpu(0, 140 * GB), tight.clone()], KvCacheTokens::Tokens(640)).unwrap_err();
+        assert_eq!(
+            error,
+            "[pipeline] kv_cache_tokens: 640 take 10.0 MB on cuda:1, and 5.5 MB of its memory are free beside blocks [0, 14)"
+        );
+        let error = pages(&[tight], KvCacheTokens::Auto).unwrap_err();
+        assert_eq!(
+            error,
+            "a context of 1000 tokens takes 16.0 MB of KV cache on cuda:1, and 5.5 MB of its memory are free beside \
+             blocks [0, 14)\nhint: set [model] max_context_tokens to at most 320, or [pipeline] kv_cache_tokens"
+        );
+    }
+}

@@ -1,0 +1,215 @@
+//! What a part of a model takes of a GPU's memory: arithmetic of shapes alone, so that it is known before anything is loaded.
+
+use kernels::{CudaKvCache, CudaMatrix, WeightType, cuda_allocated_bytes, cuda_swiglu_bytes};
+
+use crate::block::{Attention, Block, Dims, Ffn};
+use crate::config::ModelConfig;
+use crate::head::LOGIT_ROWS;
+use crate::part::Part;
+
+/// The largest step that a stage must be ready for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSize {
+    /// Tokens of a micro-batch.
+    pub rows: usize,
+    /// Sequences of one, each of which may draw a token.
+    pub sequences: usize,
+    /// Positions of a sequence.
+    pub context_tokens: usize,
+}
+
+/// What a stage takes of a GPU, or several stages together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GpuMemory {
+    /// Weights and tables.
+    pub weight_bytes: u64,
+    /// What a step works in.
+    pub work_bytes: u64,
+    /// A page of keys and values, in all attention together.
+    pub page_bytes: u64,
+    /// Attention blocks, each with a cache of its own.
+    pub num_caches: u64,
+}
+
+/// The widest of what a step works with.
+#[derive(Default)]
+struct Widest {
+    query: usize,
+    kv: usize,
+    ffn: usize,
+}
+
+impl GpuMemory {
+    /// That of a part.
+    pub fn of(config: &ModelConfig, part: Part, weights: WeightType, step: StepSize) -> GpuMemory {
+        let dims = config.dims;
+        let mut memory = GpuMemory::default();
+        let mut widest = Widest::default();
+        for index in part.blocks.range() {
+            let block = config.blocks[index];
+            if part.has_attention(index) {
+                memory.add_attention(block, dims, weights, &mut widest);
+            }
+            let width = match block.ffn {
+                Ffn::SwiGlu { width } => part.columns(index, width).len(),
+                Ffn::Linear | Ffn::None => 0,
+            };
+            memory.add_ffn(block, dims, width, weights, &mut widest);
+        }
+        let table = matrix(dims.vocab, dims.hidden);
+        if part.is_first() {
+            memory.weight_bytes += table;
+        }
+        if part.is_last(config) {
+            let is_there = config.tied_embeddings && part.is_first();
+            memory.weight_bytes += numbers(1, dims.hidden) + if is_there { 0 } else { table };
+        }
+        if memory.num_caches > 0 {
+            memory.weight_bytes += 2 * numbers(step.context_tokens, dims.head_dim / 2);
+        }
+        memory.work_bytes = work_bytes(config, part, step, &widest);
+        memory
+    }
+
+    fn add_attention(&mut self, block: Block, dims: Dims, weights: WeightType, widest: &mut Widest) {
+        let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
+        let Dims { hidden, heads, head_dim, .. } = dims;
+        self.weight_bytes += match block.attention {
+            Attention::Gqa { kv_heads } => {
+                let (query, kv) = (heads * head_dim, kv_heads * head_dim);
+                self.page_bytes += CudaKvCache::page_bytes(kv_heads, head_dim) as u64;
+                self.num_caches += 1;
+                widest.query = widest.query.max(query);
+                widest.kv = widest.kv.max(kv);
+                numbers(1, hidden) + matrix(query, hidden) + 2 * matrix(kv, hidden) + matrix(hidden, query)
+            }
+            Attention::Linear => numbers(1, hidden) + matrix(hidden, hidden),
+            Attention::None => 0,
+        };
+    }
+
+    /// Of an FFN the stage has so many columns.
+    fn add_ffn(&mut self, block: Block, dims: Dims, width: usize, weights: WeightType, widest: &mut Widest) {
+        let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
+        let hidden = dims.hidden;
+        widest.ffn = widest.ffn.max(width);
+        self.weight_bytes += match block.ffn {
+            Ffn::SwiGlu { .. } => numbers(1, hidden) + 2 * matrix(width, hidden) + matrix(hidden, width),
+            Ffn::Linear => numbers(1, hidden) + matrix(hidden, hidden),
+            Ffn::None => 0,
+        };
+    }
+
+    /// All of it with so many pages.
+    pub fn with_pages(&self, num_pages: usize) -> u64 {
+        // A cache is one piece of memory, which is rounded up.
+        let rounding = self.num_caches * cuda_allocated_bytes(ROUNDED_UP);
+        let pages = self.page_bytes.saturating_mul(num_pages as u64).saturating_add(rounding);
+        (self.weight_bytes + self.work_bytes).saturating_add(pages)
+    }
+
+    /// Pages that so many bytes have room for beside all else; without attention as many as there may be.
+    pub fn pages_in(&self, free_bytes: u64) -> usize {
+        let left = free_bytes.saturating_sub(self.with_pages(0));
+        left.checked_div(self.page_bytes).map_or(usize::MAX, |pages| pages as usize)
+    }
+}
+
+/// What is so large is handed out in whole blocks, of which it leaves less than one empty.
+const ROUNDED_UP: u64 = 1 << 20;
+
+impl std::ops::AddAssign for GpuMemory {
+    fn add_assign(&mut self, other: GpuMemory) {
+        self.weight_bytes += other.weight_bytes;
+        self.work_bytes += other.work_bytes;
+        self.page_bytes += other.page_bytes;
+        self.num_caches += other.num_caches;
+    }
+}
+
+/// The arrays of `span::Work` and `head::HeadWork`, and the products of a SwiGLU.
+fn work_bytes(config: &ModelConfig, part: Part, step: StepSize, widest: &Widest) -> u64 {
+    let Dims { hidden, vocab, .. } = config.dims;
+    let rows = step.rows;
+    let mut sum = 0;
+    sum += numbers(rows, hidden); // The residual stream,
+    sum += matrix(rows, hidden); // its norm,
+    sum += numbers(rows, widest.query) + 2 * numbers(rows, widest.kv); // queries, keys and values,
+    sum += matrix(rows, widest.query.max(widest.ffn)); // and what the last matrix of a half reads.
+    sum += cuda_swiglu_bytes(rows, widest.ffn);
+    if part.first_column > 0 || part.end_column.is_some() {
+        sum += numbers(rows, hidden); // Sums of an FFN that is cut.
+    }
+    if part.is_last(config) {
+        // All greedy rows at once, the others by and by; a scored prompt has more rows than sequences.
+        let drawn = step.sequences.min(rows).max(LOGIT_ROWS.min(rows));
+        sum += numbers(drawn, hidden) + matrix(drawn, hidden) + numbers(drawn, vocab);
+    }
+    sum
+}
+
+/// f32 numbers of some rows and columns.
+fn numbers(rows: usize, cols: usize) -> u64 {
+    cuda_allocated_bytes((rows * cols * size_of::<f32>()) as u64)
+}
+
+/// A matrix, or an operand, of bf16.
+fn matrix(rows: usize, cols: usize) -> u64 {
+    cuda_allocated_bytes(CudaMatrix::bytes_of(rows, cols))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use scheduler::Span;
+
+    use super::*;
+
+    const STEP: StepSize = StepSize { rows: 512, sequences: 256, context_tokens: 4096 };
+
+    fn config(name: &str) -> ModelConfig {
+        ModelConfig::read(&Path::new("../configs/models").join(name)).unwrap()
+    }
+
+    fn of(config: &ModelConfig, start: usize, end: usize) -> GpuMemory {
+        GpuMemory::of(config, Span { start, end }.into(), WeightType::Bf16, STEP)
+    }
+
+    #[test]
+    fn an_eighth_of_ultra_takes_what_its_blocks_say() {
+        let config = config("Llama-3_1-Nemotron-Ultra-253B-v1");
+        let memory = of(&config, 0, 16);
+        let dims = config.dims;
+        let params: u64 = config.blocks[..16].iter().map(|block| block.params(dims)).sum();
+        let bytes = 2 * (params + (dims.vocab * dims.hidden) as u64);
+        // Rounding takes half a block for each of a block's seven matrices, and f32 norms and angles are few.
+        assert!((bytes..bytes + 16 * 7 * (2 << 20)).contains(&memory.weight_bytes), "{memory:?}");
+        let caches =
+            config.blocks[..16].iter().filter(|block| matches!(block.attention, Attention::Gqa { .. }));
+        assert_eq!(memory.num_caches, caches.count() as u64);
+        // Keys and values of 8 heads of 128 in bf16.
+        assert_eq!(memory.page_bytes, memory.num_caches * 64 * 2 * 8 * 128 * 2);
+    }
+
+    #[test]
+    fn stages_take_together_what_the_whole_takes_and_the_sums_between_them() {
+        let config = config("Llama-3_3-Nemotron-Super-49B-v1");
+        let whole = of(&config, 0, config.blocks.len());
+        let (front, back) = (of(&config, 0, 30), of(&config, 30, config.blocks.len()));
+        let angles = 2 * numbers(STEP.context_tokens, config.dims.head_dim / 2);
+        assert_eq!(front.weight_bytes + back.weight_bytes, whole.weight_bytes + angles);
+        assert_eq!(front.page_bytes + back.page_bytes, whole.page_bytes);
+        assert!(front.work_bytes < whole.work_bytes && back.work_bytes <= whole.work_bytes);
+    }
+
+    #[test]
+    fn pages_take_what_is_left() {
+        let memory = GpuMemory { weight_bytes: 1000, work_bytes: 500, page_bytes: 64, num_caches: 1 };
+        let free = memory.with_pages(7);
+        assert_eq!([free - 1, free, free + 63, free + 64].map(|free| memory.pages_in(free)), [6, 7, 7, 8]);
+        assert_eq!(memory.pages_in(0), 0);
+        let without = GpuMemory { page_bytes: 0, num_caches: 0, ..memory };
+        assert_eq!((without.with_pages(1 << 40), without.pages_in(1500)), (1500, usize::MAX));
+    }
+}

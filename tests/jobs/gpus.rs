@@ -1,0 +1,192 @@
+//! What a job is told of the machine's GPUs, word for word, on machines that an emulator plays; and their memory.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::{Value, json};
+
+use crate::cuda::emulator;
+use crate::harness::{Done, Job, spanwise};
+
+/// A job of one row on the first GPU.
+fn job() -> Job {
+    let body = json!({"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0});
+    Job::on("hetero-0-bf16").completion("row", body).set("pipeline.devices=[\"cuda:0\"]")
+}
+
+fn both_gpus(job: Job) -> Job {
+    job.set("pipeline.devices=[\"cuda:0\",\"cuda:1\"]")
+}
+
+/// Runs it on a machine that is like this.
+fn on(job: &Job, machine: &[(&str, &str)]) -> Output {
+    job.command().envs(machine.iter().copied()).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+fn assert_refused(output: &Output, error: &str) {
+    assert_eq!(stderr(output), error);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+/// A machine whose Python and CUDA are nowhere but in CUDA's own folders.
+fn without_python<'a>(command: &'a mut Command, nowhere: &Path) -> &'a mut Command {
+    ["CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH"].iter().for_each(|name| {
+        command.env_remove(name);
+    });
+    command.env("PATH", nowhere).env("HOME", nowhere)
+}
+
+/// Folders that are always looked in, as far as they are there.
+fn tried(first: &Path) -> String {
+    let usual = ["/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib"].map(Path::new);
+    let there = usual.into_iter().filter(|folder| folder.is_dir());
+    let folders: Vec<String> =
+        std::iter::once(first).chain(there).map(|folder| folder.display().to_string()).collect();
+    folders.join(", ")
+}
+
+#[test]
+fn without_a_driver_a_job_says_where_it_looked() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let job = job();
+    let mut command = job.command();
+    command.env("SPANWISE_CUDA_LIBRARIES", nowhere.path());
+    let output = without_python(&mut command, nowhere.path()).output().unwrap();
+    let tried = tried(nowhere.path());
+    let error = format!(
+        "error: no CUDA driver: libcuda is missing: tried libcuda.so, libcuda.so.1 by the system's own search and in {tried}\n"
+    );
+    assert_refused(&output, &error);
+}
+
+#[test]
+fn without_a_compiler_a_job_says_where_it_looked() {
+    let libraries = tempfile::tempdir().unwrap();
+    std::fs::copy(emulator().join("libcuda.so"), libraries.path().join("libcuda.so")).unwrap();
+    let job = job();
+    let mut command = job.command();
+    command.env("SPANWISE_CUDA_LIBRARIES", libraries.path());
+    let output = without_python(&mut command, libraries.path()).output().unwrap();
+    let tried = tried(libraries.path());
+    let error = format!(
+        "error: load stage 0: libnvrtc is missing: tried libnvrtc.so, libnvrtc.so.13, libnvrtc.so.12 by the system's own search and in {tried}\n"
+    );
+    assert_refused(&output, &error);
+}
+
+#[test]
+fn an_old_driver_a_gpu_that_is_not_there_and_none_at_all_are_named() {
+    let job = job().emulated();
+    let old = on(&job, &[("EMULATED_DRIVER", "11040")]);
+    assert_refused(&old, "error: driver too old: it is for CUDA 11.4, expected 12.0 at least\n");
+    let none = on(&job, &[("EMULATED_GPUS", "0")]);
+    assert_refused(&none, "error: start the driver: CUDA_ERROR_NO_DEVICE\n");
+    let second = on(&both_gpus(job), &[]);
+    assert_refused(&second, "error: there is no cuda:1, the driver counts 1 devices\n");
+}
+
+#[test]
+fn a_gpu_without_bf16_tensor_cores_is_refused() {
+    let output = on(&job().emulated(), &[("EMULATED_CAPABILITIES", "75")]);
+    let error = "error: load stage 0: cuda:0 is a emulator of compute capability 7.5, expected 8.0 at least: bf16 tensor cores\n";
+    assert_refused(&output, error);
+}
+
+#[test]
+fn gpus_of_unlike_architectures_are_refused_by_name() {
+    let machine = [("EMULATED_GPUS", "2"), ("EMULATED_CAPABILITIES", "80,90")];
+    let error = "error: [pipeline] devices: found cuda:0 (emulator, sm_80) and cuda:1 (emulator, sm_90a), expected GPUs \
+                 of one architecture: their tensor cores round unlike\n";
+    assert_refused(&on(&both_gpus(job().emulated()), &machine), error);
+}
+
+#[test]
+fn a_model_that_does_not_fit_its_gpu_is_refused_with_numbers() {
+    let output = on(&job().emulated(), &[("EMULATED_BYTES", "20000000")]);
+    let text = stderr(&output);
+    assert!(text.starts_with("error: blocks [0, 11) on cuda:0 take "), "{text}");
+    assert!(
+        text.contains(" of weights and ") && text.contains(" to work in, and 18.8 MB of its memory are free"),
+        "{text}"
+    );
+    assert_eq!(output.status.code(), Some(2));
+}
+
+/// Each GPU holds its own stage: what is too much for one is not for two.
+#[test]
+fn a_gpu_holds_its_own_span_alone() {
+    let small = [("EMULATED_GPUS", "2"), ("EMULATED_BYTES", "20000000")];
+    let job = job().emulated().set("model.max_context_tokens=512").set("pipeline.micro_batch_tokens=64");
+    let one = stderr(&on(&job, &small));
+    assert!(one.contains("blocks [0, 11) on cuda:0"), "{one}");
+    let two = on(&both_gpus(job).set("pipeline.stages=[[0,5],[5,11]]"), &small);
+    assert_eq!(two.status.code(), Some(0), "{}", stderr(&two));
+}
+
+#[test]
+fn a_step_without_room_goes_in_halves_to_the_same_answers() {
+    let prompt: Vec<usize> = (0..150).map(|k| 5 + (k * 7) % 200).collect();
+    let row = |i: usize, temperature: f64| {
+        let body = json!({"prompt": prompt[i * 10..], "max_tokens": 3, "temperature": temperature, "seed": i, "logprobs": 2, "echo": true});
+        (format!("row-{i}"), body)
+    };
+    let mut job = Job::on("hetero-0-bf16").set("pipeline.devices=[\"cuda:0\"]").emulated();
+    for (id, body) in [row(0, 0.0), row(1, 1.0), row(2, 0.7)] {
+        job = job.completion(&id, body);
+    }
+    let (plain, short) = (job.anew().emulated(), job);
+    let plain = plain.run().ok();
+    let output = on(&short, &[("EMULATED_LEFT", "600000@1")]);
+    let told = stderr(&output);
+    assert!(told.contains("tokens goes in halves, and later ones where they must"), "{told}");
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    let lines = |text: String| {
+        let mut lines: Vec<String> = text.lines().map(crate::harness::without_created).collect();
+        lines.sort();
+        lines
+    };
+    let text = std::fs::read_to_string(short.out().join("output.jsonl")).unwrap();
+    assert_eq!(lines(text), plain.sorted_lines());
+}
+
+fn devices(args: &[&str], machine: &[(&str, &str)]) -> Done {
+    let mut command = spanwise();
+    command.arg("devices").args(args).env("SPANWISE_CUDA_LIBRARIES", emulator());
+    let output = command.envs(machine.iter().copied()).output().unwrap();
+    Done {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+        folder: tempfile::tempdir().unwrap(),
+    }
+}
+
+#[test]
+fn devices_lists_gpus_as_text_and_as_json() {
+    let machine = [("EMULATED_GPUS", "2"), ("EMULATED_CAPABILITIES", "90,80")];
+    let text = devices(&[], &machine).ok().stdout;
+    let line = |index, capability| {
+        format!("cuda:{index}   emulator, compute capability {capability}, 4 multiprocessors, 2.1 GB\n")
+    };
+    assert!(text.starts_with("cpu:0    ") && text.ends_with(&(line(0, "9.0") + &line(1, "8.0"))), "{text}");
+    let json: Value = serde_json::from_str(&devices(&["--format", "json"], &machine).ok().stdout).unwrap();
+    assert_eq!(
+        json["cuda"][1],
+        json!({
+            "device": "cuda:1", "name": "emulator", "compute_capability": "8.0", "architecture": "sm_80",
+            "multiprocessors": 4, "total_bytes": 2_u64 << 30
+        })
+    );
+    assert_eq!((&json["cpu"]["device"], &json["no_cuda"]), (&json!("cpu:0"), &Value::Null));
+    let none = devices(&["--format", "json"], &[("EMULATED_GPUS", "0")]).ok().stdout;
+    let json: Value = serde_json::from_str(&none).unwrap();
+    assert_eq!(
+        (&json["cuda"], &json["no_cuda"]),
+        (&json!([]), &json!("start the driver: CUDA_ERROR_NO_DEVICE"))
+    );
+}

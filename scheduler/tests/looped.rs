@@ -3,6 +3,7 @@
 
 use scheduler::{
     Case, Extra, KvTokens, Piece, Problem, RankCosts, StageDevice, best_layout, faster_looped, in_flight,
+    least_bottleneck_on_seats,
 };
 
 /// A sequence of numbers that is the same each time.
@@ -227,6 +228,33 @@ fn no_layout_that_passes_devices_twice_is_faster_in_4_000_small_cases() {
         fitting > 2_000 && twice > 1_000 && faster > 200 && refused > 100,
         "{fitting} {twice} {faster} {refused}"
     );
+}
+
+/// What `stages = "auto"` does for a job that names its devices as such a layout passes them.
+#[test]
+fn stages_cut_for_devices_as_a_plan_passes_them_twice_are_as_fast_as_the_plan_s() {
+    let mut draws = Draws(7);
+    let mut twice = 0;
+    for _ in 0..1_000 {
+        // A job's memory is one, and its cuts are of whole blocks.
+        let mut question = Question::draw(&mut draws);
+        question.pieces.fill(1);
+        for kind in question.kinds.iter_mut().flat_map(|(kinds, _)| kinds) {
+            kind.memory_bytes = u64::MAX;
+        }
+        let (cases, ends) = (question.cases(), question.ends_block());
+        let choice = faster_looped(&cases, &ends, question.kv, 0.0).expect("memory is no limit");
+        let case = &cases[choice.case];
+        let problem = Problem::new(&case.devices, &ends, &case.costs);
+        let seats: Vec<usize> = choice.stages.iter().map(|stage| stage.devices.start).collect();
+        twice += usize::from((0..seats.len()).any(|at| seats[..at].contains(&seats[at])));
+        let stages = least_bottleneck_on_seats(&problem, &seats).unwrap();
+        let on: Vec<usize> = stages.iter().map(|stage| stage.devices.start).collect();
+        assert_eq!(on, seats);
+        let slowest = problem.bottleneck(&stages);
+        assert!(slowest <= choice.bottleneck * (1.0 + 1e-6), "{slowest}: {choice:?} {question:?}");
+    }
+    assert!(twice > 300, "{twice} of 1,000 pass a device twice");
 }
 
 /// Heavy blocks at the front and light ones at the back: each device takes one of both.

@@ -16,7 +16,9 @@ use memmap2::MmapMut;
 use crate::array::Array;
 use crate::backend::{AttentionSlice, Dtype, PAGE_TOKENS};
 use crate::check;
+use crate::cpu::lanes::{Kernel, Lanes, at_level};
 use crate::cpu::pool::ThreadPool;
+use crate::cpu::simd::Simd;
 use crate::dtype::bf16_bits;
 use crate::error::{Error, Result};
 
@@ -187,6 +189,7 @@ fn head_start(cache: &KvCache, page: u32, head: usize) -> usize {
 
 /// Writes keys and values `[T, kv_heads * head_dim]` of every slice's rows into their pages.
 pub(crate) fn append(
+    simd: Simd,
     pool: &ThreadPool,
     cache: &mut KvCache,
     k: &Array,
@@ -204,6 +207,34 @@ pub(crate) fn append(
     let is_small = k.rows() * k.cols() < SMALL_APPEND;
     let append_half = |half: usize| {
         let (head, is_keys) = (half / 2, half.is_multiple_of(2));
+        at_level(simd, AppendHalf { cache, base, k, v, slices, head, is_keys });
+    };
+    if is_small {
+        (0..num_halves).for_each(append_half);
+    } else {
+        pool.for_each(num_halves, append_half);
+    }
+    Ok(())
+}
+
+/// One head's keys or its values, of all slices. The loops are ones that the compiler vectorises with the features of the
+/// function they are inlined into.
+struct AppendHalf<'a> {
+    cache: &'a KvCache,
+    base: Words,
+    k: &'a Array,
+    v: &'a Array,
+    slices: &'a [AttentionSlice],
+    head: usize,
+    is_keys: bool,
+}
+
+impl Kernel for AppendHalf<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let AppendHalf { cache, base, k, v, slices, head, is_keys } = self;
         for (index, slice) in slices.iter().enumerate() {
             if let Some(next) = slices.get(index + FETCH_AHEAD) {
                 fetch_slot(cache, base, next, head, is_keys);
@@ -222,13 +253,7 @@ pub(crate) fn append(
                 }
             });
         }
-    };
-    if is_small {
-        (0..num_halves).for_each(append_half);
-    } else {
-        pool.for_each(num_halves, append_half);
     }
-    Ok(())
 }
 
 /// Slices from a write to the slice whose lines are fetched meanwhile: a write to two to four lines takes a tenth of the
@@ -260,12 +285,14 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
+    #[inline(always)]
     fn get(&self, i: usize, head_dim: usize) -> &[f32] {
         &self.array.row(self.row + i)[self.head * head_dim..][..head_dim]
     }
 }
 
 /// Calls `each(page, first slot, first row, number of rows)` for a slice's rows, page by page.
+#[inline(always)]
 fn for_each_run(slice: &AttentionSlice, mut each: impl FnMut(u32, usize, usize, usize)) {
     let mut done = 0;
     while done < slice.num_rows {
@@ -279,6 +306,7 @@ fn for_each_run(slice: &AttentionSlice, mut each: impl FnMut(u32, usize, usize, 
 
 /// Fetches the lines that a slice's first row will be written to. A decode step writes one row to each of many
 /// pages that nobody has touched since the last step: one line for every pair of dimensions.
+#[inline(always)]
 fn fetch_slot(cache: &KvCache, base: Words, slice: &AttentionSlice, head: usize, is_keys: bool) {
     if slice.num_rows == 0 {
         return;
@@ -300,6 +328,7 @@ fn fetch_slot(cache: &KvCache, base: Words, slice: &AttentionSlice, head: usize,
     words.step_by(step).for_each(|word| prefetch(base.at(word)));
 }
 
+#[inline(always)]
 fn prefetch(word: *const u32) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and never faults, and SSE is part of x86-64.
@@ -316,22 +345,32 @@ fn prefetch(word: *const u32) {
 /// # Safety
 /// `keys` is the start of a head's keys in a page, `slot + num_rows <= PAGE_TOKENS`, and nobody else
 /// writes or reads them.
+#[inline(always)]
 unsafe fn write_keys(cache: &KvCache, keys: *mut u32, slot: usize, rows: &Rows<'_>) {
+    let (head_dim, words) = (cache.head_dim, cache.head_dim / terms(cache.dtype));
     for i in 0..rows.num_rows {
-        let entries = rows.get(i, cache.head_dim);
-        let (first, step_words) = match cache.layout {
-            KeyLayout::Columns => (slot + i, PAGE_TOKENS),
-            KeyLayout::Rows => ((slot + i) * cache.key_stride(), 1),
+        let entries = rows.get(i, head_dim);
+        let first = match cache.layout {
+            KeyLayout::Columns => slot + i,
+            KeyLayout::Rows => (slot + i) * cache.key_stride(),
         };
-        // SAFETY: steps are below `head_dim / terms` and the slot below PAGE_TOKENS.
-        let word = |step: usize| unsafe { &mut *keys.add(first + step * step_words) };
-        match cache.dtype {
-            Dtype::F32 => {
-                entries.iter().enumerate().for_each(|(step, entry)| *word(step) = entry.to_bits());
+        match (cache.layout, cache.dtype) {
+            (KeyLayout::Rows, _) => {
+                // SAFETY: the slot is below PAGE_TOKENS and its row has room for the head's width.
+                let out = unsafe { std::slice::from_raw_parts_mut(keys.add(first), words) };
+                let pairs = out.iter_mut().zip(entries.as_chunks().0);
+                pairs.for_each(|(word, &[even, odd])| *word = round(even) | round(odd) << 16);
             }
-            Dtype::Bf16 => {
-                let pairs = entries.chunks_exact(2).enumerate();
-                pairs.for_each(|(step, pair)| *word(step) = round(pair[0]) | round(pair[1]) << 16);
+            (KeyLayout::Columns, dtype) => {
+                // SAFETY: steps are below `head_dim / terms` and the slot below PAGE_TOKENS.
+                let word = |step: usize| unsafe { &mut *keys.add(first + step * PAGE_TOKENS) };
+                match dtype {
+                    Dtype::F32 => (0..words).for_each(|step| *word(step) = entries[step].to_bits()),
+                    Dtype::Bf16 => {
+                        let pairs = entries.as_chunks().0.iter().enumerate();
+                        pairs.for_each(|(step, &[even, odd])| *word(step) = round(even) | round(odd) << 16);
+                    }
+                }
             }
         }
     }
@@ -341,6 +380,7 @@ unsafe fn write_keys(cache: &KvCache, keys: *mut u32, slot: usize, rows: &Rows<'
 ///
 /// # Safety
 /// As of [`write_keys`], for the start of a head's values.
+#[inline(always)]
 unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, rows: &Rows<'_>) {
     let stride = cache.value_stride();
     for i in 0..rows.num_rows {
@@ -361,6 +401,7 @@ unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, rows: &Ro
 }
 
 /// A number as bf16, in the lower half of a word.
+#[inline(always)]
 fn round(value: f32) -> u32 {
     u32::from(bf16_bits(value))
 }
@@ -404,7 +445,7 @@ mod tests {
                 let v = array(num_rows, kv_heads * head_dim, |r, c| value(position + r, c));
                 let slice =
                     AttentionSlice { first_row: 0, num_rows, first_position: position, pages: pages.clone() };
-                append(&pool, &mut cache, &k, &v, &[slice]).unwrap();
+                append(Simd::detect(), &pool, &mut cache, &k, &v, &[slice]).unwrap();
                 position += num_rows;
             }
             for position in 61..134 {

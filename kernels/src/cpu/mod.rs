@@ -236,7 +236,7 @@ impl Backend for Cpu {
     }
 
     fn kv_append(&self, cache: &mut KvCache, k: &Array, v: &Array, slices: &[AttentionSlice]) -> Result<()> {
-        kv_cache::append(&self.pool, cache, k, v, slices)
+        kv_cache::append(self.simd, &self.pool, cache, k, v, slices)
     }
 
     fn attention(

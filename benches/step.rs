@@ -1,11 +1,12 @@
 //! Where does the time of a step go, and how far is each operation from what the machine can do?
 //!
-//! A step of SmolLM2-135M's shapes, thirty blocks and the head, with weights and KV in bf16. Each operation is
+//! A step of SmolLM2-135M's shapes, thirty blocks and the head, with KV in bf16. Each operation is
 //! timed over all blocks, so that weights, keys and values come from as far away as in a run, and stands beside
 //! the multiplications and additions, and the bytes of weights, keys and values, that it cannot do without.
 //!
 //! ```text
-//! cargo bench --bench step -- [--threads N] [--simd portable|avx2|avx512|amx] [--rows 256] [--chunk 1] [--context 150]
+//! cargo bench --bench step -- [--threads N] [--simd portable|avx2|avx512|amx] [--weights bf16|int8|int8-weight|int4-weight]
+//!                              [--rows 256] [--chunk 1] [--context 150]
 //! ```
 //!
 //! A micro-batch is `rows` tokens in chunks of `chunk` (1: decode; more: prefill) of sequences whose chunk ends at
@@ -40,6 +41,7 @@ struct Options {
     rows: usize,
     chunk: usize,
     context: usize,
+    weights: WeightType,
 }
 
 struct Block {
@@ -64,15 +66,16 @@ struct Cost {
 
 fn main() -> Result<()> {
     let options = options()?;
-    let Options { threads, simd, rows, chunk, context } = options;
+    let Options { threads, simd, rows, chunk, context, weights } = options;
     let cores = available_cores();
-    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: Dtype::Bf16 })?;
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: Dtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
     let (peak, bandwidth) = (ceilings.product_flops(), ceilings.read_bandwidth());
     println!(
-        "{threads} threads, {}: product {:.0} GFLOP/s, memory read {:.1} GB/s; {rows} rows in chunks of {chunk} at contexts of about {context}",
+        "{threads} threads, {}, {}: product {:.0} GFLOP/s, memory read {:.1} GB/s; {rows} rows in chunks of {chunk} at contexts of about {context}",
         simd.name(),
+        weights.name(),
         peak / 1e9,
         bandwidth / 1e9
     );
@@ -112,6 +115,7 @@ fn report(costs: &[Cost], peak: f64, bandwidth: f64) {
 
 /// A model, a micro-batch, and the arrays it is worked out in.
 struct Step {
+    weights: WeightType,
     table: CpuMatrix,
     blocks: Vec<Block>,
     rope: RopeTable,
@@ -173,7 +177,8 @@ impl Step {
             (0..most * HEAD_DIM / 2).map(|i| f(angle(i))).collect()
         };
         Ok(Step {
-            table: matrix(cpu, VOCAB, HIDDEN, 99)?,
+            weights: options.weights,
+            table: cpu.table(TensorView::new(ViewDtype::F32, VOCAB, HIDDEN, &numbers(VOCAB, HIDDEN, 99)))?,
             blocks: (0..BLOCKS).map(block).collect::<Result<_>>()?,
             rope: RopeTable { head_dim: HEAD_DIM, cos: angles(f32::cos), sin: angles(f32::sin) },
             tokens: (0..rows).map(|i| (i * 7919 % VOCAB) as u32).collect(),
@@ -213,8 +218,10 @@ impl Step {
 
     fn costs(&self) -> Vec<Cost> {
         let rows = self.tokens.len() as f64;
-        let product =
-            |n: usize, k: usize| (2.0 * rows * (BLOCKS * n * k) as f64, (2 * BLOCKS * n * k) as f64);
+        let product = |n: usize, k: usize| {
+            let bytes = BLOCKS * CpuMatrix::bytes_of(self.weights, n, k);
+            (2.0 * rows * (BLOCKS * n * k) as f64, bytes as f64)
+        };
         let seen: usize = (self.slices.iter())
             .flat_map(|slice| (0..slice.num_rows).map(|i| slice.first_position + i + 1))
             .sum();
@@ -281,20 +288,34 @@ impl Step {
 }
 
 fn matrix(cpu: &Cpu, n: usize, k: usize, seed: u64) -> Result<CpuMatrix> {
+    Ok(cpu.matrix(TensorView::new(ViewDtype::F32, n, k, &numbers(n, k, seed)))?)
+}
+
+/// Weights in f32.
+fn numbers(n: usize, k: usize, seed: u64) -> Vec<u8> {
     let scale = (k as f32).sqrt().recip();
-    let bytes: Vec<u8> = random(n * k, seed).flat_map(|v| (v * scale).to_le_bytes()).collect();
-    Ok(cpu.matrix(TensorView::new(ViewDtype::F32, n, k, &bytes))?)
+    random(n * k, seed).flat_map(|v| (v * scale).to_le_bytes()).collect()
 }
 
 fn options() -> Result<Options> {
-    let mut options =
-        Options { threads: available_cores().len(), simd: Simd::detect(), rows: 256, chunk: 1, context: 150 };
+    let mut options = Options {
+        threads: available_cores().len(),
+        simd: Simd::detect(),
+        rows: 256,
+        chunk: 1,
+        context: 150,
+        weights: WeightType::Bf16,
+    };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(key) = args.next() {
         let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
             "--threads" => options.threads = value.parse()?,
             "--simd" => options.simd = common::simd(&value)?,
+            "--weights" => {
+                let named = WeightType::ALL.into_iter().find(|weights| weights.name() == value);
+                options.weights = named.with_context(|| format!("unknown number type {value}"))?;
+            }
             "--rows" => options.rows = value.parse()?,
             "--chunk" => options.chunk = value.parse()?,
             "--context" => options.context = value.parse()?,

@@ -12,7 +12,9 @@
 //! accord; each block of assembly names all it overwrites and leaves nothing in them for the next one. Their shape is
 //! a state of the thread as the control word of floating point is: [`Registers`] sets it and takes it back.
 
+use super::operand::LINE_BYTES;
 use super::tile::Tile;
+use crate::backend::WeightType;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -104,9 +106,11 @@ struct Block {
     /// `[rows, 32]`
     c: *mut u8,
     c_stride: usize,
-    /// Fours of lines from here on are prefetched in every step.
+    /// Fours of lines are prefetched in every step, from here on: a line of each of four streams.
     prefetch: *const u8,
     prefetch_fours: usize,
+    /// Bytes from stream to stream.
+    prefetch_stream: usize,
 }
 
 /// `c = [init +] a · b` for one or two registers of rows.
@@ -156,11 +160,12 @@ macro_rules! multiply {
                     "test {x}, {x}",
                     "jz 6f",
                     "5:",
+                    "lea {y}, [{prefetch} + {stream}*2]",
                     "prefetcht1 [{prefetch}]",
-                    "prefetcht1 [{prefetch} + 64]",
-                    "prefetcht1 [{prefetch} + 128]",
-                    "prefetcht1 [{prefetch} + 192]",
-                    "add {prefetch}, 256",
+                    "prefetcht1 [{prefetch} + {stream}]",
+                    "prefetcht1 [{y}]",
+                    "prefetcht1 [{y} + {stream}]",
+                    "add {prefetch}, 64",
                     "dec {x}",
                     "jnz 5b",
                     "6:",
@@ -185,6 +190,7 @@ macro_rules! multiply {
                     steps = inout(reg) block.steps => _,
                     prefetch = inout(reg) block.prefetch => _,
                     fours = in(reg) block.prefetch_fours,
+                    stream = in(reg) block.prefetch_stream,
                     x = out(reg) _,
                     y = out(reg) _,
                     init = const offset_of!(Block, init),
@@ -228,11 +234,12 @@ macro_rules! multiply {
                     "test {x}, {x}",
                     "jz 6f",
                     "5:",
+                    "lea {y}, [{prefetch} + {stream}*2]",
                     "prefetcht1 [{prefetch}]",
-                    "prefetcht1 [{prefetch} + 64]",
-                    "prefetcht1 [{prefetch} + 128]",
-                    "prefetcht1 [{prefetch} + 192]",
-                    "add {prefetch}, 256",
+                    "prefetcht1 [{prefetch} + {stream}]",
+                    "prefetcht1 [{y}]",
+                    "prefetcht1 [{y} + {stream}]",
+                    "add {prefetch}, 64",
                     "dec {x}",
                     "jnz 5b",
                     "6:",
@@ -251,6 +258,7 @@ macro_rules! multiply {
                     steps = inout(reg) block.steps => _,
                     prefetch = inout(reg) block.prefetch => _,
                     fours = in(reg) block.prefetch_fours,
+                    stream = in(reg) block.prefetch_stream,
                     x = out(reg) _,
                     y = out(reg) _,
                     init = const offset_of!(Block, init),
@@ -326,10 +334,57 @@ pub(super) unsafe fn tile_int8(tile: &Tile) {
     }
 }
 
+/// Sums of a block, or of a row of one, `[rows, 32]`.
+#[derive(Clone, Copy)]
+pub(super) enum Sums {
+    F32(*const f32),
+    /// Exact, over all of K.
+    I32(*const i32),
+}
+
+/// Calls `take(first row of the tile, rows, sums)` for every block of a tile, whose destination is not looked at.
+///
+/// # Safety
+/// As of [`tile_bf16`]; `kind` is bf16 or int8.
+pub(super) unsafe fn for_each_block(tile: &Tile, kind: WeightType, take: impl Fn(usize, usize, Sums)) {
+    let is_integers = kind == WeightType::Int8;
+    let steps = tile.k * if is_integers { 1 } else { 2 } / ROW_BYTES;
+    let prefetch = Prefetch::new(tile, steps);
+    let mut buffer = MaybeUninit::<Buffer>::uninit();
+    let sums = buffer.as_mut_ptr().cast::<f32>();
+    for first in (0..tile.rows).step_by(BLOCK_ROWS) {
+        let rows = BLOCK_ROWS.min(tile.rows - first);
+        let mut block = Block::new(tile, first, steps, &prefetch);
+        block.c = sums.cast();
+        let init = if tile.init.is_null() { tile.init } else { tile.init.wrapping_add(first * BLOCK_COLS) };
+        // SAFETY: the caller vouches for what is read; the buffer holds a whole block.
+        unsafe {
+            if is_integers {
+                (block.init, block.init_stride) = (tile.bias.cast(), 0);
+                if rows > ROWS {
+                    two_of_integers(&block)
+                } else {
+                    one_of_integers(&block)
+                }
+                if init.is_null() {
+                    take(first, rows, Sums::I32(sums.cast()));
+                    continue;
+                }
+                add_integers(sums.cast(), init, sums, BLOCK_COLS, rows);
+            } else {
+                block.init = init.cast();
+                if rows > ROWS { two_of_bf16(&block) } else { one_of_bf16(&block) }
+            }
+        }
+        take(first, rows, Sums::F32(sums));
+    }
+}
+
 impl Block {
     /// A tile's rows from `first` on, with sums that start from zero and destination rows of a strip.
     fn new(tile: &Tile, first: usize, steps: usize, prefetch: &Prefetch) -> Self {
-        let (prefetch, prefetch_fours) = prefetch.of_block(first / BLOCK_ROWS);
+        let (prefetch_stream, (prefetch, prefetch_fours)) =
+            (prefetch.stream, prefetch.of_block(first / BLOCK_ROWS));
         Self {
             a: tile.a.wrapping_add(first * tile.a_stride),
             a_stride: tile.a_stride,
@@ -341,17 +396,25 @@ impl Block {
             c_stride: STRIP_BYTES,
             prefetch,
             prefetch_fours,
+            prefetch_stream,
         }
     }
 }
 
 /// How a tile's blocks share what is to be prefetched.
+///
+/// It is cut into four streams that are asked for side by side. One line after the other holds up the loads of x: a core
+/// has few lines under way, and those that come from memory keep their places for long. Of streams the processor
+/// itself fetches the next lines, so that most hints find theirs in L2 already (measured: 10 to 15 % less time of
+/// products of 512 rows).
 struct Prefetch {
     from: *const u8,
     /// Fours of lines for every step of a block; the first blocks have them.
     fours: usize,
     blocks: usize,
     steps: usize,
+    /// Bytes from stream to stream.
+    stream: usize,
 }
 
 impl Prefetch {
@@ -359,12 +422,16 @@ impl Prefetch {
         let (blocks, all) = (tile.rows.div_ceil(BLOCK_ROWS), tile.prefetch_groups);
         // Two blocks are little more than the time of memory: the earlier the better. Otherwise evenly.
         let fours = if blocks <= 2 { all } else { all.div_ceil(blocks) };
-        Self { from: tile.prefetch, fours, blocks: all.div_ceil(fours.max(1)), steps }
+        let (blocks, stream) = (all.div_ceil(fours.max(1)), steps * all * LINE_BYTES);
+        Self { from: tile.prefetch, fours, blocks, steps, stream }
     }
 
     fn of_block(&self, block: usize) -> (*const u8, usize) {
         let is_one = block < self.blocks;
-        (self.from.wrapping_add(block * self.steps * self.fours * 256), if is_one { self.fours } else { 0 })
+        (
+            self.from.wrapping_add(block * self.steps * self.fours * LINE_BYTES),
+            if is_one { self.fours } else { 0 },
+        )
     }
 }
 

@@ -1,6 +1,9 @@
 //! Carries a [`Plan`] out: units on threads, tiles in units, chunks of K in tiles.
 
 #[cfg(target_arch = "x86_64")]
+mod blocks;
+
+#[cfg(target_arch = "x86_64")]
 use super::amx::Registers;
 use super::argmax::{MeetTile, RowBest};
 use super::integers::Integers;
@@ -100,6 +103,27 @@ impl<'a, const N: usize> Product<'a, N> {
         scratch: *mut f32,
         destination: impl Fn(usize, usize) -> Destination,
     ) {
+        // SAFETY: the caller's.
+        unsafe {
+            self.sweep_with(unit, m, scratch, |tile, piece, index| {
+                let Destination { c, c_stride, is_added } = destination(piece, index);
+                (self.kernel.tile)(&Tile { c, c_stride, is_added, ..*tile });
+            });
+        }
+    }
+
+    /// The same with the last chunk of K left to `last(tile, piece, index of the tile)`, where the tile still leads to the
+    /// scratch.
+    ///
+    /// # Safety
+    /// `scratch` has room for the unit's tiles.
+    unsafe fn sweep_with(
+        &self,
+        unit: &Unit,
+        m: usize,
+        scratch: *mut f32,
+        last: impl Fn(&Tile, usize, usize),
+    ) {
         let (plan, geometry) = (&self.plan, &self.kernel.geometry);
         let term_bytes = geometry.strip * tile_bytes(self.kind);
         for (chunk, piece) in
@@ -110,19 +134,15 @@ impl<'a, const N: usize> Product<'a, N> {
             let (next, in_unit) = self.next_sweep(unit, m, chunk, piece);
             let (cols, bias) = (plan.cols(piece).len(), self.bias(m, piece, chunk));
             let is_last = chunk + 1 == plan.num_chunks;
-            for tile in unit.tiles.clone() {
-                let rows = plan.rows(tile);
+            for index in unit.tiles.clone() {
+                let rows = plan.rows(index);
                 // SAFETY: the caller vouches for the scratch.
-                let sums = unsafe { scratch.add(self.place(unit, piece, tile)) };
+                let sums = unsafe { scratch.add(self.place(unit, piece, index)) };
                 let (place, places) = match unit.sweep {
                     Some(sweep) if !in_unit => sweep,
-                    _ => (tile - unit.tiles.start, unit.tiles.len()),
+                    _ => (index - unit.tiles.start, unit.tiles.len()),
                 };
                 let (prefetch, prefetch_groups) = self.prefetch(b, k, next, place, places);
-                let to = match is_last {
-                    true => destination(piece, tile),
-                    false => Destination { c: sums, c_stride: geometry.strip, is_added: false },
-                };
                 let (a, a_stride) = self.rows_of_x(rows.start, first);
                 let tile = Tile {
                     a,
@@ -134,14 +154,18 @@ impl<'a, const N: usize> Product<'a, N> {
                     cols,
                     bias,
                     init: if chunk > 0 || self.is_begun { sums } else { std::ptr::null() },
-                    c: to.c,
-                    c_stride: to.c_stride,
-                    is_added: to.is_added,
+                    c: sums,
+                    c_stride: geometry.strip,
+                    is_added: false,
                     prefetch,
                     prefetch_groups,
                 };
+                if is_last {
+                    last(&tile, piece, index);
+                    continue;
+                }
                 // SAFETY: rows, columns and terms lie inside of x and of the panel by the plan; sums from
-                // the chunk before are in the scratch; the caller vouches for the destination.
+                // the chunk before are in the scratch, and these go there.
                 unsafe { (self.kernel.tile)(&tile) }
             }
         }
@@ -404,6 +428,10 @@ impl Product<'_, 1> {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
         assert_eq!(out.len(), rows * n, "output of {rows} rows and {n} columns");
         let out = Output(out.as_mut_ptr());
+        #[cfg(target_arch = "x86_64")]
+        if self.kernel.geometry.is_amx && self.kind == WeightType::Int8 {
+            return self.write_blocks(pool, out, is_added);
+        }
         self.for_each_unit(pool, |unit| {
             let is_whole = |piece| self.valid_cols(piece) == self.plan.cols(piece).len();
             let is_direct = self.is_plain() && unit.pieces.clone().all(is_whole);
@@ -465,6 +493,10 @@ impl Product<'_, 1> {
 impl Product<'_, 2> {
     /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)`, where the weights are gate and up; `out: [rows, n]`.
     pub(super) fn write_swiglu(&self, pool: &ThreadPool, out: OperandWriter<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if self.kernel.geometry.is_amx && !is_unpacked(self.kind) {
+            return self.write_swiglu_blocks(pool, out);
+        }
         self.for_each_unit(pool, |unit| {
             with_sums(2 * self.unit_sums(), |scratch| {
                 let scratches = [scratch, scratch.wrapping_add(self.unit_sums())];

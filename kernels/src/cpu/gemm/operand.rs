@@ -209,6 +209,19 @@ impl OperandWriter<'_> {
     }
 }
 
+impl OperandWriter<'_> {
+    /// Where a number of a bf16 operand is written.
+    ///
+    /// # Safety
+    /// Row and column lie inside the operand.
+    #[inline]
+    pub(super) unsafe fn bf16_at(&self, row: usize, col: usize) -> *mut u16 {
+        debug_assert!(self.dtype == Dtype::Bf16 && row < self.rows && col < self.cols, "[{row}, {col}]");
+        // SAFETY: the caller's.
+        unsafe { self.base.add(row * self.row_bytes + col * 2).cast() }
+    }
+}
+
 /// Bytes of a number.
 pub(super) const fn dtype_bytes(dtype: Dtype) -> usize {
     match dtype {

@@ -120,7 +120,7 @@ pub(super) struct Tile {
     pub(super) is_added: bool,
     /// Weights that will be needed later, to be brought into the L2 cache; may point anywhere.
     pub(super) prefetch: *const u8,
-    /// Groups, in AMX fours of lines by all blocks of rows together, to prefetch from there on for every step of the
+    /// Groups, in AMX fours of lines by all blocks of rows together (one of each of four streams), to prefetch from there on for every step of the
     /// loop.
     pub(super) prefetch_groups: usize,
 }

@@ -10,9 +10,8 @@
 //! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
-use std::ops::Range;
-
 use crate::error::Result;
+use crate::tensor_view::TensorView;
 
 /// Positions in one KV page, and the tile in which attention walks keys.
 ///
@@ -62,93 +61,6 @@ pub enum Int4Groups {
     Of32,
     /// 128 inputs, with a scale that is rounded to bf16 before numbers are divided by it: a GPU's.
     Of128,
-}
-
-/// Number type of a tensor in a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ViewDtype {
-    /// IEEE single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-/// A row-major tensor in host memory, little endian, of any alignment: typically a range of a mapped file.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    /// Number type.
-    pub dtype: ViewDtype,
-    /// Rows; 1 for a vector.
-    pub rows: usize,
-    /// Columns.
-    pub cols: usize,
-    /// Numbers from the start of a row to the start of the next, at least `cols`.
-    pub stride: usize,
-    /// From the first number of the first row to the last number of the last one.
-    pub bytes: &'a [u8],
-}
-
-impl<'a> TensorView<'a> {
-    /// A whole tensor, `rows * cols` numbers.
-    pub fn new(dtype: ViewDtype, rows: usize, cols: usize, bytes: &'a [u8]) -> TensorView<'a> {
-        TensorView { dtype, rows, cols, stride: cols, bytes }
-    }
-
-    /// Some of its rows.
-    ///
-    /// # Panics
-    /// When they are not inside of it.
-    pub fn rows(&self, rows: Range<usize>) -> TensorView<'a> {
-        self.part(rows, 0..self.cols)
-    }
-
-    /// Some columns of all its rows.
-    ///
-    /// # Panics
-    /// When they are not inside of it.
-    pub fn columns(&self, columns: Range<usize>) -> TensorView<'a> {
-        self.part(0..self.rows, columns)
-    }
-
-    /// The bytes of a row.
-    ///
-    /// # Panics
-    /// When it is not inside of the view.
-    pub fn row(&self, row: usize) -> &'a [u8] {
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        let (size, start) = (self.dtype.bytes(), if self.cols == 0 { 0 } else { row * self.stride });
-        &self.bytes[start * size..][..self.cols * size]
-    }
-
-    fn part(&self, rows: Range<usize>, columns: Range<usize>) -> TensorView<'a> {
-        let fits = |range: &Range<usize>, end| range.start <= range.end && range.end <= end;
-        assert!(
-            fits(&rows, self.rows) && fits(&columns, self.cols),
-            "{rows:?}, {columns:?} of [{}, {}]",
-            self.rows,
-            self.cols
-        );
-        let (num_rows, cols, size) = (rows.len(), columns.len(), self.dtype.bytes());
-        let numbers = match num_rows * cols {
-            0 => 0,
-            _ => (num_rows - 1) * self.stride + cols,
-        };
-        let start = if numbers == 0 { 0 } else { rows.start * self.stride + columns.start };
-        let bytes = &self.bytes[start * size..][..numbers * size];
-        TensorView { dtype: self.dtype, rows: num_rows, cols, stride: self.stride, bytes }
-    }
-}
-
-impl ViewDtype {
-    /// Bytes of a number.
-    pub fn bytes(self) -> usize {
-        match self {
-            ViewDtype::F32 => 4,
-            ViewDtype::F16 | ViewDtype::Bf16 => 2,
-        }
-    }
 }
 
 /// Rotary angles for every position: `cos` and `sin` are `[positions, head_dim / 2]`, row-major.

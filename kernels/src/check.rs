@@ -1,8 +1,9 @@
 //! Shape checks, made before any memory is touched. Every operation of every backend starts with these.
 
 use crate::array::Array;
-use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable, TensorView};
+use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable};
 use crate::error::{Error, Result};
+use crate::tensor_view::{Scales, TensorView};
 
 /// `found` is `expected`.
 pub(crate) fn shape<const N: usize>(
@@ -45,11 +46,33 @@ pub(crate) fn view(op: &'static str, view: &TensorView<'_>) -> Result<()> {
         Some(1..) => (rows - 1).checked_mul(stride).and_then(|before| before.checked_add(cols)),
         other => other,
     };
-    let expected = numbers.and_then(|numbers| numbers.checked_mul(view.dtype.bytes()));
+    let expected = numbers
+        .filter(|&numbers| numbers <= usize::MAX / size_of::<f32>())
+        .map(|numbers| view.dtype.bytes_of(numbers));
+    if let Some(scales) = &view.scales {
+        scales_of(op, view, scales)?;
+    }
     match expected {
         Some(expected) => shape(op, "bytes", [view.bytes.len()], [expected]),
         None => Err(Error::Unsupported(format!("{op}: [{}, {}] overflows", view.rows, view.cols))),
     }
+}
+
+/// There are scales, and zeros where there are any, for every place of the view.
+fn scales_of(op: &'static str, view: &TensorView<'_>, scales: &Scales<'_>) -> Result<()> {
+    let Scales { dtype, bytes, stride, group, zeros, first: [row, col] } = *scales;
+    if dtype.has_scales() || group == 0 {
+        return Err(Error::Unsupported(format!("{op}: scales are of {dtype:?}, in groups of {group}")));
+    }
+    if view.rows == 0 || view.cols == 0 {
+        return Ok(());
+    }
+    let (last_row, last_group) = (row + view.rows - 1, (col + view.cols - 1) / group);
+    if stride > 0 {
+        below(op, "group of scales", last_group, stride)?;
+    }
+    below(op, "scale", last_row * stride + last_group, bytes.len() / dtype.bytes_of(1))?;
+    zeros.map_or(Ok(()), |zeros| below(op, "zero", last_row / 8 * stride + last_group, zeros.len() / 4))
 }
 
 /// `x` is `[rows, heads * head_dim]` for some number of heads that `kv_heads` divides; returns the group.
@@ -142,7 +165,7 @@ pub(crate) fn slices(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::ViewDtype;
+    use crate::tensor_view::ViewDtype;
 
     fn slice(first_row: usize, num_rows: usize, first_position: usize, pages: &[u32]) -> AttentionSlice {
         AttentionSlice { first_row, num_rows, first_position, pages: pages.to_vec() }

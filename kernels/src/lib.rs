@@ -12,15 +12,17 @@ mod cpu;
 mod cuda;
 mod dtype;
 mod error;
+mod fp8;
 mod mapped_file;
 mod quantize;
 mod reference;
+mod tensor_view;
 mod view;
 
 pub use array::Array;
 pub use backend::{
     AttentionSlice, Backend, Dtype, Int4Groups, Largest, LogitStats, PAGE_TOKENS, RopeTable, SUM_CUT,
-    TensorView, ViewDtype, WeightType,
+    WeightType,
 };
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
 pub use cpu::pool::{ThreadPool, available_cores};
@@ -31,3 +33,4 @@ pub use cuda::{Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOption
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
 pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};
+pub use tensor_view::{Scales, TensorView, ViewDtype};

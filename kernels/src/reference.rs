@@ -8,10 +8,11 @@
 
 use crate::array::Array;
 use crate::backend::{
-    AttentionSlice, Backend, Dtype, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, TensorView, WeightType,
+    AttentionSlice, Backend, Dtype, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, WeightType,
 };
 use crate::error::Result;
 use crate::quantize::Quantizer;
+use crate::tensor_view::{TensorView, ViewDtype};
 use crate::{check, view};
 
 /// The plain backend.
@@ -157,6 +158,10 @@ impl Backend for Reference {
             WeightType::F32 | WeightType::Bf16 => self.rounded(rows, cols, values),
             WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, true),
             WeightType::Int8Weight => ReferenceMatrix::int8(rows, cols, values, false),
+            // Integers of a checkpoint stay what they are.
+            WeightType::Int4Weight if view.dtype == ViewDtype::Int4 => {
+                ReferenceMatrix::plain(rows, cols, values)
+            }
             WeightType::Int4Weight => ReferenceMatrix::int4(rows, cols, values, self.int4),
         })
     }

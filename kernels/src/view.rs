@@ -1,10 +1,10 @@
-//! Numbers of a checkpoint's tensor, widened to f32 (exact for all its types).
+//! Numbers of a checkpoint's tensor, widened to f32: exact for all types but those with scales, whose products are rounded.
 
 use half::{bf16, f16};
 
-use crate::backend::{TensorView, ViewDtype};
 use crate::check;
 use crate::error::Result;
+use crate::tensor_view::{TensorView, ViewDtype};
 
 /// All numbers of a view, row by row.
 pub(crate) fn widen(op: &'static str, view: &TensorView<'_>) -> Result<Vec<f32>> {
@@ -17,8 +17,14 @@ pub(crate) fn widen(op: &'static str, view: &TensorView<'_>) -> Result<Vec<f32>>
 /// The same of a view that has been checked; `out` is cleared first.
 pub(crate) fn widen_into(view: &TensorView<'_>, out: &mut Vec<f32>) {
     out.clear();
+    if view.dtype.has_scales() {
+        let row = |row| (0..view.cols).map(move |col| view.narrow(row, col));
+        out.extend((0..view.rows).flat_map(row));
+        return;
+    }
     for bytes in (0..view.rows).map(|row| view.row(row)) {
         match view.dtype {
+            ViewDtype::Fp8 | ViewDtype::Int4 => unreachable!("narrow numbers have gone another way"),
             ViewDtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
             ViewDtype::F16 => out.extend(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32())),
             ViewDtype::Bf16 => {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use kernels::{MappedFile, TensorView, ViewDtype};
+use kernels::{MappedFile, ViewDtype};
 use safetensors::tensor::Metadata;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
@@ -92,21 +92,6 @@ impl Checkpoint {
         self.shards.iter().map(|shard| &shard.file.bytes()[..shard.header_bytes])
     }
 
-    /// A tensor as a matrix, or as a single row where it has one dimension.
-    ///
-    /// # Panics
-    /// When the tensor is absent or of another kind, which [`crate::tensors::check`] has ruled out.
-    pub fn view(&self, name: &str) -> TensorView<'_> {
-        let tensor = self.get(name).unwrap_or_else(|| panic!("tensor {name} was checked to be there"));
-        let dtype = view_dtype(tensor.dtype).unwrap_or_else(|| panic!("type of {name} was checked"));
-        let (rows, cols) = match tensor.shape[..] {
-            [cols] => (1, cols),
-            [rows, cols] => (rows, cols),
-            _ => panic!("shape {:?} of {name} was checked", tensor.shape),
-        };
-        TensorView::new(dtype, rows, cols, self.bytes(tensor))
-    }
-
     fn add_shard(&mut self, path: &Path) -> Result<()> {
         let damaged = |message: String| Error::Shard { path: path.to_owned(), message };
         if !path.is_file() {
@@ -146,7 +131,7 @@ impl Checkpoint {
     }
 }
 
-/// The number types that weights may have in a checkpoint.
+/// The number types of a checkpoint that stand for themselves.
 pub(crate) fn view_dtype(dtype: Dtype) -> Option<ViewDtype> {
     match dtype {
         Dtype::F32 => Some(ViewDtype::F32),

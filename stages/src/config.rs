@@ -145,7 +145,8 @@ fn refuse_unimplemented(top: &Fields<'_>) -> Result<()> {
         Some(Value::String(name)) if name == "silu" => {}
         Some(other) => return Err(top.error("hidden_act", other, "\"silu\"")),
     }
-    for key in ["sliding_window", "quantization_config", "layer_types"] {
+    crate::quantization_config::check(top)?;
+    for key in ["sliding_window", "layer_types"] {
         let is_plain = match top.value(key) {
             None => true,
             Some(Value::Array(kinds)) => kinds.iter().all(|kind| kind == "full_attention"),

@@ -16,6 +16,8 @@ mod memory;
 mod model;
 mod part;
 pub mod profile;
+mod quantization_config;
+mod quantized;
 pub mod random;
 mod ranks;
 mod rope;

@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use kernels::{CpuMatrix, WeightType};
 
 use crate::block::{Attention, Block, Dims, Ffn};
-use crate::checkpoint::{Checkpoint, view_dtype};
+use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::quantized;
 
 /// The embedding, `[vocab, hidden]`.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -90,21 +91,12 @@ pub(crate) fn check(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec
     let expected = model_tensors(config);
     let mut problems = Vec::new();
     for (name, shape) in &expected {
-        match checkpoint.get(name) {
-            None => problems.push(format!("tensor {name} is missing, expected shape {shape:?}")),
-            Some(tensor) if tensor.shape != *shape => {
-                problems.push(format!("tensor {name} has shape {:?}, expected {shape:?}", tensor.shape));
-            }
-            Some(tensor) if view_dtype(tensor.dtype).is_none() => {
-                problems
-                    .push(format!("tensor {name} is of type {:?}, expected BF16, F16 or F32", tensor.dtype));
-            }
-            Some(_) => {}
-        }
+        problems.extend(quantized::view(checkpoint, name, shape).err());
     }
     let names: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
     let mut surplus = Vec::new();
-    for (name, _) in checkpoint.iter().filter(|(name, _)| !names.contains(name)) {
+    let is_part = |name: &str| quantized::whole_of(name).is_some_and(|whole| names.contains(whole.as_str()));
+    for (name, _) in checkpoint.iter().filter(|(name, _)| !names.contains(name) && !is_part(name)) {
         match contradiction(config, name) {
             Some(problem) => problems.push(problem),
             None if is_harmless(config, name) => {}

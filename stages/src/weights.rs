@@ -6,6 +6,7 @@ use half::bf16;
 use kernels::{TensorView, ViewDtype};
 
 use crate::checkpoint::Checkpoint;
+use crate::quantized;
 
 /// The source of a model's tensors.
 #[derive(Debug, Clone)]
@@ -26,7 +27,10 @@ impl Weights {
     /// for the call and dropped after it.
     pub fn with<T>(&self, name: &str, shape: &[usize], load: impl FnOnce(TensorView<'_>) -> T) -> T {
         match self {
-            Weights::Checkpoint(checkpoint) => load(checkpoint.view(name)),
+            Weights::Checkpoint(checkpoint) => {
+                let view = quantized::view(checkpoint, name, shape);
+                load(view.unwrap_or_else(|problem| panic!("{problem}, which was checked")))
+            }
             Weights::Random => {
                 let (rows, cols) = match *shape {
                     [cols] => (1, cols),

@@ -20,10 +20,9 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use crate::array::Array;
-use crate::backend::{
-    AttentionSlice, Backend, Dtype, Largest, LogitStats, RopeTable, TensorView, WeightType,
-};
+use crate::backend::{AttentionSlice, Backend, Dtype, Largest, LogitStats, RopeTable, WeightType};
 use crate::error::{Error, Result};
+use crate::tensor_view::TensorView;
 use crate::{check, view};
 pub use gemm::Ceilings;
 use gemm::{Operand, PackedMatrix, RowBest};

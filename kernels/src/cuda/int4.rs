@@ -7,8 +7,9 @@ use super::gemm::{self, Onto, TILES};
 use super::program::{self, Source};
 use super::stream::{Argument, Grid, Kernel, Memory, Stream};
 use super::u32_of;
-use crate::backend::{Int4Groups, ViewDtype};
-use crate::error::Result;
+use crate::backend::Int4Groups;
+use crate::error::{Error, Result};
+use crate::tensor_view::{Scales, ViewDtype};
 
 /// K that shares a scale: GROUP of the kernels.
 const GROUP: usize = Int4Groups::Of128.inputs();
@@ -39,6 +40,7 @@ struct Shape {
 pub(crate) struct Int4Kernels {
     quantize_bf16: Kernel,
     quantize_f32: Kernel,
+    shuffle: Kernel,
     tiles: Vec<(usize, Kernel)>,
     stream: Arc<Stream>,
 }
@@ -77,6 +79,48 @@ impl Int4 {
         let scales = stream.allocate("scales", shape.scale_bytes())?;
         Ok(Int4 { shape, words, scales, zeros: None, has_f16_scales: false })
     }
+
+    /// Sends the scales of a checkpoint, and its zeros where it has some.
+    ///
+    /// # Errors
+    /// Groups that are no multiple of ours or begin elsewhere, scales that are not of 16 bits.
+    pub(crate) fn send_scales(&mut self, stream: &Arc<Stream>, scales: &Scales<'_>) -> Result<()> {
+        let Shape { rows, cols } = self.shape;
+        let problem = match scales.dtype {
+            _ if scales.group < cols && !scales.group.is_multiple_of(GROUP) => {
+                Some(format!("found groups of {}, expected groups of whole {GROUP} inputs", scales.group))
+            }
+            _ if !scales.first[1].is_multiple_of(GROUP) => {
+                Some(format!("found columns from {} on, expected a multiple of {GROUP}", scales.first[1]))
+            }
+            ViewDtype::Bf16 | ViewDtype::F16 => None,
+            _ => Some("found scales in f32, expected bf16 or f16".to_owned()),
+        };
+        if let Some(problem) = problem {
+            return Err(Error::Unsupported(format!(
+                "weights of 4 bits: {problem}\nhint: [model] dtype = \"bf16\" takes them"
+            )));
+        }
+        let places = || (0..cols).step_by(GROUP).flat_map(|col| (0..rows).map(move |row| (row, col)));
+        let put = |halves: &mut [u16], values: &mut dyn Iterator<Item = u16>| {
+            let stride = self.shape.stride();
+            halves
+                .chunks_mut(stride)
+                .for_each(|group| group[..rows].fill_with(|| values.next().expect("one for each")));
+        };
+        let mut halves = vec![0u16; self.shape.scale_bytes() / size_of::<u16>()];
+        put(&mut halves, &mut places().map(|(row, col)| scales.bits(row, col)));
+        self.has_f16_scales = scales.dtype == ViewDtype::F16;
+        stream.upload("scales", bytemuck::cast_slice(&halves), &mut self.scales, 0)?;
+        if scales.zeros.is_some() {
+            // 128 and the integer in bf16.
+            put(&mut halves, &mut places().map(|(row, col)| 0x4300 | u16::from(scales.zero(row, col))));
+            let mut zeros = stream.allocate("zeros", size_of_val(&halves[..]))?;
+            stream.upload("zeros", bytemuck::cast_slice(&halves), &mut zeros, 0)?;
+            self.zeros = Some(zeros);
+        }
+        Ok(())
+    }
 }
 
 impl Int4Kernels {
@@ -94,6 +138,7 @@ impl Int4Kernels {
         Ok(Int4Kernels {
             quantize_bf16: quantize.kernel("quantize_int4_bf16", 0)?,
             quantize_f32: quantize.kernel("quantize_int4_f32", 0)?,
+            shuffle: Arc::new(stream.module(&cubin(program::SHUFFLE_INT4)?)?).kernel("shuffle_int4", 0)?,
             tiles: tiles.map(tile).collect::<Result<_>>()?,
             stream: Arc::clone(stream),
         })
@@ -129,6 +174,32 @@ impl Int4Kernels {
         };
         // SAFETY: the source has these rows, and the matrix room for them.
         unsafe { self.stream.launch(OP, kernel, Grid { blocks, threads: 256, block_bytes: 0 }, &arguments) }
+    }
+
+    /// Queues the putting into tiles of some rows' integers, which lie on the device as a checkpoint has them, `stride` words
+    /// from one row to the next. The first row is a multiple of 16.
+    pub(crate) fn shuffle(
+        &self,
+        (source, stride): (&Memory, usize),
+        rows: std::ops::Range<usize>,
+        to: &mut Int4,
+    ) -> Result<()> {
+        const OP: &str = "shuffle";
+        let Int4 { shape, words, .. } = to;
+        assert!(rows.start.is_multiple_of(TILE_COLS) && rows.end <= shape.rows, "{rows:?} of {shape:?}");
+        let tile_bytes = shape.k_tiles() * TILE_WORDS * size_of::<u32>();
+        let arguments = [
+            words.at(rows.start / TILE_COLS * tile_bytes),
+            source.start(),
+            u32_of(rows.len()),
+            u32_of(shape.cols),
+            u32_of(stride),
+            u32_of(shape.k_tiles()),
+        ];
+        let blocks = [shape.k_tiles(), rows.len().div_ceil(TILE_COLS), 1];
+        let grid = Grid { blocks, threads: TILE_WORDS, block_bytes: 0 };
+        // SAFETY: the source has these rows, and the matrix room for them.
+        unsafe { self.stream.launch(OP, &self.shuffle, grid, &arguments) }
     }
 
     /// Queues a product of x, `rows` rows of `x_stride` numbers, with `cols` rows of a matrix from `first` on, a multiple of 16.

@@ -3,10 +3,11 @@
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
 use super::gemm::Onto;
-use super::stream::{Argument, Grid};
+use super::stream::{Argument, Grid, Memory};
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
-use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable, TensorView};
+use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable};
 use crate::error::{Error, Result};
+use crate::tensor_view::TensorView;
 use crate::{check, view};
 
 /// Bytes that the two products of a SwiGLU may take: fewer columns are computed at once where there are many rows.
@@ -86,6 +87,8 @@ impl Backend for Cuda {
 
     fn free_workspace(&self) {
         *locked(&self.workspace) = Workspace::new(&self.stream);
+        *locked(&self.product) = Memory::none(&self.stream);
+        *locked(&self.source) = Memory::none(&self.stream);
     }
 
     fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
-use half::f16;
+use half::{bf16, f16};
 
 use super::stream::{Memory, Stream};
-use crate::backend::{TensorView, ViewDtype};
 use crate::dtype::bf16_bits;
 use crate::error::Result;
+use crate::tensor_view::{TensorView, ViewDtype};
 
 /// Bytes of a buffer: at 50 GB/s a copy takes 0.3 ms, long against its start.
 const BUFFER_BYTES: usize = 16 << 20;
@@ -60,8 +60,7 @@ impl Staging {
                 for (row, out) in rows.clone().zip(numbers.chunks_exact_mut(columns.len())) {
                     let there = columns.start.min(view.cols)..columns.end.min(view.cols);
                     let (out, rest) = out.split_at_mut(there.len());
-                    let size = view.dtype.bytes();
-                    T::read(view.dtype, &view.row(row)[there.start * size..there.end * size], out);
+                    T::read(&view.rows(row..row + 1).columns(there), out);
                     rest.fill(T::zeroed());
                 }
                 buffer.send(
@@ -77,40 +76,50 @@ impl Staging {
 
 /// What numbers of a checkpoint are sent as.
 pub(crate) trait Element: bytemuck::Pod {
-    /// Numbers, rounded to nearest even where these hold less.
-    fn read(dtype: ViewDtype, bytes: &[u8], out: &mut [Self]);
+    /// A row of numbers, rounded to nearest even where these hold less.
+    fn read(row: &TensorView<'_>, out: &mut [Self]);
 }
 
 /// In bf16.
 impl Element for u16 {
-    fn read(dtype: ViewDtype, bytes: &[u8], out: &mut [u16]) {
-        match dtype {
-            ViewDtype::Bf16 => bytemuck::cast_slice_mut::<u16, u8>(out).copy_from_slice(bytes),
-            ViewDtype::F32 => {
-                let numbers = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
-                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
-            }
-            ViewDtype::F16 => {
-                let numbers = bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32());
-                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = bf16_bits(number));
-            }
+    fn read(row: &TensorView<'_>, out: &mut [u16]) {
+        if row.dtype == ViewDtype::Bf16 {
+            return bytemuck::cast_slice_mut::<u16, u8>(out).copy_from_slice(bytes(row));
         }
+        each(row, out, |out, number| *out = bf16_bits(number));
     }
 }
 
 impl Element for f32 {
-    fn read(dtype: ViewDtype, bytes: &[u8], out: &mut [f32]) {
-        match dtype {
-            ViewDtype::F32 => bytemuck::cast_slice_mut::<f32, u8>(out).copy_from_slice(bytes),
-            ViewDtype::Bf16 => {
-                let numbers = bytes.as_chunks().0.iter().map(|&b| u16::from_le_bytes(b));
-                let numbers = numbers.map(|bits| f32::from_bits(u32::from(bits) << 16));
-                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = number);
-            }
-            ViewDtype::F16 => {
-                let numbers = bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32());
-                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = number);
-            }
+    fn read(row: &TensorView<'_>, out: &mut [f32]) {
+        if row.dtype == ViewDtype::F32 {
+            return bytemuck::cast_slice_mut::<f32, u8>(out).copy_from_slice(bytes(row));
+        }
+        each(row, out, |out, number| *out = number);
+    }
+}
+
+/// The bytes of a view of one row.
+fn bytes<'a>(row: &TensorView<'a>) -> &'a [u8] {
+    row.row(0)
+}
+
+/// Hands over every number of a row.
+fn each<T>(row: &TensorView<'_>, out: &mut [T], mut put: impl FnMut(&mut T, f32)) {
+    let halves = || bytes(row).as_chunks::<2>().0.iter();
+    match row.dtype {
+        ViewDtype::F32 => {
+            let numbers = bytes(row).as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+            out.iter_mut().zip(numbers).for_each(|(out, number)| put(out, number));
+        }
+        ViewDtype::F16 => {
+            out.iter_mut().zip(halves()).for_each(|(out, &b)| put(out, f16::from_le_bytes(b).to_f32()));
+        }
+        ViewDtype::Bf16 => {
+            out.iter_mut().zip(halves()).for_each(|(out, &b)| put(out, bf16::from_le_bytes(b).to_f32()));
+        }
+        ViewDtype::Fp8 | ViewDtype::Int4 => {
+            (0..row.cols).zip(out).for_each(|(col, out)| put(out, row.narrow(0, col)));
         }
     }
 }

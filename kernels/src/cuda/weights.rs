@@ -1,16 +1,19 @@
 //! Matrices on their way to a device.
 
+use std::ops::Range;
+
 use super::arrays::{self, Chunked, CudaMatrix, Form, padded};
 use super::int4::Int4;
 use super::staging::{Element, Staging};
 use super::stream::Memory;
 use super::{Cuda, locked};
-use crate::backend::{TensorView, ViewDtype, WeightType};
+use crate::backend::WeightType;
 use crate::check;
 use crate::error::Result;
+use crate::tensor_view::{TensorView, ViewDtype};
 
 /// Bytes of numbers that are on the device at once before they are quantised.
-const SOURCE_BYTES: usize = 256 << 20;
+const SOURCE_BYTES: usize = 64 << 20;
 
 impl Cuda {
     /// A block's matrix.
@@ -40,24 +43,46 @@ impl Cuda {
         let kernels = self.int4.as_ref().expect("they are loaded where weights are of 4 bits");
         let (rows, cols, stride) = (view.rows, view.cols, padded(view.cols));
         let mut matrix = Int4::new(&self.stream, rows, cols)?;
+        if let (ViewDtype::Int4, Some(scales)) = (view.dtype, &view.scales) {
+            matrix.send_scales(&self.stream, scales)?;
+            let stride = cols.div_ceil(8);
+            self.in_parts(rows, stride * size_of::<u32>(), |part, source| {
+                self.send::<f32>(&words(&view.rows(part.clone())), stride, source, 0)?;
+                kernels.shuffle((source, stride), part, &mut matrix)
+            })?;
+            return Ok(CudaMatrix { rows, cols, form: Form::Int4(matrix) });
+        }
         // What f16 holds does not fit into bf16.
         let (dtype, size) = match view.dtype {
             ViewDtype::Bf16 => (ViewDtype::Bf16, size_of::<u16>()),
-            ViewDtype::F32 | ViewDtype::F16 => (ViewDtype::F32, size_of::<f32>()),
+            _ => (ViewDtype::F32, size_of::<f32>()),
         };
-        let at_once = (SOURCE_BYTES / (stride * size).max(1) / 16 * 16).max(16);
+        self.in_parts(rows, stride * size, |part, source| {
+            let numbers = view.rows(part.clone());
+            match dtype {
+                ViewDtype::Bf16 => self.send::<u16>(&numbers, stride, source, 0)?,
+                _ => self.send::<f32>(&numbers, stride, source, 0)?,
+            }
+            kernels.quantize((source, dtype, stride), part, &mut matrix)
+        })?;
+        Ok(CudaMatrix { rows, cols, form: Form::Int4(matrix) })
+    }
+
+    /// Calls `each` with parts of rows, of so many bytes each, and with room for a part. Each begins at a multiple of 16.
+    fn in_parts(
+        &self,
+        rows: usize,
+        row_bytes: usize,
+        mut each: impl FnMut(Range<usize>, &mut Memory) -> Result<()>,
+    ) -> Result<()> {
+        let at_once = (SOURCE_BYTES / row_bytes.max(1) / 16 * 16).max(16);
         let mut source = locked(&self.source);
         for first in (0..rows).step_by(at_once) {
             let part = first..(first + at_once).min(rows);
-            source.reserve("weights", part.len() * stride * size)?;
-            let numbers = view.rows(part.clone());
-            match dtype {
-                ViewDtype::Bf16 => self.send::<u16>(&numbers, stride, &mut source, 0)?,
-                _ => self.send::<f32>(&numbers, stride, &mut source, 0)?,
-            }
-            kernels.quantize((&source, dtype, stride), part, &mut matrix)?;
+            source.reserve("weights", part.len() * row_bytes)?;
+            each(part, &mut source)?;
         }
-        Ok(CudaMatrix { rows, cols, form: Form::Int4(matrix) })
+        Ok(())
     }
 
     fn send<T: Element>(
@@ -73,4 +98,10 @@ impl Cuda {
         }
         staging.as_mut().expect("it was made").send::<T>(view, stride, to, at)
     }
+}
+
+/// Integers of 4 bits by their words, which are sent as numbers of 32 bits: those go unchanged.
+fn words<'a>(view: &TensorView<'a>) -> TensorView<'a> {
+    let (cols, stride) = (view.cols.div_ceil(8), view.stride / 8);
+    TensorView { dtype: ViewDtype::F32, cols, stride, scales: None, ..*view }
 }

@@ -8,8 +8,8 @@ use kernels::{Cuda, CudaOptions, Dtype, Int4Groups, WeightType};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
-    attention, attention_invariants, embed_gather, logit_stats, matmul, matmul_argmax, refusals, rms_norm,
-    rope, row_invariants, swiglu,
+    attention, attention_invariants, checkpoints, embed_gather, logit_stats, matmul, matmul_argmax, refusals,
+    rms_norm, rope, row_invariants, swiglu,
 };
 
 impl Readable for Cuda {
@@ -102,6 +102,8 @@ checks! {
     a_prompt_in_chunks_on_other_pages_gives_the_same_bits: attention_invariants::Chunks, DETERMINISTIC;
     sequences_in_any_company_give_the_same_bits: attention_invariants::Company, DETERMINISTIC;
     what_a_row_does_not_see_counts_for_nothing: attention_invariants::Poison, BOTH;
+    what_a_checkpoint_has_quantised_is_multiplied_as_it_is: checkpoints::Quantized, PRODUCTS;
+    integers_with_zeros_of_their_own_are_too: checkpoints::Skew, PRODUCTS;
     embed_and_gather_copy_rows: embed_gather::Copies, DETERMINISTIC;
     logit_stats_finds_the_lowest_of_the_largest_and_the_sum: logit_stats::Vocabularies, DETERMINISTIC;
     logit_stats_keeps_what_is_not_finite: logit_stats::Special, DETERMINISTIC;
@@ -132,6 +134,12 @@ fn what_the_backend_lacks_is_refused_by_name() {
     );
     let error = Cuda::new(options(3, WeightType::Bf16)).unwrap_err().to_string();
     assert_eq!(error, "there is no cuda:3, the driver counts 1 devices");
+}
+
+/// Integers of a checkpoint that the kernels cannot take as they are.
+#[test]
+fn short_groups_are_refused_with_the_cure() {
+    checkpoints::refuses_short_groups(&device(Some(emulator()), INT4));
 }
 
 /// Memory that is not there is refused with its numbers, and the device goes on.

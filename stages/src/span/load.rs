@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::Backend;
+use kernels::{Backend, ViewDtype};
 
 use super::attention::{AttentionOnDevice, Gqa, Linear};
 use super::ffn::{Cut, FfnOnDevice, SwiGlu};
@@ -101,10 +101,15 @@ impl<B: Backend> Loader<'_, B> {
     /// Of a matrix only what is wanted is read.
     fn matrix(&self, name: &str, wanted: Wanted) -> Result<B::Matrix> {
         let Wanted { shape, rows, cols } = wanted;
-        Ok(self
-            .model
-            .weights
-            .with(name, &shape, |view| self.backend.matrix(view.rows(rows).columns(cols)))?)
+        Ok(self.model.weights.with(name, &shape, |view| {
+            if view.dtype == ViewDtype::Int4 && !cols.start.is_multiple_of(8) {
+                return Err(kernels::Error::Unsupported(format!(
+                    "{name}: found a part from column {} on, expected a multiple of 8 where integers of 4 bits share words",
+                    cols.start
+                )));
+            }
+            self.backend.matrix(view.rows(rows).columns(cols))
+        })?)
     }
 
     fn table(&self, name: &str, rows: Range<usize>) -> Result<B::Matrix> {

@@ -249,9 +249,35 @@ const CONFIG_KEYS: &[Case] = &[
         "error: load model: FOLDER/model/config.json: hidden_act: found \"gelu\", expected \"silu\"",
     ),
     case(
-        "quantized weights",
+        "quantized weights of an unknown kind",
         |w| w.config(|c| c["quantization_config"] = json!({"bits": 4})),
-        "error: load model: FOLDER/model/config.json: quantization_config: found {\"bits\":4}, expected nothing: it is not implemented",
+        "error: load model: FOLDER/model/config.json: quantization_config.quant_method: found nothing, expected \"compressed-tensors\" or \"modelopt\"",
+    ),
+    case(
+        "GPTQ's own format",
+        |w| w.config(|c| c["quantization_config"] = json!({"quant_method": "gptq", "bits": 4})),
+        "error: load model: FOLDER/model/config.json: quantization_config.quant_method: found \"gptq\", expected \"compressed-tensors\" or \"modelopt\": others are not implemented",
+    ),
+    case(
+        "compressed tensors of 8 bits",
+        |w| {
+            let weights = json!({"num_bits": 8, "type": "int", "strategy": "group", "symmetric": true});
+            let groups = json!({"group_0": {"weights": weights}});
+            w.config(|c| {
+                c["quantization_config"] =
+                    json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+            })
+        },
+        "error: load model: FOLDER/model/config.json: quantization_config.config_groups.group_0.weights.num_bits: found 8, expected 4",
+    ),
+    case(
+        "numbers of 4 bits of ModelOpt",
+        |w| {
+            w.config(|c| {
+                c["quantization_config"] = json!({"quant_method": "modelopt", "quant_algo": "NVFP4"})
+            })
+        },
+        "error: load model: FOLDER/model/config.json: quantization_config.quant_algo: found \"NVFP4\", expected \"FP8\"",
     ),
     case(
         "a sliding window",

@@ -19,11 +19,13 @@ use super::plan::tile_bytes;
 use super::quantized::{self, pack_quantized};
 use super::round::{bf16_to_f32, f32_to_bf16};
 use super::tile::{GROUP_BYTES, Geometry, NR};
-use crate::backend::{Dtype, TensorView, ViewDtype, WeightType};
+use crate::backend::{Dtype, WeightType};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use crate::error::{Error, Result};
+use crate::tensor_view::{TensorView, ViewDtype};
+use crate::view as numbers;
 
 /// A weight matrix `[n, k]` in panels.
 pub(crate) struct PackedMatrix {
@@ -119,6 +121,7 @@ impl PackedMatrix {
         pool: &ThreadPool,
     ) -> Result<Self> {
         check::view("matrix", &view)?;
+        quantized::check(&view, kind)?;
         let (layout, strip) = (PanelLayout::new(kind, view.cols), Geometry::new(simd, kind).strip);
         let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), layout.bytes());
         let bytes = num_panels * panel_bytes;
@@ -136,6 +139,9 @@ impl PackedMatrix {
                     )
                 };
                 match kind {
+                    WeightType::F32 | WeightType::Bf16 if view.dtype.has_scales() => {
+                        pack_narrow(view, kind.operands(), panel * NR, layout.strips(strip), out);
+                    }
                     WeightType::F32 => pack_panel(view, Dtype::F32, panel * NR, layout.strips(strip), out),
                     WeightType::Bf16 => pack_panel(view, Dtype::Bf16, panel * NR, layout.strips(strip), out),
                     _ => pack_quantized(view, kind, panel * NR, layout.strips(strip), out),
@@ -234,7 +240,17 @@ fn pack_panel(view: TensorView<'_>, dtype: Dtype, first_row: usize, strips: Stri
             pack_bf16(view, first_row, strips, out, |b| f32_to_bf16(f16::from_le_bytes(b).to_f32()))
         }
         (ViewDtype::Bf16, Dtype::Bf16) => pack_bf16(view, first_row, strips, out, u16::from_le_bytes),
+        (ViewDtype::Fp8 | ViewDtype::Int4, _) => unreachable!("narrow numbers are widened first"),
     }
+}
+
+/// The same of numbers that have scales.
+fn pack_narrow(view: TensorView<'_>, dtype: Dtype, first_row: usize, strips: Strips, out: &mut [u32]) {
+    let view = view.rows(first_row..view.rows.min(first_row + NR));
+    let mut values = Vec::new();
+    numbers::widen_into(&view, &mut values);
+    let bytes = bytemuck::cast_slice(&values);
+    pack_panel(TensorView::new(ViewDtype::F32, view.rows, view.cols, bytes), dtype, 0, strips, out);
 }
 
 /// Columns packed of one row before the next: 128 groups of 256 bytes, written once per row, stay in L1.
@@ -282,7 +298,7 @@ fn for_each_strip(
     block: usize,
     mut each: impl FnMut(usize, usize, &[u8]),
 ) {
-    let width = view.dtype.bytes();
+    let width = view.dtype.bytes_of(1);
     let rows = first_row..view.rows.min(first_row + NR);
     for first_col in (0..view.cols).step_by(block) {
         let cols = block.min(view.cols - first_col);
@@ -328,7 +344,7 @@ mod tests {
                             let read = match view_dtype {
                                 ViewDtype::F32 => value,
                                 ViewDtype::F16 => f16::from_f32(value).to_f32(),
-                                ViewDtype::Bf16 => bf16::from_f32(value).to_f32(),
+                                _ => bf16::from_f32(value).to_f32(),
                             };
                             let expected = match dtype {
                                 Dtype::F32 => read,

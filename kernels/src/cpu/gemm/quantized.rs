@@ -8,8 +8,10 @@
 
 use super::pack::{ColumnPlace, PanelLayout, Strips};
 use super::tile::NR;
-use crate::backend::{Int4Groups, TensorView, WeightType};
+use crate::backend::{Int4Groups, WeightType};
+use crate::error::{Error, Result};
 use crate::quantize::Quantizer;
+use crate::tensor_view::{TensorView, ViewDtype};
 use crate::view;
 
 /// Terms whose products are summed in integers, exactly; the sums of blocks are added in f32.
@@ -34,6 +36,39 @@ pub(super) fn num_groups(cols: usize) -> usize {
     cols.div_ceil(GROUP).max(1)
 }
 
+/// Integers of 4 bits of a checkpoint are kept as they are, so they must be such as are kept here.
+///
+/// # Errors
+/// Zeros of their own, groups that are no multiple of ours or begin elsewhere.
+pub(super) fn check(view: &TensorView<'_>, kind: WeightType) -> Result<()> {
+    let (ViewDtype::Int4, WeightType::Int4Weight, Some(scales)) = (view.dtype, kind, &view.scales) else {
+        return Ok(());
+    };
+    let what = match scales.zeros {
+        Some(_) => "zero points".to_owned(),
+        None if scales.group < view.cols && !scales.group.is_multiple_of(GROUP) => {
+            format!("groups of {}", scales.group)
+        }
+        None if !scales.first[1].is_multiple_of(GROUP) => format!("columns from {} on", scales.first[1]),
+        None => return Ok(()),
+    };
+    Err(Error::Unsupported(format!(
+        "weights of 4 bits: found {what}, expected none but groups of whole {GROUP} inputs around zero\n\
+         hint: [model] dtype = \"bf16\" or \"int8-weight\" takes them"
+    )))
+}
+
+/// Integers and scales of a row as a checkpoint has them.
+fn take_row(view: &TensorView<'_>, row: usize, integers: &mut [i8], mut put_scale: impl FnMut(usize, f32)) {
+    let scales = view.scales.as_ref().expect("integers have scales");
+    for (col, integer) in integers.iter_mut().enumerate() {
+        *integer = view.nibble(row * view.stride + col).cast_signed() - 8;
+        if col.is_multiple_of(GROUP) {
+            put_scale(col / GROUP, scales.scale(row, col));
+        }
+    }
+}
+
 /// Fill one panel with the rows from `first_row` on; `out` is zero where nothing is written.
 pub(super) fn pack_quantized(
     view: TensorView<'_>,
@@ -48,6 +83,11 @@ pub(super) fn pack_quantized(
     let (mut values, mut integers) = (Vec::new(), vec![0i8; view.cols]);
     for row in first_row..view.rows.min(first_row + NR) {
         let column = row - first_row;
+        if kind == WeightType::Int4Weight && view.dtype == ViewDtype::Int4 {
+            take_row(&view, row, &mut integers, |group, scale| scales[group * NR + column] = scale.to_bits());
+            put_words(kind, &integers, strips.column(column), numbers);
+            continue;
+        }
         view::widen_into(&view.rows(row..row + 1), &mut values);
         let per_scale = if kind == WeightType::Int4Weight { GROUP } else { view.cols.max(1) };
         for (i, (values, integers)) in
@@ -112,7 +152,6 @@ pub(super) fn copy_row(kind: WeightType, words: &[u32], scales: &[f32], out: &mu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::ViewDtype;
     use crate::cpu::gemm::PackedMatrix;
     use crate::cpu::pool::ThreadPool;
     use crate::cpu::simd::Simd;

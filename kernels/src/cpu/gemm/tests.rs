@@ -1,8 +1,9 @@
 //! Products against a plain one in f64, and against themselves in other company.
 
 use super::*;
-use crate::backend::{Dtype, TensorView, ViewDtype};
+use crate::backend::Dtype;
 use crate::quantize::Quantizer;
+use crate::tensor_view::{TensorView, ViewDtype};
 
 const KINDS: [WeightType; 5] =
     [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];

@@ -4,7 +4,8 @@
 //! The model: two blocks, a fused FFN of 12,288 columns, two blocks; hidden 512, random weights, each device one pinned
 //! core. Blocks are profiled; the planner cuts whole blocks, and columns, by that. Micro-batches of 64 rows decode at a
 //! context of 64. All-reduces are not profiled: their time is measured here, between the same two cores, and handed to the
-//! plan. All layouts must draw the same tokens but for the ranks' rounding, which may turn a few.
+//! plan. The clock starts when a pipeline is full and its arrays have their sizes, as the plan's figure is that of a job's middle;
+//! beside it stands what each stage was in its steps. All layouts must draw the same tokens but for the ranks' rounding, which may turn a few.
 //!
 //! `cargo bench --bench wide_ffn [-- RUNS]`, with nothing else running; about two minutes.
 #![forbid(unsafe_code)]
@@ -27,8 +28,8 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, measure};
 use stages::{
-    Activations, AttentionSharing, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep,
-    Simd, SpanOptions, StageOutput, WeightType, available_cores, thread_ranks,
+    Activations, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep, Sharing, Simd,
+    SpanOptions, StageOutput, WeightType, available_cores, thread_ranks,
 };
 
 const HIDDEN: usize = 512;
@@ -38,6 +39,8 @@ const ROWS: usize = 64;
 const CONTEXT: usize = 64;
 /// Micro-batches of a run, and those in flight with two stages.
 const STEPS: u64 = 60;
+/// Micro-batches that are over when the clock starts.
+const WARM_UP: usize = 5;
 const IN_FLIGHT: usize = 3;
 
 const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
@@ -82,15 +85,18 @@ fn main() -> Result<()> {
             expected.len()
         );
     }
-    let mut seconds = [vec![], vec![], vec![]];
+    let mut times = [vec![], vec![], vec![]];
     for _ in 0..runs {
-        for (layout, seconds) in layouts.iter().zip(&mut seconds) {
-            seconds.push(layout.run(&model, &devices).0 / STEPS as f64);
+        for (layout, times) in layouts.iter().zip(&mut times) {
+            times.push(layout.run(&model, &devices).0);
         }
     }
-    let base = median(&seconds[0]);
-    for (layout, seconds) in layouts.iter().zip(&seconds) {
-        let (measured, predicted) = (median(seconds), layout.predicted(&model, &costs, load));
+    let of_micro_batch = |times: &[Times]| times.iter().map(|times| times.micro_batch).collect::<Vec<_>>();
+    let base = median(&of_micro_batch(&times[0]));
+    for (layout, times) in layouts.iter().zip(&times) {
+        let seconds = of_micro_batch(times);
+        let stages = layout.predicted(&model, &costs, load);
+        let (measured, predicted) = (median(&seconds), stages.iter().copied().fold(0.0, f64::max));
         println!(
             "{:<13} {:.3} ms a micro-batch ({:.3} to {:.3}), predicted {:.3} ms, measured / predicted {:.3}; {:.2} times as fast as whole blocks: {}",
             layout.name,
@@ -102,6 +108,15 @@ fn main() -> Result<()> {
             base / measured,
             layout.parts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
         );
+        for (stage, predicted) in stages.into_iter().enumerate() {
+            let steps: Vec<f64> = times.iter().map(|times| times.steps[stage]).collect();
+            println!(
+                "    stage {stage}: {:.3} ms in a step, predicted {:.3} ms, measured / predicted {:.3}",
+                1e3 * median(&steps),
+                1e3 * predicted,
+                median(&steps) / predicted
+            );
+        }
     }
     Ok(())
 }
@@ -214,27 +229,40 @@ struct Layout {
     ranks: usize,
 }
 
+/// Seconds of a run.
+struct Times {
+    /// From answer to answer, on average.
+    micro_batch: f64,
+    /// In a step of each stage, medians.
+    steps: Vec<f64>,
+}
+
 type Parcel = (Arc<MicroBatch>, Option<Activations>);
 
 impl Layout {
-    /// Seconds for all micro-batches, and the tokens that they draw.
-    fn run(&self, model: &Model, devices: &[Device]) -> (f64, Vec<TokenId>) {
+    /// Times, and the tokens that all micro-batches draw.
+    fn run(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
         if self.ranks > 1 { self.run_ranks(model, devices) } else { self.run_stages(model, devices) }
     }
 
-    fn run_stages(&self, model: &Model, devices: &[Device]) -> (f64, Vec<TokenId>) {
+    fn run_stages(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
         let loaded = Barrier::new(self.parts.len() + 1);
         std::thread::scope(|scope| {
             let (tell, tokens): (Sender<Vec<TokenId>>, Receiver<Vec<TokenId>>) = channel();
             let mut next: Option<Sender<Parcel>> = None;
+            let mut threads = Vec::new();
             for (part, device) in self.parts.iter().zip(devices).rev() {
                 let (sender, parcels) = channel::<Parcel>();
                 let (next, tell, loaded) = (next.replace(sender), tell.clone(), &loaded);
-                scope.spawn(move || {
+                threads.push(scope.spawn(move || {
                     let mut stage = stages::load(model, device, DTYPES, options(*part)).expect("it loads");
+                    let mut steps = Vec::new();
                     loaded.wait();
                     for (batch, input) in parcels {
-                        match stage.step(&batch, input).expect("a step") {
+                        let begun = Instant::now();
+                        let output = stage.step(&batch, input).expect("a step");
+                        steps.push(begun.elapsed().as_secs_f64());
+                        match output {
                             StageOutput::Activations(values) => {
                                 let next = next.as_ref().expect("not the last");
                                 next.send((batch, Some(values))).expect("the next stage is there");
@@ -245,11 +273,12 @@ impl Layout {
                             }
                         }
                     }
-                });
+                    median(&steps)
+                }));
             }
             let first = next.expect("there is a stage");
             loaded.wait();
-            let begun = Instant::now();
+            let mut begun = Instant::now();
             let mut drawn = Vec::new();
             for id in 0..STEPS + IN_FLIGHT as u64 {
                 if id < STEPS {
@@ -258,17 +287,23 @@ impl Layout {
                 if id >= IN_FLIGHT as u64 {
                     drawn.extend(tokens.recv().expect("a micro-batch comes back"));
                 }
+                if drawn.len() == WARM_UP * ROWS {
+                    begun = Instant::now();
+                }
             }
-            (begun.elapsed().as_secs_f64(), drawn)
+            let micro_batch = begun.elapsed().as_secs_f64() / (STEPS as usize - WARM_UP) as f64;
+            drop(first);
+            let steps = threads.into_iter().rev().map(|thread| thread.join().expect("a stage ends"));
+            (Times { micro_batch, steps: steps.collect() }, drawn)
         })
     }
 
-    fn run_ranks(&self, model: &Model, devices: &[Device]) -> (f64, Vec<TokenId>) {
+    fn run_ranks(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
         let loaded = Barrier::new(2);
         let part = self.parts[0];
         let group = |rank: stages::ThreadRank| RankGroup {
             collective: Box::new(rank),
-            sharing: AttentionSharing::Heads,
+            sharing: Sharing::default(),
             clock: Arc::new(CollectiveClock::default()),
         };
         std::thread::scope(|scope| {
@@ -287,23 +322,29 @@ impl Layout {
                 let stage = stages::load_first_rank(model, &devices[0], DTYPES, options(part), group(first));
                 let mut stage = stage.expect("it loads");
                 loaded.wait();
-                let (begun, mut drawn) = (Instant::now(), Vec::new());
+                let (mut begun, mut drawn, mut steps) = (Instant::now(), Vec::new(), Vec::new());
                 for id in 0..STEPS {
+                    if id == WARM_UP as u64 {
+                        begun = Instant::now();
+                    }
                     let batch = micro_batch(id);
                     sender.send(RankStep::of(&batch, true)).expect("the other rank is there");
+                    let step = Instant::now();
                     let StageOutput::Tokens(output) = stage.step(&batch, None).expect("a step") else {
                         panic!("the stage is the last")
                     };
+                    steps.push(step.elapsed().as_secs_f64());
                     drawn.extend(output.slices.iter().filter_map(|slice| slice.token));
                 }
-                (begun.elapsed().as_secs_f64(), drawn)
+                let micro_batch = begun.elapsed().as_secs_f64() / (STEPS as usize - WARM_UP) as f64;
+                (Times { micro_batch, steps: vec![median(&steps)] }, drawn)
             });
             own.join().expect("it ends")
         })
     }
 
-    /// The slowest stage's time, by the profile.
-    fn predicted(&self, model: &Model, costs: &Measured, load: Load) -> f64 {
+    /// Each stage's time, by the profile.
+    fn predicted(&self, model: &Model, costs: &Measured, load: Load) -> Vec<f64> {
         let mut cut = Vec::new();
         let mut runs = Vec::new();
         for part in &self.parts {
@@ -317,8 +358,7 @@ impl Layout {
             }
             runs.push(start..cut.len());
         }
-        let seconds = runs.into_iter().map(|run| costs.step_seconds(&cut, run, self.ranks, load));
-        seconds.fold(0.0, f64::max)
+        runs.into_iter().map(|run| costs.step_seconds(&cut, run, self.ranks, load)).collect()
     }
 }
 

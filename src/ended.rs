@@ -105,6 +105,7 @@ impl Ended<'_> {
                 device: device_names(&self.loaded.job.pipeline, replica, layout),
                 part: layout.part,
                 ranks: layout.devices.len(),
+                by_sequences: layout.sharing.sequence_blocks().len(),
                 collectives: collectives(replica, index % num_stages),
                 hop_bytes: hop_bytes(layout.part, times.tokens, &self.model.config),
                 times: times.clone(),

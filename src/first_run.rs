@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use configs::{DeviceKind, Pipeline, Stages, TensorParallel};
 use jobs::StageShape;
 use scheduler::Span;
-use stages::{ModelConfig, Part};
+use stages::{ModelConfig, Part, Sharing};
 
 use crate::layout::{self, StageLayout};
 
@@ -49,7 +49,11 @@ pub(crate) fn kept(
     }
     let taken = widths.iter().sum::<usize>();
     match what_differs(pipeline, taken) {
-        None => Ok(Kept::Stages(layout::stages(parts, Some(&widths)))),
+        None => {
+            let mut stages = layout::stages(parts, Some(&widths));
+            share_attention(&mut stages, first, |_| Sharing::default());
+            Ok(Kept::Stages(stages))
+        }
         Some(_) if accepts => Ok(Kept::Nothing),
         Some(found) => bail!(
             "[pipeline] devices: found {found}, and the job's first run took {taken} for stages = {} with tensor_parallel = {widths:?}, \
@@ -73,6 +77,21 @@ fn what_differs(pipeline: &Pipeline, taken: usize) -> Option<String> {
     }
 }
 
+/// Decides how ranks share attention: as in the `first` run, in stages that were there just so; in others as `planned`.
+pub(crate) fn share_attention(
+    stages: &mut [StageLayout],
+    first: &[StageShape],
+    planned: impl Fn(&StageLayout) -> Sharing,
+) {
+    for stage in stages.iter_mut().filter(|stage| stage.devices.len() > 1) {
+        let is_same = |shape: &&StageShape| part(shape) == stage.part && shape.ranks == stage.devices.len();
+        stage.sharing = match first.iter().find(is_same) {
+            Some(shape) => Sharing::by_sequences(shape.by_sequences.iter().copied()),
+            None => planned(stage),
+        };
+    }
+}
+
 /// The stages of a run, for the journal.
 pub(crate) fn shapes(stages: &[StageLayout]) -> Vec<StageShape> {
     let shape = |stage: &StageLayout| {
@@ -82,6 +101,7 @@ pub(crate) fn shapes(stages: &[StageLayout]) -> Vec<StageShape> {
             first_column,
             end_column,
             ranks: stage.devices.len(),
+            by_sequences: stage.sharing.sequence_blocks().to_vec(),
         }
     };
     stages.iter().map(shape).collect()
@@ -109,7 +129,7 @@ mod tests {
     }
 
     fn stage(blocks: [usize; 2], ranks: usize) -> StageShape {
-        StageShape { blocks, first_column: 0, end_column: None, ranks }
+        StageShape { blocks, first_column: 0, end_column: None, ranks, by_sequences: vec![] }
     }
 
     fn ask(pipeline: &Pipeline, first: Option<&[StageShape]>, accepts: bool) -> Result<Kept> {
@@ -118,7 +138,7 @@ mod tests {
 
     #[test]
     fn stages_that_were_shared_come_back_as_they_were() {
-        let first = [stage([0, 30], 2), stage([30, 81], 1)];
+        let first = [StageShape { by_sequences: vec![4, 9], ..stage([0, 30], 2) }, stage([30, 81], 1)];
         for tensor_parallel in [TensorParallel::Auto, TensorParallel::Widths(vec![2, 1])] {
             let found = ask(&pipeline(&[0, 1, 2], tensor_parallel), Some(&first), false).unwrap();
             let Kept::Stages(stages) = found else { panic!("{found:?}") };

@@ -31,8 +31,9 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
     let (model, warnings) = Model::open(&files.path, files.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let whole = Span { start: 0, end: model.config.blocks.len() };
-    let replicas = lower::pipeline(&files, &settings, &model.config, &machine::detect())?
-        .with(&[crate::layout::StageLayout { part: whole.into(), devices: 0..1 }])?;
+    let replicas = lower::pipeline(&files, &settings, &model.config, &machine::detect())?.with(&[
+        crate::layout::StageLayout { part: whole.into(), devices: 0..1, sharing: stages::Sharing::default() },
+    ])?;
     let options = replicas.into_iter().next().expect("there is one");
 
     let text = run::open_text(&files, &model.config, run::unix_seconds())?;

@@ -195,6 +195,10 @@ mod tests {
             RankCosts::new(self.0.iter().map(piece), Extra::default(), Extra::default())
         }
 
+        fn sharing(&self, _: &[PieceShape], _: usize, _: stages::cost::Load) -> stages::Sharing {
+            stages::Sharing::default()
+        }
+
         fn hop_seconds(&self, _: stages::cost::Load) -> f64 {
             1e-3
         }

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use configs::{DeviceKind, Pipeline, Place, Stages, TensorParallel};
 use scheduler::Span;
 use stages::cost::PieceShape;
-use stages::{Ffn, ModelConfig, Part, SUM_CUT, WeightType};
+use stages::{Ffn, ModelConfig, Part, SUM_CUT, Sharing, WeightType};
 
 /// A stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub(crate) struct StageLayout {
     pub(crate) part: Part,
     /// Its ranks' devices, by their place among those of a replica in `[pipeline] devices`.
     pub(crate) devices: Range<usize>,
+    /// How its ranks share attention.
+    pub(crate) sharing: Sharing,
 }
 
 /// The parts that a job gives its stages, if it does.
@@ -99,7 +101,7 @@ pub(crate) fn stages(parts: Vec<Part>, widths: Option<&[usize]>) -> Vec<StageLay
         .map(|(index, part)| {
             let first = next;
             next += widths.map_or(1, |widths| widths[index]);
-            StageLayout { part, devices: first..next }
+            StageLayout { part, devices: first..next, sharing: Sharing::default() }
         })
         .collect()
 }

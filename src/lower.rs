@@ -7,7 +7,7 @@ use actors::{Limits, PipelineOptions, RankHome, StagePlacement};
 use anyhow::{Result, bail};
 use configs::KvCacheTokens;
 use jobs::NumericProfile;
-use stages::{AttentionSharing, Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd, WeightType};
+use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd, WeightType};
 
 use crate::layout::{self, StageLayout};
 
@@ -68,7 +68,7 @@ impl Unplaced {
             let stage = |stage: &StageLayout| StagePlacement {
                 devices: devices[stage.devices.clone()].to_vec(),
                 part: stage.part,
-                sharing: AttentionSharing::default(),
+                sharing: stage.sharing.clone(),
             };
             PipelineOptions {
                 first_stage: replica * stages.len(),
@@ -154,7 +154,13 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
     };
     let shared: Vec<String> = (options.stages.iter())
         .filter(|stage| stage.devices.len() > 1)
-        .map(|stage| format!("{} on {}", stage.part, stage.devices.len()))
+        .map(|stage| {
+            let by_sequences = match stage.sharing.sequence_blocks() {
+                [] => String::new(),
+                blocks => format!(" with attention of {blocks:?} by sequences"),
+            };
+            format!("{} on {}{by_sequences}", stage.part, stage.devices.len())
+        })
         .collect();
     NumericProfile {
         backend: backend.to_owned(),

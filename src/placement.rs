@@ -123,7 +123,7 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result
     let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows)?;
     let widths = layout::widths(pipeline);
     let mut lines = vec![];
-    let stages = match (given, kept) {
+    let mut stages = match (given, kept) {
         (Some(given), _) => {
             let given = layout::stages(given, widths);
             lines.extend(question.compare(&given, &question.plan(widths, &Kept::OneEach)?));
@@ -144,6 +144,9 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result
             planned
         }
     };
+    let num_stages = stages.len();
+    let first = occasion.first_run.as_deref().unwrap_or_default();
+    first_run::share_attention(&mut stages, first, |stage| question.sharing(stage, num_stages));
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();

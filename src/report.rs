@@ -57,6 +57,8 @@ pub(crate) struct StageLine {
     pub(crate) part: Part,
     /// How many devices share it.
     pub(crate) ranks: usize,
+    /// Blocks whose attention these share by sequences.
+    pub(crate) by_sequences: usize,
     /// What its first rank spent on collectives.
     pub(crate) collectives: Option<CollectiveTimes>,
     /// Bytes that it has handed on to the next stage.
@@ -107,7 +109,12 @@ impl StageLine {
                 let busy = self.times.parts.busy.as_secs_f64().max(f64::MIN_POSITIVE);
                 let share = 100.0 * time.as_secs_f64() / busy;
                 let megabytes = megabytes(bytes);
-                format!(", {ranks} ranks: {share:.1} % of it in collectives of {megabytes} MB")
+                let by_sequences = match self.by_sequences {
+                    0 => String::new(),
+                    1 => " (attention of 1 block by sequences)".to_owned(),
+                    blocks => format!(" (attention of {blocks} blocks by sequences)"),
+                };
+                format!(", {ranks} ranks{by_sequences}: {share:.1} % of it in collectives of {megabytes} MB")
             }
         };
         if self.hop_bytes > 0 {

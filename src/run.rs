@@ -297,6 +297,7 @@ fn plan(job: &JobFile, replicas: &[PipelineOptions], placement: &Placement) -> s
                 "first_column": first_column,
                 "end_column": end_column,
                 "ranks": stage.devices.len(),
+                "attention_by_sequences": layout.sharing.sequence_blocks(),
                 "threads": threads,
                 "predicted_seconds": seconds,
             })

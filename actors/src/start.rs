@@ -6,7 +6,7 @@ use std::time::Duration;
 use kameo::actor::{ActorRef, PreparedActor};
 use kameo::mailbox;
 use scheduler::Span;
-use stages::{AttentionSharing, CollectiveClock, Device, Dtypes, Model, Part, SpanOptions};
+use stages::{CollectiveClock, Device, Dtypes, Model, Part, Sharing, SpanOptions};
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::device_thread::LoadStage;
@@ -30,13 +30,13 @@ pub struct StagePlacement {
     /// Its blocks.
     pub part: Part,
     /// How its ranks share attention.
-    pub sharing: AttentionSharing,
+    pub sharing: Sharing,
 }
 
 impl StagePlacement {
     /// Whole blocks on one device.
     pub fn alone(device: Device, blocks: Span) -> Self {
-        StagePlacement { devices: vec![device], part: blocks.into(), sharing: AttentionSharing::default() }
+        StagePlacement { devices: vec![device], part: blocks.into(), sharing: Sharing::default() }
     }
 }
 

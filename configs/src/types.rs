@@ -163,9 +163,10 @@ pub enum TensorParallel {
 }
 
 /// The widths that a stage may have.
-pub const TENSOR_PARALLEL_WIDTHS: [usize; 4] = [1, 2, 4, 8];
+pub const TENSOR_PARALLEL_WIDTHS: [usize; 5] = [1, 2, 3, 4, 8];
 
-const TENSOR_PARALLEL: &str = "\"auto\", \"off\" or a width of 1, 2, 4 or 8 for each stage such as [1, 1, 2]";
+const TENSOR_PARALLEL: &str =
+    "\"auto\", \"off\" or a width of 1, 2, 3, 4 or 8 for each stage such as [1, 1, 2]";
 
 impl Serialize for TensorParallel {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

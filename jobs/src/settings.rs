@@ -40,6 +40,9 @@ pub struct StageShape {
     pub end_column: Option<usize>,
     /// Devices that share it.
     pub ranks: usize,
+    /// Blocks whose attention these share by sequences.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub by_sequences: Vec<usize>,
 }
 
 impl Settings {

@@ -9,7 +9,7 @@ use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, TensorParallel};
 use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_on_seats};
 use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{MeasureOptions, Profile};
-use stages::{Model, Part};
+use stages::{Model, Part, Sharing};
 
 use super::{Kept, Source, neighbours};
 use crate::cli::LengthsArg;
@@ -252,6 +252,14 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
+    /// How the ranks of one of so many stages share attention.
+    pub(super) fn sharing(&self, stage: &StageLayout, num_stages: usize) -> Sharing {
+        let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
+        let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
+        let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
+        costs.sharing(&pieces, stage.devices.len(), self.load(num_stages))
+    }
+
     /// What the slowest device takes for all of its stages, those of all replicas.
     fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
@@ -327,6 +335,7 @@ fn planned(pieces: &[PieceShape], stages: &[PlannedStage]) -> Vec<StageLayout> {
     let stage = |stage: &PlannedStage| StageLayout {
         part: part_of(pieces, &stage.pieces),
         devices: stage.devices.clone(),
+        sharing: Sharing::default(),
     };
     stages.iter().map(stage).collect()
 }

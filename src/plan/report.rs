@@ -78,6 +78,8 @@ pub(crate) struct StagePart {
     #[serde(rename = "virtual")]
     pub(crate) pass: usize,
     pub(crate) tensor_parallel: usize,
+    /// Blocks whose attention the devices share by sequences.
+    pub(crate) attention_by_sequences: Vec<usize>,
     pub(crate) params: u64,
     pub(crate) weight_bytes: u64,
     pub(crate) kv_bytes_per_token: u64,
@@ -294,6 +296,8 @@ impl StagePart {
         let shapes = &answer.pieces[stage.pieces.clone()];
         let (first, last) = (&shapes[0], &shapes[shapes.len() - 1]);
         let slot = |block: usize| setting.config.blocks[block].slot;
+        let load = setting.load(plan.case.rows);
+        let sharing = setting.cost_model(spec).sharing(shapes, stage.devices.len(), load);
 
         let weights = costs.weight_bytes(stage.pieces.clone());
         let kv_bytes_per_token = costs.kv_bytes_per_token(stage.pieces.clone());
@@ -308,6 +312,7 @@ impl StagePart {
             devices: device_names(setting, stage.devices.clone()),
             pass: plan.stages[..index].iter().filter(|before| before.devices == stage.devices).count(),
             tensor_parallel: stage.devices.len(),
+            attention_by_sequences: sharing.sequence_blocks().to_vec(),
             params: params(setting, answer, &stage.pieces),
             weight_bytes: weights * ranks,
             kv_bytes_per_token: kv_bytes_per_token * ranks,

@@ -205,8 +205,11 @@ impl Setting {
             TensorParallel::Off => 1,
             TensorParallel::Auto | TensorParallel::Widths(_) => self.devices.num_devices(),
         };
+        let is_even = |width: &usize| self.config.dims.heads.is_multiple_of(*width);
+        let given = self.given_widths().unwrap_or_default();
+        // Ranks that have unlike numbers of heads wait for each other: nobody has that unasked.
         (TENSOR_PARALLEL_WIDTHS.into_iter())
-            .filter(|width| *width <= most && self.config.dims.heads.is_multiple_of(*width))
+            .filter(|width| *width <= most && (is_even(width) || given.contains(width)))
             .collect()
     }
 

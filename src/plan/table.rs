@@ -229,6 +229,10 @@ fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
     lines.extend(stage.columns.iter().map(|cut| {
         format!("      of block {} columns [{}, {}) of {}", cut.block, cut.start, cut.end, cut.of)
     }));
+    if !stage.attention_by_sequences.is_empty() {
+        let blocks = &stage.attention_by_sequences;
+        lines.push(format!("      attention of blocks {blocks:?} shared by sequences"));
+    }
     lines
 }
 

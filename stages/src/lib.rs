@@ -40,7 +40,7 @@ pub use model::{Model, Warnings};
 pub use part::Part;
 pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep};
 pub use rope::Rope;
-pub use shard::{AttentionSharing, RankPlace};
+pub use shard::{AttentionSharing, RankPlace, Sharing};
 pub use span::SpanOptions;
 pub use stage::{
     Activations, Device, Dtypes, Follower, Stage, StageOutput, load, load_first_rank, load_follower,

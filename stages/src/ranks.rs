@@ -12,7 +12,7 @@ use scheduler::MicroBatch;
 
 use crate::error::Result;
 use crate::head::wanted_rows;
-use crate::shard::{AttentionSharing, RankPlace};
+use crate::shard::{RankPlace, Sharing};
 
 /// What a rank beside the first must know of a micro-batch.
 #[derive(Debug, Clone, Default)]
@@ -51,7 +51,7 @@ pub struct RankGroup {
     /// The way.
     pub collective: Box<dyn Collective<Array>>,
     /// How attention is shared, the same on every rank.
-    pub sharing: AttentionSharing,
+    pub sharing: Sharing,
     /// Where its time is told.
     pub clock: Arc<CollectiveClock>,
 }
@@ -93,7 +93,7 @@ impl CollectiveClock {
 /// The other ranks, as a span's forward pass sees them.
 pub(crate) struct Ranks<A> {
     pub(crate) place: RankPlace,
-    pub(crate) sharing: AttentionSharing,
+    pub(crate) sharing: Sharing,
     collective: Box<dyn Collective<A>>,
     clock: Arc<CollectiveClock>,
 }

@@ -18,7 +18,36 @@ pub struct RankPlace {
     pub num_ranks: usize,
 }
 
-/// How the ranks of a stage share grouped-query attention.
+/// How the ranks of a stage share the attention of each block: by heads but where it is said to be by sequences.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Sharing {
+    by_sequences: Vec<usize>,
+}
+
+impl Sharing {
+    /// By sequences in these blocks, by heads in all others.
+    pub fn by_sequences(blocks: impl IntoIterator<Item = usize>) -> Self {
+        let mut by_sequences: Vec<usize> = blocks.into_iter().collect();
+        by_sequences.sort_unstable();
+        by_sequences.dedup();
+        Sharing { by_sequences }
+    }
+
+    /// The blocks whose attention is shared by sequences, in order.
+    pub fn sequence_blocks(&self) -> &[usize] {
+        &self.by_sequences
+    }
+
+    /// How a block's is.
+    pub(crate) fn of(&self, block: usize) -> AttentionSharing {
+        match self.by_sequences.binary_search(&block) {
+            Ok(_) => AttentionSharing::Sequences,
+            Err(_) => AttentionSharing::Heads,
+        }
+    }
+}
+
+/// How ranks share a block's grouped-query attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AttentionSharing {
     /// Each rank has some heads of every sequence. Where there are fewer KV heads than ranks, several have a copy of

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use scheduler::RankCosts;
 use stages::cost::{Basis, Channel, CostModel, Load, Measured, NumberType, NumberTypes, pieces};
 use stages::profile::{
     AttentionEntry, BlockEntry, BlockShape, Both, ContextPoint, Effort, FORMAT, MeasureOptions, Missing,
@@ -115,8 +116,11 @@ fn costs_say_where_they_go_beyond_what_was_measured() {
     assert_eq!(costs.basis(&whole, 2, decode(8.0, 64.0)), Basis::Scaled);
     let halves = costs.rank_costs(&whole, 2, decode(8.0, 64.0));
     let alone = costs.rank_costs(&whole, 1, decode(8.0, 64.0));
-    let ratio = halves.seconds(0..3) / alone.seconds(0..3);
+    let ratio = halves.without_extras().seconds(0..3) / alone.without_extras().seconds(0..3);
     assert!((0.49..0.51).contains(&ratio), "{ratio}");
+    // The first rank looks tokens up by itself.
+    let embedding = |costs: &RankCosts| costs.seconds(0..1) - costs.without_extras().seconds(0..1);
+    assert_eq!(embedding(&halves), embedding(&alone));
     // Some columns of an FFN take their share, and all of them together what the block does.
     let columns = pieces(&config(), true);
     let cut = costs.rank_costs(&columns, 1, decode(8.0, 64.0));

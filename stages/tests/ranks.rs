@@ -14,7 +14,7 @@ use scheduler::{
 use serde_json::{Value, json};
 use stages::{
     AttentionSharing, CollectiveClock, Device, Dtype, Dtypes, Follower, Model, PAGE_TOKENS, Part, RankGroup,
-    RankStep, SUM_CUT, Simd, SpanOptions, Stage, StageOutput, WeightType, load, load_first_rank,
+    RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage, StageOutput, WeightType, load, load_first_rank,
     load_follower, thread_ranks,
 };
 
@@ -111,9 +111,13 @@ impl Running {
             let stage = load(model, device, dtypes, options).unwrap();
             return Running { stage, draws, followers: Vec::new() };
         }
-        let group = move |rank| RankGroup {
+        let sharing = match of.sharing {
+            AttentionSharing::Heads => Sharing::default(),
+            AttentionSharing::Sequences => Sharing::by_sequences(of.part.blocks.range()),
+        };
+        let group = |rank| RankGroup {
             collective: Box::new(rank),
-            sharing: of.sharing,
+            sharing: sharing.clone(),
             clock: Arc::new(CollectiveClock::default()),
         };
         let mut ranks = thread_ranks(of.num_ranks, PATIENCE).into_iter();
@@ -121,10 +125,10 @@ impl Running {
         let followers = ranks
             .map(|rank| {
                 let (sender, steps) = channel::<RankStep>();
-                let (model, device) = (model.clone(), device.clone());
+                let (model, device, group) = (model.clone(), device.clone(), group(rank));
                 std::thread::spawn(move || {
                     let follower: Box<dyn Follower> =
-                        load_follower(&model, &device, dtypes, options, group(rank)).unwrap();
+                        load_follower(&model, &device, dtypes, options, group).unwrap();
                     let mut follower = follower;
                     steps.iter().for_each(|step| follower.follow(&step).unwrap());
                 });

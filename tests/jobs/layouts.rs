@@ -125,3 +125,56 @@ fn a_layout_that_the_devices_no_longer_fit_is_named_with_the_cure() {
     // What the job was begun with is no longer what it goes on with.
     done(world.run_job(&job, &three));
 }
+
+/// Makes attention over keys dear, or free, beside everything else.
+fn price_attention(world: &World, is_dear: bool) {
+    world.measure();
+    world.edit(|profile| {
+        even_costs(profile, None);
+        let price = if is_dear { 1.0 } else { 0.0 };
+        for entry in profile["attention"].as_array_mut().unwrap() {
+            for points in ["decode", "prefill"] {
+                let all = entry[points].as_object_mut().unwrap().values_mut();
+                for point in all.flat_map(|points| points.as_array_mut().unwrap()) {
+                    for key in ["median", "lower", "upper"] {
+                        point["seconds"][key] = json!(price);
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Ranks beyond the KV heads would read copies of the same keys.
+#[test]
+fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
+    let four = "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\"]";
+    let world = World::with(&[four, SETS[1], SETS[2], "pipeline.tensor_parallel=[4]"]);
+    let job = world.job.anew().over((0..20).map(row));
+    let blocks = |job: &Job| {
+        let manifest = read_json(&job.out().join("manifest.json"));
+        let numerics = manifest["numeric_profile"]["tensor_parallel_stages"].clone();
+        (manifest["plan"]["stages"][0]["attention_by_sequences"].clone(), numerics.to_string())
+    };
+    price_attention(&world, true);
+    let undisturbed = job.anew();
+    let output = world.run_job(&undisturbed, &[]);
+    assert_done(&output);
+    let (shared, numerics) = blocks(&undisturbed);
+    assert!(!shared.as_array().unwrap().is_empty(), "no block is shared by sequences");
+    assert!(numerics.contains("by sequences"), "{numerics}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("by sequences): "), "{said}");
+    let processes = job.anew().set("pipeline.ranks=processes");
+    done(world.run_job(&processes, &[]));
+    assert!(all_lines(&processes) == all_lines(&undisturbed), "processes as threads");
+    done(world.run_job(&job, &["--limit", "8"]));
+
+    price_attention(&world, false);
+    let by_heads = job.anew();
+    done(world.run_job(&by_heads, &[]));
+    assert_eq!(blocks(&by_heads).0, json!([]), "a new job");
+    done(world.run_job(&job, &[]));
+    assert_eq!(blocks(&job).0, shared, "the job that was begun");
+    assert!(all_lines(&job) == all_lines(&undisturbed));
+}

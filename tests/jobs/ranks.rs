@@ -27,7 +27,7 @@ fn rows(count: usize) -> Vec<String> {
 fn every_model_agrees_with_the_reference_on_stages_of_several_devices() {
     for model in MODELS {
         let reference = read_json(&fixture(model).join("reference.json"));
-        for widths in [&[2][..], &[4], &[1, 2], &[2, 4]] {
+        for widths in [&[2][..], &[3], &[4], &[1, 2], &[2, 4], &[3, 1]] {
             let num_blocks = stages::ModelConfig::read(&fixture(model)).unwrap().blocks.len();
             if widths.len() > num_blocks {
                 continue;

@@ -12,8 +12,7 @@ use std::time::Duration;
 
 use scheduler::MicroBatch;
 use stages::{
-    Activations, AttentionSharing, CollectiveClock, Device, Dtypes, Model, RankStep, SpanOptions, Stage,
-    StageOutput,
+    Activations, CollectiveClock, Device, Dtypes, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput,
 };
 
 pub use process::serve_rank;
@@ -37,7 +36,7 @@ pub(crate) struct RanksArgs {
     pub(crate) devices: Vec<Device>,
     pub(crate) dtypes: Dtypes,
     pub(crate) options: SpanOptions,
-    pub(crate) sharing: AttentionSharing,
+    pub(crate) sharing: Sharing,
     pub(crate) home: RankHome,
     /// How long ranks wait for each other. The watchdog is to be first.
     pub(crate) patience: Duration,

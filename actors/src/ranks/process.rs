@@ -73,7 +73,7 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
         &args.devices[0],
         args.dtypes,
         args.options,
-        RankGroup { collective, sharing: args.sharing, clock: Arc::clone(&args.clock) },
+        RankGroup { collective, sharing: args.sharing.clone(), clock: Arc::clone(&args.clock) },
     )?;
     for (rank, words) in (1..).zip(loading) {
         match words.recv() {

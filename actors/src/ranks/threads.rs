@@ -47,7 +47,8 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
         others.push(Box::new(ThreadRank { steps, end }));
         loading.push(loaded);
     }
-    let group = RankGroup { collective: first, sharing: args.sharing, clock: Arc::clone(&args.clock) };
+    let group =
+        RankGroup { collective: first, sharing: args.sharing.clone(), clock: Arc::clone(&args.clock) };
     let first = stages::load_first_rank(&args.model, &args.devices[0], args.dtypes, args.options, group)?;
     for (rank, loaded) in (1..).zip(loading) {
         let gone = || stages::Error::Rank { rank, message: "its thread ended while it loaded".to_owned() };
@@ -67,7 +68,7 @@ struct Thread {
 impl Thread {
     fn run(self, collective: Box<dyn Collective<stages::Array>>, ready: &Sender<stages::Result<()>>) {
         let RanksArgs { stage, model, devices, dtypes, options, sharing, .. } = &self.args;
-        let group = RankGroup { collective, sharing: *sharing, clock: Arc::default() };
+        let group = RankGroup { collective, sharing: sharing.clone(), clock: Arc::default() };
         let load = || stages::load_follower(model, &devices[self.rank], *dtypes, *options, group);
         let mut follower = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(Ok(follower)) => follower,

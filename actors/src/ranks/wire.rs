@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use scheduler::Span;
 use serde_json::{Value, json};
-use stages::{
-    AttentionSharing, AttentionSlice, Device, Dtype, Dtypes, Part, RankStep, Simd, SpanOptions, WeightType,
-};
+use stages::{AttentionSlice, Device, Dtype, Dtypes, Part, RankStep, Sharing, Simd, SpanOptions, WeightType};
 
 use super::RanksArgs;
 
@@ -28,7 +26,7 @@ pub(super) struct Order {
     pub(super) device: Device,
     pub(super) dtypes: Dtypes,
     pub(super) options: SpanOptions,
-    pub(super) sharing: AttentionSharing,
+    pub(super) sharing: Sharing,
     /// The plan of faults, where there is one.
     pub(super) faults: Option<String>,
 }
@@ -57,7 +55,7 @@ impl Order {
             device: args.devices[rank].clone(),
             dtypes: args.dtypes,
             options: args.options,
-            sharing: args.sharing,
+            sharing: args.sharing.clone(),
             faults: jobs::faults::plan(),
         }
     }
@@ -80,7 +78,7 @@ impl Order {
             "device": device, "weights": self.dtypes.weights.name(), "kv": self.dtypes.kv.name(),
             "blocks": [part.blocks.start, part.blocks.end], "first_column": part.first_column,
             "end_column": part.end_column, "num_pages": num_pages, "context_tokens": context_tokens,
-            "by_sequences": self.sharing == AttentionSharing::Sequences, "faults": self.faults,
+            "by_sequences": self.sharing.sequence_blocks(), "faults": self.faults,
         });
         order.to_string().into_bytes()
     }
@@ -128,10 +126,7 @@ impl Order {
                 num_pages: size("num_pages")?,
                 context_tokens: size("context_tokens")?,
             },
-            sharing: match order["by_sequences"].as_bool()? {
-                true => AttentionSharing::Sequences,
-                false => AttentionSharing::Heads,
-            },
+            sharing: Sharing::by_sequences(list(&order["by_sequences"])?),
             faults: text("faults"),
         })
     }
@@ -224,7 +219,7 @@ mod tests {
                 num_pages: 99,
                 context_tokens: 1 << 17,
             },
-            sharing: AttentionSharing::Sequences,
+            sharing: Sharing::by_sequences([4, 6]),
             faults: Some("stage0.1@3:kill".to_owned()),
         }
     }

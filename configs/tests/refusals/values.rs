@@ -235,12 +235,12 @@ fn layouts_that_no_plan_could_have_are_refused() {
     let says = |what, line: &str, message: &str| {
         let end = line.len() - "tensor_parallel = ".len();
         case(what).more(&format!("[pipeline]\n{line}\n")).says(&format!(
-            "pipeline.tensor_parallel: expected \"auto\", \"off\" or a width of 1, 2, 4 or 8 for each stage such as \
+            "pipeline.tensor_parallel: expected \"auto\", \"off\" or a width of 1, 2, 3, 4 or 8 for each stage such as \
              [1, 1, 2], found {message}\n --> job.toml:7:19\n  |\n7 | {line}\n  |                   {}",
             "^".repeat(end)
         ));
     };
-    says("a width of 3", "tensor_parallel = [1, 3]", "a width of 3");
+    says("a width of 5", "tensor_parallel = [1, 5]", "a width of 5");
     says("no width", "tensor_parallel = []", "an empty list");
     says("a word that is no width", "tensor_parallel = \"on\"", "\"on\"");
 }

@@ -9,10 +9,11 @@ use scheduler::{Extra, Load, Piece, RankCosts};
 
 use super::CostModel;
 use super::pieces::PieceShape;
-use super::rank::{self, Parts, Rank};
+use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{NumberTypes, Roofline};
 use crate::block::{Dims, Ffn};
 use crate::config::ModelConfig;
+use crate::shard::{AttentionSharing, Sharing};
 
 /// What a plan balances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,9 +81,12 @@ impl CostModel for Estimator<'_> {
             Balance::Flops | Balance::Weights => 0.0,
         };
         let shared = rank::shared_bytes(self.config, self.types, ranks);
-        RankCosts::new(costs, self.embedding(ranks, load), self.head(ranks, load))
-            .with_shared(shared)
-            .with_cut(cut)
+        RankCosts::new(costs, self.embedding(load), self.head(ranks, load)).with_shared(shared).with_cut(cut)
+    }
+
+    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
+        let is_faster = |shape: &&PieceShape| self.faster(shape, ranks, load).attention.by_sequences;
+        Sharing::by_sequences(pieces.iter().filter(is_faster).map(|shape| shape.block))
     }
 
     fn hop_seconds(&self, load: Load) -> f64 {
@@ -106,12 +110,13 @@ impl<'a> Estimator<'a> {
         stage: Range<usize>,
         ranks: usize,
     ) -> StageSeconds<'a> {
-        let mut kinds: Vec<(Parts, f64)> = vec![];
+        let mut kinds: Vec<([Parts; 2], f64)> = vec![];
         for shape in &pieces[stage.clone()] {
-            let parts = Parts::of(self.config, shape, ranks);
-            match kinds.iter_mut().find(|(kind, _)| *kind == parts) {
+            let ways = [AttentionSharing::Heads, AttentionSharing::Sequences]
+                .map(|sharing| Parts::of(self.config, shape, ranks, sharing));
+            match kinds.iter_mut().find(|(kind, _)| *kind == ways) {
                 Some((_, count)) => *count += 1.0,
-                None => kinds.push((parts, 1.0)),
+                None => kinds.push((ways, 1.0)),
             }
         }
         let (is_first, is_last) = (stage.start == 0, stage.end == pieces.len());
@@ -120,10 +125,14 @@ impl<'a> Estimator<'a> {
     }
 
     fn piece(&self, shape: &PieceShape, ranks: usize, load: Load) -> Piece {
-        let parts = Parts::of(self.config, shape, ranks);
+        let parts = self.faster(shape, ranks, load);
         let bytes = parts.weight_bytes(self.types);
         let kv_bytes_per_token = self.types.kv.bytes(parts.attention.kv_values);
         Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
+    }
+
+    fn faster(&self, shape: &PieceShape, ranks: usize, load: Load) -> Parts {
+        Parts::faster(self.config, shape, ranks, |parts| self.piece_seconds(parts, ranks, load))
     }
 
     fn piece_seconds(&self, parts: Parts, ranks: usize, load: Load) -> f64 {
@@ -147,9 +156,13 @@ impl<'a> Estimator<'a> {
         self.roofline.seconds(2.0 * tokens * matrix_params as f64, bytes)
     }
 
-    fn all_reduce_seconds(&self, ranks: usize, load: Load) -> f64 {
+    fn meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
         let bytes = load.tokens() * self.config.dims.hidden as f64 * ACTIVATION_BYTES;
-        self.roofline.all_reduce.all_reduce_seconds(bytes, ranks)
+        meeting.seconds(self.roofline.all_reduce, bytes, ranks)
+    }
+
+    fn all_reduce_seconds(&self, ranks: usize, load: Load) -> f64 {
+        self.meeting_seconds(Meeting::Sum, ranks, load)
     }
 
     /// Time to move so many numbers of activations for each token.
@@ -161,9 +174,13 @@ impl<'a> Estimator<'a> {
         if rank.matrix_params == 0 {
             return 0.0;
         }
+        let meeting = self.meeting_seconds(rank.meeting, ranks, load);
+        let load = rank.load(load, ranks);
         let hidden = self.config.dims.hidden as f64;
         let attended = |tokens: f64, context: f64| tokens * context * rank.flops_per_context_token;
-        let kv_bytes = load.decode_tokens * load.decode_context * self.types.kv.bytes(rank.kv_values) as f64;
+        // By sequences a rank reads all keys and values of its rows, of which it keeps them.
+        let kv_values = rank.kv_values * if rank.by_sequences { ranks as u64 } else { 1 };
+        let kv_bytes = load.decode_tokens * load.decode_context * self.types.kv.bytes(kv_values) as f64;
         let mut sum = self.product_seconds(rank.matrix_params, load.tokens());
         sum += self.roofline.attention_seconds(attended(load.decode_tokens, load.decode_context), kv_bytes);
         sum += self.roofline.attention_seconds(attended(load.prefill_tokens, load.prefill_context), 0.0);
@@ -171,8 +188,7 @@ impl<'a> Estimator<'a> {
         let heads = rank.flops_per_context_token / (4 * self.config.dims.head_dim) as f64;
         sum += load.tokens() * heads * self.roofline.attention_head_seconds;
         sum += self.pass_seconds(ATTENTION_PASSES * hidden, load);
-        sum += self.all_reduce_seconds(ranks, load);
-        sum
+        sum + meeting
     }
 
     /// The norm is charged with the first columns and the all-reduce with the last ones; a stage whose
@@ -186,13 +202,13 @@ impl<'a> Estimator<'a> {
         let mut sum = self.product_seconds(rank.matrix_params, load.tokens());
         sum += self.pass_seconds(SWIGLU_PASSES * width, load);
         sum += if rank.norm_params > 0 { self.pass_seconds(FFN_PASSES * hidden as f64, load) } else { 0.0 };
-        sum += if is_last { self.all_reduce_seconds(ranks, load) } else { 0.0 };
+        sum += if is_last { self.meeting_seconds(rank.meeting, ranks, load) } else { 0.0 };
         sum
     }
 
-    /// The embedding: a look-up for each token.
-    fn embedding(&self, ranks: usize, load: Load) -> Extra {
-        let bytes = rank::embedding_bytes(self.config, self.types, ranks);
+    /// The embedding: a look-up for each token, on the first rank.
+    fn embedding(&self, load: Load) -> Extra {
+        let bytes = rank::embedding_bytes(self.config, self.types);
         let seconds = match self.balance {
             Balance::Weights => bytes as f64 / self.roofline.bytes_per_second,
             Balance::Flops => 0.0,
@@ -231,8 +247,8 @@ impl<'a> Estimator<'a> {
 pub struct StageSeconds<'a> {
     estimator: Estimator<'a>,
     ranks: usize,
-    /// Distinct pieces, and how often each is there.
-    kinds: Vec<(Parts, f64)>,
+    /// Distinct pieces, with attention by heads and by sequences, and how often each is there.
+    kinds: Vec<([Parts; 2], f64)>,
     is_first: bool,
     is_last: bool,
     /// Its end cuts a block.
@@ -244,10 +260,11 @@ impl StageSeconds<'_> {
     pub fn of(&self, load: Load) -> f64 {
         let Self { estimator, ranks, .. } = self;
         let mut sum = 0.0;
-        for (parts, count) in &self.kinds {
-            sum += count * estimator.piece_seconds(*parts, *ranks, load);
+        for (ways, count) in &self.kinds {
+            let [by_heads, by_sequences] = ways.map(|parts| estimator.piece_seconds(parts, *ranks, load));
+            sum += count * by_heads.min(by_sequences);
         }
-        sum += if self.is_first { estimator.embedding(*ranks, load).seconds } else { 0.0 };
+        sum += if self.is_first { estimator.embedding(load).seconds } else { 0.0 };
         sum += if self.is_last { estimator.head(*ranks, load).seconds } else { 0.0 };
         let is_summed = self.is_cut && estimator.balance == Balance::Roofline;
         sum += if is_summed { estimator.all_reduce_seconds(*ranks, load) } else { 0.0 };

@@ -10,11 +10,12 @@ use super::CostModel;
 use super::curve::{Basis, Curve};
 use super::estimate::hop_bytes;
 use super::pieces::PieceShape;
-use super::rank::{self, Parts};
+use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{Channel, NumberTypes};
-use crate::block::Attention;
+use crate::block::{Attention, Block};
 use crate::config::ModelConfig;
 use crate::profile::{ContextPoint, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, TokenPoint};
+use crate::shard::{AttentionSharing, Sharing};
 
 /// Costs of one model on a device that was measured.
 #[derive(Debug, Clone)]
@@ -130,39 +131,64 @@ impl Measured {
         [sum(|block| &block.lower) / median, sum(|block| &block.upper) / median]
     }
 
-    /// One rank's share of a block, by its matrices.
+    /// One rank's share of a block, by its matrices, where it has heads of the attention.
     fn share(&self, piece: &PieceShape, ranks: usize) -> f64 {
         let block = self.config.blocks[piece.block];
-        let whole = (block.flops_per_token(self.config.dims) / 2) as f64;
-        Parts::of(&self.config, piece, ranks).matrix_params() as f64 / whole
+        let parts = Parts::of(&self.config, piece, ranks, AttentionSharing::Heads);
+        parts.matrix_params() as f64 / matrix_params(block, &self.config)
+    }
+
+    fn faster(&self, piece: &PieceShape, ranks: usize, load: Load) -> Parts {
+        Parts::faster(&self.config, piece, ranks, |parts| self.seconds(piece.block, parts, ranks, load))
+    }
+
+    /// A chunk's attention may be cheaper than the single rows of the base, never than nothing.
+    fn seconds(&self, block: usize, parts: Parts, ranks: usize, load: Load) -> f64 {
+        if load.tokens() == 0.0 {
+            return 0.0;
+        }
+        let mut sum = self.attention_seconds(block, parts.attention, ranks, load);
+        sum += self.base_seconds(block, parts.ffn, load);
+        sum += if parts.ends_block { self.meeting_seconds(parts.ffn.meeting, ranks, load) } else { 0.0 };
+        sum.max(0.0)
+    }
+
+    /// The share of a block's time at almost no context that a half's matrices have.
+    fn base_seconds(&self, block: usize, rank: Rank, load: Load) -> f64 {
+        let whole = matrix_params(self.config.blocks[block], &self.config);
+        rank.matrix_params as f64 / whole * self.blocks[block].base.at(load.tokens())
+    }
+
+    fn attention_seconds(&self, block: usize, rank: Rank, ranks: usize, load: Load) -> f64 {
+        let own = rank.load(load, ranks);
+        let mut sum = self.base_seconds(block, rank, own);
+        sum += self.meeting_seconds(rank.meeting, ranks, load);
+        if rank.kv_values > 0 {
+            let (attention, dims) = (self.config.blocks[block].attention, self.config.dims);
+            // Heads are shared out, and with them the keys that are read; the one or the other is what takes the time.
+            let of_keys = rank.kv_values as f64 / attention.kv_values_per_token(dims) as f64;
+            let of_heads = rank.flops_per_context_token / (4 * dims.heads * dims.head_dim) as f64;
+            let share = if rank.by_sequences { 1.0 } else { of_keys.max(of_heads) };
+            sum += share * self.blocks[block].attention_seconds(own);
+        }
+        sum
     }
 
     fn piece(&self, piece: &PieceShape, ranks: usize, load: Load) -> Piece {
-        let parts = Parts::of(&self.config, piece, ranks);
-        let block = &self.blocks[piece.block];
-        let mut seconds = self.share(piece, ranks) * block.base.at(load.tokens());
-        if parts.attention.kv_values > 0 {
-            // Heads are shared out, and with them the keys that are read.
-            seconds += block.attention_seconds(load) / ranks as f64;
-            seconds += self.all_reduce_seconds(ranks, load);
-        }
-        if piece.ends_block {
-            seconds += self.all_reduce_seconds(ranks, load);
-        }
+        let parts = self.faster(piece, ranks, load);
         Piece {
-            // A chunk's attention may be cheaper than the single rows of the base, never than nothing.
-            seconds: if load.tokens() > 0.0 { seconds.max(0.0) } else { 0.0 },
+            seconds: self.seconds(piece.block, parts, ranks, load),
             weight_bytes: parts.weight_bytes(self.types),
             kv_bytes_per_token: self.types.kv.bytes(parts.attention.kv_values),
         }
     }
 
-    fn all_reduce_seconds(&self, ranks: usize, load: Load) -> f64 {
-        self.all_reduce.all_reduce_seconds(hop_bytes(self.config.dims, load.tokens()), ranks)
+    fn meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
+        meeting.seconds(self.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks)
     }
 
-    fn extra(curve: &Curve, tokens: f64, bytes: u64, ranks: usize) -> Extra {
-        let seconds = if tokens > 0.0 { curve.at(tokens) / ranks as f64 } else { 0.0 };
+    fn extra(curve: &Curve, tokens: f64, bytes: u64, share: f64) -> Extra {
+        let seconds = if tokens > 0.0 { curve.at(tokens) * share } else { 0.0 };
         Extra { seconds, bytes }
     }
 }
@@ -170,18 +196,29 @@ impl Measured {
 impl CostModel for Measured {
     fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
         let costs = pieces.iter().map(|piece| self.piece(piece, ranks, load));
-        let embedding_bytes = rank::embedding_bytes(&self.config, self.types, ranks);
+        let embedding_bytes = rank::embedding_bytes(&self.config, self.types);
         let head_bytes = rank::head_bytes(&self.config, self.types, ranks);
-        let embedding = Self::extra(&self.embedding, load.tokens(), embedding_bytes, ranks);
-        let head = Self::extra(&self.head, load.logit_rows, head_bytes, ranks);
+        // The first rank looks up tokens by itself; all have a part of the output matrix.
+        let embedding = Self::extra(&self.embedding, load.tokens(), embedding_bytes, 1.0);
+        let table = |ranks| rank::table_params(&self.config, ranks) as f64;
+        let head = Self::extra(&self.head, load.logit_rows, head_bytes, table(ranks) / table(1));
         RankCosts::new(costs, embedding, head)
             .with_shared(rank::shared_bytes(&self.config, self.types, ranks))
-            .with_cut(self.all_reduce_seconds(ranks, load))
+            .with_cut(self.meeting_seconds(if ranks > 1 { Meeting::Sum } else { Meeting::None }, ranks, load))
+    }
+
+    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
+        let is_faster = |piece: &&PieceShape| self.faster(piece, ranks, load).attention.by_sequences;
+        Sharing::by_sequences(pieces.iter().filter(is_faster).map(|piece| piece.block))
     }
 
     fn hop_seconds(&self, load: Load) -> f64 {
         if load.tokens() > 0.0 { self.hop.at(load.tokens()) } else { 0.0 }
     }
+}
+
+fn matrix_params(block: Block, config: &ModelConfig) -> f64 {
+    (block.flops_per_token(config.dims) / 2) as f64
 }
 
 impl BlockCurves {

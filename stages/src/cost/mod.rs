@@ -15,6 +15,8 @@ use std::ops::Range;
 
 use scheduler::RankCosts;
 
+use crate::shard::Sharing;
+
 pub use curve::Basis;
 pub use estimate::{Balance, Estimator, StageSeconds, activation_bytes, hop_bytes};
 pub use measured::{Lacking, Measured};
@@ -26,6 +28,9 @@ pub use scheduler::Load;
 pub trait CostModel {
     /// Costs of all pieces on one rank of a stage of `ranks`, for one micro-batch.
     fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts;
+
+    /// Blocks whose attention is faster where `ranks` share it by sequences than by heads.
+    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing;
 
     /// Time to hand a micro-batch on from stage to stage: the sender's part and the receiver's together.
     fn hop_seconds(&self, load: Load) -> f64;

@@ -44,6 +44,12 @@ impl Channel {
         let share = 2.0 * (ranks as f64 - 1.0) / ranks as f64;
         if ranks > 1 { self.seconds(bytes * share) } else { 0.0 }
     }
+
+    /// Time until each of `ranks` has all of `bytes`, of which each had a part, or one of them everything.
+    pub fn all_gather_seconds(self, bytes: f64, ranks: usize) -> f64 {
+        let share = (ranks as f64 - 1.0) / ranks as f64;
+        if ranks > 1 { self.seconds(bytes * share) } else { 0.0 }
+    }
 }
 
 impl Roofline {

@@ -15,7 +15,7 @@ use crate::head::Head;
 use crate::model::Model;
 use crate::part::Part;
 use crate::ranks::Ranks;
-use crate::shard::{AttentionShard, AttentionSharing, FfnShard, RankPlace};
+use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
 use crate::tensors::{self, slot_tensor};
 
 impl<B: Backend> SpanStage<B> {
@@ -32,7 +32,7 @@ impl<B: Backend> SpanStage<B> {
         let SpanOptions { part, num_pages, context_tokens } = options;
         let config = &model.config;
         let place = ranks.as_ref().map_or(RankPlace::ALONE, |ranks| ranks.place);
-        let sharing = ranks.as_ref().map_or(AttentionSharing::default(), |ranks| ranks.sharing);
+        let sharing = ranks.as_ref().map_or_else(Sharing::default, |ranks| ranks.sharing.clone());
         let loader = Loader { backend: &backend, model, part, place, sharing, num_pages };
         let embedding = loader.embedding()?;
         let head = loader.head(embedding.as_ref())?;
@@ -72,7 +72,7 @@ struct Loader<'a, B: Backend> {
     model: &'a Model,
     part: Part,
     place: RankPlace,
-    sharing: AttentionSharing,
+    sharing: Sharing,
     num_pages: usize,
 }
 
@@ -167,7 +167,7 @@ impl<B: Backend> Loader<'_, B> {
             Attention::Linear | Attention::None => 0,
         };
         let all = || (0..dims.heads, 0..kv_heads);
-        Ok(match (block.attention, self.place.attention(block.attention, dims, self.sharing)) {
+        Ok(match (block.attention, self.place.attention(block.attention, dims, self.sharing.of(index))) {
             (Attention::None, _) | (_, AttentionShard::None) => AttentionOnDevice::None,
             (_, AttentionShard::FirstRank) if !first => AttentionOnDevice::Elsewhere,
             (Attention::Gqa { .. }, AttentionShard::Heads { query, kv }) if self.place.num_ranks > 1 => {

@@ -11,8 +11,8 @@ use stages::{Device, Gpu};
 const LIBRARIES: &str = "SPANWISE_CUDA_LIBRARIES";
 
 /// A GPU as a stage's device.
-pub(crate) fn device(index: usize) -> Device {
-    Device::Cuda { index, libraries: libraries(), cubins: cubins() }
+pub(crate) fn device(index: usize, is_deterministic: bool) -> Device {
+    Device::Cuda { index, libraries: libraries(), cubins: cubins(), is_deterministic }
 }
 
 /// Bytes that are free on each GPU that a pipeline names, by its index.
@@ -24,19 +24,27 @@ pub(crate) fn free_bytes(pipeline: &configs::Pipeline) -> Result<BTreeMap<usize,
     named.into_iter().map(|index| Ok((index, gpu(index)?.free_bytes()?))).collect()
 }
 
-/// Refuses GPUs of unlike architectures: a row's bits would depend on which blocks are where.
+/// The architecture of a GPU, such as `sm_90a`.
+///
+/// # Errors
+/// It is not there, and why.
+pub(crate) fn architecture(index: usize) -> Result<String> {
+    Ok(gpu(index)?.architecture())
+}
+
+/// Refuses GPUs of unlike architectures where a row's bits must not depend on which blocks are where.
 ///
 /// # Errors
 /// Two that are unlike, by name, or one that is not there, and why.
 pub(crate) fn check_alike(pipeline: &configs::Pipeline) -> Result<()> {
-    let Some(first) = pipeline.devices.first() else { return Ok(()) };
+    let Some(first) = pipeline.devices.first().filter(|_| pipeline.deterministic) else { return Ok(()) };
     let first = gpu(first.index)?;
     for device in &pipeline.devices {
         let other = gpu(device.index)?;
         if other.architecture() != first.architecture() {
             bail!(
                 "[pipeline] devices: found cuda:{} ({}, {}) and cuda:{} ({}, {}), expected GPUs of one architecture: \
-                 their tensor cores round unlike",
+                 their tensor cores round unlike\nhint: [pipeline] deterministic = false lets answers depend on which has which blocks",
                 first.index,
                 first.name,
                 first.architecture(),

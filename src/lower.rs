@@ -1,5 +1,6 @@
 //! From a job file's words to each crate's options: deciding only, nothing is started here.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -145,12 +146,15 @@ pub(crate) fn window(max_sequences: usize) -> usize {
 
 /// What the bits of a pipeline's results depend on beside the row, the model and the seed. A block is summed over the
 /// ranks of its stage, so that it matters where stages of several ranks begin and end.
-pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
-    // One machine runs all its stages on one level.
-    let (backend, simd) = match &options.stages[0].devices[0] {
-        Device::Reference => ("reference", "none"),
-        Device::Cpu { simd, .. } => ("cpu", simd.name()),
-        Device::Cuda { .. } => ("cuda", "none"),
+///
+/// # Errors
+/// A GPU that is not there any more.
+pub(crate) fn numeric_profile(options: &PipelineOptions) -> Result<NumericProfile> {
+    // One machine runs all its stages on one level, but for GPUs where nobody asks for the same bits.
+    let (backend, simd, deterministic) = match &options.stages[0].devices[0] {
+        Device::Reference => ("reference", "none".to_owned(), true),
+        Device::Cpu { simd, .. } => ("cpu", simd.name().to_owned(), true),
+        Device::Cuda { is_deterministic, .. } => ("cuda", architectures(options)?, *is_deterministic),
     };
     let shared: Vec<String> = (options.stages.iter())
         .filter(|stage| stage.devices.len() > 1)
@@ -162,14 +166,26 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> NumericProfile {
             format!("{} on {}{by_sequences}", stage.part, stage.devices.len())
         })
         .collect();
-    NumericProfile {
+    Ok(NumericProfile {
         backend: backend.to_owned(),
-        simd: simd.to_owned(),
+        simd,
         dtype: options.dtypes.weights.name().to_owned(),
         kv_cache_dtype: options.dtypes.kv.name().to_owned(),
         tensor_parallel: options.stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1) as u32,
         tensor_parallel_stages: (!shared.is_empty()).then(|| shared.join(", ")),
+        deterministic,
+    })
+}
+
+/// The architectures of a pipeline's GPUs.
+fn architectures(options: &PipelineOptions) -> Result<String> {
+    let mut names = BTreeSet::new();
+    for device in options.stages.iter().flat_map(|stage| &stage.devices) {
+        if let Device::Cuda { index, .. } = device {
+            names.insert(gpus::architecture(*index)?);
+        }
     }
+    Ok(names.into_iter().collect::<Vec<_>>().join(", "))
 }
 
 fn weights(dtype: configs::Dtype) -> WeightType {
@@ -192,7 +208,7 @@ pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dt
 pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
     let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
     if gpus::are_meant(pipeline)? {
-        return Ok((0..num_groups).map(gpus::device).collect());
+        return Ok((0..num_groups).map(|index| gpus::device(index, pipeline.deterministic)).collect());
     }
     let simd = match pipeline.simd {
         configs::Simd::Reference => return Ok(vec![Device::Reference; num_groups]),

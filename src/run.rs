@@ -96,7 +96,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     };
     placement.lines.iter().for_each(|line| say(line));
     let mut replicas = unplaced.with(&placement.stages)?;
-    let numeric_profile = lower::numeric_profile(&replicas[0]);
+    let numeric_profile = lower::numeric_profile(&replicas[0])?;
     let settings = settings.with_numerics(&numeric_profile).with_layout(first_run::shapes(&placement.stages));
     folder.check(&settings, how.accept_numerics)?;
     text.warnings().iter().for_each(|warning| say(&format!("warning: {warning}")));

@@ -98,6 +98,9 @@ pub struct Pipeline {
     pub kv_cache_tokens: KvCacheTokens,
     /// Number type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
+    /// Whether a row's bits on a GPU are the same in any batch; CPUs always have them so.
+    #[serde(deserialize_with = "read::flag")]
+    pub deterministic: bool,
     /// A stage that takes longer than this for one micro-batch is held to hang, and is started again.
     #[serde(deserialize_with = "read::positive")]
     pub step_timeout_seconds: usize,
@@ -126,6 +129,7 @@ impl Default for Pipeline {
             max_sequences: MAX_SEQUENCES,
             kv_cache_tokens: KvCacheTokens::Auto,
             kv_cache_dtype: KvCacheDtype::Auto,
+            deterministic: true, // A row's answer depends on the row alone, unless somebody gives that up.
             step_timeout_seconds: 600, // A micro-batch of a model that a CPU can hardly run takes a minute or two.
         }
     }

@@ -278,6 +278,7 @@ micro_batch_tokens = 512
 max_sequences = 128
 kv_cache_tokens = "auto"
 kv_cache_dtype = "auto"
+deterministic = true
 step_timeout_seconds = 600
 
 [job]

@@ -154,6 +154,14 @@ pub struct NumericProfile {
     /// The stages that several devices share, where there are any: where each begins and ends, and how many they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor_parallel_stages: Option<String>,
+    /// Whether a row has the same bits in any batch.
+    #[serde(default = "is_deterministic")]
+    pub deterministic: bool,
+}
+
+/// What was true before there was a choice.
+fn is_deterministic() -> bool {
+    true
 }
 
 /// Rows by outcome.

@@ -60,8 +60,15 @@ impl Settings {
     /// Adds how numbers are computed. Number types are settings of their own, which nobody changes
     /// without meaning to.
     pub fn with_numerics(self, profile: &NumericProfile) -> Self {
-        let NumericProfile { backend, simd, dtype, kv_cache_dtype, tensor_parallel, tensor_parallel_stages } =
-            profile;
+        let NumericProfile {
+            backend,
+            simd,
+            dtype,
+            kv_cache_dtype,
+            tensor_parallel,
+            tensor_parallel_stages,
+            deterministic,
+        } = profile;
         let mut settings =
             self.with("model.dtype", dtype.as_str()).with("pipeline.kv_cache_dtype", kv_cache_dtype.as_str());
         let numerics: [(&str, Value); 3] = [
@@ -72,6 +79,9 @@ impl Settings {
         settings.numerics.extend(numerics.map(|(name, value)| (name.to_owned(), value)));
         if let Some(stages) = tensor_parallel_stages {
             settings.numerics.insert("tensor parallel stages".to_owned(), stages.as_str().into());
+        }
+        if !deterministic {
+            settings.numerics.insert("pipeline.deterministic".to_owned(), false.into());
         }
         settings
     }

@@ -108,6 +108,9 @@ pub enum Device {
         libraries: Option<PathBuf>,
         /// Where compiled kernels are kept.
         cubins: Option<PathBuf>,
+        /// Whether rows have the same bits in any batch; else contexts are split to fill the device, and products are
+        /// cuBLASLt's.
+        is_deterministic: bool,
     },
 }
 
@@ -206,15 +209,17 @@ fn no_ranks(index: usize) -> crate::error::Error {
     kernels::Error::Unsupported(why).into()
 }
 
-/// A GPU, whose rows do not depend on what stands beside them: a job's answers rest on that.
+/// A GPU.
 fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
-    let Device::Cuda { index, libraries, cubins } = device else { unreachable!("the device is a GPU") };
+    let Device::Cuda { index, libraries, cubins, is_deterministic } = device else {
+        unreachable!("the device is a GPU")
+    };
     let Dtypes { weights, kv } = dtypes;
     Ok(Cuda::new(CudaOptions {
         device: *index,
         weights,
         kv,
-        is_deterministic: true,
+        is_deterministic: *is_deterministic,
         ffn_columns: Cuda::FFN_COLUMNS,
         libraries: libraries.clone(),
         cubins: cubins.clone(),

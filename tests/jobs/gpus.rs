@@ -101,8 +101,17 @@ fn a_gpu_without_bf16_tensor_cores_is_refused() {
 fn gpus_of_unlike_architectures_are_refused_by_name() {
     let machine = [("EMULATED_GPUS", "2"), ("EMULATED_CAPABILITIES", "80,90")];
     let error = "error: [pipeline] devices: found cuda:0 (emulator, sm_80) and cuda:1 (emulator, sm_90a), expected GPUs \
-                 of one architecture: their tensor cores round unlike\n";
+                 of one architecture: their tensor cores round unlike\n\
+                 hint: [pipeline] deterministic = false lets answers depend on which has which blocks\n";
     assert_refused(&on(&both_gpus(job().emulated()), &machine), error);
+    let unlike =
+        both_gpus(job().emulated()).set("pipeline.deterministic=false").set("pipeline.stages=[[0,5],[5,11]]");
+    let output = on(&unlike, &machine);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let manifest = crate::harness::read_json(&unlike.out().join("manifest.json"));
+    let profile = &manifest["numeric_profile"];
+    assert_eq!(profile["simd"], "sm_80, sm_90a");
+    assert_eq!(profile["deterministic"], false);
 }
 
 #[test]

@@ -161,6 +161,7 @@ fn a_manifest_is_replaced_whole() {
             kv_cache_dtype: "bf16".into(),
             tensor_parallel: 1,
             tensor_parallel_stages: None,
+            deterministic: true,
         },
         counts: Counts { total: 2, completed: 1, failed: 1, resumed: 0, stale: 0 },
         tokens: TokenTotals { prompt: 5, generated: 7 },

@@ -49,6 +49,14 @@ DEVICE u32 add_bf16x2(u32 a, u32 b) {
     return sum;
 }
 
+// Never fused with what comes after.
+DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
+// The upper half of a product.
+DEVICE u64 multiply_high(u64 a, u64 b) { return __umul64hi(a, b); }
+// Adds to what other threads add to as well; what was there before.
+DEVICE u64 add_to(u64* sum, u64 more) { return atomicAdd(sum, more); }
+
 DEVICE float shuffle_xor(float value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 

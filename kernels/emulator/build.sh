@@ -25,6 +25,7 @@ for file in add embed gather rms_norm rope swiglu; do kernel $file 256; done
 kernel kv_append 128
 kernel attention_merge 128
 kernel logit_stats 512
+kernel choose 512
 compile gemm kernel.cpp -include device.h '-DSOURCE="../cu/gemm.cu"' '-DKERNELS=K(gemm_16) K(gemm_64) K(gemm_128)' -DMAX_THREADS=256
 compile gemm_int4 kernel.cpp -include device.h '-DSOURCE="../cu/gemm_int4.cu"' '-DKERNELS=K(gemm_int4_16) K(gemm_int4_64) K(gemm_int4_128)' -DMAX_THREADS=256
 compile quantize_int4 kernel.cpp -include device.h '-DSOURCE="../cu/quantize_int4.cu"' '-DKERNELS=K(quantize_int4_bf16) K(quantize_int4_f32)' -DMAX_THREADS=256

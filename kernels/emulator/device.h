@@ -71,6 +71,16 @@ static inline unsigned add_bf16x2(unsigned a, unsigned b) {
     return pack_bf16(f32_of_bits(a << 16) + f32_of_bits(b << 16), f32_of_bits(a & 0xffff0000u) + f32_of_bits(b & 0xffff0000u));
 }
 
+static inline float multiply_rounded(float a, float b) { return a * b; }
+static inline float add_rounded(float a, float b) { return a + b; }
+static inline unsigned long long multiply_high(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+static inline unsigned long long add_to(unsigned long long* sum, unsigned long long more) {
+    unsigned long long before = *sum;
+    return *sum = before + more, before;
+}
+
 static inline unsigned shuffle_xor(unsigned value, unsigned mask) {
     unsigned lane = threadIdx.x % 32;
     return emulated::exchange(&value, 1)[lane ^ mask];

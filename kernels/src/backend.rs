@@ -10,6 +10,7 @@
 //! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
+use crate::choice::{Choice, ChoiceScratch, Chosen};
 use crate::error::Result;
 use crate::tensor_view::TensorView;
 
@@ -225,6 +226,31 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Largest entry and log-sum-exp of every row; `out` is cleared first.
     fn logit_stats(&self, logits: &Self::Array, out: &mut Vec<LogitStats>) -> Result<()>;
+
+    /// Chooses a token from every row of logits, as [`crate::choose_row`] does: the same one for equal logits, whatever the
+    /// backend. `out` is cleared first.
+    ///
+    /// A device that can do so leaves the logits where they are.
+    fn choose(
+        &self,
+        logits: &Self::Array,
+        choices: &[Choice],
+        scratch: &mut ChoiceScratch,
+        out: &mut Vec<Chosen>,
+    ) -> Result<()> {
+        let (mut stats, mut host) = (std::mem::take(&mut scratch.stats), std::mem::take(&mut scratch.logits));
+        self.logit_stats(logits, &mut stats)?;
+        self.download(logits, &mut host)?;
+        let vocabulary = host.len() / stats.len().max(1);
+        crate::check::choices(choices, stats.len(), vocabulary)?;
+        out.clear();
+        let rows = host.chunks_exact(vocabulary.max(1)).zip(&stats).zip(choices);
+        out.extend(
+            rows.map(|((row, &stats), choice)| crate::choice::choose_row(row, stats, choice, scratch)),
+        );
+        (scratch.stats, scratch.logits) = (stats, host);
+        Ok(())
+    }
 
     /// The largest entry of every row of `x · wᵀ`; `x: [T, in]`, `w: [n, in]`, `out` is cleared first.
     ///

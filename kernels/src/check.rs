@@ -2,6 +2,7 @@
 
 use crate::array::Array;
 use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable};
+use crate::choice::Choice;
 use crate::error::{Error, Result};
 use crate::tensor_view::{Scales, TensorView};
 
@@ -160,6 +161,26 @@ pub(crate) fn slices(
         all_below(op, "page", &slice.pages[..num_used], num_pages)?;
     }
     shape(op, "slices' rows", [next_row], [rows])
+}
+
+/// One choice for each row of logits, within the vocabulary and of numbers that mean something.
+pub(crate) fn choices(choices: &[Choice], rows: usize, vocabulary: usize) -> Result<()> {
+    const OP: &str = "choose";
+    shape(OP, "choices", [choices.len()], [rows])?;
+    for choice in choices {
+        if let Some(token) = choice.given {
+            below(OP, "token", token as usize, vocabulary)?;
+        }
+        let Choice { temperature, top_p, min_p, .. } = *choice;
+        let is_temperature = temperature.is_finite() && temperature >= 0.0;
+        let are_shares = top_p > 0.0 && top_p <= 1.0 && (0.0..=1.0).contains(&min_p);
+        if !(is_temperature && are_shares) {
+            return Err(Error::Unsupported(format!(
+                "{OP}: found temperature {temperature}, top_p {top_p} and min_p {min_p}, expected none below 0, and shares up to 1"
+            )));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 mod array;
 mod backend;
 mod check;
+mod choice;
 mod collective;
 mod cpu;
 mod cuda;
@@ -24,6 +25,7 @@ pub use backend::{
     AttentionSlice, Backend, Dtype, Int4Groups, Largest, LogitStats, PAGE_TOKENS, RopeTable, SUM_CUT,
     WeightType,
 };
+pub use choice::{Choice, ChoiceScratch, Chosen, choose_row};
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;

@@ -8,6 +8,7 @@ mod battery {
     pub(crate) mod attention;
     pub(crate) mod attention_invariants;
     pub(crate) mod checkpoints;
+    pub(crate) mod choose;
     pub(crate) mod cuda;
     pub(crate) mod device;
     pub(crate) mod embed_gather;

@@ -1,11 +1,12 @@
 //! The end of a model: norm and output matrix for the rows that need logits, and what is made of them.
 //!
 //! A row that takes the likeliest token, and reports nothing beside it, needs no logits but the largest: such rows go
-//! through the output matrix together, and their logits are stored nowhere. The others' are brought to the host.
+//! through the output matrix together, and their logits are stored nowhere. The others' tokens are chosen where the logits
+//! are; they are brought to the host only for rows that must not end yet, of which some are barred.
 
 use std::sync::Arc;
 
-use kernels::{Axis, Backend, Largest, LogitStats};
+use kernels::{Axis, Backend, Choice, ChoiceScratch, Chosen, Largest, choose_row};
 use scheduler::{Failure, MicroBatch, MicroBatchOutput, Request, Slice, SliceOutput, TokenId, TokenLogprobs};
 
 use crate::error::Result;
@@ -41,9 +42,10 @@ pub(crate) struct HeadWork<B: Backend> {
     /// A rank's part of logits.
     part: B::Array,
     host_logits: Vec<f32>,
-    stats: Vec<LogitStats>,
     largest: Vec<Largest>,
-    draws: sampling::Scratch,
+    choices: Vec<Choice>,
+    chosen: Vec<Chosen>,
+    choosing: ChoiceScratch,
 }
 
 impl<B: Backend> HeadWork<B> {
@@ -56,9 +58,10 @@ impl<B: Backend> HeadWork<B> {
             logits: backend.array(),
             part: backend.array(),
             host_logits: Vec::new(),
-            stats: Vec::new(),
             largest: Vec::new(),
-            draws: sampling::Scratch::default(),
+            choices: Vec::new(),
+            chosen: Vec::new(),
+            choosing: ChoiceScratch::default(),
         }
     }
 }
@@ -84,13 +87,13 @@ impl<B: Backend> Head<B> {
         for wanted in read.chunks(LOGIT_ROWS) {
             work.take_rows(wanted.iter().map(|wanted| wanted.row));
             self.logits(backend, eps, x, &mut others, work)?;
-            backend.logit_stats(&work.logits, &mut work.stats)?;
-            backend.download(&work.logits, &mut work.host_logits)?;
-            let vocab = work.host_logits.len() / wanted.len();
-            let rows = work.host_logits.chunks_exact_mut(vocab);
-            for ((wanted, logits), &stats) in wanted.iter().zip(rows).zip(&work.stats) {
-                let output = &mut outputs[wanted.slice];
-                wanted.answer(&batch.slices[wanted.slice], logits, stats, &mut work.draws, output);
+            work.choices.clear();
+            work.choices.extend(wanted.iter().map(|wanted| wanted.choice(&batch.slices[wanted.slice])));
+            backend.choose(&work.logits, &work.choices, &mut work.choosing, &mut work.chosen)?;
+            self.choose_again(backend, batch, wanted, work)?;
+            for (wanted, chosen) in wanted.iter().zip(work.chosen.drain(..)) {
+                let wants_logprobs = batch.slices[wanted.slice].request.sampling.logprobs.is_some();
+                wanted.take_chosen(chosen, wants_logprobs, &mut outputs[wanted.slice]);
             }
         }
         if !greedy.is_empty() {
@@ -102,6 +105,33 @@ impl<B: Backend> Head<B> {
         }
         work.wanted = wanted;
         Ok(MicroBatchOutput { id: batch.id, slices: outputs })
+    }
+
+    /// Draws again for rows that must not end yet, without the tokens that would end them.
+    fn choose_again(
+        &self,
+        backend: &B,
+        batch: &MicroBatch,
+        wanted: &[WantedRow],
+        work: &mut HeadWork<B>,
+    ) -> Result<()> {
+        let is_barred = |wanted: &WantedRow| {
+            matches!(wanted.want, Want::Draw) && bars_stop_tokens(&batch.slices[wanted.slice])
+        };
+        if !wanted.iter().any(is_barred) {
+            return Ok(());
+        }
+        backend.download(&work.logits, &mut work.host_logits)?;
+        let vocabulary = work.host_logits.len() / wanted.len();
+        let rows = work.host_logits.chunks_exact_mut(vocabulary);
+        let answers = work.choices.iter().zip(&mut work.chosen);
+        for ((wanted, logits), (choice, chosen)) in wanted.iter().zip(rows).zip(answers) {
+            if is_barred(wanted) && is_finite(chosen) {
+                let barred = &batch.slices[wanted.slice].request.sampling.stop_token_ids;
+                draw_without(barred, logits, choice, chosen, &mut work.choosing);
+            }
+        }
+        Ok(())
     }
 
     /// What a rank beside the first does for the answer to a micro-batch.
@@ -299,30 +329,69 @@ impl WantedRow {
         output.failure.get_or_insert(Failure::NonFiniteLogits { position: self.position });
     }
 
-    fn answer(
-        &self,
-        slice: &Slice,
-        logits: &mut [f32],
-        stats: LogitStats,
-        draws: &mut sampling::Scratch,
-        output: &mut SliceOutput,
-    ) {
-        if !(stats.max.is_finite() && stats.log_sum_exp.is_finite()) {
+    /// What is asked of its logits.
+    fn choice(&self, slice: &Slice) -> Choice {
+        let Request { key, sampling, sample, .. } = &*slice.request;
+        let top = sampling.logprobs.unwrap_or(0);
+        let likeliest =
+            Choice { given: None, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, uniform: 0, top };
+        match self.want {
+            Want::Score(token) => Choice { given: Some(token), ..likeliest },
+            Want::Draw => Choice {
+                temperature: sampling.temperature,
+                top_k: sampling.top_k,
+                top_p: sampling.top_p,
+                min_p: sampling.min_p,
+                uniform: Stream::new(sampling.seed, key.0).fraction(*sample, next_position(slice)),
+                ..likeliest
+            },
+        }
+    }
+
+    /// Answers with what was chosen.
+    fn take_chosen(&self, chosen: Chosen, wants_logprobs: bool, output: &mut SliceOutput) {
+        if !is_finite(&chosen) {
             return self.fail(output);
         }
-        let sampling = &slice.request.sampling;
-        let top = sampling.logprobs.unwrap_or(0);
         match self.want {
-            Want::Score(token) => {
-                output.prompt_logprobs.push(sampling::token_logprobs(logits, stats, token, top));
-            }
+            Want::Score(_) => output.prompt_logprobs.push(logprobs(chosen)),
             Want::Draw => {
-                let (token, logprobs) = draw(slice, logits, stats, draws);
-                output.token = Some(token);
-                output.logprobs = logprobs;
+                output.token = Some(chosen.token);
+                output.logprobs = wants_logprobs.then(|| logprobs(chosen));
             }
         }
     }
+}
+
+/// Whether a token could be drawn.
+fn is_finite(chosen: &Chosen) -> bool {
+    chosen.stats.max.is_finite() && chosen.stats.log_sum_exp.is_finite()
+}
+
+/// Log-probabilities, the model's own: before temperature, and before anything was barred.
+fn logprobs(chosen: Chosen) -> TokenLogprobs {
+    let Chosen { token, logit, stats, top } = chosen;
+    let logprob = |logit: f32| logit - stats.max - stats.log_sum_exp;
+    TokenLogprobs {
+        token,
+        logprob: logprob(logit),
+        top: top.into_iter().map(|(token, logit)| (token, logprob(logit))).collect(),
+    }
+}
+
+/// Draws a token that is none of the barred ones; all else that was chosen stays.
+fn draw_without(
+    barred: &[TokenId],
+    logits: &mut [f32],
+    choice: &Choice,
+    chosen: &mut Chosen,
+    scratch: &mut ChoiceScratch,
+) {
+    let logits_before: Vec<f32> = barred.iter().map(|&token| logits[token as usize]).collect();
+    barred.iter().for_each(|&token| logits[token as usize] = f32::NEG_INFINITY);
+    let drawn = choose_row(logits, sampling::stats(logits), &Choice { top: 0, ..*choice }, scratch);
+    barred.iter().zip(logits_before).rev().for_each(|(&token, logit)| logits[token as usize] = logit);
+    (chosen.token, chosen.logit) = (drawn.token, logits[drawn.token as usize]);
 }
 
 /// Whether the slice's request must not end yet.
@@ -338,28 +407,4 @@ fn num_generated(slice: &Slice) -> u32 {
 
 fn next_position(slice: &Slice) -> u32 {
     slice.first_position + slice.tokens.len() as u32
-}
-
-fn draw(
-    slice: &Slice,
-    logits: &mut [f32],
-    mut stats: LogitStats,
-    draws: &mut sampling::Scratch,
-) -> (TokenId, Option<TokenLogprobs>) {
-    let Request { key, sampling, sample, .. } = &*slice.request;
-    let reported =
-        sampling.logprobs.map(|top| (top, stats, bars_stop_tokens(slice).then(|| logits.to_vec())));
-    if bars_stop_tokens(slice) {
-        for &token in &sampling.stop_token_ids {
-            logits[token as usize] = f32::NEG_INFINITY;
-        }
-        stats = sampling::stats(logits);
-    }
-    let uniform = Stream::new(sampling.seed, key.0).uniform(*sample, next_position(slice));
-    let token = sampling::draw(logits, stats, sampling, uniform, draws);
-    // Log-probabilities are the model's own, before anything was barred.
-    let logprobs = reported.map(|(top, stats, unbarred)| {
-        sampling::token_logprobs(unbarred.as_deref().unwrap_or(logits), stats, token, top)
-    });
-    (token, logprobs)
 }

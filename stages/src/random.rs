@@ -41,10 +41,18 @@ impl Stream {
 
     /// A number in `[0, 1)` with 53 random bits.
     pub fn uniform(self, sample: u32, position: u32) -> f64 {
+        self.bits(sample, position) as f64 * (1.0 / (1u64 << 53) as f64)
+    }
+
+    /// The same number in 2⁻⁶⁴.
+    pub fn fraction(self, sample: u32, position: u32) -> u64 {
+        self.bits(sample, position) << 11
+    }
+
+    fn bits(self, sample: u32, position: u32) -> u64 {
         let [k0, k1, c2, c3] = self.words;
         let [low, high, ..] = philox([k0, k1], [position, sample, c2, c3]);
-        let bits = (u64::from(high) << 32 | u64::from(low)) >> 11;
-        bits as f64 * (1.0 / (1u64 << 53) as f64)
+        (u64::from(high) << 32 | u64::from(low)) >> 11
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod arrays;
 mod attention;
+mod choices;
 mod cublaslt;
 mod gemm;
 mod gpu;
@@ -35,6 +36,7 @@ pub use program::{Compiled, Source};
 use crate::backend::{Dtype, WeightType};
 use crate::error::{Error, Result};
 use attention::AttentionKernels;
+use choices::ChoiceWork;
 use cublaslt::CublasLt;
 use gemm::Gemm;
 use int4::Int4Kernels;
@@ -95,6 +97,7 @@ struct Kernels {
     kv_append: Kernel,
     swiglu: Kernel,
     logit_stats: Kernel,
+    choose: Kernel,
     attention_merge: Kernel,
     gemm: Gemm,
 }
@@ -109,6 +112,7 @@ struct Workspace {
     sums: Memory,
     stats: Memory,
     host_stats: Vec<[u32; 3]>,
+    choices: ChoiceWork,
 }
 
 impl Workspace {
@@ -121,6 +125,7 @@ impl Workspace {
             sums: Memory::none(stream),
             stats: Memory::none(stream),
             host_stats: Vec::new(),
+            choices: ChoiceWork::new(|| Memory::none(stream)),
         }
     }
 }
@@ -166,6 +171,7 @@ impl Cuda {
             kv_append: load(program::KV_APPEND, "kv_append")?,
             swiglu: load(program::SWIGLU, "swiglu")?,
             logit_stats: load(program::LOGIT_STATS, "logit_stats")?,
+            choose: load(program::CHOOSE, "choose")?,
             attention_merge: load(program::ATTENTION_MERGE, "attention_merge")?,
             gemm: Gemm::load(&stream, cubin, most_bytes)?,
         };

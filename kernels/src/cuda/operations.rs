@@ -6,6 +6,7 @@ use super::gemm::Onto;
 use super::stream::{Argument, Grid, Memory};
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
 use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable};
+use crate::choice::{Choice, ChoiceScratch, Chosen};
 use crate::error::{Error, Result};
 use crate::tensor_view::TensorView;
 use crate::{check, view};
@@ -348,6 +349,16 @@ impl Backend for Cuda {
             log_sum_exp: f32::from_bits(log_sum_exp),
         }));
         Ok(())
+    }
+
+    fn choose(
+        &self,
+        logits: &CudaArray,
+        choices: &[Choice],
+        _scratch: &mut ChoiceScratch,
+        out: &mut Vec<Chosen>,
+    ) -> Result<()> {
+        self.choose_rows(logits, choices, out)
     }
 }
 

@@ -40,6 +40,7 @@ source!(ROPE, "rope.cu", false);
 source!(KV_APPEND, "kv_append.cu", false);
 source!(SWIGLU, "swiglu.cu", false);
 source!(LOGIT_STATS, "logit_stats.cu", false);
+source!(CHOOSE, "choose.cu", false);
 source!(GEMM, "gemm.cu", false);
 source!(GEMM_INT4, "gemm_int4.cu", false);
 source!(QUANTIZE_INT4, "quantize_int4.cu", false);
@@ -68,7 +69,7 @@ pub struct Compiled {
 
 impl Source {
     /// All device code.
-    pub const ALL: [Source; 15] = [
+    pub const ALL: [Source; 16] = [
         ADD,
         EMBED,
         GATHER,
@@ -77,6 +78,7 @@ impl Source {
         KV_APPEND,
         SWIGLU,
         LOGIT_STATS,
+        CHOOSE,
         GEMM,
         GEMM_INT4,
         QUANTIZE_INT4,

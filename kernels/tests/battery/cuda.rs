@@ -8,8 +8,8 @@ use kernels::{Cuda, CudaOptions, Dtype, Int4Groups, WeightType};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
-    attention, attention_invariants, checkpoints, embed_gather, logit_stats, matmul, matmul_argmax, refusals,
-    rms_norm, rope, row_invariants, swiglu,
+    attention, attention_invariants, checkpoints, choose, embed_gather, logit_stats, matmul, matmul_argmax,
+    refusals, rms_norm, rope, row_invariants, swiglu,
 };
 
 impl Readable for Cuda {
@@ -105,6 +105,10 @@ checks! {
     what_a_checkpoint_has_quantised_is_multiplied_as_it_is: checkpoints::Quantized, PRODUCTS;
     integers_with_zeros_of_their_own_are_too: checkpoints::Skew, PRODUCTS;
     embed_and_gather_copy_rows: embed_gather::Copies, DETERMINISTIC;
+    every_token_is_the_twins: choose::Vocabularies(choose::SMALL), DETERMINISTIC;
+    a_large_vocabulary_has_the_twins_tokens_too: choose::Vocabularies(choose::LARGE), DETERMINISTIC;
+    rows_that_are_not_finite_say_so_and_spoil_no_other: choose::NotFinite, DETERMINISTIC;
+    choices_that_mean_nothing_are_refused: choose::Refused, DETERMINISTIC;
     logit_stats_finds_the_lowest_of_the_largest_and_the_sum: logit_stats::Vocabularies, DETERMINISTIC;
     logit_stats_keeps_what_is_not_finite: logit_stats::Special, DETERMINISTIC;
     matmul_is_the_product_summed_in_f32: matmul::Matmul, PRODUCTS;

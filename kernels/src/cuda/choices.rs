@@ -1,0 +1,106 @@
+//! Choosing tokens on the device: a few words for each row go there and a few come back, and no logits.
+
+use super::arrays::CudaArray;
+use super::stream::Memory;
+use super::{Cuda, Workspace, locked, row_grid, u32_of};
+use crate::backend::LogitStats;
+use crate::check;
+use crate::choice::{Choice, Chosen};
+use crate::error::Result;
+
+const OP: &str = "choose";
+
+/// Threads of a block of logit_stats.cu and of choose.cu.
+const THREADS: usize = 512;
+
+/// As choose.cu has a choice.
+type Asked = [u32; 8];
+
+/// What is on its way there and back.
+#[derive(Debug)]
+pub(super) struct ChoiceWork {
+    asked: Memory,
+    answers: Memory,
+    host_asked: Vec<Asked>,
+    host_answers: Vec<u32>,
+}
+
+impl ChoiceWork {
+    pub(super) fn new(none: impl Fn() -> Memory) -> ChoiceWork {
+        ChoiceWork { asked: none(), answers: none(), host_asked: Vec::new(), host_answers: Vec::new() }
+    }
+}
+
+impl Cuda {
+    pub(super) fn choose_rows(
+        &self,
+        logits: &CudaArray,
+        choices: &[Choice],
+        out: &mut Vec<Chosen>,
+    ) -> Result<()> {
+        check::logits(logits.cols)?;
+        check::choices(choices, logits.rows, logits.cols)?;
+        out.clear();
+        if choices.is_empty() {
+            return Ok(());
+        }
+        let mut workspace = locked(&self.workspace);
+        let Workspace { stats, host_stats, choices: work, .. } = &mut *workspace;
+        let ChoiceWork { asked, answers, host_asked, host_answers } = work;
+        host_asked.clear();
+        host_asked.extend(choices.iter().map(words));
+        let most = choices.iter().map(|choice| choice.top as usize).max().unwrap_or(0).min(logits.cols);
+        let width = 2 + 2 * most;
+        stats.reserve(OP, logits.rows * size_of::<[u32; 3]>())?;
+        asked.reserve(OP, size_of_val(&host_asked[..]))?;
+        answers.reserve(OP, logits.rows * width * size_of::<u32>())?;
+        self.stream.upload(OP, bytemuck::cast_slice(host_asked), asked, 0)?;
+        let (grid, cols) = (row_grid(logits.rows, THREADS), u32_of(logits.cols));
+        let arguments = [stats.start(), logits.memory.start(), cols];
+        // SAFETY: there is room for the statistics of each row.
+        unsafe { self.stream.launch(OP, &self.kernels.logit_stats, grid, &arguments) }?;
+        let arguments =
+            [answers.start(), logits.memory.start(), stats.start(), asked.start(), cols, u32_of(width)];
+        // SAFETY: each row has its statistics, its choice of a token of the vocabulary, and room for as many pairs as any
+        // asks for.
+        unsafe { self.stream.launch(OP, &self.kernels.choose, grid, &arguments) }?;
+        host_stats.resize(logits.rows, [0; 3]);
+        host_answers.resize(logits.rows * width, 0);
+        self.stream.download(OP, stats, host_stats)?;
+        self.stream.download(OP, answers, host_answers)?;
+        let rows = host_stats.iter().zip(host_answers.chunks_exact(width)).zip(choices);
+        out.extend(rows.map(|((stats, answer), choice)| chosen(*stats, answer, choice, logits.cols)));
+        Ok(())
+    }
+}
+
+fn words(choice: &Choice) -> Asked {
+    let Choice { given, temperature, top_k, top_p, min_p, uniform, top } = *choice;
+    [
+        uniform as u32,
+        (uniform >> 32) as u32,
+        given.unwrap_or(u32::MAX),
+        temperature.to_bits(),
+        top_k,
+        top_p.to_bits(),
+        min_p.to_bits(),
+        top,
+    ]
+}
+
+fn chosen(
+    [argmax, max, log_sum_exp]: [u32; 3],
+    answer: &[u32],
+    choice: &Choice,
+    vocabulary: usize,
+) -> Chosen {
+    let stats = LogitStats { argmax, max: f32::from_bits(max), log_sum_exp: f32::from_bits(log_sum_exp) };
+    // Of a row that is not finite nothing but the statistics was written.
+    let count = if stats.max.is_finite() { (choice.top as usize).min(vocabulary) } else { 0 };
+    let mut top: Vec<(u32, f32)> =
+        answer[2..2 + 2 * count].chunks_exact(2).map(|pair| (pair[0], f32::from_bits(pair[1]))).collect();
+    top.sort_unstable_by(|(a, x), (b, y)| {
+        y.partial_cmp(x).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(b))
+    });
+    Chosen { token: answer[0], logit: f32::from_bits(answer[1]), stats, top }
+}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds libcuda.so, libnvrtc.so and libcublasLt.so, which are an emulator, into the folder that is given.
+# Builds libcuda.so, libnvrtc.so, libcublasLt.so and libnccl.so.2, which are an emulator, into the folder that is given.
 set -euo pipefail
 out=$1
 cd "$(dirname "$0")"
@@ -21,6 +21,7 @@ kernel() { # kernel FILE THREADS [HEAD_DIM]
 }
 compile block block.cpp
 compile driver driver.cpp
+compile collective kernel.cpp -include device.h '-DSOURCE="../cu/collective.cu"' '-DKERNELS=K(sum_ranks) K(place_columns)' -DMAX_THREADS=256
 for file in add embed gather rms_norm rope swiglu; do kernel $file 256; done
 kernel kv_append 128
 kernel attention_merge 128
@@ -38,4 +39,5 @@ for process in "${running[@]}"; do wait "$process"; done
 "${CXX:-c++}" -shared -Wl,-soname,libcuda.so "${objects[@]}" -o "$out/libcuda.so"
 "${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnvrtc.so nvrtc.cpp -o "$out/libnvrtc.so"
 "${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libcublasLt.so cublaslt.cpp -o "$out/libcublasLt.so"
+"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnccl.so.2 nccl.cpp -o "$out/libnccl.so.2"
 rm "${objects[@]}"

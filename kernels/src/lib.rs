@@ -31,7 +31,9 @@ pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
 pub use cuda::{Compiled, Gpu, Source, cuda_allocated_bytes, cuda_swiglu_bytes};
-pub use cuda::{Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector};
+pub use cuda::{
+    Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,
+};
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
 pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};

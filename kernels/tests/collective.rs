@@ -2,10 +2,14 @@
 //! one of them dies, hangs or disagrees.
 
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use kernels::{Array, Axis, Collective, Result, TcpRank, thread_ranks};
+use kernels::{
+    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, Dtype, NcclRank, Result, TcpRank,
+    WeightType, thread_ranks,
+};
 
 /// Longer than any machine keeps a thread waiting.
 const LONG: Duration = Duration::from_secs(60);
@@ -33,7 +37,88 @@ fn tcp(num_ranks: usize, patience: Duration) -> Vec<Rank> {
     ranks
 }
 
-const MAKERS: [(&str, Maker); 2] = [("threads", threads), ("tcp", tcp)];
+/// A rank that is a GPU, as the battery sees it: its arrays come from the host and go back there.
+struct OnGpu {
+    rank: NcclRank,
+    x: CudaArray,
+    out: CudaArray,
+    values: Vec<f32>,
+    cuda: Cuda,
+}
+
+impl OnGpu {
+    fn new(libraries: Option<PathBuf>, control: Rank) -> OnGpu {
+        let cuda = Cuda::new(CudaOptions {
+            device: 0,
+            weights: WeightType::Bf16,
+            kv: Dtype::Bf16,
+            is_deterministic: true,
+            ffn_columns: Cuda::FFN_COLUMNS,
+            libraries,
+            cubins: None,
+        });
+        let cuda = cuda.unwrap();
+        let rank = NcclRank::join(&cuda, control).unwrap();
+        OnGpu { rank, x: cuda.array(), out: cuda.array(), values: Vec::new(), cuda }
+    }
+
+    fn upload(&mut self, x: &Array) -> Result<()> {
+        self.cuda.upload(x.values(), x.rows(), x.cols(), &mut self.x)
+    }
+
+    fn download(&mut self, is_out: bool, to: &mut Array) -> Result<()> {
+        let from = if is_out { &self.out } else { &self.x };
+        self.cuda.download(from, &mut self.values)?;
+        to.reshape(from.rows(), from.cols());
+        to.values_mut().copy_from_slice(&self.values);
+        Ok(())
+    }
+}
+
+impl Collective<Array> for OnGpu {
+    fn rank(&self) -> usize {
+        self.rank.rank()
+    }
+
+    fn num_ranks(&self) -> usize {
+        self.rank.num_ranks()
+    }
+
+    fn all_reduce(&mut self, x: &mut Array) -> Result<()> {
+        self.upload(x)?;
+        self.rank.all_reduce(&mut self.x)?;
+        self.download(false, x)
+    }
+
+    fn all_gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
+        self.upload(part)?;
+        self.rank.all_gather(axis, &self.x, &mut self.out)?;
+        self.download(true, out)
+    }
+
+    fn gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
+        self.upload(part)?;
+        self.rank.gather(axis, &self.x, &mut self.out)?;
+        if self.rank() == 0 { self.download(true, out) } else { Ok(()) }
+    }
+
+    fn broadcast(&mut self, root: usize, x: &mut Array) -> Result<()> {
+        self.upload(x)?;
+        self.rank.broadcast(root, &mut self.x)?;
+        self.download(false, x)
+    }
+}
+
+/// GPUs of an emulator, whose ranks agree by threads.
+fn nccl(num_ranks: usize, patience: Duration) -> Vec<Rank> {
+    let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
+    assert!(libraries.join("libnccl.so.2").is_file(), "libnccl.so.2 is missing\nhint: cargo xtask emulator");
+    on_threads(threads(num_ranks, patience), |control| {
+        Box::new(OnGpu::new(Some(libraries.clone()), control)) as Rank
+    })
+}
+
+const MAKERS: [(&str, Maker); 3] = [("threads", threads), ("tcp", tcp), ("nccl", nccl)];
 
 /// Runs every rank on a thread of its own; what each returns, in their order.
 fn on_threads<T: Send>(ranks: Vec<Rank>, run: impl Fn(Rank) -> T + Sync) -> Vec<T> {
@@ -243,4 +328,23 @@ fn a_rank_that_belongs_to_another_group_is_sent_away() {
     let error = TcpRank::lead(&listener, 2, 6, patience).unwrap_err();
     assert_eq!(error.to_string(), "hello on rank 0: rank 1 did not come within 300ms");
     drop(stranger.join().unwrap());
+}
+
+/// Of a GPU that is there, one rank: before version 2.30 NCCL has no two on the same one.
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_single_gpu_is_a_group() {
+    let control = threads(1, LONG).remove(0);
+    let mut rank = OnGpu::new(None, control);
+    for (round, [rows, cols]) in SHAPES.into_iter().enumerate() {
+        let expected = numbers(0, round, rows * cols);
+        let mut x = array(rows, cols, &expected);
+        let mut out = Array::new();
+        rank.all_reduce(&mut x).unwrap();
+        rank.broadcast(0, &mut x).unwrap();
+        for axis in [Axis::Rows, Axis::Columns] {
+            rank.all_gather(axis, &x, &mut out).unwrap();
+            assert!(bits(out.values()) == bits(&expected), "[{rows}, {cols}] along {axis:?}");
+        }
+    }
 }

@@ -1,7 +1,8 @@
 //! What the ranks of a stage tell each other: sums, parts put side by side, and copies.
 //!
 //! The ranks of a group call the same operations in the same order, each on a thread of its own. [`thread_ranks`]
-//! makes a group of threads in one process, [`TcpRank`] one of processes that are joined by TCP.
+//! makes a group of threads in one process, [`TcpRank`] one of processes that are joined by TCP, and [`crate::NcclRank`] makes
+//! one of GPUs from either.
 //!
 //! Three invariants, which `tests/collective.rs` checks of every maker:
 //! * **Sums have one order**: rank 0's numbers, then rank 1's added to them, and so on, number by number. So a
@@ -66,7 +67,7 @@ pub trait Collective<A>: Send {
 /// An operation, as ranks name it to each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-enum Op {
+pub(crate) enum Op {
     Hello = 1,
     AllReduce = 2,
     GatherRows = 3,
@@ -75,14 +76,14 @@ enum Op {
 }
 
 impl Op {
-    fn gather(axis: Axis) -> Self {
+    pub(crate) fn gather(axis: Axis) -> Self {
         match axis {
             Axis::Rows => Op::GatherRows,
             Axis::Columns => Op::GatherColumns,
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Op::Hello => "hello",
             Op::AllReduce => "all_reduce",
@@ -91,13 +92,13 @@ impl Op {
         }
     }
 
-    fn error(self, rank: usize, message: impl Into<String>) -> Error {
+    pub(crate) fn error(self, rank: usize, message: impl Into<String>) -> Error {
         Error::Collective { op: self.name(), rank, message: message.into() }
     }
 }
 
 /// The shape of what parts `[rows, cols]` make together; where they do not fit, the rank that differs.
-fn gathered(
+pub(crate) fn gathered(
     axis: Axis,
     shapes: impl IntoIterator<Item = [usize; 2]>,
 ) -> std::result::Result<[usize; 2], usize> {

@@ -112,6 +112,16 @@ impl CudaArray {
         CudaArray { rows: 0, cols: 0, memory: Memory::none(stream) }
     }
 
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// Gives it a shape; its numbers are then of no meaning.
     pub(crate) fn reshape(&mut self, rows: usize, cols: usize) -> Result<()> {
         (self.rows, self.cols) = (rows, cols);

@@ -36,6 +36,9 @@ pub(crate) const NVRTC: Wanted = Wanted {
 pub(crate) const CUBLASLT: Wanted =
     Wanted { stem: "libcublasLt", endings: &[".so", ".so.13", ".so.12"], companions: None };
 
+/// The library that moves numbers between GPUs. Packages have it under its second name alone, which cudarc does not try.
+pub(crate) const NCCL: Wanted = Wanted { stem: "libnccl", endings: &[".so.2", ".so"], companions: None };
+
 impl Wanted {
     fn names(&self) -> impl Iterator<Item = String> {
         self.endings.iter().map(|ending| format!("{}{ending}", self.stem))
@@ -45,15 +48,15 @@ impl Wanted {
     ///
     /// # Errors
     /// It is nowhere; the message says what was tried.
-    pub(crate) fn load(&self, first: Option<&Path>) -> Result<()> {
+    pub(crate) fn load(&self, first: Option<&Path>) -> Result<&'static Library> {
         let folders = usual_folders(|name| env::var_os(name));
         let bare = self.names().map(PathBuf::from);
         let candidates: Vec<PathBuf> = (first.into_iter().flat_map(|folder| self.in_folder(folder)))
             .chain(bare)
             .chain(folders.iter().flat_map(|folder| self.in_folder(folder)))
             .collect();
-        if candidates.iter().any(|candidate| self.try_load(candidate)) {
-            return Ok(());
+        if let Some(library) = candidates.iter().find_map(|candidate| self.try_load(candidate)) {
+            return Ok(library);
         }
         let tried: Vec<String> = (first.into_iter())
             .chain(folders.iter().map(PathBuf::as_path))
@@ -73,7 +76,7 @@ impl Wanted {
         self.names().map(|name| folder.join(name)).filter(|path| path.is_file()).collect()
     }
 
-    fn try_load(&self, path: &Path) -> bool {
+    fn try_load(&self, path: &Path) -> Option<&'static Library> {
         if let (Some(start), Some(folder)) = (self.companions, path.parent()) {
             let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
             entries
@@ -87,17 +90,11 @@ impl Wanted {
     }
 }
 
-/// Loads a library for good; whether that went well.
-fn keep(path: &Path) -> bool {
+/// Loads a library for good: anybody may look it up by name, to the end of the program.
+fn keep(path: &Path) -> Option<&'static Library> {
     // SAFETY: what NVIDIA's libraries do when they are loaded is what every program that uses CUDA relies on.
-    match unsafe { Library::new(path) } {
-        Ok(library) => {
-            // It must stay for as long as anybody may look it up by name: to the end of the program.
-            std::mem::forget(library);
-            true
-        }
-        Err(_) => false,
-    }
+    let library = unsafe { Library::new(path) }.ok()?;
+    Some(Box::leak(Box::new(library)))
 }
 
 /// Folders that are there and may hold CUDA's libraries: of CUDA itself, then of Python's packages.

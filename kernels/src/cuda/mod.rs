@@ -4,7 +4,7 @@
 //! for, but where numbers come back to the host. Device code lies in `cu/` and is compiled for the GPU that is there;
 //! without a GPU `emulator/` runs the same code, which is how it is tested on any machine.
 //!
-//! Only `stream.rs`, `staging.rs`, `gpu.rs`, `program.rs`, `libraries.rs` and `cublaslt/calls.rs` call NVIDIA's libraries, and no library is
+//! Only `stream.rs`, `staging.rs`, `gpu.rs`, `program.rs`, `libraries.rs`, `cublaslt/calls.rs` and `nccl/calls.rs` call NVIDIA's libraries, and no library is
 //! called before it has been found: a machine without CUDA gets an error, never a panic.
 
 mod arrays;
@@ -16,6 +16,7 @@ mod gpu;
 mod int4;
 mod libraries;
 mod memory;
+mod nccl;
 mod operations;
 mod products;
 mod program;
@@ -31,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 pub use gpu::Gpu;
 pub use memory::{cuda_allocated_bytes, cuda_swiglu_bytes};
+pub use nccl::NcclRank;
 pub use program::{Compiled, Source};
 
 use crate::backend::{Dtype, WeightType};

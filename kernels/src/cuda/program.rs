@@ -33,6 +33,7 @@ macro_rules! source {
 }
 
 source!(ADD, "add.cu", false);
+source!(COLLECTIVE, "collective.cu", false);
 source!(EMBED, "embed.cu", false);
 source!(GATHER, "gather.cu", false);
 source!(RMS_NORM, "rms_norm.cu", false);
@@ -69,8 +70,9 @@ pub struct Compiled {
 
 impl Source {
     /// All device code.
-    pub const ALL: [Source; 16] = [
+    pub const ALL: [Source; 17] = [
         ADD,
+        COLLECTIVE,
         EMBED,
         GATHER,
         RMS_NORM,

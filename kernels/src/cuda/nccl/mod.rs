@@ -1,0 +1,279 @@
+//! Ranks that are GPUs, joined by NCCL.
+//!
+//! NCCL moves numbers and adds none, so that sums have the order of ranks here too: every rank collects its share of the
+//! numbers from all others, adds them up with a kernel of ours, and hands the sums round. That moves as much as a ring does.
+//!
+//! Before each call the ranks agree through a group of the host's, threads or TCP, on what comes. There a rank that is gone,
+//! late or at another operation is found, before anything is queued that would wait for it on the device. A rank that dies
+//! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs, and is the
+//! watchdog's to find.
+
+mod calls;
+
+use std::sync::Arc;
+
+use calls::{Communicator, Direction, GroupId, Move, Nccl};
+
+use super::arrays::CudaArray;
+use super::program;
+use super::stream::{Argument, Grid, Kernel, Memory, Stream};
+use super::{Cuda, flat_grid, u32_of};
+use crate::array::Array;
+use crate::collective::{Axis, Collective, Op, gathered};
+use crate::error::{Error, Result};
+
+/// Numbers of a share are a multiple of this: 16 bytes.
+const SHARE: usize = 4;
+const NUMBER: usize = size_of::<f32>();
+/// Rows and columns are told as f32.
+const MOST_ROWS: usize = 1 << 24;
+
+/// A rank that is a GPU.
+pub struct NcclRank {
+    // Before the others hear that this rank is gone, what it has queued is ended.
+    communicator: Communicator,
+    agreement: Agreement,
+    sum_ranks: Kernel,
+    place_columns: Kernel,
+    /// What the others have sent.
+    parts: Memory,
+    moves: Vec<Move>,
+    stream: Arc<Stream>,
+}
+
+/// The ranks' way to agree on what comes.
+struct Agreement {
+    control: Box<dyn Collective<Array>>,
+    own: Array,
+    all: Array,
+    /// Why the group has ended.
+    end: Option<String>,
+}
+
+impl NcclRank {
+    /// Takes the place that a rank has in `control`, a group of the host's. All ranks do so, each on a thread of its own.
+    ///
+    /// # Errors
+    /// NCCL is missing; a rank does not come; what NCCL refuses, such as two ranks on one GPU before its version 2.30.
+    pub fn join(cuda: &Cuda, mut control: Box<dyn Collective<Array>>) -> Result<NcclRank> {
+        let stream = &cuda.stream;
+        let nccl = Nccl::load(cuda.options.libraries.as_deref());
+        let begun = nccl.and_then(|nccl| Ok((nccl, nccl.new_group(stream)?)));
+        // A rank that has no NCCL keeps the others from waiting for it.
+        let mut readiness = row(&[if begun.is_ok() { 0.0 } else { 1.0 }]);
+        control.all_reduce(&mut readiness)?;
+        let (nccl, own_id) = begun?;
+        if readiness.values()[0] > 0.0 {
+            return Err(Op::Hello.error(control.rank(), "another rank has no NCCL"));
+        }
+        let mut id = row(&own_id.map(f32::from));
+        control.broadcast(0, &mut id)?;
+        let mut group: GroupId = [0; 128];
+        group.iter_mut().zip(id.values()).for_each(|(byte, &number)| *byte = number as u8);
+        let communicator = nccl.join(stream, group, control.rank(), control.num_ranks())?;
+        let cubin = program::COLLECTIVE.cubin(cuda.options.cubins.as_deref(), &cuda.gpu.architecture(), 0)?;
+        let module = Arc::new(stream.module(&cubin)?);
+        Ok(NcclRank {
+            communicator,
+            agreement: Agreement { control, own: row(&[0.0; 3]), all: Array::new(), end: None },
+            sum_ranks: module.kernel("sum_ranks", 0)?,
+            place_columns: module.kernel("place_columns", 0)?,
+            parts: Memory::none(stream),
+            moves: Vec::new(),
+            stream: Arc::clone(stream),
+        })
+    }
+
+    /// Agrees on an operation; the shapes of all ranks.
+    fn agree(&mut self, op: Op, [rows, cols]: [usize; 2]) -> Result<Vec<[usize; 2]>> {
+        let agreed = self.agreement.on(op, [rows, cols]);
+        agreed.map_err(|message| self.fail(op, message))
+    }
+
+    fn fail(&mut self, op: Op, message: String) -> Error {
+        self.communicator.abort();
+        self.agreement.end = Some(message.clone());
+        op.error(self.rank(), message)
+    }
+
+    /// Queues moves between this rank and others. The caller vouches for what [`Communicator::queue`] asks for.
+    fn queue(&mut self, op: Op) -> Result<()> {
+        // SAFETY: all ranks have agreed on the operation and on shapes, from which each end of a move follows; places are
+        // inside of arrays that hold their shape.
+        let queued = unsafe { self.communicator.queue(op.name(), &self.moves) };
+        self.moves.clear();
+        queued.map_err(|error| self.fail(op, error.to_string()))
+    }
+
+    fn push(&mut self, direction: Direction, peer: usize, at: Argument, numbers: usize) {
+        self.moves.push(Move { direction, peer, at, numbers });
+    }
+
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let own = self.rank();
+        (0..self.num_ranks()).filter(move |rank| *rank != own)
+    }
+
+    /// Collects the parts of all ranks on those that `receives` says.
+    fn collect(
+        &mut self,
+        axis: Axis,
+        part: &CudaArray,
+        out: &mut CudaArray,
+        receives: impl Fn(usize) -> bool,
+    ) -> Result<()> {
+        let (op, own) = (Op::gather(axis), self.rank());
+        let shapes = self.agree(op, [part.rows, part.cols])?;
+        let [rows, cols] = gathered(axis, shapes.iter().copied())
+            .map_err(|other| self.fail(op, format!("rank {other} has another shape")))?;
+        for peer in self.others().filter(|peer| receives(*peer)) {
+            self.push(Direction::To, peer, part.memory.start(), part.rows * part.cols);
+        }
+        if !receives(own) {
+            return self.queue(op);
+        }
+        // Rows lie one after the other, so that they come to where they belong; columns are put there afterwards.
+        let numbers = |rank: usize| shapes[rank][0] * shapes[rank][1];
+        let before = |rank: usize| (0..rank).map(numbers).sum::<usize>() * NUMBER;
+        let made_room = out.reshape(rows, cols).and_then(|()| match axis {
+            Axis::Rows => Ok(()),
+            Axis::Columns => self.parts.reserve(op.name(), rows * cols * NUMBER),
+        });
+        made_room.map_err(|error| self.fail(op, error.to_string()))?;
+        for peer in self.others() {
+            let to = if axis == Axis::Rows { &out.memory } else { &self.parts };
+            let at = to.at(before(peer));
+            self.push(Direction::From, peer, at, numbers(peer));
+        }
+        self.queue(op)?;
+        if axis == Axis::Rows {
+            // One row of all numbers, for the kernel.
+            return self.place(
+                [1, numbers(own)],
+                part.memory.start(),
+                before(own) / NUMBER,
+                rows * cols,
+                out,
+            );
+        }
+        let mut column = 0;
+        for (rank, &shape) in shapes.iter().enumerate() {
+            let from = if rank == own { part.memory.start() } else { self.parts.at(before(rank)) };
+            self.place(shape, from, column, cols, out)?;
+            column += shape[1];
+        }
+        Ok(())
+    }
+
+    /// Queues a copy of a part `[rows, cols]` to a column of `out`, whose rows are `out_cols` long.
+    fn place(
+        &self,
+        [rows, cols]: [usize; 2],
+        part: Argument,
+        column: usize,
+        out_cols: usize,
+        out: &CudaArray,
+    ) -> Result<()> {
+        assert!(rows < 1 << 16 && out_cols < 1 << 32, "[{rows}, {cols}] of {out_cols} columns");
+        let arguments = [out.memory.start(), part, u32_of(cols), u32_of(column), u32_of(out_cols)];
+        let grid = Grid { blocks: [cols.div_ceil(256), rows, 1], threads: 256, block_bytes: 0 };
+        // SAFETY: the part has its shape, and lies inside of `out`.
+        unsafe { self.stream.launch("place_columns", &self.place_columns, grid, &arguments) }
+    }
+}
+
+impl Collective<CudaArray> for NcclRank {
+    fn rank(&self) -> usize {
+        self.agreement.control.rank()
+    }
+
+    fn num_ranks(&self) -> usize {
+        self.agreement.control.num_ranks()
+    }
+
+    fn all_reduce(&mut self, x: &mut CudaArray) -> Result<()> {
+        let (op, own, num_ranks) = (Op::AllReduce, self.rank(), self.num_ranks());
+        let shapes = self.agree(op, [x.rows, x.cols])?;
+        if let Some(other) = shapes.iter().position(|shape| *shape != shapes[0]) {
+            return Err(self.fail(op, format!("rank {other} has another shape")));
+        }
+        let count = x.rows * x.cols;
+        let share = count.div_ceil(num_ranks).next_multiple_of(SHARE);
+        let first = |rank: usize| (rank * share).min(count);
+        let numbers = |rank: usize| first(rank + 1) - first(rank);
+        let made_room = self.parts.reserve(op.name(), num_ranks * share * NUMBER);
+        made_room.map_err(|error| self.fail(op, error.to_string()))?;
+        for peer in self.others() {
+            self.push(Direction::To, peer, x.memory.at(first(peer) * NUMBER), numbers(peer));
+            let at = self.parts.at(peer * share * NUMBER);
+            self.push(Direction::From, peer, at, numbers(own));
+        }
+        self.queue(op)?;
+        let arguments = [
+            x.memory.at(first(own) * NUMBER),
+            self.parts.start(),
+            Argument::U64(share as u64),
+            u32_of(num_ranks),
+            u32_of(own),
+            Argument::U64(numbers(own) as u64),
+        ];
+        // SAFETY: the share lies inside of `x`, and the parts hold one of each rank.
+        unsafe { self.stream.launch(op.name(), &self.sum_ranks, flat_grid(numbers(own)), &arguments) }?;
+        for peer in self.others() {
+            self.push(Direction::To, peer, x.memory.at(first(own) * NUMBER), numbers(own));
+            self.push(Direction::From, peer, x.memory.at(first(peer) * NUMBER), numbers(peer));
+        }
+        self.queue(op)
+    }
+
+    fn all_gather(&mut self, axis: Axis, part: &CudaArray, out: &mut CudaArray) -> Result<()> {
+        self.collect(axis, part, out, |_| true)
+    }
+
+    fn gather(&mut self, axis: Axis, part: &CudaArray, out: &mut CudaArray) -> Result<()> {
+        self.collect(axis, part, out, |rank| rank == 0)
+    }
+
+    fn broadcast(&mut self, root: usize, x: &mut CudaArray) -> Result<()> {
+        let (op, own) = (Op::Broadcast, self.rank());
+        assert!(root < self.num_ranks(), "root {root} of {} ranks", self.num_ranks());
+        let [rows, cols] = self.agree(op, [x.rows, x.cols])?[root];
+        if own == root {
+            for peer in self.others() {
+                self.push(Direction::To, peer, x.memory.start(), rows * cols);
+            }
+        } else {
+            x.reshape(rows, cols).map_err(|error| self.fail(op, error.to_string()))?;
+            self.push(Direction::From, root, x.memory.start(), rows * cols);
+        }
+        self.queue(op)
+    }
+}
+
+impl Agreement {
+    /// Tells the others an operation and this rank's shape; those of all, where they are at the same.
+    fn on(&mut self, op: Op, [rows, cols]: [usize; 2]) -> std::result::Result<Vec<[usize; 2]>, String> {
+        if let Some(end) = &self.end {
+            return Err(end.clone());
+        }
+        assert!(rows < MOST_ROWS && cols < MOST_ROWS, "[{rows}, {cols}] is told as f32");
+        self.own.values_mut().copy_from_slice(&[op as u32 as f32, rows as f32, cols as f32]);
+        self.control.all_gather(Axis::Rows, &self.own, &mut self.all).map_err(|error| match error {
+            Error::Collective { message, .. } => message,
+            other => other.to_string(),
+        })?;
+        let calls = self.all.values().chunks_exact(3);
+        match calls.clone().position(|call| call[0] != op as u32 as f32) {
+            Some(other) => Err(format!("rank {other} is at another operation")),
+            None => Ok(calls.map(|call| [call[1] as usize, call[2] as usize]).collect()),
+        }
+    }
+}
+
+/// An array of one row.
+fn row(values: &[f32]) -> Array {
+    let mut array = Array::new();
+    array.reshape(1, values.len());
+    array.values_mut().copy_from_slice(values);
+    array
+}

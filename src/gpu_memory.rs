@@ -45,11 +45,12 @@ impl Question {
     ) -> Result<Question> {
         gpus::check_alike(pipeline)?;
         let (rows, sequences) = (pipeline.micro_batch_tokens, sequences_per_replica(pipeline));
+        let micro_batches = scheduler::in_flight(pipeline.devices_per_replica() as u64) as usize;
         Ok(Question {
             config: config.clone(),
             weights: dtypes.weights,
             free_bytes: gpus::free_bytes(pipeline)?,
-            step: StepSize { rows, sequences, context_tokens },
+            step: StepSize { rows, sequences, context_tokens, micro_batches },
             wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
         })
     }

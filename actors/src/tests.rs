@@ -39,7 +39,7 @@ impl Stage for Probe {
         std::thread::sleep(self.step_time);
         if !self.is_last {
             return Ok(StageOutput::Activations(Activations {
-                values: vec![0.0; batch.num_tokens()],
+                values: vec![0.0; batch.num_tokens()].into(),
                 sums: None,
                 hidden: 1,
             }));

@@ -11,6 +11,7 @@
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
 use crate::choice::{Choice, ChoiceScratch, Chosen};
+use crate::cuda::Parcel;
 use crate::error::Result;
 use crate::tensor_view::TensorView;
 
@@ -155,6 +156,19 @@ pub trait Backend: Send + Sync + 'static {
     fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Self::Array) -> Result<()>;
     /// Copy an array to the host; `out` is cleared first.
     fn download(&self, x: &Self::Array, out: &mut Vec<f32>) -> Result<()>;
+
+    /// A copy of an array that another stage of this process takes over on its own device, or nothing where arrays go through
+    /// the host.
+    fn hand_over(&self, _x: &Self::Array) -> Result<Option<Parcel>> {
+        Ok(None)
+    }
+
+    /// Replaces an array by what a stage has handed over; the parcel must live until numbers have come back to the host, or
+    /// have been handed over again, that depend on it.
+    fn take_over(&self, parcel: &Parcel, out: &mut Self::Array) -> Result<()> {
+        let (rows, cols) = parcel.shape();
+        self.upload(&parcel.values()?, rows, cols, out)
+    }
 
     /// Frees memory that operations keep for themselves from call to call, where there is too little of it.
     fn free_workspace(&self) {}

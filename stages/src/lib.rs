@@ -43,6 +43,6 @@ pub use rope::Rope;
 pub use shard::{AttentionSharing, RankPlace, Sharing};
 pub use span::SpanOptions;
 pub use stage::{
-    Activations, Device, Dtypes, Follower, Stage, StageOutput, load, load_first_rank, load_follower,
+    Activations, Device, Dtypes, Follower, Rows, Stage, StageOutput, load, load_first_rank, load_follower,
 };
 pub use tensors::weight_bytes;

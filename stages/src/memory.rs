@@ -16,6 +16,8 @@ pub struct StepSize {
     pub sequences: usize,
     /// Positions of a sequence.
     pub context_tokens: usize,
+    /// Micro-batches in flight, all of which may wait for the next stage.
+    pub micro_batches: usize,
 }
 
 /// What a stage takes of a GPU, or several stages together.
@@ -140,6 +142,10 @@ fn work_bytes(config: &ModelConfig, part: Part, step: StepSize, widest: &Widest)
     if part.first_column > 0 || part.end_column.is_some() {
         sum += numbers(rows, hidden); // Sums of an FFN that is cut.
     }
+    if !part.is_last(config) {
+        let arrays = if part.end_column.is_some() { 2 } else { 1 };
+        sum += (step.micro_batches * arrays) as u64 * numbers(rows, hidden); // What is handed over.
+    }
     if part.is_last(config) {
         // All greedy rows at once, the others by and by; a scored prompt has more rows than sequences.
         let drawn = step.sequences.min(rows).max(LOGIT_ROWS.min(rows));
@@ -166,7 +172,7 @@ mod tests {
 
     use super::*;
 
-    const STEP: StepSize = StepSize { rows: 512, sequences: 256, context_tokens: 4096 };
+    const STEP: StepSize = StepSize { rows: 512, sequences: 256, context_tokens: 4096, micro_batches: 3 };
 
     fn config(name: &str) -> ModelConfig {
         ModelConfig::read(&Path::new("../configs/models").join(name)).unwrap()

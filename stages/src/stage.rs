@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, Dtype, Reference, Simd, WeightType};
+use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, Dtype, Parcel, Reference, Simd, WeightType};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
@@ -14,32 +14,63 @@ use crate::span::{SpanOptions, SpanStage};
 #[derive(Debug, Clone)]
 pub struct Activations {
     /// `[tokens, hidden]`, row-major.
-    pub values: Vec<f32>,
+    pub values: Rows,
     /// Where an FFN is cut by columns between the two stages, what the product with its down matrix has come to, alike.
-    pub sums: Option<Vec<f32>>,
+    pub sums: Option<Rows>,
     /// Width of a row.
     pub hidden: usize,
 }
 
+/// Rows between two stages: on the host, or still on the device of the one that made them.
+#[derive(Debug, Clone)]
+pub enum Rows {
+    /// Row-major.
+    Host(Vec<f32>),
+    /// Of a GPU.
+    Device(Parcel),
+}
+
+impl From<Vec<f32>> for Rows {
+    fn from(values: Vec<f32>) -> Rows {
+        Rows::Host(values)
+    }
+}
+
+impl Rows {
+    fn into_host(self) -> Result<Vec<f32>> {
+        match self {
+            Rows::Host(values) => Ok(values),
+            Rows::Device(parcel) => Ok(parcel.values()?),
+        }
+    }
+}
+
 impl Activations {
     /// Those of the first rows, and those of the rest.
-    pub(crate) fn split(&self, rows: usize) -> (Activations, Activations) {
+    pub(crate) fn split(&self, rows: usize) -> Result<(Activations, Activations)> {
         let at = rows * self.hidden;
-        let part = |range: std::ops::Range<usize>| Activations {
-            values: self.values[range.clone()].to_vec(),
-            sums: self.sums.as_ref().map(|sums| sums[range].to_vec()),
-            hidden: self.hidden,
+        let halves = |rows: &Rows| -> Result<(Rows, Rows)> {
+            let mut front = rows.clone().into_host()?;
+            let back = front.split_off(at);
+            Ok((front.into(), back.into()))
         };
-        (part(0..at), part(at..self.values.len()))
+        let (front, back) = halves(&self.values)?;
+        let sums = self.sums.as_ref().map(halves).transpose()?;
+        let (front_sums, back_sums) = sums.unzip();
+        let hidden = self.hidden;
+        let front = Activations { values: front, sums: front_sums, hidden };
+        Ok((front, Activations { values: back, sums: back_sums, hidden }))
     }
 
     /// These and then those of further rows.
-    fn joined(mut self, rest: Activations) -> Activations {
-        self.values.extend(rest.values);
-        if let (Some(sums), Some(rest)) = (&mut self.sums, rest.sums) {
-            sums.extend(rest);
-        }
-        self
+    fn joined(self, rest: Activations) -> Result<Activations> {
+        let join = |front: Rows, back: Rows| -> Result<Rows> {
+            let mut front = front.into_host()?;
+            front.extend(back.into_host()?);
+            Ok(front.into())
+        };
+        let sums = self.sums.zip(rest.sums).map(|(front, back)| join(front, back)).transpose()?;
+        Ok(Activations { values: join(self.values, rest.values)?, sums, hidden: self.hidden })
     }
 }
 
@@ -54,13 +85,13 @@ pub enum StageOutput {
 
 impl StageOutput {
     /// What a micro-batch gives, from what its halves gave.
-    pub(crate) fn joined(self, back: StageOutput) -> StageOutput {
+    pub(crate) fn joined(self, back: StageOutput) -> Result<StageOutput> {
         match (self, back) {
             (StageOutput::Activations(front), StageOutput::Activations(back)) => {
-                StageOutput::Activations(front.joined(back))
+                front.joined(back).map(StageOutput::Activations)
             }
             (StageOutput::Tokens(front), StageOutput::Tokens(back)) => {
-                StageOutput::Tokens(front.joined(back))
+                Ok(StageOutput::Tokens(front.joined(back)))
             }
             _ => panic!("one stage gave activations and tokens"),
         }

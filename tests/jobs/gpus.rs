@@ -163,6 +163,38 @@ fn a_step_without_room_goes_in_halves_to_the_same_answers() {
     assert_eq!(lines(text), plain.sorted_lines());
 }
 
+/// One stage, two on one GPU, two on two of which activations go from device to device, and these with little memory.
+#[test]
+fn answers_do_not_depend_on_which_gpus_have_which_blocks() {
+    let mut job = Job::on("hetero-0-bf16").set("pipeline.micro_batch_tokens=40").emulated();
+    for i in 0..3 {
+        let prompt: Vec<usize> = (0..30 + 20 * i).map(|k| 5 + (k * 7 + i * 31) % 200).collect();
+        let temperature = [0.0, 0.8, 1.0][i];
+        let body = json!({"prompt": prompt, "max_tokens": 4, "temperature": temperature, "top_p": 0.9, "seed": i, "ignore_eos": true});
+        job = job.completion(&format!("row-{i}"), body);
+    }
+    let lines = |devices: &str, machine: &[(&str, &str)]| {
+        let mut job = job.anew().set(format!("pipeline.devices=[{devices}]"));
+        if devices.contains(',') {
+            job = job.set("pipeline.stages=[[0,5],[5,11]]");
+        }
+        let output = on(&job, machine);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let text = std::fs::read_to_string(job.out().join("output.jsonl")).unwrap();
+        let mut lines: Vec<String> = text.lines().map(crate::harness::without_created).collect();
+        lines.sort();
+        (lines, stderr(&output))
+    };
+    let (one, _) = lines("\"cuda:0\"", &[]);
+    assert_eq!(one.len(), 3);
+    assert_eq!(one, lines("\"cuda:0\",\"cuda:0\"", &[]).0);
+    let both = "\"cuda:0\",\"cuda:1\"";
+    assert_eq!(one, lines(both, &[("EMULATED_GPUS", "2")]).0);
+    let (little, told) = lines(both, &[("EMULATED_GPUS", "2"), ("EMULATED_LEFT", "100000@1")]);
+    assert!(told.contains("goes in halves"), "{told}");
+    assert_eq!(one, little);
+}
+
 fn devices(args: &[&str], machine: &[(&str, &str)]) -> Done {
     let mut command = spanwise();
     command.arg("devices").args(args).env("SPANWISE_CUDA_LIBRARIES", emulator());

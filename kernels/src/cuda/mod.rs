@@ -18,6 +18,7 @@ mod libraries;
 mod memory;
 mod nccl;
 mod operations;
+mod parcels;
 mod products;
 mod program;
 mod staging;
@@ -33,6 +34,7 @@ pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, Cuda
 pub use gpu::Gpu;
 pub use memory::{cuda_allocated_bytes, cuda_swiglu_bytes};
 pub use nccl::NcclRank;
+pub use parcels::Parcel;
 pub use program::{Compiled, Source};
 
 use crate::backend::{Dtype, WeightType};
@@ -42,6 +44,7 @@ use choices::ChoiceWork;
 use cublaslt::CublasLt;
 use gemm::Gemm;
 use int4::Int4Kernels;
+use parcels::Parcels;
 use staging::Staging;
 use stream::{Argument, Grid, Kernel, Memory, Stream};
 use tables::Tables;
@@ -77,6 +80,7 @@ pub struct Cuda {
     staging: Mutex<Option<Staging>>,
     tables: Mutex<Tables>,
     workspace: Mutex<Workspace>,
+    parcels: Arc<Parcels>,
     /// A product before it is added.
     product: Mutex<Memory>,
     /// Nothing where products are our own kernel's.
@@ -191,6 +195,7 @@ impl Cuda {
             staging: Mutex::default(),
             tables: Mutex::new(Tables::new(&stream)),
             workspace: Mutex::new(Workspace::new(&stream)),
+            parcels: Arc::default(),
             product: Mutex::new(Memory::none(&stream)),
             library,
             int4,

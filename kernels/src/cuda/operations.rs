@@ -3,6 +3,7 @@
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
 use super::gemm::Onto;
+use super::parcels::Parcel;
 use super::stream::{Argument, Grid, Memory};
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
 use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable};
@@ -90,6 +91,15 @@ impl Backend for Cuda {
         *locked(&self.workspace) = Workspace::new(&self.stream);
         *locked(&self.product) = Memory::none(&self.stream);
         *locked(&self.source) = Memory::none(&self.stream);
+        self.parcels.clear();
+    }
+
+    fn hand_over(&self, x: &CudaArray) -> Result<Option<Parcel>> {
+        self.pack(x).map(Some)
+    }
+
+    fn take_over(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
+        self.unpack(parcel, out)
     }
 
     fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {

@@ -3,8 +3,9 @@
 //! Everything that touches the device goes through here: what is queued runs in order, and memory that it uses is freed
 //! only when it has run.
 
+use std::collections::HashSet;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
 
@@ -17,6 +18,8 @@ pub(crate) struct Stream {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    /// Devices that it can copy from.
+    reached: Mutex<HashSet<usize>>,
 }
 
 // SAFETY: the driver's calls may be made from any thread; each of ours makes the context its thread's first.
@@ -54,7 +57,8 @@ impl Stream {
         let device = result::device::get(index as i32).map_err(what)?;
         // SAFETY: the device is the driver's, and what is retained is released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(what)?;
-        let mut stream = Stream { index, device, context, stream: std::ptr::null_mut() };
+        let mut stream =
+            Stream { index, device, context, stream: std::ptr::null_mut(), reached: Mutex::default() };
         stream.bind("open")?;
         stream.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(what)?;
         Ok(Arc::new(stream))
@@ -174,6 +178,54 @@ impl Stream {
         unsafe { result::memcpy_dtoh_async(to, from.pointer, self.stream) }
             .map_err(|error| failed(self.index, op, error))?;
         self.wait(op)
+    }
+
+    /// Queues a copy of so many bytes from memory of this device or of another one, of which nothing that is queued there still
+    /// writes to it.
+    pub(crate) fn copy(&self, op: &'static str, from: &Memory, to: &mut Memory, bytes: usize) -> Result<()> {
+        assert!(bytes <= from.bytes && bytes <= to.bytes, "{op}: {bytes} of {} to {}", from.bytes, to.bytes);
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.reach(op, &from.stream)?;
+        self.bind(op)?;
+        let (source, target) = (from.pointer, to.pointer);
+        // SAFETY: both hold as many bytes, as asserted, and belong to the contexts that are named.
+        unsafe {
+            match from.stream.index == self.index {
+                true => result::memcpy_dtod_async(target, source, bytes, self.stream),
+                false => {
+                    let (here, there) = (self.context, from.stream.context);
+                    result::memcpy_peer_async(here, target, there, source, bytes, self.stream)
+                }
+            }
+        }
+        .map_err(|error| failed(self.index, op, error))
+    }
+
+    /// Lets this device copy from another one without a detour through the host, where there is a way. Once for each.
+    fn reach(&self, op: &'static str, other: &Stream) -> Result<()> {
+        let mut reached = self.reached.lock().unwrap_or_else(PoisonError::into_inner);
+        if other.index == self.index || !reached.insert(other.index) {
+            return Ok(());
+        }
+        self.bind(op)?;
+        let mut can = 0;
+        // SAFETY: both devices are the driver's, and it writes a number.
+        unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, other.device) }
+            .result()
+            .map_err(|error| failed(self.index, op, error))?;
+        if can == 0 {
+            return Ok(());
+        }
+        // SAFETY: both contexts live as long as what holds them.
+        match unsafe { sys::cuCtxEnablePeerAccess(other.context, 0) }.result() {
+            // Somebody else in this process may have done so.
+            Ok(()) | Err(result::DriverError(sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED)) => {
+                Ok(())
+            }
+            Err(error) => Err(failed(self.index, op, error)),
+        }
     }
 
     /// Queues zeros.

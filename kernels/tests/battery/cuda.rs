@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::{Cuda, CudaOptions, Dtype, Int4Groups, WeightType};
+use kernels::{Backend, Cuda, CudaOptions, Dtype, Int4Groups, WeightType};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
@@ -69,6 +69,38 @@ fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
 fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
     let backend = Cuda::new(options(libraries, mode)).unwrap();
     Device { int4: Int4Groups::Of128, ..Device::new(backend, mode.weights, Dtype::Bf16) }
+}
+
+/// What one stage hands over another one of the same GPU takes, whatever becomes of the array in the meantime.
+fn check_parcels(libraries: Option<PathBuf>) {
+    let (from, to) = (device(libraries.clone(), FIXED), device(libraries, FIXED));
+    for (rows, cols) in [(0, 8), (1, 1), (3, 130), (2, 5)] {
+        let values: Vec<f32> = (0..rows * cols).map(|i| i as f32 - 0.5).collect();
+        let mut array = from.array(&values, cols);
+        let parcel = from.backend.hand_over(&array).unwrap().expect("a GPU keeps arrays to itself");
+        from.backend.upload(&vec![7.0; rows * cols], rows, cols, &mut array).unwrap();
+        assert_eq!((parcel.shape(), parcel.values().unwrap()), ((rows, cols), values.clone()));
+        let (mut taken, mut found) = (to.backend.array(), vec![9.0]);
+        to.backend.take_over(&parcel, &mut taken).unwrap();
+        to.backend.download(&taken, &mut found).unwrap();
+        assert_eq!(found, values);
+        // On a processor parcels are taken over through the host.
+        let cpu = kernels::Reference::new(WeightType::Bf16, Dtype::Bf16);
+        let mut taken = cpu.array();
+        cpu.take_over(&parcel, &mut taken).unwrap();
+        assert_eq!(taken.values(), values);
+    }
+}
+
+#[test]
+fn stages_hand_over_arrays_on_the_emulator() {
+    check_parcels(Some(emulator()));
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn stages_hand_over_arrays_on_a_gpu() {
+    check_parcels(None);
 }
 
 macro_rules! checks {

@@ -193,8 +193,8 @@ fn step(slices: Vec<Slice>, hidden: Option<usize>) -> Step {
     let input = hidden.map(|hidden| {
         let numbers = 0..batch.num_tokens() * hidden;
         // Of the size that norms expect, and nothing that is a special case of arithmetic.
-        let values = numbers.map(|i| (i * 7919 % 1000) as f32 / 500.0 - 0.999).collect();
-        Activations { values, sums: None, hidden }
+        let values: Vec<f32> = numbers.map(|i| (i * 7919 % 1000) as f32 / 500.0 - 0.999).collect();
+        Activations { values: values.into(), sums: None, hidden }
     });
     Step { batch, input }
 }

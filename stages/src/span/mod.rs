@@ -22,7 +22,7 @@ use crate::error::Result;
 use crate::head::{Head, HeadWork};
 use crate::part::Part;
 use crate::ranks::{RankStep, Ranks};
-use crate::stage::{Activations, Follower, Stage, StageOutput};
+use crate::stage::{Activations, Follower, Rows, Stage, StageOutput};
 
 use attention::AttentionOnDevice;
 use ffn::FfnOnDevice;
@@ -179,11 +179,15 @@ impl<B: Backend> SpanStage<B> {
                 self.backend.embed(table, self.batch.tokens(), &mut self.work.x)?;
             }
             (None, Some(Activations { values, sums, hidden })) => {
-                let rows = values.len() / hidden;
-                self.backend.upload(values, rows, *hidden, &mut self.work.x)?;
+                let backend = &self.backend;
+                let take = |rows: &Rows, out: &mut B::Array| match rows {
+                    Rows::Host(values) => backend.upload(values, values.len() / hidden, *hidden, out),
+                    Rows::Device(parcel) => backend.take_over(parcel, out),
+                };
+                take(values, &mut self.work.x)?;
                 assert_eq!(sums.is_some(), self.part.first_column > 0, "sums come where an FFN is cut");
                 if let Some(sums) = sums {
-                    self.backend.upload(sums, rows, *hidden, &mut self.work.sums)?;
+                    take(sums, &mut self.work.sums)?;
                 }
             }
             (Some(_), Some(_)) => panic!("the first stage was given activations"),
@@ -194,12 +198,16 @@ impl<B: Backend> SpanStage<B> {
 
     /// What goes out to the next stage.
     fn activations(&self) -> Result<Activations> {
-        let (mut values, mut sums) = (Vec::new(), None);
-        self.backend.download(&self.work.x, &mut values)?;
-        if self.part.end_column.is_some() {
-            self.backend.download(&self.work.sums, sums.insert(Vec::new()))?;
-        }
-        Ok(Activations { values, sums, hidden: self.hidden })
+        let rows = |x: &B::Array| -> Result<Rows> {
+            if let Some(parcel) = self.backend.hand_over(x)? {
+                return Ok(Rows::Device(parcel));
+            }
+            let mut values = Vec::new();
+            self.backend.download(x, &mut values)?;
+            Ok(Rows::Host(values))
+        };
+        let sums = self.part.end_column.is_some().then(|| rows(&self.work.sums)).transpose()?;
+        Ok(Activations { values: rows(&self.work.x)?, sums, hidden: self.hidden })
     }
 }
 
@@ -240,13 +248,13 @@ impl<B: Backend> SpanStage<B> {
         self.backend.free_workspace();
         let (for_front, for_back) = match input {
             Some(input) => {
-                let (front, back) = input.split(front.num_tokens());
+                let (front, back) = input.split(front.num_tokens())?;
                 (Some(front), Some(back))
             }
             None => (None, None),
         };
         let done = self.step_in_parts(&front, for_front.as_ref())?;
-        Ok(done.joined(self.step_in_parts(&back, for_back.as_ref())?))
+        done.joined(self.step_in_parts(&back, for_back.as_ref())?)
     }
 }
 

@@ -76,7 +76,7 @@ pub(crate) fn keeps_bits(weights: WeightType, pipeline: &Pipeline) -> bool {
     match weights {
         WeightType::F32 | WeightType::Bf16 => true,
         WeightType::Int4Weight => !are_gpus,
-        WeightType::Int8 | WeightType::Int8Weight => false,
+        WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight => false,
     }
 }
 

@@ -192,6 +192,7 @@ fn weights(dtype: configs::Dtype) -> WeightType {
     match dtype {
         configs::Dtype::Bf16 => WeightType::Bf16,
         configs::Dtype::F32 => WeightType::F32,
+        configs::Dtype::Fp8 => WeightType::Fp8,
         configs::Dtype::Int8 => WeightType::Int8,
         configs::Dtype::Int8Weight => WeightType::Int8Weight,
         configs::Dtype::Int4Weight => WeightType::Int4Weight,

@@ -66,11 +66,13 @@ words! {
 words! {
     /// Number type in which the weights of blocks are held. Beside f32, matrix products take their inputs in f32,
     /// and embedding and output matrix are held in it; beside all others in bf16.
-    Dtype, r#""bf16", "f32", "int8", "int8-weight" or "int4-weight""#, {
+    Dtype, r#""bf16", "f32", "fp8", "int8", "int8-weight" or "int4-weight""#, {
         /// bfloat16: half the memory of f32 and, where the processor has VDPBF16PS, twice its speed.
         Bf16 = "bf16",
         /// IEEE single precision, for comparing with other programs.
         F32 = "f32",
+        /// E4M3 with a scale for each output; inputs are quantised too, with a scale for each row. For GPUs.
+        Fp8 = "fp8",
         /// Integers of 8 bits with a scale for each output; inputs are quantised too, and products are of
         /// integers.
         Int8 = "int8",

@@ -3,6 +3,7 @@
 
 struct Bf16Weights {
     static constexpr bool IS_PLAIN = true;
+    static constexpr u32 UNROLLED = 4;
     static constexpr u32 TILE = COLS * STRIDE;
     const bf16* numbers;
     u32 stride, depth;
@@ -21,6 +22,10 @@ struct Bf16Weights {
     DEVICE void fragments(u32 (&b)[4], const bf16* tile, u32 j, u32 k) const {
         load_matrices(b, tile + (row + j * 8) * STRIDE + k + column);
     }
+
+    DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) const { mma(c, a, b0, b1); }
+
+    DEVICE float finish(float sum, u32, u32) const { return sum; }
 
     template <typename Sums>
     DEVICE void close(Sums&, Sums&, u32, u32) const {}

@@ -41,10 +41,13 @@ DEVICE void copy_rows(bf16* tile, const bf16* from, u32 num_rows, u32 first, u32
 //
 // Weights has
 //   TILE, how many numbers of 16 bits a step takes of a block's memory, a multiple of 8;
+//   UNROLLED, how many 16 of K a step's loop is unrolled by: 4 are all;
 //   copy(tile, first_col, cols, step): begins to copy a step of the block's columns;
 //   begin(tile, first_col, across, lane, step): before a step's products, of the warp's columns from `across` on;
 //   fragments(b, tile, j, k): those of two neighbours of eight columns, the j-th and the next, at K = k of the step;
-//   close(sums, part, step, steps): after a step, whose products stand in `part`; IS_PLAIN where they are sums at once.
+//   multiply(c, a, b0, b1): adds a product of fragments to c;
+//   close(sums, part, step, steps): after a step, whose products stand in `part`; IS_PLAIN where they are sums at once;
+//   finish(sum, row, col): what becomes of a sum before it is stored or added.
 template <u32 ROWS, u32 WARPS_DOWN, typename Weights>
 DEVICE void multiply(float* out, const bf16* x, Weights w, u32 rows, u32 cols, u32 x_stride, u32 depth, u32 out_stride, u32 mode) {
     constexpr u32 WARPS_ACROSS = THREADS / WARP / WARPS_DOWN;
@@ -85,7 +88,8 @@ DEVICE void multiply(float* out, const bf16* x, Weights w, u32 rows, u32 cols, u
                     if (row >= rows || col >= cols) continue;
                     float* at = out + u64(row) * out_stride + col;
                     if (what == READ) sums[i][j][n] = *at;
-                    else *at = what == ADD_TO ? *at + sums[i][j][n] : sums[i][j][n];
+                    else if (what == STORE) *at = w.finish(sums[i][j][n], row, col);
+                    else *at += w.finish(sums[i][j][n], row, col);
                 }
             }
         }
@@ -98,7 +102,7 @@ DEVICE void multiply(float* out, const bf16* x, Weights w, u32 rows, u32 cols, u
         const bf16* x_tile = x_tiles + step % STAGES * ROWS * STRIDE;
         const bf16* w_tile = w_tiles + step % STAGES * Weights::TILE;
         w.begin(w_tile, first_col, across, lane, step);
-#pragma unroll
+#pragma unroll Weights::UNROLLED
         for (u32 k = 0; k < STEP; k += 16) {
             u32 a[DOWN][4];
 #pragma unroll
@@ -113,8 +117,8 @@ DEVICE void multiply(float* out, const bf16* x, Weights w, u32 rows, u32 cols, u
                 for (u32 i = 0; i < DOWN; i++) {
                     float(&low)[4] = Weights::IS_PLAIN ? sums[i][j] : part[i][j];
                     float(&high)[4] = Weights::IS_PLAIN ? sums[i][j + 1] : part[i][j + 1];
-                    mma(low, a[i], b[0], b[1]);
-                    mma(high, a[i], b[2], b[3]);
+                    w.multiply(low, a[i], b[0], b[1]);
+                    w.multiply(high, a[i], b[2], b[3]);
                 }
             }
         }

@@ -8,6 +8,7 @@ static_assert(STEP == TILE_K && GROUP == 2 * STEP, "a step is a tile deep, a gro
 template <u32 ACROSS>
 struct Int4Weights {
     static constexpr bool IS_PLAIN = false;
+    static constexpr u32 UNROLLED = 4;
     static constexpr u32 TILE = COLS / TILE_COLS * TILE_WORDS * 2;
     const u32* words;
     const bf16* scales;
@@ -64,6 +65,10 @@ struct Int4Weights {
             b[pair] = add_bf16x2((word >> (4 * pair) & 0x000f000fu) | 0x43004300u, minus_zero[j + pair / 2]);
         }
     }
+
+    DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) const { mma(c, a, b0, b1); }
+
+    DEVICE float finish(float sum, u32, u32) const { return sum; }
 
     template <typename Sums>
     DEVICE void close(Sums& sums, Sums& part, u32 step, u32 steps) const {

@@ -26,6 +26,35 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#if __CUDA_ARCH__ < 890
+// Two of E4M3, in the lower half of a word, as bf16: exponent and fraction in place, and 2^120 for the other bias.
+DEVICE u32 bf16_of_fp8(u32 codes) {
+    u32 pair = (codes & 0xffu) | (codes & 0xff00u) << 8;
+    u32 small = (pair & 0x800080u) << 8 | (pair & 0x7f007fu) << 4, bf16s;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(bf16s) : "r"(small), "r"(0x7b807b80u), "r"(0x80008000u));
+    return bf16s;
+}
+#endif
+
+// The same of numbers of 8 bits, E4M3, four in a word; fragments are those of `mma.m16n8k32`:
+//   a[0] (g, 4t to 4t+3), a[1] (g+8, same), a[2] (g, 4t+16 and on), a[3] (g+8, same); b likewise with columns g.
+// Before there were tensor cores for them they become bf16, which holds them exactly: K in another order, the same for both.
+DEVICE void mma_fp8(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 890
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+#pragma unroll
+    for (u32 half = 0; half < 32; half += 16) {
+        u32 wide[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) wide[i] = bf16_of_fp8(a[i] >> half);
+        mma(c, wide, bf16_of_fp8(b0 >> half), bf16_of_fp8(b1 >> half));
+    }
+#endif
+}
+
 DEVICE u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
 
 // Four 8x8 matrices of bf16: lanes 8i to 8i+7 point to the rows of matrix i, and out[i] of a lane is its (g, 2t) and

@@ -15,14 +15,17 @@ constexpr Status SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15;
 namespace {
 
 // cudaDataType.
-constexpr int F32 = 0, BF16 = 14;
+constexpr int F32 = 0, BF16 = 14, E4M3 = 28;
 constexpr int COMPUTE_32F = 68;
 constexpr int TRANSPOSED = 1;
 // cublasLtMatmulDescAttributes_t.
-constexpr int TRANSA = 3, TRANSB = 4;
+constexpr int TRANSA = 3, TRANSB = 4, A_SCALES = 17, B_SCALES = 18, A_SCALE_MODE = 31, B_SCALE_MODE = 32;
+// cublasLtMatmulMatrixScale_t: one in f32 for each row of A, or column of B.
+constexpr int OUTER_VECTOR = 3;
 
 struct Descriptor {
-    int compute_type, scale_type, is_a_transposed, is_b_transposed;
+    int compute_type, scale_type, is_a_transposed, is_b_transposed, a_scale_mode, b_scale_mode;
+    const float *a_scales, *b_scales;
 };
 
 // Columns after columns.
@@ -58,14 +61,23 @@ float bf16_at(const void* numbers, uint64_t index) {
     return value;
 }
 
+float fp8_at(const void* numbers, uint64_t index) {
+    unsigned code = static_cast<const uint8_t*>(numbers)[index], exponent = code >> 3 & 15, fraction = code & 7;
+    if ((code & 0x7f) == 0x7f) return NAN;
+    float value = exponent == 0 ? std::ldexp(float(fraction), -9) : std::ldexp(float(8 + fraction), int(exponent) - 10);
+    return code & 0x80 ? -value : value;
+}
+
 // What the backend asks for, and nothing else is known here.
 bool is_known(const Descriptor& product, const Layout& a, const Layout& b, const Layout& out) {
     bool is_f32 = product.compute_type == COMPUTE_32F && product.scale_type == F32 && out.type == F32;
     bool are_shapes = a.rows == b.rows && a.cols == out.rows && b.cols == out.cols;
     bool are_strides = a.stride >= int64_t(a.rows) && b.stride >= int64_t(b.rows) && out.stride >= int64_t(out.rows);
     bool are_aligned = a.stride % 8 == 0 && b.stride % 8 == 0;
+    bool is_fp8 = a.type == E4M3 && b.type == E4M3 && a.stride % 16 == 0 && b.stride % 16 == 0 && a.rows % 16 == 0 &&
+                  out.rows % 16 == 0 && product.a_scale_mode == OUTER_VECTOR && product.b_scale_mode == OUTER_VECTOR;
     return is_f32 && are_shapes && are_strides && are_aligned && product.is_a_transposed && !product.is_b_transposed &&
-           a.type == BF16 && b.type == BF16;
+           (is_fp8 || (a.type == BF16 && b.type == BF16));
 }
 
 }  // namespace
@@ -80,16 +92,22 @@ API Status cublasLtMatrixLayoutCreate(void** layout, int type, uint64_t rows, ui
 API Status cublasLtMatrixLayoutDestroy(void* layout) { return delete static_cast<Layout*>(layout), SUCCESS; }
 
 API Status cublasLtMatmulDescCreate(void** product, int compute_type, int scale_type) {
-    return *product = new Descriptor{compute_type, scale_type, 0, 0}, SUCCESS;
+    return *product = new Descriptor{compute_type, scale_type, 0, 0, 0, 0, nullptr, nullptr}, SUCCESS;
 }
 API Status cublasLtMatmulDescSetAttribute(void* product, int attribute, const void* value, size_t bytes) {
     auto& descriptor = *static_cast<Descriptor*>(product);
+    if (attribute == A_SCALES || attribute == B_SCALES) {
+        if (bytes != sizeof(void*)) return INVALID_VALUE;
+        return std::memcpy(attribute == A_SCALES ? &descriptor.a_scales : &descriptor.b_scales, value, bytes), SUCCESS;
+    }
     int number;
     if (bytes != sizeof(number)) return INVALID_VALUE;
     std::memcpy(&number, value, sizeof(number));
     switch (attribute) {
         case TRANSA: descriptor.is_a_transposed = number == TRANSPOSED; return SUCCESS;
         case TRANSB: descriptor.is_b_transposed = number == TRANSPOSED; return SUCCESS;
+        case A_SCALE_MODE: descriptor.a_scale_mode = number; return SUCCESS;
+        case B_SCALE_MODE: descriptor.b_scale_mode = number; return SUCCESS;
         default: return INVALID_VALUE;
     }
 }
@@ -127,7 +145,11 @@ API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* 
                           const float* beta, const float* c, void*, float* d, void* d_layout, const Algorithm* algorithm, void*, size_t,
                           void*) {
     const auto &left = *static_cast<Layout*>(a_layout), &right = *static_cast<Layout*>(b_layout), &out = *static_cast<Layout*>(d_layout);
-    if (!is_known(*static_cast<Descriptor*>(product), left, right, out)) return NOT_SUPPORTED;
+    const auto& descriptor = *static_cast<Descriptor*>(product);
+    if (!is_known(descriptor, left, right, out)) return NOT_SUPPORTED;
+    bool is_fp8 = left.type == E4M3;
+    if (is_fp8 && (!descriptor.a_scales || !descriptor.b_scales)) return INVALID_VALUE;
+    auto number = is_fp8 ? fp8_at : bf16_at;
     uint64_t id = algorithm->words[0];
     if (id == 0 || id > NUM_ALGORITHMS || id == BROKEN) return NOT_SUPPORTED;
     if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 != 0) return INVALID_VALUE;
@@ -137,9 +159,10 @@ API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* 
         for (uint64_t row = 0; row < out.rows; row++) {
             float sums[4] = {};
             for (uint64_t k = 0; k < left.rows; k++) {
-                sums[k % num_sums] += bf16_at(a, row * left.stride + k) * bf16_at(b, column * right.stride + k);
+                sums[k % num_sums] += number(a, row * left.stride + k) * number(b, column * right.stride + k);
             }
             float sum = *alpha * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            if (is_fp8) sum *= descriptor.a_scales[row] * descriptor.b_scales[column];
             uint64_t at = column * out.stride + row;
             // What is multiplied with nothing is not read.
             d[at] = *beta == 0.0f ? sum : sum + *beta * c[at];

@@ -113,6 +113,34 @@ static inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsig
     }
 }
 
+namespace emulated {
+
+inline float fp8_of(unsigned code) {
+    unsigned exponent = code >> 3 & 15, fraction = code & 7;
+    if ((code & 0x7f) == 0x7f) return f32_of_bits(0x7fc00000u);
+    float value = exponent == 0 ? std::ldexp(float(fraction), -9) : std::ldexp(float(8 + fraction), int(exponent) - 10);
+    return code & 0x80 ? -value : value;
+}
+
+}  // namespace emulated
+
+static inline void mma_fp8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const uint32_t* all = emulated::exchange(mine, 6);
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = g + i / 2 * 8, col = 2 * t + i % 2;
+        float sum = c[i];
+        for (unsigned k = 0; k < 32; k++) {
+            // Of A the lane 4 * (row % 8) + k % 16 / 4 has it, of B the lane 4 * col + k % 16 / 4.
+            unsigned x = all[(row % 8 * 4 + k % 16 / 4) * 6 + row / 8 + k / 16 * 2];
+            unsigned y = all[(col * 4 + k % 16 / 4) * 6 + 4 + k / 16];
+            sum += emulated::fp8_of(x >> (k % 4 * 8) & 0xff) * emulated::fp8_of(y >> (k % 4 * 8) & 0xff);
+        }
+        c[i] = sum;
+    }
+}
+
 static inline void load_matrices(unsigned (&out)[4], const unsigned short* row) {
     unsigned lane = threadIdx.x % 32;
     unsigned words[4];

@@ -46,6 +46,9 @@ pub enum WeightType {
     F32,
     /// bfloat16; with this and all types below, matmul inputs are bfloat16.
     Bf16,
+    /// E4M3 with a scale for each output that takes its largest number to 448, and products of E4M3: each row of a matmul input
+    /// is quantised as well, with a scale of its own. For GPUs; the CPU backend has it not.
+    Fp8,
     /// Integers of 8 bits with a scale for each output, and products in integers: each row of a matmul input is
     /// quantised as well, with a scale of its own.
     Int8,

@@ -4,14 +4,21 @@ use crate::backend::{Dtype, Int4Groups, WeightType};
 
 impl WeightType {
     /// Every type.
-    pub const ALL: [WeightType; 5] =
-        [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
+    pub const ALL: [WeightType; 6] = [
+        WeightType::F32,
+        WeightType::Bf16,
+        WeightType::Fp8,
+        WeightType::Int8,
+        WeightType::Int8Weight,
+        WeightType::Int4Weight,
+    ];
 
     /// The type's name in options and numeric profiles.
     pub fn name(self) -> &'static str {
         match self {
             WeightType::F32 => "f32",
             WeightType::Bf16 => "bf16",
+            WeightType::Fp8 => "fp8",
             WeightType::Int8 => "int8",
             WeightType::Int8Weight => "int8-weight",
             WeightType::Int4Weight => "int4-weight",
@@ -22,9 +29,7 @@ impl WeightType {
     pub fn operands(self) -> Dtype {
         match self {
             WeightType::F32 => Dtype::F32,
-            WeightType::Bf16 | WeightType::Int8 | WeightType::Int8Weight | WeightType::Int4Weight => {
-                Dtype::Bf16
-            }
+            _ => Dtype::Bf16,
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::backend::Int4Groups;
 use crate::dtype::bf16_bits;
+use crate::fp8;
 
 /// Largest integer of 8 bits that is used: -128 is not, so that a number and its negative are alike.
 const INT8_LEVELS: f32 = 127.0;
@@ -40,6 +41,16 @@ impl Quantizer {
     /// To 8 bits, of some numbers.
     pub(crate) fn int8_of(values: &[f32]) -> Quantizer {
         Quantizer::int8(largest(values).abs())
+    }
+
+    /// To E4M3, of some numbers.
+    pub(crate) fn fp8_of(values: &[f32]) -> Quantizer {
+        Quantizer::new(largest(values).abs(), fp8::LARGEST, fp8::LARGEST)
+    }
+
+    /// The number in E4M3 that a number becomes, still to be multiplied with the scale. Of no meaning where that is NaN.
+    pub(crate) fn fp8(self, value: f32) -> f32 {
+        fp8::f32_of(fp8::code_of(value * self.inverse))
     }
 
     /// To 4 bits, of some numbers.

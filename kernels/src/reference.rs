@@ -11,6 +11,7 @@ use crate::backend::{
     AttentionSlice, Backend, Dtype, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, WeightType,
 };
 use crate::error::Result;
+use crate::fp8;
 use crate::quantize::Quantizer;
 use crate::tensor_view::{TensorView, ViewDtype};
 use crate::{check, view};
@@ -32,8 +33,17 @@ pub struct ReferenceMatrix {
     values: Vec<f32>,
     /// What a row's sums are multiplied with; empty where nothing is.
     row_scales: Vec<f32>,
-    /// Whether inputs are quantised too, and products are of integers.
-    has_integer_inputs: bool,
+    /// What inputs are quantised to before they are multiplied.
+    inputs: Inputs,
+}
+
+/// Whether inputs of a product are quantised too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Inputs {
+    AsTheyAre,
+    /// Products are then of integers.
+    Int8,
+    Fp8,
 }
 
 /// Input of a matrix product, rounded to the backend's type.
@@ -72,11 +82,11 @@ impl Reference {
 impl ReferenceMatrix {
     /// A matrix of numbers that are multiplied as they are.
     fn plain(rows: usize, cols: usize, values: Vec<f32>) -> Self {
-        Self { rows, cols, values, row_scales: Vec::new(), has_integer_inputs: false }
+        Self { rows, cols, values, row_scales: Vec::new(), inputs: Inputs::AsTheyAre }
     }
 
     /// A matrix of integers of 8 bits with a scale for each row.
-    fn int8(rows: usize, cols: usize, mut values: Vec<f32>, has_integer_inputs: bool) -> Self {
+    fn int8(rows: usize, cols: usize, mut values: Vec<f32>, inputs: Inputs) -> Self {
         let mut row_scales = Vec::with_capacity(rows);
         for row in 0..rows {
             let row = &mut values[row * cols..][..cols];
@@ -84,7 +94,26 @@ impl ReferenceMatrix {
             row.iter_mut().for_each(|value| *value = f32::from(quantizer.quantize(*value)));
             row_scales.push(quantizer.scale);
         }
-        Self { rows, cols, values, row_scales, has_integer_inputs }
+        Self { rows, cols, values, row_scales, inputs }
+    }
+
+    /// A matrix in E4M3 with a scale for each row; of a checkpoint that has it so already, as it is.
+    fn fp8(view: &TensorView<'_>, mut values: Vec<f32>) -> Self {
+        let (rows, cols, inputs) = (view.rows, view.cols, Inputs::Fp8);
+        let mut row_scales = Vec::with_capacity(rows);
+        for row in 0..rows {
+            let numbers = &mut values[row * cols..][..cols];
+            if let (ViewDtype::Fp8, Some(scales)) = (view.dtype, &view.scales) {
+                let codes = view.row(row).iter();
+                numbers.iter_mut().zip(codes).for_each(|(number, &code)| *number = fp8::f32_of(code));
+                row_scales.push(scales.scale(row, 0));
+            } else {
+                let quantizer = Quantizer::fp8_of(numbers);
+                numbers.iter_mut().for_each(|number| *number = quantizer.fp8(*number));
+                row_scales.push(quantizer.scale);
+            }
+        }
+        Self { rows, cols, values, row_scales, inputs }
     }
 
     /// A matrix of integers of 4 bits, each multiplied with the scale of its group.
@@ -113,7 +142,12 @@ impl ReferenceMatrix {
 
     /// `x · row`
     fn dot(&self, x: &[f32], row: usize) -> f32 {
-        if self.has_integer_inputs {
+        if self.inputs == Inputs::Fp8 {
+            let quantizer = Quantizer::fp8_of(x);
+            let sum: f32 = x.iter().zip(self.row(row)).map(|(&x, &w)| quantizer.fp8(x) * w).sum();
+            return sum * (quantizer.scale * self.row_scales[row]);
+        }
+        if self.inputs == Inputs::Int8 {
             let quantizer = Quantizer::int8_of(x);
             let terms = x.iter().zip(self.row(row));
             let sum: i64 = terms.map(|(&x, &w)| i64::from(quantizer.quantize(x)) * w as i64).sum();
@@ -156,8 +190,9 @@ impl Backend for Reference {
         let (rows, cols) = (view.rows, view.cols);
         Ok(match self.weights {
             WeightType::F32 | WeightType::Bf16 => self.rounded(rows, cols, values),
-            WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, true),
-            WeightType::Int8Weight => ReferenceMatrix::int8(rows, cols, values, false),
+            WeightType::Fp8 => ReferenceMatrix::fp8(&view, values),
+            WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, Inputs::Int8),
+            WeightType::Int8Weight => ReferenceMatrix::int8(rows, cols, values, Inputs::AsTheyAre),
             // Integers of a checkpoint stay what they are.
             WeightType::Int4Weight if view.dtype == ViewDtype::Int4 => {
                 ReferenceMatrix::plain(rows, cols, values)

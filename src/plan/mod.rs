@@ -199,6 +199,7 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
     let own = |dtype| match dtype {
         configs::Dtype::Bf16 => NumberType::Bf16,
         configs::Dtype::F32 => NumberType::F32,
+        configs::Dtype::Fp8 => NumberType::Fp8,
         configs::Dtype::Int8 => NumberType::Int8,
         configs::Dtype::Int8Weight => NumberType::Int8Weight,
         configs::Dtype::Int4Weight => NumberType::Int4Weight,
@@ -216,6 +217,8 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
     let kv = match job.pipeline.kv_cache_dtype {
         KvCacheDtype::F32 => NumberType::F32,
         KvCacheDtype::Bf16 => NumberType::Bf16,
+        // What jobs run with beside fp8.
+        KvCacheDtype::Auto if dtype.is_none() && weights == NumberType::Fp8 => NumberType::Bf16,
         KvCacheDtype::Auto => kv_type(weights),
     };
     NumberTypes { weights, kv }

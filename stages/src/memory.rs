@@ -69,7 +69,7 @@ impl GpuMemory {
         if memory.num_caches > 0 {
             memory.weight_bytes += 2 * numbers(step.context_tokens, dims.head_dim / 2);
         }
-        memory.work_bytes = work_bytes(config, part, step, &widest);
+        memory.work_bytes = work_bytes(config, part, weights, step, &widest);
         memory
     }
 
@@ -130,14 +130,15 @@ impl std::ops::AddAssign for GpuMemory {
 }
 
 /// The arrays of `span::Work` and `head::HeadWork`, and the products of a SwiGLU.
-fn work_bytes(config: &ModelConfig, part: Part, step: StepSize, widest: &Widest) -> u64 {
+fn work_bytes(config: &ModelConfig, part: Part, weights: WeightType, step: StepSize, widest: &Widest) -> u64 {
+    let operand = |rows, cols| matrix(rows, cols) + codes(weights, rows, cols);
     let Dims { hidden, vocab, .. } = config.dims;
     let rows = step.rows;
     let mut sum = 0;
     sum += numbers(rows, hidden); // The residual stream,
-    sum += matrix(rows, hidden); // its norm,
+    sum += operand(rows, hidden); // its norm,
     sum += numbers(rows, widest.query) + 2 * numbers(rows, widest.kv); // queries, keys and values,
-    sum += matrix(rows, widest.query.max(widest.ffn)); // and what the last matrix of a half reads.
+    sum += operand(rows, widest.query.max(widest.ffn)); // and what the last matrix of a half reads.
     sum += cuda_swiglu_bytes(rows, widest.ffn);
     if part.first_column > 0 || part.end_column.is_some() {
         sum += numbers(rows, hidden); // Sums of an FFN that is cut.
@@ -157,6 +158,14 @@ fn work_bytes(config: &ModelConfig, part: Part, step: StepSize, widest: &Widest)
 /// f32 numbers of some rows and columns.
 fn numbers(rows: usize, cols: usize) -> u64 {
     cuda_allocated_bytes((rows * cols * size_of::<f32>()) as u64)
+}
+
+/// What an operand has beside its bf16, where products are of narrower numbers: the same in those, and scales.
+fn codes(weights: WeightType, rows: usize, cols: usize) -> u64 {
+    match weights {
+        WeightType::Fp8 => cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols)),
+        _ => 0,
+    }
 }
 
 /// A matrix, or an operand, of bf16.

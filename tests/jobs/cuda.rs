@@ -85,7 +85,7 @@ fn types_that_a_gpu_lacks_are_refused_by_name() {
         Job::on("tied").line("{}").set("pipeline.devices=[\"cuda:0\"]").set("model.dtype=int8").emulated();
     let (_, stderr) = text(&job.run_once(&[]));
     assert!(
-        stderr.contains("cuda:0: found weights of int8 with keys and values of bf16, expected bf16 or int4-weight, and bf16"),
+        stderr.contains("cuda:0: found weights of int8 with keys and values of bf16, expected bf16, fp8 or int4-weight, and bf16"),
         "{stderr}"
     );
 }

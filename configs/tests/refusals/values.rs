@@ -98,7 +98,7 @@ output = "out""#,
         )
         .says(
             r#"
-model.dtype: expected "bf16", "f32", "int8", "int8-weight" or "int4-weight", found "fp16"
+model.dtype: expected "bf16", "f32", "fp8", "int8", "int8-weight" or "int4-weight", found "fp16"
  --> job.toml:3:9
   |
 3 | dtype = "fp16"

@@ -75,6 +75,12 @@ impl Cpu {
             let what = format!("simd level {name} needs {features}, which this processor lacks");
             return Err(Error::Unsupported(format!("{what}: its best level is {best}")));
         }
+        if weights == WeightType::Fp8 {
+            let hint = "hint: [model] dtype = \"int8\" takes as much, and simd = \"reference\" has fp8 in plain loops";
+            return Err(Error::Unsupported(format!(
+                "a cpu device has no weights in fp8, which are for GPUs\n{hint}"
+            )));
+        }
         if threads == 0 {
             return Err(Error::Unsupported("a cpu device needs at least 1 thread, got 0".to_owned()));
         }

@@ -1,12 +1,14 @@
 //! What lives on a device: activations, weights, tables, keys and values.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::attention::AttentionKernels;
+use super::fp8::{Codes, Fp8, Rows};
 use super::int4::Int4;
 use super::stream::{Memory, Stream};
 use crate::backend::WeightType;
 use crate::error::Result;
+use crate::tensor_view::ViewDtype;
 
 /// Numbers in 16 bytes of bf16, to which rows are padded with zeros: CHUNK of `cu/num.cuh`.
 const CHUNK: usize = 8;
@@ -30,6 +32,8 @@ pub struct CudaOperand {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) memory: Memory,
+    /// The same in E4M3, where products are of those.
+    pub(crate) codes: Mutex<Codes>,
 }
 
 /// A weight matrix `[rows, cols]` on a GPU.
@@ -47,6 +51,8 @@ pub(crate) enum Form {
     Bf16(Chunked),
     /// In integers of 4 bits.
     Int4(Int4),
+    /// In E4M3.
+    Fp8(Fp8),
 }
 
 /// Chunks of columns one after the other, each `[rows, chunk]` with rows padded with zeros to 16 bytes. So no product has more
@@ -131,7 +137,8 @@ impl CudaArray {
 
 impl CudaOperand {
     pub(crate) fn new(stream: &Arc<Stream>) -> CudaOperand {
-        CudaOperand { rows: 0, cols: 0, memory: Memory::none(stream) }
+        let codes = Mutex::new(Codes::none(stream));
+        CudaOperand { rows: 0, cols: 0, memory: Memory::none(stream), codes }
     }
 
     /// Number of rows.
@@ -160,9 +167,16 @@ impl CudaOperand {
         padded(self.cols)
     }
 
+    /// All of it, to be quantised.
+    pub(crate) fn source(&self) -> Rows {
+        let (from, dtype, stride) = (self.memory.start(), ViewDtype::Bf16, self.stride());
+        Rows { from, dtype, stride, cols: self.cols, first: 0, count: self.rows }
+    }
+
     /// Gives it a shape; its numbers are then of no meaning.
     pub(crate) fn reshape(&mut self, rows: usize, cols: usize) -> Result<()> {
         (self.rows, self.cols) = (rows, cols);
+        self.codes.get_mut().unwrap_or_else(PoisonError::into_inner).is_current = false;
         self.memory.reserve("activations", rows * padded(cols) * size_of::<u16>())
     }
 }
@@ -180,6 +194,7 @@ impl CudaMatrix {
     pub fn bytes_in(weights: WeightType, rows: usize, cols: usize) -> u64 {
         match weights {
             WeightType::Int4Weight => Int4::bytes_of(rows, cols),
+            WeightType::Fp8 => Fp8::bytes_of(rows, cols),
             _ => CudaMatrix::bytes_of(rows, cols),
         }
     }

@@ -2,7 +2,6 @@
 //!
 //! A number's sum runs over K in one order whatever the tile is, so that a row has the same bits in any batch.
 
-use super::program::{self, Source};
 use super::stream::{Argument, Grid, Kernel, Stream};
 use crate::error::Result;
 use std::sync::Arc;
@@ -56,31 +55,30 @@ pub(crate) struct Product {
     pub(crate) x_stride: usize,
     pub(crate) w_stride: usize,
     pub(crate) out_stride: usize,
+    /// Of E4M3: scales of the rows of x, and of those of w. Strides and depth then count pairs of numbers.
+    pub(crate) scales: Option<[Argument; 2]>,
 }
 
 impl Gemm {
     /// Loads those tiles that a block has the memory for.
-    pub(crate) fn load(
-        stream: &Arc<Stream>,
-        cubin: impl Fn(Source) -> Result<Vec<u8>>,
-        most_bytes: usize,
-    ) -> Result<Gemm> {
-        let module = Arc::new(stream.module(&cubin(program::GEMM)?)?);
+    pub(crate) fn load(stream: &Arc<Stream>, name: &str, cubin: &[u8], most_bytes: usize) -> Result<Gemm> {
+        let module = Arc::new(stream.module(cubin)?);
         let tiles = TILES.into_iter().filter(|&rows| block_bytes(rows) <= most_bytes);
-        let tiles = tiles.map(|rows| Ok((rows, module.kernel(&format!("gemm_{rows}"), block_bytes(rows))?)));
+        let tiles =
+            tiles.map(|rows| Ok((rows, module.kernel(&format!("{name}_{rows}"), block_bytes(rows))?)));
         Ok(Gemm { tiles: tiles.collect::<Result<_>>()? })
     }
 
     /// Queues a product.
     pub(crate) fn run(&self, stream: &Stream, op: &'static str, product: Product, onto: Onto) -> Result<()> {
-        let Product { x, w, out, rows, cols, depth, x_stride, w_stride, out_stride } = product;
+        let Product { x, w, out, rows, cols, depth, x_stride, w_stride, out_stride, scales } = product;
         let wanted = tile_rows(rows);
         let (tile_rows, kernel) =
             self.tiles.iter().find(|(rows, _)| *rows <= wanted).expect("the smallest tile fits every GPU");
         let blocks = [rows.div_ceil(*tile_rows), cols.div_ceil(COLS), 1];
         let grid = Grid { blocks, threads: THREADS, block_bytes: block_bytes(*tile_rows) };
         let u32_of = |value: usize| Argument::U32(value as u32);
-        let arguments = [
+        let mut arguments = vec![
             out,
             x,
             w,
@@ -92,6 +90,7 @@ impl Gemm {
             u32_of(out_stride),
             onto.mode(),
         ];
+        arguments.extend(scales.into_iter().flatten());
         // SAFETY: x and w have `rows` and `cols` rows of their strides, each at least `depth` wide and padded with zeros to
         // chunks, and out has `rows` of `out_stride`: their shapes have been checked.
         unsafe { stream.launch(op, kernel, grid, &arguments) }

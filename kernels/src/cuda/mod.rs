@@ -11,6 +11,7 @@ mod arrays;
 mod attention;
 mod choices;
 mod cublaslt;
+mod fp8;
 mod gemm;
 mod gpu;
 mod int4;
@@ -42,6 +43,7 @@ use crate::error::{Error, Result};
 use attention::AttentionKernels;
 use choices::ChoiceWork;
 use cublaslt::CublasLt;
+use fp8::Fp8Kernels;
 use gemm::Gemm;
 use int4::Int4Kernels;
 use parcels::Parcels;
@@ -54,7 +56,7 @@ use tables::Tables;
 pub struct CudaOptions {
     /// Which GPU, as the driver counts them.
     pub device: usize,
-    /// What the weights of blocks are kept in: bf16 or int4, which has groups of 128 here.
+    /// What the weights of blocks are kept in: bf16, fp8 or int4, which has groups of 128 here.
     pub weights: WeightType,
     /// Number type of keys and values: bf16.
     pub kv: Dtype,
@@ -87,6 +89,8 @@ pub struct Cuda {
     library: Option<CublasLt>,
     /// Where weights are of 4 bits.
     int4: Option<Int4Kernels>,
+    /// Where they are in E4M3.
+    fp8: Option<Fp8Kernels>,
     /// Numbers on their way to a narrower type.
     source: Mutex<Memory>,
     // Last, so that everything above is freed before it.
@@ -148,9 +152,11 @@ impl Cuda {
     pub fn new(options: CudaOptions) -> Result<Cuda> {
         let CudaOptions { device, weights, kv, ffn_columns, .. } = options;
         assert!(ffn_columns > 0 && ffn_columns.is_multiple_of(64), "chunks of {ffn_columns} columns");
-        if !matches!(weights, WeightType::Bf16 | WeightType::Int4Weight) || kv != Dtype::Bf16 {
+        if !matches!(weights, WeightType::Bf16 | WeightType::Fp8 | WeightType::Int4Weight)
+            || kv != Dtype::Bf16
+        {
             return Err(Error::Unsupported(format!(
-                "cuda:{device}: found weights of {} with keys and values of {}, expected bf16 or int4-weight, and bf16: the CUDA backend has no other types yet",
+                "cuda:{device}: found weights of {} with keys and values of {}, expected bf16, fp8 or int4-weight, and bf16: the CUDA backend has no other types yet",
                 weights.name(),
                 kv.name()
             )));
@@ -179,11 +185,13 @@ impl Cuda {
             logit_stats: load(program::LOGIT_STATS, "logit_stats")?,
             choose: load(program::CHOOSE, "choose")?,
             attention_merge: load(program::ATTENTION_MERGE, "attention_merge")?,
-            gemm: Gemm::load(&stream, cubin, most_bytes)?,
+            gemm: Gemm::load(&stream, "gemm", &cubin(program::GEMM)?, most_bytes)?,
         };
         let int4 = (weights == WeightType::Int4Weight)
             .then(|| Int4Kernels::load(&stream, cubin, most_bytes))
             .transpose()?;
+        let fp8 =
+            (weights == WeightType::Fp8).then(|| Fp8Kernels::load(&stream, cubin, most_bytes)).transpose()?;
         // Without the library our own kernel serves; the numeric profile says which does.
         let (libraries, folder) = (options.libraries.as_deref(), options.cubins.as_deref());
         let library = (!options.is_deterministic)
@@ -199,6 +207,7 @@ impl Cuda {
             product: Mutex::new(Memory::none(&stream)),
             library,
             int4,
+            fp8,
             source: Mutex::new(Memory::none(&stream)),
             stream,
             gpu,

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::arrays::{self, CudaArray, CudaMatrix, CudaOperand, Form};
 use super::cublaslt::{self, Kind};
+use super::fp8::{self, Fp8};
 use super::gemm::{Onto, Product};
 use super::stream::{Argument, Grid, Memory};
 use super::{Cuda, flat_grid, locked};
@@ -37,6 +38,7 @@ impl Cuda {
     ) -> Result<()> {
         let chunked = match &w.form {
             Form::Bf16(chunked) => chunked,
+            Form::Fp8(fp8) => return self.multiply_fp8(op, x, (w, fp8), cols, out, onto),
             Form::Int4(int4) => {
                 let kernels = self.int4.as_ref().expect("the matrix was made by them");
                 let x = (x.memory.start(), x.rows, x.stride());
@@ -59,6 +61,38 @@ impl Cuda {
                 x_stride: x.stride(),
                 w_stride: chunk.stride,
                 out_stride: cols.len(),
+                scales: None,
+            };
+            self.multiply_chunk(op, &product, if index == 0 { onto } else { Onto::Sums })?;
+        }
+        Ok(())
+    }
+
+    /// The same of E4M3, of pairs of numbers; x is quantised where it has not been.
+    fn multiply_fp8(
+        &self,
+        op: &'static str,
+        x: &CudaOperand,
+        (w, weights): (&CudaMatrix, &Fp8),
+        cols: Range<usize>,
+        out: &Memory,
+        onto: Onto,
+    ) -> Result<()> {
+        let kernels = self.fp8.as_ref().expect("the matrix was made by them");
+        let mut codes = locked(&x.codes);
+        let [x_codes, x_scales] = codes.of(kernels, x.source())?;
+        for (index, chunk) in fp8::chunks(w.rows, w.cols, weights.chunk).enumerate() {
+            let product = Product {
+                x: x_codes.at(chunk.first),
+                w: weights.codes.at(chunk.at + cols.start * chunk.stride),
+                out: out.start(),
+                rows: x.rows,
+                cols: cols.len(),
+                depth: chunk.stride / 2,
+                x_stride: fp8::padded(x.cols) / 2,
+                w_stride: chunk.stride / 2,
+                out_stride: cols.len(),
+                scales: Some([x_scales.start(), weights.scales.at(cols.start * size_of::<f32>())]),
             };
             self.multiply_chunk(op, &product, if index == 0 { onto } else { Onto::Sums })?;
         }
@@ -85,17 +119,19 @@ impl Cuda {
     }
 
     fn multiply_chunk(&self, op: &'static str, product: &Product, onto: Onto) -> Result<()> {
-        let Some(library) = &self.library else {
-            return self.kernels.gemm.run(&self.stream, op, *product, onto);
+        let (kind, own) = match (product.scales, &self.fp8) {
+            (Some(_), Some(kernels)) => (Kind::Fp8, &kernels.gemm),
+            _ => (Kind::Bf16, &self.kernels.gemm),
         };
+        let Some(library) = &self.library else { return own.run(&self.stream, op, *product, onto) };
         for rows in cublaslt::cuts(product.rows, product.x_stride.max(product.out_stride)) {
             for cols in cublaslt::cuts(product.cols, product.w_stride) {
                 let part = product.part(rows.clone(), cols);
                 // SAFETY: x and w have `rows` and `cols` rows of their strides, each at least `depth` wide, and out has `rows`
                 // of `out_stride`: their shapes have been checked.
-                let is_done = unsafe { library.run(op, Kind::Bf16, &part, onto != Onto::Nothing) }?;
+                let is_done = unsafe { library.run(op, kind, &part, onto != Onto::Nothing) }?;
                 if !is_done {
-                    self.kernels.gemm.run(&self.stream, op, part, onto)?;
+                    own.run(&self.stream, op, part, onto)?;
                 }
             }
         }
@@ -116,6 +152,9 @@ impl Product {
             out: moved(self.out, (rows.start * self.out_stride + cols.start) * size_of::<f32>()),
             rows: rows.len(),
             cols: cols.len(),
+            scales: self.scales.map(|[x, w]| {
+                [moved(x, rows.start * size_of::<f32>()), moved(w, cols.start * size_of::<f32>())]
+            }),
             ..*self
         }
     }
@@ -130,7 +169,9 @@ mod tests {
         let at = Argument::Pointer;
         let (rows, cols) = (10, 20);
         let (x_stride, w_stride, out_stride) = (64, 32, 24);
+        let scales = Some([at(4000), at(5000)]);
         let whole = Product {
+            scales,
             x: at(1000),
             w: at(2000),
             out: at(3000),
@@ -147,6 +188,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!([part.x, part.w, part.out].map(address), [1000 + 256, 2000 + 256, 3000 + (48 + 4) * 4]);
+        assert_eq!(part.scales.unwrap().map(address), [4000 + 8, 5000 + 16]);
         assert_eq!((part.rows, part.cols, part.depth), (3, 16, 30));
     }
 }

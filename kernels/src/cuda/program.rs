@@ -46,6 +46,8 @@ source!(GEMM, "gemm.cu", false);
 source!(GEMM_INT4, "gemm_int4.cu", false);
 source!(QUANTIZE_INT4, "quantize_int4.cu", false);
 source!(SHUFFLE_INT4, "shuffle_int4.cu", false);
+source!(GEMM_FP8, "gemm_fp8.cu", false);
+source!(QUANTIZE_FP8, "quantize_fp8.cu", false);
 source!(ATTENTION_DECODE, "attention_decode.cu", true);
 source!(ATTENTION_PREFILL, "attention_prefill.cu", true);
 source!(ATTENTION_MERGE, "attention_merge.cu", false);
@@ -70,7 +72,7 @@ pub struct Compiled {
 
 impl Source {
     /// All device code.
-    pub const ALL: [Source; 17] = [
+    pub const ALL: [Source; 19] = [
         ADD,
         COLLECTIVE,
         EMBED,
@@ -85,6 +87,8 @@ impl Source {
         GEMM_INT4,
         QUANTIZE_INT4,
         SHUFFLE_INT4,
+        GEMM_FP8,
+        QUANTIZE_FP8,
         ATTENTION_DECODE,
         ATTENTION_PREFILL,
         ATTENTION_MERGE,

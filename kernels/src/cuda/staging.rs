@@ -99,6 +99,14 @@ impl Element for f32 {
     }
 }
 
+/// Codes as they are.
+impl Element for u8 {
+    fn read(row: &TensorView<'_>, out: &mut [u8]) {
+        assert_eq!(row.dtype, ViewDtype::Fp8, "codes are sent of codes");
+        out.copy_from_slice(bytes(row));
+    }
+}
+
 /// The bytes of a view of one row.
 fn bytes<'a>(row: &TensorView<'a>) -> &'a [u8] {
     row.row(0)

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::arrays::{self, Chunked, CudaMatrix, Form, padded};
+use super::fp8::{self, Fp8};
 use super::int4::Int4;
 use super::staging::{Element, Staging};
 use super::stream::Memory;
@@ -21,6 +22,7 @@ impl Cuda {
         check::view(op, &view)?;
         match self.options.weights {
             WeightType::Int4Weight => self.int4(view),
+            WeightType::Fp8 => self.fp8(view),
             _ => self.packed(view, self.options.ffn_columns),
         }
     }
@@ -52,20 +54,44 @@ impl Cuda {
             })?;
             return Ok(CudaMatrix { rows, cols, form: Form::Int4(matrix) });
         }
-        // What f16 holds does not fit into bf16.
-        let (dtype, size) = match view.dtype {
-            ViewDtype::Bf16 => (ViewDtype::Bf16, size_of::<u16>()),
-            _ => (ViewDtype::F32, size_of::<f32>()),
-        };
+        let (dtype, size) = sent_as(&view);
         self.in_parts(rows, stride * size, |part, source| {
-            let numbers = view.rows(part.clone());
-            match dtype {
-                ViewDtype::Bf16 => self.send::<u16>(&numbers, stride, source, 0)?,
-                _ => self.send::<f32>(&numbers, stride, source, 0)?,
-            }
+            self.send_as(dtype, &view.rows(part.clone()), stride, source)?;
             kernels.quantize((source, dtype, stride), part, &mut matrix)
         })?;
         Ok(CudaMatrix { rows, cols, form: Form::Int4(matrix) })
+    }
+
+    /// A matrix in E4M3, quantised on the device, or as a checkpoint has it.
+    fn fp8(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
+        let kernels = self.fp8.as_ref().expect("they are loaded where weights are in E4M3");
+        let (rows, cols, chunk) = (view.rows, view.cols, self.options.ffn_columns);
+        let mut matrix = Fp8::new(&self.stream, rows, cols, chunk)?;
+        if let (ViewDtype::Fp8, Some(scales)) = (view.dtype, &view.scales) {
+            let scales: Vec<f32> = (0..rows).map(|row| scales.scale(row, 0)).collect();
+            self.stream.upload("scales", bytemuck::cast_slice(&scales), &mut matrix.scales, 0)?;
+            for chunk in fp8::chunks(rows, cols, chunk) {
+                let part = view.columns(chunk.first..chunk.first + chunk.cols);
+                self.send::<u8>(&part, chunk.stride, &mut matrix.codes, chunk.at)?;
+            }
+            return Ok(CudaMatrix { rows, cols, form: Form::Fp8(matrix) });
+        }
+        let (dtype, size) = sent_as(&view);
+        let stride = padded(cols);
+        self.in_parts(rows, stride * size, |part, source| {
+            self.send_as(dtype, &view.rows(part.clone()), stride, source)?;
+            let (first, count) = (part.start, part.len());
+            let rows_of = fp8::Rows { from: source.start(), dtype, stride, cols, first, count };
+            kernels.quantize(rows_of, [&matrix.codes, &matrix.scales], rows, chunk)
+        })?;
+        Ok(CudaMatrix { rows, cols, form: Form::Fp8(matrix) })
+    }
+
+    fn send_as(&self, dtype: ViewDtype, view: &TensorView<'_>, stride: usize, to: &mut Memory) -> Result<()> {
+        match dtype {
+            ViewDtype::Bf16 => self.send::<u16>(view, stride, to, 0),
+            _ => self.send::<f32>(view, stride, to, 0),
+        }
     }
 
     /// Calls `each` with parts of rows, of so many bytes each, and with room for a part. Each begins at a multiple of 16.
@@ -97,6 +123,14 @@ impl Cuda {
             *staging = Some(Staging::new(&self.stream)?);
         }
         staging.as_mut().expect("it was made").send::<T>(view, stride, to, at)
+    }
+}
+
+/// What numbers are sent as before they are quantised, and its bytes: what f16 holds does not fit into bf16.
+fn sent_as(view: &TensorView<'_>) -> (ViewDtype, usize) {
+    match view.dtype {
+        ViewDtype::Bf16 => (ViewDtype::Bf16, size_of::<u16>()),
+        _ => (ViewDtype::F32, size_of::<f32>()),
     }
 }
 

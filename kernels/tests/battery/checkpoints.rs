@@ -137,8 +137,11 @@ fn scale_bytes(dtype: ViewDtype, scales: &[f32]) -> Vec<u8> {
 fn check_stored<B: Readable>(device: &Device<B>, random: &mut Random, rows: usize, stored: &Stored) {
     let (x, x_values) = device.operand(&random.values(rows * stored.cols), stored.cols);
     let x_values = device.multiplied(&x_values, stored.cols);
-    // Integers that the device keeps are exact; all else is quantised as any numbers are.
-    let is_kept = stored.dtype == ViewDtype::Int4 && device.weights == WeightType::Int4Weight;
+    // What the device keeps is exact; all else is quantised as any numbers are.
+    let is_kept = matches!(
+        (stored.dtype, device.weights),
+        (ViewDtype::Int4, WeightType::Int4Weight) | (ViewDtype::Fp8, WeightType::Fp8)
+    );
     let w: Vec<f64> = match is_kept {
         true => stored.values.iter().map(|&value| f64::from(value)).collect(),
         false => device.kept(&stored.values, stored.cols),

@@ -42,15 +42,24 @@ const FIXED: Mode =
     Mode { is_deterministic: true, ffn_columns: Cuda::FFN_COLUMNS, weights: WeightType::Bf16 };
 /// Where contexts are split, and products are cuBLASLt's.
 const FAST: Mode = Mode { is_deterministic: false, ..FIXED };
+const FP8: Mode = Mode { weights: WeightType::Fp8, ..FIXED };
 const INT4: Mode = Mode { weights: WeightType::Int4Weight, ..FIXED };
 
 const DETERMINISTIC: [Mode; 1] = [FIXED];
 const BOTH: [Mode; 2] = [FAST, FIXED];
 /// Both, also with matrices of several chunks, and weights of every type.
-const PRODUCTS: [Mode; 5] =
-    [FAST, FIXED, Mode { ffn_columns: 64, ..FAST }, Mode { ffn_columns: 64, ..FIXED }, INT4];
+const PRODUCTS: [Mode; 8] = [
+    FAST,
+    FIXED,
+    Mode { ffn_columns: 64, ..FAST },
+    Mode { ffn_columns: 64, ..FIXED },
+    INT4,
+    FP8,
+    Mode { is_deterministic: false, ..FP8 },
+    Mode { is_deterministic: false, ffn_columns: 64, ..FP8 },
+];
 /// Where sums must have the bits of one product.
-const FIXED_SUMS: [Mode; 3] = [FIXED, Mode { ffn_columns: 64, ..FIXED }, INT4];
+const FIXED_SUMS: [Mode; 4] = [FIXED, Mode { ffn_columns: 1024, ..FIXED }, INT4, FP8];
 
 fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
     let Mode { is_deterministic, ffn_columns, weights } = mode;
@@ -164,7 +173,7 @@ fn what_the_backend_lacks_is_refused_by_name() {
     let error = Cuda::new(options(0, WeightType::Int8)).unwrap_err().to_string();
     assert!(
         error.starts_with(
-            "cuda:0: found weights of int8 with keys and values of bf16, expected bf16 or int4-weight"
+            "cuda:0: found weights of int8 with keys and values of bf16, expected bf16, fp8 or int4-weight"
         ),
         "{error}"
     );

@@ -10,6 +10,7 @@ pub(crate) const BF16_UNIT: f64 = 1.0 / 256.0;
 pub(crate) const F32_UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 
 pub(crate) const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];
+/// What a processor can keep weights in.
 pub(crate) const WEIGHT_TYPES: [WeightType; 5] =
     [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 
@@ -61,8 +62,9 @@ pub(crate) fn every_device(check: &impl Check) {
     }
 }
 
-/// The same for operations that know no cache.
+/// The same for operations that know no cache. Numbers of 8 bits are for GPUs, and the reference is their twin.
 pub(crate) fn every_weight_device(check: &impl Check) {
+    check.check(&Device::new(Reference::new(WeightType::Fp8, Dtype::Bf16), WeightType::Fp8, Dtype::Bf16));
     for weights in WEIGHT_TYPES {
         let kv = weights.operands();
         check.check(&Device::new(Reference::new(weights, kv), weights, kv));
@@ -133,6 +135,25 @@ fn quantized(values: &[f32], cols: usize, kept: Kept) -> Vec<f64> {
     out
 }
 
+/// Rows in E4M3, whose number of the largest magnitude becomes 448.
+fn in_fp8(values: &[f32], cols: usize) -> Vec<f64> {
+    let mut out = Vec::with_capacity(values.len());
+    for row in values.chunks(cols.max(1)) {
+        let largest = row.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        let (scale, inverse) = match largest < 448.0 * f32::MIN_POSITIVE {
+            true => (0.0, 0.0),
+            false => (largest / 448.0, 448.0 / largest),
+        };
+        out.extend(row.iter().map(|&value| {
+            let value = f64::from(value * inverse);
+            // Three bits of fraction, down to 2^-9.
+            let step = (value.abs().log2().floor().max(-6.0) - 3.0).exp2();
+            (value / step).round_ties_even() * step * f64::from(scale)
+        }));
+    }
+    out
+}
+
 pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
@@ -170,6 +191,7 @@ impl<B: Readable> Device<B> {
             WeightType::F32 | WeightType::Bf16 => {
                 all_rounded(self.weights.operands(), values).into_iter().map(f64::from).collect()
             }
+            WeightType::Fp8 => in_fp8(values, cols),
             WeightType::Int8 | WeightType::Int8Weight => {
                 quantized(values, cols, Kept { group: cols, ..INT8 })
             }
@@ -189,6 +211,7 @@ impl<B: Readable> Device<B> {
     /// What is left of a matmul's input, already rounded, when it is multiplied.
     pub(crate) fn multiplied(&self, values: &[f32], cols: usize) -> Vec<f64> {
         match self.weights {
+            WeightType::Fp8 => in_fp8(values, cols),
             WeightType::Int8 => quantized(values, cols, Kept { group: cols, ..INT8 }),
             _ => values.iter().map(|&value| f64::from(value)).collect(),
         }

@@ -188,7 +188,7 @@ impl Check for Parted {
                 let before = device.values(&sums);
                 backend.matmul_onto(&x.operand(device, cut..inputs), &second, &mut sums).unwrap();
                 let found = device.values(&sums);
-                if matches!(device.weights, WeightType::Int8 | WeightType::Int8Weight) {
+                if matches!(device.weights, WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight) {
                     backend.upload(&before, rows, outputs, &mut sums).unwrap();
                     backend.matmul_add(&x.operand(device, cut..inputs), &second, &mut sums).unwrap();
                     assert_eq!(bits(&found), bits(&device.values(&sums)), "{what} cut at {cut}");

@@ -19,6 +19,13 @@ fn the_profile_names_level_and_types() {
 }
 
 #[test]
+fn numbers_of_eight_bits_are_refused_with_the_cure() {
+    let (cores, simd, kv) = (Vec::new(), Simd::Portable, Dtype::Bf16);
+    let error = Cpu::new(CpuOptions { cores, threads: 1, simd, weights: WeightType::Fp8, kv }).err().unwrap();
+    assert!(error.to_string().starts_with("a cpu device has no weights in fp8, which are for GPUs\nhint:"));
+}
+
+#[test]
 fn a_level_that_the_processor_lacks_is_refused_by_name() {
     let options = |simd, threads| CpuOptions {
         cores: available_cores(),

@@ -127,6 +127,7 @@ impl From<WeightType> for NumberType {
         match weights {
             WeightType::F32 => Self::F32,
             WeightType::Bf16 => Self::Bf16,
+            WeightType::Fp8 => Self::Fp8,
             WeightType::Int8 => Self::Int8,
             WeightType::Int8Weight => Self::Int8Weight,
             WeightType::Int4Weight => Self::Int4Weight,

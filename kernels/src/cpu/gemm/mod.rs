@@ -85,7 +85,7 @@ pub(crate) fn matmul_onto(simd: Simd, pool: &ThreadPool, x: &Operand, w: &Packed
         WeightType::F32 | WeightType::Bf16 | WeightType::Int4Weight => {
             with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).go_on(pool, sums));
         }
-        WeightType::Int8 | WeightType::Int8Weight => matmul(simd, pool, x, w, sums, true),
+        WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight => matmul(simd, pool, x, w, sums, true),
     }
 }
 

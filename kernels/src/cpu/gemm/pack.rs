@@ -54,7 +54,7 @@ impl PanelLayout {
         let (scales, biases) = match kind {
             WeightType::F32 | WeightType::Bf16 => (0, 0),
             WeightType::Int8 => (1, quantized::num_blocks(cols)),
-            WeightType::Int8Weight => (1, 0),
+            WeightType::Fp8 | WeightType::Int8Weight => (1, 0),
             WeightType::Int4Weight => (quantized::num_groups(cols), 0),
         };
         Self { numbers, scales, biases }
@@ -97,7 +97,7 @@ pub(super) const fn terms_per_word(kind: WeightType) -> usize {
     match kind {
         WeightType::F32 => 1,
         WeightType::Bf16 => 2,
-        WeightType::Int8 | WeightType::Int8Weight => 4,
+        WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight => 4,
         WeightType::Int4Weight => 8,
     }
 }

@@ -74,7 +74,7 @@ pub(super) struct Shape {
 pub(super) const fn tile_bytes(kind: WeightType) -> usize {
     match kind {
         WeightType::F32 => 4,
-        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => 2,
+        WeightType::Bf16 | WeightType::Fp8 | WeightType::Int8Weight | WeightType::Int4Weight => 2,
         WeightType::Int8 => 1,
     }
 }
@@ -89,7 +89,7 @@ const fn fixed_chunk(kind: WeightType, geometry: Geometry) -> Option<usize> {
     match kind {
         WeightType::F32 | WeightType::Bf16 => None,
         WeightType::Int8 => Some(BLOCK),
-        WeightType::Int8Weight => Some(unpacked_terms(geometry.strip)),
+        WeightType::Fp8 | WeightType::Int8Weight => Some(unpacked_terms(geometry.strip)),
         WeightType::Int4Weight => Some(GROUP),
     }
 }

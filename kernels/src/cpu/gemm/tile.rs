@@ -166,7 +166,9 @@ impl Kernel {
 fn amx_tile(kind: WeightType) -> TileFn {
     match kind {
         WeightType::F32 => super::avx512::tile_f32,
-        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::amx::tile_bf16,
+        WeightType::Bf16 | WeightType::Fp8 | WeightType::Int8Weight | WeightType::Int4Weight => {
+            super::amx::tile_bf16
+        }
         WeightType::Int8 => super::amx::tile_int8,
     }
 }
@@ -175,7 +177,9 @@ fn amx_tile(kind: WeightType) -> TileFn {
 fn avx512_tile(kind: WeightType) -> TileFn {
     match kind {
         WeightType::F32 => super::avx512::tile_f32,
-        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::avx512::tile_bf16,
+        WeightType::Bf16 | WeightType::Fp8 | WeightType::Int8Weight | WeightType::Int4Weight => {
+            super::avx512::tile_bf16
+        }
         WeightType::Int8 if has_vnni() => super::avx512::tile_int8,
         // Integers are exact: the results are the same.
         WeightType::Int8 => super::avx2::tile_int8,
@@ -186,7 +190,9 @@ fn avx512_tile(kind: WeightType) -> TileFn {
 fn avx2_tile(kind: WeightType) -> TileFn {
     match kind {
         WeightType::F32 => super::avx2::tile_f32,
-        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::avx2::tile_bf16,
+        WeightType::Bf16 | WeightType::Fp8 | WeightType::Int8Weight | WeightType::Int4Weight => {
+            super::avx2::tile_bf16
+        }
         WeightType::Int8 => super::avx2::tile_int8,
     }
 }
@@ -194,7 +200,9 @@ fn avx2_tile(kind: WeightType) -> TileFn {
 fn portable_tile(kind: WeightType) -> TileFn {
     match kind {
         WeightType::F32 => super::portable::tile_f32,
-        WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => super::portable::tile_bf16,
+        WeightType::Bf16 | WeightType::Fp8 | WeightType::Int8Weight | WeightType::Int4Weight => {
+            super::portable::tile_bf16
+        }
         WeightType::Int8 => super::portable::tile_int8,
     }
 }

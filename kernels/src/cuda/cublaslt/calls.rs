@@ -140,6 +140,10 @@ impl Handle {
         algorithm: Algorithm,
     ) -> Result<()> {
         self.stream.bind(op)?;
+        if let Some(scales) = product.scales {
+            // One shape serves several matrices.
+            shape.product.set_scales(scales).map_err(|error| failed(&self.stream, op, error))?;
+        }
         let (alpha, beta) = (1.0f32, if adds { 1.0f32 } else { 0.0 });
         let algorithm = sys::cublasLtMatmulAlgo_t { data: algorithm.0 };
         // SAFETY: the caller vouches for the arrays, and one stream has one workspace.
@@ -167,8 +171,16 @@ impl Handle {
     }
 
     /// A product's shape.
-    pub(crate) fn shape(&self, kind: Kind, product: &Product) -> Result<Shape> {
-        Shape::new(kind, product).map_err(|error| failed(&self.stream, "describe a product", error))
+    ///
+    /// # Errors
+    /// What the library refuses; nothing where it does not know the kind.
+    pub(crate) fn shape(&self, kind: Kind, product: &Product) -> Result<Option<Shape>> {
+        match Shape::new(kind, product) {
+            Ok(shape) => Ok(Some(shape)),
+            // Before CUDA 12.9 there are no scales for rows.
+            Err(_) if kind == Kind::Fp8 => Ok(None),
+            Err(error) => Err(failed(&self.stream, "describe a product", error)),
+        }
     }
 }
 
@@ -186,21 +198,37 @@ impl Shape {
         let f32s = sys::cudaDataType::CUDA_R_32F;
         let numbers = match kind {
             Kind::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+            Kind::Fp8 => sys::cudaDataType::CUDA_R_8F_E4M3,
         };
+        // Ours count pairs of E4M3.
+        let each = if kind == Kind::Fp8 { 2 } else { 1 };
         let Product { rows, cols, depth, x_stride, w_stride, out_stride, .. } = *product;
         let descriptor =
             Descriptor(result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32s)?);
         descriptor.set(sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
+        if let Some(scales) = product.scales {
+            descriptor.set_scales(scales)?;
+        }
         Ok(Shape {
             product: descriptor,
-            a: Layout::new(numbers, depth, cols, w_stride)?,
-            b: Layout::new(numbers, depth, rows, x_stride)?,
+            a: Layout::new(numbers, each * depth, cols, each * w_stride)?,
+            b: Layout::new(numbers, each * depth, rows, each * x_stride)?,
             out: Layout::new(f32s, cols, rows, out_stride)?,
         })
     }
 }
 
 impl Descriptor {
+    /// Where the scales of x and w are: one in f32 for each of their rows.
+    fn set_scales(&self, [x, w]: [Argument; 2]) -> std::result::Result<(), result::CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &pointer(w))?;
+        self.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &pointer(x))
+    }
+
     fn set<T: Copy>(
         &self,
         attribute: sys::cublasLtMatmulDescAttributes_t,

@@ -126,7 +126,7 @@ impl CublasLt {
     /// # Safety
     /// As of [`CublasLt::run`].
     unsafe fn prepare(&self, known: &mut Known, key: Key, product: &Product) -> Result<Option<Prepared>> {
-        let shape = self.handle.shape(key.kind, product)?;
+        let Some(shape) = self.handle.shape(key.kind, product)? else { return Ok(None) };
         if let Some(choice) = known.plans.get(&key)
             && self.handle.accepts(&shape, choice.algorithm)
         {

@@ -17,6 +17,8 @@ const CUT_ROWS: usize = 256;
 pub(crate) enum Kind {
     /// Both matrices in bf16.
     Bf16,
+    /// Both in E4M3, with a scale for each row of either.
+    Fp8,
 }
 
 /// Products that share an algorithm on one device.
@@ -46,11 +48,12 @@ pub(crate) struct Choice {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 1] = [Kind::Bf16];
+    pub(crate) const ALL: [Kind; 2] = [Kind::Bf16, Kind::Fp8];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Kind::Bf16 => "bf16",
+            Kind::Fp8 => "fp8",
         }
     }
 }

@@ -24,7 +24,7 @@ impl Target {
             }
             let JobFile { model: files, pipeline, .. } =
                 crate::run::load_for(Purpose::Plan, &args.path, &args.sets)?.job;
-            return Target { files, pipeline }.without_gpus();
+            return Ok(Target { files, pipeline });
         }
         if !args.sets.is_empty() {
             bail!("--set: found {:?}, expected a job file to set keys of", args.sets[0]);
@@ -36,12 +36,18 @@ impl Target {
         };
         let mut pipeline = Pipeline { threads: args.threads, devices: devices(args)?, ..Pipeline::default() };
         pipeline.micro_batch_tokens = args.micro_batch_tokens.unwrap_or(pipeline.micro_batch_tokens);
-        Target { files, pipeline }.without_gpus()
+        Ok(Target { files, pipeline })
     }
 
-    fn without_gpus(self) -> Result<Self> {
+    /// Refuses GPUs, whose blocks cannot be measured one by one yet.
+    ///
+    /// # Errors
+    /// There is one.
+    pub(crate) fn without_gpus(self) -> Result<Self> {
         match self.pipeline.devices.iter().find(|device| device.kind == DeviceKind::Cuda) {
-            Some(gpu) => bail!("found {gpu}, expected a cpu device: GPUs cannot be measured yet"),
+            Some(gpu) => {
+                bail!("found {gpu}, expected a cpu device: the blocks of GPUs cannot be measured yet")
+            }
             None => Ok(self),
         }
     }
@@ -70,6 +76,9 @@ impl Target {
 /// The device that was asked for, and as many others as the cores have room for.
 fn devices(args: &TargetArgs) -> Result<Vec<Device>> {
     let first = args.device.unwrap_or(Device::cpu(0));
+    if first.kind == DeviceKind::Cuda {
+        return Ok(vec![first]);
+    }
     let num_cores = machine::detect().cores.len();
     let num_devices = match args.threads {
         Some(0) => bail!("--threads: found 0, expected at least 1"),

@@ -5,10 +5,12 @@ mod table;
 
 use anyhow::Result;
 use configs::KvCacheTokens;
-use stages::PAGE_TOKENS;
-use stages::profile::{DeviceKey, ThroughputOptions, throughput};
+use scheduler::Span;
+use stages::profile::{DeviceKey, Throughput, ThroughputOptions, throughput};
+use stages::{Device, Model, PAGE_TOKENS, Sharing};
 
 use crate::cli::{BenchArgs, Format};
+use crate::layout::StageLayout;
 use crate::target::{self, Target};
 use crate::{lower, machine, print, say};
 
@@ -42,7 +44,12 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
     };
     // The model with these pages must fit, as in a run.
     pipeline.kv_cache_tokens = KvCacheTokens::Tokens(options.num_pages(&model) * PAGE_TOKENS);
-    lower::pipeline(&files, &pipeline, &model.config, &machine)?;
+    let whole = Span { start: 0, end: model.config.blocks.len() };
+    lower::pipeline(&files, &pipeline, &model.config, &machine)?.with(&[StageLayout {
+        part: whole.into(),
+        devices: 0..1,
+        sharing: Sharing::default(),
+    }])?;
 
     let mut report = Report::new(&model.config, &options, DeviceKey::of(&options.device, 1));
     say(&format!("measuring {} on {}", files.path.display(), report.device));
@@ -58,9 +65,33 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
         report.batches.push(*batch);
     };
     throughput(&model, &options, &mut |line| say(line), &mut hear)?;
+    if let Device::Cuda { is_deterministic: true, .. } = &options.device {
+        table::cost_head().iter().for_each(|line| show(line));
+        report.not_deterministic = Some(not_deterministic(&model, &options, &report.batches, &show)?);
+    }
     match args.format {
         Format::Text => print(&table::ceilings(&report)),
         Format::Json => print(&serde_json::to_string_pretty(&report)?),
     }
     Ok(())
+}
+
+/// Measures a GPU once more, where a row's bits may depend on its batch, and shows what it costs that they do not.
+fn not_deterministic(
+    model: &Model,
+    options: &ThroughputOptions,
+    fixed: &[Throughput],
+    show: &(dyn Fn(&str) + Sync),
+) -> Result<Vec<Throughput>> {
+    let mut options = options.clone();
+    if let Device::Cuda { is_deterministic, .. } = &mut options.device {
+        *is_deterministic = false;
+    }
+    let mut free = Vec::new();
+    let mut hear = |batch: &Throughput| {
+        show(&table::cost(&fixed[free.len()], batch));
+        free.push(*batch);
+    };
+    throughput(model, &options, &mut |line| say(line), &mut hear)?;
+    Ok(free)
 }

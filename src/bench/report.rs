@@ -19,6 +19,9 @@ pub(super) struct Report {
     pub(super) context_tokens: usize,
     pub(super) micro_batch_tokens: usize,
     pub(super) batches: Vec<Throughput>,
+    /// The same batches on a GPU whose bits may depend on them, where they may not in the others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) not_deterministic: Option<Vec<Throughput>>,
 }
 
 impl Report {
@@ -32,6 +35,7 @@ impl Report {
             context_tokens: options.context_tokens,
             micro_batch_tokens: options.micro_batch_tokens,
             batches: Vec::new(),
+            not_deterministic: None,
         }
     }
 }

@@ -31,6 +31,28 @@ fn rate(rate: &Rate) -> String {
     format!("{:>12.1} {:>12.1} {:>12.1}%", rate.tokens_per_second, most, rate.roofline_share * 100.0)
 }
 
+/// What it costs that no row's bits depend on its batch.
+pub(super) fn cost(fixed: &Throughput, free: &Throughput) -> String {
+    let share = |fixed: &Rate, free: &Rate| (1.0 - fixed.tokens_per_second / free.tokens_per_second) * 100.0;
+    format!(
+        "{:>5} {:>12.1} {:>11.1}%   {:>12.1} {:>11.1}%",
+        free.batch,
+        free.prefill.tokens_per_second,
+        share(&fixed.prefill, &free.prefill),
+        free.decode.tokens_per_second,
+        share(&fixed.decode, &free.decode)
+    )
+}
+
+/// The lines before the first cost.
+pub(super) fn cost_head() -> [String; 2] {
+    let columns = format!("{:>12} {:>12}", "tokens/s", "costs");
+    [
+        "with deterministic = false, and what true costs".to_owned(),
+        format!("{:>5} {columns}   {columns}", "rows"),
+    ]
+}
+
 /// The ceilings that shares were of, from the lowest to the highest.
 pub(super) fn ceilings(report: &Report) -> String {
     let range = |of: fn(&Ceilings) -> f64| {

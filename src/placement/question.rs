@@ -157,7 +157,7 @@ impl Question {
         let (stages, source) = (described(planned), self.source(planned));
         let measure = match source {
             Source::Measured(_) => String::new(),
-            Source::Estimate if self.own.has_gpus() => String::new(), // They cannot be measured yet.
+            Source::Estimate if self.own.has_gpus() => String::new(), // Their blocks cannot be measured yet.
             Source::Estimate => format!(" ({profile_command} measures)"),
         };
         format!("stages: {stages}, {}{measure}", source.words())

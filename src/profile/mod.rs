@@ -110,7 +110,7 @@ impl ProfileArgs {
         if self.max_context_tokens.is_some() {
             self.target.refuse_job_file()?;
         }
-        let mut target = Target::read(&self.target)?;
+        let mut target = Target::read(&self.target)?.without_gpus()?;
         target.files.max_context_tokens = self.max_context_tokens.or(target.files.max_context_tokens);
         Ok(target)
     }

@@ -241,7 +241,7 @@ fn no_ranks(index: usize) -> crate::error::Error {
 }
 
 /// A GPU.
-fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
+pub(crate) fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
     let Device::Cuda { index, libraries, cubins, is_deterministic } = device else {
         unreachable!("the device is a GPU")
     };

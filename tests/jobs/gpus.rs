@@ -231,3 +231,40 @@ fn devices_lists_gpus_as_text_and_as_json() {
         (&json!([]), &json!("start the driver: CUDA_ERROR_NO_DEVICE"))
     );
 }
+
+#[test]
+fn bench_measures_a_gpu_and_what_deterministic_costs() {
+    let model = crate::harness::fixture("hetero-0-bf16");
+    let cache = tempfile::tempdir().unwrap();
+    let bench = |args: &[&str]| {
+        let mut command = spanwise();
+        command.arg("bench").arg(&model).args([
+            "--device",
+            "cuda:0",
+            "--point-seconds",
+            "0.001",
+            "--batches",
+            "1,2",
+        ]);
+        command.args(["--context-tokens", "8", "--micro-batch-tokens", "8"]).args(args);
+        command.env("SPANWISE_CUDA_LIBRARIES", emulator()).env("XDG_CACHE_HOME", cache.path());
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json: Value = serde_json::from_str(&bench(&["--format", "json"])).unwrap();
+    assert_eq!(json["device"]["processor"], "emulator");
+    assert_eq!(json["device"]["simd"], "sm_90a");
+    for batches in [&json["batches"], &json["not_deterministic"]] {
+        let rows: Vec<u64> =
+            batches.as_array().unwrap().iter().map(|batch| batch["batch"].as_u64().unwrap()).collect();
+        assert_eq!(rows, [1, 2]);
+        for key in ["product_flops_per_second", "read_bytes_per_second"] {
+            assert!(batches[0]["ceilings"][key].as_f64().unwrap() > 1e3, "{batches}");
+        }
+        assert!(batches[1]["decode"]["tokens_per_second"].as_f64().unwrap() > 0.0, "{batches}");
+    }
+    let text = bench(&[]);
+    assert!(text.contains("device     cuda sm_90a on emulator\n"), "{text}");
+    assert!(text.contains("with deterministic = false, and what true costs\n"), "{text}");
+}

@@ -9,6 +9,7 @@
 
 mod arrays;
 mod attention;
+mod ceilings;
 mod choices;
 mod cublaslt;
 mod fp8;

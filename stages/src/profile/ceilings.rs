@@ -1,6 +1,6 @@
 //! What a device can do at most, measured.
 
-use kernels::{Cpu, CpuOptions, Simd};
+use kernels::{Cpu, CpuOptions, Dtype, Simd, WeightType};
 use serde::Serialize;
 
 use crate::cost::{Channel, Roofline};
@@ -25,6 +25,9 @@ impl Ceilings {
     /// # Errors
     /// What the device refuses.
     pub fn measure(device: &Device, dtypes: Dtypes) -> Result<Self> {
+        if matches!(device, Device::Cuda { .. }) {
+            return Self::of_gpu(device);
+        }
         let product =
             ceilings_of(device, dtypes, |ceilings| (ceilings.product_flops(), ceilings.read_bandwidth()))?;
         let wide = Dtypes { weights: dtypes.weights.operands().into(), ..dtypes };
@@ -36,6 +39,22 @@ impl Ceilings {
             product_flops_per_second: product.0,
             wide_product_flops_per_second,
             read_bytes_per_second: product.1,
+        })
+    }
+
+    /// Those of a GPU, whatever is asked of its bits. All products are in bf16, also of narrower weights. A copy reads and
+    /// writes, and its bytes a second are those of both.
+    fn of_gpu(device: &Device) -> Result<Self> {
+        let mut fastest = device.clone();
+        if let Device::Cuda { is_deterministic, .. } = &mut fastest {
+            *is_deterministic = false;
+        }
+        let gpu = stage::cuda(&fastest, Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 })?;
+        let flops = gpu.product_flops()?;
+        Ok(Ceilings {
+            product_flops_per_second: flops,
+            wide_product_flops_per_second: flops,
+            read_bytes_per_second: gpu.copy_bandwidth()?,
         })
     }
 
@@ -73,11 +92,7 @@ fn ceilings_of<T>(
 ) -> Result<T> {
     let cpu = match device {
         Device::Cpu { .. } => stage::cpu(device, dtypes)?,
-        Device::Cuda { index, .. } => {
-            let why =
-                format!("cuda:{index}: found a GPU, expected a cpu device: GPUs cannot be measured yet");
-            return Err(kernels::Error::Unsupported(why).into());
-        }
+        Device::Cuda { .. } => unreachable!("a GPU has ceilings of its own"),
         Device::Reference => {
             let Dtypes { weights, kv } = dtypes;
             Cpu::new(CpuOptions { cores: vec![], threads: 1, simd: Simd::Portable, weights, kv })?

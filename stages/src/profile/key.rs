@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::machine;
 use crate::block::Dims;
 use crate::stage::{Device, Dtypes};
+use kernels::Gpu;
 
 /// A device as far as its speed depends on it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,7 +44,13 @@ impl DeviceKey {
         let (backend, simd, threads) = match device {
             Device::Reference => ("reference", "none", 1),
             Device::Cpu { threads, simd, .. } => ("cpu", simd.name(), *threads),
-            Device::Cuda { .. } => ("cuda", "none", 1),
+            Device::Cuda { index, libraries, .. } => {
+                // One that is not there is refused when it is opened.
+                let gpu = Gpu::nth(libraries.as_deref(), *index);
+                let (processor, simd) =
+                    gpu.map_or_else(|_| Default::default(), |gpu| (gpu.name.clone(), gpu.architecture()));
+                return DeviceKey { backend: "cuda".to_owned(), processor, simd, threads: 1, devices };
+            }
         };
         DeviceKey {
             backend: backend.to_owned(),
@@ -58,6 +65,9 @@ impl DeviceKey {
 impl std::fmt::Display for DeviceKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let DeviceKey { backend, processor, simd, threads, devices } = self;
+        if backend == "cuda" {
+            return write!(f, "{backend} {simd} on {processor}");
+        }
         write!(f, "{backend} {simd} on {processor}, {devices} x {threads} threads")
     }
 }

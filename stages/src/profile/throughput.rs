@@ -22,6 +22,9 @@ use crate::stage::{Device, Dtypes};
 /// Pages that rows share, at most: many times what any cache holds of a small model.
 const MAX_SHARED_PAGES: usize = 4096;
 
+/// Twice the largest L2 cache of a GPU that we know, a B200's 126 MB.
+const COLD_GPU_BYTES: u64 = 2 * 126_000_000;
+
 /// What is measured, and with what.
 #[derive(Debug, Clone)]
 pub struct ThroughputOptions {
@@ -83,7 +86,11 @@ impl ThroughputOptions {
         let values: u64 =
             config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
         let page_bytes = NumberType::from(self.dtypes.kv).bytes(values) * PAGE_TOKENS as u64;
-        let cold = machine::cold_bytes().div_ceil(page_bytes.max(1)) as usize;
+        let cold_bytes = match self.device {
+            Device::Cuda { .. } => COLD_GPU_BYTES,
+            Device::Cpu { .. } | Device::Reference => machine::cold_bytes(),
+        };
+        let cold = cold_bytes.div_ceil(page_bytes.max(1)) as usize;
         let rows = self.largest_batch().min(self.micro_batch_tokens);
         let before = self.context_tokens.div_ceil(PAGE_TOKENS) - 1;
         let prompts = self.prompts_of_step() * subject::pages_of_chunk(self.chunk_tokens());

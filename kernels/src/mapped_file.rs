@@ -1,9 +1,12 @@
 //! A file mapped into memory, for reading weights without a copy.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::error::{Error, Result};
 
@@ -41,6 +44,21 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         self.map.as_deref().unwrap_or_default()
     }
+
+    /// Gives the memory of a range back to the system, which reads it from the file again if it is touched. Without it
+    /// a model's file counts for the process as long as it is mapped. A wish: a system may keep the memory.
+    ///
+    /// # Panics
+    /// When the range is not inside of the file.
+    pub fn release(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.bytes().len(), "{range:?} of the file");
+        #[cfg(unix)]
+        if let Some(map) = self.map.as_ref().filter(|_| !range.is_empty()) {
+            // SAFETY: the mapping is private, of a file and never written, so that its pages come back with the same
+            // bytes, also under those who have borrowed them.
+            unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()).ok() };
+        }
+    }
 }
 
 #[cfg(test)]
@@ -58,6 +76,32 @@ mod tests {
             std::fs::write(&path, content).unwrap();
             assert_eq!(assert_shareable(MappedFile::open(&path).unwrap()).bytes(), content);
         }
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    /// Bytes of the mapping that are in memory, as Linux counts them.
+    #[cfg(target_os = "linux")]
+    fn resident_bytes(file: &MappedFile) -> usize {
+        let start = format!("{:x}-", file.bytes().as_ptr().addr());
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let resident = lines.find_map(|line| line.strip_prefix("Rss:")).unwrap();
+        1024 * resident.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_released_is_out_of_memory_and_comes_back() {
+        let path = std::env::temp_dir().join(format!("spanwise-released-{}", std::process::id()));
+        let content: Vec<u8> = (0..1 << 20).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &content).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        assert_eq!(file.bytes(), content);
+        assert_eq!(resident_bytes(&file), 1 << 20);
+        file.release(0..1 << 19);
+        assert!(resident_bytes(&file) <= 1 << 19, "{} bytes", resident_bytes(&file));
+        assert_eq!(file.bytes(), content);
+        file.release(7..7);
         std::fs::remove_file(&path).unwrap();
     }
 

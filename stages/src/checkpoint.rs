@@ -87,6 +87,11 @@ impl Checkpoint {
         &self.shards[tensor.shard].file.bytes()[tensor.bytes.clone()]
     }
 
+    /// Gives the memory that a tensor's bytes take back to the system; they can be read again.
+    pub fn release(&self, tensor: &Tensor) {
+        self.shards[tensor.shard].file.release(tensor.bytes.clone());
+    }
+
     /// The raw headers of all shards, in the order of file names.
     pub fn headers(&self) -> impl Iterator<Item = &[u8]> {
         self.shards.iter().map(|shard| &shard.file.bytes()[..shard.header_bytes])

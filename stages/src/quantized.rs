@@ -71,6 +71,14 @@ pub(crate) fn view<'a>(
     Ok(TensorView::new(dtype, rows, cols, checkpoint.bytes(tensor)))
 }
 
+/// Gives the memory of a tensor's bytes, and of its parts', back to the system.
+pub(crate) fn release(checkpoint: &Checkpoint, name: &str) {
+    let base = name.strip_suffix("weight").into_iter();
+    let parts = base.flat_map(|base| PARTS.map(|part| format!("{base}{part}")));
+    let tensors = std::iter::once(name.to_owned()).chain(parts).filter_map(|name| checkpoint.get(&name));
+    tensors.for_each(|tensor| checkpoint.release(tensor));
+}
+
 /// The tensors of one matrix.
 struct Parts<'a, 'b, F> {
     checkpoint: &'a Checkpoint,

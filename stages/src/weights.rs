@@ -23,13 +23,15 @@ impl Weights {
         matches!(self, Weights::Random)
     }
 
-    /// Hands a tensor to `load`. A checkpoint's tensor is a range of a mapped file, a random one is made
-    /// for the call and dropped after it.
+    /// Hands a tensor to `load`. A checkpoint's tensor is a range of a mapped file, which takes no memory any more when it
+    /// is loaded; a random one is made for the call and dropped after it.
     pub fn with<T>(&self, name: &str, shape: &[usize], load: impl FnOnce(TensorView<'_>) -> T) -> T {
         match self {
             Weights::Checkpoint(checkpoint) => {
                 let view = quantized::view(checkpoint, name, shape);
-                load(view.unwrap_or_else(|problem| panic!("{problem}, which was checked")))
+                let loaded = load(view.unwrap_or_else(|problem| panic!("{problem}, which was checked")));
+                quantized::release(checkpoint, name);
+                loaded
             }
             Weights::Random => {
                 let (rows, cols) = match *shape {

@@ -95,8 +95,8 @@ impl Ended<'_> {
         let Running { stages, .. } = &self.running;
         let (hindsight, costs) = self.placement.judge(stages);
         let collectives = |replica: usize, stage: usize| {
-            let clock = self.pipelines[replica].collective_clocks.get(stage)?;
-            Some(clock.read())
+            let clocks = self.pipelines[replica].collective_clocks.get(stage);
+            clocks.into_iter().flatten().map(|clock| clock.read()).collect()
         };
         let num_stages = self.placement.stages.len();
         let lines = (stages.iter().zip(self.placement.numbered()).enumerate())

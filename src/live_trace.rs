@@ -11,15 +11,25 @@ use std::time::Instant;
 use actors::{StepEvent, StepLog};
 use anyhow::{Context, Result};
 
-use crate::trace::TraceWriter;
+use crate::trace::{TraceWriter, TracedStep};
 
 /// Steps that may wait for the file: several seconds of the fastest pipelines, and a megabyte.
 const ROOM: usize = 1 << 14;
+
+/// A stage as a trace calls it.
+#[derive(Debug, Clone)]
+pub(crate) struct TracedStage {
+    pub(crate) name: String,
+    /// Its ranks, where it has several.
+    pub(crate) ranks: Vec<String>,
+}
 
 /// A trace whose run has not begun.
 pub(crate) struct Prepared {
     path: PathBuf,
     writer: TraceWriter,
+    /// The row of each stage; those of its ranks follow, where it has several.
+    rows: Vec<usize>,
     log: StepLog,
     steps: Box<dyn Iterator<Item = StepEvent> + Send>,
 }
@@ -32,13 +42,21 @@ pub(crate) struct LiveTrace {
 }
 
 impl Prepared {
+    /// With a row for each stage, and where it has several ranks one more for each of these.
+    ///
     /// # Errors
     /// The file cannot be made.
-    pub(crate) fn create(path: &Path, stage_names: &[String]) -> Result<Self> {
-        let writer = TraceWriter::create(path, stage_names)
-            .with_context(|| format!("write trace {}", path.display()))?;
+    pub(crate) fn create(path: &Path, stages: &[TracedStage]) -> Result<Self> {
+        let (mut rows, mut names) = (Vec::new(), Vec::new());
+        for TracedStage { name, ranks } in stages {
+            rows.push(names.len());
+            names.push(name.clone());
+            names.extend_from_slice(ranks);
+        }
+        let writer =
+            TraceWriter::create(path, &names).with_context(|| format!("write trace {}", path.display()))?;
         let (log, steps) = StepLog::new(ROOM);
-        Ok(Prepared { path: path.to_owned(), writer, log, steps: Box::new(steps) })
+        Ok(Prepared { path: path.to_owned(), writer, rows, log, steps: Box::new(steps) })
     }
 
     /// Where steps are to be told.
@@ -48,19 +66,33 @@ impl Prepared {
 
     /// Writes steps from now on; the time of the trace counts from `began`.
     pub(crate) fn begin(self, began: Instant) -> LiveTrace {
-        let Prepared { path, writer, log, steps } = self;
+        let Prepared { path, writer, rows, log, steps } = self;
         let thread = std::thread::Builder::new().name("trace".to_owned());
-        let writing = thread.spawn(move || write(writer, steps, began));
+        let writing = thread.spawn(move || write(writer, &rows, steps, began));
         LiveTrace { path, log, writing: Some(writing.expect("the system starts a thread")) }
     }
 }
 
-fn write(mut writer: TraceWriter, steps: impl Iterator<Item = StepEvent>, began: Instant) -> io::Result<u64> {
+/// Returns how many micro-batches went through stages; ranks have the same ones.
+fn write(
+    mut writer: TraceWriter,
+    rows: &[usize],
+    steps: impl Iterator<Item = StepEvent>,
+    began: Instant,
+) -> io::Result<u64> {
     let mut num_steps = 0;
-    for StepEvent { stage, micro_batch, start, end, tokens, decode_tokens } in steps {
+    for StepEvent { stage, rank, micro_batch, start, end, tokens, decode_tokens } in steps {
         let seconds = |moment: Instant| moment.saturating_duration_since(began).as_secs_f64();
-        writer.step(stage, seconds(start), seconds(end), micro_batch, tokens, decode_tokens)?;
-        num_steps += 1;
+        writer.step(&TracedStep {
+            row: rows[stage] + rank.map_or(0, |(rank, _)| 1 + rank),
+            start_s: seconds(start),
+            end_s: seconds(end),
+            micro_batch,
+            tokens,
+            decode_tokens,
+            collectives_s: rank.map(|(_, collectives)| collectives.as_secs_f64()),
+        })?;
+        num_steps += u64::from(rank.is_none());
     }
     writer.finish()?;
     Ok(num_steps)
@@ -113,7 +145,9 @@ mod tests {
     fn a_trace_whose_run_breaks_off_is_closed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.json");
-        let trace = Prepared::create(&path, &["only".to_owned()]).unwrap().begin(Instant::now());
+        let trace = Prepared::create(&path, &[TracedStage { name: "only".to_owned(), ranks: Vec::new() }])
+            .unwrap()
+            .begin(Instant::now());
         drop(trace);
         let events: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(events.iter().filter(|event| event["name"] == "thread_name").count(), 1);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use actors::{StageParts, StageTimes};
-use jobs::{Score, Scores, StageRecord};
+use jobs::{RankRecord, Score, Scores, StageRecord};
 use stages::{CollectiveTimes, Part};
 
 use crate::hindsight::BetterCut;
@@ -59,8 +59,8 @@ pub(crate) struct StageLine {
     pub(crate) ranks: usize,
     /// Blocks whose attention these share by sequences.
     pub(crate) by_sequences: usize,
-    /// What its first rank spent on collectives.
-    pub(crate) collectives: Option<CollectiveTimes>,
+    /// What each rank spent on collectives, the first one first.
+    pub(crate) collectives: Vec<CollectiveTimes>,
     /// Bytes that it has handed on to the next stage.
     pub(crate) hop_bytes: u64,
     pub(crate) times: StageTimes,
@@ -79,8 +79,12 @@ impl StageLine {
             first_column: self.part.first_column,
             end_column: self.part.end_column,
             ranks: self.ranks,
-            collective_seconds: self.collectives().time.as_secs_f64(),
-            collective_bytes: self.collectives().bytes,
+            collective_seconds: self.of_first_rank().time.as_secs_f64(),
+            collective_bytes: self.of_first_rank().bytes,
+            rank_collectives: match self.ranks {
+                1 => Vec::new(),
+                _ => self.rank_records(),
+            },
             hop_bytes: self.hop_bytes,
             busy_seconds: parts.busy.as_secs_f64(),
             starved_seconds: parts.starved.as_secs_f64(),
@@ -95,26 +99,38 @@ impl StageLine {
         }
     }
 
-    fn collectives(&self) -> CollectiveTimes {
-        self.collectives.unwrap_or_default()
+    fn of_first_rank(&self) -> CollectiveTimes {
+        self.collectives.first().copied().unwrap_or_default()
+    }
+
+    fn rank_records(&self) -> Vec<RankRecord> {
+        let record = |(device, times): (&str, &CollectiveTimes)| RankRecord {
+            device: device.to_owned(),
+            collectives: times.calls,
+            collective_seconds: times.time.as_secs_f64(),
+            collective_bytes: times.bytes,
+        };
+        self.device.split('+').zip(&self.collectives).map(record).collect()
     }
 
     /// What ranks and hops have moved, as far as they have any.
     fn moved(&self) -> String {
-        let CollectiveTimes { time, bytes, .. } = self.collectives();
         let megabytes = |bytes: u64| grouped(bytes / 1_000_000);
         let mut text = match self.ranks {
             1 => String::new(),
             ranks => {
                 let busy = self.times.parts.busy.as_secs_f64().max(f64::MIN_POSITIVE);
-                let share = 100.0 * time.as_secs_f64() / busy;
-                let megabytes = megabytes(bytes);
+                let share = |times: &CollectiveTimes| {
+                    let percent = 100.0 * times.time.as_secs_f64() / busy;
+                    format!("{percent:.1} % ({} MB)", megabytes(times.bytes))
+                };
+                let shares = self.collectives.iter().map(share).collect::<Vec<_>>().join(", ");
                 let by_sequences = match self.by_sequences {
                     0 => String::new(),
                     1 => " (attention of 1 block by sequences)".to_owned(),
                     blocks => format!(" (attention of {blocks} blocks by sequences)"),
                 };
-                format!(", {ranks} ranks{by_sequences}: {share:.1} % of it in collectives of {megabytes} MB")
+                format!(", {ranks} ranks{by_sequences}: in collectives {shares} of it")
             }
         };
         if self.hop_bytes > 0 {

@@ -20,7 +20,7 @@ use crate::ended::{Ended, Running};
 use crate::first_run;
 use crate::interrupt::{self, Interrupt};
 use crate::layout::{StageLayout, device_names, of_replica};
-use crate::live_trace::{LiveTrace, Prepared};
+use crate::live_trace::{LiveTrace, Prepared, TracedStage};
 use crate::lower;
 use crate::placement::{self, Occasion, Placement};
 use crate::progress::{self, Display, Watched};
@@ -172,15 +172,22 @@ fn profile_command(loaded: &Loaded, job_file: Option<&Path>) -> String {
     profile::command(path, sets.iter().map(String::as_str))
 }
 
-/// The file of a run's steps, where one is wanted, with a row for each stage.
+/// The file of a run's steps, where one is wanted, with a row for each stage and for each rank where there are several.
 fn trace(path: Option<&Path>, job: &JobFile, placement: &Placement) -> Result<Option<Prepared>> {
     let Some(path) = path else { return Ok(None) };
-    let name = |(index, (replica, stage)): (usize, (usize, &StageLayout))| {
+    let traced = |(index, (replica, stage)): (usize, (usize, &StageLayout))| {
         let (of, devices) = (of_replica(&job.pipeline, replica), device_names(&job.pipeline, replica, stage));
-        format!("{of}stage {index} {devices} blocks {}", stage.part)
+        let name = format!("{of}stage {index} {devices} blocks {}", stage.part);
+        let ranks = match stage.devices.len() {
+            1 => Vec::new(),
+            _ => (devices.split('+').enumerate())
+                .map(|(rank, device)| format!("{of}stage {index} rank {rank} {device}"))
+                .collect(),
+        };
+        TracedStage { name, ranks }
     };
-    let names: Vec<String> = placement.numbered().enumerate().map(name).collect();
-    Prepared::create(path, &names).map(Some)
+    let stages: Vec<TracedStage> = placement.numbered().enumerate().map(traced).collect();
+    Prepared::create(path, &stages).map(Some)
 }
 
 /// Reads a job file with what lies over it.

@@ -13,6 +13,19 @@ use serde_json::json;
 /// All stages are threads of one process.
 const PROCESS: u32 = 0;
 
+/// A step on a row of a trace, in seconds from the job's begin.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct TracedStep {
+    pub(crate) row: usize,
+    pub(crate) start_s: f64,
+    pub(crate) end_s: f64,
+    pub(crate) micro_batch: u64,
+    pub(crate) tokens: usize,
+    pub(crate) decode_tokens: usize,
+    /// What of it went to collectives, where it is a rank's.
+    pub(crate) collectives_s: Option<f64>,
+}
+
 /// A trace file that is being written.
 #[derive(Debug)]
 pub(crate) struct TraceWriter {
@@ -34,24 +47,20 @@ impl TraceWriter {
         Ok(Self { file, is_closed: false })
     }
 
-    /// One micro-batch through one stage, in seconds from the job's begin.
-    pub(crate) fn step(
-        &mut self,
-        stage: usize,
-        start_s: f64,
-        end_s: f64,
-        micro_batch: u64,
-        tokens: usize,
-        decode_tokens: usize,
-    ) -> io::Result<()> {
+    /// One micro-batch through one stage, or through a rank of it.
+    pub(crate) fn step(&mut self, step: &TracedStep) -> io::Result<()> {
+        let TracedStep { row, start_s, end_s, micro_batch, tokens, decode_tokens, collectives_s } = *step;
+        let collectives = collectives_s.map_or_else(String::new, |seconds| {
+            format!(",\"collectives_us\":{}", Microseconds(nanoseconds(seconds)))
+        });
         // Both ends are rounded before one is taken from the other, so that neighbours do not come to overlap.
         let (start_ns, end_ns) = (nanoseconds(start_s), nanoseconds(end_s));
         let (ts, dur) = (Microseconds(start_ns), Microseconds(end_ns.saturating_sub(start_ns)));
         write!(
             self.file,
-            ",\n{{\"ph\":\"X\",\"pid\":{PROCESS},\"tid\":{stage},\"name\":\"micro-batch {micro_batch}\",\"ts\":{ts},\
+            ",\n{{\"ph\":\"X\",\"pid\":{PROCESS},\"tid\":{row},\"name\":\"micro-batch {micro_batch}\",\"ts\":{ts},\
              \"dur\":{dur},\"args\":{{\"micro_batch\":{micro_batch},\"tokens\":{tokens},\
-             \"decode_tokens\":{decode_tokens}}}}}"
+             \"decode_tokens\":{decode_tokens}{collectives}}}}}"
         )
     }
 
@@ -104,7 +113,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.json");
         let mut trace = TraceWriter::create(&path, &["first".to_owned(), "\"second\"".to_owned()]).unwrap();
-        trace.step(1, 0.000_001_5, 2.0, 7, 33, 32).unwrap();
+        let step = TracedStep {
+            row: 1,
+            start_s: 0.000_001_5,
+            end_s: 2.0,
+            micro_batch: 7,
+            tokens: 33,
+            decode_tokens: 32,
+            collectives_s: None,
+        };
+        trace.step(&TracedStep { row: 0, collectives_s: Some(0.25), ..step }).unwrap();
+        trace.step(&step).unwrap();
         trace.finish().unwrap();
         let events = read(&path);
         let name = |tid: u64| {
@@ -116,6 +135,7 @@ mod tests {
         let step = json!({"ph": "X", "pid": 0, "tid": 1, "name": "micro-batch 7", "ts": 1.5, "dur": 1_999_998.5,
                           "args": args});
         assert_eq!(events.last(), Some(&step));
+        assert_eq!(events[events.len() - 2]["args"]["collectives_us"], 250_000.0);
     }
 
     #[test]
@@ -123,7 +143,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.json");
         let mut trace = TraceWriter::create(&path, &["only".to_owned()]).unwrap();
-        trace.step(0, 1.0, 2.0, 0, 1, 0).unwrap();
+        trace.step(&TracedStep { start_s: 1.0, end_s: 2.0, ..TracedStep::default() }).unwrap();
         drop(trace);
         assert_eq!(read(&path).iter().filter(|event| event["ph"] == "X").count(), 1);
     }
@@ -135,7 +155,8 @@ mod tests {
         let mut trace = TraceWriter::create(&path, &["only".to_owned()]).unwrap();
         // Starts and lengths rounded each for itself would overlap in every third step or so.
         for step in 0..100 {
-            trace.step(0, f64::from(step) * 0.7e-9, f64::from(step + 1) * 0.7e-9, 0, 1, 1).unwrap();
+            let (start_s, end_s) = (f64::from(step) * 0.7e-9, f64::from(step + 1) * 0.7e-9);
+            trace.step(&TracedStep { start_s, end_s, ..TracedStep::default() }).unwrap();
         }
         trace.finish().unwrap();
         let steps = read(&path);

@@ -12,6 +12,7 @@ use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::device_thread::LoadStage;
 use crate::error::{Error, Result};
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
+use crate::ranks::Watch;
 use crate::ranks::{RankHome, RanksArgs};
 use crate::stage_set::StageSet;
 
@@ -77,7 +78,7 @@ pub struct Pipeline {
     /// What the pipeline as a whole has done.
     pub clock: Arc<PipelineClock>,
     /// What the first rank of each stage spends on collectives.
-    pub collective_clocks: Vec<Arc<CollectiveClock>>,
+    pub collective_clocks: Vec<Vec<Arc<CollectiveClock>>>,
     /// The blocks of each stage.
     pub parts: Vec<Part>,
     /// Most rows that may be offered and not yet completed.
@@ -117,12 +118,15 @@ pub async fn start_replicas(model: &Model, replicas: Vec<PipelineOptions>) -> Re
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
     let PipelineOptions { first_stage, stages, ranks, dtypes, scheduler, limits, step_log } = options;
     let parts = stages.iter().map(|stage| stage.part).collect();
-    let clocks: Vec<Arc<CollectiveClock>> = stages.iter().map(|_| Arc::default()).collect();
+    let watch = |(index, stage): (usize, &StagePlacement)| {
+        Watch::new(first_stage + index, stage.devices.len(), step_log.clone())
+    };
+    let watches: Vec<Watch> = stages.iter().enumerate().map(watch).collect();
     let load = |(index, placement): (usize, StagePlacement)| -> LoadStage {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
         let options = SpanOptions { part, num_pages, context_tokens };
-        let (model, clock) = (model.clone(), Arc::clone(&clocks[index]));
+        let (model, watch) = (model.clone(), watches[index].clone());
         if let [device] = &devices[..] {
             let device = device.clone();
             return Arc::new(move || stages::load(&model, &device, dtypes, options));
@@ -130,13 +134,14 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;
         let args =
-            RanksArgs { stage, model, devices, dtypes, options, sharing, home: ranks, patience, clock };
+            RanksArgs { stage, model, devices, dtypes, options, sharing, home: ranks, patience, watch };
         Arc::new(move || args.load())
     };
     let loads = stages.into_iter().enumerate().map(load).collect();
     let pipeline =
         start_stages(StageLoads { first_stage, loads, parts }, scheduler, limits, step_log).await?;
-    Ok(Pipeline { collective_clocks: clocks, ..pipeline })
+    let collective_clocks = watches.iter().map(|watch| watch.clocks().to_vec()).collect();
+    Ok(Pipeline { collective_clocks, ..pipeline })
 }
 
 /// What loads the stages of a pipeline.

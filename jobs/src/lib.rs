@@ -59,8 +59,8 @@ pub use grade::{Grader, Score, Scores, Truth};
 pub use journal::{EarlierRuns, Entry, EntryOrder, FinishedRow, FinishedRows, JournalView, Progress};
 pub use line::{Line, LineFile};
 pub use manifest::{
-    Counts, FailedReplica, InputRecord, Manifest, ModelRecord, NumericProfile, StageRecord, Status, Timings,
-    TokenTotals,
+    Counts, FailedReplica, InputRecord, Manifest, ModelRecord, NumericProfile, RankRecord, StageRecord,
+    Status, Timings, TokenTotals,
 };
 pub use model_text::{ModelText, ModelTextOptions};
 pub use own_files::check_paths;

@@ -128,6 +128,9 @@ pub struct StageRecord {
     pub collective_seconds: f64,
     /// Bytes of the arrays that these were about.
     pub collective_bytes: u64,
+    /// The same of each rank, where there are several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rank_collectives: Vec<RankRecord>,
     /// Bytes that it has handed on to the next stage.
     pub hop_bytes: u64,
     /// Micro-batches that it computed.
@@ -136,6 +139,19 @@ pub struct StageRecord {
     pub tokens: u64,
     /// How often it had to be started again.
     pub restarts: u64,
+}
+
+/// What a rank of a stage has spent in collectives.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RankRecord {
+    /// Its device, as the job file names it.
+    pub device: String,
+    /// How many there were.
+    pub collectives: u64,
+    /// Time in them, waiting for others counted.
+    pub collective_seconds: f64,
+    /// Bytes of the arrays that they were about.
+    pub collective_bytes: u64,
 }
 
 /// What a row's bytes depend on beside the row, the model and the seed.

@@ -25,7 +25,7 @@ use crate::plan::setting::Setting;
 use crate::replace;
 use crate::simulate::lengths::{Kind, LengthDraw};
 use crate::simulate::report::{Played, Report};
-use crate::trace::TraceWriter;
+use crate::trace::{TraceWriter, TracedStep};
 
 /// Rows are played this many times those in flight where nobody says how many: enough to see a beginning, a
 /// middle and an end.
@@ -159,5 +159,6 @@ fn play<R: Iterator<Item = Lengths>>(
 
 fn write_step(writer: &mut TraceWriter, row: usize, step: Step) -> std::io::Result<()> {
     let Step { stage: _, micro_batch, start, end, tokens, decode_tokens } = step;
-    writer.step(row, start.as_secs_f64(), end.as_secs_f64(), micro_batch, tokens, decode_tokens)
+    let (start_s, end_s) = (start.as_secs_f64(), end.as_secs_f64());
+    writer.step(&TracedStep { row, start_s, end_s, micro_batch, tokens, decode_tokens, collectives_s: None })
 }

@@ -17,6 +17,8 @@ use crate::shard::{RankPlace, Sharing};
 /// What a rank beside the first must know of a micro-batch.
 #[derive(Debug, Clone, Default)]
 pub struct RankStep {
+    /// The micro-batch's id.
+    pub micro_batch: u64,
     /// Rows of each sequence, and its pages.
     pub slices: Vec<AttentionSlice>,
     /// Whose each slice is; it says which rank has it where attention is shared by sequences.
@@ -42,7 +44,7 @@ impl RankStep {
             .collect();
         let sequences = batch.slices.iter().map(|slice| slice.sequence.0).collect();
         let (logit_rows, greedy_rows) = if draws { wanted_rows(batch) } else { Default::default() };
-        RankStep { slices, sequences, logit_rows, greedy_rows }
+        RankStep { micro_batch: batch.id.0, slices, sequences, logit_rows, greedy_rows }
     }
 }
 
@@ -83,10 +85,11 @@ impl CollectiveClock {
         CollectiveTimes { calls, bytes, time: Duration::from_nanos(nanos) }
     }
 
-    fn add(&self, bytes: usize, time: Duration) {
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.nanos.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+    /// Adds what was spent, here or in another process.
+    pub fn add(&self, times: CollectiveTimes) {
+        self.calls.fetch_add(times.calls, Ordering::Relaxed);
+        self.bytes.fetch_add(times.bytes, Ordering::Relaxed);
+        self.nanos.fetch_add(times.time.as_nanos() as u64, Ordering::Relaxed);
     }
 }
 
@@ -138,7 +141,8 @@ impl<A> Ranks<A> {
     ) -> Result<()> {
         let begun = Instant::now();
         run(&mut *self.collective)?;
-        self.clock.add(numbers * size_of::<f32>(), begun.elapsed());
+        let bytes = (numbers * size_of::<f32>()) as u64;
+        self.clock.add(CollectiveTimes { calls: 1, bytes, time: begun.elapsed() });
         Ok(())
     }
 }

@@ -85,13 +85,28 @@ fn ranks_in_threads_and_in_processes_write_the_same_bytes_and_are_reported() {
     };
     let threads = job("threads");
     assert!(threads.sorted_lines() == job("threads").sorted_lines(), "the same every time");
-    assert!(threads.sorted_lines() == job("processes").sorted_lines(), "processes as threads");
+    let processes = job("processes");
+    assert!(threads.sorted_lines() == processes.sorted_lines(), "processes as threads");
     assert!(threads.stdout.contains("cpu:1+cpu:2"), "{}", threads.stdout);
     assert!(threads.stdout.contains("2 ranks"), "{}", threads.stdout);
     let manifest = manifest(&threads);
     let stages = manifest["stages"].as_array().expect("stages");
     assert_eq!((&stages[0]["ranks"], &stages[1]["ranks"]), (&json!(1), &json!(2)));
     assert!(stages[1]["collective_bytes"].as_u64().unwrap() > 0);
+    assert!(stages[0].get("rank_collectives").is_none());
+    for job in [&threads, &processes] {
+        let manifest = read_json(&job.folder.path().join("out/manifest.json"));
+        let ranks = manifest["stages"][1]["rank_collectives"].as_array().expect("of each rank").clone();
+        assert_eq!(ranks.len(), 2);
+        for (rank, device) in ranks.iter().zip(["cpu:1", "cpu:2"]) {
+            assert_eq!(rank["device"], device);
+            let is_above_0 = |key: &str| rank[key].as_f64().unwrap() > 0.0;
+            assert!(
+                ["collectives", "collective_seconds", "collective_bytes"].into_iter().all(is_above_0),
+                "{rank}"
+            );
+        }
+    }
     assert!(stages[0]["hop_bytes"].as_u64().unwrap() > 0);
     assert_eq!(manifest["numeric_profile"]["tensor_parallel"], 2);
 }
@@ -173,5 +188,40 @@ fn layouts_that_cannot_be_run_are_refused() {
         let done = job.run();
         assert_eq!(done.code, Some(2), "{words}: {}", done.stderr);
         assert!(done.stderr.contains(words), "{words}: {}", done.stderr);
+    }
+}
+
+#[test]
+fn a_trace_has_a_row_for_each_rank_with_its_time_in_collectives() {
+    for home in ["threads", "processes"] {
+        let folder = tempfile::tempdir().unwrap();
+        let trace = folder.path().join("trace.json");
+        let job = layout(Job::on(MODEL).lines(rows(20)), &[1, 2]).set(format!("pipeline.ranks={home}"));
+        let done = job.arg("--trace").arg(trace.to_str().unwrap()).run().ok();
+        let events = read_json(&trace);
+        let events = events.as_array().unwrap();
+        let rows: Vec<&str> = (events.iter())
+            .filter(|event| event["name"] == "thread_name")
+            .map(|event| event["args"]["name"].as_str().unwrap())
+            .collect();
+        assert!(rows[1].starts_with("stage 1 cpu:1+cpu:2 blocks"), "{rows:?}");
+        assert_eq!(rows[2..], ["stage 1 rank 0 cpu:1", "stage 1 rank 1 cpu:2"]);
+        let steps = |row: usize| -> Vec<&Value> {
+            events.iter().filter(|event| event["ph"] == "X" && event["tid"] == row).collect()
+        };
+        let micro_batches = manifest(&done)["stages"][1]["micro_batches"].as_u64().unwrap() as usize;
+        for row in 1..4 {
+            // The last word of another process may come when the job is over.
+            let missing = micro_batches - steps(row).len();
+            assert!(missing <= usize::from(home == "processes" && row == 3), "{home}, row {row}: {missing}");
+        }
+        let tokens =
+            |row: usize| steps(row).iter().map(|step| step["args"]["tokens"].clone()).collect::<Vec<_>>();
+        assert_eq!(tokens(2), tokens(1));
+        assert_eq!(tokens(3), tokens(1)[..tokens(3).len()]);
+        for step in [steps(2), steps(3)].concat() {
+            let collectives = step["args"]["collectives_us"].as_f64().unwrap();
+            assert!(collectives > 0.0 && collectives <= step["dur"].as_f64().unwrap(), "{step}");
+        }
     }
 }

@@ -179,7 +179,8 @@ impl Meter {
         drop(counts);
         if let Some(log) = self.clock.pipeline.step_log() {
             let (stage, decode_tokens) = (self.clock.index, load.decode_tokens as usize);
-            log.tell(StepEvent { stage, micro_batch: batch.id.0, start, end, tokens, decode_tokens });
+            let micro_batch = batch.id.0;
+            log.tell(StepEvent { stage, rank: None, micro_batch, start, end, tokens, decode_tokens });
         }
         end - start
     }

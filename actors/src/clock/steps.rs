@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Sender, TrySendError, bounded};
 
@@ -11,6 +11,8 @@ use crossbeam::channel::{Sender, TrySendError, bounded};
 pub struct StepEvent {
     /// Index of the stage.
     pub stage: usize,
+    /// Where it is the part that one of several ranks has of it: which, and its time in collectives.
+    pub rank: Option<(usize, Duration)>,
     /// The micro-batch's id.
     pub micro_batch: u64,
     /// When the stage began with it.
@@ -65,7 +67,7 @@ mod tests {
 
     fn step(micro_batch: u64) -> StepEvent {
         let now = Instant::now();
-        StepEvent { stage: 0, micro_batch, start: now, end: now, tokens: 2, decode_tokens: 1 }
+        StepEvent { stage: 0, rank: None, micro_batch, start: now, end: now, tokens: 2, decode_tokens: 1 }
     }
 
     #[test]

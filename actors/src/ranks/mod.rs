@@ -5,17 +5,19 @@
 
 mod process;
 mod threads;
+mod watch;
 mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use scheduler::MicroBatch;
-use stages::{
-    Activations, CollectiveClock, Device, Dtypes, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput,
-};
+use stages::{Activations, Device, Dtypes, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput};
 
 pub use process::serve_rank;
+pub(crate) use watch::Watch;
+
+use watch::Doing;
 
 /// Where the ranks of a stage beside the first run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,7 +42,7 @@ pub(crate) struct RanksArgs {
     pub(crate) home: RankHome,
     /// How long ranks wait for each other. The watchdog is to be first.
     pub(crate) patience: Duration,
-    pub(crate) clock: Arc<CollectiveClock>,
+    pub(crate) watch: Watch,
 }
 
 impl RanksArgs {
@@ -54,7 +56,7 @@ impl RanksArgs {
             RankHome::Threads => threads::load(self)?,
             RankHome::Processes => process::load(self)?,
         };
-        Ok(Box::new(RankedStage { first, others, draws }))
+        Ok(Box::new(RankedStage { first, others, draws, watch: self.watch.clone() }))
     }
 }
 
@@ -64,6 +66,7 @@ struct RankedStage {
     first: Box<dyn Stage>,
     others: Vec<Box<dyn RankLink>>,
     draws: bool,
+    watch: Watch,
 }
 
 /// The way to a rank beside the first.
@@ -111,7 +114,13 @@ impl Stage for RankedStage {
         if let Some(rank) = self.others.iter_mut().enumerate().find_map(is_there) {
             return Err(self.blame(rank, "it is gone".to_owned()));
         }
-        match self.first.step(batch, input) {
+        let clock = self.watch.clock(0);
+        let doing = Doing::begin(&clock);
+        let outcome = self.first.step(batch, input);
+        if outcome.is_ok() {
+            self.watch.tell(0, doing.end(&clock, &step));
+        }
+        match outcome {
             Err(error) if is_consequence(&error) => {
                 let waited_for = self.others.iter().position(|other| other.end().read().is_some());
                 Err(self.blame(waited_for.map_or(0, |index| index + 1), error.to_string()))

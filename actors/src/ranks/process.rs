@@ -11,9 +11,10 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 
 use crossbeam::channel::{Receiver, bounded, unbounded};
-use stages::{Frame, Model, RankGroup, RankStep, TcpRank};
+use stages::{CollectiveClock, Frame, Model, RankGroup, RankStep, TcpRank};
 
 use super::threads::{Loaded, follow};
+use super::watch::Doing;
 use super::wire::{Order, Word, decode_step, encode_step};
 use super::{RankEnd, RankLink, RanksArgs};
 use crate::error::with_causes;
@@ -73,11 +74,11 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
         &args.devices[0],
         args.dtypes,
         args.options,
-        RankGroup { collective, sharing: args.sharing.clone(), clock: Arc::clone(&args.clock) },
+        RankGroup { collective, sharing: args.sharing.clone(), clock: args.watch.clock(0) },
     )?;
     for (rank, words) in (1..).zip(loading) {
         match words.recv() {
-            Ok(Word::Ready) => {}
+            Ok(Word::Ready | Word::Done(_)) => {}
             Ok(Word::End { message, .. }) => return Err(failed(rank, message)),
             Err(_) => return Err(failed(rank, "its process ended while it loaded".to_owned())),
         }
@@ -108,13 +109,19 @@ fn start(
     let told = Frame { kind: 0, sequence: 0, shape: [0, 0] }.write(&mut other.steps, &order);
     told.and_then(|()| other.steps.flush()).map_err(|e| format!("tell it what to do: {e}"))?;
     let (first_word, words) = bounded(1);
+    let watch = args.watch.clone();
     let listen = move || {
         let mut stdout = BufReader::new(stdout);
         let mut body = Vec::new();
         while Frame::read(&mut stdout, &mut body).is_ok() {
             let Some(word) = Word::decode(&body) else { break };
-            if let Word::End { message, is_consequence } = &word {
-                end.tell(message.clone(), *is_consequence);
+            match &word {
+                Word::Ready => {}
+                Word::Done(done) => {
+                    watch.tell_from_afar(rank, *done);
+                    continue;
+                }
+                Word::End { message, is_consequence } => end.tell(message.clone(), *is_consequence),
             }
             let _ = first_word.try_send(word); // Later words are ends, which were told.
         }
@@ -164,7 +171,9 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
     if model.identity != order.identity {
         return Err(own(format!("{}: the model has changed", order.model)));
     }
-    let group = RankGroup { collective: Box::new(collective), sharing: order.sharing, clock: Arc::default() };
+    let clock = Arc::new(CollectiveClock::default());
+    let group =
+        RankGroup { collective: Box::new(collective), sharing: order.sharing, clock: Arc::clone(&clock) };
     let follower = stages::load_follower(&model, &order.device, order.dtypes, order.options, group);
     let mut follower = follower.map_err(|e| own(with_causes(&e)))?;
     let steps = listen(input);
@@ -172,7 +181,9 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
     for body in steps {
         let step = decode_step(&body)
             .ok_or_else(|| own("it was told a step that it does not understand".to_owned()))?;
+        let doing = Doing::begin(&clock);
         follow(&mut *follower, stage, rank, &step)?;
+        say(&Word::Done(doing.end(&clock, &step)));
     }
     Ok(())
 }

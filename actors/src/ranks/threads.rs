@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use stages::{Collective, Follower, RankGroup, RankStep, Stage, thread_ranks};
 
+use super::watch::Doing;
 use super::{RankEnd, RankLink, RanksArgs, is_consequence};
 use crate::error::{panic_message, with_causes};
 
@@ -47,8 +48,7 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
         others.push(Box::new(ThreadRank { steps, end }));
         loading.push(loaded);
     }
-    let group =
-        RankGroup { collective: first, sharing: args.sharing.clone(), clock: Arc::clone(&args.clock) };
+    let group = RankGroup { collective: first, sharing: args.sharing.clone(), clock: args.watch.clock(0) };
     let first = stages::load_first_rank(&args.model, &args.devices[0], args.dtypes, args.options, group)?;
     for (rank, loaded) in (1..).zip(loading) {
         let gone = || stages::Error::Rank { rank, message: "its thread ended while it loaded".to_owned() };
@@ -67,8 +67,9 @@ struct Thread {
 
 impl Thread {
     fn run(self, collective: Box<dyn Collective<stages::Array>>, ready: &Sender<stages::Result<()>>) {
-        let RanksArgs { stage, model, devices, dtypes, options, sharing, .. } = &self.args;
-        let group = RankGroup { collective, sharing: sharing.clone(), clock: Arc::default() };
+        let RanksArgs { stage, model, devices, dtypes, options, sharing, watch, .. } = &self.args;
+        let clock = watch.clock(self.rank);
+        let group = RankGroup { collective, sharing: sharing.clone(), clock: Arc::clone(&clock) };
         let load = || stages::load_follower(model, &devices[self.rank], *dtypes, *options, group);
         let mut follower = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(Ok(follower)) => follower,
@@ -84,11 +85,13 @@ impl Thread {
         }
         // Ends when the first rank is gone, and with it the sender of steps.
         for step in &self.steps {
+            let doing = Doing::begin(&clock);
             if let Err((message, is_consequence)) = follow(&mut *follower, *stage, self.rank, &step) {
                 // Before the follower goes, and others hear of it.
                 self.end.tell(message, is_consequence);
                 return;
             }
+            watch.tell(self.rank, doing.end(&clock, &step));
         }
     }
 }

@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use scheduler::Span;
 use serde_json::{Value, json};
-use stages::{AttentionSlice, Device, Dtype, Dtypes, Part, RankStep, Sharing, Simd, SpanOptions, WeightType};
+use stages::{
+    AttentionSlice, CollectiveTimes, Device, Dtype, Dtypes, Part, RankStep, Sharing, Simd, SpanOptions,
+    WeightType,
+};
 
 use super::RanksArgs;
+use super::watch::Done;
 
 /// What a process is to be.
 #[derive(Debug, Clone)]
@@ -36,6 +40,8 @@ pub(super) struct Order {
 pub(super) enum Word {
     /// It has its part of the model, and follows.
     Ready,
+    /// It has taken a step.
+    Done(Done),
     /// It ends, and why.
     End { message: String, is_consequence: bool },
 }
@@ -136,6 +142,12 @@ impl Word {
     pub(super) fn encode(&self) -> Vec<u8> {
         let word = match self {
             Word::Ready => json!({"ready": true}),
+            Word::Done(done) => json!({
+                "done": [
+                    done.micro_batch, done.tokens, done.decode_tokens, done.time.as_nanos() as u64,
+                    done.collectives.calls, done.collectives.bytes, done.collectives.time.as_nanos() as u64,
+                ],
+            }),
             Word::End { message, is_consequence } => {
                 json!({"end": message, "is_consequence": is_consequence})
             }
@@ -145,6 +157,9 @@ impl Word {
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let word: Value = serde_json::from_slice(bytes).ok()?;
+        if let Some(numbers) = word["done"].as_array() {
+            return done(numbers).map(Word::Done);
+        }
         match word["end"].as_str() {
             None => word["ready"].as_bool()?.then_some(Word::Ready),
             Some(message) => Some(Word::End {
@@ -155,10 +170,24 @@ impl Word {
     }
 }
 
+fn done(numbers: &[Value]) -> Option<Done> {
+    let numbers: Vec<u64> = numbers.iter().map(Value::as_u64).collect::<Option<_>>()?;
+    let [micro_batch, tokens, decode_tokens, time, calls, bytes, in_collectives] = numbers[..] else {
+        return None;
+    };
+    Some(Done {
+        micro_batch,
+        tokens: usize::try_from(tokens).ok()?,
+        decode_tokens: usize::try_from(decode_tokens).ok()?,
+        time: Duration::from_nanos(time),
+        collectives: CollectiveTimes { calls, bytes, time: Duration::from_nanos(in_collectives) },
+    })
+}
+
 /// A step as words of 64 bits: lists with their lengths before them.
 pub(super) fn encode_step(step: &RankStep) -> Vec<u8> {
-    let RankStep { slices, sequences, logit_rows, greedy_rows } = step;
-    let mut words = vec![slices.len() as u64];
+    let RankStep { micro_batch, slices, sequences, logit_rows, greedy_rows } = step;
+    let mut words = vec![*micro_batch, slices.len() as u64];
     let list = |words: &mut Vec<u64>, items: &[u32]| {
         words.push(items.len() as u64);
         words.extend(items.iter().map(|item| u64::from(*item)));
@@ -176,8 +205,9 @@ pub(super) fn encode_step(step: &RankStep) -> Vec<u8> {
 pub(super) fn decode_step(bytes: &[u8]) -> Option<RankStep> {
     let (words, []) = bytes.as_chunks() else { return None };
     let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
+    let micro_batch = words.next()?;
     let num_slices = words.next()?;
-    let mut step = RankStep::default();
+    let mut step = RankStep { micro_batch, ..RankStep::default() };
     for _ in 0..num_slices {
         step.sequences.push(words.next()?);
         let [first_row, num_rows, first_position] = [words.next()?, words.next()?, words.next()?]
@@ -237,10 +267,14 @@ mod tests {
     #[test]
     fn words_come_back_as_they_were_said() {
         let end = Word::End { message: "it \"panicked\"".to_owned(), is_consequence: true };
-        for word in [Word::Ready, end] {
+        let collectives = CollectiveTimes { calls: 3, bytes: 1 << 40, time: Duration::from_nanos(5) };
+        let time = Duration::from_micros(7);
+        let done = Done { micro_batch: u64::MAX, tokens: 9, decode_tokens: 2, time, collectives };
+        for word in [Word::Ready, Word::Done(done), end] {
             assert_eq!(Word::decode(&word.encode()), Some(word));
         }
         assert_eq!(Word::decode(b"{\"ready\": false}"), None);
+        assert_eq!(Word::decode(b"{\"done\": [1, 2, 3]}"), None);
     }
 
     #[test]
@@ -252,6 +286,7 @@ mod tests {
             pages: pages.to_vec(),
         };
         let step = RankStep {
+            micro_batch: 77,
             slices: vec![slice(0, &[5, u32::MAX]), slice(2, &[])],
             sequences: vec![u64::MAX, 0],
             logit_rows: vec![1],

@@ -45,6 +45,9 @@ pub(crate) enum Command {
     /// Be a rank of a stage: what a run starts by itself, and talks to by standard input and output
     #[command(hide = true)]
     Rank,
+    /// Be a stage: what a run starts by itself, and talks to by standard input and output
+    #[command(hide = true)]
+    Stage,
 }
 
 #[derive(Debug, Args)]

@@ -13,7 +13,7 @@ use jobs::{
     Timings, TokenTotals,
 };
 use serde_json::json;
-use stages::{Model, ModelConfig, Part};
+use stages::Model;
 
 use crate::hindsight::BetterCut;
 use crate::layout::device_names;
@@ -107,7 +107,6 @@ impl Ended<'_> {
                 ranks: layout.devices.len(),
                 by_sequences: layout.sharing.sequence_blocks().len(),
                 collectives: collectives(replica, index % num_stages),
-                hop_bytes: hop_bytes(layout.part, times.tokens, &self.model.config),
                 times: times.clone(),
                 predicted: hindsight.predicted[index],
             })
@@ -220,14 +219,4 @@ impl Ended<'_> {
 /// The replicas that others went on without, and why.
 fn failed_replicas(outcome: &JobOutcome) -> Vec<(usize, String)> {
     outcome.failed_replicas.iter().map(|(replica, error)| (*replica, error.to_string())).collect()
-}
-
-/// Bytes that a stage has handed on for so many tokens: the residual stream in f32, and the sums of an FFN that is cut.
-fn hop_bytes(part: Part, tokens: u64, config: &ModelConfig) -> u64 {
-    let arrays = match (part.is_last(config), part.end_column) {
-        (true, _) => 0,
-        (false, None) => 1,
-        (false, Some(_)) => 2,
-    };
-    arrays * tokens * (config.dims.hidden * size_of::<f32>()) as u64
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
-use actors::{Limits, PipelineOptions, RankHome, StagePlacement};
+use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
 use anyhow::{Result, bail};
 use configs::KvCacheTokens;
 use jobs::NumericProfile;
@@ -43,6 +43,7 @@ pub(crate) struct Unplaced {
     /// Those that the job names, in its order: of one replica after the other.
     pub(crate) devices: Vec<Device>,
     replicas: usize,
+    run_in: StageHome,
     ranks: RankHome,
     pub(crate) dtypes: Dtypes,
     /// Longest sequence.
@@ -59,8 +60,17 @@ impl Unplaced {
     /// # Errors
     /// A GPU that its stages do not fit.
     pub(crate) fn with(self, stages: &[StageLayout]) -> Result<Vec<PipelineOptions>> {
-        let Unplaced { devices, replicas, ranks, dtypes, context_tokens: _, mut scheduler, limits, gpus } =
-            self;
+        let Unplaced {
+            devices,
+            replicas,
+            run_in,
+            ranks,
+            dtypes,
+            context_tokens: _,
+            mut scheduler,
+            limits,
+            gpus,
+        } = self;
         if let Some(gpus) = gpus {
             scheduler.num_pages = gpus.num_pages(&devices, replicas, stages)?;
         }
@@ -74,6 +84,7 @@ impl Unplaced {
             PipelineOptions {
                 first_stage: replica * stages.len(),
                 stages: stages.iter().map(stage).collect(),
+                run_in,
                 ranks,
                 dtypes,
                 scheduler: scheduler.clone(),
@@ -124,11 +135,15 @@ pub(crate) fn pipeline(
         window: window(max_sequences),
         step_timeout: Duration::from_secs(pipeline.step_timeout_seconds as u64),
     };
+    let run_in = match pipeline.stages_run_in {
+        configs::StagesRunIn::Threads => StageHome::Threads,
+        configs::StagesRunIn::Processes => StageHome::Processes,
+    };
     let ranks = match pipeline.ranks {
         configs::Ranks::Threads => RankHome::Threads,
         configs::Ranks::Processes => RankHome::Processes,
     };
-    Ok(Unplaced { devices, replicas, ranks, dtypes, context_tokens, scheduler, limits, gpus })
+    Ok(Unplaced { devices, replicas, run_in, ranks, dtypes, context_tokens, scheduler, limits, gpus })
 }
 
 /// One replica's share of the sequences in flight.
@@ -271,6 +286,12 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
 fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     let is_twice = |index: usize| pipeline.devices[..index].contains(&pipeline.devices[index]);
     let twice = (0..pipeline.devices.len()).find(|index| is_twice(*index));
+    if pipeline.stages_run_in == configs::StagesRunIn::Processes && gpus::are_meant(pipeline)? {
+        bail!(
+            "[pipeline] stages_run_in: found \"processes\" with {}, expected CPU devices: GPUs hand activations over in one process",
+            pipeline.devices[0]
+        );
+    }
     match (layout::widths(pipeline), twice) {
         (Some(widths), _) if gpus::are_meant(pipeline)? => bail!(
             "[pipeline] tensor_parallel: found {widths:?} with {}, expected one GPU for each stage: several cannot share one yet",

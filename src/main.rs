@@ -74,7 +74,8 @@ fn main() -> ExitCode {
             Command::Profile(args) => profile::profile(&args).map(|()| ExitCode::SUCCESS),
             Command::Bench(args) => bench::bench(&args).map(|()| ExitCode::SUCCESS),
             Command::Inspect(args) => inspect::inspect(&args).map(|()| ExitCode::SUCCESS),
-            Command::Rank => rank(),
+            Command::Rank => served(actors::serve_rank(std::io::stdin(), std::io::stdout())),
+            Command::Stage => served(actors::serve_stage(std::io::stdin(), std::io::stdout())),
         }
     });
     // Device threads may be in the middle of a step that nobody waits for.
@@ -85,12 +86,9 @@ fn main() -> ExitCode {
     })
 }
 
-/// A rank of a stage of another process, which says itself why it ends.
-fn rank() -> anyhow::Result<ExitCode> {
-    match actors::serve_rank(std::io::stdin(), std::io::stdout()) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(_) => Ok(ExitCode::from(EXIT_BAD_INPUT)),
-    }
+/// A part of another process's pipeline, which says itself why it ends.
+fn served(outcome: std::result::Result<(), String>) -> anyhow::Result<ExitCode> {
+    Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_BAD_INPUT) })
 }
 
 /// A line to the user, beside the command's own output. Who has closed stderr does without it.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use actors::{StageParts, StageTimes};
+use actors::{HopTimes, StageParts, StageTimes};
 use jobs::{RankRecord, Score, Scores, StageRecord};
 use stages::{CollectiveTimes, Part};
 
@@ -61,8 +61,6 @@ pub(crate) struct StageLine {
     pub(crate) by_sequences: usize,
     /// What each rank spent on collectives, the first one first.
     pub(crate) collectives: Vec<CollectiveTimes>,
-    /// Bytes that it has handed on to the next stage.
-    pub(crate) hop_bytes: u64,
     pub(crate) times: StageTimes,
     /// Seconds that it should have been busy.
     pub(crate) predicted: f64,
@@ -85,7 +83,8 @@ impl StageLine {
                 1 => Vec::new(),
                 _ => self.rank_records(),
             },
-            hop_bytes: self.hop_bytes,
+            hop_bytes: self.times.hops.bytes,
+            hop_seconds: self.times.hops.time.as_secs_f64(),
             busy_seconds: parts.busy.as_secs_f64(),
             starved_seconds: parts.starved.as_secs_f64(),
             blocked_seconds: parts.blocked.as_secs_f64(),
@@ -133,8 +132,10 @@ impl StageLine {
                 format!(", {ranks} ranks{by_sequences}: in collectives {shares} of it")
             }
         };
-        if self.hop_bytes > 0 {
-            text += &format!(", {} MB handed on", megabytes(self.hop_bytes));
+        let HopTimes { hops, bytes, time } = self.times.hops;
+        if bytes > 0 {
+            let micros = time.as_secs_f64() * 1e6 / hops as f64;
+            text += &format!(", {} MB handed on in {micros:.0} µs each", megabytes(bytes));
         }
         text
     }

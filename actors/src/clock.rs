@@ -6,6 +6,7 @@
 
 mod at_work;
 mod flow;
+mod hops;
 mod ledger;
 mod stage;
 mod steps;
@@ -13,10 +14,12 @@ mod steps;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-pub(crate) use at_work::AtWork;
+pub(crate) use at_work::{AtWork, Hung};
 pub(crate) use flow::{Flow, FlowClock};
+pub(crate) use hops::HopClock;
+pub use hops::HopTimes;
 pub use ledger::StageParts;
-pub(crate) use stage::Meter;
+pub(crate) use stage::{Meter, StepWork};
 pub use stage::{StageClock, StageTimes, StepLoads};
 pub use steps::{StepEvent, StepLog};
 

@@ -2,7 +2,7 @@
 //!
 //! Device work blocks, and a device's handles may be bound to one thread; so each stage has a thread of its
 //! own, which loads the span, computes micro-batches in the order of arrival, and pushes results on
-//! without a detour through its actor.
+//! without a detour through its actor. It may be in another process than its actor: then its witness is far.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use std::time::Instant;
 
 use crossbeam::channel::Receiver;
 use kameo::actor::{WeakActorRef, WeakRecipient};
-use scheduler::MicroBatchOutput;
+use scheduler::{MicroBatchId, MicroBatchOutput};
 use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
 
-use crate::clock::{AtWork, Meter};
+use crate::clock::{AtWork, Meter, StepWork};
 use crate::error::{Error, Result, panic_message, with_causes};
 use crate::link::{Link, is_delivered};
 use crate::stage::{DeviceFailed, StageActor, StageEnd, Step, Work};
@@ -27,34 +27,109 @@ pub(crate) type LoadStage = Arc<dyn Fn() -> stages::Result<Box<dyn Stage>> + Sen
 pub(crate) enum Next {
     /// To the stage after it.
     Stage(Box<dyn Link>),
-    /// From the last stage back to the pipeline; weak, so that a ring of actors can end.
-    Pipeline(WeakRecipient<Tokens>),
+    /// From the last stage back to the pipeline.
+    Pipeline(Box<dyn WayBack>),
+}
+
+/// The way from the last stage to the pipeline.
+pub(crate) trait WayBack: Send {
+    /// Brings a finished micro-batch back; where the pipeline is gone, nobody wants it.
+    fn bring(&self, output: MicroBatchOutput);
 }
 
 /// Token ids and log-probabilities of a finished micro-batch.
 pub(crate) struct Tokens(pub(crate) MicroBatchOutput);
 
-/// All that the thread works with.
-pub(crate) struct DeviceThread {
+// Weak, so that a ring of actors can end.
+impl WayBack for WeakRecipient<Tokens> {
+    fn bring(&self, output: MicroBatchOutput) {
+        if let Some(pipeline) = self.upgrade() {
+            is_delivered(pipeline.tell(Tokens(output)).try_send());
+        }
+    }
+}
+
+/// Who hears what a device thread is at.
+pub(crate) trait Witness: Send {
+    /// It begins with a micro-batch.
+    fn begins(&self, micro_batch: MicroBatchId);
+
+    /// It has computed it and hands it on.
+    fn hands_on(&self, work: &StepWork);
+
+    /// What it computes, or has just computed, comes to nothing.
+    fn computes_in_vain(&self);
+
+    /// It has nothing to compute.
+    fn rests(&self);
+
+    /// It ends.
+    fn ends(&self, end: StageEnd);
+}
+
+/// The clocks, the watchdog and the actor of a stage.
+pub(crate) struct Here {
     pub(crate) index: usize,
-    pub(crate) work: Receiver<Work>,
-    pub(crate) next: Next,
     pub(crate) meter: Meter,
     pub(crate) at_work: Arc<AtWork>,
-    pub(crate) lost: Lost,
     /// Weak, so that the actor can end, and its thread after it.
     pub(crate) owner: WeakActorRef<StageActor>,
 }
 
-impl DeviceThread {
+impl Witness for Here {
+    fn begins(&self, micro_batch: MicroBatchId) {
+        self.at_work.set(Some(micro_batch));
+        self.meter.compute();
+    }
+
+    fn hands_on(&self, work: &StepWork) {
+        let busy = self.meter.hand_on(work);
+        tracing::debug!(
+            stage = self.index,
+            micro_batch = work.micro_batch.0,
+            tokens = work.tokens,
+            seconds = busy.as_secs_f64(),
+            "step"
+        );
+    }
+
+    fn computes_in_vain(&self) {
+        self.meter.compute_in_vain();
+    }
+
+    fn rests(&self) {
+        self.meter.wait();
+        self.at_work.set(None);
+    }
+
+    fn ends(&self, end: StageEnd) {
+        if let Some(owner) = self.owner.upgrade() {
+            let _ = owner.tell(DeviceFailed(end)).blocking_send(); // It may be about to end anyway.
+        }
+    }
+}
+
+/// All that the thread works with.
+pub(crate) struct DeviceThread<W> {
+    pub(crate) index: usize,
+    pub(crate) work: Receiver<Work>,
+    pub(crate) next: Next,
+    pub(crate) witness: W,
+    pub(crate) lost: Lost,
+}
+
+impl<W: Witness + 'static> DeviceThread<W> {
     /// Starts the thread; `ready` hears when its span is loaded, or why it could not be.
     pub(crate) fn spawn(self, load: LoadStage, ready: oneshot::Sender<Result<()>>) {
         let name = format!("stage-{}", self.index);
-        let thread = std::thread::Builder::new().name(name).spawn(move || self.run(load, ready));
+        // Nobody waits for the answer any more when the start was given up.
+        let ready = move |loaded| ready.send(loaded).is_ok();
+        let thread = std::thread::Builder::new().name(name).spawn(move || self.run(&load, ready));
         thread.expect("the system starts a thread");
     }
 
-    fn run(self, load: LoadStage, ready: oneshot::Sender<Result<()>>) {
+    /// Is the thread; `ready` says whether anybody wants the stage that was loaded.
+    pub(crate) fn run(self, load: &LoadStage, ready: impl FnOnce(Result<()>) -> bool) {
         let stage = self.index;
         let begun = Instant::now();
         let loaded = match catch_unwind(AssertUnwindSafe(|| load())) {
@@ -65,16 +140,15 @@ impl DeviceThread {
         let mut stage = match loaded {
             Ok(stage) => stage,
             Err(error) => {
-                // Nobody waits for the answer any more when the start was given up.
-                let _ = ready.send(Err(error));
+                ready(Err(error));
                 return;
             }
         };
         tracing::info!(stage = self.index, seconds = begun.elapsed().as_secs_f64(), "loaded");
-        if ready.send(Ok(())).is_err() {
+        if !ready(Ok(())) {
             return;
         }
-        self.meter.wait();
+        self.witness.rests();
         // Ends when the actor is gone, and with it the sender of work.
         for work in &self.work {
             let step = match work {
@@ -83,31 +157,30 @@ impl DeviceThread {
                     flush.answer();
                     continue;
                 }
+                Work::Join(_) => unreachable!("a stage in this process finds the next one by its seat"),
             };
-            let micro_batch = Some(step.batch.id);
-            self.at_work.set(micro_batch);
+            let micro_batch = step.batch.id;
+            if self.lost.contains(micro_batch) {
+                continue;
+            }
+            self.witness.begins(micro_batch);
             if let Err(error) = self.step(&mut *stage, step) {
-                self.meter.compute_in_vain();
+                self.witness.computes_in_vain();
                 // Freed before another takes its place: a device may not hold two. Whatever comes of that,
                 // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
-                if let Some(owner) = self.owner.upgrade() {
-                    let _ = owner.tell(DeviceFailed(StageEnd { error, micro_batch })).blocking_send();
-                }
+                self.witness.ends(StageEnd { error, micro_batch: Some(micro_batch) });
                 return;
             }
-            self.at_work.set(None);
+            self.witness.rests();
         }
     }
 
-    /// Computes one micro-batch, unless it is lost, and passes it on.
+    /// Computes one micro-batch, and passes it on unless it was lost meanwhile.
     fn step(&self, stage: &mut dyn Stage, step: Step) -> Result<()> {
-        let Step { batch, input } = step;
-        if self.lost.contains(batch.id) {
-            return Ok(());
-        }
+        let Step { batch, input, credit } = step;
+        drop(credit); // There is room for another.
         let index = self.index;
-        self.meter.compute();
         let compute = || {
             jobs::faults::step(index);
             stage.step(&batch, input)
@@ -118,31 +191,18 @@ impl DeviceThread {
             Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
         };
         if self.lost.contains(batch.id) {
-            self.meter.compute_in_vain(); // It was lost while it was computed.
-            self.meter.wait();
+            self.witness.computes_in_vain();
             return Ok(());
         }
-        let busy = self.meter.hand_on(&batch);
-        tracing::debug!(
-            stage = index,
-            micro_batch = batch.id.0,
-            tokens = batch.num_tokens(),
-            seconds = busy.as_secs_f64(),
-            "step"
-        );
+        self.witness.hands_on(&StepWork::from(&*batch));
         match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
-            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => {
-                if let Some(pipeline) = pipeline.upgrade() {
-                    is_delivered(pipeline.tell(Tokens(output)).try_send());
-                }
-            }
+            (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => pipeline.bring(output),
             (StageOutput::Activations(_), Next::Pipeline(_)) => panic!("the last stage made activations"),
             (StageOutput::Tokens(_), Next::Stage(_)) => {
                 panic!("stage {index} drew tokens and is not the last")
             }
         }
-        self.meter.wait();
         Ok(())
     }
 }

@@ -13,18 +13,22 @@ mod error;
 mod job;
 mod link;
 mod pipeline;
+mod processes;
 mod ranks;
 #[cfg(test)]
 mod simulation;
 mod stage;
 mod stage_set;
 mod start;
+mod tcp_link;
 #[cfg(test)]
 mod tests;
+mod wire;
 
 pub use answer::answer;
-pub use clock::{PipelineClock, StageClock, StageParts, StageTimes, StepEvent, StepLoads, StepLog};
+pub use clock::{HopTimes, PipelineClock, StageClock, StageParts, StageTimes, StepEvent, StepLoads, StepLog};
 pub use error::{Error, Result};
 pub use job::{JobOptions, JobOutcome, JobProgress, run_job};
+pub use processes::serve_stage;
 pub use ranks::{RankHome, serve_rank};
-pub use start::{Limits, Pipeline, PipelineOptions, StagePlacement, start, start_replicas};
+pub use start::{Limits, Pipeline, PipelineOptions, StageHome, StagePlacement, start, start_replicas};

@@ -1,11 +1,15 @@
 //! Links carry a micro-batch and its activations from one stage to the next.
+//!
+//! The one seam between stages in one process and stages in several: who pushes does not know which it is.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use kameo::error::SendError;
 use scheduler::MicroBatch;
 use stages::Activations;
 
+use crate::clock::HopClock;
 use crate::stage::Step;
 use crate::stage_set::Seat;
 
@@ -18,12 +22,27 @@ pub(crate) trait Link: Send {
 }
 
 /// The next stage lives in this process: activations move without a copy.
-pub(crate) struct InProcess(pub(crate) Seat);
+pub(crate) struct InProcess {
+    pub(crate) seat: Seat,
+    /// Where hops are counted, if they are hops between stages.
+    pub(crate) hops: Option<Arc<HopClock>>,
+}
 
 impl Link for InProcess {
     fn push(&self, batch: Arc<MicroBatch>, input: Option<Activations>) {
-        is_delivered(self.0.incumbent().actor.tell(Step { batch, input }).try_send());
+        let (began, bytes) = (Instant::now(), input.as_ref().map_or(0, |input| num_bytes(&batch, input)));
+        let step = Step { batch, input, credit: None };
+        is_delivered(self.seat.incumbent().actor.tell(step).try_send());
+        if let Some(hops) = &self.hops {
+            hops.add(bytes, began.elapsed());
+        }
     }
+}
+
+/// Bytes of a micro-batch's activations, wherever they are.
+fn num_bytes(batch: &MicroBatch, Activations { sums, hidden, .. }: &Activations) -> u64 {
+    let arrays = 1 + usize::from(sums.is_some());
+    (arrays * batch.num_tokens() * hidden * size_of::<f32>()) as u64
 }
 
 /// Whether a message arrived; false when its receiver is gone.

@@ -24,7 +24,7 @@ use scheduler::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::clock::{Flow, PipelineClock};
+use crate::clock::{Flow, Hung, PipelineClock};
 use crate::device_thread::Tokens;
 use crate::error::{Error, Result, link_death};
 use crate::link::{InProcess, Link, is_delivered};
@@ -49,7 +49,7 @@ const fn max_ends(max_sequences: usize) -> u32 {
     sum
 }
 
-/// Threads that may hang. Each keeps its weights and its caches until it wakes, if it ever does.
+/// Threads that may hang; a process is ended. Each keeps its weights and its caches until it wakes, if it ever does.
 const MAX_HANGS: u32 = 4;
 
 /// Owns the scheduler of one pipeline, and its stages.
@@ -184,16 +184,15 @@ impl Actor for PipelineActor {
 
 impl PipelineActor {
     fn stage_end(&self, stage: usize, reason: &ActorStopReason) -> StageEnd {
-        let hung = self.stages.hung(stage);
-        match reason {
-            ActorStopReason::Panicked(panic) => {
+        match (reason, self.stages.hung(stage)) {
+            (ActorStopReason::Panicked(panic), _) => {
                 panic.downcast().unwrap_or_else(|| Error::Ended("a stage").into())
             }
-            _ if hung.is_some() => StageEnd {
-                error: Error::Hang { stage: self.stages.number(stage), seconds: self.step_timeout.as_secs() },
-                micro_batch: hung,
-            },
-            _ => Error::Ended("a stage").into(),
+            (_, Some(Hung { micro_batch })) => {
+                let (stage, seconds) = (self.stages.number(stage), self.step_timeout.as_secs());
+                StageEnd { error: Error::Hang { stage, seconds }, micro_batch }
+            }
+            (_, None) => Error::Ended("a stage").into(),
         }
     }
 
@@ -201,7 +200,8 @@ impl PipelineActor {
         let StageEnd { error, micro_batch } = end;
         self.is_whole = false;
         self.ends_in_a_row += 1;
-        self.num_hangs += u32::from(matches!(error, Error::Hang { .. }));
+        let leaves_thread = matches!(error, Error::Hang { .. }) && !self.stages.are_processes();
+        self.num_hangs += u32::from(leaves_thread);
         let times = self.ends_in_a_row;
         let is_too_often = times > max_ends(self.scheduler.options().max_sequences);
         if self.probe.is_some() || self.num_hangs > MAX_HANGS || (is_too_often && self.convicted.is_empty()) {

@@ -3,29 +3,39 @@
 //! Each stage has a seat, which its neighbours and the watchdog know. An actor that ends leaves its seat to
 //! the next one; what was under way is lost, and [`Lost`] keeps it from being computed by anybody.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use kameo::actor::{ActorId, ActorRef, Recipient, Spawn};
 use kameo::mailbox;
 use scheduler::MicroBatchId;
 
-use crate::clock::{AtWork, PipelineClock, StageClock};
+use crate::clock::{AtWork, Hung, PipelineClock, StageClock};
 use crate::device_thread::{LoadStage, Next, Tokens};
 use crate::error::{Error, Result};
 use crate::link::InProcess;
 use crate::pipeline::PipelineActor;
-use crate::stage::{self, Flush, StageActor, StageArgs};
+use crate::processes::{ProcessArgs, ProcessEnds};
+use crate::stage::{self, Flush, Join, StageActor, StageArgs, StageSource};
 
 /// All stages of one pipeline.
 pub(crate) struct StageSet {
     /// The number by which the job knows the first of them.
     first_stage: usize,
-    loads: Vec<LoadStage>,
+    loads: Vec<StageLoad>,
     clocks: Vec<Arc<StageClock>>,
     seats: Vec<Seat>,
     lost: Lost,
+}
+
+/// Where a stage runs, and how it is loaded there each time that it is started.
+pub(crate) enum StageLoad {
+    /// On a thread of this process.
+    Thread(LoadStage),
+    /// In a process of its own. Of one pipeline all stages are, or none.
+    Process(Arc<ProcessArgs>),
 }
 
 /// Where a stage's present actor is found.
@@ -37,6 +47,8 @@ pub(crate) struct Seat(Arc<RwLock<Incumbent>>);
 pub(crate) struct Incumbent {
     pub(crate) actor: ActorRef<StageActor>,
     pub(crate) at_work: Arc<AtWork>,
+    /// Where its process takes micro-batches, once it is there and if it has one.
+    pub(crate) address: Arc<OnceLock<SocketAddr>>,
 }
 
 /// Up to which micro-batch all that was not completed is lost.
@@ -47,6 +59,11 @@ impl Lost {
     /// Every micro-batch before this one that has not come back never will.
     pub(crate) fn all_before(&self, next: MicroBatchId) {
         self.0.store(next.0, Ordering::Release);
+    }
+
+    /// The first micro-batch that is not lost.
+    pub(crate) fn next(&self) -> MicroBatchId {
+        MicroBatchId(self.0.load(Ordering::Acquire))
     }
 
     pub(crate) fn contains(&self, micro_batch: MicroBatchId) -> bool {
@@ -72,7 +89,7 @@ impl StageSet {
     /// The first stage that could not be loaded.
     pub(crate) async fn start(
         first_stage: usize,
-        loads: Vec<LoadStage>,
+        loads: Vec<StageLoad>,
         pipeline: &ActorRef<PipelineActor>,
         clock: &Arc<PipelineClock>,
     ) -> Result<Self> {
@@ -80,14 +97,17 @@ impl StageSet {
         let clocks = (0..loads.len()).map(new_clock).collect();
         let mut stages = StageSet { first_stage, loads, clocks, seats: Vec::new(), lost: Lost::default() };
         // From the last stage to the first: each is given the way to the next.
-        let mut next = stages.way_back(pipeline);
+        let mut next = None;
         for index in (0..stages.len()).rev() {
             let seat = Seat(Arc::new(RwLock::new(stages.spawn(index, next, pipeline).await)));
-            next = Next::Stage(Box::new(InProcess(seat.clone())));
+            next = Some(seat.clone());
             stages.seats.insert(0, seat);
         }
         for seat in &stages.seats {
             started(&seat.incumbent().actor).await?;
+        }
+        for index in 1..stages.len() {
+            stages.join(index).await;
         }
         Ok(stages)
     }
@@ -97,37 +117,54 @@ impl StageSet {
     /// # Errors
     /// It could not be loaded.
     pub(crate) async fn restart(&self, index: usize, pipeline: &ActorRef<PipelineActor>) -> Result<()> {
-        let next = match self.seats.get(index + 1) {
-            Some(seat) => Next::Stage(Box::new(InProcess(seat.clone()))),
-            None => self.way_back(pipeline),
-        };
-        let incumbent = self.spawn(index, next, pipeline).await;
+        let incumbent = self.spawn(index, self.seats.get(index + 1).cloned(), pipeline).await;
         started(&incumbent.actor).await?;
         self.clocks[index].add_restart();
         self.seats[index].pass_on(incumbent);
+        self.join(index).await;
+        self.join(index + 1).await;
         Ok(())
     }
 
-    /// Weak, so that a ring of actors can end.
-    fn way_back(&self, pipeline: &ActorRef<PipelineActor>) -> Next {
-        let pipeline: Recipient<Tokens> = pipeline.clone().recipient();
-        Next::Pipeline(pipeline.downgrade())
+    /// Tells the stage before this one where its process is; those of one process find each other by their seats.
+    async fn join(&self, index: usize) {
+        if let (Some(seat), Some(before)) = (self.seats.get(index), index.checked_sub(1))
+            && let Some(address) = seat.incumbent().address.get()
+        {
+            // Where it is gone, it will be told once it is there again.
+            let _ = self.seats[before].incumbent().actor.tell(Join(*address)).await;
+        }
     }
 
-    async fn spawn(&self, index: usize, next: Next, pipeline: &ActorRef<PipelineActor>) -> Incumbent {
-        let at_work = Arc::new(AtWork::default());
+    async fn spawn(&self, index: usize, next: Option<Seat>, pipeline: &ActorRef<PipelineActor>) -> Incumbent {
+        let (at_work, address) = (Arc::new(AtWork::default()), Arc::new(OnceLock::new()));
+        let hops = self.clocks[index].hops();
+        let tokens: Recipient<Tokens> = pipeline.clone().recipient();
+        let tokens = tokens.downgrade(); // Weak, so that a ring of actors can end.
+        let source = match &self.loads[index] {
+            StageLoad::Thread(load) => StageSource::Thread {
+                load: Arc::clone(load),
+                next: match next {
+                    Some(seat) => Next::Stage(Box::new(InProcess { seat, hops: Some(hops) })),
+                    None => Next::Pipeline(Box::new(tokens)),
+                },
+            },
+            StageLoad::Process(args) => StageSource::Process {
+                args: Arc::clone(args),
+                ends: ProcessEnds { hops, tokens, address: Arc::clone(&address), is_first: index == 0 },
+            },
+        };
         let args = StageArgs {
             index: self.number(index),
             num_stages: self.len(),
-            load: self.loads[index].clone(),
-            next,
+            source,
             meter: self.clocks[index].new_life(),
             at_work: Arc::clone(&at_work),
             lost: self.lost.clone(),
         };
         let mailbox = mailbox::bounded(stage::mailbox_size(self.len()));
         let actor = StageActor::spawn_link_with_mailbox(pipeline, args, mailbox).await;
-        Incumbent { actor, at_work }
+        Incumbent { actor, at_work, address }
     }
 
     /// The number by which the job knows a stage.
@@ -141,7 +178,7 @@ impl StageSet {
 
     /// The way to the first stage.
     pub(crate) fn first(&self) -> InProcess {
-        InProcess(self.seats[0].clone())
+        InProcess { seat: self.seats[0].clone(), hops: None }
     }
 
     /// Which stage this actor is, if it is one that still sits in its seat.
@@ -149,9 +186,14 @@ impl StageSet {
         self.seats.iter().position(|seat| seat.incumbent().actor.id() == actor)
     }
 
-    /// The micro-batch over which this stage's device thread was given up, if it was.
-    pub(crate) fn hung(&self, index: usize) -> Option<MicroBatchId> {
+    /// Over what this stage's device thread was given up, if it was.
+    pub(crate) fn hung(&self, index: usize) -> Option<Hung> {
         self.seats[index].incumbent().at_work.hung()
+    }
+
+    /// Whether its stages are processes of their own.
+    pub(crate) fn are_processes(&self) -> bool {
+        self.loads.iter().any(|load| matches!(load, StageLoad::Process(_)))
     }
 
     pub(crate) fn lost(&self) -> &Lost {
@@ -189,7 +231,7 @@ impl StageSet {
             let mut ticks = tokio::time::interval(step_timeout / 8);
             loop {
                 ticks.tick().await;
-                for Incumbent { actor, at_work } in seats.iter().map(Seat::incumbent) {
+                for Incumbent { actor, at_work, .. } in seats.iter().map(Seat::incumbent) {
                     if at_work.give_up_after(step_timeout) {
                         actor.kill();
                     }

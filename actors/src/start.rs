@@ -9,12 +9,12 @@ use scheduler::Span;
 use stages::{CollectiveClock, Device, Dtypes, Model, Part, Sharing, SpanOptions};
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
-use crate::device_thread::LoadStage;
 use crate::error::{Error, Result};
 use crate::pipeline::{self, PipelineActor, PipelineArgs, SchedulerStats};
+use crate::processes::ProcessArgs;
 use crate::ranks::Watch;
 use crate::ranks::{RankHome, RanksArgs};
-use crate::stage_set::StageSet;
+use crate::stage_set::{StageLoad, StageSet};
 
 /// How long a report waits for a pipeline's figures.
 const STATS_PATIENCE: Duration = Duration::from_secs(1);
@@ -41,6 +41,16 @@ impl StagePlacement {
     }
 }
 
+/// Where the stages of a pipeline run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StageHome {
+    /// On threads of this process.
+    #[default]
+    Threads,
+    /// In a process each, of this program, that talk by TCP.
+    Processes,
+}
+
 /// All that decides how a pipeline runs.
 #[derive(Debug, Clone)]
 pub struct PipelineOptions {
@@ -48,6 +58,8 @@ pub struct PipelineOptions {
     pub first_stage: usize,
     /// The stages in order; their spans cover the model.
     pub stages: Vec<StagePlacement>,
+    /// Where the stages run.
+    pub run_in: StageHome,
     /// Where ranks beside the first run.
     pub ranks: RankHome,
     /// Number types.
@@ -116,26 +128,26 @@ pub async fn start_replicas(model: &Model, replicas: Vec<PipelineOptions>) -> Re
 /// # Errors
 /// The first stage that could not be loaded.
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
-    let PipelineOptions { first_stage, stages, ranks, dtypes, scheduler, limits, step_log } = options;
+    let PipelineOptions { first_stage, stages, run_in, ranks, dtypes, scheduler, limits, step_log } = options;
     let parts = stages.iter().map(|stage| stage.part).collect();
     let watch = |(index, stage): (usize, &StagePlacement)| {
         Watch::new(first_stage + index, stage.devices.len(), step_log.clone())
     };
     let watches: Vec<Watch> = stages.iter().enumerate().map(watch).collect();
-    let load = |(index, placement): (usize, StagePlacement)| -> LoadStage {
+    let num_stages = stages.len();
+    let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
         let options = SpanOptions { part, num_pages, context_tokens };
         let (model, watch) = (model.clone(), watches[index].clone());
-        if let [device] = &devices[..] {
-            let device = device.clone();
-            return Arc::new(move || stages::load(&model, &device, dtypes, options));
-        }
         let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;
         let args =
             RanksArgs { stage, model, devices, dtypes, options, sharing, home: ranks, patience, watch };
-        Arc::new(move || args.load())
+        match run_in {
+            StageHome::Threads => StageLoad::Thread(Arc::new(move || args.load())),
+            StageHome::Processes => StageLoad::Process(Arc::new(ProcessArgs { num_stages, ranks: args })),
+        }
     };
     let loads = stages.into_iter().enumerate().map(load).collect();
     let pipeline =
@@ -148,7 +160,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
 pub(crate) struct StageLoads {
     /// The number of the first of them.
     pub(crate) first_stage: usize,
-    pub(crate) loads: Vec<LoadStage>,
+    pub(crate) loads: Vec<StageLoad>,
     pub(crate) parts: Vec<Part>,
 }
 

@@ -11,10 +11,10 @@ use scheduler::{Failure, MicroBatch, MicroBatchOutput, Slice, SliceOutput, Span}
 use stages::{Activations, Stage, StageOutput};
 
 use crate::clock::StageParts;
-use crate::device_thread::LoadStage;
 use crate::error::Error;
 use crate::job::threads::catch;
 use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
+use crate::stage_set::StageLoad;
 use crate::start::{Limits, Pipeline, StageLoads, start_stages};
 
 /// What may go wrong before a step, told the stage, its step and the micro-batch.
@@ -102,16 +102,16 @@ impl World {
     }
 
     async fn start_with(&self, options: scheduler::Options) -> Pipeline {
-        let load = |index: usize| -> LoadStage {
+        let load = |index: usize| -> StageLoad {
             let (is_first, is_last) = (index == 0, index + 1 == self.num_stages);
             let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
             let (loads, most_loads) = (Arc::clone(&self.loads), self.most_loads);
             let trouble = Arc::clone(&self.trouble);
-            Arc::new(move || {
+            StageLoad::Thread(Arc::new(move || {
                 assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
                 let (steps, trouble) = (Arc::clone(&steps), Arc::clone(&trouble));
                 Ok(Box::new(Probe { index, is_first, is_last, steps, trouble, step_time }) as Box<dyn Stage>)
-            })
+            }))
         };
         let parts = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }.into()).collect();
         let loads = (0..self.num_stages).map(load).collect();
@@ -268,7 +268,7 @@ async fn a_full_bunch_of_finished_rows_passes_by_in_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stage_that_cannot_load_is_named() {
-    let panics = || -> LoadStage { Arc::new(|| panic!("a planted panic while loading")) };
+    let panics = || StageLoad::Thread(Arc::new(|| panic!("a planted panic while loading")));
     let parts = vec![Span { start: 0, end: 1 }.into()];
     let limits = Limits { window: WINDOW, step_timeout: Duration::from_secs(60) };
     let stages = StageLoads { first_stage: 0, loads: vec![panics()], parts };

@@ -296,6 +296,16 @@ impl<'de> Deserialize<'de> for Device {
 }
 
 words! {
+    /// Where the stages of a pipeline run.
+    StagesRunIn, r#""threads" or "processes""#, {
+        /// Threads of this process.
+        Threads = "threads",
+        /// A process each.
+        Processes = "processes",
+    }
+}
+
+words! {
     /// Where the ranks of a stage run that has several.
     Ranks, r#""threads" or "processes""#, {
         /// Threads of one process.

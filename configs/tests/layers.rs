@@ -271,6 +271,7 @@ replicas = 1
 simd = "auto"
 stages = "auto"
 tensor_parallel = "auto"
+stages_run_in = "threads"
 ranks = "threads"
 column_cuts = "auto"
 profile = "auto"

@@ -9,7 +9,7 @@
 //! | part | what |
 //! |---|---|
 //! | `write`, `stage0`, `stage1`, … | the point: a change to a file, or a step of that stage |
-//! | `stage0.1`, … | a step of a rank of that stage, from 1; counted in each life of a rank's process |
+//! | `stage0.1`, … | a step of a rank of that stage, from 1; where stages or ranks are processes, counted in each life of one |
 //! | `@17`, `@1/30` | the 17th time the point is passed, from 1; or each time with that chance, by seed |
 //! | `:kill` | the process gets SIGKILL before the change |
 //! | `:tear` | half of the bytes are written, then the process gets SIGKILL |

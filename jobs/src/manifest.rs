@@ -133,6 +133,9 @@ pub struct StageRecord {
     pub rank_collectives: Vec<RankRecord>,
     /// Bytes that it has handed on to the next stage.
     pub hop_bytes: u64,
+    /// Time that these were on their way, one micro-batch after the other.
+    #[serde(default)]
+    pub hop_seconds: f64,
     /// Micro-batches that it computed.
     pub micro_batches: u64,
     /// Tokens of these.

@@ -18,6 +18,7 @@ mod logits;
 mod pictures;
 mod plan;
 mod plan_input;
+mod processes;
 mod profile;
 mod ranks;
 mod refusals;

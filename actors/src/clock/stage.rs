@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use scheduler::{Load, MicroBatch};
+use scheduler::{Load, MicroBatch, MicroBatchId};
 
 use super::PipelineClock;
 use super::flow::FlowTimes;
+use super::hops::{HopClock, HopTimes};
 use super::ledger::{Activity, Ledger, StageParts};
 use super::steps::StepEvent;
 
@@ -17,6 +18,7 @@ pub struct StageClock {
     index: usize,
     pipeline: Arc<PipelineClock>,
     counts: Mutex<Counts>,
+    hops: Arc<HopClock>,
 }
 
 #[derive(Debug)]
@@ -55,8 +57,24 @@ pub struct StageTimes {
     pub tokens: u64,
     /// How often the stage had to be started again.
     pub restarts: u64,
+    /// What it has handed on to the next stage.
+    pub hops: HopTimes,
     /// What the micro-batches asked of it.
     pub loads: Vec<StepLoads>,
+}
+
+/// What a stage has done in one step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct StepWork {
+    pub(crate) micro_batch: MicroBatchId,
+    pub(crate) tokens: usize,
+    pub(crate) load: Load,
+}
+
+impl From<&MicroBatch> for StepWork {
+    fn from(batch: &MicroBatch) -> Self {
+        StepWork { micro_batch: batch.id, tokens: batch.num_tokens(), load: batch.load() }
+    }
 }
 
 /// Micro-batches of as many tokens.
@@ -102,7 +120,12 @@ impl StageClock {
             since: now,
             in_steps: Duration::ZERO,
         };
-        StageClock { index, pipeline, counts: Mutex::new(counts) }
+        StageClock { index, pipeline, counts: Mutex::new(counts), hops: Arc::default() }
+    }
+
+    /// Where its hops are counted.
+    pub(crate) fn hops(&self) -> Arc<HopClock> {
+        Arc::clone(&self.hops)
     }
 
     pub(crate) fn add_restart(&self) {
@@ -138,6 +161,7 @@ impl StageClock {
             steps: counts.loads.values().map(|sum| sum.steps).sum(),
             tokens: counts.loads.iter().map(|(tokens, sum)| *tokens as u64 * sum.steps).sum(),
             restarts: counts.restarts,
+            hops: self.hops.read(),
             loads: counts.loads.values().map(LoadSum::mean).collect(),
         }
     }
@@ -166,8 +190,8 @@ impl Meter {
     }
 
     /// It has computed a micro-batch and hands it on. Returns how long it was at it.
-    pub(crate) fn hand_on(&self, batch: &MicroBatch) -> Duration {
-        let (tokens, load) = (batch.num_tokens(), batch.load());
+    pub(crate) fn hand_on(&self, work: &StepWork) -> Duration {
+        let StepWork { micro_batch, tokens, load } = *work;
         let mut counts = self.clock.lock();
         let start = counts.since;
         let end = self.turn(&mut counts, |_| Activity::HandingOn);
@@ -179,7 +203,7 @@ impl Meter {
         drop(counts);
         if let Some(log) = self.clock.pipeline.step_log() {
             let (stage, decode_tokens) = (self.clock.index, load.decode_tokens as usize);
-            let micro_batch = batch.id.0;
+            let micro_batch = micro_batch.0;
             log.tell(StepEvent { stage, rank: None, micro_batch, start, end, tokens, decode_tokens });
         }
         end - start

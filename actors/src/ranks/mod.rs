@@ -46,11 +46,15 @@ pub(crate) struct RanksArgs {
 }
 
 impl RanksArgs {
-    /// Loads every rank's part on its device, in parallel; the first rank's on the calling thread.
+    /// Loads every rank's part on its device, in parallel; the first rank's on the calling thread. A stage of one device has
+    /// no ranks.
     ///
     /// # Errors
     /// The first rank that could not be loaded.
     pub(crate) fn load(&self) -> stages::Result<Box<dyn Stage>> {
+        if let [device] = &self.devices[..] {
+            return stages::load(&self.model, device, self.dtypes, self.options);
+        }
         let draws = self.options.part.is_last(&self.model.config);
         let (first, others) = match self.home {
             RankHome::Threads => threads::load(self)?,

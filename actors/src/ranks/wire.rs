@@ -7,12 +7,12 @@ use std::time::Duration;
 use scheduler::Span;
 use serde_json::{Value, json};
 use stages::{
-    AttentionSlice, CollectiveTimes, Device, Dtype, Dtypes, Part, RankStep, Sharing, Simd, SpanOptions,
-    WeightType,
+    AttentionSlice, CollectiveTimes, Device, Dtype, Dtypes, Part, RankStep, Sharing, SpanOptions, WeightType,
 };
 
 use super::RanksArgs;
 use super::watch::Done;
+use crate::wire;
 
 /// What a process is to be.
 #[derive(Debug, Clone)]
@@ -67,15 +67,7 @@ impl Order {
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
-        let device = match &self.device {
-            Device::Reference => Value::Null,
-            Device::Cpu { cores, threads, simd } => {
-                json!({"cores": cores, "threads": threads, "simd": simd.name()})
-            }
-            Device::Cuda { index, .. } => {
-                unreachable!("cuda:{index} shares a stage: no job is let have that")
-            }
-        };
+        let device = wire::device(&self.device);
         let SpanOptions { part, num_pages, context_tokens } = self.options;
         let order = json!({
             "stage": self.stage, "rank": self.rank, "num_ranks": self.num_ranks,
@@ -94,22 +86,11 @@ impl Order {
         let number = |key: &str| order[key].as_u64();
         let size = |key: &str| usize::try_from(number(key)?).ok();
         let text = |key: &str| order[key].as_str().map(str::to_owned);
-        let simd = |name: &Value| Simd::ALL.into_iter().find(|simd| Some(simd.name()) == name.as_str());
-        let list = |value: &Value| -> Option<Vec<usize>> {
-            value.as_array()?.iter().map(|item| usize::try_from(item.as_u64()?).ok()).collect()
-        };
-        let device = match &order["device"] {
-            Value::Null => Device::Reference,
-            device => Device::Cpu {
-                cores: list(&device["cores"])?,
-                threads: usize::try_from(device["threads"].as_u64()?).ok()?,
-                simd: simd(&device["simd"])?,
-            },
-        };
+        let device = wire::read_device(&order["device"])?;
         let weights =
             WeightType::ALL.into_iter().find(|weights| Some(weights.name()) == order["weights"].as_str());
         let kv = [Dtype::F32, Dtype::Bf16].into_iter().find(|kv| Some(kv.name()) == order["kv"].as_str());
-        let [start, end] = list(&order["blocks"])?[..] else { return None };
+        let [start, end] = wire::list(&order["blocks"])?[..] else { return None };
         let end_column = match &order["end_column"] {
             Value::Null => None,
             column => Some(usize::try_from(column.as_u64()?).ok()?),
@@ -132,7 +113,7 @@ impl Order {
                 num_pages: size("num_pages")?,
                 context_tokens: size("context_tokens")?,
             },
-            sharing: Sharing::by_sequences(list(&order["by_sequences"])?),
+            sharing: Sharing::by_sequences(wire::list(&order["by_sequences"])?),
             faults: text("faults"),
         })
     }
@@ -229,6 +210,8 @@ fn decode_list(words: &mut impl Iterator<Item = u64>) -> Option<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
+    use stages::Simd;
+
     use super::*;
 
     fn order(device: Device, end_column: Option<usize>) -> Order {

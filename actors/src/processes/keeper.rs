@@ -1,0 +1,218 @@
+//! The thread beside a stage's actor that keeps its process: starts it, gives it orders, and hears what it says.
+
+use std::collections::VecDeque;
+use std::io::{self, BufReader, BufWriter, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use scheduler::MicroBatchId;
+use stages::Frame;
+use tokio::sync::oneshot;
+
+use super::wire::{End, FLUSH, JOIN, Order, Word};
+use super::{ProcessArgs, ProcessEnds};
+use crate::device_thread::{Here, WayBack, Witness};
+use crate::error::{Error, Result};
+use crate::link::Link;
+use crate::stage::{Flush, Join, StageEnd, Work, mailbox_size};
+use crate::stage_set::Lost;
+use crate::tcp_link::TcpLink;
+
+/// The subcommand by which this program becomes a stage.
+const SUBCOMMAND: &str = "stage";
+
+/// All that the thread works with.
+pub(crate) struct Keeper {
+    pub(crate) args: Arc<ProcessArgs>,
+    pub(crate) ends: ProcessEnds,
+    pub(crate) work: Receiver<Work>,
+    pub(crate) witness: Here,
+    pub(crate) lost: Lost,
+}
+
+/// Those who wait for what came before to be dealt with, in order.
+type Flushes = Arc<Mutex<VecDeque<Flush>>>;
+
+impl Keeper {
+    /// Starts the thread; `ready` hears when the process has its span, or why it could not be.
+    pub(crate) fn spawn(self, ready: oneshot::Sender<Result<()>>) {
+        let name = format!("stage-{}", self.witness.index);
+        let thread = std::thread::Builder::new().name(name).spawn(move || self.run(ready));
+        thread.expect("the system starts a thread");
+    }
+
+    fn run(self, ready: oneshot::Sender<Result<()>>) {
+        let Keeper { args, ends, work, witness, lost } = self;
+        let stage = args.ranks.stage;
+        // All lives of all stages of a pipeline know each other by the process that started them.
+        let group = u64::from(std::process::id());
+        let mut process = match Process::start(&Order::of(&args, group, lost.next())) {
+            Ok(process) => process,
+            Err(message) => return drop(ready.send(Err(Error::Load { stage, message }))),
+        };
+        let flushes = Flushes::default();
+        let (first_word, loaded) = bounded(1);
+        let ear = Ear { args: Arc::clone(&args), ends, witness, flushes: Arc::clone(&flushes), first_word };
+        let (is_first, stdout) = (ear.ends.is_first, process.stdout.take().expect("nobody took it yet"));
+        let name = format!("stage-{stage}-ear");
+        let thread = std::thread::Builder::new().name(name).spawn(move || ear.hear(stdout));
+        thread.expect("the system starts a thread");
+
+        let loaded = loaded.recv().unwrap_or(Err(Error::Ended("a stage's process")));
+        let link = TcpLink::new(mailbox_size(args.num_stages), args.ranks.patience, Arc::new(|_, _| {}));
+        let joined = loaded.and_then(|address| match is_first {
+            true => link.join(address, group).map_err(|e| Error::Load { stage, message: e.to_string() }),
+            false => Ok(()),
+        });
+        let is_joined = joined.is_ok();
+        // Nobody waits for the answer any more when the start was given up.
+        if ready.send(joined).is_err() || !is_joined {
+            return;
+        }
+        // Ends when the actor is gone, and with it the sender of work; and the process with it.
+        for work in &work {
+            match work {
+                Work::Step(step) => link.push(step.batch, step.input),
+                Work::Flush(flush) => {
+                    lock(&flushes).push_back(flush);
+                    process.tell(FLUSH, lost.next(), &[]);
+                }
+                Work::Join(Join(address)) => process.tell(JOIN, lost.next(), address.to_string().as_bytes()),
+            }
+        }
+    }
+}
+
+/// A stage's process, which ends with this.
+struct Process {
+    child: Child,
+    stdin: BufWriter<ChildStdin>,
+    stdout: Option<ChildStdout>,
+}
+
+impl Process {
+    fn start(order: &Order) -> std::result::Result<Self, String> {
+        let program = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
+        let mut child = Command::new(program)
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // Ctrl-C is for the job, which ends in order.
+            .process_group(0)
+            .spawn()
+            .map_err(|e| format!("start its process: {e}"))?;
+        let (Some(stdin), stdout) = (child.stdin.take(), child.stdout.take()) else {
+            unreachable!("it was asked for")
+        };
+        let mut process = Process { child, stdin: BufWriter::new(stdin), stdout };
+        let body = order.encode();
+        process.write(0, 0, &body).map_err(|e| format!("tell its process what to do: {e}"))?;
+        Ok(process)
+    }
+
+    /// Where it is gone, its end is on its way.
+    fn tell(&mut self, kind: u32, lost_before: MicroBatchId, body: &[u8]) {
+        let _ = self.write(kind, lost_before.0, body);
+    }
+
+    fn write(&mut self, kind: u32, sequence: u64, body: &[u8]) -> io::Result<()> {
+        let frame = Frame { kind, sequence, shape: [0, 0] };
+        frame.write(&mut self.stdin, body)?;
+        self.stdin.flush()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Hears what a process says, on a thread of its own.
+struct Ear {
+    args: Arc<ProcessArgs>,
+    ends: ProcessEnds,
+    witness: Here,
+    flushes: Flushes,
+    /// Is told where it takes micro-batches, or why it does not.
+    first_word: Sender<Result<SocketAddr>>,
+}
+
+impl Ear {
+    /// Until it ends, one way or another.
+    fn hear(self, stdout: ChildStdout) {
+        let mut stdout = BufReader::new(stdout);
+        let mut body = Vec::new();
+        let mut end = None;
+        while let Ok(frame) = Frame::read(&mut stdout, &mut body) {
+            match Word::decode(frame.kind, &body) {
+                Some(Word::End(said)) => {
+                    end = Some(said);
+                    break;
+                }
+                Some(word) => self.take(word),
+                None => {
+                    let message = "its process said what nobody understands".to_owned();
+                    end = Some(End { message, is_panic: true, micro_batch: None });
+                    break;
+                }
+            }
+        }
+        let at = self.witness.at_work.micro_batch();
+        let killed = || End {
+            message: "its process ended".to_owned(),
+            is_panic: false,
+            micro_batch: at.map(|id| id.0),
+        };
+        self.ended(&end.unwrap_or_else(killed));
+    }
+
+    fn take(&self, word: Word) {
+        self.witness.at_work.beat();
+        match word {
+            Word::Ready { port } => {
+                let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+                let _ = self.ends.address.set(address); // A process says so once.
+                let _ = self.first_word.try_send(Ok(address));
+            }
+            Word::Beat => {}
+            Word::Begins(micro_batch) => self.witness.begins(micro_batch),
+            Word::HandsOn(work, collectives) => {
+                let clocks = self.args.ranks.watch.clocks();
+                clocks.iter().zip(collectives).for_each(|(clock, times)| clock.add(times));
+                self.witness.hands_on(&work);
+            }
+            Word::ComputesInVain => self.witness.computes_in_vain(),
+            Word::Rests => self.witness.rests(),
+            Word::Hop { bytes, time } => self.ends.hops.add(bytes, time),
+            Word::Flushed => {
+                if let Some(flush) = lock(&self.flushes).pop_front() {
+                    flush.answer();
+                }
+            }
+            Word::Tokens(output) => self.ends.tokens.bring(output),
+            Word::End(end) => self.ended(&end),
+        }
+    }
+
+    fn ended(&self, end: &End) {
+        let stage = self.args.ranks.stage;
+        let is_loaded = self.ends.address.get().is_some();
+        let error = end.error(stage, is_loaded);
+        self.witness.computes_in_vain();
+        if self.first_word.try_send(Err(error.clone())).is_ok() && !is_loaded {
+            return; // Who waits for it to be there hears of it.
+        }
+        let micro_batch = end.micro_batch.map(MicroBatchId);
+        self.witness.ends(StageEnd { error, micro_batch });
+    }
+}
+
+fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}

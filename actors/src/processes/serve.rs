@@ -1,0 +1,232 @@
+//! The process that is a stage: its device thread, with a link to the next stage's process.
+
+use std::io::{BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam::channel::{Sender, bounded};
+use scheduler::{MicroBatchId, MicroBatchOutput};
+use stages::{CollectiveClock, CollectiveTimes, Frame, Model};
+
+use super::wire::{End, FLUSH, JOIN, Order, Word};
+use crate::clock::StepWork;
+use crate::device_thread::{DeviceThread, LoadStage, Next, WayBack, Witness};
+use crate::error::with_causes;
+use crate::ranks::{RankHome, RanksArgs, Watch};
+use crate::stage::{Flush, StageEnd, Work, mailbox_size};
+use crate::stage_set::Lost;
+use crate::tcp_link::{TcpInlet, TcpLink};
+
+/// How often a process says that it is there: many times within the shortest step timeout, a second.
+const BEAT_EVERY: Duration = Duration::from_millis(100);
+
+/// What a process does that is a stage: reads its order and then orders from `input`, and says to `output` what it is at, and
+/// why it ends. Ends the process when its input ends, whatever it is at: a stage that hangs must not outlive who started it.
+///
+/// # Errors
+/// What it has also said to `output`.
+pub fn serve_stage(
+    input: impl Read + Send + 'static,
+    output: impl Write + Send + 'static,
+) -> Result<(), String> {
+    let voice = Voice(Arc::new(Mutex::new(Box::new(output))));
+    serve(BufReader::new(input), &voice).inspect_err(|message| {
+        voice.end(End { message: message.clone(), is_panic: false, micro_batch: None });
+    })
+}
+
+/// Says words, from any thread.
+#[derive(Clone)]
+struct Voice(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Voice {
+    fn say(&self, word: &Word) {
+        let (kind, body) = word.encode();
+        let frame = Frame { kind, sequence: 0, shape: [0, 0] };
+        let mut output = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where nobody listens any more, the input ends too.
+        let _ = frame.write(&mut *output, &body).and_then(|()| output.flush());
+    }
+
+    fn end(&self, end: End) {
+        self.say(&Word::End(end));
+    }
+}
+
+impl WayBack for Voice {
+    fn bring(&self, output: MicroBatchOutput) {
+        self.say(&Word::Tokens(output));
+    }
+}
+
+/// The keeper, as the device thread sees it.
+struct Far {
+    voice: Voice,
+    /// Of each rank.
+    collectives: Vec<Arc<CollectiveClock>>,
+    /// What of these was told.
+    told: Mutex<Vec<CollectiveTimes>>,
+}
+
+impl Witness for Far {
+    fn begins(&self, micro_batch: MicroBatchId) {
+        self.voice.say(&Word::Begins(micro_batch));
+    }
+
+    fn hands_on(&self, work: &StepWork) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = |(clock, told): (&Arc<CollectiveClock>, &mut CollectiveTimes)| {
+            let now = clock.read();
+            let before = std::mem::replace(told, now);
+            CollectiveTimes {
+                calls: now.calls - before.calls,
+                bytes: now.bytes - before.bytes,
+                time: now.time - before.time,
+            }
+        };
+        let since = self.collectives.iter().zip(told.iter_mut()).map(since).collect();
+        self.voice.say(&Word::HandsOn(*work, since));
+    }
+
+    fn computes_in_vain(&self) {
+        self.voice.say(&Word::ComputesInVain);
+    }
+
+    fn rests(&self) {
+        self.voice.say(&Word::Rests);
+    }
+
+    fn ends(&self, end: StageEnd) {
+        self.voice.end(End::of(&end));
+    }
+}
+
+fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), String> {
+    let mut body = Vec::new();
+    Frame::read(&mut input, &mut body).map_err(|e| format!("read what to do: {e}"))?;
+    let order = Order::decode(&body).ok_or("it was told what it does not understand")?;
+    if let Some(plan) = &order.faults {
+        plan.parse::<jobs::faults::Faults>()?.install();
+    }
+    let beats = voice.clone();
+    spawn("beats", move || {
+        loop {
+            beats.say(&Word::Beat);
+            std::thread::sleep(BEAT_EVERY);
+        }
+    });
+    let (stage, size) = (order.stage, mailbox_size(order.num_stages));
+    // Room for what a link that was left behind has still brought.
+    let (work, orders) = bounded(2 * size);
+    let hops = voice.clone();
+    let on_hop = Arc::new(move |bytes, time| hops.say(&Word::Hop { bytes, time }));
+    let link = TcpLink::new(size, order.patience, on_hop);
+    let lost = Lost::default();
+    lost.all_before(MicroBatchId(order.lost_before));
+    let listening =
+        Listening { group: order.group, link: link.clone(), lost: lost.clone(), work: work.clone() };
+    let flushes = voice.clone();
+    spawn("orders", move || listening.run(input, &flushes));
+
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| e.to_string())?;
+    let port = listener.local_addr().map_err(|e| e.to_string())?.port();
+    let (damaged, before) = (voice.clone(), stage.saturating_sub(1));
+    let on_damage = move |message: String| {
+        let message = format!("what came from stage {before}: {message}");
+        damaged.end(End { message, is_panic: false, micro_batch: None });
+        std::process::exit(1)
+    };
+    let (group, patience) = (order.group, order.patience);
+    TcpInlet { group, credits: size, patience, work, on_damage: Box::new(on_damage) }.listen(listener);
+
+    let watch = Watch::new(stage, order.devices.len(), None);
+    let collectives = watch.clocks().to_vec();
+    let args = ranks(&order, watch)?;
+    let is_last = args.options.part.is_last(&args.model.config);
+    let load: LoadStage = Arc::new(move || args.load());
+    let next = if is_last { Next::Pipeline(Box::new(voice.clone())) } else { Next::Stage(Box::new(link)) };
+    let told = Mutex::new(vec![CollectiveTimes::default(); collectives.len()]);
+    let witness = Far { voice: voice.clone(), collectives, told };
+    let is_ready = |loaded: crate::error::Result<()>| match loaded {
+        Ok(()) => {
+            voice.say(&Word::Ready { port });
+            true
+        }
+        Err(error) => {
+            voice.end(End::of(&error.into()));
+            false
+        }
+    };
+    DeviceThread { index: stage, work: orders, next, witness, lost }.run(&load, is_ready);
+    Ok(())
+}
+
+/// The stage's ranks, with its model as this process finds it.
+fn ranks(order: &Order, watch: Watch) -> Result<RanksArgs, String> {
+    let (model, _) =
+        Model::open(Path::new(&order.model), order.random_weights).map_err(|e| with_causes(&e))?;
+    if model.identity != order.identity {
+        return Err(format!("{}: the model has changed", order.model));
+    }
+    Ok(RanksArgs {
+        stage: order.stage,
+        model,
+        devices: order.devices.clone(),
+        dtypes: order.dtypes,
+        options: order.options,
+        sharing: order.sharing.clone(),
+        home: if order.ranks_are_processes { RankHome::Processes } else { RankHome::Threads },
+        patience: order.patience,
+        watch,
+    })
+}
+
+/// Hears orders.
+struct Listening {
+    group: u64,
+    link: TcpLink,
+    lost: Lost,
+    work: Sender<Work>,
+}
+
+impl Listening {
+    /// Ends the process when there is nobody any more to give orders.
+    fn run(self, mut input: impl Read, voice: &Voice) -> ! {
+        let mut body = Vec::new();
+        while let Ok(frame) = Frame::read(&mut input, &mut body) {
+            // What is lost is so before whatever was waited for comes to an end.
+            self.lost.all_before(MicroBatchId(frame.sequence));
+            match frame.kind {
+                FLUSH => {
+                    let voice = voice.clone();
+                    let flush = Flush::answered_by(move || voice.say(&Word::Flushed));
+                    let _ = self.work.send(Work::Flush(flush)); // A stage that ends says so itself.
+                }
+                JOIN => {
+                    let address = std::str::from_utf8(&body).ok().and_then(|text| text.parse().ok());
+                    if let Some(address) = address {
+                        self.join(address, voice);
+                    }
+                }
+                _ => break,
+            }
+        }
+        std::process::exit(0)
+    }
+
+    /// A stage without a way to the next is of no use, and what it pushed would be waited for for ever.
+    fn join(&self, address: SocketAddr, voice: &Voice) {
+        if let Err(error) = self.link.join(address, self.group) {
+            let message = format!("no way to the next stage at {address}: {error}");
+            voice.end(End { message, is_panic: false, micro_batch: None });
+            std::process::exit(1)
+        }
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) {
+    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    spawned.expect("the system starts a thread");
+}

@@ -1,0 +1,380 @@
+//! The way to a stage in another process of this host: TCP, with credits and checksums.
+//!
+//! Both ends count. A sender has as many credits as its receiver has room for micro-batches, and gets one back for each that is
+//! taken up; who has none waits on a thread of its own, for no longer than its patience, so that no stage ever waits to send. A
+//! receiver says of each micro-batch that it has arrived whole, which is the time of a hop. What was damaged on the way ends the
+//! receiver's stage; where one end is gone, what was under way is lost, and whoever starts that stage again knows.
+
+mod wire;
+
+use std::collections::VecDeque;
+use std::io::{self, BufReader, ErrorKind};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use scheduler::MicroBatch;
+use stages::{Activations, Frame};
+
+use crate::link::Link;
+use crate::stage::{Step, Work};
+
+/// Whoever connects and does not greet within this is none of ours.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What frames are, from a sender.
+const HELLO: u32 = 1;
+const STEP: u32 = 2;
+
+/// What frames are, from a receiver: [`HELLO`] with its credits, that a micro-batch has arrived, and that one was taken up.
+const ARRIVED: u32 = 3;
+const TAKEN: u32 = 4;
+
+/// Hears of each micro-batch that has arrived: bytes on the way, and the time since it was pushed.
+pub(crate) type OnHop = Arc<dyn Fn(u64, Duration) + Send + Sync>;
+
+/// A sender's end, which may be joined to another receiver at any time.
+#[derive(Clone)]
+pub(crate) struct TcpLink {
+    way: Arc<Mutex<Option<Way>>>,
+    on_hop: OnHop,
+    /// Micro-batches that can be under way to a stage, those that are lost among them.
+    room: usize,
+    patience: Duration,
+}
+
+/// A connection, as who pushes sees it.
+struct Way {
+    steps: Sender<(Instant, Arc<MicroBatch>, Option<Activations>)>,
+    stream: TcpStream,
+}
+
+impl Drop for Way {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(Shutdown::Both); // It may be gone already.
+    }
+}
+
+/// Micro-batches that were sent and have not arrived, in order: when each was pushed, and its bytes.
+type UnderWay = Arc<Mutex<VecDeque<(Instant, u64)>>>;
+
+impl TcpLink {
+    /// Joined to nobody yet. Of two full mailboxes what one has may be lost.
+    pub(crate) fn new(mailbox_size: usize, patience: Duration, on_hop: OnHop) -> Self {
+        TcpLink { way: Arc::default(), on_hop, room: 2 * mailbox_size, patience }
+    }
+
+    /// Joins it to the receiver of such a group at an address. Who was joined to it before is left.
+    ///
+    /// # Errors
+    /// Nobody is there, or somebody else.
+    pub(crate) fn join(&self, address: SocketAddr, group: u64) -> io::Result<()> {
+        *lock(&self.way) = None;
+        let mut stream = TcpStream::connect_timeout(&address, self.patience)?;
+        set_up(&stream, self.patience)?;
+        Frame { kind: HELLO, sequence: group, shape: [0, 0] }.write(&mut stream, &[])?;
+        let welcome = Frame::read(&mut stream, &mut Vec::new())?;
+        if welcome.kind != HELLO || welcome.sequence != group {
+            return Err(io::Error::new(ErrorKind::InvalidData, "somebody else is there"));
+        }
+        let (credits, granted) = bounded(usize::try_from(welcome.shape[0]).unwrap_or(0));
+        while credits.try_send(()).is_ok() {}
+        let (steps, pushed) = bounded(self.room);
+        let under_way = UnderWay::default();
+        let ends = (stream.try_clone()?, stream.try_clone()?);
+        ends.1.set_read_timeout(None)?; // Credits come when there is something to do.
+        let sender = SendingEnd {
+            stream: ends.0,
+            granted,
+            under_way: Arc::clone(&under_way),
+            patience: self.patience,
+        };
+        spawn("link-out", move || sender.run(&pushed));
+        let on_hop = Arc::clone(&self.on_hop);
+        spawn("link-back", move || hear(ends.1, &credits, &under_way, &*on_hop));
+        *lock(&self.way) = Some(Way { steps, stream });
+        Ok(())
+    }
+}
+
+impl Link for TcpLink {
+    fn push(&self, batch: Arc<MicroBatch>, activations: Option<Activations>) {
+        let mut way = lock(&self.way);
+        let push = |way: &Way| way.steps.try_send((Instant::now(), batch, activations));
+        // Where nothing is taken any more, the other end is about to be found hanging, or gone.
+        if way.as_ref().map(push).is_some_and(|pushed| pushed.is_err()) {
+            *way = None;
+        }
+    }
+}
+
+/// The thread that sends.
+struct SendingEnd {
+    stream: TcpStream,
+    granted: Receiver<()>,
+    under_way: UnderWay,
+    patience: Duration,
+}
+
+impl SendingEnd {
+    /// Ends when there is nobody to push any more, or the other end takes nothing for too long.
+    fn run(mut self, pushed: &Receiver<(Instant, Arc<MicroBatch>, Option<Activations>)>) {
+        for (since, batch, activations) in pushed {
+            if self.granted.recv_timeout(self.patience).is_err() {
+                break;
+            }
+            let (frame, body) = wire::encode(&batch, activations.as_ref());
+            drop(activations);
+            let bytes = (stages::FRAME_HEADER_BYTES + body.len()) as u64;
+            lock(&self.under_way).push_back((since, bytes));
+            if frame.write(&mut self.stream, &body).is_err() {
+                break;
+            }
+        }
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Hears what the receiver says, until it is gone.
+fn hear(
+    stream: TcpStream,
+    credits: &Sender<()>,
+    under_way: &UnderWay,
+    on_hop: &(dyn Fn(u64, Duration) + Send + Sync),
+) {
+    let mut stream = BufReader::new(stream);
+    while let Ok(frame) = Frame::read(&mut stream, &mut Vec::new()) {
+        match frame.kind {
+            ARRIVED => {
+                if let Some((since, bytes)) = lock(under_way).pop_front() {
+                    on_hop(bytes, since.elapsed());
+                }
+            }
+            // More than were taken would be a bug of the other end's.
+            TAKEN if credits.try_send(()).is_ok() => {}
+            _ => break,
+        }
+    }
+    let _ = stream.get_ref().shutdown(Shutdown::Both);
+}
+
+/// What a micro-batch that came over a connection takes up; dropped when it is taken out of the mailbox.
+pub(crate) struct Credit(Arc<Mutex<TcpStream>>);
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        // Where the sender is gone, nobody wants it.
+        let _ = Frame { kind: TAKEN, sequence: 0, shape: [0, 0] }.write(&mut *lock(&self.0), &[]);
+    }
+}
+
+/// A receiver's end: takes micro-batches from whoever greets with its group, the last who did.
+pub(crate) struct TcpInlet {
+    pub(crate) group: u64,
+    /// Micro-batches that there is room for.
+    pub(crate) credits: usize,
+    pub(crate) patience: Duration,
+    /// Where they go.
+    pub(crate) work: Sender<Work>,
+    /// Hears of what was damaged on the way, once.
+    pub(crate) on_damage: Box<dyn Fn(String) + Send + Sync>,
+}
+
+impl TcpInlet {
+    /// Takes micro-batches from now on, on threads of their own, and as long as the process lives.
+    pub(crate) fn listen(self, listener: TcpListener) {
+        let inlet = Arc::new(self);
+        spawn("link-in", move || {
+            let mut present: Option<TcpStream> = None;
+            for stream in listener.incoming().flatten() {
+                let Ok(greeted) = inlet.greet(stream) else { continue }; // None of ours.
+                let Ok(own) = greeted.try_clone() else { continue };
+                if let Some(before) = present.replace(own) {
+                    let _ = before.shutdown(Shutdown::Both);
+                }
+                let inlet = Arc::clone(&inlet);
+                spawn("link-in", move || inlet.take(greeted));
+            }
+        });
+    }
+
+    fn greet(&self, mut stream: TcpStream) -> io::Result<TcpStream> {
+        set_up(&stream, GREETING_TIMEOUT)?;
+        let hello = Frame::read(&mut stream, &mut Vec::new())?;
+        if hello.kind != HELLO || hello.sequence != self.group {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        let welcome = Frame { kind: HELLO, sequence: self.group, shape: [self.credits as u64, 0] };
+        welcome.write(&mut stream, &[])?;
+        stream.set_read_timeout(None)?; // Micro-batches come when there is something to do.
+        stream.set_write_timeout(Some(self.patience))?;
+        Ok(stream)
+    }
+
+    /// Takes micro-batches until the sender is gone.
+    fn take(&self, stream: TcpStream) {
+        let Ok(back) = stream.try_clone() else { return };
+        let (mut stream, back) = (BufReader::new(stream), Arc::new(Mutex::new(back)));
+        let mut body = Vec::new();
+        loop {
+            let frame = match Frame::read(&mut stream, &mut body) {
+                Ok(frame) => frame,
+                Err(error) if error.kind() == ErrorKind::InvalidData => {
+                    return (self.on_damage)(error.to_string());
+                }
+                Err(_) => return,
+            };
+            let step = if frame.kind == STEP { wire::decode(&frame, &body) } else { None };
+            let Some((batch, input)) = step else {
+                return (self.on_damage)("a frame that is no micro-batch".to_owned());
+            };
+            let arrived = Frame { kind: ARRIVED, sequence: frame.sequence, shape: [0, 0] };
+            if arrived.write(&mut *lock(&back), &[]).is_err() {
+                return;
+            }
+            let step = Step { batch: Arc::new(batch), input, credit: Some(Credit(Arc::clone(&back))) };
+            if self.work.send(Work::Step(step)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn set_up(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) {
+    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    spawned.expect("the system starts a thread");
+}
+
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::Ipv4Addr;
+
+    use crossbeam::channel::unbounded;
+
+    use super::wire::tests::{activations, batch};
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const GROUP: u64 = 7;
+
+    /// A receiver, what it takes, what it says of damage, and where it is.
+    fn inlet(credits: usize) -> (Receiver<Work>, Receiver<String>, SocketAddr) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let ((work, taken), (damage, damaged)) = (unbounded(), unbounded());
+        let on_damage = Box::new(move |message| drop(damage.send(message)));
+        TcpInlet { group: GROUP, credits, patience: PATIENCE, work, on_damage }.listen(listener);
+        (taken, damaged, address)
+    }
+
+    fn link(patience: Duration) -> (TcpLink, Receiver<(u64, Duration)>) {
+        let (hops, heard) = unbounded();
+        let on_hop: OnHop = Arc::new(move |bytes, time| {
+            let _ = hops.send((bytes, time));
+        });
+        (TcpLink::new(3, patience, on_hop), heard)
+    }
+
+    fn taken(work: &Receiver<Work>) -> Step {
+        match work.recv_timeout(PATIENCE).expect("a micro-batch comes") {
+            Work::Step(step) => step,
+            Work::Flush(_) | Work::Join(_) => panic!("no micro-batch"),
+        }
+    }
+
+    #[test]
+    fn micro_batches_arrive_in_order_bit_for_bit_and_hops_are_told() {
+        let (work, _, address) = inlet(3);
+        let (link, hops) = link(PATIENCE);
+        link.join(address, GROUP).unwrap();
+        for id in 0..50 {
+            let sent = (batch(id), activations(id as usize + 1, id % 2 == 0));
+            link.push(Arc::new(sent.0.clone()), Some(sent.1.clone()));
+            let Step { batch, input, credit } = taken(&work);
+            drop(credit);
+            assert_eq!(format!("{batch:?} {input:?}"), format!("{:?} {:?}", sent.0, Some(sent.1)));
+            let (bytes, _) = hops.recv_timeout(PATIENCE).unwrap();
+            assert!(bytes > (id + 1) * 4 * 6, "{bytes} bytes");
+        }
+    }
+
+    #[test]
+    fn no_more_is_sent_than_there_is_room_for_and_the_rest_comes_when_there_is() {
+        let (work, _, address) = inlet(2);
+        let (link, hops) = link(PATIENCE);
+        link.join(address, GROUP).unwrap();
+        (0..5).for_each(|id| link.push(Arc::new(batch(id)), None));
+        let mut held: VecDeque<Step> = (0..2).map(|_| taken(&work)).collect();
+        assert!(work.recv_timeout(Duration::from_millis(200)).is_err(), "sent without a credit");
+        assert_eq!(hops.len(), 2);
+        for id in 0..5 {
+            let step = held.pop_front().unwrap();
+            assert_eq!(step.batch.id.0, id);
+            drop(step.credit);
+            if id < 3 {
+                held.push_back(taken(&work));
+            }
+        }
+    }
+
+    #[test]
+    fn who_takes_nothing_for_too_long_is_left_and_pushing_never_waits() {
+        let (work, _, address) = inlet(1);
+        let (link, _) = link(Duration::from_millis(100));
+        link.join(address, GROUP).unwrap();
+        let begun = Instant::now();
+        (0..6).for_each(|id| link.push(Arc::new(batch(id)), None));
+        assert!(begun.elapsed() < Duration::from_millis(90), "pushing waited {:?}", begun.elapsed());
+        let first = taken(&work);
+        std::thread::sleep(Duration::from_millis(300));
+        drop(first);
+        assert!(work.recv_timeout(Duration::from_millis(200)).is_err(), "the link was left");
+        link.join(address, GROUP).unwrap();
+        link.push(Arc::new(batch(77)), None);
+        assert_eq!(taken(&work).batch.id.0, 77);
+    }
+
+    #[test]
+    fn what_was_damaged_is_told_and_strangers_are_not_listened_to() {
+        let (work, damaged, address) = inlet(3);
+        let (stranger, _) = link(Duration::from_millis(300));
+        assert!(stranger.join(address, GROUP + 1).is_err());
+        let mut stream = TcpStream::connect(address).unwrap();
+        Frame { kind: HELLO, sequence: GROUP, shape: [0, 0] }.write(&mut stream, &[]).unwrap();
+        let (frame, body) = wire::encode(&batch(1), None);
+        let mut bytes = Vec::new();
+        frame.write(&mut bytes, &body).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 4;
+        stream.write_all(&bytes).unwrap();
+        assert!(damaged.recv_timeout(PATIENCE).unwrap().contains("damaged"));
+        assert!(work.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_receiver_that_is_gone_costs_what_was_under_way_and_no_more() {
+        let (link, _) = link(PATIENCE);
+        link.push(Arc::new(batch(1)), None); // To nobody.
+        let (work, _, address) = inlet(3);
+        link.join(address, GROUP).unwrap();
+        link.push(Arc::new(batch(2)), None);
+        assert_eq!(taken(&work).batch.id.0, 2);
+        assert!(link.join("127.0.0.1:1".parse().unwrap(), GROUP).is_err());
+        link.push(Arc::new(batch(3)), None);
+        link.join(address, GROUP).unwrap();
+        link.push(Arc::new(batch(4)), None);
+        assert_eq!(taken(&work).batch.id.0, 4);
+    }
+}

@@ -1,0 +1,212 @@
+//! A micro-batch and its activations as a frame.
+
+use std::sync::Arc;
+
+use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice};
+use stages::{Activations, Frame, Rows};
+
+use super::STEP;
+use crate::wire::{ReadWords, Words, add_values, values};
+
+/// How many arrays of activations come along.
+const NONE: u64 = 0;
+const VALUES: u64 = 1;
+const VALUES_AND_SUMS: u64 = 2;
+
+/// The frame, whose shape is that of the activations, and its body: words, and then the numbers of the activations.
+pub(super) fn encode(batch: &MicroBatch, activations: Option<&Activations>) -> (Frame, Vec<u8>) {
+    let mut words = Words::default();
+    words.add(match activations {
+        None => NONE,
+        Some(Activations { sums: None, .. }) => VALUES,
+        Some(Activations { sums: Some(_), .. }) => VALUES_AND_SUMS,
+    });
+    words.add(batch.slices.len() as u64);
+    batch.slices.iter().for_each(|slice| add_slice(&mut words, slice));
+    let mut body = words.into_bytes();
+    let mut shape = [0, 0];
+    if let Some(Activations { values, sums, hidden }) = activations {
+        shape = [batch.num_tokens(), *hidden].map(|size| size as u64);
+        add_values(&mut body, on_host(values));
+        sums.iter().for_each(|sums| add_values(&mut body, on_host(sums)));
+    }
+    (Frame { kind: STEP, sequence: batch.id.0, shape }, body)
+}
+
+fn on_host(rows: &Rows) -> &[f32] {
+    match rows {
+        Rows::Host(values) => values,
+        Rows::Device(_) => unreachable!("stages on GPUs are in one process: no job is let have others"),
+    }
+}
+
+/// What such a frame was made of; nothing where it is another.
+pub(super) fn decode(frame: &Frame, body: &[u8]) -> Option<(MicroBatch, Option<Activations>)> {
+    let mut words = ReadWords::new(body);
+    let num_arrays = words.word()?;
+    let batch = MicroBatch { id: MicroBatchId(frame.sequence), slices: words.list(read_slice)? };
+    let numbers = values_of(frame, words.rest(), num_arrays)?;
+    Some((batch, numbers))
+}
+
+fn values_of(frame: &Frame, bytes: &[u8], num_arrays: u64) -> Option<Option<Activations>> {
+    let [rows, hidden] = [usize::try_from(frame.shape[0]).ok()?, usize::try_from(frame.shape[1]).ok()?];
+    let array_bytes = rows.checked_mul(hidden)?.checked_mul(size_of::<f32>())?;
+    let arrays = usize::try_from(num_arrays).ok()?;
+    if num_arrays > VALUES_AND_SUMS || array_bytes.checked_mul(arrays)? != bytes.len() {
+        return None;
+    }
+    if num_arrays == NONE {
+        return Some(None);
+    }
+    let (first, second) = bytes.split_at(array_bytes);
+    let sums = (num_arrays == VALUES_AND_SUMS).then(|| values(second).into());
+    Some(Some(Activations { values: values(first).into(), sums, hidden }))
+}
+
+fn add_slice(words: &mut Words, slice: &Slice) {
+    let Slice { sequence, first_position, tokens, pages, sample, score, request } = slice;
+    words.add(sequence.0);
+    words.add(u64::from(*first_position));
+    words.add_list(tokens);
+    words.add_list(pages);
+    words.add(u64::from(*sample));
+    words.add_list(score);
+    add_request(words, request);
+}
+
+fn read_slice(words: &mut ReadWords<'_>) -> Option<Slice> {
+    Some(Slice {
+        sequence: SequenceId(words.word()?),
+        first_position: words.u32()?,
+        tokens: words.list(ReadWords::u32)?.into(),
+        pages: Arc::new(words.list(ReadWords::u32)?),
+        sample: words.flag()?,
+        score: words.list(ReadWords::u32)?,
+        request: Arc::new(read_request(words)?),
+    })
+}
+
+/// A request as stages need it: how long its prompt is but not what it says, and no stop strings, which the pipeline looks for.
+fn add_request(words: &mut Words, request: &Request) {
+    let Request { key, prompt, sampling, sample } = request;
+    words.add((key.0 >> 64) as u64);
+    words.add(key.0 as u64);
+    words.add(prompt.len() as u64);
+    words.add(u64::from(*sample));
+    let Sampling {
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        seed,
+        max_tokens,
+        min_tokens,
+        stop_token_ids,
+        stop: _,
+        logprobs,
+        prompt_logprobs,
+    } = &**sampling;
+    [temperature, top_p, min_p].into_iter().for_each(|number| words.add_f32(*number));
+    [top_k, max_tokens, min_tokens].into_iter().for_each(|number| words.add(u64::from(*number)));
+    words.add(*seed);
+    words.add_list(stop_token_ids);
+    words.add(logprobs.map_or(0, |count| u64::from(count) + 1));
+    words.add(u64::from(*prompt_logprobs));
+}
+
+fn read_request(words: &mut ReadWords<'_>) -> Option<Request> {
+    let key = RequestKey(u128::from(words.word()?) << 64 | u128::from(words.word()?));
+    let (prompt_tokens, sample) = (words.u32()?, words.u32()?);
+    let [temperature, top_p, min_p] = [words.f32()?, words.f32()?, words.f32()?];
+    let [top_k, max_tokens, min_tokens] = [words.u32()?, words.u32()?, words.u32()?];
+    let sampling = Sampling {
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        seed: words.word()?,
+        max_tokens,
+        min_tokens,
+        stop_token_ids: words.list(ReadWords::u32)?,
+        stop: Vec::new(),
+        logprobs: match words.word()? {
+            0 => None,
+            count => Some(u32::try_from(count - 1).ok()?),
+        },
+        prompt_logprobs: words.flag()?,
+    };
+    Some(Request { key, prompt: vec![0; prompt_tokens as usize], sampling: Arc::new(sampling), sample })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A micro-batch of two slices that has everything; what says nothing to a stage is as it comes over.
+    pub(crate) fn batch(id: u64) -> MicroBatch {
+        let sampling = Sampling {
+            temperature: 0.7,
+            top_p: 0.9,
+            top_k: 40,
+            min_p: 0.05,
+            seed: u64::MAX - id,
+            max_tokens: 100,
+            min_tokens: 3,
+            stop_token_ids: vec![2, u32::MAX],
+            stop: vec![],
+            logprobs: Some(0),
+            prompt_logprobs: true,
+        };
+        let request = Request {
+            key: RequestKey(u128::MAX - 5),
+            prompt: vec![0; 9],
+            sampling: sampling.into(),
+            sample: 3,
+        };
+        let slice = |sequence, tokens: &[u32], score: &[u32]| Slice {
+            sequence: SequenceId(sequence),
+            first_position: 7,
+            tokens: tokens.into(),
+            pages: Arc::new(vec![4, 9]),
+            sample: score.is_empty(),
+            score: score.to_vec(),
+            request: Arc::new(request.clone()),
+        };
+        MicroBatch {
+            id: MicroBatchId(id),
+            slices: vec![slice(1, &[5], &[]), slice(u64::MAX, &[6, 7, 8, 9, 10], &[1, 2])],
+        }
+    }
+
+    /// Those of [`batch`], of so many numbers a token.
+    pub(crate) fn activations(hidden: usize, has_sums: bool) -> Activations {
+        let number = |i: usize| (i as f32 * 0.37).sin() * 1e-30;
+        let values: Vec<f32> = (0..6 * hidden).map(number).collect();
+        let sums = has_sums.then(|| values.iter().map(|value| -value).collect::<Vec<f32>>().into());
+        Activations { values: values.into(), sums, hidden }
+    }
+
+    #[test]
+    fn frames_come_back_as_they_were_made_and_nothing_shorter_passes_for_one() {
+        for activations in [None, Some(activations(3, false)), Some(activations(2, true))] {
+            let (frame, body) = encode(&batch(6), activations.as_ref());
+            let back = decode(&frame, &body).expect("a micro-batch");
+            assert_eq!(format!("{back:?}"), format!("{:?}", (batch(6), activations)));
+            for length in 0..body.len() {
+                assert!(decode(&frame, &body[..length]).is_none(), "{length} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn bits_that_are_no_numbers_come_over_too() {
+        let values = [f32::NAN, f32::NEG_INFINITY, -0.0, f32::from_bits(1), f32::MAX, 0.5];
+        let sent = Activations { values: values.to_vec().into(), sums: None, hidden: 1 };
+        let (frame, body) = encode(&batch(0), Some(&sent));
+        let (_, back) = decode(&frame, &body).unwrap();
+        let back = back.unwrap();
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(on_host(&back.values)), bits(&values));
+    }
+}

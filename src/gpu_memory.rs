@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use anyhow::{Result, bail};
 use configs::{KvCacheTokens, Pipeline};
-use stages::{Device, Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, StepSize, WeightType};
+use stages::{Device, Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, StepSize, WeightType};
 
 use crate::layout::StageLayout;
 use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
@@ -68,13 +68,19 @@ impl Question {
         let load = |(&index, &free_bytes): (&usize, &u64)| {
             let is_here =
                 |device: &Device| matches!(device, Device::Cuda { index: here, .. } if *here == index);
-            let parts: Vec<Part> = (devices.chunks(devices.len() / replicas))
-                .flat_map(|devices| stages.iter().filter(|stage| is_here(&devices[stage.devices.start])))
-                .map(|stage| stage.part)
-                .collect();
             let mut memory = GpuMemory::default();
-            for part in &parts {
-                memory += GpuMemory::of(&self.config, *part, self.weights, self.step);
+            let mut parts = Vec::new();
+            for devices in devices.chunks(devices.len() / replicas) {
+                for StageLayout { part, devices: ranks, sharing } in stages {
+                    for (rank, _) in
+                        devices[ranks.clone()].iter().enumerate().filter(|(_, device)| is_here(device))
+                    {
+                        let place = RankPlace { rank, num_ranks: ranks.len() };
+                        memory +=
+                            GpuMemory::of(&self.config, *part, (place, sharing), self.weights, self.step);
+                        parts.push(*part);
+                    }
+                }
             }
             GpuLoad { index, free_bytes, parts, memory }
         };

@@ -72,12 +72,31 @@ fn check_place(place: Place, keeps_bits: bool, weights: WeightType, config: &Mod
 /// Whether an FFN can be cut by columns without a change of bits. On GPUs groups of 4 bits are wider than what cuts are
 /// multiples of.
 pub(crate) fn keeps_bits(weights: WeightType, pipeline: &Pipeline) -> bool {
-    let are_gpus = pipeline.devices.iter().any(|device| device.kind == DeviceKind::Cuda);
     match weights {
         WeightType::F32 | WeightType::Bf16 => true,
-        WeightType::Int4Weight => !are_gpus,
+        WeightType::Int4Weight => !are_gpus(pipeline),
         WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight => false,
     }
+}
+
+/// Refuses stages that several GPUs share whose weights cannot be parted between them.
+///
+/// # Errors
+/// Narrow weights: a scale belongs to inputs that several GPUs would have.
+pub(crate) fn check_shared(pipeline: &Pipeline, weights: WeightType) -> Result<()> {
+    match widths(pipeline) {
+        Some(widths) if are_gpus(pipeline) && weights != WeightType::Bf16 => bail!(
+            "[pipeline] tensor_parallel: found {widths:?} with weights in {} on {}, expected \"off\" or weights in bf16: a \
+             scale belongs to weights of several GPUs",
+            weights.name(),
+            pipeline.devices[0]
+        ),
+        _ => Ok(()),
+    }
+}
+
+fn are_gpus(pipeline: &Pipeline) -> bool {
+    pipeline.devices.iter().any(|device| device.kind == DeviceKind::Cuda)
 }
 
 fn part(range: &Range<Place>) -> Part {

@@ -282,7 +282,7 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     }
 }
 
-/// Refuses stages of several devices where a device is in two of them, or where they are GPUs.
+/// Refuses stages of several devices where a device is in two of them.
 fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     let is_twice = |index: usize| pipeline.devices[..index].contains(&pipeline.devices[index]);
     let twice = (0..pipeline.devices.len()).find(|index| is_twice(*index));
@@ -293,10 +293,6 @@ fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
         );
     }
     match (layout::widths(pipeline), twice) {
-        (Some(widths), _) if gpus::are_meant(pipeline)? => bail!(
-            "[pipeline] tensor_parallel: found {widths:?} with {}, expected one GPU for each stage: several cannot share one yet",
-            pipeline.devices[0]
-        ),
         (Some(widths), Some(index)) => bail!(
             "[pipeline] tensor_parallel: found {widths:?} with {} named twice, expected devices that are named once",
             pipeline.devices[index]

@@ -103,7 +103,9 @@ pub(crate) struct Occasion {
 /// Stages or devices that are wrong.
 pub(crate) fn check(job: &JobFile, model: &Model) -> Result<()> {
     lower::check(&job.pipeline)?;
-    layout::given(&job.pipeline, lower::dtypes(&job.model, &job.pipeline).weights, &model.config).map(drop)
+    let weights = lower::dtypes(&job.model, &job.pipeline).weights;
+    layout::check_shared(&job.pipeline, weights)?;
+    layout::given(&job.pipeline, weights, &model.config).map(drop)
 }
 
 /// Places a job's stages.

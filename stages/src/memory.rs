@@ -6,6 +6,7 @@ use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
 use crate::head::LOGIT_ROWS;
 use crate::part::Part;
+use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
 
 /// The largest step that a stage must be ready for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,42 +43,69 @@ struct Widest {
 }
 
 impl GpuMemory {
-    /// That of a part.
-    pub fn of(config: &ModelConfig, part: Part, weights: WeightType, step: StepSize) -> GpuMemory {
+    /// That of a part, or of a rank's shard of it.
+    pub fn of(
+        config: &ModelConfig,
+        part: Part,
+        (place, sharing): (RankPlace, &Sharing),
+        weights: WeightType,
+        step: StepSize,
+    ) -> GpuMemory {
         let dims = config.dims;
         let mut memory = GpuMemory::default();
         let mut widest = Widest::default();
         for index in part.blocks.range() {
             let block = config.blocks[index];
             if part.has_attention(index) {
-                memory.add_attention(block, dims, weights, &mut widest);
+                let shard = place.attention(block.attention, dims, sharing.of(index));
+                memory.add_attention(block, dims, (place, shard), weights, &mut widest);
             }
             let width = match block.ffn {
-                Ffn::SwiGlu { width } => part.columns(index, width).len(),
+                Ffn::SwiGlu { width } => width,
                 Ffn::Linear | Ffn::None => 0,
             };
-            memory.add_ffn(block, dims, width, weights, &mut widest);
+            let shard = place.ffn(block.ffn, dims, part.columns(index, width));
+            memory.add_ffn(block, dims, (place, shard), weights, &mut widest);
         }
-        let table = matrix(dims.vocab, dims.hidden);
-        if part.is_first() {
-            memory.weight_bytes += table;
+        let is_first = place.rank == 0;
+        if part.is_first() && is_first {
+            memory.weight_bytes += matrix(dims.vocab, dims.hidden);
         }
         if part.is_last(config) {
-            let is_there = config.tied_embeddings && part.is_first();
-            memory.weight_bytes += numbers(1, dims.hidden) + if is_there { 0 } else { table };
+            // Where ranks share the output matrix, each has rows of its own, also of a table that is tied.
+            let rows = if place.num_ranks > 1 { place.columns(0..dims.vocab) } else { None };
+            let is_there = rows.is_none() && config.tied_embeddings && part.is_first();
+            let rows = rows.map_or(if is_first && !is_there { dims.vocab } else { 0 }, |rows| rows.len());
+            memory.weight_bytes += numbers(1, dims.hidden) + matrix(rows, dims.hidden);
         }
         if memory.num_caches > 0 {
             memory.weight_bytes += 2 * numbers(step.context_tokens, dims.head_dim / 2);
         }
         memory.work_bytes = work_bytes(config, part, weights, step, &widest);
+        if place.num_ranks > 1 {
+            memory.work_bytes += collective_bytes(config, part, place, step);
+        }
         memory
     }
 
-    fn add_attention(&mut self, block: Block, dims: Dims, weights: WeightType, widest: &mut Widest) {
+    fn add_attention(
+        &mut self,
+        block: Block,
+        dims: Dims,
+        (place, shard): (RankPlace, AttentionShard),
+        weights: WeightType,
+        widest: &mut Widest,
+    ) {
         let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
         let Dims { hidden, heads, head_dim, .. } = dims;
-        self.weight_bytes += match block.attention {
-            Attention::Gqa { kv_heads } => {
+        self.weight_bytes += match (block.attention, shard) {
+            (Attention::None, _) | (_, AttentionShard::None) => 0,
+            (_, AttentionShard::FirstRank) if place.rank > 0 => 0,
+            (Attention::Gqa { kv_heads }, shard) => {
+                let (heads, kv_heads) = match shard {
+                    AttentionShard::Heads { query, kv } => (query.len(), kv.len()),
+                    _ => (heads, kv_heads),
+                };
                 let (query, kv) = (heads * head_dim, kv_heads * head_dim);
                 self.page_bytes += CudaKvCache::page_bytes(kv_heads, head_dim) as u64;
                 self.num_caches += 1;
@@ -85,19 +113,36 @@ impl GpuMemory {
                 widest.kv = widest.kv.max(kv);
                 numbers(1, hidden) + matrix(query, hidden) + 2 * matrix(kv, hidden) + matrix(hidden, query)
             }
-            Attention::Linear => numbers(1, hidden) + matrix(hidden, hidden),
-            Attention::None => 0,
+            (Attention::Linear, AttentionShard::Columns(rows)) => {
+                numbers(1, hidden) + matrix(rows.len(), hidden)
+            }
+            (Attention::Linear, _) => numbers(1, hidden) + matrix(hidden, hidden),
         };
     }
 
-    /// Of an FFN the stage has so many columns.
-    fn add_ffn(&mut self, block: Block, dims: Dims, width: usize, weights: WeightType, widest: &mut Widest) {
+    fn add_ffn(
+        &mut self,
+        block: Block,
+        dims: Dims,
+        (place, shard): (RankPlace, FfnShard),
+        weights: WeightType,
+        widest: &mut Widest,
+    ) {
         let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
         let hidden = dims.hidden;
-        widest.ffn = widest.ffn.max(width);
+        let columns = match shard {
+            FfnShard::FirstRank(_) if place.rank > 0 => return,
+            FfnShard::Inner(columns) | FfnShard::Columns(columns) | FfnShard::FirstRank(columns) => {
+                columns.len()
+            }
+            FfnShard::None => return,
+        };
         self.weight_bytes += match block.ffn {
-            Ffn::SwiGlu { .. } => numbers(1, hidden) + 2 * matrix(width, hidden) + matrix(hidden, width),
-            Ffn::Linear => numbers(1, hidden) + matrix(hidden, hidden),
+            Ffn::SwiGlu { .. } => {
+                widest.ffn = widest.ffn.max(columns);
+                numbers(1, hidden) + 2 * matrix(columns, hidden) + matrix(hidden, columns)
+            }
+            Ffn::Linear => numbers(1, hidden) + matrix(columns, hidden),
             Ffn::None => 0,
         };
     }
@@ -155,6 +200,15 @@ fn work_bytes(config: &ModelConfig, part: Part, weights: WeightType, step: StepS
     sum
 }
 
+/// What ranks work in beside that: a half's result before it is added, and what the others have sent of it; of logits, too.
+fn collective_bytes(config: &ModelConfig, part: Part, place: RankPlace, step: StepSize) -> u64 {
+    let Dims { hidden, vocab, .. } = config.dims;
+    let drawn =
+        if part.is_last(config) { step.sequences.min(step.rows).max(LOGIT_ROWS.min(step.rows)) } else { 0 };
+    let logits = if place.rank == 0 { vocab } else { 0 } + vocab.div_ceil(place.num_ranks);
+    2 * numbers(step.rows, hidden) + numbers(drawn, logits)
+}
+
 /// f32 numbers of some rows and columns.
 fn numbers(rows: usize, cols: usize) -> u64 {
     cuda_allocated_bytes((rows * cols * size_of::<f32>()) as u64)
@@ -187,8 +241,13 @@ mod tests {
         ModelConfig::read(&Path::new("../configs/models").join(name)).unwrap()
     }
 
+    fn of_rank(config: &ModelConfig, start: usize, end: usize, place: RankPlace) -> GpuMemory {
+        let part = Span { start, end }.into();
+        GpuMemory::of(config, part, (place, &Sharing::default()), WeightType::Bf16, STEP)
+    }
+
     fn of(config: &ModelConfig, start: usize, end: usize) -> GpuMemory {
-        GpuMemory::of(config, Span { start, end }.into(), WeightType::Bf16, STEP)
+        of_rank(config, start, end, RankPlace::ALONE)
     }
 
     #[test]
@@ -216,6 +275,21 @@ mod tests {
         assert_eq!(front.weight_bytes + back.weight_bytes, whole.weight_bytes + angles);
         assert_eq!(front.page_bytes + back.page_bytes, whole.page_bytes);
         assert!(front.work_bytes < whole.work_bytes && back.work_bytes <= whole.work_bytes);
+    }
+
+    #[test]
+    fn ranks_share_weights_and_pages_out() {
+        let config = config("Llama-3_1-Nemotron-Ultra-253B-v1");
+        let whole = of(&config, 16, 40);
+        let ranks: Vec<GpuMemory> =
+            (0..2).map(|rank| of_rank(&config, 16, 40, RankPlace { rank, num_ranks: 2 })).collect();
+        // Norms and angles are on both, and there are twice as many matrices to round.
+        let weights: u64 = ranks.iter().map(|rank| rank.weight_bytes).sum();
+        assert!(
+            (whole.weight_bytes..whole.weight_bytes + 24 * 9 * (2 << 20)).contains(&weights),
+            "{ranks:?}"
+        );
+        assert_eq!(ranks.iter().map(|rank| rank.page_bytes).sum::<u64>(), whole.page_bytes);
     }
 
     #[test]

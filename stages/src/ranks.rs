@@ -104,12 +104,27 @@ pub(crate) struct Ranks<A> {
 impl From<RankGroup> for Ranks<Array> {
     fn from(group: RankGroup) -> Self {
         let RankGroup { collective, sharing, clock } = group;
-        let place = RankPlace { rank: collective.rank(), num_ranks: collective.num_ranks() };
-        Ranks { place, sharing, collective, clock }
+        Ranks::new(collective, sharing, clock)
+    }
+}
+
+impl RankGroup {
+    /// The group on a device whose arrays are not the host's: `join` makes its collective, with this one to agree by.
+    pub(crate) fn join<A>(
+        self,
+        join: impl FnOnce(Box<dyn Collective<Array>>) -> kernels::Result<Box<dyn Collective<A>>>,
+    ) -> Result<Ranks<A>> {
+        let RankGroup { collective, sharing, clock } = self;
+        Ok(Ranks::new(join(collective)?, sharing, clock))
     }
 }
 
 impl<A> Ranks<A> {
+    fn new(collective: Box<dyn Collective<A>>, sharing: Sharing, clock: Arc<CollectiveClock>) -> Self {
+        let place = RankPlace { rank: collective.rank(), num_ranks: collective.num_ranks() };
+        Ranks { place, sharing, collective, clock }
+    }
+
     pub(crate) fn is_first(&self) -> bool {
         self.place.rank == 0
     }

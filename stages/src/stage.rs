@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, Dtype, Parcel, Reference, Simd, WeightType};
+use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, Dtype, NcclRank, Parcel, Reference, Simd, WeightType};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
@@ -183,7 +183,7 @@ pub fn load_first_rank(
     Ok(match device {
         Device::Reference => Box::new(reference_rank(model, dtypes, options, group)?),
         Device::Cpu { .. } => Box::new(cpu_rank(model, device, dtypes, options, group)?),
-        Device::Cuda { index, .. } => return Err(no_ranks(*index)),
+        Device::Cuda { .. } => Box::new(cuda_rank(model, device, dtypes, options, group)?),
     })
 }
 
@@ -201,7 +201,7 @@ pub fn load_follower(
     Ok(match device {
         Device::Reference => Box::new(reference_rank(model, dtypes, options, group)?),
         Device::Cpu { .. } => Box::new(cpu_rank(model, device, dtypes, options, group)?),
-        Device::Cuda { index, .. } => return Err(no_ranks(*index)),
+        Device::Cuda { .. } => Box::new(cuda_rank(model, device, dtypes, options, group)?),
     })
 }
 
@@ -224,6 +224,18 @@ fn cpu_rank(
     SpanStage::load(cpu(device, dtypes)?, model, options, Some(group.into()))
 }
 
+fn cuda_rank(
+    model: &Model,
+    device: &Device,
+    dtypes: Dtypes,
+    options: SpanOptions,
+    group: RankGroup,
+) -> Result<SpanStage<Cuda>> {
+    let cuda = cuda(device, dtypes)?;
+    let ranks = group.join(|control| Ok(Box::new(NcclRank::join(&cuda, control)?)))?;
+    SpanStage::load(cuda, model, options, Some(ranks))
+}
+
 /// A group of cores, with the calling thread on the first of them.
 pub(crate) fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
     let Device::Cpu { cores, threads, simd } = device else { unreachable!("the device is a group of cores") };
@@ -231,13 +243,6 @@ pub(crate) fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
     let cpu = Cpu::new(CpuOptions { cores: cores.clone(), threads: *threads, simd: *simd, weights, kv })?;
     cpu.pin_caller();
     Ok(cpu)
-}
-
-/// What a GPU says to a place beside other ranks.
-fn no_ranks(index: usize) -> crate::error::Error {
-    let why =
-        format!("cuda:{index}: found a stage of several ranks, expected one: GPUs cannot share a stage yet");
-    kernels::Error::Unsupported(why).into()
 }
 
 /// A GPU.

@@ -66,17 +66,60 @@ fn kinds_of_devices_are_not_mixed() {
     assert_eq!(output.status.code(), Some(2));
 }
 
+/// GPUs that share a stage, joined by NCCL: by heads and columns, alone and beside a stage of one.
 #[test]
-fn gpus_do_not_share_a_stage() {
-    let job = Job::on("tied")
-        .line("{}")
-        .set("pipeline.devices=[\"cuda:0\",\"cuda:1\"]")
-        .set("pipeline.tensor_parallel=[2]");
-    let (_, stderr) = text(&job.emulated().run_once(&[]));
-    assert!(
-        stderr.contains("[pipeline] tensor_parallel: found [2] with cuda:0, expected one GPU for each stage"),
-        "{stderr}"
-    );
+fn models_on_gpus_that_share_a_stage_stay_within_the_bf16_bound() {
+    let two = (2, "[\"cuda:0\",\"cuda:1\"]", "[2]");
+    let four = (4, "[\"cuda:0\",\"cuda:1\",\"cuda:2\",\"cuda:3\"]", "[1,3]");
+    for (model, (num_gpus, devices, widths)) in [("hetero-0-bf16", two), ("tied", two), ("odd-shapes", four)]
+    {
+        let reference = read_json(&crate::harness::fixture(model).join("reference.json"));
+        let job = Job::on(model)
+            .emulated_gpus(num_gpus)
+            .set(format!("pipeline.devices={devices}"))
+            .set(format!("pipeline.tensor_parallel={widths}"));
+        let difference = largest_difference_of(job, &reference);
+        assert!(difference <= BF16_BOUND, "{model} on {widths}: off by {difference:.2e}");
+    }
+}
+
+#[test]
+fn gpus_that_share_a_stage_write_the_same_bytes_every_time() {
+    let lines = |devices: &str| {
+        let mut job = Job::on("hetero-0-bf16")
+            .emulated_gpus(2)
+            .set(format!("pipeline.devices={devices}"))
+            .set("pipeline.tensor_parallel=[2]");
+        for i in 0..4 {
+            let prompt: Vec<usize> = (0..4 + 25 * i).map(|k| 5 + (k * 7 + i * 31) % 200).collect();
+            let body = json!({"prompt": prompt, "max_tokens": 4, "temperature": i % 2, "seed": i, "ignore_eos": true});
+            job = job.completion(&format!("row-{i}"), body);
+        }
+        let done = job.run().ok();
+        assert!(done.stdout.contains("2 ranks"), "{}", done.stdout);
+        done.sorted_lines()
+    };
+    let one = lines("[\"cuda:0\",\"cuda:1\"]");
+    assert_eq!(one, lines("[\"cuda:0\",\"cuda:1\"]"));
+    assert_eq!(one, lines("[\"cuda:1\",\"cuda:0\"]"), "whichever GPU is which rank");
+}
+
+#[test]
+fn gpus_do_not_share_narrow_weights() {
+    for dtype in ["int4-weight", "fp8"] {
+        let job = Job::on("tied")
+            .line("{}")
+            .set("pipeline.devices=[\"cuda:0\",\"cuda:1\"]")
+            .set("pipeline.tensor_parallel=[2]")
+            .set(format!("model.dtype={dtype}"));
+        let output = job.emulated().run_once(&[]);
+        let (_, stderr) = text(&output);
+        let found = format!(
+            "[pipeline] tensor_parallel: found [2] with weights in {dtype} on cuda:0, expected \"off\" or weights in bf16"
+        );
+        assert!(stderr.contains(&found), "{stderr}");
+        assert_eq!(output.status.code(), Some(2));
+    }
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub(crate) struct Job {
     sections: String,
     args: Vec<String>,
     libraries: Option<PathBuf>,
+    num_gpus: usize,
 }
 
 /// What a job left behind.
@@ -41,6 +42,7 @@ impl Job {
             sections: String::new(),
             args: Vec::new(),
             libraries: None,
+            num_gpus: 1,
         }
     }
 
@@ -82,6 +84,7 @@ impl Job {
             sections: self.sections.clone(),
             args: self.args.clone(),
             libraries: self.libraries.clone(),
+            num_gpus: self.num_gpus,
         }
     }
 
@@ -109,6 +112,11 @@ impl Job {
         self
     }
 
+    /// Runs the job with the emulator of so many.
+    pub(crate) fn emulated_gpus(self, num_gpus: usize) -> Self {
+        Job { num_gpus, ..self.emulated() }
+    }
+
     /// Writes the job's files and returns its command, not yet started.
     pub(crate) fn command(&self) -> Command {
         let root = self.folder.path();
@@ -128,6 +136,7 @@ impl Job {
             // Compiled kernels go into the job's own folder, and not to those of whoever runs the tests.
             command
                 .env("SPANWISE_CUDA_LIBRARIES", libraries)
+                .env("EMULATED_GPUS", self.num_gpus.to_string())
                 .env("XDG_CACHE_HOME", self.folder.path().join("cache"));
         }
         command

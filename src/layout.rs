@@ -62,7 +62,8 @@ fn check_place(place: Place, keeps_bits: bool, weights: WeightType, config: &Mod
     }
     if !keeps_bits {
         bail!(
-            "{at}: with weights in {} sums over columns cannot be parted, as scales belong to more of them",
+            "{at}: with weights in {} sums over columns cannot be parted, as scales belong to more of them\n\
+             hint: cut between blocks, or set [model] dtype to \"bf16\", \"f32\" or on CPUs \"int4-weight\", whose cuts change no bit",
             weights.name()
         );
     }

@@ -172,6 +172,7 @@ fn layouts_that_cannot_be_run_are_refused() {
         (cut(block, width), "columns"),
         (cut(linear, 64), "has no FFN of columns"),
         (cut(block, 64).set("model.dtype=int8"), "with weights in int8 sums over columns cannot be parted"),
+        (cut(block, 64).set("model.dtype=int8-weight"), "hint: cut between blocks, or set [model] dtype"),
         (
             job().set("pipeline.devices=[\"cpu:0\"]").set("pipeline.tensor_parallel=[2]"),
             "takes 2 devices for 1 device in pipeline.devices, expected as many",

@@ -110,12 +110,13 @@ fn each_replica_is_in_the_report_the_manifest_and_the_trace() {
     assert!(events.iter().any(is_named), "{events:?}");
 }
 
-/// A stage of two ranks sums in the same order in every replica.
+/// A stage of two ranks sums in the same order in every replica. How its ranks share attention is planned for the rows that a
+/// replica has in flight, and decides last bits: as many in both.
 #[test]
 fn replicas_of_stages_of_several_devices_write_the_same_bytes() {
     let job = |count: usize| {
         let job = replicas(Job::on(MODEL).lines(rows(60)), count, 2).set("pipeline.tensor_parallel=[2]");
-        job.run().ok().sorted_lines()
+        job.set(format!("pipeline.max_sequences={}", 16 * count)).run().ok().sorted_lines()
     };
     assert!(job(1) == job(2), "one replica and two");
 }

@@ -17,7 +17,7 @@ DEVICE u32 code_of(float value) {
     // Below 2^-6 steps are of 2^-9; from there on 3 bits of fraction are kept, and the exponent's bias is 7.
     u32 code = magnitude < 0x3c800000u ? u32(rintf(f32_of_bits(magnitude) * 512.0f))
                                        : ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
-    return min_of(code, 0x7eu) | bits >> 24 & 0x80u;
+    return min_of(code, 0x7eu) | (bits >> 24 & 0x80u);
 }
 
 template <typename Number>

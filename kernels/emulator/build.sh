@@ -23,6 +23,7 @@ compile block block.cpp
 compile driver driver.cpp
 compile collective kernel.cpp -include device.h '-DSOURCE="../cu/collective.cu"' '-DKERNELS=K(sum_ranks) K(place_columns)' -DMAX_THREADS=256
 for file in add embed gather rms_norm rope swiglu; do kernel $file 256; done
+compile random kernel.cpp -include device.h '-DSOURCE="../cu/random.cu"' '-DKERNELS=K(random_uniform)' -DMAX_THREADS=256
 kernel kv_append 128
 kernel attention_merge 128
 kernel logit_stats 512

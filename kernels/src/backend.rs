@@ -13,7 +13,8 @@
 use crate::choice::{Choice, ChoiceScratch, Chosen};
 use crate::cuda::Parcel;
 use crate::error::Result;
-use crate::tensor_view::TensorView;
+use crate::random_tensor::RandomTensor;
+use crate::tensor_view::{TensorView, ViewDtype};
 
 /// Positions in one KV page, and the tile in which attention walks keys.
 ///
@@ -142,6 +143,16 @@ pub trait Backend: Send + Sync + 'static {
     /// Pack an embedding or output matrix: as [`Backend::matrix`], but in the number type of matmul inputs where
     /// that is wider.
     fn table(&self, view: TensorView<'_>) -> Result<Self::Matrix>;
+    /// As [`Backend::matrix`], of numbers that are made from a seed: where a device can, on the device.
+    fn random_matrix(&self, random: RandomTensor) -> Result<Self::Matrix> {
+        let values = random.values();
+        self.matrix(TensorView::new(ViewDtype::Bf16, random.rows, random.cols, bytemuck::cast_slice(&values)))
+    }
+    /// As [`Backend::table`], of numbers that are made from a seed.
+    fn random_table(&self, random: RandomTensor) -> Result<Self::Matrix> {
+        let values = random.values();
+        self.table(TensorView::new(ViewDtype::Bf16, random.rows, random.cols, bytemuck::cast_slice(&values)))
+    }
     /// Upload a vector.
     fn vector(&self, view: TensorView<'_>) -> Result<Self::Vector>;
     /// Upload rotary angles.

@@ -16,6 +16,7 @@ mod error;
 mod fp8;
 mod mapped_file;
 mod quantize;
+mod random_tensor;
 mod reference;
 mod tensor_view;
 mod view;
@@ -36,5 +37,6 @@ pub use cuda::{
 };
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
+pub use random_tensor::RandomTensor;
 pub use reference::{Reference, ReferenceKvCache, ReferenceMatrix, ReferenceOperand};
 pub use tensor_view::{Scales, TensorView, ViewDtype};

@@ -5,10 +5,12 @@ use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
 use super::gemm::Onto;
 use super::parcels::Parcel;
 use super::stream::{Argument, Grid, Memory};
+use super::weights::Origin;
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
 use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable};
 use crate::choice::{Choice, ChoiceScratch, Chosen};
 use crate::error::{Error, Result};
+use crate::random_tensor::RandomTensor;
 use crate::tensor_view::TensorView;
 use crate::{check, view};
 
@@ -32,13 +34,21 @@ impl Backend for Cuda {
     }
 
     fn matrix(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
-        self.weights("matrix", view)
+        check::view("matrix", &view)?;
+        self.weights(Origin::Host(view))
+    }
+
+    fn random_matrix(&self, random: RandomTensor) -> Result<CudaMatrix> {
+        self.weights(Origin::Random(random))
+    }
+
+    fn random_table(&self, random: RandomTensor) -> Result<CudaMatrix> {
+        self.plain_table(Origin::Random(random))
     }
 
     fn table(&self, view: TensorView<'_>) -> Result<CudaMatrix> {
-        // Its rows are read one by one.
         check::view("table", &view)?;
-        self.packed(view, view.cols.max(1))
+        self.plain_table(Origin::Host(view))
     }
 
     fn vector(&self, view: TensorView<'_>) -> Result<CudaVector> {

@@ -43,6 +43,7 @@ source!(SWIGLU, "swiglu.cu", false);
 source!(LOGIT_STATS, "logit_stats.cu", false);
 source!(CHOOSE, "choose.cu", false);
 source!(GEMM, "gemm.cu", false);
+source!(RANDOM, "random.cu", false);
 source!(GEMM_INT4, "gemm_int4.cu", false);
 source!(QUANTIZE_INT4, "quantize_int4.cu", false);
 source!(SHUFFLE_INT4, "shuffle_int4.cu", false);
@@ -72,7 +73,7 @@ pub struct Compiled {
 
 impl Source {
     /// All device code.
-    pub const ALL: [Source; 19] = [
+    pub const ALL: [Source; 20] = [
         ADD,
         COLLECTIVE,
         EMBED,
@@ -84,6 +85,7 @@ impl Source {
         LOGIT_STATS,
         CHOOSE,
         GEMM,
+        RANDOM,
         GEMM_INT4,
         QUANTIZE_INT4,
         SHUFFLE_INT4,

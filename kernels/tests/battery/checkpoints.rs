@@ -1,9 +1,11 @@
 //! Matrices that a checkpoint has quantised already.
 
 use half::{bf16, f16};
-use kernels::{Scales, TensorView, ViewDtype, WeightType};
+use kernels::{RandomTensor, Scales, TensorView, ViewDtype, WeightType};
 
-use crate::battery::device::{Check, Device, Readable, every_weight_device, reference_with_long_groups};
+use crate::battery::device::{
+    Check, Device, Readable, bits, every_weight_device, reference_with_long_groups,
+};
 use crate::battery::exact::{assert_within, dot};
 use crate::battery::random::Random;
 
@@ -232,4 +234,33 @@ pub(crate) fn refuses_short_groups<B: Readable>(device: &Device<B>) {
     let wide = Stored::int4(&mut random, [5, 256], 128, ViewDtype::F32, false);
     let error = refusal(&wide);
     assert!(error.starts_with("weights of 4 bits: found scales in f32, expected bf16 or f16"), "{error}");
+}
+
+/// Matrices that are made from a seed have the numbers that a host makes, in every type.
+pub(crate) struct Seeded;
+
+impl Check for Seeded {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        let backend = &device.backend;
+        let (mut found, mut expected) = (backend.array(), backend.array());
+        let whole = RandomTensor::new(0xfeed_beef_0123_4567, 0.25, 150, 300);
+        for part in [whole, whole.part(7..80, 64..277), whole.part(0..1, 0..1)] {
+            let values = part.values();
+            let view = TensorView::new(ViewDtype::Bf16, part.rows, part.cols, bytemuck::cast_slice(&values));
+            let mut random = Random::new(15);
+            let (x, _) = device.operand(&random.values(5 * part.cols), part.cols);
+            backend.matmul(&x, &backend.random_matrix(part).unwrap(), &mut found).unwrap();
+            backend.matmul(&x, &backend.matrix(view).unwrap(), &mut expected).unwrap();
+            assert_eq!(bits(&device.values(&found)), bits(&device.values(&expected)), "{}", device.name());
+            let tokens = [part.rows as u32 - 1, 0];
+            backend.embed(&backend.random_table(part).unwrap(), &tokens, &mut found).unwrap();
+            backend.embed(&backend.table(view).unwrap(), &tokens, &mut expected).unwrap();
+            assert_eq!(bits(&device.values(&found)), bits(&device.values(&expected)), "{}", device.name());
+        }
+    }
+}
+
+#[test]
+fn random_matrices_are_the_host_s() {
+    every_weight_device(&Seeded);
 }

@@ -101,6 +101,9 @@ impl<B: Backend> Loader<'_, B> {
     /// Of a matrix only what is wanted is read.
     fn matrix(&self, name: &str, wanted: Wanted) -> Result<B::Matrix> {
         let Wanted { shape, rows, cols } = wanted;
+        if let Some(random) = self.model.weights.random(name, shape) {
+            return Ok(self.backend.random_matrix(random.part(rows, cols))?);
+        }
         Ok(self.model.weights.with(name, &shape, |view| {
             if view.dtype == ViewDtype::Int4 && !cols.start.is_multiple_of(8) {
                 return Err(kernels::Error::Unsupported(format!(
@@ -114,6 +117,9 @@ impl<B: Backend> Loader<'_, B> {
 
     fn table(&self, name: &str, rows: Range<usize>) -> Result<B::Matrix> {
         let shape = [self.model.config.dims.vocab, self.model.config.dims.hidden];
+        if let Some(random) = self.model.weights.random(name, shape) {
+            return Ok(self.backend.random_table(random.part(rows, 0..shape[1]))?);
+        }
         Ok(self.model.weights.with(name, &shape, |view| self.backend.table(view.rows(rows)))?)
     }
 

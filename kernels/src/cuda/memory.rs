@@ -3,7 +3,7 @@
 use super::Cuda;
 use super::operations::swiglu_columns;
 
-/// Memory as the driver hands it out. Small pieces share a block of [`BLOCK_BYTES`], larger ones are whole blocks. NVIDIA
+/// Memory as the driver hands it out. Small pieces share a block of 2 MiB, larger ones are whole blocks. NVIDIA
 /// promises neither; it is what every driver for 8.0 and later does.
 pub fn cuda_allocated_bytes(bytes: u64) -> u64 {
     let granule = if bytes < SMALL_BYTES { PIECE_BYTES } else { BLOCK_BYTES };

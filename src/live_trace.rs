@@ -81,7 +81,7 @@ fn write(
     began: Instant,
 ) -> io::Result<u64> {
     let mut num_steps = 0;
-    for StepEvent { stage, rank, micro_batch, start, end, tokens, decode_tokens } in steps {
+    for StepEvent { stage, rank, micro_batch, start, end, tokens, decode_tokens, hop_bytes } in steps {
         let seconds = |moment: Instant| moment.saturating_duration_since(began).as_secs_f64();
         writer.step(&TracedStep {
             row: rows[stage] + rank.map_or(0, |(rank, _)| 1 + rank),
@@ -90,6 +90,7 @@ fn write(
             micro_batch,
             tokens,
             decode_tokens,
+            hop_bytes: rank.is_none().then_some(hop_bytes),
             collectives_s: rank.map(|(_, collectives)| collectives.as_secs_f64()),
         })?;
         num_steps += u64::from(rank.is_none());

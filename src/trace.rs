@@ -22,6 +22,8 @@ pub(crate) struct TracedStep {
     pub(crate) micro_batch: u64,
     pub(crate) tokens: usize,
     pub(crate) decode_tokens: usize,
+    /// Bytes of activations that go to the next stage, where that is known: none from the last one.
+    pub(crate) hop_bytes: Option<u64>,
     /// What of it went to collectives, where it is a rank's.
     pub(crate) collectives_s: Option<f64>,
 }
@@ -49,7 +51,11 @@ impl TraceWriter {
 
     /// One micro-batch through one stage, or through a rank of it.
     pub(crate) fn step(&mut self, step: &TracedStep) -> io::Result<()> {
-        let TracedStep { row, start_s, end_s, micro_batch, tokens, decode_tokens, collectives_s } = *step;
+        let TracedStep { row, start_s, end_s, micro_batch, tokens, decode_tokens, hop_bytes, collectives_s } =
+            *step;
+        let hop = hop_bytes
+            .filter(|bytes| *bytes > 0)
+            .map_or_else(String::new, |bytes| format!(",\"hop_bytes\":{bytes}"));
         let collectives = collectives_s.map_or_else(String::new, |seconds| {
             format!(",\"collectives_us\":{}", Microseconds(nanoseconds(seconds)))
         });
@@ -60,7 +66,7 @@ impl TraceWriter {
             self.file,
             ",\n{{\"ph\":\"X\",\"pid\":{PROCESS},\"tid\":{row},\"name\":\"micro-batch {micro_batch}\",\"ts\":{ts},\
              \"dur\":{dur},\"args\":{{\"micro_batch\":{micro_batch},\"tokens\":{tokens},\
-             \"decode_tokens\":{decode_tokens}{collectives}}}}}"
+             \"decode_tokens\":{decode_tokens}{hop}{collectives}}}}}"
         )
     }
 
@@ -120,9 +126,10 @@ mod tests {
             micro_batch: 7,
             tokens: 33,
             decode_tokens: 32,
+            hop_bytes: Some(0),
             collectives_s: None,
         };
-        trace.step(&TracedStep { row: 0, collectives_s: Some(0.25), ..step }).unwrap();
+        trace.step(&TracedStep { row: 0, hop_bytes: Some(4096), collectives_s: Some(0.25), ..step }).unwrap();
         trace.step(&step).unwrap();
         trace.finish().unwrap();
         let events = read(&path);
@@ -135,7 +142,8 @@ mod tests {
         let step = json!({"ph": "X", "pid": 0, "tid": 1, "name": "micro-batch 7", "ts": 1.5, "dur": 1_999_998.5,
                           "args": args});
         assert_eq!(events.last(), Some(&step));
-        assert_eq!(events[events.len() - 2]["args"]["collectives_us"], 250_000.0);
+        let first = &events[events.len() - 2]["args"];
+        assert_eq!((&first["collectives_us"], &first["hop_bytes"]), (&json!(250_000.0), &json!(4096)));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use crate::clock::{AtWork, Meter, StepWork};
 use crate::error::{Error, Result, panic_message, with_causes};
-use crate::link::{Link, is_delivered};
+use crate::link::{Link, hop_bytes, is_delivered};
 use crate::stage::{DeviceFailed, StageActor, StageEnd, Step, Work};
 use crate::stage_set::Lost;
 
@@ -194,7 +194,11 @@ impl<W: Witness + 'static> DeviceThread<W> {
             self.witness.computes_in_vain();
             return Ok(());
         }
-        self.witness.hands_on(&StepWork::from(&*batch));
+        let handed_on = match &output {
+            StageOutput::Activations(activations) => hop_bytes(&batch, activations),
+            StageOutput::Tokens(_) => 0,
+        };
+        self.witness.hands_on(&StepWork::of(&batch, handed_on));
         match (output, &self.next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
             (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => pipeline.bring(output),

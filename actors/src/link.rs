@@ -30,7 +30,7 @@ pub(crate) struct InProcess {
 
 impl Link for InProcess {
     fn push(&self, batch: Arc<MicroBatch>, input: Option<Activations>) {
-        let (began, bytes) = (Instant::now(), input.as_ref().map_or(0, |input| num_bytes(&batch, input)));
+        let (began, bytes) = (Instant::now(), input.as_ref().map_or(0, |input| hop_bytes(&batch, input)));
         let step = Step { batch, input, credit: None };
         is_delivered(self.seat.incumbent().actor.tell(step).try_send());
         if let Some(hops) = &self.hops {
@@ -40,7 +40,7 @@ impl Link for InProcess {
 }
 
 /// Bytes of a micro-batch's activations, wherever they are.
-fn num_bytes(batch: &MicroBatch, Activations { sums, hidden, .. }: &Activations) -> u64 {
+pub(crate) fn hop_bytes(batch: &MicroBatch, Activations { sums, hidden, .. }: &Activations) -> u64 {
     let arrays = 1 + usize::from(sums.is_some());
     (arrays * batch.num_tokens() * hidden * size_of::<f32>()) as u64
 }

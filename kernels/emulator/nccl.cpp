@@ -1,7 +1,7 @@
 // A libnccl for the emulator's memory: ranks are threads of one process, and numbers are there when a group of moves ends.
 //
-// What is sent waits in a box of its sender and receiver, so that nobody waits but for what it receives. A rank that leaves
-// ends the waiting of the others, who would wait for ever in the library: a test that does this ends.
+// What is sent waits in a box of its sender and receiver, so that nobody waits but for what it receives. Who waits for a rank
+// that has left is told so, and would wait for ever in the library: a test that does this ends.
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -20,7 +21,7 @@ namespace {
 
 struct Group {
     int num_ranks, num_here = 0;
-    bool is_over = false;
+    std::set<int> gone;
     // By sender and receiver.
     std::map<std::pair<int, int>, std::deque<std::vector<float>>> boxes;
 };
@@ -81,7 +82,7 @@ API Status ncclCommInitRank(Communicator** communicator, int num_ranks, UniqueId
 
 API Status ncclCommAbort(Communicator* communicator) {
     std::lock_guard<std::mutex> guard(lock);
-    communicator->group->is_over = true;
+    communicator->group->gone.insert(communicator->rank);
     changed.notify_all();
     return delete communicator, SUCCESS;
 }
@@ -111,7 +112,7 @@ API Status ncclGroupEnd() {
         std::unique_lock<std::mutex> guard(lock);
         Group& group = *receipt.communicator->group;
         auto& box = group.boxes[{receipt.peer, receipt.communicator->rank}];
-        changed.wait(guard, [&] { return group.is_over || !box.empty(); });
+        changed.wait(guard, [&] { return group.gone.count(receipt.peer) || !box.empty(); });
         if (box.empty()) return REMOTE_ERROR;
         std::vector<float> numbers = std::move(box.front());
         box.pop_front();

@@ -160,5 +160,14 @@ fn play<R: Iterator<Item = Lengths>>(
 fn write_step(writer: &mut TraceWriter, row: usize, step: Step) -> std::io::Result<()> {
     let Step { stage: _, micro_batch, start, end, tokens, decode_tokens } = step;
     let (start_s, end_s) = (start.as_secs_f64(), end.as_secs_f64());
-    writer.step(&TracedStep { row, start_s, end_s, micro_batch, tokens, decode_tokens, collectives_s: None })
+    writer.step(&TracedStep {
+        row,
+        start_s,
+        end_s,
+        micro_batch,
+        tokens,
+        decode_tokens,
+        hop_bytes: None,
+        collectives_s: None,
+    })
 }

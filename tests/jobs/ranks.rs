@@ -40,15 +40,39 @@ fn every_model_agrees_with_the_reference_on_stages_of_several_devices() {
     }
 }
 
+/// Both at once: two stages share the widest FFN by its columns, and each shares its part among two ranks.
+#[test]
+fn every_model_agrees_with_the_reference_where_its_widest_ffn_is_cut_between_stages_of_two_ranks() {
+    let mut num_cut = 0;
+    for model in MODELS {
+        let config = stages::ModelConfig::read(&fixture(model)).unwrap();
+        let Some((block, width)) = widest_of(&config).filter(|(_, width)| *width > stages::SUM_CUT) else {
+            continue;
+        };
+        let column = (width / 2).next_multiple_of(stages::SUM_CUT);
+        let (place, end) = (format!("{block}:{column}"), config.blocks.len());
+        let [devices, widths] = sets(&[2, 2]);
+        let stages = format!("pipeline.stages=[[0, \"{place}\"], [\"{place}\", {end}]]");
+        let reference = read_json(&fixture(model).join("reference.json"));
+        let difference =
+            largest_difference(model, &reference, &[&devices, &widths, &stages, "model.dtype=f32"]);
+        assert!(difference <= F32_BOUND, "{model} cut at {place} of {width}: off by {difference:.2e}");
+        num_cut += 1;
+    }
+    assert!(num_cut > MODELS.len() / 2, "{num_cut} of {} models have an FFN to cut", MODELS.len());
+}
+
 /// The block of a model whose FFN is widest, and its width.
 fn widest(model: &str) -> (usize, usize) {
-    let config = stages::ModelConfig::read(&fixture(model)).unwrap();
+    widest_of(&stages::ModelConfig::read(&fixture(model)).unwrap()).expect("an FFN")
+}
+
+fn widest_of(config: &stages::ModelConfig) -> Option<(usize, usize)> {
     let width = |(index, block): (usize, &stages::Block)| match block.ffn {
         stages::Ffn::SwiGlu { width } => Some((width, index)),
         stages::Ffn::Linear | stages::Ffn::None => None,
     };
-    let (width, index) = config.blocks.iter().enumerate().filter_map(width).max().expect("an FFN");
-    (index, width)
+    config.blocks.iter().enumerate().filter_map(width).max().map(|(width, index)| (index, width))
 }
 
 fn cut_at(job: Job, block: usize, column: usize, num_blocks: usize) -> Job {
@@ -216,6 +240,8 @@ fn a_trace_has_a_row_for_each_rank_with_its_time_in_collectives() {
             let missing = micro_batches - steps(row).len();
             assert!(missing <= usize::from(home == "processes" && row == 3), "{home}, row {row}: {missing}");
         }
+        let hops = steps(0).iter().map(|step| step["args"]["hop_bytes"].as_u64().unwrap()).sum::<u64>();
+        assert_eq!(manifest(&done)["stages"][0]["hop_bytes"], hops);
         let tokens =
             |row: usize| steps(row).iter().map(|step| step["args"]["tokens"].clone()).collect::<Vec<_>>();
         assert_eq!(tokens(2), tokens(1));

@@ -69,11 +69,14 @@ pub(crate) struct StepWork {
     pub(crate) micro_batch: MicroBatchId,
     pub(crate) tokens: usize,
     pub(crate) load: Load,
+    /// Bytes that it hands to the next stage.
+    pub(crate) hop_bytes: u64,
 }
 
-impl From<&MicroBatch> for StepWork {
-    fn from(batch: &MicroBatch) -> Self {
-        StepWork { micro_batch: batch.id, tokens: batch.num_tokens(), load: batch.load() }
+impl StepWork {
+    /// Of a micro-batch, of which so much is handed on.
+    pub(crate) fn of(batch: &MicroBatch, hop_bytes: u64) -> Self {
+        StepWork { micro_batch: batch.id, tokens: batch.num_tokens(), load: batch.load(), hop_bytes }
     }
 }
 
@@ -191,7 +194,7 @@ impl Meter {
 
     /// It has computed a micro-batch and hands it on. Returns how long it was at it.
     pub(crate) fn hand_on(&self, work: &StepWork) -> Duration {
-        let StepWork { micro_batch, tokens, load } = *work;
+        let StepWork { micro_batch, tokens, load, hop_bytes } = *work;
         let mut counts = self.clock.lock();
         let start = counts.since;
         let end = self.turn(&mut counts, |_| Activity::HandingOn);
@@ -204,7 +207,16 @@ impl Meter {
         if let Some(log) = self.clock.pipeline.step_log() {
             let (stage, decode_tokens) = (self.clock.index, load.decode_tokens as usize);
             let micro_batch = micro_batch.0;
-            log.tell(StepEvent { stage, rank: None, micro_batch, start, end, tokens, decode_tokens });
+            log.tell(StepEvent {
+                stage,
+                rank: None,
+                micro_batch,
+                start,
+                end,
+                tokens,
+                decode_tokens,
+                hop_bytes,
+            });
         }
         end - start
     }

@@ -23,6 +23,8 @@ pub struct StepEvent {
     pub tokens: usize,
     /// Those of sequences that decode.
     pub decode_tokens: usize,
+    /// Bytes of activations that went to the next stage.
+    pub hop_bytes: u64,
 }
 
 /// Where device threads tell their steps.
@@ -67,7 +69,16 @@ mod tests {
 
     fn step(micro_batch: u64) -> StepEvent {
         let now = Instant::now();
-        StepEvent { stage: 0, rank: None, micro_batch, start: now, end: now, tokens: 2, decode_tokens: 1 }
+        StepEvent {
+            stage: 0,
+            rank: None,
+            micro_batch,
+            start: now,
+            end: now,
+            tokens: 2,
+            decode_tokens: 1,
+            hop_bytes: 0,
+        }
     }
 
     #[test]

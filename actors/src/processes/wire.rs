@@ -251,9 +251,10 @@ fn read_end(body: &[u8]) -> Option<Word> {
 }
 
 fn add_work(words: &mut Words, work: &StepWork) {
-    let StepWork { micro_batch, tokens, load } = work;
+    let StepWork { micro_batch, tokens, load, hop_bytes } = work;
     words.add(micro_batch.0);
     words.add(*tokens as u64);
+    words.add(*hop_bytes);
     let Load { decode_tokens, decode_context, prefill_tokens, prefill_context, logit_rows } = *load;
     for number in [decode_tokens, decode_context, prefill_tokens, prefill_context, logit_rows] {
         words.add(number.to_bits());
@@ -261,7 +262,7 @@ fn add_work(words: &mut Words, work: &StepWork) {
 }
 
 fn read_work(words: &mut ReadWords<'_>) -> Option<StepWork> {
-    let (micro_batch, tokens) = (MicroBatchId(words.word()?), words.size()?);
+    let (micro_batch, tokens, hop_bytes) = (MicroBatchId(words.word()?), words.size()?, words.word()?);
     let mut number = || words.word().map(f64::from_bits);
     let load = Load {
         decode_tokens: number()?,
@@ -270,7 +271,7 @@ fn read_work(words: &mut ReadWords<'_>) -> Option<StepWork> {
         prefill_context: number()?,
         logit_rows: number()?,
     };
-    Some(StepWork { micro_batch, tokens, load })
+    Some(StepWork { micro_batch, tokens, load, hop_bytes })
 }
 
 fn add_output(words: &mut Words, output: &MicroBatchOutput) {
@@ -389,7 +390,7 @@ mod tests {
             ],
         };
         let load = Load { decode_tokens: 3.0, decode_context: 0.1, logit_rows: 2.0, ..Load::default() };
-        let work = StepWork { micro_batch: MicroBatchId(4), tokens: 17, load };
+        let work = StepWork { micro_batch: MicroBatchId(4), tokens: 17, load, hop_bytes: 5 };
         let collectives = CollectiveTimes { calls: 1, bytes: 2, time: Duration::from_nanos(3) };
         let end = End { message: "it \"panicked\"".to_owned(), is_panic: true, micro_batch: None };
         for word in [

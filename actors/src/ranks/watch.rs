@@ -57,6 +57,7 @@ impl Watch {
             end,
             tokens: done.tokens,
             decode_tokens: done.decode_tokens,
+            hop_bytes: 0,
         });
     }
 

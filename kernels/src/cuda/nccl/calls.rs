@@ -167,7 +167,10 @@ impl Communicator {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        // Who leaves in order would wait for ranks that may be dead.
+        // What this rank has queued is the others' too; after a failure there is nobody any more who waits for it.
+        if !self.comm.is_null() {
+            let _ = self.stream.wait("leave a group");
+        }
         self.abort();
     }
 }

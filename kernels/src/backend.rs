@@ -19,7 +19,7 @@ use crate::tensor_view::{TensorView, ViewDtype};
 /// Positions in one KV page, and the tile in which attention walks keys.
 ///
 /// 64 keys fill four 512-bit registers of scores, enough independent sums to hide the latency of a dot
-/// product for a single query row, and are the page size of the CUDA kernels to come.
+/// product for a single query row, and are the page size of the CUDA kernels.
 pub const PAGE_TOKENS: usize = 64;
 
 /// Sums over the columns of a matrix may be parted at multiples of this without a change of bits; see

@@ -19,17 +19,7 @@ const MANY: usize = 200;
 
 /// Runs a job with a plan of faults.
 fn run_with(job: &Job, faults: &str) -> Output {
-    command_with(job, faults).output().expect("start spanwise")
-}
-
-fn command_with(job: &Job, faults: &str) -> Command {
-    let plain = job.command();
-    let mut command = Command::new(plain.get_program());
-    command.args(["--faults", faults]).args(plain.get_args());
-    for (name, _) in plain.get_envs() {
-        command.env_remove(name);
-    }
-    command
+    job.command_with_faults(faults).output().expect("start spanwise")
 }
 
 /// Lets a job that has been done over one input, and is done again over another, fail at each change of a
@@ -90,7 +80,8 @@ const SLOW: &str = "stage0@1/12:slow";
 
 /// Kills a job that has worked for so long since its process began, and insists that it was at work.
 fn kill_at(job: &Job, after: Duration) {
-    let mut child = command_with(job, SLOW).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child =
+        job.command_with_faults(SLOW).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     std::thread::sleep(after);
     child.kill().expect("send the signal");
     let status = child.wait().expect("wait for spanwise");

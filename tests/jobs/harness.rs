@@ -142,6 +142,17 @@ impl Job {
         command
     }
 
+    /// The same with a plan of faults.
+    pub(crate) fn command_with_faults(&self, faults: &str) -> Command {
+        let plain = self.command();
+        let mut command = Command::new(plain.get_program());
+        command.args(["--faults", faults]).args(plain.get_args());
+        for (name, _) in plain.get_envs() {
+            command.env_remove(name);
+        }
+        command
+    }
+
     /// Runs the job to its end, and leaves it there to be run again.
     pub(crate) fn run_once(&self, args: &[&str]) -> Output {
         self.command().args(args).output().expect("start spanwise")

@@ -20,16 +20,6 @@ fn processes(job: Job, stages: usize) -> Job {
     job.set("pipeline.stages_run_in=processes").set(format!("pipeline.devices={devices:?}"))
 }
 
-fn with_faults(job: &Job, faults: &str) -> Command {
-    let plain = job.command();
-    let mut command = Command::new(plain.get_program());
-    command.args(["--faults", faults]).args(plain.get_args());
-    for (name, _) in plain.get_envs() {
-        command.env_remove(name);
-    }
-    command
-}
-
 fn stages(job: &Job) -> Vec<Value> {
     read_json(&job.out().join("manifest.json"))["stages"].as_array().expect("stages").clone()
 }
@@ -72,7 +62,7 @@ fn a_process_that_dies_panics_or_hangs_is_started_again_and_changes_no_byte() {
         (1, "stage1@30:hang"),
     ] {
         let job = processes(Job::on(MODEL).lines(rows.clone()), 3).set("pipeline.step_timeout_seconds=2");
-        let output = with_faults(&job, fault).output().expect("start spanwise");
+        let output = job.command_with_faults(fault).output().expect("start spanwise");
         assert_done(&output);
         let restarts: Vec<u64> =
             stages(&job).iter().map(|stage| stage["restarts"].as_u64().unwrap()).collect();
@@ -112,7 +102,7 @@ fn signal(name: &str, pid: u32) {
 
 /// Starts a job that takes a while, and waits until it has written lines.
 fn begun(job: &Job) -> Child {
-    let mut command = with_faults(job, "stage0@1/6:slow");
+    let mut command = job.command_with_faults("stage0@1/6:slow");
     let output = job.out().join("output.jsonl");
     let length = || std::fs::metadata(&output).map_or(0, |file| file.len());
     let before = length();

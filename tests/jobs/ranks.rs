@@ -1,7 +1,7 @@
 //! Stages of several devices, and FFNs that are cut by columns, through the binary: right numbers, the same ones every
 //! time, and complete jobs when a rank dies.
 
-use std::process::{Command, Output};
+use std::process::Output;
 
 use serde_json::{Value, json};
 
@@ -135,16 +135,6 @@ fn ranks_in_threads_and_in_processes_write_the_same_bytes_and_are_reported() {
     assert_eq!(manifest["numeric_profile"]["tensor_parallel"], 2);
 }
 
-fn command_with(job: &Job, faults: &str) -> Command {
-    let plain = job.command();
-    let mut command = Command::new(plain.get_program());
-    command.args(["--faults", faults]).args(plain.get_args());
-    for (name, _) in plain.get_envs() {
-        command.env_remove(name);
-    }
-    command
-}
-
 fn restarts(output: &Output) -> bool {
     stdout(output).contains("started again")
 }
@@ -162,7 +152,7 @@ fn a_rank_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() 
     ] {
         let job =
             undisturbed.anew().set(format!("pipeline.ranks={home}")).set("pipeline.step_timeout_seconds=2");
-        let output = command_with(&job, fault).output().expect("start spanwise");
+        let output = job.command_with_faults(fault).output().expect("start spanwise");
         assert_done(&output);
         assert!(restarts(&output), "{home} {fault}:\n{}", stdout(&output));
         assert_as_run_of(&job.out(), &undisturbed.anew());

@@ -127,7 +127,7 @@ fn plan(model: &Model, costs: &Measured) -> Result<Vec<Span>> {
         prefill_context: prompt / 2.0,
         logit_rows: rows,
     };
-    let pieces = pieces(&model.config, false);
+    let pieces = pieces(&model.config, None);
     let hop_seconds = costs.hop_seconds(load);
     let device = StageDevice { kind: 0, memory_bytes: u64::MAX, hop_seconds, cut_hop_seconds: hop_seconds };
     let (devices, ends) = ([device; NUM_STAGES], vec![true; pieces.len()]);
@@ -221,7 +221,7 @@ impl Cut {
 
     /// Sum of the predicted times of a stage's micro-batches.
     fn predicted(&self, model: &Model, costs: &Measured, stage: usize, ran: &Ran) -> f64 {
-        let pieces = pieces(&model.config, false);
+        let pieces = pieces(&model.config, None);
         let seconds =
             |(load, _): &(Load, f64)| costs.step_seconds(&pieces, self.spans[stage].range(), 1, *load);
         ran.steps[stage].iter().map(seconds).sum()

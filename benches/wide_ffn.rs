@@ -28,8 +28,8 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, measure};
 use stages::{
-    Activations, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep, Sharing, Simd,
-    SpanOptions, StageOutput, WeightType, available_cores, thread_ranks,
+    Activations, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep, SUM_CUT, Sharing,
+    Simd, SpanOptions, StageOutput, WeightType, available_cores, thread_ranks,
 };
 
 const HIDDEN: usize = 512;
@@ -199,7 +199,7 @@ fn pin(device: &Device) {
 
 /// The best cut into two stages.
 fn plan(model: &Model, costs: &Measured, load: Load, column_cuts: bool) -> Result<Vec<Part>> {
-    let pieces = pieces(&model.config, column_cuts);
+    let pieces = pieces(&model.config, column_cuts.then_some(SUM_CUT));
     let hop_seconds = costs.hop_seconds(load);
     let device =
         StageDevice { kind: 0, memory_bytes: u64::MAX, hop_seconds, cut_hop_seconds: 2.0 * hop_seconds };

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use configs::{DeviceKind, Pipeline, Place, Stages, TensorParallel};
 use scheduler::Span;
 use stages::cost::PieceShape;
-use stages::{Ffn, ModelConfig, Part, SUM_CUT, Sharing, WeightType};
+use stages::{Ffn, ModelConfig, Part, Sharing, WeightType};
 
 /// A stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,12 +40,17 @@ pub(crate) fn given(
         );
     }
     for range in ranges {
-        check_place(range.end, keeps_bits(weights, pipeline), weights, config)?;
+        check_place(range.end, sum_cut(weights, pipeline), weights, config)?;
     }
     Ok(Some(ranges.iter().map(part).collect()))
 }
 
-fn check_place(place: Place, keeps_bits: bool, weights: WeightType, config: &ModelConfig) -> Result<()> {
+fn check_place(
+    place: Place,
+    sum_cut: Option<usize>,
+    weights: WeightType,
+    config: &ModelConfig,
+) -> Result<()> {
     let Place { block, column } = place;
     if column == 0 {
         return Ok(());
@@ -57,27 +62,28 @@ fn check_place(place: Place, keeps_bits: bool, weights: WeightType, config: &Mod
         Some(Ffn::Linear | Ffn::None) => bail!("{at}: block {block} has no FFN of columns"),
         None => bail!("{at}: the model has {} blocks", config.blocks.len()),
     }
-    if !column.is_multiple_of(SUM_CUT) {
-        bail!("{at}: found column {column}, expected a multiple of {SUM_CUT}");
-    }
-    if !keeps_bits {
+    let Some(multiple) = sum_cut else {
         bail!(
             "{at}: with weights in {} sums over columns cannot be parted, as scales belong to more of them\n\
-             hint: cut between blocks, or set [model] dtype to \"bf16\", \"f32\" or on CPUs \"int4-weight\", whose cuts change no bit",
+             hint: cut between blocks, or set [model] dtype to \"bf16\", \"f32\" or on CPUs \"int8\" or \"int4-weight\", whose cuts change no bit",
             weights.name()
         );
+    };
+    if !column.is_multiple_of(multiple) {
+        let scales = match weights {
+            WeightType::Int8 => ", as that many share a scale in int8",
+            _ => "",
+        };
+        bail!("{at}: found column {column}, expected a multiple of {multiple}{scales}");
     }
     Ok(())
 }
 
-/// Whether an FFN can be cut by columns without a change of bits. On GPUs groups of 4 bits are wider than what cuts are
-/// multiples of.
-pub(crate) fn keeps_bits(weights: WeightType, pipeline: &Pipeline) -> bool {
-    match weights {
-        WeightType::F32 | WeightType::Bf16 => true,
-        WeightType::Int4Weight => !are_gpus(pipeline),
-        WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight => false,
-    }
+/// The multiple of columns at which an FFN can be cut without a change of bits, if it can. On GPUs groups of 4 bits are wider
+/// than what cuts are multiples of.
+pub(crate) fn sum_cut(weights: WeightType, pipeline: &Pipeline) -> Option<usize> {
+    let is_known = weights == WeightType::Bf16 || !are_gpus(pipeline);
+    weights.sum_cut().filter(|_| is_known)
 }
 
 /// Refuses stages that several GPUs share whose weights cannot be parted between them.

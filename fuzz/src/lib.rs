@@ -178,7 +178,7 @@ pub fn model_config(data: &[u8]) {
         Ok(config) => {
             assert!(!config.blocks.is_empty() && config.blocks.len() <= config.num_slots);
             assert!(config.params() > 0);
-            assert_eq!(stages::cost::pieces(&config, false).len(), config.blocks.len());
+            assert_eq!(stages::cost::pieces(&config, None).len(), config.blocks.len());
             let frequencies = config.rope.inverse_frequencies(config.dims.head_dim);
             assert_eq!(frequencies.len(), config.dims.head_dim / 2);
         }

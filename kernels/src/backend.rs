@@ -22,10 +22,16 @@ use crate::tensor_view::{TensorView, ViewDtype};
 /// product for a single query row, and are the page size of the CUDA kernels.
 pub const PAGE_TOKENS: usize = 64;
 
-/// Sums over the columns of a matrix may be parted at multiples of this without a change of bits; see
-/// [`Backend::matmul_onto`]. It is a panel's width, and a multiple of what any product takes at once: pairs of bf16,
+/// Sums over the columns of a matrix may be parted at multiples of this without a change of bits, in most number types; see
+/// [`WeightType::sum_cut`]. It is a panel's width, and a multiple of what any product takes at once: pairs of bf16,
 /// groups of 32 that share a scale, tiles of 32 columns.
 pub const SUM_CUT: usize = 64;
+
+/// Inputs of products in integers that share scales, see [`WeightType::Int8`].
+///
+/// Integers are summed exactly within such a block, and every block costs a pass over the sums: for the widths of small
+/// models there is one. It is as much of K as the CPU backend sweeps over at once.
+pub const INT8_BLOCK: usize = 4096;
 
 /// Number type of activations on the device: matmul inputs, KV entries, and tables that are read row by row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -50,14 +56,26 @@ pub enum WeightType {
     /// E4M3 with a scale for each output that takes its largest number to 448, and products of E4M3: each row of a matmul input
     /// is quantised as well, with a scale of its own. For GPUs; the CPU backend has it not.
     Fp8,
-    /// Integers of 8 bits with a scale for each output, and products in integers: each row of a matmul input is
-    /// quantised as well, with a scale of its own.
+    /// Integers of 8 bits with a scale for each output and [`INT8_BLOCK`] of inputs, and products in integers: each row
+    /// of a matmul input is quantised as well, with scales of its own for the same blocks.
     Int8,
     /// Integers of 8 bits with a scale for each output, and products in bfloat16, which holds them exactly.
     Int8Weight,
     /// Integers of 4 bits, -8 for the largest of a group, with a scale for each output and group of inputs, see
     /// [`Int4Groups`], and products in bfloat16, which holds them exactly.
     Int4Weight,
+}
+
+impl WeightType {
+    /// The multiple of columns at which sums over a matrix's columns may be parted without a change of bits on the CPU, see
+    /// [`Backend::matmul_onto`]; nothing where scales belong to all columns.
+    pub const fn sum_cut(self) -> Option<usize> {
+        match self {
+            WeightType::F32 | WeightType::Bf16 | WeightType::Int4Weight => Some(SUM_CUT),
+            WeightType::Int8 => Some(INT8_BLOCK),
+            WeightType::Fp8 | WeightType::Int8Weight => None,
+        }
+    }
 }
 
 /// How integers of 4 bits share scales.
@@ -210,9 +228,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Goes on with the sums of a product: `sums` holds what columns of the matrix before those of `w` have come to,
     /// `x: [T, in]`, `w: [n, in]`, `sums: [T, n]`.
     ///
-    /// On the CPU with weights in f32, bf16 or int4, and with a number of columns before that is a multiple of
-    /// [`SUM_CUT`], `sums` then has the bits of one product over all columns. Else the product is summed first,
-    /// then added: scales of int8 belong to whole rows.
+    /// On the CPU with a number of columns before that is a multiple of [`WeightType::sum_cut`], `sums` then has the bits
+    /// of one product over all columns. Where there is none the product is summed first, then added: scales
+    /// belong to all columns.
     fn matmul_onto(&self, x: &Self::Operand, w: &Self::Matrix, sums: &mut Self::Array) -> Result<()>;
 
     /// `out += x`, both `[T, cols]`.

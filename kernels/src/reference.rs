@@ -4,11 +4,11 @@
 //! [`Dtype::Bf16`] it rounds where they round: weights, the inputs of matrix products, and of attention
 //! the queries, keys and values. The order of sums is then different, and one thing more: attention's weights
 //! stay f32 here, while a fast backend may round them as they are relative to the largest score so far.
-//! Narrow weights are quantised as there; a product in integers sums all of K exactly.
+//! Narrow weights are quantised as there; a product in integers sums each block of K exactly.
 
 use crate::array::Array;
 use crate::backend::{
-    AttentionSlice, Backend, Dtype, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, WeightType,
+    AttentionSlice, Backend, Dtype, INT8_BLOCK, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, WeightType,
 };
 use crate::error::Result;
 use crate::fp8;
@@ -31,8 +31,10 @@ pub struct ReferenceMatrix {
     cols: usize,
     /// Numbers, or integers where rows have scales.
     values: Vec<f32>,
-    /// What a row's sums are multiplied with; empty where nothing is.
-    row_scales: Vec<f32>,
+    /// What a row's sums are multiplied with, `[rows, blocks of K]`; empty where nothing is.
+    scales: Vec<f32>,
+    /// Columns that share a scale.
+    block: usize,
     /// What inputs are quantised to before they are multiplied.
     inputs: Inputs,
 }
@@ -82,38 +84,39 @@ impl Reference {
 impl ReferenceMatrix {
     /// A matrix of numbers that are multiplied as they are.
     fn plain(rows: usize, cols: usize, values: Vec<f32>) -> Self {
-        Self { rows, cols, values, row_scales: Vec::new(), inputs: Inputs::AsTheyAre }
+        Self { rows, cols, values, scales: Vec::new(), block: cols.max(1), inputs: Inputs::AsTheyAre }
     }
 
-    /// A matrix of integers of 8 bits with a scale for each row.
-    fn int8(rows: usize, cols: usize, mut values: Vec<f32>, inputs: Inputs) -> Self {
-        let mut row_scales = Vec::with_capacity(rows);
-        for row in 0..rows {
-            let row = &mut values[row * cols..][..cols];
-            let quantizer = Quantizer::int8_of(row);
-            row.iter_mut().for_each(|value| *value = f32::from(quantizer.quantize(*value)));
-            row_scales.push(quantizer.scale);
+    /// A matrix of integers of 8 bits with a scale for each row and block of its columns.
+    fn int8(rows: usize, cols: usize, mut values: Vec<f32>, block: usize, inputs: Inputs) -> Self {
+        let mut scales = Vec::new();
+        for row in values.chunks_mut(cols.max(1)) {
+            for block in row.chunks_mut(block) {
+                let quantizer = Quantizer::int8_of(block);
+                block.iter_mut().for_each(|value| *value = f32::from(quantizer.quantize(*value)));
+                scales.push(quantizer.scale);
+            }
         }
-        Self { rows, cols, values, row_scales, inputs }
+        Self { rows, cols, values, scales, block, inputs }
     }
 
     /// A matrix in E4M3 with a scale for each row; of a checkpoint that has it so already, as it is.
     fn fp8(view: &TensorView<'_>, mut values: Vec<f32>) -> Self {
         let (rows, cols, inputs) = (view.rows, view.cols, Inputs::Fp8);
-        let mut row_scales = Vec::with_capacity(rows);
+        let mut scales_of_rows = Vec::with_capacity(rows);
         for row in 0..rows {
             let numbers = &mut values[row * cols..][..cols];
             if let (ViewDtype::Fp8, Some(scales)) = (view.dtype, &view.scales) {
                 let codes = view.row(row).iter();
                 numbers.iter_mut().zip(codes).for_each(|(number, &code)| *number = fp8::f32_of(code));
-                row_scales.push(scales.scale(row, 0));
+                scales_of_rows.push(scales.scale(row, 0));
             } else {
                 let quantizer = Quantizer::fp8_of(numbers);
                 numbers.iter_mut().for_each(|number| *number = quantizer.fp8(*number));
-                row_scales.push(quantizer.scale);
+                scales_of_rows.push(quantizer.scale);
             }
         }
-        Self { rows, cols, values, row_scales, inputs }
+        Self { rows, cols, values, scales: scales_of_rows, block: cols.max(1), inputs }
     }
 
     /// A matrix of integers of 4 bits, each multiplied with the scale of its group.
@@ -134,9 +137,34 @@ impl ReferenceMatrix {
 
     /// A row as numbers.
     fn copy_row(&self, row: usize, out: &mut [f32]) {
-        let scale = self.row_scales.get(row).copied();
-        for (out, &value) in out.iter_mut().zip(self.row(row)) {
-            *out = scale.map_or(value, |scale| value * scale);
+        for (col, (out, &value)) in out.iter_mut().zip(self.row(row)).enumerate() {
+            *out = if self.scales.is_empty() { value } else { value * self.scales_of(row)[col / self.block] };
+        }
+    }
+
+    /// A row's scales, of all blocks of columns.
+    fn scales_of(&self, row: usize) -> &[f32] {
+        let num_blocks = self.cols.div_ceil(self.block);
+        &self.scales[row * num_blocks..][..num_blocks]
+    }
+
+    /// `x · row` in integers, block by block, from the sum of earlier blocks on.
+    fn dot_of_integers(&self, before: Option<f32>, x: &[f32], row: usize) -> f32 {
+        let blocks = x.chunks(self.block).zip(self.row(row).chunks(self.block)).zip(self.scales_of(row));
+        let terms = blocks.map(|((x, w), scale)| {
+            let quantizer = Quantizer::int8_of(x);
+            let sum: i64 = x.iter().zip(w).map(|(&x, &w)| i64::from(quantizer.quantize(x)) * w as i64).sum();
+            sum as f32 * (quantizer.scale * scale)
+        });
+        before.into_iter().chain(terms).reduce(|sum, term| sum + term).unwrap_or(0.0)
+    }
+
+    /// `x · row`, from the sum of earlier columns on where those may be parted.
+    fn dot_onto(&self, sum: f32, x: &[f32], row: usize) -> f32 {
+        match self.inputs {
+            Inputs::Int8 => self.dot_of_integers(Some(sum), x, row),
+            Inputs::AsTheyAre if self.scales.is_empty() => dot_onto(sum, x, self.row(row)),
+            Inputs::AsTheyAre | Inputs::Fp8 => sum + self.dot(x, row),
         }
     }
 
@@ -145,16 +173,13 @@ impl ReferenceMatrix {
         if self.inputs == Inputs::Fp8 {
             let quantizer = Quantizer::fp8_of(x);
             let sum: f32 = x.iter().zip(self.row(row)).map(|(&x, &w)| quantizer.fp8(x) * w).sum();
-            return sum * (quantizer.scale * self.row_scales[row]);
+            return sum * (quantizer.scale * self.scales[row]);
         }
         if self.inputs == Inputs::Int8 {
-            let quantizer = Quantizer::int8_of(x);
-            let terms = x.iter().zip(self.row(row));
-            let sum: i64 = terms.map(|(&x, &w)| i64::from(quantizer.quantize(x)) * w as i64).sum();
-            return sum as f32 * (quantizer.scale * self.row_scales[row]);
+            return self.dot_of_integers(None, x, row);
         }
         let sum = dot(x, self.row(row));
-        self.row_scales.get(row).map_or(sum, |scale| sum * scale)
+        self.scales.get(row).map_or(sum, |scale| sum * scale)
     }
 }
 
@@ -191,8 +216,10 @@ impl Backend for Reference {
         Ok(match self.weights {
             WeightType::F32 | WeightType::Bf16 => self.rounded(rows, cols, values),
             WeightType::Fp8 => ReferenceMatrix::fp8(&view, values),
-            WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, Inputs::Int8),
-            WeightType::Int8Weight => ReferenceMatrix::int8(rows, cols, values, Inputs::AsTheyAre),
+            WeightType::Int8 => ReferenceMatrix::int8(rows, cols, values, INT8_BLOCK, Inputs::Int8),
+            WeightType::Int8Weight => {
+                ReferenceMatrix::int8(rows, cols, values, cols.max(1), Inputs::AsTheyAre)
+            }
             // Integers of a checkpoint stay what they are.
             WeightType::Int4Weight if view.dtype == ViewDtype::Int4 => {
                 ReferenceMatrix::plain(rows, cols, values)
@@ -290,10 +317,7 @@ impl Backend for Reference {
         for t in 0..x.array.rows() {
             for n in 0..w.rows {
                 let sum = &mut sums.row_mut(t)[n];
-                *sum = match w.row_scales.is_empty() {
-                    true => dot_onto(*sum, x.array.row(t), w.row(n)),
-                    false => *sum + w.dot(x.array.row(t), n),
-                };
+                *sum = w.dot_onto(*sum, x.array.row(t), n);
             }
         }
         Ok(())

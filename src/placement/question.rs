@@ -107,7 +107,9 @@ impl Question {
             work: Arc::new(Work { lengths, ..Work::default() }),
             replicas: if own.list.group(pipeline.replicas).is_some() { pipeline.replicas } else { 1 },
             tensor_parallel: pipeline.tensor_parallel.clone(),
-            column_cuts: match layout::keeps_bits(options.dtypes.weights, pipeline) && runs::COLUMN_CUTS {
+            column_cuts: match layout::sum_cut(options.dtypes.weights, pipeline).is_some()
+                && runs::COLUMN_CUTS
+            {
                 true => pipeline.column_cuts,
                 false => ColumnCuts::Off,
             },
@@ -115,7 +117,7 @@ impl Question {
             measured: profile.and_then(costs),
             profile_command: None,
         };
-        let (pieces, replicas) = (pieces(&model.config, false), pipeline.replicas);
+        let (pieces, replicas) = (pieces(&model.config, None), pipeline.replicas);
         let max_sequences = lower::sequences_per_replica(pipeline) as u64;
         let first = Setting {
             devices: own.first_of(replicas),
@@ -187,7 +189,7 @@ impl Question {
     }
 
     fn may_cut(&self) -> bool {
-        self.setting.column_cuts == ColumnCuts::Auto
+        self.setting.column_cut().is_some()
     }
 
     /// Whether each device is named once, by one replica.
@@ -233,7 +235,7 @@ impl Question {
         may_cut: bool,
         num_stages: usize,
     ) -> Option<Vec<StageLayout>> {
-        let pieces = pieces(&self.setting.config, may_cut);
+        let pieces = pieces(&self.setting.config, self.setting.column_cut().filter(|_| may_cut));
         let case = self.first.case(&pieces, kinds, Balance::Roofline, self.rows(num_stages));
         let ends = ends_block(&pieces);
         let problem = case.problem(&ends).with_widths(widths);

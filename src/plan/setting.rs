@@ -5,11 +5,11 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use configs::{ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, TENSOR_PARALLEL_WIDTHS, TensorParallel};
 use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
-use stages::ModelConfig;
 use stages::cost::{
     Balance, Channel, CostModel, Estimator, Load, Measured, NumberType, NumberTypes, PieceShape, Roofline,
     activation_bytes, hop_bytes, pieces,
 };
+use stages::{INT8_BLOCK, ModelConfig, SUM_CUT};
 
 use crate::cli::LengthsArg;
 use crate::plan::input::Work;
@@ -194,9 +194,18 @@ impl Setting {
             .collect()
     }
 
+    /// The multiple of columns at which FFNs may be cut, if they may.
+    pub(crate) fn column_cut(&self) -> Option<usize> {
+        match (self.column_cuts, self.types.weights) {
+            (ColumnCuts::Off, _) => None,
+            (ColumnCuts::Auto, NumberType::Int8) => Some(INT8_BLOCK),
+            (ColumnCuts::Auto, _) => Some(SUM_CUT),
+        }
+    }
+
     /// The model in pieces.
     pub(crate) fn pieces(&self) -> Vec<PieceShape> {
-        pieces(&self.config, self.column_cuts == ColumnCuts::Auto)
+        pieces(&self.config, self.column_cut())
     }
 
     /// Widths that a stage may have.

@@ -8,7 +8,7 @@ use stages::profile::{
     AttentionEntry, BlockEntry, BlockShape, Both, ContextPoint, Effort, FORMAT, MeasureOptions, Missing,
     Neighbours, Profile, ProfileKey, Seconds, Store, Stored, TokenPoint, measure,
 };
-use stages::{Device, Dtype, Dtypes, Model, ModelConfig, Simd, WeightType, available_cores};
+use stages::{Device, Dtype, Dtypes, Model, ModelConfig, SUM_CUT, Simd, WeightType, available_cores};
 
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
 const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
@@ -90,7 +90,7 @@ fn decode(rows: f64, context: f64) -> Load {
 
 #[test]
 fn costs_are_the_measured_ones_where_there_are_any() {
-    let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
+    let (costs, pieces) = (measured(&profile()), pieces(&config(), None));
     let load = decode(2.0, 64.0);
     let rank = costs.rank_costs(&pieces, 1, load);
     // 1.0 for two tokens, and twice 0.5 for their context; none of it without attention.
@@ -104,7 +104,7 @@ fn costs_are_the_measured_ones_where_there_are_any() {
 
 #[test]
 fn costs_say_where_they_go_beyond_what_was_measured() {
-    let (costs, whole) = (measured(&profile()), pieces(&config(), false));
+    let (costs, whole) = (measured(&profile()), pieces(&config(), None));
     for (load, basis) in [
         (decode(4.0, 64.0), Basis::Interpolated),
         (decode(8.0, 100.0), Basis::Interpolated),
@@ -122,14 +122,14 @@ fn costs_say_where_they_go_beyond_what_was_measured() {
     let embedding = |costs: &RankCosts| costs.seconds(0..1) - costs.without_extras().seconds(0..1);
     assert_eq!(embedding(&halves), embedding(&alone));
     // Some columns of an FFN take their share, and all of them together what the block does.
-    let columns = pieces(&config(), true);
+    let columns = pieces(&config(), Some(SUM_CUT));
     let cut = costs.rank_costs(&columns, 1, decode(8.0, 64.0));
     assert!((cut.seconds(0..columns.len()) / alone.seconds(0..3) - 1.0).abs() < 1e-9);
 }
 
 #[test]
 fn more_tokens_and_longer_contexts_never_take_less() {
-    let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
+    let (costs, pieces) = (measured(&profile()), pieces(&config(), None));
     let at = |rows, context| costs.rank_costs(&pieces, 1, decode(rows, context)).seconds(0..3);
     let rows: Vec<f64> = (1..40).map(|rows| at(f64::from(rows), 100.0)).collect();
     let contexts: Vec<f64> = (1..100).map(|context| at(4.0, f64::from(context * 5))).collect();
@@ -138,7 +138,7 @@ fn more_tokens_and_longer_contexts_never_take_less() {
 
 #[test]
 fn a_stage_takes_its_blocks_its_ends_and_its_parts_of_hops() {
-    let (costs, pieces) = (measured(&profile()), pieces(&config(), false));
+    let (costs, pieces) = (measured(&profile()), pieces(&config(), None));
     let load = decode(1.0, 4.5);
     assert_eq!(costs.step_seconds(&pieces, 0..1, 1, load), 0.25 + 0.5 + 0.0625);
     assert_eq!(costs.step_seconds(&pieces, 1..2, 1, load), 0.5 + 0.125);

@@ -13,9 +13,9 @@ use scheduler::{
 };
 use serde_json::{Value, json};
 use stages::{
-    AttentionSharing, CollectiveClock, Device, Dtype, Dtypes, Follower, Model, PAGE_TOKENS, Part, RankGroup,
-    RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage, StageOutput, WeightType, load, load_first_rank,
-    load_follower, thread_ranks,
+    AttentionSharing, CollectiveClock, Device, Dtype, Dtypes, Follower, INT8_BLOCK, Model, PAGE_TOKENS, Part,
+    RankGroup, RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage, StageOutput, WeightType, load,
+    load_first_rank, load_follower, thread_ranks,
 };
 
 const F32: Dtypes = Dtypes { weights: WeightType::F32, kv: Dtype::F32 };
@@ -46,6 +46,11 @@ fn whole(model: &Model) -> Part {
 
 /// Hidden 256, 8 heads; every kind of half, an FFN of 1,000 columns that is no multiple of anything, and one of 100.
 fn small(folder: &Path, tied: bool) -> Model {
+    small_with(folder, tied, 1000)
+}
+
+/// The same with so many columns in the FFN that stands alone.
+fn small_with(folder: &Path, tied: bool, width: usize) -> Model {
     let attention = |group: Option<usize>, linear: bool| json!({"n_heads_in_group": group, "no_op": group.is_none() && !linear, "replace_with_linear": linear});
     let ffn = |width: Option<usize>, linear: bool| match width {
         Some(width) => json!({"intermediate_size": width, "no_op": false, "replace_with_linear": false}),
@@ -55,7 +60,7 @@ fn small(folder: &Path, tied: bool) -> Model {
         (attention(Some(2), false), ffn(Some(512), false)),
         (attention(None, true), ffn(Some(1000), false)),
         (attention(Some(8), false), ffn(None, true)),
-        (attention(None, false), ffn(Some(1000), false)),
+        (attention(None, false), ffn(Some(width), false)),
         (attention(Some(4), false), ffn(Some(100), false)),
         (attention(Some(1), false), ffn(None, false)),
     ];
@@ -320,6 +325,24 @@ fn every_column_cut_keeps_the_bits_of_the_uncut_run_at_every_level() {
 }
 
 #[test]
+fn every_cut_in_integers_keeps_the_bits_of_the_uncut_run_at_every_level() {
+    let folder = tempfile::tempdir().unwrap();
+    // Three blocks of columns that share scales, and some columns.
+    let model = small_with(folder.path(), false, 3 * INT8_BLOCK + 77);
+    let dtypes = Dtypes { weights: WeightType::Int8, kv: Dtype::Bf16 };
+    for device in Simd::ALL.into_iter().filter(|simd| simd.is_available()).map(cpu) {
+        let uncut = bits(&run(&model, &device, dtypes, &[alone(whole(&model))]));
+        for column in [1, 2, 3].map(|blocks| blocks * INT8_BLOCK) {
+            let found = run(&model, &device, dtypes, &parted(&model, (3, column)).map(alone));
+            assert!(bits(&found) == uncut, "{device:?} cut at {column}");
+        }
+        // Between blocks there is no reason for the bits of another one.
+        let elsewhere = run(&model, &device, dtypes, &parted(&model, (3, SUM_CUT)).map(alone));
+        assert!(bits(&elsewhere) != uncut, "{device:?}: the test would see other bits");
+    }
+}
+
+#[test]
 fn an_ffn_may_be_cut_more_than_once_and_ranks_may_share_what_is_left() {
     let folder = tempfile::tempdir().unwrap();
     let model = small(folder.path(), false);
@@ -364,6 +387,10 @@ fn a_scaled_down_ultra_agrees_on_one_to_four_ranks_and_cut_through_its_widest_ff
     // Block 67 has the widest FFN.
     let found = run(&model, &device, F32, &parted(&model, (67, 6400)).map(alone));
     assert_eq!(bits(&found), bits(&expected));
+    let int8 = Dtypes { weights: WeightType::Int8, kv: Dtype::Bf16 };
+    let uncut = run(&model, &device, int8, &[alone(whole(&model))]);
+    let found = run(&model, &device, int8, &parted(&model, (67, 2 * INT8_BLOCK)).map(alone));
+    assert_eq!(bits(&found), bits(&uncut));
     let [first, second] = parted(&model, (69, 4096));
     let found = run(&model, &device, F32, &[ranks(first, 2), ranks(second, 3)]);
     let off = difference(&found, &expected);

@@ -282,6 +282,17 @@ fn unlike_lengths_keep_more_in_flight() {
 }
 
 #[test]
+fn ffns_in_integers_are_cut_between_columns_that_share_scales() {
+    let plan = fitting(ULTRA, "--devices 8xh200 --dtype int8");
+    let cuts: Vec<&Value> = (plan["stages"].as_array().unwrap().iter())
+        .flat_map(|stage| stage["columns"].as_array().unwrap())
+        .filter(|columns| columns["end"] != columns["of"])
+        .collect();
+    assert!(!cuts.is_empty(), "{plan}");
+    assert!(cuts.iter().all(|cut| cut["end"].as_u64().unwrap().is_multiple_of(4096)), "{cuts:?}");
+}
+
+#[test]
 fn integers_are_narrowed_to_narrower_integers() {
     let (plan, code) = plan(ULTRA, "--devices 2xh200 --dtype int8 --set plan.tokens_in_flight=400000");
     assert_eq!((code, &plan["fits"]), (Some(2), &Value::Bool(false)));

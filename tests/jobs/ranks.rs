@@ -185,7 +185,11 @@ fn layouts_that_cannot_be_run_are_refused() {
         (cut(block, 65), "found column 65, expected a multiple of 64"),
         (cut(block, width), "columns"),
         (cut(linear, 64), "has no FFN of columns"),
-        (cut(block, 64).set("model.dtype=int8"), "with weights in int8 sums over columns cannot be parted"),
+        (
+            cut(block, 64).set("model.dtype=int8"),
+            "expected a multiple of 4096, as that many share a scale in int8",
+        ),
+        (cut(block, 64).set("model.dtype=int8-weight"), "int8-weight sums over columns cannot be parted"),
         (cut(block, 64).set("model.dtype=int8-weight"), "hint: cut between blocks, or set [model] dtype"),
         (
             job().set("pipeline.devices=[\"cpu:0\"]").set("pipeline.tensor_parallel=[2]"),

@@ -1,7 +1,8 @@
 //! The devices under test, and the way in and out of them.
 
 use kernels::{
-    Backend, Cpu, CpuOptions, Dtype, Int4Groups, Reference, Simd, TensorView, ViewDtype, WeightType,
+    Backend, Cpu, CpuOptions, Dtype, INT8_BLOCK, Int4Groups, Reference, Simd, TensorView, ViewDtype,
+    WeightType,
 };
 
 /// Half a unit in the last place of a bf16, relative: 8 significant bits.
@@ -192,9 +193,8 @@ impl<B: Readable> Device<B> {
                 all_rounded(self.weights.operands(), values).into_iter().map(f64::from).collect()
             }
             WeightType::Fp8 => in_fp8(values, cols),
-            WeightType::Int8 | WeightType::Int8Weight => {
-                quantized(values, cols, Kept { group: cols, ..INT8 })
-            }
+            WeightType::Int8 => quantized(values, cols, Kept { group: INT8_BLOCK, ..INT8 }),
+            WeightType::Int8Weight => quantized(values, cols, Kept { group: cols, ..INT8 }),
             WeightType::Int4Weight => quantized(
                 values,
                 cols,
@@ -212,7 +212,7 @@ impl<B: Readable> Device<B> {
     pub(crate) fn multiplied(&self, values: &[f32], cols: usize) -> Vec<f64> {
         match self.weights {
             WeightType::Fp8 => in_fp8(values, cols),
-            WeightType::Int8 => quantized(values, cols, Kept { group: cols, ..INT8 }),
+            WeightType::Int8 => quantized(values, cols, Kept { group: INT8_BLOCK, ..INT8 }),
             _ => values.iter().map(|&value| f64::from(value)).collect(),
         }
     }

@@ -1,6 +1,6 @@
 //! `matmul`, `matmul_add`, `matmul_onto` and `add`.
 
-use kernels::{SUM_CUT, WeightType};
+use kernels::{INT8_BLOCK, SUM_CUT, WeightType};
 
 use crate::battery::device::{
     Check, Device, F32_UNIT, Readable, bits, every_weight_device, reference_with_long_groups,
@@ -124,16 +124,19 @@ impl Check for Integers {
         }
         let mut random = Random::new(4);
         let mut out = device.backend.array();
-        for [rows, inputs, outputs] in SHAPES {
+        for [rows, inputs, outputs] in SHAPES.into_iter().chain(SEVERAL_BLOCKS) {
             let (x, x_values) = device.operand(&random.wild_rows(rows, inputs), inputs);
             let w = random.wild_rows(outputs, inputs);
             device.backend.matmul(&x, &device.matrix(&w, outputs, inputs), &mut out).unwrap();
-            let w: Vec<(Vec<i64>, f32)> = w.chunks_exact(inputs).map(integers).collect();
+            let w: Vec<Vec<(Vec<i64>, f32)>> = w.chunks_exact(inputs).map(blocks).collect();
             let mut expected = Vec::new();
-            for (x, x_scale) in x_values.chunks_exact(inputs).map(integers) {
-                for (w, w_scale) in &w {
-                    let sum: i64 = x.iter().zip(w).map(|(x, w)| x * w).sum();
-                    expected.push(sum as f32 * (x_scale * w_scale));
+            for x in x_values.chunks_exact(inputs).map(blocks) {
+                for w in &w {
+                    let terms = x.iter().zip(w).map(|((x, x_scale), (w, w_scale))| {
+                        let sum: i64 = x.iter().zip(w).map(|(x, w)| x * w).sum();
+                        sum as f32 * (x_scale * w_scale)
+                    });
+                    expected.push(terms.reduce(|sum, term| sum + term).unwrap());
                 }
             }
             let what = format!("{} [{rows}, {inputs}] x [{outputs}, {inputs}]", device.name());
@@ -142,7 +145,21 @@ impl Check for Integers {
     }
 }
 
-/// A row's integers and its scale; numbers that would make the scale denormal are zeros.
+/// `[rows, in, out]` of more inputs than share a scale: tiles and panels with tails, some rows and many, and a last block
+/// that is short, of a whole one.
+const SEVERAL_BLOCKS: [[usize; 3]; 4] = [
+    [1, INT8_BLOCK + 1, 3],
+    [7, 2 * INT8_BLOCK, 65],
+    [50, 2 * INT8_BLOCK + 77, 33],
+    [3, 4 * INT8_BLOCK - 1, 17],
+];
+
+/// A row's blocks.
+fn blocks(row: &[f32]) -> Vec<(Vec<i64>, f32)> {
+    row.chunks(INT8_BLOCK).map(integers).collect()
+}
+
+/// A block's integers and its scale; numbers that would make the scale denormal are zeros.
 fn integers(row: &[f32]) -> (Vec<i64>, f32) {
     let largest = row.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
     if largest / 127.0 < f32::MIN_POSITIVE {
@@ -168,7 +185,8 @@ impl Check for Parted {
         let mut random = Random::new(5);
         let backend = &device.backend;
         let (mut whole, mut sums) = (backend.array(), backend.array());
-        for [rows, inputs, outputs] in PARTED {
+        let is_in_integers = device.weights == WeightType::Int8;
+        for &[rows, inputs, outputs] in if is_in_integers { &SEVERAL_BLOCKS[..] } else { &PARTED } {
             let w = random.wild_rows(outputs, inputs);
             let w_columns = |columns: std::ops::Range<usize>| -> Vec<f32> {
                 w.chunks_exact(inputs).flat_map(|row| row[columns.clone()].to_vec()).collect()
@@ -178,7 +196,7 @@ impl Check for Parted {
             backend
                 .matmul(&x.operand(device, 0..inputs), &device.matrix(&w, outputs, inputs), &mut whole)
                 .unwrap();
-            for cut in (SUM_CUT..inputs).step_by(SUM_CUT * (1 + inputs / 700)) {
+            for cut in cuts(device.weights, inputs) {
                 if device.weights == WeightType::Int4Weight && !cut.is_multiple_of(device.int4.inputs()) {
                     continue; // Other groups have other scales.
                 }
@@ -188,7 +206,7 @@ impl Check for Parted {
                 let before = device.values(&sums);
                 backend.matmul_onto(&x.operand(device, cut..inputs), &second, &mut sums).unwrap();
                 let found = device.values(&sums);
-                if matches!(device.weights, WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight) {
+                if device.weights.sum_cut().is_none() {
                     backend.upload(&before, rows, outputs, &mut sums).unwrap();
                     backend.matmul_add(&x.operand(device, cut..inputs), &second, &mut sums).unwrap();
                     assert_eq!(bits(&found), bits(&device.values(&sums)), "{what} cut at {cut}");
@@ -198,6 +216,12 @@ impl Check for Parted {
             }
         }
     }
+}
+
+/// Where to part sums over so many inputs: at some of all places.
+fn cuts(weights: WeightType, inputs: usize) -> impl Iterator<Item = usize> {
+    let unit = weights.sum_cut().unwrap_or(SUM_CUT);
+    (unit..inputs).step_by(unit.max(SUM_CUT * (1 + inputs / 700)).next_multiple_of(unit))
 }
 
 /// A matmul's input of which columns can be had alone.

@@ -276,6 +276,7 @@ impl StageSeconds<'_> {
 mod tests {
     use std::path::Path;
 
+    use kernels::{SUM_CUT, WeightType};
     use scheduler::{Problem, StageDevice, least_bottleneck};
 
     use super::*;
@@ -314,8 +315,8 @@ mod tests {
     #[test]
     fn pieces_weigh_together_what_their_model_weighs() {
         let config = ultra();
-        for column_cuts in [false, true] {
-            let pieces = pieces(&config, column_cuts);
+        for column_cut in [None, Some(SUM_CUT), WeightType::Int8.sum_cut()] {
+            let pieces = pieces(&config, column_cut);
             let costs = estimator(&config, Balance::Roofline).rank_costs(&pieces, 1, decode(1.0, 1.0));
             assert_eq!(costs.weight_bytes(0..pieces.len()), 2 * config.params());
             assert_eq!(costs.kv_bytes_per_token(0..pieces.len()), 262_144);
@@ -329,7 +330,7 @@ mod tests {
         let config = ModelConfig { tied_embeddings: true, ..ultra() };
         let table = (config.dims.vocab * config.dims.hidden) as u64;
         assert_eq!(config.params(), ultra().params() - table);
-        let pieces = pieces(&config, false);
+        let pieces = pieces(&config, None);
         let costs = estimator(&config, Balance::Roofline).rank_costs(&pieces, 1, decode(1.0, 1.0));
         let bytes = |start, end| costs.weight_bytes(start..end);
         assert_eq!(bytes(0, pieces.len()), 2 * config.params());
@@ -339,7 +340,7 @@ mod tests {
     #[test]
     fn ranks_beyond_the_kv_heads_keep_copies() {
         let config = ultra();
-        let pieces = pieces(&config, false);
+        let pieces = pieces(&config, None);
         let kv = |ranks| {
             let costs = estimator(&config, Balance::Roofline).rank_costs(&pieces, ranks, decode(1.0, 1.0));
             costs.kv_bytes_per_token(0..pieces.len())
@@ -352,7 +353,7 @@ mod tests {
     #[test]
     fn a_decode_step_of_ultra_takes_what_was_computed_elsewhere() {
         let config = ultra();
-        let pieces = pieces(&config, false);
+        let pieces = pieces(&config, None);
         let costs = estimator(&config, Balance::Roofline).rank_costs(&pieces, 1, decode(256.0, 2048.0));
         let eighth_ms = costs.seconds(0..pieces.len()) / 8.0 * 1e3;
         assert!((eighth_ms / 24.7 - 1.0).abs() < 0.02, "{eighth_ms}");
@@ -362,8 +363,8 @@ mod tests {
     fn a_stage_takes_what_its_pieces_take_together() {
         let config = ultra();
         let mixed = Load { prefill_tokens: 96.0, prefill_context: 500.0, ..decode(64.0, 1500.0) };
-        for (column_cuts, ranks) in [(false, 1), (true, 1), (true, 8)] {
-            let pieces = pieces(&config, column_cuts);
+        for (column_cut, ranks) in [(None, 1), (Some(SUM_CUT), 1), (Some(SUM_CUT), 8)] {
+            let pieces = pieces(&config, column_cut);
             let estimator = estimator(&config, Balance::Roofline);
             let middle = pieces.len() / 3..pieces.len() / 2;
             for stage in [0..pieces.len(), 0..7, middle, pieces.len() - 1..pieces.len()] {
@@ -385,7 +386,7 @@ mod tests {
     #[test]
     fn a_cut_by_weights_is_wrong_for_long_contexts() {
         let config = ultra();
-        let pieces = pieces(&config, false);
+        let pieces = pieces(&config, None);
         let costs = |balance| {
             let costs = estimator(&config, balance).rank_costs(&pieces, 1, decode(1.0, 131_072.0));
             [vec![(1, costs.without_extras())]]

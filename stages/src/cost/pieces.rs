@@ -27,14 +27,15 @@ const MAX_PIECES_IN_ALL: usize = 1536;
 /// Columns come in multiples of this, so that 8 ranks have whole tiles of 32.
 const COLUMN_TILE: usize = 256;
 
-/// All pieces of a model, in order: its blocks, or with `column_cuts` parts of their FFNs of equal columns.
-pub fn pieces(config: &ModelConfig, column_cuts: bool) -> Vec<PieceShape> {
+/// All pieces of a model, in order: its blocks, or where FFNs may be cut at multiples of `column_cut` parts of them of equal
+/// columns.
+pub fn pieces(config: &ModelConfig, column_cut: Option<usize>) -> Vec<PieceShape> {
     let widths = || config.blocks.iter().filter_map(|block| width(block.ffn));
     let (widest, all) = (widths().max().unwrap_or(0), widths().sum::<usize>());
     let least = widest.div_ceil(MAX_PIECES).max(all.div_ceil(MAX_PIECES_IN_ALL));
-    let unit = match column_cuts {
-        true => least.next_multiple_of(COLUMN_TILE).max(COLUMN_TILE),
-        false => usize::MAX,
+    let unit = match column_cut {
+        Some(multiple) => least.max(1).next_multiple_of(COLUMN_TILE.max(multiple)),
+        None => usize::MAX,
     };
     (config.blocks.iter().enumerate())
         .flat_map(|(index, block)| block_pieces(index, block.ffn, unit))

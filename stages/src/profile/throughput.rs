@@ -218,7 +218,7 @@ impl Bench<'_> {
         let types = NumberTypes { weights: weights.into(), kv: kv.into() };
         let estimator =
             Estimator { config, roofline: ceilings.roofline(), types, balance: Balance::Roofline };
-        let pieces = pieces(config, false);
+        let pieces = pieces(config, None);
         let floor = estimator.stage_seconds(&pieces, 0..pieces.len(), 1);
         let sum = |of: &dyn Fn(&Timed) -> f64| -> f64 {
             pass.iter().map(|timed| timed.count as f64 * of(timed)).sum()

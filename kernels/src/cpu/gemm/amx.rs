@@ -329,7 +329,7 @@ pub(super) unsafe fn tile_int8(tile: &Tile) {
         // SAFETY: the caller vouches for what is read and for the tile's rows; the buffer holds a whole block.
         unsafe {
             multiply(&block);
-            add_integers(block.c.cast(), init, tile.c.add(first * tile.c_stride), tile.c_stride, rows);
+            add_integers(block.c.cast(), tile, first, init, tile.c.add(first * tile.c_stride), tile.c_stride);
         }
     }
 }
@@ -338,7 +338,7 @@ pub(super) unsafe fn tile_int8(tile: &Tile) {
 #[derive(Clone, Copy)]
 pub(super) enum Sums {
     F32(*const f32),
-    /// Exact, over all of K.
+    /// Exact, over all of K, and without their scales.
     I32(*const i32),
 }
 
@@ -370,7 +370,7 @@ pub(super) unsafe fn for_each_block(tile: &Tile, kind: WeightType, take: impl Fn
                     take(first, rows, Sums::I32(sums.cast()));
                     continue;
                 }
-                add_integers(sums.cast(), init, sums, BLOCK_COLS, rows);
+                add_integers(sums.cast(), tile, first, init, sums, BLOCK_COLS);
             } else {
                 block.init = init.cast();
                 if rows > ROWS { two_of_bf16(&block) } else { one_of_bf16(&block) }
@@ -455,14 +455,28 @@ unsafe fn copy(sums: *const f32, c: *mut f32, c_stride: usize, rows: usize, is_a
     }
 }
 
-/// `c = [init +] f32(sums)`; `sums, init: [rows, 32]`, `c: [rows, 32]` with `c_stride` numbers from row to row.
+/// `c = [init +] f32(sums) · (row_scales · scales)` for the block of a tile's rows from `first` on; `sums, init: [rows, 32]`,
+/// `c: [rows, 32]` with `c_stride` numbers from row to row.
+///
+/// # Safety
+/// All pointers, those of the tile too, are valid for the block, and the processor has AVX-512.
 #[target_feature(enable = "avx512f")]
-unsafe fn add_integers(sums: *const i32, init: *const f32, c: *mut f32, c_stride: usize, rows: usize) {
-    for row in 0..rows {
-        for col in (0..BLOCK_COLS).step_by(16) {
-            // SAFETY: the caller vouches for all three.
-            unsafe {
-                let mut sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.add(row * BLOCK_COLS + col).cast()));
+unsafe fn add_integers(
+    sums: *const i32,
+    tile: &Tile,
+    first: usize,
+    init: *const f32,
+    c: *mut f32,
+    c_stride: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let scales = [0, 16].map(|col| _mm512_loadu_ps(tile.scales.add(col)));
+        for row in 0..BLOCK_ROWS.min(tile.rows - first) {
+            let row_scale = _mm512_set1_ps(*tile.row_scales.add(first + row));
+            for (col, scales) in [0, 16].into_iter().zip(scales) {
+                let sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums.add(row * BLOCK_COLS + col).cast()));
+                let mut sum = _mm512_mul_ps(sum, _mm512_mul_ps(row_scale, scales));
                 if !init.is_null() {
                     sum = _mm512_add_ps(_mm512_loadu_ps(init.add(row * BLOCK_COLS + col)), sum);
                 }

@@ -158,8 +158,10 @@ unsafe fn micro_int8<const R: usize>(tile: &Tile) {
                     *sum = _mm256_add_epi32(*sum, products);
                 }
             }
+            let scales = _mm256_loadu_ps(tile.scales.add(col));
             for (r, &sum) in sums.iter().enumerate() {
-                let mut sum = _mm256_cvtepi32_ps(sum);
+                let scales = _mm256_mul_ps(_mm256_broadcast_ss(&*tile.row_scales.add(r)), scales);
+                let mut sum = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales);
                 if !tile.init.is_null() {
                     sum = _mm256_add_ps(_mm256_loadu_ps(tile.init.add(r * NR + col)), sum);
                 }

@@ -118,8 +118,8 @@ unsafe fn micro_f32<const R: usize, const V: usize>(tile: &Tile) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn micro_int8<const R: usize, const V: usize>(tile: &Tile) {
-    // SAFETY: as in `micro_bf16`, with KR = 8 terms in two groups of four; the bias is valid for `16 * V`
-    // integers.
+    // SAFETY: as in `micro_bf16`, with KR = 8 terms in two groups of four; bias and scales are valid for `16 * V`
+    // columns, the rows' scales for R.
     unsafe {
         let bias: [__m512i; V] = std::array::from_fn(|v| _mm512_loadu_si512(tile.bias.add(v * 16).cast()));
         let mut sums = [bias; R];
@@ -139,13 +139,17 @@ unsafe fn micro_int8<const R: usize, const V: usize>(tile: &Tile) {
             a = a.add(KR);
             b = b.add(KR / 4 * GROUP_BYTES);
         }
-        let mut results = load_sums::<R, V>(tile);
-        for (results, sums) in results.iter_mut().zip(sums) {
-            for v in 0..V {
-                results[v] = _mm512_add_ps(results[v], _mm512_cvtepi32_ps(sums[v]));
+        for (r, sums) in sums.into_iter().enumerate() {
+            let row_scale = _mm512_set1_ps(*tile.row_scales.add(r));
+            for (v, sum) in sums.into_iter().enumerate() {
+                let scales = _mm512_mul_ps(row_scale, _mm512_loadu_ps(tile.scales.add(v * 16)));
+                let mut sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+                if !tile.init.is_null() {
+                    sum = _mm512_add_ps(_mm512_loadu_ps(tile.init.add(r * NR + v * 16)), sum);
+                }
+                _mm512_storeu_ps(tile.c.add(r * tile.c_stride + v * 16), sum);
             }
         }
-        store_sums(tile, results);
     }
 }
 

@@ -153,6 +153,8 @@ impl<'a, const N: usize> Product<'a, N> {
                     register_rows: self.register_rows(),
                     cols,
                     bias,
+                    scales: self.block_scales(m, piece, chunk),
+                    row_scales: self.row_scales(rows.start, chunk),
                     init: if chunk > 0 || self.is_begun { sums } else { std::ptr::null() },
                     c: sums,
                     c_stride: geometry.strip,
@@ -222,6 +224,8 @@ impl<'a, const N: usize> Product<'a, N> {
                     register_rows: self.register_rows(),
                     cols,
                     bias: std::ptr::null(),
+                    scales: std::ptr::null(),
+                    row_scales: std::ptr::null(),
                     init: if has_groups || is_first { std::ptr::null() } else { sums },
                     c: if has_groups { group } else { sums },
                     c_stride: geometry.strip,
@@ -268,18 +272,30 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
+    /// What a piece's sums over a block of K are multiplied with beside the rows' scales.
+    fn block_scales(&self, m: usize, piece: usize, block: usize) -> *const f32 {
+        match self.x.integers {
+            Some(_) => self.scales(m, piece, block),
+            None => std::ptr::null(),
+        }
+    }
+
+    /// The scales that rows from `row` on have for a block of K.
+    fn row_scales(&self, row: usize, block: usize) -> *const f32 {
+        self.x.integers.map_or(std::ptr::null(), |integers| integers.scales(block)[row..].as_ptr())
+    }
+
     /// The `i`-th group behind the numbers of a piece's panel.
     fn behind_numbers(&self, m: usize, piece: usize, i: usize) -> *const u8 {
         self.weights[m].as_ptr().wrapping_add(self.plan.behind_numbers(piece, i))
     }
 
-    /// What turns the sums of an element into its result: the row's scale and the piece's columns' scales; null
-    /// where there are none, or where they have been applied.
-    fn last_scales(&self, m: usize, piece: usize, row: usize) -> (f32, *const f32) {
-        match (self.kind, self.x.integers) {
-            (WeightType::Int8, Some(integers)) => (integers.scale(row), self.scales(m, piece, 0)),
-            (WeightType::Int8Weight, _) => (1.0, self.scales(m, piece, 0)),
-            _ => (1.0, std::ptr::null()),
+    /// What turns the sums of a piece's columns into results: their scales; null where there are none, or where they have
+    /// been applied.
+    fn last_scales(&self, m: usize, piece: usize) -> *const f32 {
+        match self.kind {
+            WeightType::Int8Weight => self.scales(m, piece, 0),
+            _ => std::ptr::null(),
         }
     }
 
@@ -450,9 +466,9 @@ impl Product<'_, 1> {
                     self.sweep_to_scratch(&unit, 0, scratch);
                     self.for_each_row(&unit, |row, piece, place| {
                         let (sums, cols) = (scratch.add(place), self.valid_cols(piece));
-                        let (row_scale, scales) = self.last_scales(0, piece, row);
+                        let scales = self.last_scales(0, piece);
                         let out = out.at(row * n + self.plan.cols(piece).start);
-                        at_level(self.simd, Finish { sums, row_scale, scales, out, is_added, cols });
+                        at_level(self.simd, Finish { sums, scales, out, is_added, cols });
                     });
                 }
             });
@@ -470,11 +486,11 @@ impl Product<'_, 1> {
                 // every row, which are what is read.
                 unsafe {
                     self.sweep_to_scratch(&unit, 0, scratch);
-                    self.for_each_row(&unit, |row, piece, place| {
-                        let (row_scale, scales) = self.last_scales(0, piece, row);
+                    self.for_each_row(&unit, |_, piece, place| {
+                        let scales = self.last_scales(0, piece);
                         if !scales.is_null() {
                             let (sums, cols) = (scratch.add(place), self.valid_cols(piece));
-                            let finish = Finish { sums, row_scale, scales, out: sums, is_added: false, cols };
+                            let finish = Finish { sums, scales, out: sums, is_added: false, cols };
                             at_level(self.simd, finish);
                         }
                     });
@@ -511,10 +527,10 @@ impl Product<'_, 2> {
                         let cols = self.plan.cols(piece);
                         let [gate, up] = scratches.map(|scratch| scratch.add(place));
                         for (m, sums) in [gate, up].into_iter().enumerate() {
-                            let (row_scale, scales) = self.last_scales(m, piece, row);
+                            let scales = self.last_scales(m, piece);
                             if !scales.is_null() {
                                 let (out, cols) = (sums, cols.len());
-                                let finish = Finish { sums, row_scale, scales, out, is_added: false, cols };
+                                let finish = Finish { sums, scales, out, is_added: false, cols };
                                 at_level(self.simd, finish);
                             }
                         }

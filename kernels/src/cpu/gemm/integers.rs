@@ -1,18 +1,18 @@
 //! Rows of x as integers of 8 bits, for products in integers.
 //!
-//! A row has one scale: its largest magnitude over 127. Integers are stored [`OFFSET`] above themselves, without
+//! A row has a scale for each [`BLOCK`] of K: the largest magnitude there over 127. Integers are stored [`OFFSET`] above themselves, without
 //! a sign, and sums start from minus OFFSET times the weights' sum, which takes it off again; so they are exact.
-//! A row with a NaN or an infinity has the scale NaN, so that all its results are NaN.
+//! A block with a NaN or an infinity has the scale NaN, so that all results of its row are NaN.
 
 use super::operand::{LINE_BYTES, Line, Operand, REGISTER_ROWS, padded_row_bytes};
-use super::quantized::OFFSET;
+use super::quantized::{BLOCK, OFFSET, num_blocks};
 use super::round::bf16_to_f32;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::rows::for_each_chunk;
 use crate::cpu::simd::Simd;
 use crate::quantize::Quantizer;
 
-/// The integers of an operand `[rows, cols]`, and its rows' scales. Keeps its memory when it shrinks.
+/// The integers of an operand `[rows, cols]`, and its scales, `[blocks, rows]`. Keeps its memory when it shrinks.
 #[derive(Default)]
 pub(super) struct Integers {
     rows: usize,
@@ -31,16 +31,23 @@ impl Integers {
         if num_lines > self.lines.len() {
             self.lines.resize(num_lines, Line([0; LINE_BYTES]));
         }
-        if self.rows > self.scales.len() {
-            self.scales.resize(self.rows, 0.0);
+        let num_scales = num_blocks(x.cols()) * self.rows;
+        if num_scales > self.scales.len() {
+            self.scales.resize(num_scales, 0.0);
         }
-        let out = Rows { bytes: self.lines.as_mut_ptr().cast(), scales: self.scales.as_mut_ptr() };
+        let out =
+            Rows { bytes: self.lines.as_mut_ptr().cast(), scales: self.scales.as_mut_ptr(), rows: self.rows };
         let row_bytes = self.row_bytes;
         for_each_chunk(pool, x.rows(), x.cols(), |rows| {
             for row in rows {
-                // SAFETY: chunks are disjoint, and there is room for `rows` rows and scales.
-                let (bytes, scale) = unsafe { out.row(row, row_bytes, x.cols()) };
-                *scale = quantize_row(simd, x.bf16_row(row), bytes);
+                // SAFETY: chunks are disjoint, and there is room for `rows` rows and for as many scales of each block.
+                let bytes = unsafe { out.row(row, row_bytes, x.cols()) };
+                for block in 0..num_blocks(x.cols()) {
+                    let terms = block * BLOCK..x.cols().min((block + 1) * BLOCK);
+                    let scale = quantize(simd, &x.bf16_row(row)[terms.clone()], &mut bytes[terms]);
+                    // SAFETY: as above.
+                    unsafe { out.scales.add(block * out.rows + row).write(scale) }
+                }
             }
         });
         self.is_current = true;
@@ -56,37 +63,34 @@ impl Integers {
         self.row_bytes
     }
 
-    /// What a row's integers are multiplied with.
-    pub(super) fn scale(&self, row: usize) -> f32 {
-        self.scales[row]
+    /// What the rows' integers of a block of K are multiplied with, `[rows]`.
+    pub(super) fn scales(&self, block: usize) -> &[f32] {
+        &self.scales[block * self.rows..][..self.rows]
     }
 }
 
 /// Rows and scales that several threads fill at once.
 struct Rows {
     bytes: *mut u8,
+    /// `[blocks, rows]`
     scales: *mut f32,
+    rows: usize,
 }
 
-// SAFETY: `row` obliges its callers to take each row once, inside the borrow of `assign`.
+// SAFETY: each row, and each of its scales, is one thread's alone, inside the borrow of `assign`.
 unsafe impl Sync for Rows {}
 
 impl Rows {
     /// # Safety
-    /// The row is inside both, and nobody else has it.
-    unsafe fn row<'a>(&self, row: usize, row_bytes: usize, cols: usize) -> (&'a mut [u8], &'a mut f32) {
+    /// The row is inside, and nobody else has it.
+    unsafe fn row<'a>(&self, row: usize, row_bytes: usize, cols: usize) -> &'a mut [u8] {
         // SAFETY: the caller's.
-        unsafe {
-            (
-                std::slice::from_raw_parts_mut(self.bytes.add(row * row_bytes), cols),
-                &mut *self.scales.add(row),
-            )
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.bytes.add(row * row_bytes), cols) }
     }
 }
 
-/// Quantise a row of bf16 and return its scale; the same bits at every level.
-fn quantize_row(simd: Simd, x: &[u16], out: &mut [u8]) -> f32 {
+/// Quantise a row's block of bf16 and return its scale; the same bits at every level.
+fn quantize(simd: Simd, x: &[u16], out: &mut [u8]) -> f32 {
     match simd {
         // SAFETY: callers pass a level that this processor has.
         #[cfg(target_arch = "x86_64")]

@@ -14,8 +14,8 @@
 //! on its row of x and its row of w alone, to the bit: not on how many rows there are, on the number of
 //! threads, or on how the work was cut. SIMD levels may differ from each other.
 //!
-//! With integers of 8 bits on both sides the sum over each block of K is exact, and blocks are added in order; so
-//! all levels agree. With narrow weights alone a sum over K, or for 4 bits over a group of K, is that of integers
+//! With integers of 8 bits on both sides the sum over each block of K is exact, and blocks, each times its scales, are
+//! added in order; so all levels agree. With narrow weights alone a sum over K, or for 4 bits over a group of K, is that of integers
 //! in bf16; the groups' sums, each times its scale, are added in order.
 //!
 //! Shapes are the caller's to check; here they are asserted at most.
@@ -77,15 +77,15 @@ pub(crate) fn argmax(simd: Simd, pool: &ThreadPool, x: &Operand, w: &PackedMatri
 }
 
 /// Goes on with the sums of a product over columns before those of w, which `sums` holds, in the order of K; with
-/// scales for whole rows the product is summed first and then added.
+/// scales for whole columns the product is summed first and then added.
 ///
 /// `x: [rows, k]`, `w: [n, k]`, `sums: [rows, n]`; x is of the type that inputs have beside w's.
 pub(crate) fn matmul_onto(simd: Simd, pool: &ThreadPool, x: &Operand, w: &PackedMatrix, sums: &mut [f32]) {
     match w.kind() {
-        WeightType::F32 | WeightType::Bf16 | WeightType::Int4Weight => {
+        WeightType::F32 | WeightType::Bf16 | WeightType::Int8 | WeightType::Int4Weight => {
             with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).go_on(pool, sums));
         }
-        WeightType::Fp8 | WeightType::Int8 | WeightType::Int8Weight => matmul(simd, pool, x, w, sums, true),
+        WeightType::Fp8 | WeightType::Int8Weight => matmul(simd, pool, x, w, sums, true),
     }
 }
 

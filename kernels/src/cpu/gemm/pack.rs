@@ -53,7 +53,7 @@ impl PanelLayout {
         let numbers = padded_terms(kind, cols) / terms_per_word(kind);
         let (scales, biases) = match kind {
             WeightType::F32 | WeightType::Bf16 => (0, 0),
-            WeightType::Int8 => (1, quantized::num_blocks(cols)),
+            WeightType::Int8 => (quantized::num_blocks(cols), quantized::num_blocks(cols)),
             WeightType::Fp8 | WeightType::Int8Weight => (1, 0),
             WeightType::Int4Weight => (quantized::num_groups(cols), 0),
         };

@@ -51,9 +51,13 @@ pub(super) unsafe fn tile_int8(tile: &Tile) {
                     *sum += (0..4).map(|i| x[i] * i32::from(w[i])).sum::<i32>();
                 }
             }
+            let row_scale = *tile.row_scales.add(row);
             for (j, &sum) in sums.iter().enumerate() {
-                let before = if tile.init.is_null() { 0.0 } else { *tile.init.add(row * NR + col + j) };
-                *tile.c.add(row * tile.c_stride + col + j) = before + sum as f32;
+                let mut sum = sum as f32 * (row_scale * *tile.scales.add(col + j));
+                if !tile.init.is_null() {
+                    sum += *tile.init.add(row * NR + col + j);
+                }
+                *tile.c.add(row * tile.c_stride + col + j) = sum;
             }
         }
     }

@@ -2,23 +2,23 @@
 //!
 //! A word holds the terms of one column, lowest first:
 //! * 8 bits: `[k / 4][NR][4]`, as `VPDPBUSD` takes them; then a scale for each column; for products in integers
-//!   then, for every [`BLOCK`] of K, what each column's sums start from, see `integers`;
+//!   scales for every [`BLOCK`] of K, and then what each column's sums over it start from, see `integers`;
 //! * 4 bits: `[k / 8][NR][2][4]`, the even k in the lower half of a word and the odd ones in the upper half, so
 //!   that a table look-up makes pairs of bf16 of all columns at once; then a scale for each group of K and column.
 
 use super::pack::{ColumnPlace, PanelLayout, Strips};
 use super::tile::NR;
-use crate::backend::{Int4Groups, WeightType};
+use crate::backend::{INT8_BLOCK, Int4Groups, WeightType};
 use crate::error::{Error, Result};
 use crate::quantize::Quantizer;
 use crate::tensor_view::{TensorView, ViewDtype};
 use crate::view;
 
-/// Terms whose products are summed in integers, exactly; the sums of blocks are added in f32.
+/// Terms that share a scale, and whose products are summed in integers, exactly; the sums of blocks are added in f32.
 ///
 /// 4,096 products of at most 255 · 128 are below 2²⁷, far from the end of i32; a block of weights is as much as
 /// `plan` sweeps over at once.
-pub(super) const BLOCK: usize = 4096;
+pub(super) const BLOCK: usize = INT8_BLOCK;
 
 /// Terms of 4 bits that share a scale.
 pub(super) const GROUP: usize = Int4Groups::Of32.inputs();
@@ -34,6 +34,16 @@ pub(super) fn num_blocks(cols: usize) -> usize {
 /// Groups of K, at least one.
 pub(super) fn num_groups(cols: usize) -> usize {
     cols.div_ceil(GROUP).max(1)
+}
+
+/// Terms of a column that share a scale.
+const fn terms_per_scale(kind: WeightType, cols: usize) -> usize {
+    match kind {
+        WeightType::Int4Weight => GROUP,
+        WeightType::Int8 => BLOCK,
+        _ if cols == 0 => 1,
+        _ => cols,
+    }
 }
 
 /// Integers of 4 bits of a checkpoint are kept as they are, so they must be such as are kept here.
@@ -89,7 +99,7 @@ pub(super) fn pack_quantized(
             continue;
         }
         view::widen_into(&view.rows(row..row + 1), &mut values);
-        let per_scale = if kind == WeightType::Int4Weight { GROUP } else { view.cols.max(1) };
+        let per_scale = terms_per_scale(kind, view.cols);
         for (i, (values, integers)) in
             values.chunks(per_scale).zip(integers.chunks_mut(per_scale)).enumerate()
         {
@@ -142,9 +152,10 @@ pub(super) fn copy_row(kind: WeightType, words: &[u32], scales: &[f32], out: &mu
             *out = integer as f32 * scales[i / GROUP];
         }
     } else {
+        let per_scale = terms_per_scale(kind, out.len());
         for (i, out) in out.iter_mut().enumerate() {
             let integer = words[i / 4].to_le_bytes()[i % 4].cast_signed();
-            *out = f32::from(integer) * scales[0];
+            *out = f32::from(integer) * scales[i / per_scale];
         }
     }
 }
@@ -174,10 +185,11 @@ mod tests {
                     packed.copy_row(row, &mut found);
                     let values = &values[row * cols..][..cols];
                     // In 4 bits, 7 stands for 8 as well.
-                    let (per_scale, levels, most) = match kind {
-                        WeightType::Int4Weight => (GROUP, 8.0, 1.001),
-                        _ => (cols, 127.0, 0.501),
+                    let (levels, most) = match kind {
+                        WeightType::Int4Weight => (8.0, 1.001),
+                        _ => (127.0, 0.501),
                     };
+                    let per_scale = terms_per_scale(kind, cols);
                     for (found, values) in found.chunks(per_scale).zip(values.chunks(per_scale)) {
                         let step = values.iter().fold(0f32, |most, value| most.max(value.abs())) / levels;
                         let is_near = |(f, v): (&f32, &f32)| (f - v).abs() <= most * step;

@@ -41,11 +41,10 @@ impl Kernel for AddGroup {
     }
 }
 
-/// `out = [out +] sums · (row_scale · scales)`: a row of finished sums.
+/// `out = [out +] sums · scales`: a row of finished sums.
 pub(super) struct Finish {
     /// `[cols]`
     pub(super) sums: *const f32,
-    pub(super) row_scale: f32,
     /// `[cols]`; null for ones.
     pub(super) scales: *const f32,
     /// `[cols]`; may be `sums`.
@@ -62,12 +61,11 @@ impl Kernel for Finish {
     unsafe fn run<L: Lanes>(self) {
         // SAFETY: whoever made the kernel vouches for the pointers; nothing beyond `cols` is touched.
         unsafe {
-            let row_scale = L::splat(self.row_scale);
             for col in (0..self.cols).step_by(L::LANES) {
                 let n = L::LANES.min(self.cols - col);
                 let mut sum = L::load_first(self.sums.add(col), n);
                 if !self.scales.is_null() {
-                    sum = sum.mul(row_scale.mul(L::load_first(self.scales.add(col), n)));
+                    sum = sum.mul(L::load_first(self.scales.add(col), n));
                 }
                 let out = self.out.add(col);
                 if self.is_added {

@@ -1,7 +1,7 @@
 //! Products against a plain one in f64, and against themselves in other company.
 
 use super::*;
-use crate::backend::Dtype;
+use crate::backend::{Dtype, INT8_BLOCK};
 use crate::quantize::Quantizer;
 use crate::tensor_view::{TensorView, ViewDtype};
 
@@ -62,8 +62,10 @@ fn plain_product(x: &Operand, w: &PackedMatrix) -> Vec<(f64, f64)> {
     for row in 0..x.rows() {
         let mut x = row_of(x, row);
         if w.kind() == WeightType::Int8 {
-            let quantizer = Quantizer::int8_of(&x);
-            x.iter_mut().for_each(|x| *x = f32::from(quantizer.quantize(*x)) * quantizer.scale);
+            for x in x.chunks_mut(INT8_BLOCK) {
+                let quantizer = Quantizer::int8_of(x);
+                x.iter_mut().for_each(|x| *x = f32::from(quantizer.quantize(*x)) * quantizer.scale);
+            }
         }
         for w in &weights {
             let terms = || x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));

@@ -91,7 +91,8 @@ impl Geometry {
 
 /// One call of a kernel: `c = [init +] a · b`, or `c += [init +] a · b`.
 ///
-/// In integers it is `c = [init +] f32(bias + a · b)`, where `a` is without a sign, and nothing is added.
+/// In integers it is `c = [init +] f32(bias + a · b) · (row_scales · scales)`, where `a` is without a sign, and nothing is
+/// added to `c`.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     /// x, `[rows, k]` in the product's number type, aligned to 4 bytes; for integers each 128 above itself.
@@ -110,6 +111,10 @@ pub(super) struct Tile {
     pub(super) cols: usize,
     /// For products in integers, what the sums over the chunk start from, `[cols]`; otherwise not looked at.
     pub(super) bias: *const i32,
+    /// For those, what the sums over the chunk are multiplied with: the columns' factors, `[cols]`,
+    pub(super) scales: *const f32,
+    /// and the rows', `[rows]`.
+    pub(super) row_scales: *const f32,
     /// The sums over earlier chunks, `[rows, strip]`; null for the first chunk.
     pub(super) init: *const f32,
     /// Destination, `[rows, cols]`.

@@ -7,7 +7,6 @@
 use std::arch::x86_64::*;
 
 use super::{Output, Product};
-use crate::backend::WeightType;
 use crate::cpu::gemm::amx::{self, BLOCK_COLS, Sums};
 use crate::cpu::gemm::operand::OperandWriter;
 use crate::cpu::gemm::plan::Unit;
@@ -26,7 +25,7 @@ struct Block {
 }
 
 impl<const N: usize> Product<'_, N> {
-    /// Calls `take` with the sums of every block of a unit by matrix `m`, without the last scales.
+    /// Calls `take` with the sums of every block of a unit by matrix `m`, integers without their scales.
     ///
     /// # Safety
     /// `scratch` has room for the unit's tiles, and the level is AMX with weights that are read where they lie.
@@ -42,15 +41,17 @@ impl<const N: usize> Product<'_, N> {
         }
     }
 
-    /// What a row's sums are multiplied with beside the columns' scales.
+    /// What a row's integers are multiplied with beside the columns' scales, where all of K is one block.
     fn row_scale(&self, row: usize) -> f32 {
-        self.x.integers.map_or(1.0, |integers| integers.scale(row))
+        self.x.integers.map_or(1.0, |integers| integers.scales(0)[row])
     }
 
-    /// A block's sums by matrix `m`, with what their columns are multiplied with.
+    /// A block's sums by matrix `m`, with what their columns are still to be multiplied with.
     fn factor(&self, m: usize, block: &Block, sums: Sums) -> Factor {
-        let is_scaled = self.kind == WeightType::Int8;
-        let scales = if is_scaled { self.scales(m, block.piece, 0) } else { std::ptr::null() };
+        let scales = match sums {
+            Sums::I32(_) => self.scales(m, block.piece, 0),
+            Sums::F32(_) => std::ptr::null(),
+        };
         Factor { sums, scales, valid: self.valid_cols(block.piece) }
     }
 

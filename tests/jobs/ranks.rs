@@ -212,10 +212,13 @@ fn layouts_that_cannot_be_run_are_refused() {
 
 #[test]
 fn a_trace_has_a_row_for_each_rank_with_its_time_in_collectives() {
-    for home in ["threads", "processes"] {
+    let homes = ["threads", "processes"];
+    for (stages, home) in homes.iter().flat_map(|stages| homes.map(|home| (stages, home))) {
         let folder = tempfile::tempdir().unwrap();
         let trace = folder.path().join("trace.json");
-        let job = layout(Job::on(MODEL).lines(rows(20)), &[1, 2]).set(format!("pipeline.ranks={home}"));
+        let job = layout(Job::on(MODEL).lines(rows(20)), &[1, 2])
+            .set(format!("pipeline.ranks={home}"))
+            .set(format!("pipeline.stages_run_in={stages}"));
         let done = job.arg("--trace").arg(trace.to_str().unwrap()).run().ok();
         let events = read_json(&trace);
         let events = events.as_array().unwrap();
@@ -232,10 +235,13 @@ fn a_trace_has_a_row_for_each_rank_with_its_time_in_collectives() {
         for row in 1..4 {
             // The last word of another process may come when the job is over.
             let missing = micro_batches - steps(row).len();
-            assert!(missing <= usize::from(home == "processes" && row == 3), "{home}, row {row}: {missing}");
+            let is_afar = row == 3 && (home == "processes" || *stages == "processes");
+            assert!(missing <= usize::from(is_afar), "{stages}, {home}, row {row}: {missing}");
         }
         let hops = steps(0).iter().map(|step| step["args"]["hop_bytes"].as_u64().unwrap()).sum::<u64>();
-        assert_eq!(manifest(&done)["stages"][0]["hop_bytes"], hops);
+        let counted = manifest(&done)["stages"][0]["hop_bytes"].as_u64().unwrap();
+        // A link by TCP has more to carry than the activations.
+        assert!(counted == hops || *stages == "processes" && counted > hops, "{counted} of {hops}");
         let tokens =
             |row: usize| steps(row).iter().map(|step| step["args"]["tokens"].clone()).collect::<Vec<_>>();
         assert_eq!(tokens(2), tokens(1));

@@ -187,6 +187,7 @@ impl Ear {
                 clocks.iter().zip(collectives).for_each(|(clock, times)| clock.add(times));
                 self.witness.hands_on(&work);
             }
+            Word::RankStep(rank, done) => self.args.ranks.watch.tell(rank, done),
             Word::ComputesInVain => self.witness.computes_in_vain(),
             Word::Rests => self.witness.rests(),
             Word::Hop { bytes, time } => self.ends.hops.add(bytes, time),

@@ -2,19 +2,17 @@
 
 use std::io::{BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
 use scheduler::{MicroBatchId, MicroBatchOutput};
-use stages::{CollectiveClock, CollectiveTimes, Frame, Model};
+use stages::{CollectiveClock, CollectiveTimes, Frame};
 
 use super::wire::{End, FLUSH, JOIN, Order, Word};
 use crate::clock::StepWork;
 use crate::device_thread::{DeviceThread, LoadStage, Next, WayBack, Witness};
-use crate::error::with_causes;
-use crate::ranks::{RankHome, RanksArgs, Watch};
+use crate::ranks::{Done, RankHome, RanksArgs, Watch};
 use crate::stage::{Flush, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::{TcpInlet, TcpLink};
@@ -52,6 +50,12 @@ impl Voice {
 
     fn end(&self, end: End) {
         self.say(&Word::End(end));
+    }
+
+    /// What says each step of a rank.
+    fn of_ranks(&self) -> Arc<dyn Fn(usize, Done) + Send + Sync> {
+        let voice = self.clone();
+        Arc::new(move |rank, done| voice.say(&Word::RankStep(rank, done)))
     }
 }
 
@@ -107,9 +111,7 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
     let mut body = Vec::new();
     Frame::read(&mut input, &mut body).map_err(|e| format!("read what to do: {e}"))?;
     let order = Order::decode(&body).ok_or("it was told what it does not understand")?;
-    if let Some(plan) = &order.faults {
-        plan.parse::<jobs::faults::Faults>()?.install();
-    }
+    order.span.install_faults()?;
     let beats = voice.clone();
     spawn("beats", move || {
         loop {
@@ -117,16 +119,16 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
             std::thread::sleep(BEAT_EVERY);
         }
     });
-    let (stage, size) = (order.stage, mailbox_size(order.num_stages));
+    let (stage, size) = (order.span.stage, mailbox_size(order.num_stages));
     // Room for what a link that was left behind has still brought.
     let (work, orders) = bounded(2 * size);
     let hops = voice.clone();
     let on_hop = Arc::new(move |bytes, time| hops.say(&Word::Hop { bytes, time }));
-    let link = TcpLink::new(size, order.patience, on_hop);
+    let link = TcpLink::new(size, order.span.patience, on_hop);
     let lost = Lost::default();
     lost.all_before(MicroBatchId(order.lost_before));
     let listening =
-        Listening { group: order.group, link: link.clone(), lost: lost.clone(), work: work.clone() };
+        Listening { group: order.span.group, link: link.clone(), lost: lost.clone(), work: work.clone() };
     let flushes = voice.clone();
     spawn("orders", move || listening.run(input, &flushes));
 
@@ -138,10 +140,11 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
         damaged.end(End { message, is_panic: false, micro_batch: None });
         std::process::exit(1)
     };
-    let (group, patience) = (order.group, order.patience);
+    let (group, patience) = (order.span.group, order.span.patience);
     TcpInlet { group, credits: size, patience, work, on_damage: Box::new(on_damage) }.listen(listener);
 
-    let watch = Watch::new(stage, order.devices.len(), None);
+    let watch =
+        Watch::from_afar(stage, order.devices.len(), order.tells_rank_steps.then(|| voice.of_ranks()));
     let collectives = watch.clocks().to_vec();
     let args = ranks(&order, watch)?;
     let is_last = args.options.part.is_last(&args.model.config);
@@ -165,20 +168,16 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
 
 /// The stage's ranks, with its model as this process finds it.
 fn ranks(order: &Order, watch: Watch) -> Result<RanksArgs, String> {
-    let (model, _) =
-        Model::open(Path::new(&order.model), order.random_weights).map_err(|e| with_causes(&e))?;
-    if model.identity != order.identity {
-        return Err(format!("{}: the model has changed", order.model));
-    }
+    let span = &order.span;
     Ok(RanksArgs {
-        stage: order.stage,
-        model,
+        stage: span.stage,
+        model: span.open_model()?,
         devices: order.devices.clone(),
-        dtypes: order.dtypes,
-        options: order.options,
-        sharing: order.sharing.clone(),
+        dtypes: span.dtypes,
+        options: span.options,
+        sharing: span.sharing.clone(),
         home: if order.ranks_are_processes { RankHome::Processes } else { RankHome::Threads },
-        patience: order.patience,
+        patience: span.patience,
         watch,
     })
 }

@@ -2,113 +2,62 @@
 
 use std::time::Duration;
 
-use scheduler::{
-    Failure, Load, MicroBatchId, MicroBatchOutput, SequenceId, SliceOutput, Span, TokenLogprobs,
-};
+use scheduler::{Failure, Load, MicroBatchId, MicroBatchOutput, SequenceId, SliceOutput, TokenLogprobs};
 use serde_json::{Value, json};
-use stages::{CollectiveTimes, Device, Dtype, Dtypes, Part, Sharing, SpanOptions, WeightType};
+use stages::{CollectiveTimes, Device};
 
 use super::ProcessArgs;
 use crate::clock::StepWork;
 use crate::error::Error;
-use crate::ranks::RankHome;
+use crate::ranks::{Done, RankHome, SpanOrder, add_done, read_done};
 use crate::stage::StageEnd;
 use crate::wire::{self, ReadWords, Words};
 
 /// What a process is to be.
 #[derive(Debug, Clone)]
 pub(super) struct Order {
-    pub(super) stage: usize,
+    pub(super) span: SpanOrder,
     pub(super) num_stages: usize,
-    /// Tells the links of this stage's life from those of others.
-    pub(super) group: u64,
-    pub(super) patience: Duration,
-    pub(super) model: String,
-    pub(super) random_weights: bool,
-    /// The model's identity: its folder may have changed.
-    pub(super) identity: String,
     pub(super) devices: Vec<Device>,
     pub(super) ranks_are_processes: bool,
-    pub(super) dtypes: Dtypes,
-    pub(super) options: SpanOptions,
-    pub(super) sharing: Sharing,
+    /// Whether somebody wants to know of each step of its ranks.
+    pub(super) tells_rank_steps: bool,
     /// The first micro-batch that is not lost.
     pub(super) lost_before: u64,
-    /// The plan of faults, where there is one.
-    pub(super) faults: Option<String>,
 }
 
 impl Order {
     pub(super) fn of(args: &ProcessArgs, group: u64, lost_before: MicroBatchId) -> Self {
         let ranks = &args.ranks;
         Order {
-            stage: ranks.stage,
+            span: SpanOrder::of(ranks, group),
             num_stages: args.num_stages,
-            group,
-            patience: ranks.patience,
-            model: ranks.model.directory.display().to_string(),
-            random_weights: ranks.model.weights.is_random(),
-            identity: ranks.model.identity.clone(),
             devices: ranks.devices.clone(),
             ranks_are_processes: ranks.home == RankHome::Processes,
-            dtypes: ranks.dtypes,
-            options: ranks.options,
-            sharing: ranks.sharing.clone(),
+            tells_rank_steps: ranks.watch.has_listener(),
             lost_before: lost_before.0,
-            faults: jobs::faults::plan(),
         }
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
-        let SpanOptions { part, num_pages, context_tokens } = self.options;
         let devices: Vec<Value> = self.devices.iter().map(wire::device).collect();
         let order = json!({
-            "stage": self.stage, "num_stages": self.num_stages, "group": self.group,
-            "patience_ms": self.patience.as_millis() as u64, "model": self.model,
-            "random_weights": self.random_weights, "identity": self.identity, "devices": devices,
-            "ranks_are_processes": self.ranks_are_processes, "weights": self.dtypes.weights.name(),
-            "kv": self.dtypes.kv.name(), "blocks": [part.blocks.start, part.blocks.end],
-            "first_column": part.first_column, "end_column": part.end_column, "num_pages": num_pages,
-            "context_tokens": context_tokens, "by_sequences": self.sharing.sequence_blocks(),
-            "lost_before": self.lost_before, "faults": self.faults,
+            "span": self.span.json(), "num_stages": self.num_stages, "devices": devices,
+            "ranks_are_processes": self.ranks_are_processes, "tells_rank_steps": self.tells_rank_steps,
+            "lost_before": self.lost_before,
         });
         order.to_string().into_bytes()
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let order: Value = serde_json::from_slice(bytes).ok()?;
-        let number = |key: &str| order[key].as_u64();
-        let size = |key: &str| usize::try_from(number(key)?).ok();
-        let text = |key: &str| order[key].as_str().map(str::to_owned);
-        let flag = |key: &str| order[key].as_bool();
-        let weights =
-            WeightType::ALL.into_iter().find(|weights| Some(weights.name()) == order["weights"].as_str());
-        let kv = [Dtype::F32, Dtype::Bf16].into_iter().find(|kv| Some(kv.name()) == order["kv"].as_str());
-        let [start, end] = wire::list(&order["blocks"])?[..] else { return None };
-        let end_column = match &order["end_column"] {
-            Value::Null => None,
-            column => Some(usize::try_from(column.as_u64()?).ok()?),
-        };
-        let part = Part { blocks: Span { start, end }, first_column: size("first_column")?, end_column };
         Some(Order {
-            stage: size("stage")?,
-            num_stages: size("num_stages")?,
-            group: number("group")?,
-            patience: Duration::from_millis(number("patience_ms")?),
-            model: text("model")?,
-            random_weights: flag("random_weights")?,
-            identity: text("identity")?,
+            span: SpanOrder::read(&order["span"])?,
+            num_stages: usize::try_from(order["num_stages"].as_u64()?).ok()?,
             devices: order["devices"].as_array()?.iter().map(wire::read_device).collect::<Option<_>>()?,
-            ranks_are_processes: flag("ranks_are_processes")?,
-            dtypes: Dtypes { weights: weights?, kv: kv? },
-            options: SpanOptions {
-                part,
-                num_pages: size("num_pages")?,
-                context_tokens: size("context_tokens")?,
-            },
-            sharing: Sharing::by_sequences(wire::list(&order["by_sequences"])?),
-            lost_before: number("lost_before")?,
-            faults: text("faults"),
+            ranks_are_processes: order["ranks_are_processes"].as_bool()?,
+            tells_rank_steps: order["tells_rank_steps"].as_bool()?,
+            lost_before: order["lost_before"].as_u64()?,
         })
     }
 }
@@ -139,6 +88,8 @@ pub(super) enum Word {
     Flushed,
     Tokens(MicroBatchOutput),
     End(End),
+    /// One of its ranks has taken a step.
+    RankStep(usize, Done),
 }
 
 /// Why a process ends.
@@ -210,6 +161,11 @@ impl Word {
                 let end = json!({"message": message, "is_panic": is_panic, "micro_batch": micro_batch});
                 return (10, end.to_string().into_bytes());
             }
+            Word::RankStep(rank, done) => {
+                words.add(*rank as u64);
+                add_done(&mut words, done);
+                11
+            }
         };
         (kind, words.into_bytes())
     }
@@ -235,6 +191,7 @@ impl Word {
             8 => Word::Flushed,
             9 => Word::Tokens(read_output(&mut words)?),
             10 => return read_end(body),
+            11 => Word::RankStep(words.size()?, read_done(&mut words)?),
             _ => return None,
         };
         words.rest().is_empty().then_some(word)
@@ -339,31 +296,20 @@ mod tests {
     use stages::Simd;
 
     use super::*;
+    use crate::ranks::{some_done, some_order};
 
     #[test]
     fn orders_come_back_as_they_were_given() {
         let order = Order {
-            stage: 3,
+            span: some_order(Some(1280)),
             num_stages: 5,
-            group: u64::MAX - 7,
-            patience: Duration::from_millis(2500),
-            model: "some/where \"else\"".to_owned(),
-            random_weights: true,
-            identity: "abc".to_owned(),
             devices: vec![
                 Device::Cpu { cores: vec![1], threads: 1, simd: Simd::Portable },
                 Device::Reference,
             ],
             ranks_are_processes: true,
-            dtypes: Dtypes { weights: WeightType::Int8, kv: Dtype::Bf16 },
-            options: SpanOptions {
-                part: Part { blocks: Span { start: 4, end: 7 }, first_column: 640, end_column: Some(1280) },
-                num_pages: 99,
-                context_tokens: 1 << 17,
-            },
-            sharing: Sharing::by_sequences([4, 6]),
+            tells_rank_steps: true,
             lost_before: 12,
-            faults: Some("stage3@3:kill".to_owned()),
         };
         let back = Order::decode(&order.encode()).expect("an order");
         assert_eq!(format!("{back:?}"), format!("{order:?}"));
@@ -404,6 +350,7 @@ mod tests {
             Word::Flushed,
             Word::Tokens(output),
             Word::End(end),
+            Word::RankStep(3, some_done()),
         ] {
             let (kind, body) = word.encode();
             let back = Word::decode(kind, &body).expect("a word");
@@ -412,6 +359,6 @@ mod tests {
                 assert!(Word::decode(kind, &body[..length]).is_none(), "{length} bytes of {word:?}");
             }
         }
-        assert!(Word::decode(11, &[]).is_none());
+        assert!(Word::decode(12, &[]).is_none());
     }
 }

@@ -3,6 +3,7 @@
 //! The other ranks are threads of this process, or processes of their own. They meet in collectives; whoever is gone, or does
 //! not come within the group's patience, ends the step of all, and with it the stage: its supervisor starts it again as one.
 
+mod order;
 mod process;
 mod threads;
 mod watch;
@@ -14,8 +15,14 @@ use std::time::Duration;
 use scheduler::MicroBatch;
 use stages::{Activations, Device, Dtypes, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput};
 
+pub(crate) use order::SpanOrder;
+#[cfg(test)]
+pub(crate) use order::tests::order as some_order;
 pub use process::serve_rank;
-pub(crate) use watch::Watch;
+pub(crate) use watch::{Done, Watch};
+#[cfg(test)]
+pub(crate) use wire::tests::done as some_done;
+pub(crate) use wire::{add_done, read_done};
 
 use watch::Doing;
 

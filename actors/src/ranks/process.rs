@@ -6,12 +6,11 @@
 
 use std::io::{BufReader, BufWriter, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 
 use crossbeam::channel::{Receiver, bounded, unbounded};
-use stages::{CollectiveClock, Frame, Model, RankGroup, RankStep, TcpRank};
+use stages::{CollectiveClock, Frame, RankGroup, RankStep, TcpRank};
 
 use super::threads::{Loaded, follow};
 use super::watch::Doing;
@@ -160,21 +159,15 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
     Frame::read(&mut input, &mut body).map_err(|e| own(format!("read what to do: {e}")))?;
     let order =
         Order::decode(&body).ok_or_else(|| own("it was told what it does not understand".to_owned()))?;
-    if let Some(plan) = &order.faults {
-        plan.parse::<jobs::faults::Faults>().map_err(own)?.install();
-    }
-    let Order { stage, rank, num_ranks, leader, group, patience, .. } = order;
+    let Order { span, rank, num_ranks, leader, device } = order;
+    span.install_faults().map_err(own)?;
     let collective =
-        TcpRank::join(leader, rank, num_ranks, group, patience).map_err(|e| own(e.to_string()))?;
-    let (model, _) =
-        Model::open(Path::new(&order.model), order.random_weights).map_err(|e| own(with_causes(&e)))?;
-    if model.identity != order.identity {
-        return Err(own(format!("{}: the model has changed", order.model)));
-    }
+        TcpRank::join(leader, rank, num_ranks, span.group, span.patience).map_err(|e| own(e.to_string()))?;
+    let model = span.open_model().map_err(own)?;
     let clock = Arc::new(CollectiveClock::default());
     let group =
-        RankGroup { collective: Box::new(collective), sharing: order.sharing, clock: Arc::clone(&clock) };
-    let follower = stages::load_follower(&model, &order.device, order.dtypes, order.options, group);
+        RankGroup { collective: Box::new(collective), sharing: span.sharing, clock: Arc::clone(&clock) };
+    let follower = stages::load_follower(&model, &device, span.dtypes, span.options, group);
     let mut follower = follower.map_err(|e| own(with_causes(&e)))?;
     let steps = listen(input);
     say(&Word::Ready);
@@ -182,7 +175,7 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
         let step = decode_step(&body)
             .ok_or_else(|| own("it was told a step that it does not understand".to_owned()))?;
         let doing = Doing::begin(&clock);
-        follow(&mut *follower, stage, rank, &step)?;
+        follow(&mut *follower, span.stage, rank, &step)?;
         say(&Word::Done(doing.end(&clock, &step)));
     }
     Ok(())

@@ -8,17 +8,26 @@ use stages::{CollectiveClock, CollectiveTimes, RankStep};
 use crate::clock::{StepEvent, StepLog};
 
 /// A stage's ranks as they are watched. Copies watch the same ones.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Watch {
     /// Of each rank.
     clocks: Vec<Arc<CollectiveClock>>,
     stage: usize,
-    log: Option<StepLog>,
+    listener: Listener,
+}
+
+/// Who wants to know of steps.
+#[derive(Clone)]
+enum Listener {
+    Nobody,
+    Log(StepLog),
+    /// Another process, through this one's voice; given the rank.
+    Process(Arc<dyn Fn(usize, Done) + Send + Sync>),
 }
 
 /// A rank's step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Done {
+pub(crate) struct Done {
     pub(super) micro_batch: u64,
     pub(super) tokens: usize,
     /// Of sequences that decode.
@@ -31,7 +40,25 @@ pub(super) struct Done {
 impl Watch {
     /// Of so many ranks.
     pub(crate) fn new(stage: usize, num_ranks: usize, log: Option<StepLog>) -> Self {
-        Watch { clocks: (0..num_ranks).map(|_| Arc::default()).collect(), stage, log }
+        Watch::heard_by(stage, num_ranks, log.map_or(Listener::Nobody, Listener::Log))
+    }
+
+    /// The same in the process of a stage, which has each step told to the process that started it, if that wants to know.
+    pub(crate) fn from_afar(
+        stage: usize,
+        num_ranks: usize,
+        tell: Option<Arc<dyn Fn(usize, Done) + Send + Sync>>,
+    ) -> Self {
+        Watch::heard_by(stage, num_ranks, tell.map_or(Listener::Nobody, Listener::Process))
+    }
+
+    fn heard_by(stage: usize, num_ranks: usize, listener: Listener) -> Self {
+        Watch { clocks: (0..num_ranks).map(|_| Arc::default()).collect(), stage, listener }
+    }
+
+    /// Whether anybody wants to know of steps.
+    pub(crate) fn has_listener(&self) -> bool {
+        !matches!(self.listener, Listener::Nobody)
     }
 
     /// The clocks of all ranks, in order.
@@ -44,9 +71,13 @@ impl Watch {
         Arc::clone(&self.clocks[rank])
     }
 
-    /// A rank of this process has taken a step that ended just now.
-    pub(super) fn tell(&self, rank: usize, done: Done) {
-        let Some(log) = &self.log else { return };
+    /// A rank has taken a step that ended just now; its clock knows of it.
+    pub(crate) fn tell(&self, rank: usize, done: Done) {
+        let log = match &self.listener {
+            Listener::Nobody => return,
+            Listener::Log(log) => log,
+            Listener::Process(tell) => return tell(rank, done),
+        };
         let end = Instant::now();
         log.tell(StepEvent {
             stage: self.stage,

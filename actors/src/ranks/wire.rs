@@ -4,35 +4,21 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use scheduler::Span;
 use serde_json::{Value, json};
-use stages::{
-    AttentionSlice, CollectiveTimes, Device, Dtype, Dtypes, Part, RankStep, Sharing, SpanOptions, WeightType,
-};
+use stages::{AttentionSlice, CollectiveTimes, Device, RankStep};
 
-use super::RanksArgs;
 use super::watch::Done;
-use crate::wire;
+use super::{RanksArgs, SpanOrder};
+use crate::wire::{self, ReadWords, Words};
 
 /// What a process is to be.
 #[derive(Debug, Clone)]
 pub(super) struct Order {
-    pub(super) stage: usize,
+    pub(super) span: SpanOrder,
     pub(super) rank: usize,
     pub(super) num_ranks: usize,
     pub(super) leader: SocketAddr,
-    pub(super) group: u64,
-    pub(super) patience: Duration,
-    pub(super) model: String,
-    pub(super) random_weights: bool,
-    /// The model's identity: its folder may have changed.
-    pub(super) identity: String,
     pub(super) device: Device,
-    pub(super) dtypes: Dtypes,
-    pub(super) options: SpanOptions,
-    pub(super) sharing: Sharing,
-    /// The plan of faults, where there is one.
-    pub(super) faults: Option<String>,
 }
 
 /// What a process says.
@@ -49,72 +35,31 @@ pub(super) enum Word {
 impl Order {
     pub(super) fn of(args: &RanksArgs, rank: usize, leader: SocketAddr, group: u64) -> Self {
         Order {
-            stage: args.stage,
+            span: SpanOrder::of(args, group),
             rank,
             num_ranks: args.devices.len(),
             leader,
-            group,
-            patience: args.patience,
-            model: args.model.directory.display().to_string(),
-            random_weights: args.model.weights.is_random(),
-            identity: args.model.identity.clone(),
             device: args.devices[rank].clone(),
-            dtypes: args.dtypes,
-            options: args.options,
-            sharing: args.sharing.clone(),
-            faults: jobs::faults::plan(),
         }
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
-        let device = wire::device(&self.device);
-        let SpanOptions { part, num_pages, context_tokens } = self.options;
         let order = json!({
-            "stage": self.stage, "rank": self.rank, "num_ranks": self.num_ranks,
-            "leader": self.leader.to_string(), "group": self.group, "patience_ms": self.patience.as_millis() as u64,
-            "model": self.model, "random_weights": self.random_weights, "identity": self.identity,
-            "device": device, "weights": self.dtypes.weights.name(), "kv": self.dtypes.kv.name(),
-            "blocks": [part.blocks.start, part.blocks.end], "first_column": part.first_column,
-            "end_column": part.end_column, "num_pages": num_pages, "context_tokens": context_tokens,
-            "by_sequences": self.sharing.sequence_blocks(), "faults": self.faults,
+            "span": self.span.json(), "rank": self.rank, "num_ranks": self.num_ranks,
+            "leader": self.leader.to_string(), "device": wire::device(&self.device),
         });
         order.to_string().into_bytes()
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let order: Value = serde_json::from_slice(bytes).ok()?;
-        let number = |key: &str| order[key].as_u64();
-        let size = |key: &str| usize::try_from(number(key)?).ok();
-        let text = |key: &str| order[key].as_str().map(str::to_owned);
-        let device = wire::read_device(&order["device"])?;
-        let weights =
-            WeightType::ALL.into_iter().find(|weights| Some(weights.name()) == order["weights"].as_str());
-        let kv = [Dtype::F32, Dtype::Bf16].into_iter().find(|kv| Some(kv.name()) == order["kv"].as_str());
-        let [start, end] = wire::list(&order["blocks"])?[..] else { return None };
-        let end_column = match &order["end_column"] {
-            Value::Null => None,
-            column => Some(usize::try_from(column.as_u64()?).ok()?),
-        };
-        let part = Part { blocks: Span { start, end }, first_column: size("first_column")?, end_column };
+        let size = |key: &str| usize::try_from(order[key].as_u64()?).ok();
         Some(Order {
-            stage: size("stage")?,
+            span: SpanOrder::read(&order["span"])?,
             rank: size("rank")?,
             num_ranks: size("num_ranks")?,
-            leader: text("leader")?.parse().ok()?,
-            group: number("group")?,
-            patience: Duration::from_millis(number("patience_ms")?),
-            model: text("model")?,
-            random_weights: order["random_weights"].as_bool()?,
-            identity: text("identity")?,
-            device,
-            dtypes: Dtypes { weights: weights?, kv: kv? },
-            options: SpanOptions {
-                part,
-                num_pages: size("num_pages")?,
-                context_tokens: size("context_tokens")?,
-            },
-            sharing: Sharing::by_sequences(wire::list(&order["by_sequences"])?),
-            faults: text("faults"),
+            leader: order["leader"].as_str()?.parse().ok()?,
+            device: wire::read_device(&order["device"])?,
         })
     }
 }
@@ -123,12 +68,7 @@ impl Word {
     pub(super) fn encode(&self) -> Vec<u8> {
         let word = match self {
             Word::Ready => json!({"ready": true}),
-            Word::Done(done) => json!({
-                "done": [
-                    done.micro_batch, done.tokens, done.decode_tokens, done.time.as_nanos() as u64,
-                    done.collectives.calls, done.collectives.bytes, done.collectives.time.as_nanos() as u64,
-                ],
-            }),
+            Word::Done(done) => json!({"done": numbers(done)}),
             Word::End { message, is_consequence } => {
                 json!({"end": message, "is_consequence": is_consequence})
             }
@@ -139,7 +79,8 @@ impl Word {
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let word: Value = serde_json::from_slice(bytes).ok()?;
         if let Some(numbers) = word["done"].as_array() {
-            return done(numbers).map(Word::Done);
+            let numbers: Vec<u64> = numbers.iter().map(Value::as_u64).collect::<Option<_>>()?;
+            return done(&numbers).map(Word::Done);
         }
         match word["end"].as_str() {
             None => word["ready"].as_bool()?.then_some(Word::Ready),
@@ -151,9 +92,17 @@ impl Word {
     }
 }
 
-fn done(numbers: &[Value]) -> Option<Done> {
-    let numbers: Vec<u64> = numbers.iter().map(Value::as_u64).collect::<Option<_>>()?;
-    let [micro_batch, tokens, decode_tokens, time, calls, bytes, in_collectives] = numbers[..] else {
+/// A step that was taken as numbers.
+fn numbers(done: &Done) -> [u64; 7] {
+    let Done { micro_batch, tokens, decode_tokens, time, collectives } = done;
+    let CollectiveTimes { calls, bytes, time: in_collectives } = collectives;
+    let nanos = |time: &Duration| time.as_nanos() as u64;
+    [*micro_batch, *tokens as u64, *decode_tokens as u64, nanos(time), *calls, *bytes, nanos(in_collectives)]
+}
+
+/// The step of such numbers, where they are that.
+fn done(numbers: &[u64]) -> Option<Done> {
+    let [micro_batch, tokens, decode_tokens, time, calls, bytes, in_collectives] = *numbers else {
         return None;
     };
     Some(Done {
@@ -163,6 +112,17 @@ fn done(numbers: &[Value]) -> Option<Done> {
         time: Duration::from_nanos(time),
         collectives: CollectiveTimes { calls, bytes, time: Duration::from_nanos(in_collectives) },
     })
+}
+
+/// A step that was taken, among words.
+pub(crate) fn add_done(words: &mut Words, done: &Done) {
+    numbers(done).into_iter().for_each(|number| words.add(number));
+}
+
+/// Reads such a step.
+pub(crate) fn read_done(words: &mut ReadWords<'_>) -> Option<Done> {
+    let numbers: Vec<u64> = (0..7).map(|_| words.word()).collect::<Option<_>>()?;
+    done(&numbers)
 }
 
 /// A step as words of 64 bits: lists with their lengths before them.
@@ -209,32 +169,22 @@ fn decode_list(words: &mut impl Iterator<Item = u64>) -> Option<Vec<u32>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use stages::Simd;
 
     use super::*;
+    use crate::ranks::some_order;
 
     fn order(device: Device, end_column: Option<usize>) -> Order {
-        Order {
-            stage: 3,
-            rank: 2,
-            num_ranks: 4,
-            leader: "127.0.0.1:4711".parse().unwrap(),
-            group: u64::MAX - 5,
-            patience: Duration::from_millis(1500),
-            model: "some/where \"else\"".to_owned(),
-            random_weights: false,
-            identity: "abc".to_owned(),
-            device,
-            dtypes: Dtypes { weights: WeightType::Int4Weight, kv: Dtype::Bf16 },
-            options: SpanOptions {
-                part: Part { blocks: Span { start: 4, end: 7 }, first_column: 640, end_column },
-                num_pages: 99,
-                context_tokens: 1 << 17,
-            },
-            sharing: Sharing::by_sequences([4, 6]),
-            faults: Some("stage0.1@3:kill".to_owned()),
-        }
+        let leader = "127.0.0.1:4711".parse().unwrap();
+        Order { span: some_order(end_column), rank: 2, num_ranks: 4, leader, device }
+    }
+
+    /// A step whose every number is another.
+    pub(crate) fn done() -> Done {
+        let collectives = CollectiveTimes { calls: 3, bytes: 1 << 40, time: Duration::from_nanos(5) };
+        let time = Duration::from_micros(7);
+        Done { micro_batch: u64::MAX, tokens: 9, decode_tokens: 2, time, collectives }
     }
 
     #[test]
@@ -250,10 +200,7 @@ mod tests {
     #[test]
     fn words_come_back_as_they_were_said() {
         let end = Word::End { message: "it \"panicked\"".to_owned(), is_consequence: true };
-        let collectives = CollectiveTimes { calls: 3, bytes: 1 << 40, time: Duration::from_nanos(5) };
-        let time = Duration::from_micros(7);
-        let done = Done { micro_batch: u64::MAX, tokens: 9, decode_tokens: 2, time, collectives };
-        for word in [Word::Ready, Word::Done(done), end] {
+        for word in [Word::Ready, Word::Done(done()), end] {
             assert_eq!(Word::decode(&word.encode()), Some(word));
         }
         assert_eq!(Word::decode(b"{\"ready\": false}"), None);

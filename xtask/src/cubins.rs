@@ -56,6 +56,20 @@ fn compile() -> Result<String> {
     String::from_utf8(output.stdout).context("read what Python printed")
 }
 
+/// The folder of NVRTC's libraries. Call it with the lock held.
+pub(crate) fn compiler_folder() -> Result<PathBuf> {
+    let python = ENVIRONMENT.ready()?;
+    let program = "import nvidia, pathlib; print(*[p for p in nvidia.__path__ if (pathlib.Path(p) / 'cu13/lib').is_dir()][:1])";
+    let output = shell::command(&python, ["-c", program]).output().context("start Python")?;
+    let folder = String::from_utf8(output.stdout).context("read what Python printed")?;
+    ensure!(
+        output.status.success() && !folder.trim().is_empty(),
+        "no nvidia/cu13/lib in {}",
+        ENVIRONMENT.folder
+    );
+    Ok(PathBuf::from(folder.trim()).join("cu13/lib"))
+}
+
 fn python() -> Result<PathBuf> {
     let _lock = repo::lock()?;
     ENVIRONMENT.ready()

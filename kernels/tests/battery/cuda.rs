@@ -124,6 +124,16 @@ macro_rules! checks {
             )*
         }
 
+        /// All of them, for a program that has no test harness: what each is called, and the check by the libraries of a folder or
+        /// of the machine.
+        #[allow(dead_code, reason = "tests have a function each")]
+        pub(crate) const CHECKS: &[(&str, fn(Option<&Path>))] = &[$((
+            stringify!($name),
+            |libraries| $modes.into_iter().for_each(|mode| {
+                $check.check(&device(libraries.map(Path::to_owned), mode));
+            }),
+        )),*];
+
         mod on_a_gpu {
             use super::*;
             $(

@@ -1,0 +1,36 @@
+//! The battery of the kernels, from where its tests are.
+
+#[path = "../../kernels/tests/battery/attention.rs"]
+pub(crate) mod attention;
+#[path = "../../kernels/tests/battery/attention_invariants.rs"]
+pub(crate) mod attention_invariants;
+#[path = "../../kernels/tests/battery/checkpoints.rs"]
+pub(crate) mod checkpoints;
+#[path = "../../kernels/tests/battery/choose.rs"]
+pub(crate) mod choose;
+#[path = "../../kernels/tests/battery/cuda.rs"]
+pub(crate) mod cuda;
+#[path = "../../kernels/tests/battery/device.rs"]
+pub(crate) mod device;
+#[path = "../../kernels/tests/battery/embed_gather.rs"]
+pub(crate) mod embed_gather;
+#[path = "../../kernels/tests/battery/exact.rs"]
+pub(crate) mod exact;
+#[path = "../../kernels/tests/battery/logit_stats.rs"]
+pub(crate) mod logit_stats;
+#[path = "../../kernels/tests/battery/matmul.rs"]
+pub(crate) mod matmul;
+#[path = "../../kernels/tests/battery/matmul_argmax.rs"]
+pub(crate) mod matmul_argmax;
+#[path = "../../kernels/tests/battery/random.rs"]
+pub(crate) mod random;
+#[path = "../../kernels/tests/battery/refusals.rs"]
+pub(crate) mod refusals;
+#[path = "../../kernels/tests/battery/rms_norm.rs"]
+pub(crate) mod rms_norm;
+#[path = "../../kernels/tests/battery/rope.rs"]
+pub(crate) mod rope;
+#[path = "../../kernels/tests/battery/row_invariants.rs"]
+pub(crate) mod row_invariants;
+#[path = "../../kernels/tests/battery/swiglu.rs"]
+pub(crate) mod swiglu;

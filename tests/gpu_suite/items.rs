@@ -1,0 +1,142 @@
+//! What the suite asks, the most important first.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use kernels::{Cuda, CudaOptions, Dtype, WeightType};
+
+use crate::battery::cuda::CHECKS;
+use crate::{attention, models, products};
+
+/// Where and how large.
+#[derive(Debug, Clone)]
+pub(crate) struct Setting {
+    /// Where CUDA's libraries are looked for first.
+    pub(crate) libraries: Option<PathBuf>,
+    /// Shapes for an emulator.
+    pub(crate) is_small: bool,
+}
+
+impl Setting {
+    pub(crate) fn cuda(&self, weights: WeightType, is_deterministic: bool) -> Result<Cuda> {
+        let options = CudaOptions {
+            device: 0,
+            weights,
+            kv: Dtype::Bf16,
+            is_deterministic,
+            ffn_columns: Cuda::FFN_COLUMNS,
+            libraries: self.libraries.clone(),
+            cubins: Some(self.cache()),
+        };
+        Ok(Cuda::new(options)?)
+    }
+
+    /// Where what one process finds out of the GPU waits for the next one.
+    pub(crate) fn cache(&self) -> PathBuf {
+        std::env::temp_dir().join("spanwise-gpu-suite")
+    }
+}
+
+/// Headings of the results, in order.
+pub(crate) const SECTIONS: [&str; 5] = ["Device", "Battery", "Models", "Products", "Attention"];
+
+/// An item's lines of Markdown.
+type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
+
+/// A question.
+pub(crate) struct Item {
+    pub(crate) section: &'static str,
+    pub(crate) name: String,
+    /// It is not begun with less time than this.
+    pub(crate) least_seconds: u64,
+    /// It is ended after this.
+    pub(crate) most_seconds: u64,
+    run: Run,
+}
+
+impl Item {
+    fn new(
+        section: &'static str,
+        name: impl Into<String>,
+        [least_seconds, most_seconds]: [u64; 2],
+        run: impl Fn(&Setting) -> Result<Vec<String>> + 'static,
+    ) -> Item {
+        Item { section, name: name.into(), least_seconds, most_seconds, run: Box::new(run) }
+    }
+}
+
+/// All of them, in order.
+pub(crate) struct Items(pub(crate) Vec<Item>);
+
+impl Items {
+    /// Answers one, in this process.
+    pub(crate) fn run(&self, name: &str, setting: &Setting) -> Result<Vec<String>> {
+        let item = self.0.iter().find(|item| item.name == name);
+        (item.with_context(|| format!("there is no item {name}"))?.run)(setting)
+    }
+}
+
+/// Checks that an emulator is through with in less than a second.
+const QUICK: [&str; 4] = [
+    "embed_and_gather_copy_rows",
+    "no_rows_are_no_work",
+    "rms_norm_divides_by_the_root_of_the_mean_square",
+    "rope_turns_each_dimension_with_the_one_half_a_head_away",
+];
+
+pub(crate) fn all(setting: &Setting) -> Items {
+    let mut items = vec![Item::new("Device", "ceilings", [5, 60], ceilings)];
+    for (name, check) in CHECKS.iter().filter(|(name, _)| !setting.is_small || QUICK.contains(name)) {
+        items.push(Item::new("Battery", *name, [2, 90], move |setting: &Setting| {
+            check(setting.libraries.as_deref());
+            Ok(vec!["right".to_owned()])
+        }));
+    }
+    let mut models = models::of(setting).into_iter().map(model);
+    items.extend(models.next());
+    for shape in products::shapes(setting) {
+        let name = shape.to_string();
+        items.push(Item::new("Products", name, [5, 40], move |setting: &Setting| {
+            products::measure(shape, setting)
+        }));
+    }
+    for case in attention::cases(setting) {
+        let name = case.to_string();
+        items.push(Item::new("Attention", name, [5, 40], move |setting: &Setting| {
+            attention::measure(case, setting)
+        }));
+    }
+    items.extend(models);
+    Items(items)
+}
+
+fn model(model: models::Measured) -> Item {
+    Item::new("Models", model.name, model.seconds, move |setting: &Setting| models::measure(&model, setting))
+}
+
+/// The GPU, the libraries that are there, and what it does at most.
+fn ceilings(setting: &Setting) -> Result<Vec<String>> {
+    let cuda = setting.cuda(WeightType::Bf16, false)?;
+    let (gpu, profile) = (cuda.gpu(), kernels::Backend::numeric_profile(&cuda));
+    let library = match profile.contains("cublaslt") {
+        true => profile.clone(),
+        false => format!("{profile}; libcublasLt is missing: products are our own kernel's"),
+    };
+    Ok(vec![
+        format!(
+            "{}, {} multiprocessors, {:.1} GB",
+            gpu.name,
+            gpu.multiprocessors,
+            gpu.total_bytes as f64 / 1e9
+        ),
+        driver().unwrap_or_else(|| "driver: its version is not told".to_owned()),
+        library,
+        format!("copy {:.0} GB/s read and written", cuda.copy_bandwidth()? / 1e9),
+        format!("bf16 products {:.1} TFLOP/s", cuda.product_flops()? / 1e12),
+    ])
+}
+
+fn driver() -> Option<String> {
+    let version = std::fs::read_to_string(Path::new("/proc/driver/nvidia/version")).ok()?;
+    version.lines().next().map(str::to_owned)
+}

@@ -1,0 +1,139 @@
+//! Is the CUDA backend right on this GPU, and how near is it to what the chip can do?
+//!
+//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, then what the README and
+//! the issue ask of speed, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
+//! device code compiled behind its own. Every item is a process: one that crashes, or hangs, costs the others nothing.
+//!
+//! ```text
+//! gpu-suite [--out FOLDER] [--seconds N] [--libraries FOLDER] [--small] [--only WORD]
+//! gpu-suite pack FILE [--libraries FOLDER]
+//! ```
+//!
+//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item. The status is
+//! that of the battery: speed has no bar here. `--small` has small shapes, for an emulator; that is what a test of this name runs.
+
+#![forbid(unsafe_code)]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints")]
+
+mod attention;
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "the battery's tests of processors and of emulators are not run from here"
+)]
+mod battery;
+mod items;
+mod models;
+mod products;
+mod suite;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+use items::Setting;
+use suite::Suite;
+
+/// The test that a test runner finds in this program.
+const TEST: &str = "the_suite_runs_whole_on_the_emulator";
+
+/// Time of a suite, where nobody says: a machine is lent for ten minutes.
+const SECONDS: u64 = 540;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all is right.
+fn run(arguments: &[String]) -> Result<bool> {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        ["--list", ..] => {
+            // A test runner asks for tests, and once more for those that are ignored.
+            if !words.contains(&"--ignored") {
+                println!("{TEST}: test");
+            }
+            Ok(true)
+        }
+        ["--exact", ..] => on_the_emulator(),
+        ["pack", file, ref rest @ ..] => pack(Path::new(file), rest),
+        ["item", name, ref rest @ ..] => {
+            let (setting, _) = options(rest)?;
+            items::all(&setting).run(name, &setting)?.iter().for_each(|line| println!("{line}"));
+            Ok(true)
+        }
+        _ => {
+            let (setting, suite) = options(&words)?;
+            suite.run(&setting)
+        }
+    }
+}
+
+/// What the options say of each item, and of all of them.
+fn options(words: &[&str]) -> Result<(Setting, Suite)> {
+    let mut setting = Setting { libraries: None, is_small: false };
+    let mut suite = Suite { out: PathBuf::from("."), seconds: SECONDS, only: String::new() };
+    let mut words = words.iter();
+    while let Some(key) = words.next() {
+        if *key == "--small" {
+            setting.is_small = true;
+            continue;
+        }
+        let value = words.next().with_context(|| format!("{key} needs a value"))?;
+        match *key {
+            "--out" => suite.out = PathBuf::from(value),
+            "--seconds" => suite.seconds = value.parse().with_context(|| format!("--seconds {value}"))?,
+            "--only" => suite.only = (*value).to_owned(),
+            "--libraries" => setting.libraries = Some(PathBuf::from(value)),
+            _ => bail!("found {key}, expected --out, --seconds, --libraries, --small or --only"),
+        }
+    }
+    Ok((setting, suite))
+}
+
+/// All device code, compiled, as what is put behind this program.
+fn pack(file: &Path, rest: &[&str]) -> Result<bool> {
+    let (setting, _) = options(rest)?;
+    let cubins = kernels::pack_cubins(setting.libraries.as_deref()).context("compile the device code")?;
+    std::fs::write(file, &cubins).with_context(|| format!("write {}", file.display()))?;
+    println!("{}: {} bytes", file.display(), cubins.len());
+    Ok(true)
+}
+
+/// The suite in its small form, carried as `cargo xtask gpu` carries it, where there is no compiler of device code.
+fn on_the_emulator() -> Result<bool> {
+    let emulator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/cuda-emulator");
+    let folder = tempfile::tempdir().context("make a folder")?;
+    let (program, packed) = (folder.path().join("gpu-suite"), folder.path().join("cubins"));
+    pack(&packed, &["--libraries", &emulator.to_string_lossy()])?;
+    let mut whole = std::fs::read(std::env::current_exe()?)?;
+    whole.extend(std::fs::read(&packed)?);
+    let permissions = std::fs::metadata(std::env::current_exe()?)?.permissions();
+    std::fs::write(&program, whole)?;
+    std::fs::set_permissions(&program, permissions)?;
+    let libraries = folder.path().join("libraries");
+    std::fs::create_dir(&libraries)?;
+    for library in ["libcuda.so", "libcublasLt.so"] {
+        std::os::unix::fs::symlink(emulator.join(library), libraries.join(library))
+            .with_context(|| format!("link {library}: `cargo xtask emulator` makes it"))?;
+    }
+    let mut child = std::process::Command::new(&program);
+    child.arg("--libraries").arg(&libraries).arg("--small").arg("--out").arg(folder.path());
+    let is_right = child.status().context("start the suite")?.success();
+    let results = std::fs::read_to_string(folder.path().join("results.md")).context("read results.md")?;
+    let not_run: Vec<&str> = results.lines().filter(|line| suite::is_not_done(line)).collect();
+    for section in items::SECTIONS {
+        anyhow::ensure!(results.contains(&format!("## {section}")), "no section {section} in {results}");
+    }
+    anyhow::ensure!(not_run.is_empty(), "not run: {not_run:?}");
+    Ok(is_right)
+}

@@ -1,0 +1,125 @@
+//! How many tokens a second do whole models, and real blocks of Ultra, prefill and decode with random weights, and how near is
+//! that to the roofline?
+
+use std::ops::Range;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use stages::profile::{Effort, Rate, Throughput, ThroughputOptions, throughput};
+use stages::{Device, Dtype, Dtypes, Model, WeightType};
+
+use crate::items::Setting;
+
+const ULTRA: &str = include_str!("../../configs/models/Llama-3_1-Nemotron-Ultra-253B-v1/config.json");
+const SUPER: &str = include_str!("../../configs/models/Llama-3_3-Nemotron-Super-49B-v1/config.json");
+/// Few words, where blocks alone are asked for.
+const SHORT_VOCABULARY: usize = 256;
+
+/// A model, or blocks of one, and how they are run.
+pub(crate) struct Measured {
+    pub(crate) name: &'static str,
+    /// That it needs at least, and that it has at most.
+    pub(crate) seconds: [u64; 2],
+    config: &'static str,
+    /// Slots of the checkpoint, with few words, or all.
+    slots: Option<Range<usize>>,
+    weights: WeightType,
+    context_tokens: usize,
+    batches: &'static [usize],
+}
+
+pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
+    let bf16 = WeightType::Bf16;
+    let model = |name, seconds, config, weights, context_tokens, batches| Measured {
+        name,
+        seconds,
+        config,
+        slots: None,
+        weights,
+        context_tokens,
+        batches,
+    };
+    if setting.is_small {
+        return vec![Measured {
+            slots: Some(0..2),
+            ..model("two small blocks", [1, 60], ULTRA, bf16, 20, &[2])
+        }];
+    }
+    // In the middle of 256 tokens after 512.
+    let bulk = 640;
+    vec![
+        Measured {
+            slots: Some(43..63),
+            ..model("Ultra's slots 43 to 62, bf16", [40, 120], ULTRA, bf16, 2048, &[184, 256])
+        },
+        model("Super-49B, bf16", [40, 120], SUPER, bf16, bulk, &[256]),
+        model("Super-49B, fp8", [40, 120], SUPER, WeightType::Fp8, bulk, &[256]),
+        model("Ultra-253B, int4", [60, 180], ULTRA, WeightType::Int4Weight, 1024, &[64]),
+    ]
+}
+
+/// A line for each batch.
+pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<String>> {
+    let folder = setting.cache().join(format!("model-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    std::fs::write(folder.join("config.json"), config(measured, setting)?.to_string())?;
+    let (model, _) = Model::open(&folder, true)?;
+    let device = Device::Cuda {
+        index: 0,
+        libraries: setting.libraries.clone(),
+        cubins: Some(setting.cache()),
+        is_deterministic: false,
+    };
+    let effort = match setting.is_small {
+        true => Effort { point_seconds: 0.0, least_repeats: 1 },
+        false => Effort { point_seconds: 0.5, ..Effort::default() },
+    };
+    let options = ThroughputOptions {
+        device,
+        dtypes: Dtypes { weights: measured.weights, kv: Dtype::Bf16 },
+        context_tokens: measured.context_tokens,
+        micro_batch_tokens: if setting.is_small { 32 } else { 2048 },
+        batches: measured.batches.to_vec(),
+        effort,
+    };
+    let begun = std::time::Instant::now();
+    let mut lines = Vec::new();
+    let mut say = |what: &str| eprintln!("{what} after {:.1} s", begun.elapsed().as_secs_f64());
+    throughput(&model, &options, &mut say, &mut |found| lines.push(line(found, measured.context_tokens)))?;
+    Ok(lines)
+}
+
+fn line(found: &Throughput, context_tokens: usize) -> String {
+    let rate = |rate: &Rate| {
+        format!(
+            "{:.2} ms, {:.0} tokens/s, {:.1} % of the roofline",
+            rate.seconds.median * 1e3,
+            rate.tokens_per_second,
+            100.0 * rate.roofline_share
+        )
+    };
+    format!(
+        "{} rows at {context_tokens} tokens: decode {}; prefill {}",
+        found.batch,
+        rate(&found.decode),
+        rate(&found.prefill)
+    )
+}
+
+/// The model's config with what is asked for of it.
+fn config(measured: &Measured, setting: &Setting) -> Result<Value> {
+    let mut config: Value = serde_json::from_str(measured.config).context("read config.json")?;
+    if let Some(slots) = &measured.slots {
+        let blocks = config["block_configs"].as_array().context("no block_configs")?[slots.clone()].to_vec();
+        config["num_hidden_layers"] = json!(blocks.len());
+        config["block_configs"] = json!(blocks);
+        config["vocab_size"] = json!(SHORT_VOCABULARY);
+        config["eos_token_id"] = json!([]);
+    }
+    if setting.is_small {
+        for (key, value) in [("hidden_size", 64), ("num_attention_heads", 16), ("head_dim", 16)] {
+            config[key] = json!(value);
+        }
+    }
+    Ok(config)
+}

@@ -1,0 +1,98 @@
+//! How near are bf16 products to the fastest that the device does, by cuBLASLt and by our own kernel?
+
+use std::fmt;
+
+use anyhow::Result;
+use kernels::{Backend, Cuda, RandomTensor, TensorView, ViewDtype, WeightType};
+
+use crate::items::Setting;
+
+/// A product `[rows, k] · [n, k]ᵀ` of several numbers of rows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    what: &'static str,
+    n: usize,
+    k: usize,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} [{}, {}]", self.what, self.n, self.k)
+    }
+}
+
+/// Those of Ultra's and Super's blocks.
+pub(crate) fn shapes(setting: &Setting) -> Vec<Shape> {
+    let shape = |what, n, k| Shape { what, n, k };
+    match setting.is_small {
+        true => vec![shape("small", 96, 64)],
+        false => vec![
+            shape("Ultra q and o", 16_384, 16_384),
+            shape("Ultra up", 53_248, 16_384),
+            shape("Ultra down", 16_384, 53_248),
+            shape("Super q and o", 8192, 8192),
+            shape("Super up", 28_672, 8192),
+            shape("Super down", 8192, 28_672),
+            shape("Ultra k and v", 2048, 16_384),
+        ],
+    }
+}
+
+/// A line for each number of rows.
+pub(crate) fn measure(shape: Shape, setting: &Setting) -> Result<Vec<String>> {
+    let rows = if setting.is_small { vec![16] } else { vec![128, 256, 512] };
+    let mut lines = vec![String::new(); rows.len()];
+    for is_deterministic in [false, true] {
+        let cuda = setting.cuda(WeightType::Bf16, is_deterministic)?;
+        let w = cuda.random_matrix(RandomTensor::new(1, 0.02, shape.n, shape.k))?;
+        let peak = cuda.product_flops()?;
+        let has_library = cuda.numeric_profile().contains("cublaslt");
+        let name = if has_library { "cuBLASLt" } else { "own kernel" };
+        for (line, &rows) in lines.iter_mut().zip(&rows) {
+            let seconds = seconds(&cuda, &w, [rows, shape.k])?;
+            let flops = 2.0 * (rows * shape.n * shape.k) as f64 / seconds;
+            let bytes = 2.0 * (shape.n * shape.k) as f64 / seconds;
+            if line.is_empty() {
+                *line = format!("{rows} rows:");
+            }
+            *line += &format!(
+                " {name} {:.1} us, {:.1} TFLOP/s, {:.1} % of the peak, weights at {:.0} GB/s;",
+                seconds * 1e6,
+                flops / 1e12,
+                100.0 * flops / peak,
+                bytes / 1e9
+            );
+        }
+    }
+    Ok(lines)
+}
+
+/// Of a product, the best of some samples.
+fn seconds(cuda: &Cuda, w: &kernels::CudaMatrix, [rows, k]: [usize; 2]) -> Result<f64> {
+    let (mut x, mut normed, mut out) = (cuda.array(), cuda.operand(), cuda.array());
+    let values: Vec<f32> = (0..rows * k).map(|i| (i as f32 * 0.37).sin()).collect();
+    cuda.upload(&values, rows, k, &mut x)?;
+    let ones = cuda.vector(TensorView::new(ViewDtype::Bf16, 1, k, &[0x80, 0x3f].repeat(k)))?;
+    cuda.rms_norm(&x, &ones, 1e-6, &mut normed)?;
+    best_seconds(cuda, || Ok(cuda.matmul(&normed, w, &mut out)?))
+}
+
+/// Seconds of queued work: samples of some calls each, after one call that is not counted.
+pub(crate) fn best_seconds(cuda: &Cuda, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    const SAMPLES: usize = 5;
+    const CALLS: usize = 8;
+    let mut clock = (cuda.array(), Vec::new());
+    cuda.upload(&[1.0], 1, 1, &mut clock.0)?;
+    // Numbers that come back do so when all before them is done.
+    let mut wait = || cuda.download(&clock.0, &mut clock.1);
+    let mut best = f64::INFINITY;
+    work()?;
+    for _ in 0..SAMPLES {
+        wait()?;
+        let begun = std::time::Instant::now();
+        (0..CALLS).try_for_each(|_| work())?;
+        wait()?;
+        best = best.min(begun.elapsed().as_secs_f64() / CALLS as f64);
+    }
+    Ok(best)
+}

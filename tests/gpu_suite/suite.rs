@@ -1,0 +1,154 @@
+//! Goes through all items within a time, each in a process of its own, and writes down what they say.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::items::{self, Item, SECTIONS, Setting};
+
+/// How often a process is looked after.
+const GLANCE: Duration = Duration::from_millis(20);
+/// Lines of what a process that failed has said last.
+const LAST_LINES: usize = 12;
+
+/// All items.
+pub(crate) struct Suite {
+    /// Where results.md goes.
+    pub(crate) out: PathBuf,
+    /// For all items.
+    pub(crate) seconds: u64,
+    /// Only items whose name or section has this in it.
+    pub(crate) only: String,
+}
+
+/// What became of an item.
+enum Outcome {
+    Lines(Vec<String>),
+    Failed(String),
+    NotRun(String),
+}
+
+/// Whether a line of the results is of an item that was not done.
+pub(crate) fn is_not_done(line: &str) -> bool {
+    line.contains(": **failed**") || line.contains(": not run, ")
+}
+
+impl Suite {
+    /// Whether every item that was begun came to its end.
+    pub(crate) fn run(&self, setting: &Setting) -> Result<bool> {
+        fs::create_dir_all(&self.out).with_context(|| format!("make {}", self.out.display()))?;
+        fs::create_dir_all(setting.cache()).context("make the cache")?;
+        let begun = Instant::now();
+        let (mut results, mut is_right) = (Results::default(), true);
+        let items = items::all(setting).0;
+        let wanted = |item: &&Item| item.name.contains(&self.only) || item.section.contains(&self.only);
+        for item in items.iter().filter(wanted) {
+            let left = self.seconds.saturating_sub(begun.elapsed().as_secs());
+            let outcome = match left < item.least_seconds && !setting.is_small {
+                true => Outcome::NotRun(format!("{left} s were left of {}", self.seconds)),
+                false => self.ask(item, setting, Duration::from_secs(left.min(item.most_seconds).max(1)))?,
+            };
+            is_right &= !matches!(outcome, Outcome::Failed(_));
+            let text = results.add(item, &outcome, begun.elapsed());
+            print!("{text}");
+            fs::write(self.out.join("results.md"), results.text()).context("write results.md")?;
+        }
+        let _ = fs::remove_dir_all(setting.cache());
+        Ok(is_right)
+    }
+
+    /// Has a process answer an item.
+    fn ask(&self, item: &Item, setting: &Setting, patience: Duration) -> Result<Outcome> {
+        let heard = ["stdout", "stderr"].map(|name| setting.cache().join(name));
+        let mut command = Command::new(std::env::current_exe().context("find this program")?);
+        command.args(["item", &item.name]).stdin(Stdio::null());
+        if setting.is_small {
+            command.arg("--small");
+        }
+        if let Some(folder) = &setting.libraries {
+            command.arg("--libraries").arg(folder);
+        }
+        command.stdout(File::create(&heard[0])?).stderr(File::create(&heard[1])?);
+        let mut child = command.spawn().context("start an item")?;
+        let status = wait(&mut child, patience)?;
+        let [said, complained] = heard.map(|path| read(&path));
+        Ok(match status {
+            Some(status) if status.success() => Outcome::Lines(said.lines().map(str::to_owned).collect()),
+            Some(status) => Outcome::Failed(format!("{status}\n{}", last_lines(&complained))),
+            None => Outcome::Failed(format!(
+                "not done after {} s\n{}",
+                patience.as_secs(),
+                last_lines(&format!("{said}{complained}"))
+            )),
+        })
+    }
+}
+
+/// Until it ends; ends it when the time is over.
+fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitStatus>> {
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if begun.elapsed() > patience {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(GLANCE);
+    }
+}
+
+fn read(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    let _ = File::open(path).and_then(|mut file| file.read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
+}
+
+/// Items as Markdown, by sections.
+#[derive(Default)]
+struct Results(Vec<(&'static str, String)>);
+
+impl Results {
+    fn add(&mut self, item: &Item, outcome: &Outcome, since: Duration) -> String {
+        let at = since.as_secs_f64();
+        let text = match outcome {
+            Outcome::Lines(lines) if lines.len() == 1 => {
+                format!("* {}: {} (at {at:.1} s)\n", item.name, lines[0])
+            }
+            Outcome::Lines(lines) => {
+                let lines: String = lines.iter().map(|line| format!("  * {line}\n")).collect();
+                format!("* {} (at {at:.1} s)\n{lines}", item.name)
+            }
+            Outcome::NotRun(why) => format!("* {}: not run, {why}\n", item.name),
+            Outcome::Failed(why) => {
+                let why: String = why.lines().map(|line| format!("      {line}\n")).collect();
+                format!("* {}: **failed** (at {at:.1} s)\n\n{why}\n", item.name)
+            }
+        };
+        self.0.push((item.section, text.clone()));
+        text
+    }
+
+    fn text(&self) -> String {
+        let mut text = "# The CUDA backend on this GPU\n".to_owned();
+        for section in SECTIONS {
+            let mut items = self.0.iter().filter(|(of, _)| *of == section).peekable();
+            if items.peek().is_some() {
+                text += &format!("\n## {section}\n\n");
+                items.for_each(|(_, item)| text += item);
+            }
+        }
+        text
+    }
+}

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use kernels::{Cuda, CudaOptions, Dtype, WeightType};
 
 use crate::battery::cuda::CHECKS;
-use crate::{attention, models, products};
+use crate::{attention, models, products, steps};
 
 /// Where and how large.
 #[derive(Debug, Clone)]
@@ -15,6 +15,8 @@ pub(crate) struct Setting {
     pub(crate) libraries: Option<PathBuf>,
     /// Shapes for an emulator.
     pub(crate) is_small: bool,
+    /// Where what one process finds out of the GPU waits for the next one.
+    pub(crate) cache: PathBuf,
 }
 
 impl Setting {
@@ -26,19 +28,14 @@ impl Setting {
             is_deterministic,
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries: self.libraries.clone(),
-            cubins: Some(self.cache()),
+            cubins: Some(self.cache.clone()),
         };
         Ok(Cuda::new(options)?)
-    }
-
-    /// Where what one process finds out of the GPU waits for the next one.
-    pub(crate) fn cache(&self) -> PathBuf {
-        std::env::temp_dir().join("spanwise-gpu-suite")
     }
 }
 
 /// Headings of the results, in order.
-pub(crate) const SECTIONS: [&str; 5] = ["Device", "Battery", "Models", "Products", "Attention"];
+pub(crate) const SECTIONS: [&str; 6] = ["Device", "Battery", "Models", "Steps", "Products", "Attention"];
 
 /// An item's lines of Markdown.
 type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
@@ -106,6 +103,10 @@ pub(crate) fn all(setting: &Setting) -> Items {
             attention::measure(case, setting)
         }));
     }
+    let blocks = models::for_steps(setting);
+    items.push(Item::new("Steps", blocks.name, blocks.seconds, move |setting: &Setting| {
+        steps::measure(&blocks, setting)
+    }));
     items.extend(models);
     Items(items)
 }

@@ -25,6 +25,7 @@ mod battery;
 mod items;
 mod models;
 mod products;
+mod steps;
 mod suite;
 
 use std::path::{Path, PathBuf};
@@ -80,7 +81,8 @@ fn run(arguments: &[String]) -> Result<bool> {
 
 /// What the options say of each item, and of all of them.
 fn options(words: &[&str]) -> Result<(Setting, Suite)> {
-    let mut setting = Setting { libraries: None, is_small: false };
+    let cache = std::env::temp_dir().join(format!("spanwise-gpu-suite-{}", std::process::id()));
+    let mut setting = Setting { libraries: None, is_small: false, cache };
     let mut suite = Suite { out: PathBuf::from("."), seconds: SECONDS, only: String::new() };
     let mut words = words.iter();
     while let Some(key) = words.next() {
@@ -93,6 +95,7 @@ fn options(words: &[&str]) -> Result<(Setting, Suite)> {
             "--out" => suite.out = PathBuf::from(value),
             "--seconds" => suite.seconds = value.parse().with_context(|| format!("--seconds {value}"))?,
             "--only" => suite.only = (*value).to_owned(),
+            "--cache" => setting.cache = PathBuf::from(value), // An item's is the suite's.
             "--libraries" => setting.libraries = Some(PathBuf::from(value)),
             _ => bail!("found {key}, expected --out, --seconds, --libraries, --small or --only"),
         }

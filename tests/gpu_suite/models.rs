@@ -60,16 +60,7 @@ pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
 
 /// A line for each batch.
 pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<String>> {
-    let folder = setting.cache().join(format!("model-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-    std::fs::write(folder.join("config.json"), config(measured, setting)?.to_string())?;
-    let (model, _) = Model::open(&folder, true)?;
-    let device = Device::Cuda {
-        index: 0,
-        libraries: setting.libraries.clone(),
-        cubins: Some(setting.cache()),
-        is_deterministic: false,
-    };
+    let (model, device) = (open(measured, setting)?, device(setting));
     let effort = match setting.is_small {
         true => Effort { point_seconds: 0.0, least_repeats: 1 },
         false => Effort { point_seconds: 0.5, ..Effort::default() },
@@ -87,6 +78,37 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let mut say = |what: &str| eprintln!("{what} after {:.1} s", begun.elapsed().as_secs_f64());
     throughput(&model, &options, &mut say, &mut |found| lines.push(line(found, measured.context_tokens)))?;
     Ok(lines)
+}
+
+/// The model with random weights.
+pub(crate) fn open(measured: &Measured, setting: &Setting) -> Result<Model> {
+    let folder = setting.cache.join(format!("model-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    std::fs::write(folder.join("config.json"), config(measured, setting)?.to_string())?;
+    Ok(Model::open(&folder, true)?.0)
+}
+
+/// The GPU, where a row's bits may depend on its batch: as fast as it goes.
+pub(crate) fn device(setting: &Setting) -> Device {
+    Device::Cuda {
+        index: 0,
+        libraries: setting.libraries.clone(),
+        cubins: Some(setting.cache.clone()),
+        is_deterministic: false,
+    }
+}
+
+/// Some of Super's blocks, which fit twice.
+pub(crate) fn for_steps(setting: &Setting) -> Measured {
+    Measured {
+        name: "Super's slots 0 to 19, bf16, as one stage and as two",
+        seconds: [15, 60],
+        config: SUPER,
+        slots: Some(if setting.is_small { 0..2 } else { 0..20 }),
+        weights: WeightType::Bf16,
+        context_tokens: 2048,
+        batches: &[],
+    }
 }
 
 fn line(found: &Throughput, context_tokens: usize) -> String {

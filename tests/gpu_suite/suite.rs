@@ -41,7 +41,7 @@ impl Suite {
     /// Whether every item that was begun came to its end.
     pub(crate) fn run(&self, setting: &Setting) -> Result<bool> {
         fs::create_dir_all(&self.out).with_context(|| format!("make {}", self.out.display()))?;
-        fs::create_dir_all(setting.cache()).context("make the cache")?;
+        fs::create_dir_all(&setting.cache).context("make the cache")?;
         let begun = Instant::now();
         let (mut results, mut is_right) = (Results::default(), true);
         let items = items::all(setting).0;
@@ -57,15 +57,15 @@ impl Suite {
             print!("{text}");
             fs::write(self.out.join("results.md"), results.text()).context("write results.md")?;
         }
-        let _ = fs::remove_dir_all(setting.cache());
+        let _ = fs::remove_dir_all(&setting.cache);
         Ok(is_right)
     }
 
     /// Has a process answer an item.
     fn ask(&self, item: &Item, setting: &Setting, patience: Duration) -> Result<Outcome> {
-        let heard = ["stdout", "stderr"].map(|name| setting.cache().join(name));
+        let heard = ["stdout", "stderr"].map(|name| setting.cache.join(name));
         let mut command = Command::new(std::env::current_exe().context("find this program")?);
-        command.args(["item", &item.name]).stdin(Stdio::null());
+        command.args(["item", &item.name, "--cache"]).arg(&setting.cache).stdin(Stdio::null());
         if setting.is_small {
             command.arg("--small");
         }

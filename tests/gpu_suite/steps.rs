@@ -1,0 +1,167 @@
+//! What does a step take of the processor, and do two stages on one GPU take as long as one?
+//!
+//! The same micro-batches go through all blocks as one stage, and as two on threads of their own that hand over on the device, as
+//! a pipeline of one process does. Times are of a steady state: one micro-batch more than stages is under way.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, Span};
+use stages::{
+    Activations, Device, Dtype, Dtypes, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, WeightType,
+};
+
+use crate::items::Setting;
+use crate::models::{self, Measured};
+
+/// What goes to a stage.
+type Way = (MicroBatch, Option<Activations>);
+
+/// Rows that decode, and what for.
+struct Work {
+    rows: usize,
+    context: usize,
+    /// Micro-batches that are timed, after some that are not.
+    timed: usize,
+}
+
+/// A line for one stage with its time on the processor, and one for two stages.
+pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<String>> {
+    let model = models::open(measured, setting)?;
+    let work = match setting.is_small {
+        true => Work { rows: 2, context: 20, timed: 3 },
+        false => Work { rows: 256, context: 2048, timed: 40 },
+    };
+    let device = models::device(setting);
+    let (one, processor) = one_stage(&model, &device, &work)?;
+    let two = two_stages(&model, &device, &work)?;
+    Ok(vec![
+        format!(
+            "one stage, {} rows at {} tokens: {:.2} ms a step, of which its thread computes {:.2} ms ({:.1} %)",
+            work.rows,
+            work.context,
+            one * 1e3,
+            processor * 1e3,
+            100.0 * processor / one
+        ),
+        format!("two stages: {:.2} ms a micro-batch, {:.3} of one stage's", two * 1e3, two / one),
+    ])
+}
+
+fn load(model: &Model, device: &Device, blocks: Span, work: &Work) -> Result<Box<dyn Stage>> {
+    let num_pages = work.rows * work.context.div_ceil(PAGE_TOKENS);
+    let options = SpanOptions { part: blocks.into(), num_pages, context_tokens: work.context };
+    Ok(stages::load(model, device, Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 }, options)?)
+}
+
+/// Seconds of a step, and what its thread had of a processor.
+fn one_stage(model: &Model, device: &Device, work: &Work) -> Result<(f64, f64)> {
+    let end = model.config.blocks.len();
+    let mut stage = load(model, device, Span { start: 0, end }, work)?;
+    let batch = micro_batch(model, work);
+    for _ in 0..=work.timed / 4 {
+        stage.step(&batch, None)?;
+    }
+    let (begun, before) = (Instant::now(), processor_seconds()?);
+    for _ in 0..work.timed {
+        stage.step(&batch, None)?;
+    }
+    let count = work.timed as f64;
+    Ok((begun.elapsed().as_secs_f64() / count, (processor_seconds()? - before) / count))
+}
+
+/// Seconds of a micro-batch where the second half of the blocks is another stage of the same GPU.
+fn two_stages(model: &Model, device: &Device, work: &Work) -> Result<f64> {
+    let end = model.config.blocks.len();
+    let middle = end / 2;
+    std::thread::scope(|scope| {
+        let (to_first, first) = channel();
+        let (to_second, second) = channel();
+        let (to_end, done) = channel();
+        let threads = [
+            scope.spawn(move || serve(model, device, Span { start: 0, end: middle }, work, first, to_second)),
+            scope.spawn(move || serve(model, device, Span { start: middle, end }, work, second, to_end)),
+        ];
+        let seconds = drive(&micro_batch(model, work), work, to_first, &done);
+        for thread in threads {
+            thread.join().expect("a stage does not panic")?;
+        }
+        seconds
+    })
+}
+
+/// A stage, until nobody has anything for it.
+fn serve(
+    model: &Model,
+    device: &Device,
+    blocks: Span,
+    work: &Work,
+    takes: Receiver<Way>,
+    next: Sender<Way>,
+) -> Result<()> {
+    let mut stage = load(model, device, blocks, work)?;
+    for (batch, input) in takes {
+        let output = match stage.step(&batch, input)? {
+            StageOutput::Activations(activations) => Some(activations),
+            StageOutput::Tokens(_) => None,
+        };
+        if next.send((batch, output)).is_err() {
+            break; // The other one has ended, and says why.
+        }
+    }
+    Ok(())
+}
+
+/// Keeps three micro-batches under way.
+fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Way>) -> Result<f64> {
+    let issue = || first.send((batch.clone(), None)).context("the first stage has ended");
+    let take = || done.recv().context("a stage has ended");
+    (0..3).try_for_each(|_| issue())?;
+    // Stages are loaded meanwhile, and arrays find their size.
+    for _ in 0..=work.timed / 4 {
+        take()?;
+        issue()?;
+    }
+    take()?;
+    let begun = Instant::now();
+    for _ in 0..work.timed {
+        issue()?;
+        take()?;
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    (0..2).try_for_each(|_| take().map(drop))?;
+    Ok(seconds / work.timed as f64)
+}
+
+/// Rows that decode at the end of their context, with pages of their own.
+fn micro_batch(model: &Model, work: &Work) -> MicroBatch {
+    let pages_of_row = work.context.div_ceil(PAGE_TOKENS);
+    let sampling = Arc::new(Sampling::greedy(1));
+    let slice = |row: usize| Slice {
+        sequence: SequenceId(row as u64),
+        first_position: (work.context - 1) as u32,
+        tokens: std::iter::once((row * 7919 % model.config.dims.vocab) as u32).collect(),
+        pages: Arc::new((row * pages_of_row..(row + 1) * pages_of_row).map(|page| page as u32).collect()),
+        sample: true,
+        score: Vec::new(),
+        request: Arc::new(Request {
+            key: RequestKey(row as u128),
+            prompt: vec![0],
+            sampling: Arc::clone(&sampling),
+            sample: 0,
+        }),
+    };
+    MicroBatch { id: MicroBatchId(0), slices: (0..work.rows).map(slice).collect() }
+}
+
+/// What this thread has had of a processor.
+fn processor_seconds() -> Result<f64> {
+    let path = "/proc/thread-self/schedstat";
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+    match text.split_whitespace().next().map(str::parse::<u64>) {
+        Some(Ok(nanoseconds)) => Ok(nanoseconds as f64 / 1e9),
+        _ => bail!("{path}: found {text:?}, expected nanoseconds"),
+    }
+}

@@ -39,7 +39,7 @@ use suite::Suite;
 /// The test that a test runner finds in this program.
 const TEST: &str = "the_suite_runs_whole_on_the_emulator";
 
-/// Time of a suite, where nobody says: a machine is lent for ten minutes.
+/// Time of a suite, where nobody says: below ten minutes with its start.
 const SECONDS: u64 = 540;
 
 fn main() -> ExitCode {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use crate::{cubins, repo, shell};
 
 const FOLDER: &str = "target/gpu";
-/// What a machine that is lent takes along.
+/// It is to be copied anywhere in a moment.
 const MOST_BYTES: u64 = 64 << 20;
 
 /// Builds the executable and says how to run it.

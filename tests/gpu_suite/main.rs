@@ -1,7 +1,7 @@
 //! Is the CUDA backend right on this GPU, and how near is it to what the chip can do?
 //!
-//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, then what the README and
-//! the issue ask of speed, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
+//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, then how fast real
+//! shapes are, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
 //! device code compiled behind its own. Every item is a process: one that crashes, or hangs, costs the others nothing.
 //!
 //! ```text

@@ -135,7 +135,8 @@ fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Wa
     Ok(seconds / work.timed as f64)
 }
 
-/// Rows that decode at the end of their context, with pages of their own.
+/// Rows that decode at the end of their context, with pages of their own. Nobody has written what these hold: times alone are
+/// asked for.
 fn micro_batch(model: &Model, work: &Work) -> MicroBatch {
     let pages_of_row = work.context.div_ceil(PAGE_TOKENS);
     let sampling = Arc::new(Sampling::greedy(1));

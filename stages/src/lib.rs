@@ -38,7 +38,7 @@ pub use kernels::{
 pub use memory::{GpuMemory, StepSize};
 pub use model::{Model, Warnings};
 pub use part::Part;
-pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep};
+pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep, RankSteps, rank_steps};
 pub use rope::Rope;
 pub use shard::{AttentionSharing, RankPlace, Sharing};
 pub use span::SpanOptions;

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use kernels::{Array, AttentionSlice, Axis, Collective};
@@ -45,6 +46,43 @@ impl RankStep {
         let sequences = batch.slices.iter().map(|slice| slice.sequence.0).collect();
         let (logit_rows, greedy_rows) = if draws { wanted_rows(batch) } else { Default::default() };
         RankStep { micro_batch: batch.id.0, slices, sequences, logit_rows, greedy_rows }
+    }
+}
+
+/// How long a rank looks out for the next step before it lies down: what the first one does between two steps, and no more
+/// than a scheduler's time slice.
+const LOOK_OUT: Duration = Duration::from_millis(1);
+
+/// Looks between two looks at the clock, and offers of the core to whoever else wants it.
+const LOOKS: u32 = 64;
+
+/// The steps of a rank that is a thread beside the first's. It looks out for the next one for a while, as it does for the
+/// other ranks in collectives: who waits for it is the first rank, and a core that has lain down takes 50 µs and more to wake.
+#[derive(Debug)]
+pub struct RankSteps(Receiver<Arc<RankStep>>);
+
+/// A way for steps to a rank of this process. They end with the sender.
+pub fn rank_steps() -> (Sender<Arc<RankStep>>, RankSteps) {
+    let (sender, steps) = channel();
+    (sender, RankSteps(steps))
+}
+
+impl Iterator for RankSteps {
+    type Item = Arc<RankStep>;
+
+    fn next(&mut self) -> Option<Arc<RankStep>> {
+        let begun = Instant::now();
+        while begun.elapsed() < LOOK_OUT {
+            for _ in 0..LOOKS {
+                match self.0.try_recv() {
+                    Ok(step) => return Some(step),
+                    Err(TryRecvError::Disconnected) => return None,
+                    Err(TryRecvError::Empty) => std::hint::spin_loop(),
+                }
+            }
+            std::thread::yield_now();
+        }
+        self.0.recv().ok()
     }
 }
 

@@ -1,10 +1,10 @@
 //! Ranks that are threads of this process.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
-use stages::{Collective, Follower, RankGroup, RankStep, Stage, thread_ranks};
+use crossbeam::channel::{Sender, bounded};
+use stages::{Collective, Follower, RankGroup, RankStep, RankSteps, Stage, rank_steps, thread_ranks};
 
 use super::watch::Doing;
 use super::{RankEnd, RankLink, RanksArgs, is_consequence};
@@ -13,7 +13,7 @@ use crate::error::{panic_message, with_causes};
 /// A thread that follows the first rank.
 struct ThreadRank {
     /// Never holds more than a few: ranks meet in every micro-batch that they share.
-    steps: Sender<Arc<RankStep>>,
+    steps: mpsc::Sender<Arc<RankStep>>,
     end: RankEnd,
 }
 
@@ -37,7 +37,7 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
     let mut others: Vec<Box<dyn RankLink>> = Vec::new();
     let mut loading = Vec::new();
     for (rank, collective) in (1..).zip(ranks) {
-        let (steps, received) = unbounded();
+        let (steps, received) = rank_steps();
         let (ready, loaded) = bounded(1);
         let end = RankEnd::default();
         let thread = Thread { args: args.clone(), rank, steps: received, end: end.clone() };
@@ -61,22 +61,23 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
 struct Thread {
     args: RanksArgs,
     rank: usize,
-    steps: Receiver<Arc<RankStep>>,
+    steps: RankSteps,
     end: RankEnd,
 }
 
 impl Thread {
     fn run(self, collective: Box<dyn Collective<stages::Array>>, ready: &Sender<stages::Result<()>>) {
-        let RanksArgs { stage, model, devices, dtypes, options, sharing, watch, .. } = &self.args;
-        let clock = watch.clock(self.rank);
+        let Thread { args, rank, steps, end } = self;
+        let RanksArgs { stage, model, devices, dtypes, options, sharing, watch, .. } = &args;
+        let clock = watch.clock(rank);
         let group = RankGroup { collective, sharing: sharing.clone(), clock: Arc::clone(&clock) };
-        let load = || stages::load_follower(model, &devices[self.rank], *dtypes, *options, group);
+        let load = || stages::load_follower(model, &devices[rank], *dtypes, *options, group);
         let mut follower = match catch_unwind(AssertUnwindSafe(load)) {
             Ok(Ok(follower)) => follower,
             Ok(Err(error)) => return drop(ready.send(Err(error))),
             Err(panic) => {
                 let message = panic_message(&*panic);
-                return drop(ready.send(Err(stages::Error::Rank { rank: self.rank, message })));
+                return drop(ready.send(Err(stages::Error::Rank { rank, message })));
             }
         };
         // Nobody waits for the answer any more when the start was given up.
@@ -84,14 +85,14 @@ impl Thread {
             return;
         }
         // Ends when the first rank is gone, and with it the sender of steps.
-        for step in &self.steps {
+        for step in steps {
             let doing = Doing::begin(&clock);
-            if let Err((message, is_consequence)) = follow(&mut *follower, *stage, self.rank, &step) {
+            if let Err((message, is_consequence)) = follow(&mut *follower, *stage, rank, &step) {
                 // Before the follower goes, and others hear of it.
-                self.end.tell(message, is_consequence);
+                end.tell(message, is_consequence);
                 return;
             }
-            watch.tell(self.rank, doing.end(&clock, &step));
+            watch.tell(rank, doing.end(&clock, &step));
         }
     }
 }

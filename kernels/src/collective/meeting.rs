@@ -4,8 +4,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Looks at the clock of rounds before a rank lies down: some 10 µs, a few times what ranks of equal parts are apart.
-const SPIN_PAUSES: u32 = 400;
+/// How long a rank looks out for the others before it lies down. Halves of blocks on cores that share a memory are apart by
+/// some 10 to 100 µs, and a virtual core that has lain down takes as long to stand up again.
+const SPIN: Duration = Duration::from_millis(1);
+
+/// Pauses of 10 to 40 ns between two looks at the clock, and offers of the core to whoever else wants it.
+const PAUSES_A_LOOK: u32 = 64;
 
 /// Where the ranks of a group wait for each other.
 #[derive(Debug)]
@@ -21,6 +25,8 @@ pub(super) struct Meeting {
 struct State {
     is_here: Vec<bool>,
     round: u64,
+    /// Ranks that have lain down.
+    num_asleep: usize,
     /// Why nobody comes any more.
     end: Option<String>,
 }
@@ -28,7 +34,7 @@ struct State {
 impl Meeting {
     /// For so many ranks, none of which waits longer than `patience`.
     pub(super) fn new(num_ranks: usize, patience: Duration) -> Self {
-        let state = State { is_here: vec![false; num_ranks], round: 0, end: None };
+        let state = State { is_here: vec![false; num_ranks], round: 0, num_asleep: 0, end: None };
         Meeting { state: Mutex::new(state), changed: Condvar::new(), round: AtomicU64::new(0), patience }
     }
 
@@ -47,17 +53,30 @@ impl Meeting {
             state.is_here.fill(false);
             state.round += 1;
             self.round.store(state.round, Ordering::Release);
-            self.changed.notify_all();
+            if state.num_asleep > 0 {
+                self.changed.notify_all();
+            }
             return Ok(());
         }
         drop(state);
-        for _ in 0..SPIN_PAUSES {
-            if self.round.load(Ordering::Acquire) != round {
-                return Ok(());
+        if self.is_over_soon(round) { Ok(()) } else { self.sleep(round) }
+    }
+
+    /// Looks out for the end of a round, as long as that is worth it.
+    fn is_over_soon(&self, round: u64) -> bool {
+        let begun = Instant::now();
+        loop {
+            for _ in 0..PAUSES_A_LOOK {
+                if self.round.load(Ordering::Acquire) != round {
+                    return true;
+                }
+                std::hint::spin_loop();
             }
-            std::hint::spin_loop();
+            if begun.elapsed() > SPIN {
+                return false;
+            }
+            std::thread::yield_now();
         }
-        self.sleep(round)
     }
 
     fn sleep(&self, round: u64) -> Result<(), String> {
@@ -77,7 +96,9 @@ impl Meeting {
                 self.changed.notify_all();
                 return Err(end);
             };
+            state.num_asleep += 1;
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.num_asleep -= 1;
         }
     }
 

@@ -28,8 +28,8 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Load, Measured, NumberType, NumberTypes, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, measure};
 use stages::{
-    Activations, Device, Dtype, Dtypes, Model, PAGE_TOKENS, Simd, SpanOptions, StageOutput, WeightType,
-    available_cores,
+    Activations, Device, Dtype, Dtypes, Model, PAGE_TOKENS, Sharing, Simd, SpanOptions, StageOutput,
+    WeightType, available_cores,
 };
 
 const NUM_STAGES: usize = 2;
@@ -104,12 +104,13 @@ fn profile(model: &Model, devices: &[Device]) -> Result<Measured> {
         dtypes: DTYPES,
         context_tokens: CONTEXT,
         micro_batch_tokens: MICRO_BATCH_TOKENS,
+        widths: vec![],
         free_bytes: 4 << 30,
         effort: Effort::default(),
     };
     let begun = Instant::now();
     let profile =
-        measure(model, &options, &Missing::all_of(&model.config), &mut |line| println!("  {line}"))?;
+        measure(model, &options, &Missing::all_of(&model.config, &[]), &mut |line| println!("  {line}"))?;
     println!("profiled in {:.0} s", begun.elapsed().as_secs_f64());
     // No stage has several ranks here.
     let all_reduce = Channel { latency_seconds: 0.0, bytes_per_second: 1e9 };
@@ -222,8 +223,9 @@ impl Cut {
     /// Sum of the predicted times of a stage's micro-batches.
     fn predicted(&self, model: &Model, costs: &Measured, stage: usize, ran: &Ran) -> f64 {
         let pieces = pieces(&model.config, None);
-        let seconds =
-            |(load, _): &(Load, f64)| costs.step_seconds(&pieces, self.spans[stage].range(), 1, *load);
+        let seconds = |(load, _): &(Load, f64)| {
+            costs.step_seconds(&pieces, self.spans[stage].range(), 1, &Sharing::default(), *load)
+        };
         ran.steps[stage].iter().map(seconds).sum()
     }
 

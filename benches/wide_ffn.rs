@@ -3,9 +3,8 @@
 //!
 //! The model: two blocks, a fused FFN of 12,288 columns, two blocks; hidden 512, random weights, each device one pinned
 //! core. Blocks are profiled; the planner cuts whole blocks, and columns, by that. Micro-batches of 64 rows decode at a
-//! context of 64. All-reduces are not profiled: their time is measured here, between the same two cores, and handed to the
-//! plan. The clock starts when a pipeline is full and its arrays have their sizes, as the plan's figure is that of a job's middle;
-//! beside it stands what each stage was in its steps. All layouts must draw the same tokens but for the ranks' rounding, which may turn a few.
+//! context of 64. The clock starts when a pipeline is full and its arrays have their sizes, as the plan's figure is that of a job's middle;
+//! beside it stands what each stage was in its steps, and what ranks spent in collectives, waiting for each other counted. All layouts must draw the same tokens but for the ranks' rounding, which may turn a few.
 //!
 //! `cargo bench --bench wide_ffn [-- RUNS]`, with nothing else running; about two minutes.
 #![forbid(unsafe_code)]
@@ -19,17 +18,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use common::median;
-use kernels::{Array, Collective};
 use scheduler::{
     Load, MicroBatch, MicroBatchId, Problem, Request, RequestKey, Sampling, SequenceId, Slice, StageDevice,
     TokenId, least_bottleneck, least_bottleneck_on_each,
 };
 use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
-use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, measure};
+use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, TokenPoint, measure};
 use stages::{
     Activations, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep, SUM_CUT, Sharing,
-    Simd, SpanOptions, StageOutput, WeightType, available_cores, thread_ranks,
+    Simd, SpanOptions, StageOutput, WeightType, available_cores, rank_steps, thread_ranks,
 };
 
 const HIDDEN: usize = 512;
@@ -45,6 +43,8 @@ const IN_FLIGHT: usize = 3;
 
 const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
+/// Of ranks of a number that is not profiled: there are none.
+const NO_TIME: Channel = Channel { latency_seconds: 0.0, bytes_per_second: 1e30 };
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> Result<()> {
@@ -55,14 +55,17 @@ fn main() -> Result<()> {
     ensure!(cores.len() >= 2, "2 cores are needed, found {}", cores.len());
     let device = |core: &usize| Device::Cpu { cores: vec![*core], threads: 1, simd: Simd::detect() };
     let devices: Vec<Device> = cores[..2].iter().map(device).collect();
-    let all_reduce = all_reduce(&devices);
-    println!(
-        "all-reduce of [{ROWS}, {HIDDEN}] in f32: {:.1} us",
-        1e6 * all_reduce.all_reduce_seconds((ROWS * HIDDEN * 4) as f64, 2)
-    );
     let profile = profile(&model, &devices)?;
-    // A rank shares its step with the other core as a stage of a pipeline does.
-    let costs = Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, all_reduce)?;
+    let ranks = profile.shared(2).context("two ranks are profiled")?;
+    let at_rows = |points: &[TokenPoint]| {
+        points.iter().find(|point| point.tokens == ROWS).map(|point| point.seconds.median * 1e6)
+    };
+    println!(
+        "[{ROWS}, {HIDDEN}] in f32 between two ranks: all-reduce {:.1} us, broadcast {:.1} us",
+        at_rows(&ranks.all_reduce).context("so many rows are profiled")?,
+        at_rows(&ranks.broadcast).context("so many rows are profiled")?
+    );
+    let costs = Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, NO_TIME)?;
     let load = micro_batch(0).load();
 
     let whole = plan(&model, &costs, load, false)?;
@@ -117,6 +120,11 @@ fn main() -> Result<()> {
                 median(&steps) / predicted
             );
         }
+        for rank in 0..if layout.ranks > 1 { layout.ranks } else { 0 } {
+            let of_rank = |run: &Times| run.collectives[rank].as_secs_f64() / STEPS as f64;
+            let seconds: Vec<f64> = times.iter().map(of_rank).collect();
+            println!("    rank {rank}: {:.3} ms of a step in collectives", 1e3 * median(&seconds));
+        }
     }
     Ok(())
 }
@@ -148,53 +156,14 @@ fn profile(model: &Model, devices: &[Device]) -> Result<Profile> {
         dtypes: DTYPES,
         context_tokens: 256,
         micro_batch_tokens: ROWS,
+        widths: vec![2],
         free_bytes: 4 << 30,
         effort: Effort::default(),
     };
     let begun = Instant::now();
-    let profile = measure(model, &options, &Missing::all_of(&model.config), &mut |_| {})?;
+    let profile = measure(model, &options, &Missing::all_of(&model.config, &options.widths), &mut |_| {})?;
     println!("profiled in {:.0} s", begun.elapsed().as_secs_f64());
     Ok(profile)
-}
-
-/// What an all-reduce of the residual stream takes between the two cores, as a channel of no latency.
-fn all_reduce(devices: &[Device]) -> Channel {
-    const CALLS: u32 = 2000;
-    let ranks = thread_ranks(2, PATIENCE);
-    let seconds: Vec<f64> = std::thread::scope(|scope| {
-        let measure = |(mut rank, device): (stages::ThreadRank, &Device)| {
-            let device = device.clone();
-            scope.spawn(move || {
-                pin(&device);
-                let mut x = Array::new();
-                x.reshape(ROWS, HIDDEN);
-                x.values_mut().fill(0.0);
-                let begun = Instant::now();
-                (0..CALLS).for_each(|_| rank.all_reduce(&mut x).expect("both are there"));
-                begun.elapsed().as_secs_f64() / f64::from(CALLS)
-            })
-        };
-        let threads: Vec<_> = ranks.into_iter().zip(devices).map(measure).collect();
-        threads.into_iter().map(|thread| thread.join().expect("it ends")).collect()
-    });
-    // A ring of two moves the bytes once.
-    Channel {
-        latency_seconds: 0.0,
-        bytes_per_second: (ROWS * HIDDEN * 4) as f64 / seconds[0].max(seconds[1]),
-    }
-}
-
-/// A device pins the thread that makes it.
-fn pin(device: &Device) {
-    let Device::Cpu { cores, threads, simd } = device else { return };
-    let options = kernels::CpuOptions {
-        cores: cores.clone(),
-        threads: *threads,
-        simd: *simd,
-        weights: DTYPES.weights,
-        kv: DTYPES.kv,
-    };
-    kernels::Cpu::new(options).expect("the core is there").pin_caller();
 }
 
 /// The best cut into two stages.
@@ -235,6 +204,8 @@ struct Times {
     micro_batch: f64,
     /// In a step of each stage, medians.
     steps: Vec<f64>,
+    /// Of each rank, in all steps.
+    collectives: Vec<Duration>,
 }
 
 type Parcel = (Arc<MicroBatch>, Option<Activations>);
@@ -294,32 +265,45 @@ impl Layout {
             let micro_batch = begun.elapsed().as_secs_f64() / (STEPS as usize - WARM_UP) as f64;
             drop(first);
             let steps = threads.into_iter().rev().map(|thread| thread.join().expect("a stage ends"));
-            (Times { micro_batch, steps: steps.collect() }, drawn)
+            (Times { micro_batch, steps: steps.collect(), collectives: Vec::new() }, drawn)
         })
     }
 
     fn run_ranks(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
         let loaded = Barrier::new(2);
         let part = self.parts[0];
-        let group = |rank: stages::ThreadRank| RankGroup {
+        let clocks: [Arc<CollectiveClock>; 2] = Default::default();
+        let group = |rank: stages::ThreadRank, clock: &Arc<CollectiveClock>| RankGroup {
             collective: Box::new(rank),
             sharing: Sharing::default(),
-            clock: Arc::new(CollectiveClock::default()),
+            clock: Arc::clone(clock),
         };
+        let clocks = &clocks;
         std::thread::scope(|scope| {
             let mut ranks = thread_ranks(2, PATIENCE).into_iter();
             let (first, second) = (ranks.next().expect("two"), ranks.next().expect("two"));
-            let (sender, steps) = channel::<RankStep>();
+            let (sender, steps) = rank_steps();
             let loaded = &loaded;
             scope.spawn(move || {
-                let follower =
-                    stages::load_follower(model, &devices[1], DTYPES, options(part), group(second));
+                let follower = stages::load_follower(
+                    model,
+                    &devices[1],
+                    DTYPES,
+                    options(part),
+                    group(second, &clocks[1]),
+                );
                 let mut follower = follower.expect("it loads");
                 loaded.wait();
-                steps.iter().for_each(|step| follower.follow(&step).expect("a step"));
+                steps.for_each(|step| follower.follow(&step).expect("a step"));
             });
             let own = scope.spawn(move || {
-                let stage = stages::load_first_rank(model, &devices[0], DTYPES, options(part), group(first));
+                let stage = stages::load_first_rank(
+                    model,
+                    &devices[0],
+                    DTYPES,
+                    options(part),
+                    group(first, &clocks[0]),
+                );
                 let mut stage = stage.expect("it loads");
                 loaded.wait();
                 let (mut begun, mut drawn, mut steps) = (Instant::now(), Vec::new(), Vec::new());
@@ -328,7 +312,7 @@ impl Layout {
                         begun = Instant::now();
                     }
                     let batch = micro_batch(id);
-                    sender.send(RankStep::of(&batch, true)).expect("the other rank is there");
+                    sender.send(Arc::new(RankStep::of(&batch, true))).expect("the other rank is there");
                     let step = Instant::now();
                     let StageOutput::Tokens(output) = stage.step(&batch, None).expect("a step") else {
                         panic!("the stage is the last")
@@ -337,7 +321,8 @@ impl Layout {
                     drawn.extend(output.slices.iter().filter_map(|slice| slice.token));
                 }
                 let micro_batch = begun.elapsed().as_secs_f64() / (STEPS as usize - WARM_UP) as f64;
-                (Times { micro_batch, steps: vec![median(&steps)] }, drawn)
+                let collectives = clocks.iter().map(|clock| clock.read().time).collect();
+                (Times { micro_batch, steps: vec![median(&steps)], collectives }, drawn)
             });
             own.join().expect("it ends")
         })
@@ -358,7 +343,9 @@ impl Layout {
             }
             runs.push(start..cut.len());
         }
-        runs.into_iter().map(|run| costs.step_seconds(&cut, run, self.ranks, load)).collect()
+        runs.into_iter()
+            .map(|run| costs.step_seconds(&cut, run, self.ranks, &Sharing::default(), load))
+            .collect()
     }
 }
 

@@ -5,6 +5,7 @@
 
 use actors::StepLoads;
 use scheduler::{Costs, Extra, Piece, Problem, RankCosts, Span, StageDevice, least_bottleneck_on_seats};
+use stages::Sharing;
 use stages::cost::{CostModel, PieceShape};
 
 /// Another cut is worth a line when it is faster by this share.
@@ -20,6 +21,8 @@ pub(crate) struct StageWork {
     pub(crate) pieces: Span,
     /// How many devices share it.
     pub(crate) ranks: usize,
+    /// How they share attention.
+    pub(crate) sharing: Sharing,
     /// Time in the micro-batches of `loads`.
     pub(crate) seconds: f64,
     pub(crate) loads: Vec<StepLoads>,
@@ -69,9 +72,8 @@ impl Hindsight {
         stages: &[StageWork],
         seats: &[usize],
     ) -> Self {
-        let expected: Vec<Taken> = (costs.iter().zip(stages))
-            .map(|(costs, stage)| Taken::by(*costs, pieces, stage.ranks, &stage.loads))
-            .collect();
+        let expected: Vec<Taken> =
+            (costs.iter().zip(stages)).map(|(costs, stage)| Taken::by(*costs, pieces, stage)).collect();
         let predicted: Vec<f64> =
             expected.iter().zip(stages).map(|(taken, stage)| taken.stage(stage.pieces)).collect();
         let has_enough = stages.iter().all(|stage| num_steps(&stage.loads) >= LEAST_STEPS);
@@ -110,19 +112,23 @@ struct Taken {
     blocks: Vec<f64>,
     /// All hops from one stage to the next, in seconds.
     hops: f64,
+    /// Giving all ranks of the stage what comes in, in seconds.
+    entries: f64,
     /// How many times as much goes over the hop after each piece: twice, where an FFN is cut.
     arrays: Vec<f64>,
 }
 
 impl Taken {
-    fn by(costs: &dyn CostModel, pieces: &[PieceShape], ranks: usize, loads: &[StepLoads]) -> Self {
+    fn by(costs: &dyn CostModel, pieces: &[PieceShape], stage: &StageWork) -> Self {
         let arrays = pieces.iter().map(|piece| if piece.ends_block { 1.0 } else { 2.0 }).collect();
-        let mut taken = Taken { blocks: vec![0.0; pieces.len()], hops: 0.0, arrays };
-        for StepLoads { steps, load } in loads {
-            let (steps, rank) = (*steps as f64, costs.rank_costs(pieces, ranks, *load));
+        let mut taken = Taken { blocks: vec![0.0; pieces.len()], hops: 0.0, entries: 0.0, arrays };
+        for StepLoads { steps, load } in &stage.loads {
+            let rank = costs.shared_costs(pieces, stage.ranks, &stage.sharing, *load);
+            let (steps, entry) = (*steps as f64, rank.entry_seconds());
             for (block, seconds) in taken.blocks.iter_mut().enumerate() {
-                *seconds += steps * rank.seconds(block..block + 1);
+                *seconds += steps * (rank.seconds(block..block + 1) - entry);
             }
+            taken.entries += steps * entry;
             taken.hops += steps * costs.hop_seconds(*load);
         }
         taken
@@ -132,7 +138,7 @@ impl Taken {
     fn stage(&self, blocks: Span) -> f64 {
         let before = blocks.start.checked_sub(1).map_or(0.0, |piece| self.arrays[piece]);
         let after = if blocks.end < self.blocks.len() { self.arrays[blocks.end - 1] } else { 0.0 };
-        self.blocks[blocks.range()].iter().sum::<f64>() + (before + after) * self.hops / 2.0
+        self.blocks[blocks.range()].iter().sum::<f64>() + self.entries + (before + after) * self.hops / 2.0
     }
 
     /// The slowest device's time for all of its stages.
@@ -173,7 +179,7 @@ fn num_devices(seats: &[usize]) -> usize {
 /// Each stage's blocks as they were seen to be, and hops as slow or as fast as all stages together.
 fn scaled(expected: &[Taken], predicted: &[f64], stages: &[StageWork]) -> Taken {
     let arrays = expected.first().map_or_else(Vec::new, |taken| taken.arrays.clone());
-    let mut taken = Taken { blocks: Vec::new(), hops: 0.0, arrays };
+    let mut taken = Taken { blocks: Vec::new(), hops: 0.0, entries: 0.0, arrays };
     for ((expected, predicted), stage) in expected.iter().zip(predicted).zip(stages) {
         let ratio = stage.seconds / predicted;
         taken.blocks.extend(expected.blocks[stage.pieces.range()].iter().map(|seconds| seconds * ratio));
@@ -190,13 +196,19 @@ mod tests {
     struct PerToken(Vec<f64>);
 
     impl CostModel for PerToken {
-        fn rank_costs(&self, _: &[PieceShape], _: usize, load: stages::cost::Load) -> RankCosts {
+        fn shared_costs(
+            &self,
+            _: &[PieceShape],
+            _: usize,
+            _: &Sharing,
+            load: stages::cost::Load,
+        ) -> RankCosts {
             let piece = |ms: &f64| Piece { seconds: ms * 1e-3 * load.tokens(), ..Piece::default() };
             RankCosts::new(self.0.iter().map(piece), Extra::default(), Extra::default())
         }
 
-        fn sharing(&self, _: &[PieceShape], _: usize, _: stages::cost::Load) -> stages::Sharing {
-            stages::Sharing::default()
+        fn sharing(&self, _: &[PieceShape], _: usize, _: stages::cost::Load) -> Sharing {
+            Sharing::default()
         }
 
         fn hop_seconds(&self, _: stages::cost::Load) -> f64 {
@@ -214,7 +226,13 @@ mod tests {
         let pieces: Vec<PieceShape> = (0..blocks.len()).map(shape).collect();
         let spans = [Span { start: 0, end: cut }, Span { start: cut, end: blocks.len() }];
         let stages: Vec<StageWork> = (spans.into_iter().zip(seconds))
-            .map(|(pieces, seconds)| StageWork { pieces, ranks: 1, seconds, loads: steps.to_vec() })
+            .map(|(pieces, seconds)| StageWork {
+                pieces,
+                ranks: 1,
+                sharing: Sharing::default(),
+                seconds,
+                loads: steps.to_vec(),
+            })
             .collect();
         let costs = PerToken(blocks.to_vec());
         Hindsight::of(&[&costs, &costs], &pieces, &stages, &[0, 1])
@@ -263,7 +281,13 @@ mod tests {
         let spans = [Span { start: 0, end: 3 }, Span { start: 3, end: 6 }];
         let costs = PerToken(vec![1.0; 6]);
         let replica = |seconds: [f64; 2], steps: &StepLoads| -> Vec<StageWork> {
-            let stage = |(pieces, seconds)| StageWork { pieces, ranks: 1, seconds, loads: vec![*steps] };
+            let stage = |(pieces, seconds)| StageWork {
+                pieces,
+                ranks: 1,
+                sharing: Sharing::default(),
+                seconds,
+                loads: vec![*steps],
+            };
             spans.into_iter().zip(seconds).map(stage).collect()
         };
         // As in the test above, with the micro-batches shared out unevenly: a fifth and four fifths of them.

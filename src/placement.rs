@@ -169,6 +169,7 @@ impl Placement {
         let work = |((times, pieces), stage): ((&StageTimes, &Span), &StageLayout)| StageWork {
             pieces: *pieces,
             ranks: stage.devices.len(),
+            sharing: stage.sharing.clone(),
             seconds: times.in_steps.as_secs_f64(),
             loads: times.loads.clone(),
         };
@@ -205,7 +206,7 @@ fn stored(job: &JobFile, model: &Model, options: &MeasureOptions, decides: bool)
         Stored::Usable(profile) if !profile.reaches(options.micro_batch_tokens) => {
             ("does not reach to the job's micro-batches".to_owned(), None)
         }
-        Stored::Usable(profile) => match profile.missing(&model.config) {
+        Stored::Usable(profile) => match profile.missing(&model.config, &options.widths) {
             missing if missing.is_empty() => return Some(*profile),
             missing if profile.measurable(missing.clone(), options.room_bytes()).is_empty() => {
                 say(&format!("profile: {}, and the memory has no room to measure it", lacks(&missing)));
@@ -233,6 +234,7 @@ fn stored(job: &JobFile, model: &Model, options: &MeasureOptions, decides: bool)
 
 fn lacks(missing: &Missing) -> String {
     match missing.blocks.len() {
+        0 if missing.kv_heads.is_empty() => "lacks stages that several devices share".to_owned(),
         0 => "lacks attention of this model".to_owned(),
         1 => "lacks 1 block of this model".to_owned(),
         blocks => format!("lacks {blocks} blocks of this model"),

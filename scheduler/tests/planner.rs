@@ -117,7 +117,7 @@ fn widths_of(draws: &mut Draws, num_pieces: usize) -> Vec<(usize, RankCosts)> {
         })
         .collect();
     let (first, last) = (draws.below(6), draws.below(6));
-    let (all_reduce, cut) = (draws.seconds(4), draws.seconds(3));
+    let (all_reduce, cut, entry) = (draws.seconds(4), draws.seconds(3), draws.seconds(3));
     let most = draws.index(3);
     let is_tied = draws.below(2) == 0;
     [1, 2, 4][..=most]
@@ -133,7 +133,8 @@ fn widths_of(draws: &mut Draws, num_pieces: usize) -> Vec<(usize, RankCosts)> {
             // Tied embeddings, as often as not.
             let shared = if is_tied { extra(first).bytes.min(extra(last).bytes) } else { 0 };
             let costs = RankCosts::new(ranks, extra(first), extra(last)).with_shared(shared);
-            (width, costs.with_cut(cut * (width - 1) as f64))
+            let others = (width - 1) as f64;
+            (width, costs.with_cut(cut * others).with_entry(entry * others))
         })
         .collect()
 }

@@ -242,14 +242,14 @@ impl Question {
         Some(planned(&pieces, &least_bottleneck(&problem, 0, problem.devices.len())?))
     }
 
-    /// What each stage takes.
+    /// What each stage takes, with attention shared as it says.
     pub(super) fn seconds(&self, stages: &[StageLayout]) -> Vec<f64> {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts(stages));
         let load = self.load(stages.len());
         let stage = |(stage, span): (&StageLayout, &Span)| {
             let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
-            costs.step_seconds(&pieces, span.range(), stage.devices.len(), load)
+            costs.step_seconds(&pieces, span.range(), stage.devices.len(), &stage.sharing, load)
         };
         stages.iter().zip(&spans).map(stage).collect()
     }
@@ -262,10 +262,14 @@ impl Question {
         costs.sharing(&pieces, stage.devices.len(), self.load(num_stages))
     }
 
-    /// What the slowest device takes for all of its stages, those of all replicas.
+    /// What the slowest device takes for all of its stages, those of all replicas, with attention shared as is fastest.
     fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
-        let seconds = self.seconds(stages);
+        let mut planned = stages.to_vec();
+        for stage in planned.iter_mut().filter(|stage| stage.devices.len() > 1) {
+            stage.sharing = self.sharing(stage, stages.len());
+        }
+        let seconds = self.seconds(&planned);
         for seats in (0..self.replicas).map(|replica| self.seats_of(replica)) {
             for (stage, seconds) in stages.iter().zip(&seconds) {
                 for seat in &seats[stage.devices.clone()] {

@@ -385,8 +385,10 @@ fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedS
     let ends = answer::ends_block(&answer.pieces);
     let load = setting.load(answer.plan.case.rows);
     let shapes = &answer.pieces;
+    let (ranks, costs) = (stage.devices.len(), setting.cost_model(spec));
+    let sharing = costs.sharing(shapes, ranks, load);
     let ms = |load| {
-        let costs = setting.rank_costs(spec, Balance::Roofline, shapes, stage.devices.len(), load);
+        let costs = costs.shared_costs(shapes, ranks, &sharing, load);
         costs.seconds(stage.pieces.clone()) * 1e3
     };
     let mix = answer.plan.problem(&ends).stage_seconds(stage) * 1e3;

@@ -5,9 +5,9 @@ mod table;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use configs::Pipeline;
-use stages::Model;
+use configs::{DeviceKind, Pipeline, TENSOR_PARALLEL_WIDTHS, TensorParallel};
 use stages::profile::{Effort, MeasureOptions, Missing, Profile, Store, Stored, measure};
+use stages::{Model, ModelConfig};
 
 use crate::cli::{Format, ProfileArgs};
 use crate::target::{self, Target};
@@ -25,7 +25,8 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<()> {
     let store = store()?;
     let key = options.key(&model);
     say(&format!("measuring {} on {}", files.path.display(), key.device));
-    let mut profile = measure(&model, &options, &Missing::all_of(&model.config), &mut |line| say(line))?;
+    let wanted = Missing::all_of(&model.config, &options.widths);
+    let mut profile = measure(&model, &options, &wanted, &mut |line| say(line))?;
     if let Stored::Usable(earlier) = store.load(&key) {
         // Another model of the same dimensions may have blocks of its own.
         profile = profile.with_entries_of(*earlier);
@@ -73,6 +74,7 @@ pub(crate) fn options(
     // The first is the one that is measured alone.
     devices.rotate_left(pipeline.devices.first().map_or(0, |device| device.index));
     Ok(MeasureOptions {
+        widths: widths(pipeline, &model.config, devices.len()),
         devices,
         dtypes: lower::dtypes(files, pipeline),
         context_tokens: lower::context_tokens(files, &model.config)?,
@@ -80,6 +82,23 @@ pub(crate) fn options(
         free_bytes: machine.free_bytes,
         effort,
     })
+}
+
+/// Numbers of devices that a plan for a job may have share a stage: as many as are profiled, of CPUs.
+fn widths(pipeline: &Pipeline, config: &ModelConfig, num_devices: usize) -> Vec<usize> {
+    let given: &[usize] = match &pipeline.tensor_parallel {
+        TensorParallel::Widths(widths) => widths,
+        TensorParallel::Auto | TensorParallel::Off => &[],
+    };
+    let is_meant = |width: &usize| match pipeline.tensor_parallel {
+        TensorParallel::Off => false,
+        TensorParallel::Auto => config.dims.heads.is_multiple_of(*width),
+        TensorParallel::Widths(_) => given.contains(width),
+    };
+    let are_cpus = pipeline.devices.iter().all(|device| device.kind != DeviceKind::Cuda);
+    (TENSOR_PARALLEL_WIDTHS.into_iter())
+        .filter(|width| are_cpus && (2..=num_devices).contains(width) && is_meant(width))
+        .collect()
 }
 
 /// Measures what `store` lacks of a model, or all where what it has is stale, and keeps it.
@@ -93,8 +112,10 @@ pub(crate) fn refresh(
     earlier: Option<Profile>,
 ) -> Result<Profile> {
     let wanted = match &earlier {
-        Some(profile) => profile.measurable(profile.missing(&model.config), options.room_bytes()),
-        None => Missing::all_of(&model.config),
+        Some(profile) => {
+            profile.measurable(profile.missing(&model.config, &options.widths), options.room_bytes())
+        }
+        None => Missing::all_of(&model.config, &options.widths),
     };
     let fresh = measure(model, options, &wanted, &mut |line| tracing::info!("{line}"))?;
     let profile = match earlier {

@@ -1,7 +1,9 @@
 //! A profile as people read it.
 
-use stages::ModelConfig;
-use stages::profile::{AttentionEntry, Both, ContextPoint, Neighbours, Profile, TokenPoint};
+use stages::profile::{
+    AttentionEntry, Both, ContextPoint, Half, Neighbours, Profile, SharedEntry, TokenPoint,
+};
+use stages::{Block, ModelConfig};
 
 /// The columns of times, as far as they were measured.
 const SHOWN_TOKENS: [usize; 4] = [1, 8, 64, 512];
@@ -32,6 +34,9 @@ pub(super) fn lines(config: &ModelConfig, profile: &Profile) -> Vec<String> {
         for row in &rows {
             lines.push(row.line(*neighbours, &shown, seconds(row) / all));
         }
+    }
+    for entry in &profile.shared {
+        lines.extend(shared_lines(config, entry, &shown));
     }
     for entry in &profile.attention {
         lines.extend(neighbours.iter().flat_map(|neighbours| attention_lines(entry, *neighbours)));
@@ -100,6 +105,37 @@ impl Row<'_> {
             share * 100.0
         )
     }
+}
+
+/// Halves of blocks on a stage of several devices, and what its ranks tell each other: beside busy neighbours, which are the
+/// same as no neighbours where the stage has all devices.
+fn shared_lines(config: &ModelConfig, entry: &SharedEntry, shown: &[usize]) -> Vec<String> {
+    let line = |name: String, count: usize, weight_bytes: u64, points: &[TokenPoint]| {
+        let ms: String =
+            shown.iter().map(|tokens| format!("{:>9.3}", at(points, *tokens).seconds.median * 1e3)).collect();
+        let (count, mb) = (count.to_string(), weight_bytes as f64 / 1e6);
+        format!("{name:<26} {count:>5} {mb:>8.2}  {:<5}{ms}", format!("on {}", entry.ranks))
+    };
+    let count = |half: Half| {
+        let has = |block: &&Block| match half {
+            Half::Attention(attention) | Half::AttentionBySequences(attention) => {
+                block.attention == attention
+            }
+            Half::Ffn(ffn) => block.ffn == ffn,
+        };
+        config.blocks.iter().filter(has).count()
+    };
+    let halves = entry.halves.iter().filter(|half| count(half.half) > 0);
+    let mut lines: Vec<String> = halves
+        .map(|half| {
+            let points = half.points.get(Neighbours::Busy);
+            line(half.half.to_string(), count(half.half), half.weight_bytes, points)
+        })
+        .collect();
+    lines.push(line("head and greedy draw".to_owned(), 1, 0, entry.head.get(Neighbours::Busy)));
+    lines.push(line("all-reduce".to_owned(), 1, 0, &entry.all_reduce));
+    lines.push(line("broadcast".to_owned(), 1, 0, &entry.broadcast));
+    lines
 }
 
 fn attention_lines(entry: &AttentionEntry, neighbours: Neighbours) -> [String; 2] {

@@ -57,22 +57,27 @@ pub(super) fn simulation<'a>(
     options: Options,
     max_tokens: u32,
 ) -> Simulation<'a> {
-    let stages = layout.stages.iter().map(|stage| virtual_stage(setting, pieces, stage)).collect();
+    let load = setting.load(layout.case.rows);
+    let stages = layout.stages.iter().map(|stage| virtual_stage(setting, pieces, stage, load)).collect();
     let window = window(options.max_sequences);
     Simulation { options, stages, window, max_tokens }
 }
 
+/// A stage whose ranks share attention as is fastest for the plan's micro-batch, `load`.
 fn virtual_stage<'a>(
     setting: &'a Setting,
     pieces: &'a [PieceShape],
     stage: &PlannedStage,
+    load: Load,
 ) -> VirtualStage<'a> {
     if let Some(measured) = &setting.measured {
-        return measured_stage(measured, pieces, stage);
+        return measured_stage(measured, pieces, stage, load);
     }
     let kind = setting.kind_of_each()[stage.devices.start];
     let estimator = setting.estimator(setting.kinds()[kind], Balance::Roofline);
-    let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), stage.devices.len());
+    let ranks = stage.devices.len();
+    let sharing = estimator.sharing(&pieces[stage.pieces.clone()], ranks, load);
+    let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), ranks, &sharing);
     let links = setting.links_after(stage.devices.end - 1);
     // As the planner has it: nothing is charged for tokens on their way back, and twice the bytes for a cut FFN.
     let (is_last, is_cut) = (stage.pieces.end == pieces.len(), !pieces[stage.pieces.end - 1].ends_block);
@@ -93,12 +98,14 @@ fn measured_stage<'a>(
     measured: &'a Measured,
     pieces: &'a [PieceShape],
     stage: &PlannedStage,
+    load: Load,
 ) -> VirtualStage<'a> {
     let (range, ranks) = (stage.pieces.clone(), stage.devices.len());
     let num_hops = usize::from(range.start > 0) + usize::from(range.end < pieces.len());
+    let sharing = measured.sharing(&pieces[range.clone()], ranks, load);
     let seconds = move |load: Load| {
         let hops = num_hops as f64 / 2.0 * measured.hop_seconds(load);
-        measured.rank_costs(pieces, ranks, load).seconds(range.clone()) + hops
+        measured.shared_costs(pieces, ranks, &sharing, load).seconds(range.clone()) + hops
     };
     let device = stage.devices.start;
     VirtualStage { device, seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }

@@ -3,12 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use scheduler::RankCosts;
-use stages::cost::{Basis, Channel, CostModel, Load, Measured, NumberType, NumberTypes, pieces};
+use stages::cost::{Basis, Channel, CostModel, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{
-    AttentionEntry, BlockEntry, BlockShape, Both, ContextPoint, Effort, FORMAT, MeasureOptions, Missing,
-    Neighbours, Profile, ProfileKey, Seconds, Store, Stored, TokenPoint, measure,
+    AttentionEntry, BlockEntry, BlockShape, Both, ContextPoint, Effort, FORMAT, Half, HalfEntry,
+    MeasureOptions, Missing, Neighbours, Profile, ProfileKey, Seconds, SharedEntry, SharedHalf, Store,
+    Stored, TokenPoint, measure,
 };
-use stages::{Device, Dtype, Dtypes, Model, ModelConfig, SUM_CUT, Simd, WeightType, available_cores};
+use stages::{
+    Device, Dtype, Dtypes, Model, ModelConfig, SUM_CUT, Sharing, Simd, WeightType, available_cores,
+};
 
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
 const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
@@ -55,7 +58,7 @@ fn key() -> ProfileKey {
 }
 
 fn profile() -> Profile {
-    let shapes = Missing::all_of(&config()).blocks;
+    let shapes = Missing::all_of(&config(), &[]).blocks;
     let entry = |shape: &BlockShape| BlockEntry {
         shape: *shape,
         weight_bytes: 1,
@@ -76,8 +79,32 @@ fn profile() -> Profile {
             decode: by_context(&[(64.0, 0.5), (256.0, 2.0)]),
             prefill: by_context(&[(64.0, -0.25), (256.0, 1.0)]),
         }],
+        shared: vec![],
         too_large: vec![],
     }
+}
+
+/// The same with stages of two devices: halves of blocks, and what ranks tell each other.
+fn shared_profile() -> Profile {
+    let points = |points: &[(usize, f64)]| curve(points).alone;
+    let half = |half: &SharedHalf| HalfEntry {
+        half: half.half,
+        weight_bytes: 1,
+        copies: 1,
+        points: curve(&match half.half {
+            Half::Attention(_) => [(1, 0.5), (2, 0.5), (8, 1.0)],
+            Half::AttentionBySequences(_) => [(1, 0.25), (2, 0.25), (8, 4.0)],
+            Half::Ffn(_) => [(1, 0.5), (2, 1.0), (8, 2.0)],
+        }),
+    };
+    let entry = SharedEntry {
+        ranks: 2,
+        all_reduce: points(&[(1, 0.0625), (8, 0.5)]),
+        broadcast: points(&[(1, 0.03125), (8, 0.25)]),
+        head: curve(&[(1, 0.75), (8, 5.0)]),
+        halves: Missing::all_of(&config(), &[2]).halves.iter().map(half).collect(),
+    };
+    Profile { shared: vec![entry], ..profile() }
 }
 
 fn measured(profile: &Profile) -> Measured {
@@ -128,6 +155,50 @@ fn costs_say_where_they_go_beyond_what_was_measured() {
 }
 
 #[test]
+fn a_stage_of_two_devices_takes_what_its_halves_were_measured_to_take() {
+    let config = config();
+    let costs = measured(&shared_profile());
+    let (whole, load) = (pieces(&config, None), decode(8.0, 64.0));
+    // By sequences it would take four times as long, and twice where each rank has half of eight rows.
+    assert_eq!(costs.sharing(&whole, 2, load), Sharing::default());
+    assert_eq!(costs.basis(&whole, 2, load), Basis::Measured);
+    let rank = costs.rank_costs(&whole, 2, load);
+    let alone = rank.without_extras();
+    // 1.0 and 2.0 of the halves with what ranks tell each other, and half of eight times 0.5 for the context.
+    assert_eq!(alone.seconds(0..1), 3.0 + 2.0);
+    assert_eq!(alone.seconds(1..2), 2.0);
+    // Beside them the broadcast with which the stage begins, the look-up, and the head on two devices.
+    assert_eq!(rank.seconds(0..3), 2.0 * 5.0 + 2.0 + 0.25 + 0.25 + 5.0);
+    assert_eq!(rank.entry_seconds(), 0.25);
+    // Columns have their share of an FFN without its sum, which comes with the last, or with a stage that ends before.
+    let columns = pieces(&config, Some(64));
+    assert_eq!(columns.len(), 3, "the units of pieces are wider than these FFNs");
+    let parted = [
+        PieceShape { block: 1, columns: Some(0..64), ends_block: false },
+        PieceShape { block: 1, columns: Some(64..256), ends_block: true },
+    ];
+    let parted = costs.rank_costs(&parted, 2, load);
+    assert_eq!(parted.without_extras().seconds(0..1), 0.25 * 1.5);
+    assert_eq!(parted.without_extras().seconds(1..2), 0.75 * 1.5 + 0.5);
+    assert_eq!(parted.cut_seconds(), 0.5);
+}
+
+#[test]
+fn a_job_keeps_its_sharing_of_attention_where_another_would_be_faster() {
+    let costs = measured(&shared_profile());
+    let pieces = pieces(&config(), None);
+    let (one, many) = (decode(1.0, 4.5), decode(8.0, 4.5));
+    let of_one = costs.sharing(&pieces, 2, one);
+    assert_eq!(
+        (of_one.sequence_blocks(), costs.sharing(&pieces, 2, many)),
+        (&[0, 2][..], Sharing::default())
+    );
+    let seconds = |sharing: &Sharing| costs.shared_costs(&pieces, 2, sharing, many).seconds(0..3);
+    assert!(seconds(&of_one) > seconds(&Sharing::default()));
+    assert_eq!(costs.rank_costs(&pieces, 2, many).seconds(0..3), seconds(&Sharing::default()));
+}
+
+#[test]
 fn more_tokens_and_longer_contexts_never_take_less() {
     let (costs, pieces) = (measured(&profile()), pieces(&config(), None));
     let at = |rows, context| costs.rank_costs(&pieces, 1, decode(rows, context)).seconds(0..3);
@@ -140,10 +211,10 @@ fn more_tokens_and_longer_contexts_never_take_less() {
 fn a_stage_takes_its_blocks_its_ends_and_its_parts_of_hops() {
     let (costs, pieces) = (measured(&profile()), pieces(&config(), None));
     let load = decode(1.0, 4.5);
-    assert_eq!(costs.step_seconds(&pieces, 0..1, 1, load), 0.25 + 0.5 + 0.0625);
-    assert_eq!(costs.step_seconds(&pieces, 1..2, 1, load), 0.5 + 0.125);
-    assert_eq!(costs.step_seconds(&pieces, 2..3, 1, load), 0.5 + 1.0 + 0.0625);
-    assert_eq!(costs.step_seconds(&pieces, 0..3, 1, load), 0.25 + 1.5 + 1.0);
+    assert_eq!(costs.step_seconds(&pieces, 0..1, 1, &Sharing::default(), load), 0.25 + 0.5 + 0.0625);
+    assert_eq!(costs.step_seconds(&pieces, 1..2, 1, &Sharing::default(), load), 0.5 + 0.125);
+    assert_eq!(costs.step_seconds(&pieces, 2..3, 1, &Sharing::default(), load), 0.5 + 1.0 + 0.0625);
+    assert_eq!(costs.step_seconds(&pieces, 0..3, 1, &Sharing::default(), load), 0.25 + 1.5 + 1.0);
 }
 
 #[test]
@@ -153,7 +224,7 @@ fn a_profile_without_a_block_of_the_model_makes_no_costs() {
     let error = Measured::new(&config(), &lacking, Neighbours::Busy, TYPES, NO_TIME).unwrap_err();
     assert_eq!(error.to_string(), "the profile lacks 1 of the model's blocks: none, swiglu 256");
     let whole = lacking.with_entries_of(profile());
-    assert!(whole.missing(&config()).is_empty() && whole.blocks.len() == 2);
+    assert!(whole.missing(&config(), &[]).is_empty() && whole.blocks.len() == 2);
 }
 
 #[test]
@@ -180,7 +251,7 @@ fn profiles_of_other_versions_are_stale_and_what_is_no_profile_is_damaged() {
     let own = format!("\"program\": {:?}", env!("CARGO_PKG_VERSION"));
     let stale = after(&|text| text.replace(&own, "\"program\": \"0.0.1\""));
     assert!(matches!(&stale, Stored::Stale(why) if why.contains("0.0.1")), "{stale:?}");
-    let stale = after(&|text| text.replace("\"format\": 1", "\"format\": 99"));
+    let stale = after(&|text| text.replace("\"format\": 2", "\"format\": 99"));
     assert!(matches!(&stale, Stored::Stale(why) if why.contains("99")), "{stale:?}");
     for (edit, words) in [
         ((|text: &str| text[..text.len() / 2].to_owned()) as fn(&str) -> String, "not JSON"),
@@ -242,14 +313,24 @@ fn every_distinct_block_is_measured_alone_and_beside_others() {
         dtypes: DTYPES,
         context_tokens: 200,
         micro_batch_tokens: 6,
+        widths: vec![2],
         free_bytes: 1 << 30,
         effort: Effort { point_seconds: 1e-4, least_repeats: 2 },
     };
     let mut lines = vec![];
-    let wanted = Missing::all_of(&model.config);
+    let wanted = Missing::all_of(&model.config, &options.widths);
     let profile = measure(&model, &options, &wanted, &mut |line| lines.push(line.to_owned())).unwrap();
-    assert_eq!((profile.blocks.len(), profile.attention.len(), lines.len()), (2, 1, 4));
-    assert!(profile.missing(&model.config).is_empty());
+    // Four halves on two devices: attention by heads and by sequences, and two FFNs.
+    assert_eq!((profile.blocks.len(), profile.attention.len(), lines.len()), (2, 1, 8));
+    assert!(profile.missing(&model.config, &[2]).is_empty());
+    let shared = profile.shared(2).unwrap();
+    assert_eq!(shared.halves.len(), 4);
+    let curves = shared.halves.iter().map(|half| &half.points.busy);
+    for points in curves.chain([&shared.all_reduce, &shared.broadcast, &shared.head.busy]) {
+        let tokens: Vec<usize> = points.iter().map(|point| point.tokens).collect();
+        assert_eq!(tokens, [1, 2, 4, 6]);
+        assert!(points.iter().all(|point| point.seconds.median > 0.0 && point.seconds.repeats >= 2));
+    }
     for points in [&profile.blocks[0].points, &profile.head, &profile.embedding, &profile.hop] {
         let tokens: Vec<usize> = points.busy.iter().map(|point| point.tokens).collect();
         assert_eq!(tokens, [1, 2, 4, 6]);
@@ -261,12 +342,14 @@ fn every_distinct_block_is_measured_alone_and_beside_others() {
     let store = Store::at(folder.path().to_owned());
     store.save(&profile).unwrap();
     let stored = store.load(&options.key(&model));
-    assert!(matches!(stored, Stored::Usable(stored) if stored.missing(&model.config).is_empty()));
+    assert!(matches!(stored, Stored::Usable(stored) if stored.missing(&model.config, &[2]).is_empty()));
     Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, NO_TIME).unwrap();
 
     // Where the memory has no room for a block, the rest is measured.
     let little = MeasureOptions { free_bytes: 1 << 16, ..options };
     let rest = measure(&model, &little, &wanted, &mut |line| lines.push(line.to_owned())).unwrap();
     assert!(rest.blocks.is_empty() && rest.attention.is_empty());
-    assert!(lines.iter().filter(|line| line.contains("is left out")).count() == 3, "{lines:?}");
+    assert!(lines.iter().filter(|line| line.contains("is left out")).count() == 6, "{lines:?}");
+    // Half of an attention has room where all of it has none.
+    assert_eq!(rest.shared(2).unwrap().halves.len(), 1);
 }

@@ -143,8 +143,9 @@ fn at_8_k_of_context_ultra_is_not_eight_stages_of_one_device() {
         (number(&plan, "tokens_per_second"), plan["stages"].as_array().unwrap().len())
     };
     let ((alone, _), (uniform, _)) = (speed("[1,1,1,1,1,1,1,1]"), speed("[8]"));
-    // benches of this kind put it at 2,230 against 6,081 where KV is spread evenly and 8 micro-batches are in flight.
-    assert!(alone < 2_230.0 && (uniform / 6_081.0 - 1.0).abs() < 0.05, "{alone} {uniform}");
+    // benches of this kind put it at 2,230 against 6,081 where KV is spread evenly and 8 micro-batches are in flight, and ranks
+    // add up bf16 numbers; f32 ones, as ours are, take twice the time of what is an eighth of their step.
+    assert!(alone < 2_230.0 && (uniform / (6_081.0 / 1.125) - 1.0).abs() < 0.05, "{alone} {uniform}");
     let (best, num_stages) = speed("auto");
     assert!(best >= uniform && num_stages < 8, "{best} with {num_stages}");
     let mixed =

@@ -93,7 +93,8 @@ impl World {
     }
 }
 
-/// Makes everything free but blocks, which take a millisecond each, or ten where they are like block `dear`.
+/// Makes everything free but blocks, which take a millisecond each, or ten where they are like block `dear`; and halves of blocks
+/// on several devices, which take a quarter of one, but attention by sequences a half.
 pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
     fn set(points: &mut Value, seconds: f64) {
         for point in points.as_object_mut().unwrap().values_mut().flat_map(|p| p.as_array_mut().unwrap()) {
@@ -112,6 +113,13 @@ pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
     for entry in profile["blocks"].as_array_mut().unwrap() {
         let is_dear = Some(&entry["shape"]) == dear;
         set(&mut entry["points"], if is_dear { 0.01 } else { 0.001 });
+    }
+    for entry in profile["shared"].as_array_mut().into_iter().flatten() {
+        set(&mut entry["head"], 1e-9);
+        for half in entry["halves"].as_array_mut().unwrap() {
+            let is_by_sequences = half["half"].get("attention_by_sequences").is_some();
+            set(&mut half["points"], if is_by_sequences { 0.0005 } else { 0.00025 });
+        }
     }
 }
 

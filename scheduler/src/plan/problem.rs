@@ -33,6 +33,7 @@ pub struct RankCosts {
     last: Extra,
     shared_bytes: u64,
     cut_seconds: f64,
+    entry_seconds: f64,
 }
 
 impl RankCosts {
@@ -46,6 +47,7 @@ impl RankCosts {
             last,
             shared_bytes: 0,
             cut_seconds: 0.0,
+            entry_seconds: 0.0,
         };
         let mut sum = Piece::default();
         for piece in pieces {
@@ -70,6 +72,12 @@ impl RankCosts {
         Self { cut_seconds, ..self }
     }
 
+    /// Charges every stage of this width so much for giving all its ranks what comes in.
+    #[must_use]
+    pub fn with_entry(self, entry_seconds: f64) -> Self {
+        Self { entry_seconds, ..self }
+    }
+
     /// Takes so many bytes, at most those of either end, off a stage that is both first and last: what both share.
     #[must_use]
     pub fn with_shared(self, shared_bytes: u64) -> Self {
@@ -77,7 +85,7 @@ impl RankCosts {
         Self { shared_bytes, ..self }
     }
 
-    /// The pieces alone, without embedding, head and cuts.
+    /// The pieces alone, without embedding, head, cuts and what a stage begins with.
     #[must_use]
     pub fn without_extras(&self) -> Self {
         Self {
@@ -85,6 +93,7 @@ impl RankCosts {
             last: Extra::default(),
             shared_bytes: 0,
             cut_seconds: 0.0,
+            entry_seconds: 0.0,
             ..self.clone()
         }
     }
@@ -103,8 +112,14 @@ impl RankCosts {
         self.shared_bytes
     }
 
-    pub(super) fn cut_seconds(&self) -> f64 {
+    /// What a stage is charged with more when its end cuts a block.
+    pub fn cut_seconds(&self) -> f64 {
         self.cut_seconds
+    }
+
+    /// What a stage is charged with for giving all its ranks what comes in.
+    pub fn entry_seconds(&self) -> f64 {
+        self.entry_seconds
     }
 
     /// How many pieces.
@@ -112,9 +127,10 @@ impl RankCosts {
         self.seconds.len() - 1
     }
 
-    /// Time for a run of pieces with embedding or head where it has them, without the hop that follows.
+    /// Time for a run of pieces as a stage, with embedding or head where it has them, without the hop that follows.
     pub fn seconds(&self, pieces: Range<usize>) -> f64 {
         let mut sum = self.seconds[pieces.end] - self.seconds[pieces.start];
+        sum += if pieces.is_empty() { 0.0 } else { self.entry_seconds };
         sum += if pieces.start == 0 { self.first.seconds } else { 0.0 };
         sum += if pieces.end == self.num_pieces() { self.last.seconds } else { 0.0 };
         sum
@@ -144,14 +160,14 @@ impl RankCosts {
         start >= end || self.seconds[end] - self.seconds[start] <= seconds
     }
 
-    /// The furthest end of a run from `start`, [`Extra`]s of a start at 0 included and those of the end left
-    /// out, that takes at most `seconds` and `bytes`.
+    /// The furthest end of a run from `start`, what it begins with and [`Extra`]s of a start at 0 included and those of the
+    /// end left out, that takes at most `seconds` and `bytes`.
     pub(super) fn furthest(&self, start: usize, seconds: f64, bytes: u64, kv_tokens: u64) -> usize {
         let first = if start == 0 { self.first } else { Extra::default() };
         let is_within = |end: usize| {
             let kv = self.kv_bytes_per_token(start..end).saturating_mul(kv_tokens);
             let weights = self.weight_bytes[end] - self.weight_bytes[start] + first.bytes;
-            self.seconds[end] - self.seconds[start] + first.seconds <= seconds
+            self.seconds[end] - self.seconds[start] + first.seconds + self.entry_seconds <= seconds
                 && weights.saturating_add(kv) <= bytes
         };
         let (mut within, mut beyond) = (start, self.num_pieces() + 1);

@@ -29,7 +29,7 @@ pub(super) enum Part {
     },
     /// Output matrix and sampling.
     Head,
-    /// Handing the micro-batch on.
+    /// Handing the micro-batch on, and round among the stage's devices before that.
     Hop,
 }
 
@@ -54,7 +54,8 @@ pub(super) fn segments(
         piece += of_block.len();
     }
     segments.push(Segment { part: Part::Head, seconds: head });
-    segments.push(Segment { part: Part::Hop, seconds: problem.hop_seconds(stage) });
+    let entry = if stage.pieces.is_empty() { 0.0 } else { costs.entry_seconds() };
+    segments.push(Segment { part: Part::Hop, seconds: problem.hop_seconds(stage) + entry });
     segments.retain(|segment| segment.seconds > 0.0 || matches!(segment.part, Part::Block { .. }));
     segments
 }

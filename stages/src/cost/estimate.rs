@@ -13,7 +13,7 @@ use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{NumberTypes, Roofline};
 use crate::block::{Dims, Ffn};
 use crate::config::ModelConfig;
-use crate::shard::{AttentionSharing, Sharing};
+use crate::shard::Sharing;
 
 /// What a plan balances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,19 +74,17 @@ pub fn activation_bytes(config: &ModelConfig, tokens: f64) -> u64 {
 }
 
 impl CostModel for Estimator<'_> {
-    fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
-        let costs = pieces.iter().map(|shape| self.piece(shape, ranks, load));
-        let cut = match self.balance {
-            Balance::Roofline => self.all_reduce_seconds(ranks, load),
-            Balance::Flops | Balance::Weights => 0.0,
-        };
+    fn shared_costs(&self, pieces: &[PieceShape], ranks: usize, sharing: &Sharing, load: Load) -> RankCosts {
+        let costs = pieces.iter().map(|shape| self.piece(shape, ranks, sharing, load));
         let shared = rank::shared_bytes(self.config, self.types, ranks);
-        RankCosts::new(costs, self.embedding(load), self.head(ranks, load)).with_shared(shared).with_cut(cut)
+        RankCosts::new(costs, self.embedding(load), self.head(ranks, load))
+            .with_shared(shared)
+            .with_cut(self.stage_meeting_seconds(Meeting::Sum, ranks, load))
+            .with_entry(self.stage_meeting_seconds(Meeting::Copy, ranks, load))
     }
 
     fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
-        let is_faster = |shape: &&PieceShape| self.faster(shape, ranks, load).attention.by_sequences;
-        Sharing::by_sequences(pieces.iter().filter(is_faster).map(|shape| shape.block))
+        Parts::sharing(self.config, pieces, ranks, |_, parts| self.piece_seconds(parts, ranks, load))
     }
 
     fn hop_seconds(&self, load: Load) -> f64 {
@@ -103,20 +101,21 @@ impl<'a> Estimator<'a> {
         (2.0 * matrix_params as f64 + attention_flops) / self.roofline.flops_per_second
     }
 
-    /// One stage's time under any load, for whoever asks it for thousands of micro-batches.
+    /// One stage's time under any load, for whoever asks it for thousands of micro-batches. Its ranks share attention in one
+    /// way for all of them.
     pub fn stage_seconds(
         &self,
         pieces: &[PieceShape],
         stage: Range<usize>,
         ranks: usize,
+        sharing: &Sharing,
     ) -> StageSeconds<'a> {
-        let mut kinds: Vec<([Parts; 2], f64)> = vec![];
+        let mut kinds: Vec<(Parts, f64)> = vec![];
         for shape in &pieces[stage.clone()] {
-            let ways = [AttentionSharing::Heads, AttentionSharing::Sequences]
-                .map(|sharing| Parts::of(self.config, shape, ranks, sharing));
-            match kinds.iter_mut().find(|(kind, _)| *kind == ways) {
+            let parts = Parts::of(self.config, shape, ranks, sharing.of(shape.block));
+            match kinds.iter_mut().find(|(kind, _)| *kind == parts) {
                 Some((_, count)) => *count += 1.0,
-                None => kinds.push((ways, 1.0)),
+                None => kinds.push((parts, 1.0)),
             }
         }
         let (is_first, is_last) = (stage.start == 0, stage.end == pieces.len());
@@ -124,15 +123,11 @@ impl<'a> Estimator<'a> {
         StageSeconds { estimator: *self, ranks, kinds, is_first, is_last, is_cut }
     }
 
-    fn piece(&self, shape: &PieceShape, ranks: usize, load: Load) -> Piece {
-        let parts = self.faster(shape, ranks, load);
+    fn piece(&self, shape: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> Piece {
+        let parts = Parts::of(self.config, shape, ranks, sharing.of(shape.block));
         let bytes = parts.weight_bytes(self.types);
         let kv_bytes_per_token = self.types.kv.bytes(parts.attention.kv_values);
         Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
-    }
-
-    fn faster(&self, shape: &PieceShape, ranks: usize, load: Load) -> Parts {
-        Parts::faster(self.config, shape, ranks, |parts| self.piece_seconds(parts, ranks, load))
     }
 
     fn piece_seconds(&self, parts: Parts, ranks: usize, load: Load) -> f64 {
@@ -157,12 +152,15 @@ impl<'a> Estimator<'a> {
     }
 
     fn meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
-        let bytes = load.tokens() * self.config.dims.hidden as f64 * ACTIVATION_BYTES;
-        meeting.seconds(self.roofline.all_reduce, bytes, ranks)
+        meeting.seconds(self.roofline.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks)
     }
 
-    fn all_reduce_seconds(&self, ranks: usize, load: Load) -> f64 {
-        self.meeting_seconds(Meeting::Sum, ranks, load)
+    /// A meeting that a stage has beside those of its blocks.
+    fn stage_meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
+        match self.balance {
+            Balance::Roofline if ranks > 1 => self.meeting_seconds(meeting, ranks, load),
+            Balance::Roofline | Balance::Flops | Balance::Weights => 0.0,
+        }
     }
 
     /// Time to move so many numbers of activations for each token.
@@ -247,8 +245,8 @@ impl<'a> Estimator<'a> {
 pub struct StageSeconds<'a> {
     estimator: Estimator<'a>,
     ranks: usize,
-    /// Distinct pieces, with attention by heads and by sequences, and how often each is there.
-    kinds: Vec<([Parts; 2], f64)>,
+    /// Distinct pieces, and how often each is there.
+    kinds: Vec<(Parts, f64)>,
     is_first: bool,
     is_last: bool,
     /// Its end cuts a block.
@@ -256,19 +254,17 @@ pub struct StageSeconds<'a> {
 }
 
 impl StageSeconds<'_> {
-    /// Seconds for a micro-batch, the all-reduce of a block that its end cuts included, without the hop.
+    /// Seconds for a micro-batch, what its ranks tell each other at its ends included, without the hop.
     pub fn of(&self, load: Load) -> f64 {
         let Self { estimator, ranks, .. } = self;
-        let mut sum = 0.0;
-        for (ways, count) in &self.kinds {
-            let [by_heads, by_sequences] = ways.map(|parts| estimator.piece_seconds(parts, *ranks, load));
-            sum += count * by_heads.min(by_sequences);
+        let mut sum = estimator.stage_meeting_seconds(Meeting::Copy, *ranks, load);
+        for (parts, count) in &self.kinds {
+            sum += count * estimator.piece_seconds(*parts, *ranks, load);
         }
         sum += if self.is_first { estimator.embedding(load).seconds } else { 0.0 };
         sum += if self.is_last { estimator.head(*ranks, load).seconds } else { 0.0 };
-        let is_summed = self.is_cut && estimator.balance == Balance::Roofline;
-        sum += if is_summed { estimator.all_reduce_seconds(*ranks, load) } else { 0.0 };
-        sum
+        let cut = estimator.stage_meeting_seconds(Meeting::Sum, *ranks, load);
+        sum + if self.is_cut { cut } else { 0.0 }
     }
 }
 
@@ -368,12 +364,15 @@ mod tests {
             let estimator = estimator(&config, Balance::Roofline);
             let middle = pieces.len() / 3..pieces.len() / 2;
             for stage in [0..pieces.len(), 0..7, middle, pieces.len() - 1..pieces.len()] {
-                let seconds = estimator.stage_seconds(&pieces, stage.clone(), ranks);
+                // As a job has it that was planned for one of the loads.
+                let sharing = estimator.sharing(&pieces, ranks, mixed);
+                let seconds = estimator.stage_seconds(&pieces, stage.clone(), ranks, &sharing);
                 assert!(seconds.kinds.len() <= 40, "{} kinds of pieces", seconds.kinds.len());
                 for load in [mixed, mixed.prefill_only(), decode(1.0, 3.0), decode(1024.0, 9000.0)] {
-                    let mut direct = estimator.rank_costs(&pieces, ranks, load).seconds(stage.clone());
+                    let costs = estimator.shared_costs(&pieces, ranks, &sharing, load);
+                    let mut direct = costs.seconds(stage.clone());
                     if !pieces[stage.end - 1].ends_block {
-                        direct += estimator.all_reduce_seconds(ranks, load);
+                        direct += estimator.stage_meeting_seconds(Meeting::Sum, ranks, load);
                     }
                     let quick = seconds.of(load);
                     assert!((quick / direct - 1.0).abs() < 1e-9, "{stage:?}: {quick} and {direct}");

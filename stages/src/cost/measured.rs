@@ -1,8 +1,10 @@
 //! Seconds from a profile of the device; bytes from shapes, as an estimate has them.
 //!
-//! Between measured points costs lie on straight lines; beyond the last they go on. Some columns of an FFN and one rank of
-//! several were not measured: they are a share of the whole block, by its weights. [`Measured::basis`] says which of
-//! these a load needs. It refuses to guess: a profile without one of the model's blocks makes no costs.
+//! Between measured points costs lie on straight lines; beyond the last they go on. Stages of several ranks were measured half
+//! block by half block, with what ranks tell each other; what their longer contexts take is a share of what it is on one device.
+//! Some columns of an FFN, and ranks of a number that was not measured, are a share of the whole, by its weights.
+//! [`Measured::basis`] says which of these a load needs. It refuses to guess: a profile without one of the model's blocks makes no
+//! costs.
 
 use scheduler::{Extra, Load, Piece, RankCosts};
 
@@ -12,9 +14,9 @@ use super::estimate::hop_bytes;
 use super::pieces::PieceShape;
 use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{Channel, NumberTypes};
-use crate::block::{Attention, Block};
+use crate::block::{Attention, Block, Ffn};
 use crate::config::ModelConfig;
-use crate::profile::{ContextPoint, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, TokenPoint};
+use crate::profile::{ContextPoint, Half, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, TokenPoint};
 use crate::shard::{AttentionSharing, Sharing};
 
 /// Costs of one model on a device that was measured.
@@ -26,8 +28,19 @@ pub struct Measured {
     embedding: Curve,
     head: Curve,
     blocks: Vec<BlockCurves>,
-    /// Among the ranks of a stage, which was not measured.
+    shared: Vec<SharedCurves>,
+    /// Among ranks of a number that was not measured.
     all_reduce: Channel,
+}
+
+/// Stages of so many ranks.
+#[derive(Debug, Clone)]
+struct SharedCurves {
+    ranks: usize,
+    all_reduce: Curve,
+    broadcast: Curve,
+    head: Curve,
+    halves: Vec<(Half, Curve)>,
 }
 
 #[derive(Debug, Clone)]
@@ -57,8 +70,8 @@ fn names(missing: &Missing) -> String {
 }
 
 impl Measured {
-    /// Costs beside such neighbours. `types` are the profile's own; `all_reduce` is what plans with several ranks a stage
-    /// are charged with.
+    /// Costs beside such neighbours. `types` are the profile's own; `all_reduce` is what stages of several ranks are charged
+    /// with where that was not measured.
     ///
     /// # Errors
     /// The profile lacks a block or an attention of the model.
@@ -69,7 +82,7 @@ impl Measured {
         types: NumberTypes,
         all_reduce: Channel,
     ) -> Result<Self, Lacking> {
-        let missing = profile.missing(config);
+        let missing = profile.missing(config, &[]);
         if !missing.is_empty() {
             return Err(Lacking(missing));
         }
@@ -95,8 +108,18 @@ impl Measured {
                 },
             }
         });
+        let shared = profile.shared.iter().map(|entry| SharedCurves {
+            ranks: entry.ranks,
+            all_reduce: by_tokens(&entry.all_reduce),
+            broadcast: by_tokens(&entry.broadcast),
+            head: by_tokens(entry.head.get(neighbours)),
+            halves: (entry.halves.iter())
+                .map(|half| (half.half, by_tokens(half.points.get(neighbours))))
+                .collect(),
+        });
         Ok(Measured {
             types,
+            shared: shared.collect(),
             hop: by_tokens(profile.hop.get(neighbours)),
             embedding: by_tokens(profile.embedding.get(neighbours)),
             head: by_tokens(profile.head.get(neighbours)),
@@ -108,13 +131,41 @@ impl Measured {
 
     /// Where costs for a load come from, the least sure of all pieces counted.
     pub fn basis(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Basis {
-        let is_whole = |piece: &PieceShape| self.share(piece, ranks) == 1.0;
-        if !pieces.iter().all(is_whole) {
+        let sharing = self.sharing(pieces, ranks, load);
+        let of_piece = |piece: &PieceShape| self.piece_basis(piece, ranks, &sharing, load);
+        let head = self.shared(ranks).map_or(&self.head, |shared| &shared.head);
+        let of_head = if load.logit_rows > 0.0 { head.basis(load.logit_rows) } else { Basis::Measured };
+        pieces.iter().map(of_piece).chain([of_head]).max().unwrap_or(Basis::Measured)
+    }
+
+    fn piece_basis(&self, piece: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> Basis {
+        let block = self.config.blocks[piece.block];
+        let is_whole = piece.ends_block && piece.columns.as_ref().is_none_or(|columns| columns.start == 0);
+        let whole = self.blocks[piece.block].basis(load);
+        if !is_whole {
             return Basis::Scaled;
         }
-        let of_block = |piece: &PieceShape| self.blocks[piece.block].basis(load);
-        let of_head = if load.logit_rows > 0.0 { self.head.basis(load.logit_rows) } else { Basis::Measured };
-        pieces.iter().map(of_block).chain([of_head]).max().unwrap_or(Basis::Measured)
+        if ranks == 1 {
+            return whole;
+        }
+        let attention = attention_half(block.attention, sharing.of(piece.block));
+        let halves = [attention, (block.ffn != Ffn::None).then_some(Half::Ffn(block.ffn))];
+        let of_half = |half: Half| match self.half(ranks, half) {
+            Some(curve) => curve.basis(load.tokens()),
+            None => Basis::Scaled,
+        };
+        halves.into_iter().flatten().map(of_half).chain([whole]).max().unwrap_or(whole)
+    }
+
+    /// The curves of stages of so many ranks, where they were measured.
+    fn shared(&self, ranks: usize) -> Option<&SharedCurves> {
+        self.shared.iter().find(|shared| shared.ranks == ranks)
+    }
+
+    /// The curve of a half on so many ranks, where it was measured.
+    fn half(&self, ranks: usize, half: Half) -> Option<&Curve> {
+        let halves = &self.shared(ranks)?.halves;
+        halves.iter().find(|(other, _)| *other == half).map(|(_, curve)| curve)
     }
 
     /// Whether every cost for a load was measured at that very point.
@@ -131,25 +182,13 @@ impl Measured {
         [sum(|block| &block.lower) / median, sum(|block| &block.upper) / median]
     }
 
-    /// One rank's share of a block, by its matrices, where it has heads of the attention.
-    fn share(&self, piece: &PieceShape, ranks: usize) -> f64 {
-        let block = self.config.blocks[piece.block];
-        let parts = Parts::of(&self.config, piece, ranks, AttentionSharing::Heads);
-        parts.matrix_params() as f64 / matrix_params(block, &self.config)
-    }
-
-    fn faster(&self, piece: &PieceShape, ranks: usize, load: Load) -> Parts {
-        Parts::faster(&self.config, piece, ranks, |parts| self.seconds(piece.block, parts, ranks, load))
-    }
-
     /// A chunk's attention may be cheaper than the single rows of the base, never than nothing.
-    fn seconds(&self, block: usize, parts: Parts, ranks: usize, load: Load) -> f64 {
+    fn seconds(&self, piece: &PieceShape, parts: Parts, ranks: usize, load: Load) -> f64 {
         if load.tokens() == 0.0 {
             return 0.0;
         }
-        let mut sum = self.attention_seconds(block, parts.attention, ranks, load);
-        sum += self.base_seconds(block, parts.ffn, load);
-        sum += if parts.ends_block { self.meeting_seconds(parts.ffn.meeting, ranks, load) } else { 0.0 };
+        let mut sum = self.attention_seconds(piece.block, parts.attention, ranks, load);
+        sum += self.ffn_seconds(piece, parts, ranks, load);
         sum.max(0.0)
     }
 
@@ -160,11 +199,18 @@ impl Measured {
     }
 
     fn attention_seconds(&self, block: usize, rank: Rank, ranks: usize, load: Load) -> f64 {
+        let attention = self.config.blocks[block].attention;
         let own = rank.load(load, ranks);
-        let mut sum = self.base_seconds(block, rank, own);
-        sum += self.meeting_seconds(rank.meeting, ranks, load);
+        let sharing = if rank.by_sequences { AttentionSharing::Sequences } else { AttentionSharing::Heads };
+        let half = attention_half(attention, sharing).filter(|_| rank.matrix_params > 0);
+        let mut sum = match half.and_then(|half| self.half(ranks, half)) {
+            // It was measured with as many rows on each rank, and is as long as the busiest one's.
+            Some(curve) if rank.by_sequences => curve.at(own.tokens() * ranks as f64),
+            Some(curve) => curve.at(load.tokens()) + self.handed_on_seconds(rank, ranks, load),
+            None => self.base_seconds(block, rank, own) + self.meeting_seconds(rank.meeting, ranks, load),
+        };
         if rank.kv_values > 0 {
-            let (attention, dims) = (self.config.blocks[block].attention, self.config.dims);
+            let dims = self.config.dims;
             // Heads are shared out, and with them the keys that are read; the one or the other is what takes the time.
             let of_keys = rank.kv_values as f64 / attention.kv_values_per_token(dims) as f64;
             let of_heads = rank.flops_per_context_token / (4 * dims.heads * dims.head_dim) as f64;
@@ -174,17 +220,56 @@ impl Measured {
         sum
     }
 
-    fn piece(&self, piece: &PieceShape, ranks: usize, load: Load) -> Piece {
-        let parts = self.faster(piece, ranks, load);
+    /// All of an FFN half, or of the columns of a piece their share; what ranks tell each other comes with the last.
+    fn ffn_seconds(&self, piece: &PieceShape, parts: Parts, ranks: usize, load: Load) -> f64 {
+        let Parts { ffn: rank, ends_block, .. } = parts;
+        let ffn = self.config.blocks[piece.block].ffn;
+        if rank.matrix_params == 0 {
+            return 0.0;
+        }
+        let meeting = if ends_block { self.meeting_seconds(rank.meeting, ranks, load) } else { 0.0 };
+        let Some(curve) = self.half(ranks, Half::Ffn(ffn)) else {
+            return self.base_seconds(piece.block, rank, load) + meeting;
+        };
+        let is_whole = ends_block && piece.columns.as_ref().is_none_or(|columns| columns.start == 0);
+        if is_whole {
+            return curve.at(load.tokens()) + self.handed_on_seconds(rank, ranks, load);
+        }
+        let (Some(columns), Ffn::SwiGlu { width }) = (&piece.columns, ffn) else {
+            unreachable!("only columns are parted")
+        };
+        let summed = self.meeting_seconds(Meeting::Sum, ranks, load);
+        let share = columns.len() as f64 / width as f64;
+        share * (curve.at(load.tokens()) - summed).max(0.0) + meeting
+    }
+
+    /// What a half of the first rank alone leaves to be handed to the others; other halves were measured with what ranks tell
+    /// each other.
+    fn handed_on_seconds(&self, rank: Rank, ranks: usize, load: Load) -> f64 {
+        if rank.meeting == Meeting::Copy { self.meeting_seconds(Meeting::Copy, ranks, load) } else { 0.0 }
+    }
+
+    fn piece(&self, piece: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> Piece {
+        let parts = Parts::of(&self.config, piece, ranks, sharing.of(piece.block));
         Piece {
-            seconds: self.seconds(piece.block, parts, ranks, load),
+            seconds: self.seconds(piece, parts, ranks, load),
             weight_bytes: parts.weight_bytes(self.types),
             kv_bytes_per_token: self.types.kv.bytes(parts.attention.kv_values),
         }
     }
 
     fn meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
-        meeting.seconds(self.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks)
+        match (meeting, self.shared(ranks)) {
+            (Meeting::Sum, Some(shared)) => shared.all_reduce.at(load.tokens()),
+            // To put parts side by side takes no longer than to hand all of it to everybody.
+            (Meeting::Copy | Meeting::Gather, Some(shared)) => shared.broadcast.at(load.tokens()),
+            _ => meeting.seconds(self.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks),
+        }
+    }
+
+    /// A meeting that a stage has beside those of its blocks.
+    fn stage_meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
+        if ranks > 1 && load.tokens() > 0.0 { self.meeting_seconds(meeting, ranks, load) } else { 0.0 }
     }
 
     fn extra(curve: &Curve, tokens: f64, bytes: u64, share: f64) -> Extra {
@@ -194,26 +279,38 @@ impl Measured {
 }
 
 impl CostModel for Measured {
-    fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
-        let costs = pieces.iter().map(|piece| self.piece(piece, ranks, load));
+    fn shared_costs(&self, pieces: &[PieceShape], ranks: usize, sharing: &Sharing, load: Load) -> RankCosts {
+        let costs = pieces.iter().map(|piece| self.piece(piece, ranks, sharing, load));
         let embedding_bytes = rank::embedding_bytes(&self.config, self.types);
         let head_bytes = rank::head_bytes(&self.config, self.types, ranks);
         // The first rank looks up tokens by itself; all have a part of the output matrix.
         let embedding = Self::extra(&self.embedding, load.tokens(), embedding_bytes, 1.0);
         let table = |ranks| rank::table_params(&self.config, ranks) as f64;
-        let head = Self::extra(&self.head, load.logit_rows, head_bytes, table(ranks) / table(1));
+        let head = match self.shared(ranks) {
+            Some(shared) => Self::extra(&shared.head, load.logit_rows, head_bytes, 1.0),
+            None => Self::extra(&self.head, load.logit_rows, head_bytes, table(ranks) / table(1)),
+        };
         RankCosts::new(costs, embedding, head)
             .with_shared(rank::shared_bytes(&self.config, self.types, ranks))
-            .with_cut(self.meeting_seconds(if ranks > 1 { Meeting::Sum } else { Meeting::None }, ranks, load))
+            .with_cut(self.stage_meeting_seconds(Meeting::Sum, ranks, load))
+            .with_entry(self.stage_meeting_seconds(Meeting::Copy, ranks, load))
     }
 
     fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
-        let is_faster = |piece: &&PieceShape| self.faster(piece, ranks, load).attention.by_sequences;
-        Sharing::by_sequences(pieces.iter().filter(is_faster).map(|piece| piece.block))
+        Parts::sharing(&self.config, pieces, ranks, |piece, parts| self.seconds(piece, parts, ranks, load))
     }
 
     fn hop_seconds(&self, load: Load) -> f64 {
         if load.tokens() > 0.0 { self.hop.at(load.tokens()) } else { 0.0 }
+    }
+}
+
+/// How a block's attention half is called in a profile of shared stages, if there is one.
+fn attention_half(attention: Attention, sharing: AttentionSharing) -> Option<Half> {
+    match (attention, sharing) {
+        (Attention::None, _) => None,
+        (Attention::Gqa { .. }, AttentionSharing::Sequences) => Some(Half::AttentionBySequences(attention)),
+        (Attention::Gqa { .. } | Attention::Linear, _) => Some(Half::Attention(attention)),
     }
 }
 

@@ -26,22 +26,35 @@ pub use scheduler::Load;
 
 /// Where the costs of a model on a device come from.
 pub trait CostModel {
-    /// Costs of all pieces on one rank of a stage of `ranks`, for one micro-batch.
-    fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts;
+    /// Costs of all pieces on one rank of a stage of `ranks` that share attention so, for one micro-batch.
+    fn shared_costs(&self, pieces: &[PieceShape], ranks: usize, sharing: &Sharing, load: Load) -> RankCosts;
 
     /// Blocks whose attention is faster where `ranks` share it by sequences than by heads.
     fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing;
+
+    /// Costs where `ranks` share attention as is fastest for this micro-batch: what a plan for it has. A job keeps one
+    /// sharing for all of its micro-batches.
+    fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
+        self.shared_costs(pieces, ranks, &self.sharing(pieces, ranks, load), load)
+    }
 
     /// Time to hand a micro-batch on from stage to stage: the sender's part and the receiver's together.
     fn hop_seconds(&self, load: Load) -> f64;
 
     /// Time that each of a stage's `ranks` devices is at work on a micro-batch: its run of pieces, embedding or head where it has
     /// them, and its part of each hop, which takes two arrays where an FFN is cut. `pieces` are all of the model's.
-    fn step_seconds(&self, pieces: &[PieceShape], run: Range<usize>, ranks: usize, load: Load) -> f64 {
+    fn step_seconds(
+        &self,
+        pieces: &[PieceShape],
+        run: Range<usize>,
+        ranks: usize,
+        sharing: &Sharing,
+        load: Load,
+    ) -> f64 {
         let arrays = |piece: &PieceShape| if piece.ends_block { 1.0 } else { 2.0 };
         let before = run.start.checked_sub(1).map_or(0.0, |piece| arrays(&pieces[piece]));
         let after = if run.end < pieces.len() { arrays(&pieces[run.end - 1]) } else { 0.0 };
         let hops = (before + after) * self.hop_seconds(load) / 2.0;
-        self.rank_costs(pieces, ranks, load).seconds(run) + hops
+        self.shared_costs(pieces, ranks, sharing, load).seconds(run) + hops
     }
 }

@@ -10,7 +10,7 @@ use super::pieces::PieceShape;
 use super::roofline::{Channel, NumberTypes};
 use crate::block::{Attention, Dims, Ffn};
 use crate::config::ModelConfig;
-use crate::shard::{AttentionShard, AttentionSharing, RankPlace};
+use crate::shard::{AttentionShard, AttentionSharing, RankPlace, Sharing};
 
 /// One rank's part of a piece. Pieces of equal parts take equally long.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -43,19 +43,22 @@ impl Parts {
         Parts { attention, ffn, ends_block: shape.ends_block }
     }
 
-    /// Of both ways the one that `seconds` says is faster: by heads, but where the other is.
-    pub(super) fn faster(
+    /// Blocks whose attention `ranks` should share by sequences: where `seconds` says that this is faster than by heads.
+    pub(super) fn sharing(
         config: &ModelConfig,
-        shape: &PieceShape,
+        pieces: &[PieceShape],
         ranks: usize,
-        seconds: impl Fn(Parts) -> f64,
-    ) -> Self {
-        let by_heads = Parts::of(config, shape, ranks, AttentionSharing::Heads);
-        if ranks == 1 || by_heads.attention.kv_values == 0 {
-            return by_heads;
+        seconds: impl Fn(&PieceShape, Parts) -> f64,
+    ) -> Sharing {
+        if ranks == 1 {
+            return Sharing::default();
         }
-        let by_sequences = Parts::of(config, shape, ranks, AttentionSharing::Sequences);
-        if seconds(by_sequences) < seconds(by_heads) { by_sequences } else { by_heads }
+        let is_faster = |shape: &&PieceShape| {
+            let [by_heads, by_sequences] = [AttentionSharing::Heads, AttentionSharing::Sequences]
+                .map(|sharing| Parts::of(config, shape, ranks, sharing));
+            by_heads.attention.kv_values > 0 && seconds(shape, by_sequences) < seconds(shape, by_heads)
+        };
+        Sharing::by_sequences(pieces.iter().filter(is_faster).map(|shape| shape.block))
     }
 
     pub(super) fn matrix_params(self) -> u64 {
@@ -112,7 +115,9 @@ pub(super) enum Meeting {
     None,
     /// Added up.
     Sum,
-    /// Put side by side, or handed by the first rank to the others.
+    /// Put side by side.
+    Gather,
+    /// Handed by the first rank to the others.
     Copy,
 }
 
@@ -122,7 +127,7 @@ impl Meeting {
         match self {
             Meeting::None => 0.0,
             Meeting::Sum => channel.all_reduce_seconds(bytes, ranks),
-            Meeting::Copy => channel.all_gather_seconds(bytes, ranks),
+            Meeting::Gather | Meeting::Copy => channel.all_gather_seconds(bytes, ranks),
         }
     }
 }
@@ -199,7 +204,7 @@ fn rank_attention(attention: Attention, dims: Dims, ranks: usize, sharing: Atten
                 most_kv_heads = most_kv_heads.max(kv.len());
             }
             AttentionShard::Sequences => {
-                let all = part(dims.heads, kv_heads, Meeting::Copy);
+                let all = part(dims.heads, kv_heads, Meeting::Gather);
                 let kv_values = all.kv_values.div_ceil(ranks as u64);
                 return Rank { kv_values, by_sequences: true, ..all };
             }
@@ -230,11 +235,14 @@ fn columns_of(columns: &Range<usize>, ends_block: bool, dims: Dims, ranks: usize
 
 fn linear(dims: Dims, ranks: usize) -> Rank {
     let hidden = dims.hidden;
-    let most = most_columns(0..hidden, ranks).unwrap_or(hidden);
+    let (most, how) = match most_columns(0..hidden, ranks) {
+        Some(most) => (most, Meeting::Gather),
+        None => (hidden, Meeting::Copy),
+    };
     Rank {
         matrix_params: (hidden * most) as u64,
         norm_params: hidden as u64,
-        meeting: meeting(ranks, Meeting::Copy),
+        meeting: meeting(ranks, how),
         ..Rank::NONE
     }
 }

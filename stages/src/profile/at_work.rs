@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::measure::Effort;
 use super::subject::{Step, Subject};
+use super::team::Team;
 use crate::error::Result;
 use crate::stage::{self, Device, Dtypes, Stage};
 
@@ -21,13 +22,21 @@ pub(super) struct AtWork {
 }
 
 impl AtWork {
-    /// Loads a subject; the calling thread becomes the device's. Before each step it reads `scrub_bytes` of other
-    /// memory.
+    /// Loads a subject on a device, or on several that share it; the calling thread becomes the first one's. Before each step
+    /// it reads `scrub_bytes` of other memory.
     ///
     /// # Errors
-    /// What the device refuses.
-    pub(super) fn load(subject: &Subject, device: &Device, dtypes: Dtypes, scrub_bytes: u64) -> Result<Self> {
-        let stage = stage::load(&subject.model, device, dtypes, subject.options)?;
+    /// What a device refuses.
+    pub(super) fn load(
+        subject: &Subject,
+        devices: &[Device],
+        dtypes: Dtypes,
+        scrub_bytes: u64,
+    ) -> Result<Self> {
+        let stage: Box<dyn Stage> = match devices {
+            [device] => stage::load(&subject.model, device, dtypes, subject.options)?,
+            devices => Box::new(Team::load(subject, devices, dtypes)?),
+        };
         Ok(AtWork { stage, scrub: vec![1; scrub_bytes as usize / 8], error: None })
     }
 

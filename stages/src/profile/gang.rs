@@ -1,7 +1,7 @@
 //! Devices at work side by side, with a clock on each.
 //!
-//! Each device has a thread that loads the subject and takes its steps. All begin a point together; where they
-//! are to be busy, one that has enough times goes on working until the last has.
+//! Each device, or the first of those that share a stage, has a thread that loads the subject and takes its steps. All begin
+//! a point together; where they are to be busy, one that has enough times goes on working until the last has.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -17,6 +17,8 @@ use crate::stage::{Device, Dtypes};
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Gang<'a> {
     pub(super) devices: &'a [Device],
+    /// Devices of a stage: as many as there are work side by side, and what is left over is idle.
+    pub(super) width: usize,
     pub(super) dtypes: Dtypes,
     pub(super) effort: Effort,
     /// Other memory to read before each step, so that what was read before it is in no cache.
@@ -27,7 +29,7 @@ pub(super) struct Gang<'a> {
 struct Shared {
     all: Barrier,
     has_failed: AtomicBool,
-    /// Devices that need more times for the present point.
+    /// Stages that need more times for the present point.
     num_at_work: AtomicUsize,
 }
 
@@ -43,16 +45,16 @@ impl Gang<'_> {
         steps: &[Step],
     ) -> Result<Vec<Both<Seconds>>> {
         let shared = Shared {
-            all: Barrier::new(self.devices.len()),
+            all: Barrier::new(self.num_stages()),
             has_failed: AtomicBool::new(false),
             num_at_work: AtomicUsize::new(0),
         };
         let results: Vec<Result<Vec<Both<Vec<f64>>>>> = std::thread::scope(|scope| {
-            let start = |(index, device)| {
+            let start = |(index, devices)| {
                 let shared = &shared;
-                scope.spawn(move || self.on_device(index, device, shared, subject, before, steps))
+                scope.spawn(move || self.on_devices(index, devices, shared, subject, before, steps))
             };
-            let threads: Vec<_> = self.devices.iter().enumerate().map(start).collect();
+            let threads: Vec<_> = self.devices.chunks_exact(self.width).enumerate().map(start).collect();
             threads.into_iter().map(|thread| thread.join().expect("a device thread panicked")).collect()
         });
         let mut times = vec![Both { alone: vec![], busy: vec![] }; steps.len()];
@@ -70,16 +72,20 @@ impl Gang<'_> {
         Ok(times.iter().map(seconds).collect())
     }
 
-    fn on_device(
+    fn num_stages(&self) -> usize {
+        self.devices.len() / self.width
+    }
+
+    fn on_devices(
         &self,
         index: usize,
-        device: &Device,
+        devices: &[Device],
         shared: &Shared,
         subject: &Subject,
         before: &[Step],
         steps: &[Step],
     ) -> Result<Vec<Both<Vec<f64>>>> {
-        let mut at_work = AtWork::load(subject, device, self.dtypes, self.scrub_bytes);
+        let mut at_work = AtWork::load(subject, devices, self.dtypes, self.scrub_bytes);
         if at_work.is_err() {
             shared.has_failed.store(true, Ordering::Release);
         }
@@ -96,9 +102,9 @@ impl Gang<'_> {
             at_work.seconds(step); // Arrays find their size.
             shared.all.wait();
             let alone = if index == 0 { self.repeat(at_work, step, None) } else { vec![] };
-            shared.num_at_work.store(self.devices.len(), Ordering::Release);
+            shared.num_at_work.store(self.num_stages(), Ordering::Release);
             shared.all.wait();
-            let are_several = self.devices.len() > 1;
+            let are_several = self.num_stages() > 1;
             let busy =
                 if are_several { self.repeat(at_work, step, Some(&shared.num_at_work)) } else { vec![] };
             times.push(Both { alone, busy });

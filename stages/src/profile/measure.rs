@@ -10,7 +10,7 @@ use super::grid;
 use super::key::ProfileKey;
 use super::points::{Both, Seconds, TokenPoint};
 use super::subject::{self, Pages, Place, Step, Subject};
-use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile, TooLarge};
+use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile, SharedHalf, TooLarge};
 use crate::block::{Attention, Block, Ffn};
 use crate::cost::NumberType;
 use crate::error::{Error, Result};
@@ -43,6 +43,8 @@ pub struct MeasureOptions {
     pub context_tokens: usize,
     /// Largest micro-batch.
     pub micro_batch_tokens: usize,
+    /// Numbers of devices, more than one, that may share a stage. Of GPUs such stages are not measured.
+    pub widths: Vec<usize>,
     /// Memory for all devices together.
     pub free_bytes: u64,
     /// How long to look.
@@ -70,7 +72,7 @@ impl MeasureOptions {
     }
 }
 
-/// Measures embedding, head, and of the blocks and attention those that are `wanted`. `say` hears a line now and
+/// Measures embedding, head, and of the blocks, attention and shared halves those that are `wanted`. `say` hears a line now and
 /// then. A block that the memory has no room for is left out, and `say` hears why.
 ///
 /// # Errors
@@ -97,6 +99,7 @@ pub fn measure(
         head,
         blocks: Vec::new(),
         attention: Vec::new(),
+        shared: Vec::new(),
         too_large: Vec::new(),
     };
     for (idx, shape) in wanted.blocks.iter().enumerate() {
@@ -114,6 +117,20 @@ pub fn measure(
             Ok(entry) => profile.attention.push(entry),
             Err(needed_bytes) => {
                 profile.too_large.push(TooLarge { part: super::Part::Attention(*kv_heads), needed_bytes });
+            }
+        }
+    }
+    for (idx, half) in wanted.halves.iter().enumerate() {
+        let SharedHalf { ranks, half: name } = half;
+        if profile.shared(*ranks).is_none() {
+            profile.shared.push(bench.shared(*ranks, &profile.hop)?);
+        }
+        let entry = profile.shared.iter_mut().find(|entry| entry.ranks == *ranks).expect("it was put there");
+        let which = format!("half {} of {}: {name} on {ranks} devices", idx + 1, wanted.halves.len());
+        match unless_too_large(&which, || bench.half(*half, &profile.hop, &entry.broadcast), say)? {
+            Ok(half) => entry.halves.push(half),
+            Err(needed_bytes) => {
+                profile.too_large.push(TooLarge { part: super::Part::Half(*half), needed_bytes });
             }
         }
     }
@@ -141,42 +158,43 @@ fn unless_too_large<T>(
 }
 
 /// A model on the devices.
-struct Bench<'a> {
-    model: &'a Model,
-    options: &'a MeasureOptions,
-    walked_bytes: u64,
+pub(super) struct Bench<'a> {
+    pub(super) model: &'a Model,
+    pub(super) options: &'a MeasureOptions,
+    pub(super) walked_bytes: u64,
 }
 
-type Curve = Both<Vec<TokenPoint>>;
+pub(super) type Curve = Both<Vec<TokenPoint>>;
 
 impl Bench<'_> {
-    fn gang(&self, scrub_bytes: u64) -> Gang<'_> {
+    /// All devices, `width` of them a stage.
+    pub(super) fn gang(&self, width: usize, scrub_bytes: u64) -> Gang<'_> {
         let MeasureOptions { devices, dtypes, effort, .. } = self.options;
-        Gang { devices, dtypes: *dtypes, effort: *effort, scrub_bytes }
+        Gang { devices, width, dtypes: *dtypes, effort: *effort, scrub_bytes }
     }
 
-    fn hidden(&self) -> usize {
+    pub(super) fn hidden(&self) -> usize {
         self.model.config.dims.hidden
     }
 
-    fn vocab(&self) -> usize {
+    pub(super) fn vocab(&self) -> usize {
         self.model.config.dims.vocab
     }
 
-    fn tokens(&self) -> Vec<usize> {
+    pub(super) fn tokens(&self) -> Vec<usize> {
         grid::tokens(self.options.micro_batch_tokens)
     }
 
-    fn weight_bytes(&self, params: u64) -> u64 {
+    pub(super) fn weight_bytes(&self, params: u64) -> u64 {
         NumberType::from(self.options.dtypes.weights).bytes(params)
     }
 
-    fn table_params(&self) -> u64 {
+    pub(super) fn table_params(&self) -> u64 {
         (self.vocab() * self.hidden()) as u64
     }
 
     /// Of the embedding, or of the output matrix, which are not narrowed.
-    fn table_bytes(&self) -> u64 {
+    pub(super) fn table_bytes(&self) -> u64 {
         NumberType::from(self.options.dtypes.weights).at_least_bf16().bytes(self.table_params())
     }
 
@@ -197,7 +215,7 @@ impl Bench<'_> {
         let input = (place != Place::First).then(|| self.hidden());
         let step = |tokens: usize| subject::short_rows(tokens, input, self.vocab());
         let steps: Vec<Step> = self.tokens().into_iter().map(step).collect();
-        self.gang(scrub_bytes).time(&Subject::no_blocks(self.model, place), &[], &steps)
+        self.gang(1, scrub_bytes).time(&Subject::no_blocks(self.model, place), &[], &steps)
     }
 
     fn hop(&self) -> Result<Curve> {
@@ -223,13 +241,19 @@ impl Bench<'_> {
 
     /// So many that weights are cold, as far as the memory has room.
     fn copies(&self, what: &str, weight_bytes: u64) -> Result<usize> {
-        self.check_room(what, weight_bytes)?;
-        let wanted = self.walked_bytes.div_ceil(weight_bytes).min(self.room() / weight_bytes);
+        self.copies_on(what, weight_bytes, 1)
+    }
+
+    /// The same on several devices, which hold `weight_bytes` together.
+    pub(super) fn copies_on(&self, what: &str, weight_bytes: u64, devices: usize) -> Result<usize> {
+        let own_bytes = weight_bytes.div_ceil(devices as u64);
+        self.check_room(what, own_bytes)?;
+        let wanted = self.walked_bytes.div_ceil(own_bytes).min(self.room() / own_bytes);
         Ok(wanted.clamp(1, MAX_COPIES) as usize)
     }
 
     /// The model's first block with these halves, which has weights to measure with.
-    fn block_like(&self, is_like: impl Fn(&Block) -> bool) -> Block {
+    pub(super) fn block_like(&self, is_like: impl Fn(&Block) -> bool) -> Block {
         *self
             .model
             .config
@@ -250,7 +274,7 @@ impl Bench<'_> {
         let subject = Subject::blocks(self.model, block, copies, num_pages, PAGE_TOKENS);
         let step = |tokens: &usize| subject::short_rows(*tokens, Some(dims.hidden), dims.vocab);
         let steps: Vec<Step> = tokens.iter().map(step).collect();
-        let times = self.gang(0).time(&subject, &[], &steps)?;
+        let times = self.gang(1, 0).time(&subject, &[], &steps)?;
         let part = Part { flops_per_token: block.flops_per_token(dims), weight_bytes, copies };
         Ok(BlockEntry {
             shape,
@@ -272,7 +296,7 @@ impl Bench<'_> {
         let context_tokens = self.options.context_tokens + grid::CHUNK_TOKENS;
         let subject = Subject::blocks(self.model, block, copies, pages.total(), context_tokens);
         let steps = grid.steps(pages, dims);
-        let times = self.gang(0).time(&subject, &pages.fill(Some(dims.hidden), dims.vocab), &steps)?;
+        let times = self.gang(1, 0).time(&subject, &pages.fill(Some(dims.hidden), dims.vocab), &steps)?;
         Ok(grid.entry(kv_heads, copies, kv_bytes, &times))
     }
 
@@ -287,24 +311,29 @@ impl Bench<'_> {
 }
 
 /// Of a hop, which a stage takes over and hands on.
-const WHOLE: f64 = 1.0;
+pub(super) const WHOLE: f64 = 1.0;
 /// Of a hop, where a stage is the first or the last.
-const HALF: f64 = 0.5;
+pub(super) const HALF: f64 = 0.5;
 
 /// Where the times of a subject without the hop are less, they are of no weight, and chance alone.
 const LEAST_SECONDS: f64 = 1e-9;
 
 /// What one of several copies of a part computes and reads.
 #[derive(Clone, Copy)]
-struct Part {
-    flops_per_token: u64,
-    weight_bytes: u64,
-    copies: usize,
+pub(super) struct Part {
+    pub(super) flops_per_token: u64,
+    pub(super) weight_bytes: u64,
+    pub(super) copies: usize,
 }
 
 impl Part {
     /// Its share of what was measured, less some of the hop.
-    fn curve(self, tokens: &[usize], times: &[Both<Seconds>], hop: Option<(&Curve, f64)>) -> Curve {
+    pub(super) fn curve(
+        self,
+        tokens: &[usize],
+        times: &[Both<Seconds>],
+        hop: Option<(&Curve, f64)>,
+    ) -> Curve {
         let all = Both { alone: (), busy: () };
         all.map(|(), neighbours| {
             let point = |(idx, tokens): (usize, &usize)| {

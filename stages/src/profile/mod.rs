@@ -18,15 +18,19 @@ mod grid;
 mod key;
 mod machine;
 mod measure;
+mod meetings;
 mod points;
+mod shared;
 mod store;
 mod subject;
+mod team;
 mod throughput;
 
 use serde::{Deserialize, Serialize};
 
-use crate::block::{Attention, Block, Ffn};
+use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
+use crate::shard::{AttentionShard, AttentionSharing, FfnShard, RankPlace};
 
 pub use ceilings::Ceilings;
 pub use key::{DeviceKey, ProfileKey};
@@ -37,7 +41,7 @@ pub(crate) use subject::SHORT_CONTEXT;
 pub use throughput::{Rate, Throughput, ThroughputOptions, throughput};
 
 /// The format of the file, which grows with each change of what is measured or how.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// What was measured on one device for models of the same dimensions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,6 +64,9 @@ pub struct Profile {
     pub blocks: Vec<BlockEntry>,
     /// Each distinct attention.
     pub attention: Vec<AttentionEntry>,
+    /// What stages take that several devices share, for each number of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared: Vec<SharedEntry>,
     /// What the memory had no room for, and what it would have taken: it is not tried again before there is as much.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub too_large: Vec<TooLarge>,
@@ -82,6 +89,57 @@ pub enum Part {
     Block(BlockShape),
     /// Attention of so many KV heads.
     Attention(usize),
+    /// A half block that several devices share.
+    Half(SharedHalf),
+}
+
+/// A half block on a stage of several devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedHalf {
+    /// How many devices.
+    pub ranks: usize,
+    /// Which half.
+    pub half: Half,
+}
+
+/// A half of a block, and how ranks share it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Half {
+    /// Attention by heads, or a linear matrix in its place.
+    Attention(Attention),
+    /// Attention by sequences.
+    AttentionBySequences(Attention),
+    /// An FFN by columns, or a linear matrix in its place.
+    Ffn(Ffn),
+}
+
+/// What stages of so many devices take.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SharedEntry {
+    /// How many devices.
+    pub ranks: usize,
+    /// To add up the residual stream over all ranks, by its tokens.
+    pub all_reduce: Vec<TokenPoint>,
+    /// To give all ranks the first one's.
+    pub broadcast: Vec<TokenPoint>,
+    /// Last norm, output matrix and greedy draws, by rows of logits.
+    pub head: Both<Vec<TokenPoint>>,
+    /// Each distinct half, what its ranks tell each other with it.
+    pub halves: Vec<HalfEntry>,
+}
+
+/// A distinct half: the time for tokens with almost no context.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HalfEntry {
+    /// Which.
+    pub half: Half,
+    /// Bytes of all ranks' weights together, no copy counted.
+    pub weight_bytes: u64,
+    /// Copies that were walked through.
+    pub copies: usize,
+    /// By tokens of the micro-batch.
+    pub points: Both<Vec<TokenPoint>>,
 }
 
 /// What makes blocks alike.
@@ -124,6 +182,8 @@ pub struct Missing {
     pub blocks: Vec<BlockShape>,
     /// Distinct attention.
     pub kv_heads: Vec<usize>,
+    /// Distinct halves of stages that several devices share.
+    pub halves: Vec<SharedHalf>,
 }
 
 impl From<Block> for BlockShape {
@@ -134,22 +194,71 @@ impl From<Block> for BlockShape {
 
 impl std::fmt::Display for BlockShape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.attention {
-            Attention::Gqa { kv_heads } => write!(f, "gqa {kv_heads}, ")?,
-            Attention::Linear => write!(f, "linear, ")?,
-            Attention::None => write!(f, "none, ")?,
-        }
-        match self.ffn {
-            Ffn::SwiGlu { width } => write!(f, "swiglu {width}"),
-            Ffn::Linear => write!(f, "linear"),
-            Ffn::None => write!(f, "none"),
+        write!(f, "{}, {}", Half::Attention(self.attention), Half::Ffn(self.ffn))
+    }
+}
+
+impl std::fmt::Display for Half {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Half::Attention(Attention::Gqa { kv_heads }) => write!(f, "gqa {kv_heads}"),
+            Half::AttentionBySequences(attention) => {
+                write!(f, "{} by sequences", Half::Attention(*attention))
+            }
+            Half::Ffn(Ffn::SwiGlu { width }) => write!(f, "swiglu {width}"),
+            Half::Attention(Attention::Linear) | Half::Ffn(Ffn::Linear) => write!(f, "linear"),
+            Half::Attention(Attention::None) | Half::Ffn(Ffn::None) => write!(f, "none"),
         }
     }
 }
 
+impl SharedEntry {
+    /// All that has a curve for idle and for busy neighbours.
+    fn curves(&self) -> impl Iterator<Item = &Both<Vec<TokenPoint>>> {
+        self.halves.iter().map(|half| &half.points).chain([&self.head])
+    }
+}
+
+impl SharedHalf {
+    /// Whether it has too few units to be shared, so that the first rank has all of it.
+    pub(crate) fn is_of_first_rank(self, dims: Dims) -> bool {
+        let place = RankPlace { rank: 0, num_ranks: self.ranks };
+        match self.half {
+            Half::Attention(attention) => {
+                place.attention(attention, dims, AttentionSharing::Heads) == AttentionShard::FirstRank
+            }
+            Half::AttentionBySequences(_) => false,
+            Half::Ffn(ffn) => {
+                let columns = 0..if let Ffn::SwiGlu { width } = ffn { width } else { 0 };
+                matches!(place.ffn(ffn, dims, columns), FfnShard::FirstRank(_))
+            }
+        }
+    }
+}
+
+impl Half {
+    /// The distinct ones of a model.
+    fn all_of(config: &ModelConfig) -> Vec<Half> {
+        let of_block = |block: &Block| {
+            let by_heads = (block.attention != Attention::None).then_some(Half::Attention(block.attention));
+            let by_sequences = matches!(block.attention, Attention::Gqa { .. })
+                .then_some(Half::AttentionBySequences(block.attention));
+            let ffn = (block.ffn != Ffn::None).then_some(Half::Ffn(block.ffn));
+            [by_heads, by_sequences, ffn].into_iter().flatten()
+        };
+        let mut halves = Vec::new();
+        for half in config.blocks.iter().flat_map(of_block) {
+            if !halves.contains(&half) {
+                halves.push(half);
+            }
+        }
+        halves
+    }
+}
+
 impl Missing {
-    /// All that a profile of a model must have.
-    pub fn all_of(config: &ModelConfig) -> Self {
+    /// All that a profile of a model must have, with stages that are shared by so many devices as in `widths`.
+    pub fn all_of(config: &ModelConfig, widths: &[usize]) -> Self {
         let mut missing = Missing::default();
         for block in &config.blocks {
             let shape = BlockShape::from(*block);
@@ -162,12 +271,18 @@ impl Missing {
                 missing.kv_heads.push(kv_heads);
             }
         }
+        let halves = Half::all_of(config);
+        let of_width = |ranks: &usize| {
+            let ranks = *ranks;
+            halves.iter().map(move |half| SharedHalf { ranks, half: *half })
+        };
+        missing.halves = widths.iter().flat_map(of_width).collect();
         missing
     }
 
     /// Whether nothing is.
     pub fn is_empty(&self) -> bool {
-        self.blocks.is_empty() && self.kv_heads.is_empty()
+        self.blocks.is_empty() && self.kv_heads.is_empty() && self.halves.is_empty()
     }
 }
 
@@ -180,6 +295,16 @@ impl Profile {
     /// The entry of attention with so many KV heads.
     pub fn attention(&self, kv_heads: usize) -> Option<&AttentionEntry> {
         self.attention.iter().find(|entry| entry.kv_heads == kv_heads)
+    }
+
+    /// The entry of stages of so many devices.
+    pub fn shared(&self, ranks: usize) -> Option<&SharedEntry> {
+        self.shared.iter().find(|entry| entry.ranks == ranks)
+    }
+
+    /// The entry of a half block that several devices share.
+    fn half(&self, wanted: SharedHalf) -> Option<&HalfEntry> {
+        self.shared(wanted.ranks)?.halves.iter().find(|entry| entry.half == wanted.half)
     }
 
     /// Whether it reaches to micro-batches of so many tokens: beyond its last points costs are only extrapolated. Contexts
@@ -196,14 +321,16 @@ impl Profile {
         };
         missing.blocks.retain(|shape| may_fit(Part::Block(*shape)));
         missing.kv_heads.retain(|kv_heads| may_fit(Part::Attention(*kv_heads)));
+        missing.halves.retain(|half| may_fit(Part::Half(*half)));
         missing
     }
 
-    /// What it lacks for a model.
-    pub fn missing(&self, config: &ModelConfig) -> Missing {
-        let mut missing = Missing::all_of(config);
+    /// What it lacks for a model, with stages that are shared by so many devices as in `widths`.
+    pub fn missing(&self, config: &ModelConfig, widths: &[usize]) -> Missing {
+        let mut missing = Missing::all_of(config, widths);
         missing.blocks.retain(|shape| self.block(*shape).is_none());
         missing.kv_heads.retain(|kv_heads| self.attention(*kv_heads).is_none());
+        missing.halves.retain(|half| self.half(*half).is_none());
         missing
     }
 
@@ -215,13 +342,26 @@ impl Profile {
         self.blocks.extend(earlier.blocks.into_iter().filter(|entry| own.block(entry.shape).is_none()));
         self.attention
             .extend(earlier.attention.into_iter().filter(|entry| own.attention(entry.kv_heads).is_none()));
+        for entry in earlier.shared {
+            match self.shared.iter_mut().find(|own| own.ranks == entry.ranks) {
+                Some(own) => {
+                    let has = own.halves.clone();
+                    let is_new = |half: &HalfEntry| has.iter().all(|own| own.half != half.half);
+                    own.halves.extend(entry.halves.into_iter().filter(is_new));
+                }
+                None => self.shared.push(entry),
+            }
+        }
         let is_new = |too_large: &TooLarge| own.too_large.iter().all(|other| other.part != too_large.part);
         self.too_large.extend(earlier.too_large.into_iter().filter(is_new));
         let has = |part: Part| match part {
             Part::Block(shape) => self.blocks.iter().any(|entry| entry.shape == shape),
             Part::Attention(kv_heads) => self.attention.iter().any(|entry| entry.kv_heads == kv_heads),
+            Part::Half(half) => self.half(half).is_some(),
         };
-        self.too_large.retain(|too_large| !has(too_large.part));
+        let kept: Vec<TooLarge> =
+            self.too_large.iter().filter(|too_large| !has(too_large.part)).cloned().collect();
+        self.too_large = kept;
         self
     }
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::key::ProfileKey;
-use super::{FORMAT, Profile};
+use super::{FORMAT, Profile, SharedEntry};
 use crate::error::{Error, Result};
 
 /// Where profiles are kept.
@@ -103,13 +103,15 @@ fn judge(key: &ProfileKey, text: &str) -> std::result::Result<Stored, String> {
 /// Curves that can be read: points in order, and no time that no clock shows.
 fn check(profile: &Profile) -> std::result::Result<(), String> {
     let extras = [&profile.hop, &profile.embedding, &profile.head];
-    for curve in extras.into_iter().chain(profile.blocks.iter().map(|entry| &entry.points)) {
-        for points in [&curve.alone, &curve.busy] {
-            let are_in_order = points.is_sorted_by(|a, b| a.tokens < b.tokens) && !points.is_empty();
-            let are_times = points.iter().all(|p| p.seconds.median.is_finite() && p.seconds.median >= 0.0);
-            if !(are_in_order && are_times && points[0].tokens > 0) {
-                return Err("times by tokens that are not in order, or no times".to_owned());
-            }
+    let of_blocks = profile.blocks.iter().map(|entry| &entry.points);
+    let curves =
+        extras.into_iter().chain(of_blocks).chain(profile.shared.iter().flat_map(SharedEntry::curves));
+    let meetings = profile.shared.iter().flat_map(|entry| [&entry.all_reduce, &entry.broadcast]);
+    for points in curves.flat_map(|curve| [&curve.alone, &curve.busy]).chain(meetings) {
+        let are_in_order = points.is_sorted_by(|a, b| a.tokens < b.tokens) && !points.is_empty();
+        let are_times = points.iter().all(|p| p.seconds.median.is_finite() && p.seconds.median >= 0.0);
+        if !(are_in_order && are_times && points[0].tokens > 0) {
+            return Err("times by tokens that are not in order, or no times".to_owned());
         }
     }
     for curve in profile.attention.iter().flat_map(|entry| [&entry.decode, &entry.prefill]) {

@@ -9,6 +9,7 @@ use scheduler::{
 
 use crate::block::{Attention, Block, Ffn};
 use crate::model::Model;
+use crate::shard::Sharing;
 use crate::span::SpanOptions;
 use crate::stage::Activations;
 
@@ -29,6 +30,8 @@ const FILL_STEP: usize = 8;
 pub(super) struct Subject {
     pub(super) model: Model,
     pub(super) options: SpanOptions,
+    /// Of several devices.
+    pub(super) sharing: Sharing,
 }
 
 /// Where in a model a subject's blocks stand, which decides what it has beside them.
@@ -69,7 +72,8 @@ impl Subject {
     /// All of a model.
     pub(super) fn whole(model: &Model, num_pages: usize, context_tokens: usize) -> Self {
         let part = Span { start: 0, end: model.config.blocks.len() }.into();
-        Subject { model: model.clone(), options: SpanOptions { part, num_pages, context_tokens } }
+        let options = SpanOptions { part, num_pages, context_tokens };
+        Subject { model: model.clone(), options, sharing: Sharing::default() }
     }
 
     /// What a stage has beside its blocks.
@@ -87,7 +91,14 @@ impl Subject {
         let mut config = (*model.config).clone();
         config.blocks = blocks;
         let model = Model { config: Arc::new(config), ..model.clone() };
-        Subject { model, options: SpanOptions { part: span.into(), num_pages, context_tokens } }
+        let options = SpanOptions { part: span.into(), num_pages, context_tokens };
+        Subject { model, options, sharing: Sharing::default() }
+    }
+
+    /// The same whose attention is shared by sequences.
+    pub(super) fn by_sequences(self) -> Self {
+        let sharing = Sharing::by_sequences(self.options.part.blocks.range());
+        Subject { sharing, ..self }
     }
 }
 

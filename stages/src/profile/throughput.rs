@@ -17,6 +17,7 @@ use super::subject::{self, Pages, Step, Subject};
 use crate::cost::{Balance, Estimator, NumberType, NumberTypes, pieces};
 use crate::error::Result;
 use crate::model::Model;
+use crate::shard::Sharing;
 use crate::stage::{Device, Dtypes};
 
 /// Pages that rows share, at most: many times what any cache holds of a small model.
@@ -165,7 +166,8 @@ fn on_device_thread(
     let pages = options.pages(model);
     // Whole pages are filled.
     let subject = Subject::whole(model, pages.total(), context_tokens.next_multiple_of(PAGE_TOKENS));
-    let mut bench = Bench { model, options, at_work: AtWork::load(&subject, device, *dtypes, 0)? };
+    let mut bench =
+        Bench { model, options, at_work: AtWork::load(&subject, std::slice::from_ref(device), *dtypes, 0)? };
     say("model loaded");
     for step in pages.fill(None, vocab) {
         bench.at_work.seconds(&step);
@@ -219,7 +221,7 @@ impl Bench<'_> {
         let estimator =
             Estimator { config, roofline: ceilings.roofline(), types, balance: Balance::Roofline };
         let pieces = pieces(config, None);
-        let floor = estimator.stage_seconds(&pieces, 0..pieces.len(), 1);
+        let floor = estimator.stage_seconds(&pieces, 0..pieces.len(), 1, &Sharing::default());
         let sum = |of: &dyn Fn(&Timed) -> f64| -> f64 {
             pass.iter().map(|timed| timed.count as f64 * of(timed)).sum()
         };

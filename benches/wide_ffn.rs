@@ -363,6 +363,7 @@ fn micro_batch(id: u64) -> MicroBatch {
         pages: Arc::new(vec![2 * row as u32, 2 * row as u32 + 1]),
         sample: true,
         score: Vec::new(),
+        counts: None,
         request: Arc::new(Request {
             key: RequestKey(row as u128),
             prompt: vec![0],

@@ -165,6 +165,15 @@ pub(crate) struct GenerateArgs {
     /// Drop tokens less likely than this share of the most likely one
     #[arg(long, value_name = "P")]
     pub(crate) min_p: Option<f64>,
+    /// Make tokens of the prompt and the answer less likely; 1 changes nothing
+    #[arg(long, value_name = "P")]
+    pub(crate) repetition_penalty: Option<f64>,
+    /// Make tokens of the answer less likely by the number of times that they were generated, -2 to 2
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f64>,
+    /// Make tokens of the answer less likely, -2 to 2
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f64>,
     /// End before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,

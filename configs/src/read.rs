@@ -236,6 +236,22 @@ pub(crate) fn temperature<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     })
 }
 
+/// A factor between logits.
+pub(crate) fn repetition_penalty<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<f64>, D::Error> {
+    scalar(deserializer, "a number from 0.01 to 100", |found| {
+        found.number().filter(|x| (0.01..=100.0).contains(x)).map(Some)
+    })
+}
+
+/// OpenAI's range of penalties.
+pub(crate) fn penalty<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    scalar(deserializer, "a number from -2 to 2", |found| {
+        found.number().filter(|x| (-2.0..=2.0).contains(x)).map(Some)
+    })
+}
+
 /// A share that may be nothing at all.
 pub(crate) fn share<'de, D: Deserializer<'de>, T: From<f64>>(deserializer: D) -> Result<T, D::Error> {
     scalar(deserializer, "a number from 0 to 1", |found| {

@@ -203,6 +203,15 @@ pub struct Sampling {
     /// Drop tokens less likely than this share of the most likely one's probability, 0 to 1.
     #[serde(deserialize_with = "read::share", skip_serializing_if = "Option::is_none")]
     pub min_p: Option<f64>,
+    /// Divides the logits above 0 of tokens that stand in the prompt or were generated, and multiplies the others; 0.01 to 100.
+    #[serde(deserialize_with = "read::repetition_penalty", skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f64>,
+    /// Taken off a token's logit for each time that it was generated, -2 to 2.
+    #[serde(deserialize_with = "read::penalty", skip_serializing_if = "Option::is_none")]
+    pub frequency_penalty: Option<f64>,
+    /// Taken off the logit of each token that was generated, -2 to 2.
+    #[serde(deserialize_with = "read::penalty", skip_serializing_if = "Option::is_none")]
+    pub presence_penalty: Option<f64>,
     /// Takes the place of the job's seed.
     #[serde(deserialize_with = "read::seed", skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,

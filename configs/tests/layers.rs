@@ -103,6 +103,9 @@ temperature = 1
 top_p = 0.9
 top_k = 0
 min_p = 0.05
+repetition_penalty = 1.1
+frequency_penalty = -2
+presence_penalty = 0.5
 seed = 3
 max_tokens = 64
 min_tokens = 64
@@ -132,6 +135,8 @@ fn every_key_arrives_where_it_belongs() {
     let sampling = job.sampling;
     assert_eq!((sampling.temperature, sampling.top_p), (Some(1.0), Some(0.9)));
     assert_eq!((sampling.top_k, sampling.min_p, sampling.seed), (Some(0), Some(0.05), Some(3)));
+    let penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty);
+    assert_eq!(penalties, (Some(1.1), Some(-2.0), Some(0.5)));
     assert_eq!((sampling.max_tokens, sampling.min_tokens), (Some(64), Some(64)));
     assert_eq!(sampling.stop, Some(vec!["END".to_owned()]));
     assert_eq!(sampling.stop_token_ids, Some(vec![2, u32::MAX]));
@@ -299,6 +304,9 @@ checkpoint_tokens = 256
 # top_p =  # not set
 # top_k =  # not set
 # min_p =  # not set
+# repetition_penalty =  # not set
+# frequency_penalty =  # not set
+# presence_penalty =  # not set
 # seed =  # not set
 # max_tokens =  # not set
 # min_tokens =  # not set

@@ -1,5 +1,7 @@
 //! The body of a batch line: what is asked, in OpenAI's words and a few of vLLM's.
 
+use std::collections::BTreeMap;
+
 use scheduler::TokenId;
 use serde_json::{Map, Value};
 
@@ -69,6 +71,10 @@ fn sampling(fields: &Fields<'_>) -> Result<SamplingOptions, RowError> {
         // As good as all: a vocabulary has fewer tokens.
         top_k: fields.integer("top_k", -1)?.map(|top_k| top_k.min(i64::MAX.into()) as i64),
         min_p: fields.number("min_p")?,
+        repetition_penalty: fields.number("repetition_penalty")?,
+        frequency_penalty: fields.number("frequency_penalty")?,
+        presence_penalty: fields.number("presence_penalty")?,
+        logit_bias: fields.get("logit_bias").map(logit_bias).transpose()?,
         // Any 64 bits are a seed; OpenAI's are signed.
         seed: fields.integer("seed", i64::MIN)?.map(|seed| seed as u64),
         max_tokens: max_tokens(fields)?,
@@ -81,6 +87,24 @@ fn sampling(fields: &Fields<'_>) -> Result<SamplingOptions, RowError> {
         ignore_eos: fields.boolean("ignore_eos")?,
         n: fields.count("n")?,
     })
+}
+
+/// OpenAI's form: an object whose keys are token ids.
+fn logit_bias(value: &Value) -> Result<BTreeMap<TokenId, f64>, RowError> {
+    const NAME: &str = "logit_bias";
+    let Some(biases) = value.as_object() else {
+        return Err(invalid_type(NAME, "an object of token ids and numbers", value));
+    };
+    let bias = |(id, value): (&String, &Value)| {
+        let wrong_id =
+            || RowError::of(NAME, "invalid_type", format!("expected token ids as keys, found {id:?}"));
+        // One spelling for each id, so that none is named twice.
+        let token =
+            id.parse().ok().filter(|token: &TokenId| token.to_string() == *id).ok_or_else(wrong_id)?;
+        let bias = value.as_f64().ok_or_else(|| invalid_type(&format!("{NAME}.{id}"), "a number", value))?;
+        Ok((token, bias))
+    };
+    biases.iter().map(bias).collect()
 }
 
 fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>, RowError> {

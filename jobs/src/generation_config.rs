@@ -38,6 +38,7 @@ impl GenerationConfig {
                 .map(|value| integer("top_k", value))
                 .transpose()?,
             min_p: number(json, "min_p")?,
+            repetition_penalty: number(json, "repetition_penalty")?,
             ..SamplingOptions::default()
         };
         // Only when it is stated: files that say nothing mean a sampling that suits the model.
@@ -75,12 +76,9 @@ pub(crate) fn read_object(path: &Path) -> Result<Option<Map<String, Value>>> {
 fn changes_answers(name: &str, value: &Value) -> bool {
     let differs = |neutral: f64| value.as_f64().is_some_and(|number| number != neutral);
     match name {
-        "repetition_penalty"
-        | "encoder_repetition_penalty"
-        | "typical_p"
-        | "num_beams"
-        | "num_beam_groups"
-        | "guidance_scale" => differs(1.0),
+        "encoder_repetition_penalty" | "typical_p" | "num_beams" | "num_beam_groups" | "guidance_scale" => {
+            differs(1.0)
+        }
         "no_repeat_ngram_size"
         | "encoder_no_repeat_ngram_size"
         | "epsilon_cutoff"
@@ -160,7 +158,7 @@ mod tests {
     #[test]
     fn its_sampling_becomes_the_default() {
         let config = read(
-            r#"{"do_sample": true, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": null,
+            r#"{"do_sample": true, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": null, "repetition_penalty": 1.05,
             "eos_token_id": [7, 8], "max_length": 4096, "pad_token_id": 7}"#,
         );
         let config = config.unwrap();
@@ -170,6 +168,7 @@ mod tests {
                 temperature: Some(0.6),
                 top_p: Some(0.95),
                 top_k: Some(20),
+                repetition_penalty: Some(1.05),
                 ..SamplingOptions::default()
             }
         );
@@ -186,16 +185,19 @@ mod tests {
 
     #[test]
     fn what_is_not_honoured_is_named_with_its_value() {
-        let config = read(
-            r#"{"repetition_penalty": 1.05, "typical_p": 1.0, "bad_words_ids": [[3]], "suppress_tokens": []}"#,
-        );
-        assert_eq!(config.unwrap().not_honoured, ["bad_words_ids [[3]]", "repetition_penalty 1.05"]);
+        let config =
+            read(r#"{"num_beams": 4, "typical_p": 1.0, "bad_words_ids": [[3]], "suppress_tokens": []}"#);
+        assert_eq!(config.unwrap().not_honoured, ["bad_words_ids [[3]]", "num_beams 4"]);
     }
 
     #[test]
     fn values_that_cannot_be_are_errors() {
         assert_eq!(read(r#"{"top_p": "high"}"#).unwrap_err(), r#"top_p: expected a number, found "high""#);
         assert_eq!(read(r#"{"top_p": 1.5}"#).unwrap_err(), "top_p: expected a number from 0 to 1, found 1.5");
+        assert_eq!(
+            read(r#"{"repetition_penalty": 0}"#).unwrap_err(),
+            "repetition_penalty: expected a number from 0.01 to 100, found 0"
+        );
         assert_eq!(
             read(r#"{"eos_token_id": -1}"#).unwrap_err(),
             "eos_token_id: expected a token id, found -1"

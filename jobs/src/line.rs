@@ -315,6 +315,7 @@ fn failed_sequence(row: &PreparedRow, failure: Failure) -> Line {
     let code = match failure {
         Failure::NonFiniteLogits { .. } => "non_finite_logits",
         Failure::EndsStage => "ends_stage",
+        Failure::NothingLeft { .. } => "nothing_left",
     };
     let error = LineError { code, message: failure.to_string() };
     let grade = row.truth.as_ref().map(|truth| truth.grade(std::iter::empty()));

@@ -11,12 +11,16 @@ use crate::json::show;
 use crate::prepared::Endpoint;
 
 /// Honoured on both routes.
-const HONOURED: [&str; 18] = [
+const HONOURED: [&str; 22] = [
     "model",
     "temperature",
     "top_p",
     "top_k",
     "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
     "seed",
     "max_tokens",
     "max_completion_tokens",
@@ -37,7 +41,7 @@ const CHAT: [&str; 2] = ["messages", "top_logprobs"];
 const COMPLETIONS: [&str; 2] = ["prompt", "echo"];
 
 /// Known from OpenAI's interface and vLLM's, and not honoured.
-const NOT_HONOURED: [&str; 52] = [
+const NOT_HONOURED: [&str; 48] = [
     "add_generation_prompt",
     "add_special_tokens",
     "allowed_token_ids",
@@ -48,7 +52,6 @@ const NOT_HONOURED: [&str; 52] = [
     "chat_template_kwargs",
     "continue_final_message",
     "documents",
-    "frequency_penalty",
     "function_call",
     "functions",
     "guided_choice",
@@ -59,17 +62,14 @@ const NOT_HONOURED: [&str; 52] = [
     "include_reasoning",
     "include_stop_str_in_output",
     "length_penalty",
-    "logit_bias",
     "logits_processors",
     "modalities",
     "parallel_tool_calls",
     "prediction",
-    "presence_penalty",
     "priority",
     "prompt_cache_key",
     "prompt_logprobs",
     "reasoning_effort",
-    "repetition_penalty",
     "response_format",
     "safety_identifier",
     "service_tier",
@@ -168,10 +168,8 @@ impl std::fmt::Display for Neutral {
 
 fn neutral(name: &str) -> Option<Neutral> {
     Some(match name {
-        "best_of" | "repetition_penalty" | "length_penalty" | "typical_p" => Neutral::Number(1.0),
-        "frequency_penalty" | "presence_penalty" | "priority" | "top_a" | "xtc_probability" => {
-            Neutral::Number(0.0)
-        }
+        "best_of" | "length_penalty" | "typical_p" => Neutral::Number(1.0),
+        "priority" | "top_a" | "xtc_probability" => Neutral::Number(0.0),
         "stream"
         | "use_beam_search"
         | "include_stop_str_in_output"
@@ -181,13 +179,9 @@ fn neutral(name: &str) -> Option<Neutral> {
         | "spaces_between_special_tokens"
         | "add_generation_prompt"
         | "parallel_tool_calls" => Neutral::Flag(true),
-        "logit_bias"
-        | "chat_template_kwargs"
-        | "tools"
-        | "functions"
-        | "documents"
-        | "bad_words"
-        | "suffix" => Neutral::Empty,
+        "chat_template_kwargs" | "tools" | "functions" | "documents" | "bad_words" | "suffix" => {
+            Neutral::Empty
+        }
         "tool_choice" | "function_call" => Neutral::Either(["none", "auto"]),
         "service_tier" => Neutral::Either(["auto", "default"]),
         "modalities" => Neutral::Json(serde_json::json!(["text"])),

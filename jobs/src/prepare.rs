@@ -144,6 +144,9 @@ impl Preparer {
         let stop_token_ids = asked.stop_token_ids.as_deref().unwrap_or_default();
         check_tokens(&self.text, stop_token_ids)
             .map_err(|message| RowError::of("stop_token_ids", "invalid_token_id", message))?;
+        let biased: Vec<TokenId> = asked.logit_bias.iter().flatten().map(|(&token, _)| token).collect();
+        check_tokens(&self.text, &biased)
+            .map_err(|message| RowError::of("logit_bias", "invalid_token_id", message))?;
         let prompt = self.tokens(&body.prompt)?;
         let max_tokens = self.room(&body, prompt.len(), asked.max_tokens)?;
         let choices = asked.n.unwrap_or(1);
@@ -221,6 +224,12 @@ impl Preparer {
             top_p: (asked.top_p.unwrap_or(1.0) as f32).max(f32::MIN_POSITIVE),
             top_k: asked.top_k.unwrap_or(0).clamp(0, u32::MAX.into()) as u32,
             min_p: asked.min_p.unwrap_or(0.0) as f32,
+            repetition_penalty: asked.repetition_penalty.unwrap_or(1.0) as f32,
+            frequency_penalty: asked.frequency_penalty.unwrap_or(0.0) as f32,
+            presence_penalty: asked.presence_penalty.unwrap_or(0.0) as f32,
+            logit_bias: (asked.logit_bias.into_iter().flatten())
+                .map(|(token, bias)| (token, bias as f32))
+                .collect(),
             seed: asked.seed.unwrap_or(self.seed),
             max_tokens,
             min_tokens: asked.min_tokens.unwrap_or(0),

@@ -4,6 +4,8 @@
 //! and OpenAI's defaults, in falling order. Each says some things and leaves others open; what one
 //! leaves open is the next one's to say.
 
+use std::collections::BTreeMap;
+
 use scheduler::TokenId;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +21,18 @@ pub struct SamplingOptions {
     pub top_k: Option<i64>,
     /// Drop tokens less likely than this share of the most likely one's probability, 0 to 1.
     pub min_p: Option<f64>,
+    /// Divides the logits above 0 of tokens that stand in the prompt or were generated, and multiplies the others, 0.01 to 100.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f64>,
+    /// Taken off a token's logit for each time that it was generated, -2 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frequency_penalty: Option<f64>,
+    /// Taken off the logit of each token that was generated, -2 to 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub presence_penalty: Option<f64>,
+    /// Added to the logits of these tokens, -100 to 100.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_bias: Option<BTreeMap<TokenId, f64>>,
     /// First key of the random stream; a job's own stands in `[job] seed`.
     pub seed: Option<u64>,
     /// Most tokens to generate.
@@ -49,6 +63,10 @@ impl SamplingOptions {
             top_p: self.top_p.or(other.top_p),
             top_k: self.top_k.or(other.top_k),
             min_p: self.min_p.or(other.min_p),
+            repetition_penalty: self.repetition_penalty.or(other.repetition_penalty),
+            frequency_penalty: self.frequency_penalty.or(other.frequency_penalty),
+            presence_penalty: self.presence_penalty.or(other.presence_penalty),
+            logit_bias: self.logit_bias.or_else(|| other.logit_bias.clone()),
             seed: self.seed.or(other.seed),
             max_tokens: self.max_tokens.or(other.max_tokens),
             min_tokens: self.min_tokens.or(other.min_tokens),
@@ -61,9 +79,14 @@ impl SamplingOptions {
 
     /// Checks every value against its range; the error names the parameter and says what was expected.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
-        number("temperature", self.temperature, 2.0)?;
-        number("top_p", self.top_p, 1.0)?;
-        number("min_p", self.min_p, 1.0)?;
+        number("temperature", self.temperature, 0.0, 2.0)?;
+        number("top_p", self.top_p, 0.0, 1.0)?;
+        number("min_p", self.min_p, 0.0, 1.0)?;
+        number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)?;
+        number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)?;
+        number("presence_penalty", self.presence_penalty, -2.0, 2.0)?;
+        let mut biases = self.logit_bias.iter().flatten();
+        biases.try_for_each(|(_, &bias)| number("logit_bias", Some(bias), -100.0, 100.0))?;
         if let Some(top_k) = self.top_k.filter(|&top_k| top_k < -1) {
             return Err(("top_k", format!("expected an integer of at least -1, found {top_k}")));
         }
@@ -86,10 +109,15 @@ impl SamplingOptions {
     }
 }
 
-fn number(name: &'static str, value: Option<f64>, most: f64) -> Result<(), (&'static str, String)> {
+fn number(
+    name: &'static str,
+    value: Option<f64>,
+    least: f64,
+    most: f64,
+) -> Result<(), (&'static str, String)> {
     match value {
-        Some(value) if !(0.0..=most).contains(&value) => {
-            Err((name, format!("expected a number from 0 to {most}, found {value}")))
+        Some(value) if !(least..=most).contains(&value) => {
+            Err((name, format!("expected a number from {least} to {most}, found {value}")))
         }
         _ => Ok(()),
     }

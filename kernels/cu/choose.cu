@@ -4,6 +4,8 @@
 // Nothing is sorted. Whatever is looked for is the entry at which a sum, run by falling keys, goes beyond a limit; eight bits of
 // the key are settled at a time, by a histogram of the sums of what is still in question. Sums are whole numbers, so that no
 // order matters, and with f32 operations that are never fused the token is the twin's.
+//
+// A row that is edited is edited where it lies, once all that is reported of it was read.
 #include "num.cuh"
 
 constexpr u32 THREADS = 512;
@@ -14,6 +16,7 @@ constexpr u32 DIGIT_BITS = 8;
 constexpr u32 WEIGHT_BITS = 30;
 constexpr float ONE = 1099511627776.0f;
 constexpr u32 NO_TOKEN = 0xffffffffu;
+constexpr u32 NO_MASK = 0xffffffffu;
 
 // As choices.rs has it.
 struct Choice {
@@ -23,6 +26,16 @@ struct Choice {
     u32 top_k;
     float top_p, min_p;
     u32 top;
+    // Of all edits those from the first to before the last, and the first word of the mask.
+    u32 first_edit, last_edit;
+    u32 mask;
+};
+
+struct Edit {
+    u32 token;
+    float scale, shift;
+    // Becomes the logit before the edit.
+    float before;
 };
 
 struct Found {
@@ -33,7 +46,7 @@ struct Found {
 
 // One entry of a row after the other, by the threads of a block.
 struct Row {
-    const float* logits;
+    float* logits;
     u32 vocabulary;
     float max, temperature;
     // [WARPS][BINS], a histogram of each warp: fewer threads wait for the same sum.
@@ -71,6 +84,7 @@ struct Row {
         u32 bits = bits_of_f32(logits[i] + 0.0f);
         return bits >> 31 ? ~bits : bits | 0x80000000u;
     }
+    DEVICE static float logit_of(u32 key) { return f32_of_bits(key >> 31 ? key & 0x7fffffffu : ~key); }
 
     // A sum over all entries; every thread has it.
     template <typename Measure>
@@ -130,6 +144,19 @@ struct Row {
         return vocabulary - 1 - find(nth, id_bits(), [&](u32 i) { return id_key(i); }, is_wanted).key;
     }
 
+    DEVICE void edit(Edit* edits, u32 count, const u32* mask) {
+        for (u32 i = threadIdx.x; i < count; i += THREADS) {
+            float before = logits[edits[i].token], scale = edits[i].scale;
+            float scaled = before > 0.0f ? before / scale : multiply_rounded(before, scale);
+            edits[i].before = before;
+            logits[edits[i].token] = add_rounded(scaled, edits[i].shift);
+        }
+        __syncthreads();
+        for (u32 i = threadIdx.x; mask && i < vocabulary; i += THREADS)
+            if ((mask[i / 32] >> i % 32 & 1) == 0) logits[i] = -f32_of_bits(0x7f800000u);
+        __syncthreads();
+    }
+
     DEVICE u32 draw(const Choice& choice) const {
         auto mass = [&](u32 i) { return this->mass(i); };
         auto key = [&](u32 i) { return weight_key(i); };
@@ -184,18 +211,37 @@ struct Row {
 
 // `stats` is logit_stats.cu's, [rows, 3]; `out` is [rows, width]: token, logit, then pairs of them.
 KERNEL(THREADS)
-choose(u32* out, const float* logits, const u32* stats, const Choice* choices, u32 vocabulary, u32 width) {
+choose(u32* out, float* logits, const u32* stats, const Choice* choices, Edit* edits, const u32* masks, u32 vocabulary, u32 width) {
     __shared__ u64 bins[WARPS * BINS];
     const Choice choice = choices[blockIdx.x];
     u32 argmax = stats[u64(blockIdx.x) * 3];
     float max = f32_of_bits(stats[u64(blockIdx.x) * 3 + 1]);
     Row row = {logits + u64(blockIdx.x) * vocabulary, vocabulary, max, choice.temperature, bins};
     u32* answer = out + u64(blockIdx.x) * width;
-    u32 token = argmax;
     // Of a row that is not finite nothing can be drawn, and its statistics say so.
-    bool is_finite = max - max == 0.0f;
-    if (is_finite && choice.given != NO_TOKEN) token = choice.given;
-    if (is_finite && choice.given == NO_TOKEN && choice.temperature != 0.0f) token = row.draw(choice);
+    if (!(max - max == 0.0f)) {
+        if (threadIdx.x == 0) answer[0] = NO_TOKEN, answer[1] = bits_of_f32(max);
+        return;
+    }
+    if (choice.top > 0) row.largest(choice.top, answer + 2);
+    u32 token = argmax;
+    if (choice.given != NO_TOKEN) token = choice.given;
+    Edit* own = edits + choice.first_edit;
+    u32 count = choice.given == NO_TOKEN ? choice.last_edit - choice.first_edit : 0;
+    bool is_masked = choice.given == NO_TOKEN && choice.mask != NO_MASK;
+    if (count > 0 || is_masked) {
+        row.edit(own, count, is_masked ? masks + choice.mask : nullptr);
+        u32 largest = row.find(0, 32, [&](u32 i) { return row.logit_key(i); }, [](u32) { return u64(1); }).key;
+        token = row.nth_of(0, largest, [&](u32 i) { return row.logit_key(i); });
+        row.max = Row::logit_of(largest);
+        if (!(row.max - row.max == 0.0f)) {
+            if (threadIdx.x == 0) answer[0] = NO_TOKEN, answer[1] = bits_of_f32(max);
+            return;
+        }
+    }
+    if (choice.given == NO_TOKEN && choice.temperature != 0.0f) token = row.draw(choice);
     if (threadIdx.x == 0) answer[0] = token, answer[1] = bits_of_f32(row.logits[token]);
-    if (is_finite && choice.top > 0) row.largest(choice.top, answer + 2);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < count; i += THREADS)
+        if (own[i].token == token) answer[1] = bits_of_f32(own[i].before);
 }

@@ -10,7 +10,7 @@
 //! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
-use crate::choice::{Choice, ChoiceScratch, Chosen};
+use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::cuda::Parcel;
 use crate::error::Result;
 use crate::random_tensor::RandomTensor;
@@ -274,13 +274,14 @@ pub trait Backend: Send + Sync + 'static {
     fn logit_stats(&self, logits: &Self::Array, out: &mut Vec<LogitStats>) -> Result<()>;
 
     /// Chooses a token from every row of logits, as [`crate::choose_row`] does: the same one for equal logits, whatever the
-    /// backend. `out` is cleared first.
+    /// backend. `out` is cleared first; `edits` are of as many rows, or of none.
     ///
-    /// A device that can do so leaves the logits where they are.
+    /// A device that can do so leaves the logits where they are, and may edit them there: afterwards they are of no meaning.
     fn choose(
         &self,
-        logits: &Self::Array,
+        logits: &mut Self::Array,
         choices: &[Choice],
+        edits: &Edits,
         scratch: &mut ChoiceScratch,
         out: &mut Vec<Chosen>,
     ) -> Result<()> {
@@ -288,12 +289,12 @@ pub trait Backend: Send + Sync + 'static {
         self.logit_stats(logits, &mut stats)?;
         self.download(logits, &mut host)?;
         let vocabulary = host.len() / stats.len().max(1);
-        crate::check::choices(choices, stats.len(), vocabulary)?;
+        crate::check::choices(choices, edits, stats.len(), vocabulary)?;
         out.clear();
-        let rows = host.chunks_exact(vocabulary.max(1)).zip(&stats).zip(choices);
-        out.extend(
-            rows.map(|((row, &stats), choice)| crate::choice::choose_row(row, stats, choice, scratch)),
-        );
+        let rows = host.chunks_exact(vocabulary.max(1)).zip(&stats).zip(choices).enumerate();
+        out.extend(rows.map(|(i, ((row, &stats), choice))| {
+            crate::choice::choose_row(row, stats, choice, edits.row(i), scratch)
+        }));
         (scratch.stats, scratch.logits) = (stats, host);
         Ok(())
     }

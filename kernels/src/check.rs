@@ -2,7 +2,7 @@
 
 use crate::array::Array;
 use crate::backend::{AttentionSlice, PAGE_TOKENS, RopeTable};
-use crate::choice::Choice;
+use crate::choice::{Choice, Edit, Edits};
 use crate::error::{Error, Result};
 use crate::tensor_view::{Scales, TensorView};
 
@@ -163,8 +163,8 @@ pub(crate) fn slices(
     shape(op, "slices' rows", [next_row], [rows])
 }
 
-/// One choice for each row of logits, within the vocabulary and of numbers that mean something.
-pub(crate) fn choices(choices: &[Choice], rows: usize, vocabulary: usize) -> Result<()> {
+/// One choice for each row of logits and edits for all or for none, within the vocabulary and of numbers that mean something.
+pub(crate) fn choices(choices: &[Choice], edits: &Edits, rows: usize, vocabulary: usize) -> Result<()> {
     const OP: &str = "choose";
     shape(OP, "choices", [choices.len()], [rows])?;
     for choice in choices {
@@ -180,7 +180,24 @@ pub(crate) fn choices(choices: &[Choice], rows: usize, vocabulary: usize) -> Res
             )));
         }
     }
-    Ok(())
+    if !edits.rows.is_empty() {
+        shape(OP, "edits", [edits.rows.len()], [rows])?;
+    }
+    (0..edits.rows.len()).try_for_each(|row| {
+        let row = edits.row(row);
+        if let Some(mask) = row.mask {
+            shape(OP, "mask", [mask.len()], [vocabulary.div_ceil(32)])?;
+        }
+        // Edits of one token beside each other would come about in any order.
+        let is_rising = row.edits.is_sorted_by(|a, b| a.token < b.token);
+        let is_number = |edit: &Edit| edit.scale > 0.0 && edit.scale.is_finite() && edit.shift < f32::INFINITY;
+        if let Some(edit) = row.edits.iter().find(|edit| !is_rising || !is_number(edit)) {
+            return Err(Error::Unsupported(format!(
+                "{OP}: found {edit:?}, expected a finite scale above 0, a shift below infinity, and rising tokens"
+            )));
+        }
+        row.edits.iter().try_for_each(|edit| below(OP, "edited token", edit.token as usize, vocabulary))
+    })
 }
 
 #[cfg(test)]

@@ -3,10 +3,13 @@
 //! Every backend gives the same token for equal logits. So weights are `exp((logit - max) / temperature)` in f32 operations that
 //! round alike everywhere, and their shares are counted in whole numbers, whose sums know no order. All that truncation
 //! leaves is a beginning of the tokens by falling weight, ties by id, and is known by its mass.
+//!
+//! A row may be edited before the draw, by [`Edits`]: penalties, biases, tokens that are barred and masks all come to that. What is
+//! reported beside the token, its logit among it, is of the row as it was.
 
 use crate::backend::LogitStats;
 
-/// What is asked of a row of logits. A draw applies temperature, top-k, top-p and min-p, in this order.
+/// What is asked of a row of logits. A draw applies the row's edits, its mask, temperature, top-k, top-p and min-p, in this order.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Choice {
     /// No draw: this token, for its logit.
@@ -25,16 +28,100 @@ pub struct Choice {
     pub top: u32,
 }
 
+/// How the logit of a token is changed before the draw: one above 0 is divided by `scale`, any other multiplied by it, and
+/// then `shift` is added; each step is rounded to f32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Edit {
+    /// Whose.
+    pub token: u32,
+    /// Above 0 and finite; 1 changes nothing. It is a repetition penalty (Keskar et al. 2019, CTRL).
+    pub scale: f32,
+    /// Below infinity; that of a token that must not be drawn is `-inf`.
+    pub shift: f32,
+}
+
+/// What is changed of each row of logits before the draw. Of no rows at all: nothing of any.
+#[derive(Debug, Clone, Default)]
+pub struct Edits {
+    pub(crate) edits: Vec<Edit>,
+    pub(crate) masks: Vec<u32>,
+    pub(crate) rows: Vec<EditsEnd>,
+}
+
+/// Where a row's edits and its mask end in those of all rows, and whether it has a mask.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct EditsEnd {
+    pub(crate) edits: usize,
+    pub(crate) masks: usize,
+}
+
+/// What is changed of one row.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RowEdits<'a> {
+    /// By rising token, at most one for each.
+    pub edits: &'a [Edit],
+    /// A bit for each token of the vocabulary, from the lowest of each word on: 0 bars the token, 1 leaves it. Nothing: bars none.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl Edits {
+    /// Forgets all rows, and keeps the memory.
+    pub fn clear(&mut self) {
+        self.edits.clear();
+        self.masks.clear();
+        self.rows.clear();
+    }
+
+    /// Adds a row.
+    pub fn add_row(&mut self, row: RowEdits<'_>) {
+        self.edits.extend_from_slice(row.edits);
+        self.masks.extend_from_slice(row.mask.unwrap_or_default());
+        self.rows.push(EditsEnd { edits: self.edits.len(), masks: self.masks.len() });
+    }
+
+    /// Those of a row.
+    pub(crate) fn row(&self, row: usize) -> RowEdits<'_> {
+        let Some(end) = self.rows.get(row) else { return RowEdits::default() };
+        let begin = row.checked_sub(1).map_or(EditsEnd::default(), |before| self.rows[before]);
+        let mask = &self.masks[begin.masks..end.masks];
+        RowEdits {
+            edits: &self.edits[begin.edits..end.edits],
+            mask: Some(mask).filter(|mask| !mask.is_empty()),
+        }
+    }
+}
+
+impl RowEdits<'_> {
+    fn is_none(&self) -> bool {
+        self.edits.is_empty() && self.mask.is_none()
+    }
+
+    fn apply(&self, logits: &mut [f32]) {
+        for Edit { token, scale, shift } in self.edits {
+            let logit = &mut logits[*token as usize];
+            let scaled = if *logit > 0.0 { *logit / scale } else { *logit * scale };
+            *logit = scaled + shift;
+        }
+        for (logits, bits) in logits.chunks_mut(32).zip(self.mask.unwrap_or_default()) {
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if bits >> bit & 1 == 0 {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
 /// What was chosen. Where the largest logit is not finite only the statistics are of meaning.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chosen {
-    /// The token.
-    pub token: u32,
-    /// Its logit.
+    /// The token; nothing where the row is not finite, or where its edits leave nothing to draw from.
+    pub token: Option<u32>,
+    /// Its logit before any edit, or the largest one.
     pub logit: f32,
-    /// Those of the row.
+    /// Those of the row before any edit.
     pub stats: LogitStats,
-    /// Tokens with the largest logits and these, falling, ties by id; as many as were asked for, or all.
+    /// Tokens with the largest logits before any edit and these, falling, ties by id; as many as were asked for, or all.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -43,6 +130,7 @@ pub struct Chosen {
 pub struct ChoiceScratch {
     pub(crate) logits: Vec<f32>,
     pub(crate) stats: Vec<LogitStats>,
+    edited: Vec<f32>,
     weights: Vec<f32>,
     candidates: Vec<u32>,
 }
@@ -51,28 +139,59 @@ pub struct ChoiceScratch {
 const ONE: f32 = (1u64 << 40) as f32;
 
 /// Chooses from one row: the plain twin of `choose.cu`.
-pub fn choose_row(logits: &[f32], stats: LogitStats, choice: &Choice, scratch: &mut ChoiceScratch) -> Chosen {
-    let mut chosen = Chosen { token: stats.argmax, logit: stats.max, stats, top: Vec::new() };
+pub fn choose_row(
+    logits: &[f32],
+    stats: LogitStats,
+    choice: &Choice,
+    edits: RowEdits<'_>,
+    scratch: &mut ChoiceScratch,
+) -> Chosen {
+    let mut chosen = Chosen { token: None, logit: stats.max, stats, top: Vec::new() };
     if !stats.max.is_finite() {
         return chosen;
     }
     chosen.token = match choice.given {
-        Some(token) => token,
-        None => draw(logits, stats, choice, scratch),
+        Some(token) => Some(token),
+        None if edits.is_none() => Some(draw(logits, (stats.argmax, stats.max), choice, scratch)),
+        None => draw_edited(logits, edits, choice, scratch),
     };
-    chosen.logit = logits[chosen.token as usize];
+    if let Some(token) = chosen.token {
+        chosen.logit = logits[token as usize];
+    }
     chosen.top = largest(logits, choice.top as usize);
     chosen
 }
 
-fn draw(logits: &[f32], stats: LogitStats, choice: &Choice, scratch: &mut ChoiceScratch) -> u32 {
+/// Nothing where the edits leave no largest logit that is finite.
+fn draw_edited(
+    logits: &[f32],
+    edits: RowEdits<'_>,
+    choice: &Choice,
+    scratch: &mut ChoiceScratch,
+) -> Option<u32> {
+    let mut edited = std::mem::take(&mut scratch.edited);
+    edited.clear();
+    edited.extend_from_slice(logits);
+    edits.apply(&mut edited);
+    let (mut argmax, mut max) = (0, f32::NEG_INFINITY);
+    for (token, &logit) in (0..).zip(&edited) {
+        if logit > max {
+            (argmax, max) = (token, logit);
+        }
+    }
+    let token = max.is_finite().then(|| draw(&edited, (argmax, max), choice, scratch));
+    scratch.edited = edited;
+    token
+}
+
+fn draw(logits: &[f32], (argmax, max): (u32, f32), choice: &Choice, scratch: &mut ChoiceScratch) -> u32 {
     let Choice { temperature, top_k, top_p, min_p, uniform, .. } = *choice;
     if temperature == 0.0 {
-        return stats.argmax;
+        return argmax;
     }
     let ChoiceScratch { weights, candidates, .. } = scratch;
     weights.clear();
-    weights.extend(logits.iter().map(|&logit| exp_of_negative((logit - stats.max) / temperature)));
+    weights.extend(logits.iter().map(|&logit| exp_of_negative((logit - max) / temperature)));
     let total: u64 = weights.iter().map(|&weight| mass(weight)).sum();
     if top_k == 0 && top_p >= 1.0 && min_p == 0.0 {
         return pick(0..weights.len() as u32, weights, share(total, uniform));
@@ -206,7 +325,11 @@ mod tests {
     }
 
     fn token(logits: &[f32], choice: &Choice) -> u32 {
-        choose_row(logits, stats(logits), choice, &mut ChoiceScratch::default()).token
+        choose_edited(logits, choice, RowEdits::default()).token.unwrap()
+    }
+
+    fn choose_edited(logits: &[f32], choice: &Choice, edits: RowEdits<'_>) -> Chosen {
+        choose_row(logits, stats(logits), choice, edits, &mut ChoiceScratch::default())
     }
 
     /// How often each token is drawn over an even grid of uniform numbers.
@@ -275,6 +398,33 @@ mod tests {
                 sum += mass(weight);
             }
             assert_eq!(kept, sum, "top_p {top_p}");
+        }
+    }
+
+    #[test]
+    fn edits_decide_the_draw_and_nothing_that_is_reported() {
+        let logits = [1.0, 4.0, -2.0, 3.0, 0.0];
+        let greedy = Choice { top: 2, ..choice(0.0, 0, 1.0, 0.0) };
+        let edit = |token, scale, shift| Edit { token, scale, shift };
+        let chosen = |edits: &[Edit], mask| {
+            let chosen = choose_edited(&logits, &greedy, RowEdits { edits, mask });
+            assert_eq!((chosen.stats.argmax, chosen.top), (1, vec![(1, 4.0), (3, 3.0)]));
+            (chosen.token, chosen.logit)
+        };
+        assert_eq!(chosen(&[], None), (Some(1), 4.0));
+        // 4 / 2 falls below 3, and the logit that is told is the model's.
+        assert_eq!(chosen(&[edit(1, 2.0, 0.0)], None), (Some(3), 3.0));
+        // 4 / 2 + 1 is as much as 3, and the lower id wins.
+        assert_eq!(chosen(&[edit(1, 2.0, 1.0)], None), (Some(1), 4.0));
+        assert_eq!(chosen(&[edit(2, 0.5, 5.5)], None), (Some(2), -2.0)); // -2 · 0.5 + 5.5 = 4.5.
+        assert_eq!(chosen(&[edit(1, 1.0, f32::NEG_INFINITY)], Some(&[0b00111])), (Some(0), 1.0));
+        assert_eq!(chosen(&[edit(4, 1.0, 100.0)], Some(&[0b00001])), (Some(0), 1.0));
+        assert_eq!(chosen(&[], Some(&[0])).0, None);
+        let warm = choice(1.0, 0, 1.0, 0.0);
+        for uniform in [0, 1 << 62, u64::MAX] {
+            let edits = RowEdits { edits: &[], mask: Some(&[0b10100]) };
+            let token = choose_edited(&logits, &Choice { uniform, ..warm }, edits).token;
+            assert!([Some(2), Some(4)].contains(&token), "{token:?} at {uniform}");
         }
     }
 

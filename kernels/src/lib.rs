@@ -26,7 +26,7 @@ pub use backend::{
     AttentionSlice, Backend, Dtype, INT8_BLOCK, Int4Groups, Largest, LogitStats, PAGE_TOKENS, RopeTable,
     SUM_CUT, WeightType,
 };
-pub use choice::{Choice, ChoiceScratch, Chosen, choose_row};
+pub use choice::{Choice, ChoiceScratch, Chosen, Edit, Edits, RowEdits, choose_row};
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod backlog;
+mod counts;
 mod error;
 mod load;
 mod micro_batch;
@@ -20,6 +21,7 @@ mod share;
 mod simulate;
 mod trials;
 
+pub use counts::TokenCount;
 pub use error::Error;
 pub use load::Load;
 pub use micro_batch::{

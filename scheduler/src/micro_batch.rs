@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use crate::counts::TokenCount;
 use crate::request::{Request, SequenceId, TokenId};
 
 /// Names one micro-batch inside one pipeline, in the order of issue.
@@ -44,6 +45,9 @@ pub struct Slice {
     /// Prompt tokens whose log-probability is wanted: `score[i]` follows `tokens[i]`. Empty unless the
     /// request asks for prompt log-probabilities; one shorter than `tokens` where the prompt ends here.
     pub score: Vec<TokenId>,
+    /// Tokens of the sequence by rising id, where it has penalties and a token is drawn: those that were generated, and where the
+    /// repetition penalty asks for them those of the prompt. Shared with the sequence.
+    pub counts: Option<Arc<Vec<TokenCount>>>,
     /// The request, for its sampling parameters and its key.
     pub request: Arc<Request>,
 }
@@ -170,6 +174,12 @@ pub enum Failure {
         /// Position of the token whose logits they are.
         position: u32,
     },
+    /// What the request bars leaves no token that could be drawn.
+    #[error("nothing is left to draw from after position {position}: all tokens are barred")]
+    NothingLeft {
+        /// Position of the token whose successor was asked for.
+        position: u32,
+    },
     /// A stage ended each time it computed this sequence, the last times with nothing beside it.
     #[error("the stage that computes this row ends each time")]
     EndsStage,
@@ -198,6 +208,7 @@ mod tests {
                 tokens,
                 pages: Arc::new(vec![0]),
                 sample: true,
+                counts: None,
                 request: request(),
             }
         };

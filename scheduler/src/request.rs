@@ -29,6 +29,14 @@ pub struct Sampling {
     pub top_k: u32,
     /// Drop tokens less likely than this share of the most likely one's probability; 0 drops none.
     pub min_p: f32,
+    /// Divides the logits above 0 of tokens that stand in the prompt or were generated, and multiplies the others; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Taken off a token's logit for each time that it was generated; 0 changes nothing.
+    pub frequency_penalty: f32,
+    /// Taken off the logit of each token that was generated; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Added to the logits of these tokens, each of which is named once, by rising id.
+    pub logit_bias: Vec<(TokenId, f32)>,
     /// First key of the counter-based generator; the request's key is the other.
     pub seed: u64,
     /// Most tokens to generate. Already clipped to what the context leaves; 0 only scores the prompt.
@@ -54,6 +62,10 @@ impl Sampling {
             top_p: 1.0,
             top_k: 0,
             min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
             max_tokens,
             min_tokens: 0,
@@ -62,6 +74,11 @@ impl Sampling {
             logprobs: None,
             prompt_logprobs: false,
         }
+    }
+
+    /// Whether a draw depends on which tokens were generated before.
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
 }
 

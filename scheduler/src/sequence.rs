@@ -10,6 +10,7 @@ use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::counts::{self, TokenCount};
 use crate::micro_batch::{Failure, PageIdx, Slice, SliceOutput, SliceTokens, TokenLogprobs};
 use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
 
@@ -60,6 +61,8 @@ pub(crate) struct Sequence {
     /// Slices in flight share them.
     pub(crate) pages: Arc<Vec<PageIdx>>,
     generated: Generated,
+    /// Where it has penalties, from its first draw on; slices in flight share them.
+    counts: Option<Arc<Vec<TokenCount>>>,
 }
 
 impl Sequence {
@@ -74,6 +77,7 @@ impl Sequence {
             slices_in_flight: 0,
             pages: Arc::default(),
             generated: so_far,
+            counts: None,
         }
     }
 
@@ -156,13 +160,15 @@ impl Sequence {
         if self.num_left() == 0 {
             self.phase = Phase::Stepping;
         }
+        let sample = self.num_left() == 0 && self.request.sampling.max_tokens > 0;
         Slice {
             sequence: self.id,
             first_position: range.start as u32, // The context fits u32, which `Options` checks.
             score: self.scores_in(range.clone()),
             tokens: self.tokens_in(range),
             pages: self.pages.clone(),
-            sample: self.num_left() == 0 && self.request.sampling.max_tokens > 0,
+            sample,
+            counts: if sample { self.counts() } else { None },
             request: self.request.clone(),
         }
     }
@@ -214,6 +220,9 @@ impl Sequence {
             self.slices_in_flight
         );
         self.generated.tokens.push(token);
+        if let Some(counts) = &mut self.counts {
+            counts::add(Arc::make_mut(counts), token);
+        }
         let sampling = &self.request.sampling;
         if sampling.logprobs.is_some() {
             self.generated
@@ -255,6 +264,16 @@ impl Sequence {
             generated: mem::take(&mut self.generated),
             outcome,
         }
+    }
+
+    fn counts(&mut self) -> Option<Arc<Vec<TokenCount>>> {
+        let sampling = &self.request.sampling;
+        if self.counts.is_none() && sampling.has_penalties() {
+            let prompt: &[TokenId] =
+                if sampling.repetition_penalty != 1.0 { &self.request.prompt } else { &[] };
+            self.counts = Some(Arc::new(counts::count(prompt, &self.generated.tokens)));
+        }
+        self.counts.clone()
     }
 
     fn wants_scores(&self) -> bool {

@@ -2,17 +2,17 @@
 //!
 //! A row that takes the likeliest token, and reports nothing beside it, needs no logits but the largest: such rows go
 //! through the output matrix together, and their logits are stored nowhere. The others' tokens are chosen where the logits
-//! are; they are brought to the host only for rows that must not end yet, of which some are barred.
+//! are, and edited there before where penalties, biases or a row that must not end yet ask for it.
 
 use std::sync::Arc;
 
-use kernels::{Axis, Backend, Choice, ChoiceScratch, Chosen, Largest, choose_row};
+use kernels::{Axis, Backend, Choice, ChoiceScratch, Chosen, Largest};
 use scheduler::{Failure, MicroBatch, MicroBatchOutput, Request, Slice, SliceOutput, TokenId, TokenLogprobs};
 
+use crate::edits::{EditWork, is_edited};
 use crate::error::Result;
 use crate::random::Stream;
 use crate::ranks::{RankStep, Ranks};
-use crate::sampling;
 
 /// Rows of logits that are made at a time: 64 rows of a vocabulary of 128,256 are 33 MB, which the draws
 /// then walk, and 64 rows are enough for a matrix product at full speed.
@@ -44,6 +44,7 @@ pub(crate) struct HeadWork<B: Backend> {
     host_logits: Vec<f32>,
     largest: Vec<Largest>,
     choices: Vec<Choice>,
+    edits: EditWork,
     chosen: Vec<Chosen>,
     choosing: ChoiceScratch,
 }
@@ -60,6 +61,7 @@ impl<B: Backend> HeadWork<B> {
             host_logits: Vec::new(),
             largest: Vec::new(),
             choices: Vec::new(),
+            edits: EditWork::default(),
             chosen: Vec::new(),
             choosing: ChoiceScratch::default(),
         }
@@ -87,10 +89,9 @@ impl<B: Backend> Head<B> {
         for wanted in read.chunks(LOGIT_ROWS) {
             work.take_rows(wanted.iter().map(|wanted| wanted.row));
             self.logits(backend, eps, x, &mut others, work)?;
-            work.choices.clear();
-            work.choices.extend(wanted.iter().map(|wanted| wanted.choice(&batch.slices[wanted.slice])));
-            backend.choose(&work.logits, &work.choices, &mut work.choosing, &mut work.chosen)?;
-            self.choose_again(backend, batch, wanted, work)?;
+            work.take_choices(wanted, batch);
+            let HeadWork { logits, choices, edits, choosing, chosen, .. } = &mut *work;
+            backend.choose(logits, choices, &edits.all, choosing, chosen)?;
             for (wanted, chosen) in wanted.iter().zip(work.chosen.drain(..)) {
                 let wants_logprobs = batch.slices[wanted.slice].request.sampling.logprobs.is_some();
                 wanted.take_chosen(chosen, wants_logprobs, &mut outputs[wanted.slice]);
@@ -105,33 +106,6 @@ impl<B: Backend> Head<B> {
         }
         work.wanted = wanted;
         Ok(MicroBatchOutput { id: batch.id, slices: outputs })
-    }
-
-    /// Draws again for rows that must not end yet, without the tokens that would end them.
-    fn choose_again(
-        &self,
-        backend: &B,
-        batch: &MicroBatch,
-        wanted: &[WantedRow],
-        work: &mut HeadWork<B>,
-    ) -> Result<()> {
-        let is_barred = |wanted: &WantedRow| {
-            matches!(wanted.want, Want::Draw) && bars_stop_tokens(&batch.slices[wanted.slice])
-        };
-        if !wanted.iter().any(is_barred) {
-            return Ok(());
-        }
-        backend.download(&work.logits, &mut work.host_logits)?;
-        let vocabulary = work.host_logits.len() / wanted.len();
-        let rows = work.host_logits.chunks_exact_mut(vocabulary);
-        let answers = work.choices.iter().zip(&mut work.chosen);
-        for ((wanted, logits), (choice, chosen)) in wanted.iter().zip(rows).zip(answers) {
-            if is_barred(wanted) && is_finite(chosen) {
-                let barred = &batch.slices[wanted.slice].request.sampling.stop_token_ids;
-                draw_without(barred, logits, choice, chosen, &mut work.choosing);
-            }
-        }
-        Ok(())
     }
 
     /// What a rank beside the first does for the answer to a micro-batch.
@@ -228,6 +202,25 @@ impl<B: Backend> HeadWork<B> {
         self.row_ids.clear();
         self.row_ids.extend(rows);
     }
+
+    /// What is asked of rows, and edited of them where any of them is.
+    fn take_choices(&mut self, wanted: &[WantedRow], batch: &MicroBatch) {
+        self.choices.clear();
+        self.choices.extend(wanted.iter().map(|wanted| wanted.choice(&batch.slices[wanted.slice])));
+        self.edits.all.clear();
+        let edited = |wanted: &WantedRow| {
+            let slice = &batch.slices[wanted.slice];
+            (matches!(wanted.want, Want::Draw) && is_edited(slice)).then_some(slice)
+        };
+        if wanted.iter().any(|wanted| edited(wanted).is_some()) {
+            for wanted in wanted {
+                match edited(wanted) {
+                    Some(slice) => self.edits.add(slice),
+                    None => self.edits.add_none(),
+                }
+            }
+        }
+    }
 }
 
 /// The largest of all ranks' candidates, pairs of token and logit: a NaN where there is one, else the lowest token of
@@ -311,7 +304,7 @@ fn reads_logits(want: &Want, slice: &Slice) -> bool {
     let sampling = &slice.request.sampling;
     match want {
         Want::Score(_) => true,
-        Want::Draw => sampling.temperature != 0.0 || sampling.logprobs.is_some() || bars_stop_tokens(slice),
+        Want::Draw => sampling.temperature != 0.0 || sampling.logprobs.is_some() || is_edited(slice),
     }
 }
 
@@ -321,12 +314,12 @@ impl WantedRow {
         // A NaN anywhere in the row shows here.
         match largest.value.is_finite() {
             true => output.token = Some(largest.index),
-            false => self.fail(output),
+            false => self.fail(output, Failure::NonFiniteLogits { position: self.position }),
         }
     }
 
-    fn fail(&self, output: &mut SliceOutput) {
-        output.failure.get_or_insert(Failure::NonFiniteLogits { position: self.position });
+    fn fail(&self, output: &mut SliceOutput, failure: Failure) {
+        output.failure.get_or_insert(failure);
     }
 
     /// What is asked of its logits.
@@ -350,59 +343,30 @@ impl WantedRow {
 
     /// Answers with what was chosen.
     fn take_chosen(&self, chosen: Chosen, wants_logprobs: bool, output: &mut SliceOutput) {
-        if !is_finite(&chosen) {
-            return self.fail(output);
+        let position = self.position;
+        if !(chosen.stats.max.is_finite() && chosen.stats.log_sum_exp.is_finite()) {
+            return self.fail(output, Failure::NonFiniteLogits { position });
         }
+        let Some(token) = chosen.token else { return self.fail(output, Failure::NothingLeft { position }) };
         match self.want {
-            Want::Score(_) => output.prompt_logprobs.push(logprobs(chosen)),
+            Want::Score(_) => output.prompt_logprobs.push(logprobs(token, chosen)),
             Want::Draw => {
-                output.token = Some(chosen.token);
-                output.logprobs = wants_logprobs.then(|| logprobs(chosen));
+                output.token = Some(token);
+                output.logprobs = wants_logprobs.then(|| logprobs(token, chosen));
             }
         }
     }
 }
 
-/// Whether a token could be drawn.
-fn is_finite(chosen: &Chosen) -> bool {
-    chosen.stats.max.is_finite() && chosen.stats.log_sum_exp.is_finite()
-}
-
-/// Log-probabilities, the model's own: before temperature, and before anything was barred.
-fn logprobs(chosen: Chosen) -> TokenLogprobs {
-    let Chosen { token, logit, stats, top } = chosen;
+/// Log-probabilities, the model's own: before temperature, and before anything was edited.
+fn logprobs(token: TokenId, chosen: Chosen) -> TokenLogprobs {
+    let Chosen { token: _, logit, stats, top } = chosen;
     let logprob = |logit: f32| logit - stats.max - stats.log_sum_exp;
     TokenLogprobs {
         token,
         logprob: logprob(logit),
         top: top.into_iter().map(|(token, logit)| (token, logprob(logit))).collect(),
     }
-}
-
-/// Draws a token that is none of the barred ones; all else that was chosen stays.
-fn draw_without(
-    barred: &[TokenId],
-    logits: &mut [f32],
-    choice: &Choice,
-    chosen: &mut Chosen,
-    scratch: &mut ChoiceScratch,
-) {
-    let logits_before: Vec<f32> = barred.iter().map(|&token| logits[token as usize]).collect();
-    barred.iter().for_each(|&token| logits[token as usize] = f32::NEG_INFINITY);
-    let drawn = choose_row(logits, sampling::stats(logits), &Choice { top: 0, ..*choice }, scratch);
-    barred.iter().zip(logits_before).rev().for_each(|(&token, logit)| logits[token as usize] = logit);
-    (chosen.token, chosen.logit) = (drawn.token, logits[drawn.token as usize]);
-}
-
-/// Whether the slice's request must not end yet.
-fn bars_stop_tokens(slice: &Slice) -> bool {
-    let sampling = &slice.request.sampling;
-    !sampling.stop_token_ids.is_empty() && num_generated(slice) < sampling.min_tokens
-}
-
-/// Tokens generated before the one that the slice asks for.
-fn num_generated(slice: &Slice) -> u32 {
-    next_position(slice) - slice.request.prompt.len() as u32
 }
 
 fn next_position(slice: &Slice) -> u32 {

@@ -186,6 +186,7 @@ fn run(folder: &Path, device: &Device, weights: WeightType) -> Vec<f32> {
         pages: Arc::new(vec![0]),
         sample: false,
         score: tokens,
+        counts: None,
         request: Arc::new(Request {
             key: RequestKey(0),
             prompt: vec![0],

@@ -171,6 +171,7 @@ fn micro_batches(vocab: u32) -> Vec<MicroBatch> {
             pages: Arc::new(pages),
             sample: false,
             score,
+            counts: None,
             request: Arc::new(request),
         }
     };

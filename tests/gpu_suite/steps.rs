@@ -147,6 +147,7 @@ fn micro_batch(model: &Model, work: &Work) -> MicroBatch {
         pages: Arc::new((row * pages_of_row..(row + 1) * pages_of_row).map(|page| page as u32).collect()),
         sample: true,
         score: Vec::new(),
+        counts: None,
         request: Arc::new(Request {
             key: RequestKey(row as u128),
             prompt: vec![0],

@@ -15,6 +15,10 @@ pub(crate) const MODEL: &str = "hetero-0-bf16";
 pub(crate) fn row(i: usize) -> String {
     let mut body = json!({"prompt": format!("hello {i}"), "max_tokens": 10 + i * 7 % 40, "ignore_eos": true});
     body["seed"] = json!(i);
+    if i % 3 == 1 {
+        body["repetition_penalty"] = json!(1.2);
+        body["frequency_penalty"] = json!(0.2);
+    }
     if i % 29 == 5 {
         body["top_p"] = json!(7);
     }

@@ -20,14 +20,18 @@ fn rows() -> Vec<String> {
         body["messages"] = json!([{"role": "user", "content": text(i, 3 + 17 * (i % 7))}]);
         batch_line(&format!("row-{i:02}"), "/v1/chat/completions", &body)
     };
-    let mut rows: Vec<String> = (0..26)
+    let mut rows: Vec<String> = (0..26usize)
         .map(|i| match i % 5 {
+            0 if i.is_multiple_of(2) => chat(
+                i,
+                json!({"max_tokens": 40, "temperature": 0, "repetition_penalty": 1.3, "logit_bias": {"30": 2, "301": -100}}),
+            ),
             0 => chat(i, json!({"max_tokens": 40, "temperature": 0})),
             1 => chat(i, json!({"max_tokens": 33, "temperature": 1.0, "seed": i})),
             2 => chat(
                 i,
-                json!({"max_tokens": 50, "temperature": 0.7, "top_p": 0.9, "logprobs": true,
-                                "top_logprobs": 3}),
+                json!({"max_tokens": 50, "temperature": 0.7, "top_p": 0.9, "logprobs": true, "top_logprobs": 3,
+                                "frequency_penalty": 0.4, "presence_penalty": -0.2}),
             ),
             3 => chat(
                 i,
@@ -98,7 +102,8 @@ fn rows_do_not_depend_on_preemption() {
     let growing = || -> Vec<String> {
         let body = |i: usize| {
             let messages = json!([{"role": "user", "content": text(i, 4)}]);
-            json!({"messages": messages, "max_tokens": 140, "seed": i, "ignore_eos": true, "logprobs": i.is_multiple_of(2)})
+            json!({"messages": messages, "max_tokens": 140, "seed": i, "ignore_eos": true, "logprobs": i.is_multiple_of(2),
+                   "presence_penalty": 0.3, "repetition_penalty": 1.0 + i as f64 / 20.0})
         };
         let scored = json!({"prompt": text(3, 70), "max_tokens": 120, "echo": true, "logprobs": 2, "ignore_eos": true});
         (0..12)

@@ -59,6 +59,96 @@ fn ids(choice: &Value) -> Vec<u64> {
     choice["token_ids"].as_array().expect("token_ids").iter().map(|id| id.as_u64().unwrap()).collect()
 }
 
+/// A token as bytes, which no two share, and the most likely ones in its place with their log-probabilities.
+type Step = (Vec<u64>, Vec<(Vec<u64>, f64)>);
+
+/// A greedy chat's tokens.
+fn greedy(extra: Value) -> Vec<Step> {
+    let mut body = json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 60, "temperature": 0,
+                          "logprobs": true, "top_logprobs": 20, "ignore_eos": true});
+    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    let choice = Job::on(MODEL).chat("row", body).run().ok().choice("row");
+    let bytes = |token: &Value| -> Vec<u64> {
+        token["bytes"].as_array().unwrap().iter().map(|byte| byte.as_u64().unwrap()).collect()
+    };
+    let step = |step: &Value| {
+        let top = step["top_logprobs"].as_array().unwrap();
+        (bytes(step), top.iter().map(|top| (bytes(top), top["logprob"].as_f64().unwrap())).collect())
+    };
+    choice["logprobs"]["content"].as_array().unwrap().iter().map(step).collect()
+}
+
+#[test]
+fn a_penalised_greedy_token_is_the_best_of_the_model_s_own_after_its_penalties() {
+    let free = greedy(json!({}));
+    let steps = greedy(json!({"frequency_penalty": 0.3, "presence_penalty": 0.2}));
+    let tokens = |steps: &[Step]| steps.iter().map(|step| step.0.clone()).collect::<Vec<_>>();
+    assert_ne!(tokens(&steps), tokens(&free), "penalties that change nothing show nothing");
+    let mut counts = std::collections::HashMap::new();
+    let mut num_demoted = 0;
+    for (token, top) in &steps {
+        let score = |(bytes, logprob): &(Vec<u64>, f64)| match counts.get(bytes) {
+            Some(&count) => logprob - 0.3 * f64::from(count) - 0.2,
+            None => *logprob,
+        };
+        let own = top.iter().find(|(bytes, _)| bytes == token).expect("it is among the most likely");
+        let best = top.iter().map(score).fold(f64::NEG_INFINITY, f64::max);
+        assert!((score(own) - best).abs() < 1e-4, "{token:?} of {top:?}");
+        num_demoted += usize::from(top[0].0 != *token);
+        *counts.entry(token.clone()).or_insert(0) += 1;
+    }
+    assert!(num_demoted > 0, "the model's first choice was always taken");
+}
+
+#[test]
+fn a_repetition_penalty_counts_the_prompt_too() {
+    let prompt = [9, 300, 17, 42, 77];
+    let body = json!({"prompt": prompt, "max_tokens": 50, "temperature": 0, "ignore_eos": true, "return_token_ids": true,
+                      "logit_bias": {"9": 3, "300": 3, "17": 3}});
+    let biased = ids(&ask(body.clone())["choices"][0]);
+    assert!(biased.iter().any(|&id| prompt.contains(&id)), "{biased:?} has nothing of the prompt");
+    let mut penalised = body;
+    let fields = penalised.as_object_mut().unwrap();
+    fields.remove("logit_bias");
+    fields.insert("repetition_penalty".to_owned(), json!(100));
+    let mut all = ids(&ask(penalised)["choices"][0]);
+    all.extend(prompt);
+    let num_all = all.len();
+    all.sort_unstable();
+    all.dedup();
+    assert_eq!(all.len(), num_all, "a token came twice");
+}
+
+#[test]
+fn a_bias_forces_a_token_or_bars_it() {
+    let body = |bias: Value| {
+        json!({"prompt": "hello", "max_tokens": 12, "temperature": 1, "ignore_eos": true, "seed": 3,
+                                    "return_token_ids": true, "logit_bias": bias})
+    };
+    let draw = |bias: Value| ids(&ask(body(bias))["choices"][0]);
+    assert_eq!(draw(json!({"33": 100})), [33; 12]);
+    let free = draw(json!({}));
+    let barred = draw(json!({free[0].to_string(): -100, free[1].to_string(): -100}));
+    assert!(!barred.contains(&free[0]) && !barred.contains(&free[1]), "{barred:?} of {free:?}");
+}
+
+#[test]
+fn a_row_that_bars_all_tokens_fails_alone() {
+    let vocab = read_json(&fixture(MODEL).join("config.json"))["vocab_size"].as_u64().unwrap();
+    let all: Vec<u64> = (0..vocab).collect();
+    let done = Job::on(MODEL)
+        .completion(
+            "none",
+            json!({"prompt": "hello", "max_tokens": 5, "min_tokens": 2, "stop_token_ids": all}),
+        )
+        .completion("some", json!({"prompt": "hello", "max_tokens": 5}))
+        .run()
+        .ok();
+    assert_eq!(done.lines("output.jsonl").len(), 1);
+    let error = &done.lines("errors.jsonl")[0]["error"];
+    assert_eq!(error["code"], "nothing_left", "{error}");
+}
+
 #[test]
 fn equal_seeds_draw_alike_and_others_do_not() {
     let draw = |seed: u64| {

@@ -248,6 +248,10 @@ fn add_output(words: &mut Words, output: &MicroBatchOutput) {
                 words.add(u64::from(*position));
             }
             Some(Failure::EndsStage) => words.add(2),
+            Some(Failure::NothingLeft { position }) => {
+                words.add(3);
+                words.add(u64::from(*position));
+            }
         }
     }
 }
@@ -267,6 +271,7 @@ fn read_output(words: &mut ReadWords<'_>) -> Option<MicroBatchOutput> {
                 0 => None,
                 1 => Some(Failure::NonFiniteLogits { position: words.u32()? }),
                 2 => Some(Failure::EndsStage),
+                3 => Some(Failure::NothingLeft { position: words.u32()? }),
                 _ => return None,
             },
         })
@@ -333,6 +338,7 @@ mod tests {
                 slice(Some(0), None),
                 slice(None, Some(Failure::NonFiniteLogits { position: 4 })),
                 slice(None, Some(Failure::EndsStage)),
+                slice(None, Some(Failure::NothingLeft { position: 7 })),
             ],
         };
         let load = Load { decode_tokens: 3.0, decode_context: 0.1, logit_rows: 2.0, ..Load::default() };

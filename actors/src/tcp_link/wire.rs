@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice};
+use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, TokenCount};
 use stages::{Activations, Frame, Rows};
 
 use super::STEP;
@@ -65,13 +65,21 @@ fn values_of(frame: &Frame, bytes: &[u8], num_arrays: u64) -> Option<Option<Acti
 }
 
 fn add_slice(words: &mut Words, slice: &Slice) {
-    let Slice { sequence, first_position, tokens, pages, sample, score, request } = slice;
+    let Slice { sequence, first_position, tokens, pages, sample, score, counts, request } = slice;
     words.add(sequence.0);
     words.add(u64::from(*first_position));
     words.add_list(tokens);
     words.add_list(pages);
     words.add(u64::from(*sample));
     words.add_list(score);
+    words.add(u64::from(counts.is_some()));
+    if let Some(counts) = counts {
+        words.add(counts.len() as u64);
+        for TokenCount { token, generated, in_prompt } in &**counts {
+            words.add(u64::from(*token));
+            words.add(u64::from(*generated) << 1 | u64::from(*in_prompt));
+        }
+    }
     add_request(words, request);
 }
 
@@ -83,8 +91,14 @@ fn read_slice(words: &mut ReadWords<'_>) -> Option<Slice> {
         pages: Arc::new(words.list(ReadWords::u32)?),
         sample: words.flag()?,
         score: words.list(ReadWords::u32)?,
+        counts: if words.flag()? { Some(Arc::new(words.list(read_count)?)) } else { None },
         request: Arc::new(read_request(words)?),
     })
+}
+
+fn read_count(words: &mut ReadWords<'_>) -> Option<TokenCount> {
+    let (token, counted) = (words.u32()?, words.word()?);
+    Some(TokenCount { token, generated: u32::try_from(counted >> 1).ok()?, in_prompt: counted & 1 == 1 })
 }
 
 /// A request as stages need it: how long its prompt is but not what it says, and no stop strings, which the pipeline looks for.
@@ -99,6 +113,10 @@ fn add_request(words: &mut Words, request: &Request) {
         top_p,
         top_k,
         min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        logit_bias,
         seed,
         max_tokens,
         min_tokens,
@@ -107,7 +125,13 @@ fn add_request(words: &mut Words, request: &Request) {
         logprobs,
         prompt_logprobs,
     } = &**sampling;
-    [temperature, top_p, min_p].into_iter().for_each(|number| words.add_f32(*number));
+    let numbers = [temperature, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty];
+    numbers.into_iter().for_each(|number| words.add_f32(*number));
+    words.add(logit_bias.len() as u64);
+    for (token, bias) in logit_bias {
+        words.add(u64::from(*token));
+        words.add_f32(*bias);
+    }
     [top_k, max_tokens, min_tokens].into_iter().for_each(|number| words.add(u64::from(*number)));
     words.add(*seed);
     words.add_list(stop_token_ids);
@@ -119,12 +143,19 @@ fn read_request(words: &mut ReadWords<'_>) -> Option<Request> {
     let key = RequestKey(u128::from(words.word()?) << 64 | u128::from(words.word()?));
     let (prompt_tokens, sample) = (words.u32()?, words.u32()?);
     let [temperature, top_p, min_p] = [words.f32()?, words.f32()?, words.f32()?];
+    let [repetition_penalty, frequency_penalty, presence_penalty] =
+        [words.f32()?, words.f32()?, words.f32()?];
+    let logit_bias = words.list(|words| Some((words.u32()?, words.f32()?)))?;
     let [top_k, max_tokens, min_tokens] = [words.u32()?, words.u32()?, words.u32()?];
     let sampling = Sampling {
         temperature,
         top_p,
         top_k,
         min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        logit_bias,
         seed: words.word()?,
         max_tokens,
         min_tokens,
@@ -150,6 +181,10 @@ pub(super) mod tests {
             top_p: 0.9,
             top_k: 40,
             min_p: 0.05,
+            repetition_penalty: 1.2,
+            frequency_penalty: -0.5,
+            presence_penalty: 2.0,
+            logit_bias: vec![(4, -100.0), (9, 0.25)],
             seed: u64::MAX - id,
             max_tokens: 100,
             min_tokens: 3,
@@ -164,6 +199,8 @@ pub(super) mod tests {
             sampling: sampling.into(),
             sample: 3,
         };
+        let count = |token, generated, in_prompt| TokenCount { token, generated, in_prompt };
+        let counts = [count(5, 0, true), count(8, u32::MAX, false)];
         let slice = |sequence, tokens: &[u32], score: &[u32]| Slice {
             sequence: SequenceId(sequence),
             first_position: 7,
@@ -171,6 +208,7 @@ pub(super) mod tests {
             pages: Arc::new(vec![4, 9]),
             sample: score.is_empty(),
             score: score.to_vec(),
+            counts: score.is_empty().then(|| Arc::new(counts.to_vec())),
             request: Arc::new(request.clone()),
         };
         MicroBatch {

@@ -266,6 +266,34 @@ sampling.min_p: expected a number from 0 to 1, found 1.5
 7 | min_p = 1.5
   |         ^^^",
         );
+    case("a repetition_penalty of nothing")
+        .more(
+            r"
+[sampling]
+repetition_penalty = 0",
+        )
+        .says(
+            r"
+sampling.repetition_penalty: expected a number from 0.01 to 100, found 0
+ --> job.toml:7:22
+  |
+7 | repetition_penalty = 0
+  |                      ^",
+        );
+    case("a penalty beyond OpenAI's")
+        .more(
+            r"
+[sampling]
+presence_penalty = -2.5",
+        )
+        .says(
+            r"
+sampling.presence_penalty: expected a number from -2 to 2, found -2.5
+ --> job.toml:7:20
+  |
+7 | presence_penalty = -2.5
+  |                    ^^^^",
+        );
     case("a negative top_k")
         .more(
             r"

@@ -166,19 +166,8 @@ fn add_piece(tokens: &mut Tokens, key: u8, first: u64, more: &[u32]) {
 
 /// What a reader would hand over of each row.
 fn tokens_of(earlier: &mut EarlierRuns) -> Tokens {
-    let sampling = Sampling {
-        temperature: 1.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        seed: 0,
-        max_tokens: 1000,
-        min_tokens: 0,
-        stop_token_ids: vec![],
-        stop: vec![],
-        logprobs: Some(1),
-        prompt_logprobs: true,
-    };
+    let sampling =
+        Sampling { temperature: 1.0, logprobs: Some(1), prompt_logprobs: true, ..Sampling::greedy(1000) };
     let sampling = Arc::new(sampling);
     let of_row = |key: u8| {
         let key_of_row = RequestKey(key.into());

@@ -199,16 +199,48 @@ fn parameters_of_both_routes() {
             "unsupported_parameter stream | stream: expected false, found true, which is not supported",
         ),
         (
-            json!({"frequency_penalty": 0.5}),
-            "unsupported_parameter frequency_penalty | frequency_penalty: expected 0, found 0.5, which is not supported",
+            json!({"frequency_penalty": 2.5}),
+            "invalid_value frequency_penalty | frequency_penalty: expected a number from -2 to 2, found 2.5",
         ),
         (
-            json!({"presence_penalty": 1}),
-            "unsupported_parameter presence_penalty | presence_penalty: expected 0, found 1, which is not supported",
+            json!({"frequency_penalty": "1"}),
+            "invalid_type frequency_penalty | frequency_penalty: expected a number, found \"1\"",
+        ),
+        (
+            json!({"presence_penalty": -3}),
+            "invalid_value presence_penalty | presence_penalty: expected a number from -2 to 2, found -3",
+        ),
+        (
+            json!({"repetition_penalty": 0}),
+            "invalid_value repetition_penalty | repetition_penalty: expected a number from 0.01 to 100, found 0",
+        ),
+        (
+            json!({"repetition_penalty": [1.1]}),
+            "invalid_type repetition_penalty | repetition_penalty: expected a number, found [1.1]",
         ),
         (
             json!({"logit_bias": {"50256": -100}}),
-            "unsupported_parameter logit_bias | logit_bias: expected an empty value, found {\"50256\":-100}, which is not supported",
+            "invalid_token_id logit_bias | logit_bias: expected token ids below 270, found 50256",
+        ),
+        (
+            json!({"logit_bias": {"7": -101}}),
+            "invalid_value logit_bias | logit_bias: expected a number from -100 to 100, found -101",
+        ),
+        (
+            json!({"logit_bias": {"7": "low"}}),
+            "invalid_type logit_bias.7 | logit_bias.7: expected a number, found \"low\"",
+        ),
+        (
+            json!({"logit_bias": {"the": 1}}),
+            "invalid_type logit_bias | logit_bias: expected token ids as keys, found \"the\"",
+        ),
+        (
+            json!({"logit_bias": {"07": 1}}),
+            "invalid_type logit_bias | logit_bias: expected token ids as keys, found \"07\"",
+        ),
+        (
+            json!({"logit_bias": [[7, 1]]}),
+            "invalid_type logit_bias | logit_bias: expected an object of token ids and numbers, found [[7,1]]",
         ),
         (
             json!({"response_format": {"type": "json_object"}}),

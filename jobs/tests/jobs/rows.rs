@@ -24,7 +24,10 @@ fn openais_defaults_hold_where_nobody_says_otherwise() {
 #[test]
 fn the_body_comes_before_the_job_and_the_job_before_the_model() {
     let mut world = World::new();
-    world.file("generation_config.json", r#"{"do_sample": false, "top_p": 0.5, "top_k": 5, "min_p": 0.1}"#);
+    world.file(
+        "generation_config.json",
+        r#"{"do_sample": false, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.5}"#,
+    );
     world.options.sampling = SamplingOptions {
         top_p: Some(0.6),
         top_k: Some(6),
@@ -33,6 +36,7 @@ fn the_body_comes_before_the_job_and_the_job_before_the_model() {
     };
     let sampling = world.completion(json!({"top_k": -1})).request.sampling.clone();
     assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p), (0.0, 0.6, 0, 0.1));
+    assert_eq!((sampling.repetition_penalty, sampling.frequency_penalty), (1.5, 0.0));
     assert_eq!(sampling.stop, ["x"]);
     assert!(world.completion(json!({"stop": []})).request.sampling.stop.is_empty());
 }
@@ -42,10 +46,14 @@ fn every_parameter_reaches_the_sampling() {
     let row = World::new().completion(json!({
         "temperature": 0.5, "top_p": 0.25, "top_k": 9, "min_p": 0.125, "seed": -1, "max_completion_tokens": 8,
         "min_tokens": 2, "stop": "a", "stop_token_ids": [3, 1], "ignore_eos": true, "logprobs": 4, "echo": true,
+        "repetition_penalty": 1.25, "frequency_penalty": -0.5, "presence_penalty": 2, "logit_bias": {"10": -100, "9": 0.5},
         "model": "m", "return_token_ids": true, "user": 3, "metadata": {"a": "b"}, "store": true,
     }));
     let sampling = &row.request.sampling;
     assert_eq!((sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p), (0.5, 0.25, 9, 0.125));
+    let penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty);
+    assert_eq!(penalties, (1.25, -0.5, 2.0));
+    assert_eq!(sampling.logit_bias, [(9, 0.5), (10, -100.0)]);
     assert_eq!((sampling.seed, sampling.max_tokens, sampling.min_tokens), (u64::MAX, 8, 2));
     assert_eq!(
         (sampling.stop.as_slice(), sampling.stop_token_ids.as_slice()),

@@ -1,11 +1,12 @@
-//! Choosing tokens on the device: a few words for each row go there and a few come back, and no logits.
+//! Choosing tokens on the device: a few words for each row go there, with what is to be edited of it, and a few come back, and no
+//! logits.
 
 use super::arrays::CudaArray;
 use super::stream::Memory;
 use super::{Cuda, Workspace, locked, row_grid, u32_of};
 use crate::backend::LogitStats;
 use crate::check;
-use crate::choice::{Choice, Chosen};
+use crate::choice::{Choice, Chosen, Edit, Edits};
 use crate::error::Result;
 
 const OP: &str = "choose";
@@ -13,56 +14,88 @@ const OP: &str = "choose";
 /// Threads of a block of logit_stats.cu and of choose.cu.
 const THREADS: usize = 512;
 
-/// As choose.cu has a choice.
-type Asked = [u32; 8];
+/// As choose.cu has a choice, with where its edits begin and end, and its mask.
+type Asked = [u32; 11];
+
+/// As choose.cu has an edit, the last word for the logit that was there.
+type AskedEdit = [u32; 4];
+
+/// No token, and no mask.
+const NONE: u32 = u32::MAX;
 
 /// What is on its way there and back.
 #[derive(Debug)]
 pub(super) struct ChoiceWork {
     asked: Memory,
+    edits: Memory,
+    masks: Memory,
     answers: Memory,
     host_asked: Vec<Asked>,
+    host_edits: Vec<AskedEdit>,
     host_answers: Vec<u32>,
 }
 
 impl ChoiceWork {
     pub(super) fn new(none: impl Fn() -> Memory) -> ChoiceWork {
-        ChoiceWork { asked: none(), answers: none(), host_asked: Vec::new(), host_answers: Vec::new() }
+        ChoiceWork {
+            asked: none(),
+            edits: none(),
+            masks: none(),
+            answers: none(),
+            host_asked: Vec::new(),
+            host_edits: Vec::new(),
+            host_answers: Vec::new(),
+        }
     }
 }
 
 impl Cuda {
     pub(super) fn choose_rows(
         &self,
-        logits: &CudaArray,
+        logits: &mut CudaArray,
         choices: &[Choice],
+        changes: &Edits,
         out: &mut Vec<Chosen>,
     ) -> Result<()> {
         check::logits(logits.cols)?;
-        check::choices(choices, logits.rows, logits.cols)?;
+        check::choices(choices, changes, logits.rows, logits.cols)?;
         out.clear();
         if choices.is_empty() {
             return Ok(());
         }
         let mut workspace = locked(&self.workspace);
         let Workspace { stats, host_stats, choices: work, .. } = &mut *workspace;
-        let ChoiceWork { asked, answers, host_asked, host_answers } = work;
+        let ChoiceWork { asked, edits, masks, answers, host_asked, host_edits, host_answers } = work;
         host_asked.clear();
-        host_asked.extend(choices.iter().map(words));
+        host_asked.extend(choices.iter().enumerate().map(|(row, choice)| words(choice, changes, row)));
+        host_edits.clear();
+        host_edits.extend(changes.edits.iter().map(edit_words));
         let most = choices.iter().map(|choice| choice.top as usize).max().unwrap_or(0).min(logits.cols);
         let width = 2 + 2 * most;
         stats.reserve(OP, logits.rows * size_of::<[u32; 3]>())?;
         asked.reserve(OP, size_of_val(&host_asked[..]))?;
+        edits.reserve(OP, size_of_val(&host_edits[..]))?;
+        masks.reserve(OP, size_of_val(&changes.masks[..]))?;
         answers.reserve(OP, logits.rows * width * size_of::<u32>())?;
         self.stream.upload(OP, bytemuck::cast_slice(host_asked), asked, 0)?;
+        self.stream.upload(OP, bytemuck::cast_slice(host_edits), edits, 0)?;
+        self.stream.upload(OP, bytemuck::cast_slice(&changes.masks), masks, 0)?;
         let (grid, cols) = (row_grid(logits.rows, THREADS), u32_of(logits.cols));
         let arguments = [stats.start(), logits.memory.start(), cols];
         // SAFETY: there is room for the statistics of each row.
         unsafe { self.stream.launch(OP, &self.kernels.logit_stats, grid, &arguments) }?;
-        let arguments =
-            [answers.start(), logits.memory.start(), stats.start(), asked.start(), cols, u32_of(width)];
+        let arguments = [
+            answers.start(),
+            logits.memory.start(),
+            stats.start(),
+            asked.start(),
+            edits.start(),
+            masks.start(),
+            cols,
+            u32_of(width),
+        ];
         // SAFETY: each row has its statistics, its choice of a token of the vocabulary, and room for as many pairs as any
-        // asks for.
+        // asks for; its edits and its mask were sent, and are of the vocabulary.
         unsafe { self.stream.launch(OP, &self.kernels.choose, grid, &arguments) }?;
         host_stats.resize(logits.rows, [0; 3]);
         host_answers.resize(logits.rows * width, 0);
@@ -74,18 +107,27 @@ impl Cuda {
     }
 }
 
-fn words(choice: &Choice) -> Asked {
+fn words(choice: &Choice, changes: &Edits, row: usize) -> Asked {
     let Choice { given, temperature, top_k, top_p, min_p, uniform, top } = *choice;
+    let ends = |row: Option<usize>| row.and_then(|row| changes.rows.get(row)).copied().unwrap_or_default();
+    let (begin, end) = (ends(row.checked_sub(1)), ends(Some(row)));
     [
         uniform as u32,
         (uniform >> 32) as u32,
-        given.unwrap_or(u32::MAX),
+        given.unwrap_or(NONE),
         temperature.to_bits(),
         top_k,
         top_p.to_bits(),
         min_p.to_bits(),
         top,
+        begin.edits as u32,
+        end.edits as u32,
+        if begin.masks < end.masks { begin.masks as u32 } else { NONE },
     ]
+}
+
+fn edit_words(edit: &Edit) -> AskedEdit {
+    [edit.token, edit.scale.to_bits(), edit.shift.to_bits(), 0]
 }
 
 fn chosen(
@@ -102,5 +144,6 @@ fn chosen(
     top.sort_unstable_by(|(a, x), (b, y)| {
         y.partial_cmp(x).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(b))
     });
-    Chosen { token: answer[0], logit: f32::from_bits(answer[1]), stats, top }
+    let token = Some(answer[0]).filter(|&token| token != NONE);
+    Chosen { token, logit: f32::from_bits(answer[1]), stats, top }
 }

@@ -8,7 +8,7 @@ use super::stream::{Argument, Grid, Memory};
 use super::weights::Origin;
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
 use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable};
-use crate::choice::{Choice, ChoiceScratch, Chosen};
+use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
 use crate::tensor_view::TensorView;
@@ -373,12 +373,13 @@ impl Backend for Cuda {
 
     fn choose(
         &self,
-        logits: &CudaArray,
+        logits: &mut CudaArray,
         choices: &[Choice],
+        edits: &Edits,
         _scratch: &mut ChoiceScratch,
         out: &mut Vec<Chosen>,
     ) -> Result<()> {
-        self.choose_rows(logits, choices, out)
+        self.choose_rows(logits, choices, edits, out)
     }
 }
 

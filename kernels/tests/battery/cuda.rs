@@ -159,6 +159,7 @@ checks! {
     embed_and_gather_copy_rows: embed_gather::Copies, DETERMINISTIC;
     every_token_is_the_twins: choose::Vocabularies(choose::SMALL), DETERMINISTIC;
     a_large_vocabulary_has_the_twins_tokens_too: choose::Vocabularies(choose::LARGE), DETERMINISTIC;
+    rows_are_edited_as_by_the_twin: choose::Edited(choose::SMALL), DETERMINISTIC;
     rows_that_are_not_finite_say_so_and_spoil_no_other: choose::NotFinite, DETERMINISTIC;
     choices_that_mean_nothing_are_refused: choose::Refused, DETERMINISTIC;
     logit_stats_finds_the_lowest_of_the_largest_and_the_sum: logit_stats::Vocabularies, DETERMINISTIC;

@@ -189,6 +189,7 @@ fn slice(idx: usize, first_position: usize, tokens: usize, pages: Vec<PageIdx>, 
         pages: Arc::new(pages),
         sample: tokens == 1,
         score: Vec::new(),
+        counts: None,
         request: request(),
     }
 }

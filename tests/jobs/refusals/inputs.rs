@@ -303,9 +303,9 @@ const LINES: &[BadLine] = &[
         "invalid_value n | n: expected an integer from 1 to 16, found 17",
     ),
     bad(
-        "a penalty",
-        || body(json!({"presence_penalty": 0.5})),
-        "unsupported_parameter presence_penalty | presence_penalty: expected 0, found 0.5, which is not supported",
+        "a penalty beyond OpenAI's",
+        || body(json!({"presence_penalty": 2.5})),
+        "invalid_value presence_penalty | presence_penalty: expected a number from -2 to 2, found 2.5",
     ),
     bad(
         "a stream",

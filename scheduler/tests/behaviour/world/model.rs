@@ -2,7 +2,7 @@
 
 use scheduler::{
     Completion, Failure, FinishReason, Generated, Options, PageIdx, Request, RequestKey, Slice, SliceOutput,
-    TokenId, TokenLogprobs,
+    TokenCount, TokenId, TokenLogprobs,
 };
 
 /// The token that ends sequences whose requests name it.
@@ -105,6 +105,7 @@ impl Cache {
         let scored = slice.score.iter().enumerate();
         output.prompt_logprobs =
             scored.map(|(index, &token)| logprobs(&content[..=first + index], token)).collect();
+        check_counts(slice, &content);
         if slice.sample {
             let token = draw(&slice.request, &content);
             output.token = Some(token);
@@ -112,6 +113,25 @@ impl Cache {
         }
         output
     }
+}
+
+/// Insists that a slice which draws has the counts of all tokens before, where its request has penalties.
+fn check_counts(slice: &Slice, before: &[TokenId]) {
+    let Request { prompt, sampling, .. } = &*slice.request;
+    let is_wanted = slice.sample && sampling.has_penalties();
+    assert_eq!(slice.counts.is_some(), is_wanted, "{:?} has counts", slice.sequence);
+    let Some(counts) = &slice.counts else { return };
+    let counted = if sampling.repetition_penalty == 1.0 { prompt.len() } else { 0 };
+    let mut tokens = before[counted..].to_vec();
+    tokens.sort_unstable();
+    tokens.dedup();
+    let count = |token: TokenId| TokenCount {
+        token,
+        generated: before[prompt.len()..].iter().filter(|&&other| other == token).count() as u32,
+        in_prompt: counted == 0 && prompt.contains(&token),
+    };
+    let expected: Vec<TokenCount> = tokens.into_iter().map(count).collect();
+    assert_eq!(**counts, expected, "{:?}: counts", slice.sequence);
 }
 
 /// What a request gives, computed in one plain loop.

@@ -34,6 +34,8 @@ impl Random {
             stop: if self.once_in(4) { vec!["stop".to_owned()] } else { vec![] },
             logprobs: self.once_in(4).then_some(0),
             prompt_logprobs: self.once_in(3),
+            presence_penalty: if self.once_in(4) { 0.5 } else { 0.0 },
+            repetition_penalty: if self.once_in(4) { 1.5 } else { 1.0 },
             ..Sampling::greedy(max_tokens)
         };
         Request {

@@ -20,8 +20,8 @@ mod common;
 use anyhow::{Result, bail, ensure};
 use common::{numbers, random, time};
 use kernels::{
-    Array, AttentionSlice, Backend, Ceilings, Cpu, CpuOptions, Dtype, KvCache, PAGE_TOKENS, Reference, Simd,
-    WeightType, available_cores,
+    Array, AttentionSlice, Backend, Ceilings, Cpu, CpuOptions, KvCache, KvDtype, PAGE_TOKENS, Reference,
+    Simd, WeightType, available_cores,
 };
 
 const KV_HEADS: usize = 4;
@@ -67,7 +67,7 @@ struct Case {
 fn main() -> Result<()> {
     let Options { threads, simd, contexts, groups, head_dim } = options()?;
     let cores = available_cores();
-    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: Dtype::Bf16 })?;
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
     println!(
@@ -186,7 +186,7 @@ fn check(
     queries: &[f32],
     mut found: impl FnMut(usize) -> Vec<f32>,
 ) -> Result<()> {
-    let plain = Reference::new(WeightType::Bf16, Dtype::Bf16);
+    let plain = Reference::new(WeightType::Bf16, KvDtype::Bf16);
     let num_pages = slice.pages.len();
     let mut cache = plain.kv_cache(num_pages, KV_HEADS, case.head_dim)?;
     let pages: Vec<u32> = (0..num_pages as u32).collect();

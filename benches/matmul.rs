@@ -18,7 +18,7 @@ mod common;
 
 use anyhow::{Context, Result, bail};
 use common::{numbers, random, time};
-use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, Simd};
+use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvDtype, Simd};
 use kernels::{TensorView, ViewDtype, WeightType, available_cores};
 
 /// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head), of a 1.1 B Llama (alike), and of a narrow
@@ -59,7 +59,7 @@ struct Options {
 fn main() -> Result<()> {
     let Options { threads, simd, weights, rows, shapes, is_warm } = options()?;
     let cores = available_cores();
-    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: Dtype::Bf16 })?;
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
     println!(

@@ -13,7 +13,16 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-const DTYPES: [&str; 5] = ["f32", "bf16", "int8", "int8-weight", "int4-weight"];
+/// Of weights, and of keys and values.
+const TYPES: [(&str, &str); 7] = [
+    ("f32", "f32"),
+    ("bf16", "bf16"),
+    ("bf16", "fp8"),
+    ("int8", "bf16"),
+    ("int8", "fp8"),
+    ("int8-weight", "bf16"),
+    ("int4-weight", "bf16"),
+];
 const TEXT: &str = include_str!("perplexity/river.txt");
 
 fn main() {
@@ -27,29 +36,29 @@ fn main() {
     let model = model.canonicalize().expect("the model's path");
 
     let mut bf16 = None;
-    println!("dtype        tokens  perplexity  against bf16");
-    for dtype in ["bf16"].into_iter().chain(DTYPES) {
-        let logprobs = logprobs(&model, dtype);
+    println!("dtype        kv    tokens  perplexity  against bf16");
+    for (dtype, kv) in [("bf16", "bf16")].into_iter().chain(TYPES) {
+        let logprobs = logprobs(&model, dtype, kv);
         let perplexity = (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp();
         match bf16 {
             None => bf16 = Some(perplexity),
             Some(bf16) => {
                 let more = 100.0 * (perplexity / bf16 - 1.0);
-                println!("{dtype:<12} {:6}  {perplexity:10.3}  {more:+11.2} %", logprobs.len());
+                println!("{dtype:<12} {kv:<4}  {:6}  {perplexity:10.3}  {more:+11.2} %", logprobs.len());
             }
         }
     }
 }
 
 /// The log-probability of each token of the text but the first.
-fn logprobs(model: &Path, dtype: &str) -> Vec<f64> {
+fn logprobs(model: &Path, dtype: &str, kv: &str) -> Vec<f64> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = |name: &str| folder.path().join(name);
     let body = json!({"prompt": TEXT, "max_tokens": 0, "echo": true, "logprobs": 1});
     let line = json!({"custom_id": "text", "method": "POST", "url": "/v1/completions", "body": body});
     std::fs::write(path("input.jsonl"), format!("{line}\n")).expect("write the input");
     let job = format!(
-        "[model]\npath = {model:?}\ndtype = {dtype:?}\n[job]\ninput = \"input.jsonl\"\noutput = \"out\"\n"
+        "[model]\npath = {model:?}\ndtype = {dtype:?}\n[pipeline]\nkv_cache_dtype = {kv:?}\n[job]\ninput = \"input.jsonl\"\noutput = \"out\"\n"
     );
     std::fs::write(path("job.toml"), job).expect("write the job file");
     let program = env!("CARGO_BIN_EXE_spanwise");

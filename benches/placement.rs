@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Load, Measured, NumberType, NumberTypes, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, measure};
 use stages::{
-    Activations, Device, Dtype, Dtypes, Model, PAGE_TOKENS, Sharing, Simd, SpanOptions, StageOutput,
+    Activations, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, Sharing, Simd, SpanOptions, StageOutput,
     WeightType, available_cores,
 };
 
@@ -46,7 +46,7 @@ const MICRO_BATCH_TOKENS: usize = 256;
 const PROMPT_TOKENS: std::ops::Range<usize> = 16..81;
 const NEW_TOKENS: usize = 48;
 
-const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
+const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
 
 fn main() -> Result<()> {

@@ -12,7 +12,7 @@
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
 use anyhow::{Context, Result};
-use kernels::{Backend, Ceilings, Cpu, CpuMatrix, CpuOptions, Dtype, Simd, WeightType};
+use kernels::{Backend, Ceilings, Cpu, CpuMatrix, CpuOptions, KvDtype, Simd, WeightType};
 use kernels::{TensorView, ViewDtype, available_cores};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -34,7 +34,7 @@ fn main() -> Result<()> {
     let cores = available_cores();
     let threads = cores.len();
     let simd = Simd::detect();
-    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: Dtype::Bf16 })?;
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
     let region = Ceilings::new(&cpu)?.region_seconds();
     println!("{threads} threads, {}: a region takes {:.2} us", simd.name(), region * 1e6);

@@ -20,7 +20,7 @@ mod common;
 use anyhow::{Context, Result, bail, ensure};
 use common::{median, random};
 use kernels::{
-    Array, AttentionSlice, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, Dtype, KvCache,
+    Array, AttentionSlice, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache, KvDtype,
 };
 use kernels::{Largest, PAGE_TOKENS, RopeTable, Simd, TensorView, ViewDtype, WeightType, available_cores};
 use std::time::Instant;
@@ -68,7 +68,7 @@ fn main() -> Result<()> {
     let options = options()?;
     let Options { threads, simd, rows, chunk, context, weights } = options;
     let cores = available_cores();
-    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: Dtype::Bf16 })?;
+    let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
     let (peak, bandwidth) = (ceilings.product_flops(), ceilings.read_bandwidth());

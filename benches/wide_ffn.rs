@@ -26,8 +26,8 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, TokenPoint, measure};
 use stages::{
-    Activations, CollectiveClock, Device, Dtype, Dtypes, Model, Part, RankGroup, RankStep, SUM_CUT, Sharing,
-    Simd, SpanOptions, StageOutput, WeightType, available_cores, rank_steps, thread_ranks,
+    Activations, CollectiveClock, Device, Dtypes, KvDtype, Model, Part, RankGroup, RankStep, SUM_CUT,
+    Sharing, Simd, SpanOptions, StageOutput, WeightType, available_cores, rank_steps, thread_ranks,
 };
 
 const HIDDEN: usize = 512;
@@ -41,7 +41,7 @@ const STEPS: u64 = 60;
 const WARM_UP: usize = 5;
 const IN_FLIGHT: usize = 3;
 
-const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
+const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
 /// Of ranks of a number that is not profiled: there are none.
 const NO_TIME: Channel = Channel { latency_seconds: 0.0, bytes_per_second: 1e30 };

@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use anyhow::{Result, bail};
 use configs::{KvCacheTokens, Pipeline};
-use stages::{Device, Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, StepSize, WeightType};
+use stages::{Device, Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, StepSize};
 
 use crate::layout::StageLayout;
 use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
@@ -25,7 +25,7 @@ const RESERVED_SHARE: u64 = 16;
 #[derive(Debug)]
 pub(crate) struct Question {
     config: ModelConfig,
-    weights: WeightType,
+    dtypes: Dtypes,
     /// By the GPU's index.
     free_bytes: BTreeMap<usize, u64>,
     step: StepSize,
@@ -48,7 +48,7 @@ impl Question {
         let micro_batches = scheduler::in_flight(pipeline.devices_per_replica() as u64) as usize;
         Ok(Question {
             config: config.clone(),
-            weights: dtypes.weights,
+            dtypes,
             free_bytes: gpus::free_bytes(pipeline)?,
             step: StepSize { rows, sequences, context_tokens, micro_batches },
             wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
@@ -77,7 +77,7 @@ impl Question {
                     {
                         let place = RankPlace { rank, num_ranks: ranks.len() };
                         memory +=
-                            GpuMemory::of(&self.config, *part, (place, sharing), self.weights, self.step);
+                            GpuMemory::of(&self.config, *part, (place, sharing), self.dtypes, self.step);
                         parts.push(*part);
                     }
                 }

@@ -8,7 +8,7 @@ use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
 use anyhow::{Result, bail};
 use configs::KvCacheTokens;
 use jobs::NumericProfile;
-use stages::{Device, Dtype, Dtypes, ModelConfig, PAGE_TOKENS, Simd, WeightType};
+use stages::{Device, Dtypes, KvDtype, ModelConfig, PAGE_TOKENS, Simd, WeightType};
 
 use crate::layout::{self, StageLayout};
 
@@ -216,7 +216,11 @@ fn weights(dtype: configs::Dtype) -> WeightType {
 
 /// The number types of a job.
 pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dtypes {
-    let kv = weights(pipeline.kv_cache_dtype.beside(model.dtype)).operands();
+    let kv = match pipeline.kv_cache_dtype.beside(model.dtype) {
+        configs::KvCacheDtype::F32 => KvDtype::F32,
+        configs::KvCacheDtype::Bf16 | configs::KvCacheDtype::Auto => KvDtype::Bf16,
+        configs::KvCacheDtype::Fp8 => KvDtype::Fp8,
+    };
     Dtypes { weights: weights(model.dtype), kv }
 }
 
@@ -323,12 +327,13 @@ struct Memory {
 
 impl Memory {
     fn of(config: &ModelConfig, dtypes: Dtypes, free_bytes: u64, replicas: usize) -> Self {
-        let values: u64 =
-            config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
+        let dims = config.dims;
+        let values: u64 = config.blocks.iter().map(|block| block.attention.kv_values_per_token(dims)).sum();
+        let heads = values / dims.head_dim as u64;
         Memory {
             free_bytes,
             weight_bytes: replicas as u64 * stages::weight_bytes(config, dtypes.weights),
-            kv_bytes_per_token: replicas as u64 * values * bytes(dtypes.kv),
+            kv_bytes_per_token: replicas as u64 * heads * dtypes.kv.head_bytes(dims.head_dim) as u64,
         }
     }
 
@@ -377,13 +382,6 @@ impl Memory {
             );
         }
         Ok(wanted.min(room / PAGE_TOKENS * PAGE_TOKENS))
-    }
-}
-
-fn bytes(dtype: Dtype) -> u64 {
-    match dtype {
-        Dtype::F32 => 4,
-        Dtype::Bf16 => 2,
     }
 }
 

@@ -34,7 +34,7 @@ use std::time::Instant;
 
 use common::median;
 use job::{Job, Run, SPANWISE};
-use kernels::{Ceilings, Cpu, CpuOptions, Dtype, Simd, WeightType, available_cores};
+use kernels::{Ceilings, Cpu, CpuOptions, KvDtype, Simd, WeightType, available_cores};
 use stages::ModelConfig;
 use workload::Workload;
 
@@ -215,7 +215,7 @@ fn start(model: &Path, runs: usize) {
 fn peak() -> f64 {
     let cores = available_cores();
     let (threads, simd) = (cores.len(), Simd::detect());
-    let options = CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: Dtype::Bf16 };
+    let options = CpuOptions { cores, threads, simd, weights: WeightType::Bf16, kv: KvDtype::Bf16 };
     let cpu = Cpu::new(options).expect("a device");
     // This thread is not pinned: what it starts would be, too.
     Ceilings::new(&cpu).expect("memory to measure with").product_flops()

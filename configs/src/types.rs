@@ -85,13 +85,15 @@ words! {
 
 words! {
     /// Number type of the KV cache.
-    KvCacheDtype, r#""auto", "f32" or "bf16""#, {
+    KvCacheDtype, r#""auto", "f32", "bf16" or "fp8""#, {
         /// f32 when the weights are, else bf16.
         Auto = "auto",
         /// IEEE single precision.
         F32 = "f32",
         /// bfloat16.
         Bf16 = "bf16",
+        /// E4M3 with a power of two for each head of each token: half the memory of bf16.
+        Fp8 = "fp8",
     }
 }
 
@@ -124,11 +126,12 @@ words! {
 }
 
 impl KvCacheDtype {
-    /// The number type this comes to beside weights of `weights`: f32 or bf16.
-    pub fn beside(self, weights: Dtype) -> Dtype {
+    /// The number type this comes to beside weights of `weights`, which is never `Auto`.
+    pub fn beside(self, weights: Dtype) -> KvCacheDtype {
         match (self, weights) {
-            (Self::F32, _) | (Self::Auto, Dtype::F32) => Dtype::F32,
-            (Self::Auto | Self::Bf16, _) => Dtype::Bf16,
+            (Self::Auto, Dtype::F32) => Self::F32,
+            (Self::Auto, _) => Self::Bf16,
+            (named, _) => named,
         }
     }
 }

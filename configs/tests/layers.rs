@@ -145,13 +145,14 @@ fn every_key_arrives_where_it_belongs() {
 
 #[test]
 fn the_kv_cache_follows_the_weights_unless_told_otherwise() {
-    assert_eq!(KvCacheDtype::Auto.beside(Dtype::F32), Dtype::F32);
+    assert_eq!(KvCacheDtype::Auto.beside(Dtype::F32), KvCacheDtype::F32);
     for narrower in [Dtype::Bf16, Dtype::Int8, Dtype::Int8Weight, Dtype::Int4Weight] {
-        assert_eq!(KvCacheDtype::Auto.beside(narrower), Dtype::Bf16);
+        assert_eq!(KvCacheDtype::Auto.beside(narrower), KvCacheDtype::Bf16);
     }
-    assert_eq!(KvCacheDtype::F32.beside(Dtype::Int8), Dtype::F32);
-    assert_eq!(KvCacheDtype::F32.beside(Dtype::Bf16), Dtype::F32);
-    assert_eq!(KvCacheDtype::Bf16.beside(Dtype::F32), Dtype::Bf16);
+    assert_eq!(KvCacheDtype::F32.beside(Dtype::Int8), KvCacheDtype::F32);
+    assert_eq!(KvCacheDtype::F32.beside(Dtype::Bf16), KvCacheDtype::F32);
+    assert_eq!(KvCacheDtype::Bf16.beside(Dtype::F32), KvCacheDtype::Bf16);
+    assert_eq!(KvCacheDtype::Fp8.beside(Dtype::F32), KvCacheDtype::Fp8);
 }
 
 #[test]

@@ -83,6 +83,42 @@ DEVICE void copy_page(bf16* tile, const bf16* page, u32 num_entries, u32 num_thr
     }
 }
 
+// Numbers from code to code of a position, in a block's memory: an odd number of 16 bytes, so that the eight positions that a
+// load of a matrix touches lie in different banks.
+constexpr u32 CODE_STRIDE = (HEAD_DIM / 16 | 1) * 16;
+// A head's entries of a page in E4M3, as the cache has them and in a block's memory: codes of keys, of values, powers of both.
+constexpr u32 CODED_ENTRIES = 2 * PAGE * (HEAD_DIM + 1);
+constexpr u32 CODED_PAGE = 2 * PAGE * (CODE_STRIDE + 1);
+constexpr u32 POWERS = 2 * PAGE * CODE_STRIDE;
+
+// Begins to copy a head's entries of a page in E4M3; codes from `num_entries` on are zero, and powers are what they were.
+DEVICE void copy_coded_page(unsigned char* tile, const unsigned char* page, u32 num_entries, u32 num_threads) {
+    auto copy = [](unsigned char* to, const unsigned char* from, bool is_there) {
+        copy_chunk(reinterpret_cast<bf16*>(to), reinterpret_cast<const bf16*>(from), is_there);
+    };
+    for (u32 chunk = threadIdx.x; chunk < 2 * PAGE * (HEAD_DIM / 16); chunk += num_threads) {
+        u32 entry = chunk / (HEAD_DIM / 16), d = chunk % (HEAD_DIM / 16) * 16;
+        bool is_there = entry % PAGE < num_entries;
+        copy(tile + entry * CODE_STRIDE + d, page + (is_there ? entry * HEAD_DIM + d : 0), is_there);
+    }
+    for (u32 chunk = threadIdx.x; chunk < 2 * PAGE / 16; chunk += num_threads) {
+        copy(tile + POWERS + chunk * 16, page + 2 * PAGE * HEAD_DIM + chunk * 16, true);
+    }
+}
+
+// Four codes as bf16, each times 2^-8: the first and the third, and the second and the fourth. Exponent and fraction in place,
+// and 2^112 for the other bias.
+DEVICE void bf16_of_codes(u32 (&pairs)[2], u32 codes) {
+#pragma unroll
+    for (u32 odd = 0; odd < 2; odd++) {
+        u32 upper = odd ? codes : codes << 8;
+        pairs[odd] = multiply_bf16x2((upper & 0x80008000u) | (upper >> 4 & 0x07f007f0u), 0x77807780u);
+    }
+}
+
+// What a number of bf16_of_codes is still to be multiplied with; infinite where it is none, as all of its codes are then zero.
+DEVICE float power_of(u32 power) { return f32_of_bits(power << 23); }
+
 // Scores of sixteen queries against 8 * KEY_FRAGMENTS keys of a tile, not yet scaled. `query(step, a)` gives a step's
 // fragment of the queries.
 template <u32 KEY_FRAGMENTS, typename Query>
@@ -138,5 +174,39 @@ DEVICE void add_values(float (&out)[DIM_FRAGMENTS][4], const u32 (&weights)[KEY_
         for (u32 i = 0; i < 4; i++) {
             if (is_meant(i / 2)) out[n][i] = low[i], out[n + 1][i] = high[i];
         }
+    }
+}
+
+// The same scores of sixteen queries against sixteen keys in E4M3, each still to be multiplied with its power. Of a step's
+// sixteen dimensions a lane has 4t to 4t+3 of its keys: the even ones of them stand where others have 2t and 2t+1, and the odd
+// ones where others have 2t+8 and 2t+9; so must the queries.
+template <typename Query>
+DEVICE void score_coded(float (&scores)[2][4], Query query, const unsigned char* keys, u32 lane) {
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.0f;
+#pragma unroll
+    for (u32 step = 0; step < DIM_STEPS; step++) {
+        u32 a[4], codes[2], b[2];
+        query(step, a);
+        load_two_matrices(codes, reinterpret_cast<const bf16*>(keys + lane % 16 * CODE_STRIDE + step * 16));
+#pragma unroll
+        for (u32 n = 0; n < 2; n++) {
+            bf16_of_codes(b, codes[n]);
+            mma(scores[n], a, b[0], b[1]);
+        }
+    }
+}
+
+// Adds sixteen rows of weights times sixteen values in E4M3, weights having been multiplied with the values' powers. Of sixteen
+// dimensions the even ones go to one fragment, and the odd ones to the next.
+DEVICE void add_coded_values(float (&out)[DIM_FRAGMENTS][4], const u32 (&weights)[4], const unsigned char* values, u32 lane) {
+#pragma unroll
+    for (u32 n = 0; n < DIM_FRAGMENTS; n += 2) {
+        u32 codes[2], first[2], second[2];
+        load_two_matrices_transposed(codes, reinterpret_cast<const bf16*>(values + lane % 16 * CODE_STRIDE + n * 8));
+        bf16_of_codes(first, codes[0]);
+        bf16_of_codes(second, codes[1]);
+        mma(out[n], weights, first[0], second[0]);
+        mma(out[n + 1], weights, first[1], second[1]);
     }
 }

@@ -19,13 +19,71 @@ struct Row {
     u32 pages;
 };
 
+// A head's entries of a page in bf16.
+struct PlainEntries {
+    static constexpr bool HAVE_POWERS = false;
+    static constexpr u32 BYTES = 2 * PAGE * STRIDE * 2;
+    typedef bf16 Cache;
+
+    static DEVICE void copy(unsigned char* tile, const bf16* cache, u64 page_head, u32 num_entries) {
+        bf16* keys = reinterpret_cast<bf16*>(tile);
+        const bf16* entries = cache + page_head * 2 * PAGE * HEAD_DIM;
+        copy_page(keys, entries, num_entries, THREADS);
+        copy_page(keys + PAGE * STRIDE, entries + PAGE * HEAD_DIM, num_entries, THREADS);
+    }
+
+    // Of a step's fragment of queries, the dimensions of a lane's numbers `i`: the first, and how far from it the second is.
+    static DEVICE u32 first_dim(u32 lane, u32 i) { return lane % 4 * 2 + i / 2 * 8; }
+    static constexpr u32 BETWEEN = 1;
+
+    template <typename Query>
+    static DEVICE void score(float (&scores)[2][4], Query query, const unsigned char* tile, u32 first, u32 lane) {
+        ::score(scores, query, reinterpret_cast<const bf16*>(tile) + first * STRIDE, lane);
+    }
+
+    static DEVICE float key_power(const unsigned char*, u32) { return 1.0f; }
+
+    static DEVICE void add(float (&out)[DIM_FRAGMENTS][4], const u32 (&weights)[1][4], const unsigned char* tile, u32 first, u32 lane) {
+        const bf16* values = reinterpret_cast<const bf16*>(tile) + (PAGE + first) * STRIDE;
+        add_values(out, weights, values, lane, [](u32) { return true; });
+    }
+
+    // The dimension of a lane's column `i` of fragment `n`.
+    static DEVICE u32 out_dim(u32 n, u32 lane, u32 i) { return n * 8 + lane % 4 * 2 + i; }
+};
+
+// The same in E4M3.
+struct CodedEntries {
+    static constexpr bool HAVE_POWERS = true;
+    static constexpr u32 BYTES = CODED_PAGE;
+    typedef unsigned char Cache;
+
+    static DEVICE void copy(unsigned char* tile, const unsigned char* cache, u64 page_head, u32 num_entries) {
+        copy_coded_page(tile, cache + page_head * CODED_ENTRIES, num_entries, THREADS);
+    }
+
+    static DEVICE u32 first_dim(u32 lane, u32 i) { return lane % 4 * 4 + i / 2; }
+    static constexpr u32 BETWEEN = 2;
+
+    template <typename Query>
+    static DEVICE void score(float (&scores)[2][4], Query query, const unsigned char* tile, u32 first, u32 lane) {
+        score_coded(scores, query, tile + first * CODE_STRIDE, lane);
+    }
+
+    static DEVICE float key_power(const unsigned char* tile, u32 entry) { return power_of(tile[POWERS + entry]); }
+    static DEVICE float value_power(const unsigned char* tile, u32 entry) { return power_of(tile[POWERS + PAGE + entry]); }
+
+    static DEVICE void add(float (&out)[DIM_FRAGMENTS][4], const u32 (&weights)[1][4], const unsigned char* tile, u32 first, u32 lane) {
+        add_coded_values(out, weights[0], tile + (PAGE + first) * CODE_STRIDE, lane);
+    }
+
+    static DEVICE u32 out_dim(u32 n, u32 lane, u32 i) { return n / 2 * 16 + (lane % 4 * 2 + i) * 2 + n % 2; }
+};
+
 // `sums` and `maxima` are [rows, kv_heads, parts, GROUP], `partial` is the same times HEAD_DIM.
-KERNEL(THREADS)
-attention_decode(float* partial, float* maxima, float* sums, const float* q, const bf16* cache, const u32* page_table,
-                 const Row* rows, u32 heads, u32 kv_heads, u32 head_dim, u32 part_pages, float scale) {
-    DYNAMIC_SHARED(memory);
-    bf16* keys = reinterpret_cast<bf16*>(memory);
-    bf16* values = keys + STAGES * PAGE * STRIDE;
+template <typename Entries>
+DEVICE void decode(unsigned char* memory, float* partial, float* maxima, float* sums, const float* q, const typename Entries::Cache* cache,
+                   const u32* page_table, const Row* rows, u32 heads, u32 kv_heads, u32 head_dim, u32 part_pages, float scale) {
     const Row row = rows[blockIdx.x];
     u32 kv_head = blockIdx.y, part = blockIdx.z, group = heads / kv_heads;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -34,10 +92,9 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
 
     auto copy = [&](u32 page) {
         if (page < end_page) {
-            u64 entry = (u64(page_table[row.pages + page]) * kv_heads + kv_head) * 2 * PAGE * HEAD_DIM;
+            u64 page_head = u64(page_table[row.pages + page]) * kv_heads + kv_head;
             u32 num_entries = min_of(PAGE, row.num_keys - page * PAGE);
-            copy_page(keys + page % STAGES * PAGE * STRIDE, cache + entry, num_entries, THREADS);
-            copy_page(values + page % STAGES * PAGE * STRIDE, cache + entry + PAGE * HEAD_DIM, num_entries, THREADS);
+            Entries::copy(memory + page % STAGES * Entries::BYTES, cache, page_head, num_entries);
         }
         close_copies();
     };
@@ -49,10 +106,10 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
     for (u32 step = 0; step < DIM_STEPS; step++) {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            u32 head = lane / 4 + i % 2 * 8, d = step * 16 + lane % 4 * 2 + i / 2 * 8;
+            u32 head = lane / 4 + i % 2 * 8, d = step * 16 + Entries::first_dim(lane, i);
             const float* at = q + (u64(row.row) * heads + kv_head * group + head) * head_dim + d;
             float low = head < group && d < head_dim ? at[0] : 0.0f;
-            float high = head < group && d + 1 < head_dim ? at[1] : 0.0f;
+            float high = head < group && d + Entries::BETWEEN < head_dim ? at[Entries::BETWEEN] : 0.0f;
             queries[step][i] = pack_bf16(low, high);
         }
     }
@@ -67,22 +124,34 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
         await_copies<STAGES - 2>();
         __syncthreads(); // This page is there for all, and the one before is done with by all.
         copy(page + STAGES - 1);
-        const bf16* page_keys = keys + page % STAGES * PAGE * STRIDE;
-        const bf16* page_values = values + page % STAGES * PAGE * STRIDE;
+        const unsigned char* tile = memory + page % STAGES * Entries::BYTES;
         float scores[2][4];
-        score(scores, query, page_keys + warp * 16 * STRIDE, lane);
+        Entries::score(scores, query, tile, warp * 16, lane);
 #pragma unroll
         for (u32 n = 0; n < 2; n++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                u32 position = page * PAGE + warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
-                scores[n][i] = position < row.num_keys ? scores[n][i] * scale : minus_infinity();
+                u32 entry = warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
+                float score = scores[n][i] * (scale * Entries::key_power(tile, entry));
+                scores[n][i] = page * PAGE + entry < row.num_keys ? score : minus_infinity();
             }
         }
         softmax.weigh(scores);
+        if constexpr (Entries::HAVE_POWERS) {
+#pragma unroll
+            for (u32 n = 0; n < 2; n++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    u32 entry = warp * 16 + n * 8 + lane % 4 * 2 + i % 2;
+                    // What lies beyond the keys is of another time, and may be no number.
+                    bool is_there = page * PAGE + entry < row.num_keys;
+                    scores[n][i] = is_there ? scores[n][i] * Entries::value_power(tile, entry) : 0.0f;
+                }
+            }
+        }
         u32 weights[1][4];
         pack_weights(weights, scores);
-        add_values(softmax.out, weights, page_values + warp * 16 * STRIDE, lane, [](u32) { return true; });
+        Entries::add(softmax.out, weights, tile, warp * 16, lane);
     }
     await_copies<0>();
 
@@ -100,7 +169,7 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
         for (u32 n = 0; n < DIM_FRAGMENTS; n++) {
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
-                warp_out[at * HEAD_DIM + n * 8 + lane % 4 * 2 + i] = softmax.out[n][2 * half + i];
+                warp_out[at * HEAD_DIM + Entries::out_dim(n, lane, i)] = softmax.out[n][2 * half + i];
             }
         }
     }
@@ -121,4 +190,18 @@ attention_decode(float* partial, float* maxima, float* sums, const float* q, con
         partial[(base + head) * HEAD_DIM + d] = value;
         if (d == 0) maxima[base + head] = max, sums[base + head] = sum;
     }
+}
+
+KERNEL(THREADS)
+attention_decode(float* partial, float* maxima, float* sums, const float* q, const bf16* cache, const u32* page_table,
+                 const Row* rows, u32 heads, u32 kv_heads, u32 head_dim, u32 part_pages, float scale) {
+    DYNAMIC_SHARED(memory);
+    decode<PlainEntries>(memory, partial, maxima, sums, q, cache, page_table, rows, heads, kv_heads, head_dim, part_pages, scale);
+}
+
+KERNEL(THREADS)
+attention_decode_fp8(float* partial, float* maxima, float* sums, const float* q, const unsigned char* cache, const u32* page_table,
+                     const Row* rows, u32 heads, u32 kv_heads, u32 head_dim, u32 part_pages, float scale) {
+    DYNAMIC_SHARED(memory);
+    decode<CodedEntries>(memory, partial, maxima, sums, q, cache, page_table, rows, heads, kv_heads, head_dim, part_pages, scale);
 }

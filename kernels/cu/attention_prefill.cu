@@ -41,13 +41,56 @@ DEVICE bool has_no_number(const bf16* tile) {
     return __syncthreads_or(found);
 }
 
-KERNEL(THREADS)
-attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_table, const Tile* tiles, u32 heads,
-                  u32 kv_heads, u32 head_dim, u32 out_stride, float scale) {
-    DYNAMIC_SHARED(memory);
-    bf16* keys = reinterpret_cast<bf16*>(memory);
-    bf16* values = keys + STAGES * PAGE * STRIDE;
-    bf16* queries = values + STAGES * PAGE * STRIDE;
+// A head's entries of pages in bf16, which are multiplied where they arrive.
+struct PlainEntries {
+    static constexpr u32 BYTES = STAGES * 2 * PAGE * STRIDE * 2;
+    typedef bf16 Cache;
+
+    static DEVICE bf16* tile(unsigned char* memory, u32 page) {
+        return reinterpret_cast<bf16*>(memory) + page % STAGES * 2 * PAGE * STRIDE;
+    }
+
+    static DEVICE void copy(unsigned char* memory, u32 page, const bf16* cache, u64 page_head, u32 num_entries) {
+        const bf16* entries = cache + page_head * 2 * PAGE * HEAD_DIM;
+        copy_page(tile(memory, page), entries, num_entries, THREADS);
+        copy_page(tile(memory, page) + PAGE * STRIDE, entries + PAGE * HEAD_DIM, num_entries, THREADS);
+    }
+
+    static DEVICE void unpack(unsigned char*, u32, u32) {}
+};
+
+// The same in E4M3: a block makes a page in bf16 of it once, for all of its warps.
+struct CodedEntries {
+    static constexpr u32 TILE = 2 * PAGE * STRIDE * 2;
+    static constexpr u32 BYTES = TILE + STAGES * CODED_PAGE;
+    typedef unsigned char Cache;
+
+    static DEVICE bf16* tile(unsigned char* memory, u32) { return reinterpret_cast<bf16*>(memory); }
+
+    static DEVICE void copy(unsigned char* memory, u32 page, const unsigned char* cache, u64 page_head, u32 num_entries) {
+        copy_coded_page(memory + TILE + page % STAGES * CODED_PAGE, cache + page_head * CODED_ENTRIES, num_entries, THREADS);
+    }
+
+    static DEVICE void unpack(unsigned char* memory, u32 page, u32 num_entries) {
+        const unsigned char* coded = memory + TILE + page % STAGES * CODED_PAGE;
+        for (u32 word = threadIdx.x; word < 2 * PAGE * (HEAD_DIM / 4); word += THREADS) {
+            u32 entry = word / (HEAD_DIM / 4), d = word % (HEAD_DIM / 4) * 4;
+            u32 pairs[2];
+            bf16_of_codes(pairs, *reinterpret_cast<const u32*>(coded + entry * CODE_STRIDE + d));
+            // What lies beyond the keys is of another time, and may be no number.
+            float power = entry % PAGE < num_entries ? power_of(coded[POWERS + entry]) : 0.0f;
+            u32* to = reinterpret_cast<u32*>(memory) + (entry * STRIDE + d) / 2;
+            to[0] = pack_bf16(f32_of_bits(pairs[0] << 16) * power, f32_of_bits(pairs[1] << 16) * power);
+            to[1] = pack_bf16(f32_of_bits(pairs[0] & 0xffff0000u) * power, f32_of_bits(pairs[1] & 0xffff0000u) * power);
+        }
+        __syncthreads();
+    }
+};
+
+template <typename Entries>
+DEVICE void prefill(unsigned char* memory, bf16* out, const float* q, const typename Entries::Cache* cache, const u32* page_table,
+                    const Tile* tiles, u32 heads, u32 kv_heads, u32 head_dim, u32 out_stride, float scale) {
+    bf16* queries = reinterpret_cast<bf16*>(memory + Entries::BYTES);
     const Tile tile = tiles[blockIdx.x];
     u32 kv_head = blockIdx.y, group = heads / kv_heads;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -57,10 +100,8 @@ attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_
 
     auto copy = [&](u32 page) {
         if (page < num_pages) {
-            u64 entry = (u64(page_table[tile.pages + page]) * kv_heads + kv_head) * 2 * PAGE * HEAD_DIM;
-            u32 num_entries = min_of(PAGE, last_position + 1 - page * PAGE);
-            copy_page(keys + page % STAGES * PAGE * STRIDE, cache + entry, num_entries, THREADS);
-            copy_page(values + page % STAGES * PAGE * STRIDE, cache + entry + PAGE * HEAD_DIM, num_entries, THREADS);
+            u64 page_head = u64(page_table[tile.pages + page]) * kv_heads + kv_head;
+            Entries::copy(memory, page, cache, page_head, min_of(PAGE, last_position + 1 - page * PAGE));
         }
         close_copies();
     };
@@ -89,8 +130,9 @@ attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_
         copy(page + 1);
         await_copies<1>();
         __syncthreads();
-        const bf16* page_keys = keys + page % STAGES * PAGE * STRIDE;
-        bf16* page_values = values + page % STAGES * PAGE * STRIDE;
+        Entries::unpack(memory, page, min_of(PAGE, last_position + 1 - page * PAGE));
+        const bf16* page_keys = Entries::tile(memory, page);
+        bf16* page_values = Entries::tile(memory, page) + PAGE * STRIDE;
         float scores[PAGE / 8][4];
         score(scores, query, page_keys, lane);
 #pragma unroll
@@ -136,4 +178,18 @@ attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_
             }
         }
     }
+}
+
+KERNEL(THREADS)
+attention_prefill(bf16* out, const float* q, const bf16* cache, const u32* page_table, const Tile* tiles, u32 heads,
+                  u32 kv_heads, u32 head_dim, u32 out_stride, float scale) {
+    DYNAMIC_SHARED(memory);
+    prefill<PlainEntries>(memory, out, q, cache, page_table, tiles, heads, kv_heads, head_dim, out_stride, scale);
+}
+
+KERNEL(THREADS)
+attention_prefill_fp8(bf16* out, const float* q, const unsigned char* cache, const u32* page_table, const Tile* tiles, u32 heads,
+                      u32 kv_heads, u32 head_dim, u32 out_stride, float scale) {
+    DYNAMIC_SHARED(memory);
+    prefill<CodedEntries>(memory, out, q, cache, page_table, tiles, heads, kv_heads, head_dim, out_stride, scale);
 }

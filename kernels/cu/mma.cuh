@@ -74,6 +74,21 @@ DEVICE void load_matrices_transposed(u32 (&out)[4], const bf16* row) {
                  : "memory");
 }
 
+// The first two of them: lanes 0 to 15 point to rows, and those of the others are not read.
+DEVICE void load_two_matrices(u32 (&out)[2], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+DEVICE void load_two_matrices_transposed(u32 (&out)[2], const bf16* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
 // Begins to copy 16 bytes, or, where not `is_there`, to write zeros; nothing is then read.
 DEVICE void copy_chunk(bf16* to, const bf16* from, bool is_there) {
     u32 bytes = is_there ? 16 : 0;

@@ -49,6 +49,13 @@ DEVICE u32 add_bf16x2(u32 a, u32 b) {
     return sum;
 }
 
+// Products of two pairs of bf16, each rounded to nearest even; numbers without a leading one are numbers like others.
+DEVICE u32 multiply_bf16x2(u32 a, u32 b) {
+    u32 product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+}
+
 // Never fused with what comes after.
 DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }

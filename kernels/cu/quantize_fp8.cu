@@ -3,22 +3,13 @@
 // second time from the cache.
 //
 // Codes lie in chunks of columns, one after the other, each [all_rows, chunk], of which rows are padded with zeros to 16 bytes.
-#include "num.cuh"
+#include "fp8.cuh"
 
 constexpr u32 THREADS = 256;
 constexpr float LARGEST = 448.0f;
 
 DEVICE float number(const bf16* from, u64 at) { return f32_of(from[at]); }
 DEVICE float number(const float* from, u64 at) { return from[at]; }
-
-// The code of a number of no more than 448, or a little more by rounding.
-DEVICE u32 code_of(float value) {
-    u32 bits = bits_of_f32(value), magnitude = bits & 0x7fffffffu;
-    // Below 2^-6 steps are of 2^-9; from there on 3 bits of fraction are kept, and the exponent's bias is 7.
-    u32 code = magnitude < 0x3c800000u ? u32(rintf(f32_of_bits(magnitude) * 512.0f))
-                                       : ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
-    return min_of(code, 0x7eu) | (bits >> 24 & 0x80u);
-}
 
 template <typename Number>
 DEVICE void quantize(u32* codes, float* scales, const Number* from, u32 first_row, u64 all_rows, u32 cols, u32 from_stride, u32 chunk,
@@ -49,7 +40,7 @@ DEVICE void quantize(u32* codes, float* scales, const Number* from, u32 first_ro
         u32 word = 0;
 #pragma unroll
         for (u32 n = 0; n < 4; n++) {
-            if (i + n < cols && is_finite) word |= code_of(number(row, i + n) * inverse) << (8 * n);
+            if (i + n < cols && is_finite) word |= fp8_code_of(number(row, i + n) * inverse) << (8 * n);
         }
         u32 first = i / chunk * chunk;
         u64 at = all_rows * first + row_idx * min_of(chunk, padded - first) + (i - first);

@@ -14,8 +14,8 @@ compile() { # compile OUTPUT SOURCE [FLAGS]
     running+=($!)
     if ((${#running[@]} >= 2)); then wait "${running[0]}"; running=("${running[@]:1}"); fi
 }
-kernel() { # kernel FILE THREADS [HEAD_DIM]
-    local more=(-include device.h "-DSOURCE=\"../cu/$1.cu\"" "-DKERNELS=K($1)" "-DMAX_THREADS=$2")
+kernel() { # kernel FILE THREADS [HEAD_DIM KERNELS]
+    local more=(-include device.h "-DSOURCE=\"../cu/$1.cu\"" "-DKERNELS=${4:-K($1)}" "-DMAX_THREADS=$2")
     if (($# > 2)); then more+=("-DHEAD_DIM=$3"); fi
     compile "$1-${3:-}" kernel.cpp "${more[@]}"
 }
@@ -24,7 +24,7 @@ compile driver driver.cpp
 compile collective kernel.cpp -include device.h '-DSOURCE="../cu/collective.cu"' '-DKERNELS=K(sum_ranks) K(place_columns)' -DMAX_THREADS=256
 for file in add embed gather rms_norm rope swiglu; do kernel $file 256; done
 compile random kernel.cpp -include device.h '-DSOURCE="../cu/random.cu"' '-DKERNELS=K(random_uniform)' -DMAX_THREADS=256
-kernel kv_append 128
+compile kv_append kernel.cpp -include device.h '-DSOURCE="../cu/kv_append.cu"' '-DKERNELS=K(kv_append) K(kv_append_fp8)' -DMAX_THREADS=128
 kernel attention_merge 128
 kernel logit_stats 512
 kernel choose 512
@@ -35,8 +35,8 @@ kernel shuffle_int4 128
 compile gemm_fp8 kernel.cpp -include device.h '-DSOURCE="../cu/gemm_fp8.cu"' '-DKERNELS=K(gemm_fp8_16) K(gemm_fp8_64) K(gemm_fp8_128)' -DMAX_THREADS=256
 compile quantize_fp8 kernel.cpp -include device.h '-DSOURCE="../cu/quantize_fp8.cu"' '-DKERNELS=K(quantize_fp8_bf16) K(quantize_fp8_f32)' -DMAX_THREADS=256
 for head_dim in 16 32 48 64 80 96 128 256; do
-    kernel attention_prefill 128 $head_dim
-    kernel attention_decode 128 $head_dim
+    kernel attention_prefill 128 $head_dim 'K(attention_prefill) K(attention_prefill_fp8)'
+    kernel attention_decode 128 $head_dim 'K(attention_decode) K(attention_decode_fp8)'
 done
 for process in "${running[@]}"; do wait "$process"; done
 "${CXX:-c++}" -shared -Wl,-soname,libcuda.so "${objects[@]}" -o "$out/libcuda.so"

@@ -71,6 +71,10 @@ static inline unsigned add_bf16x2(unsigned a, unsigned b) {
     return pack_bf16(f32_of_bits(a << 16) + f32_of_bits(b << 16), f32_of_bits(a & 0xffff0000u) + f32_of_bits(b & 0xffff0000u));
 }
 
+static inline unsigned multiply_bf16x2(unsigned a, unsigned b) {
+    return pack_bf16(f32_of_bits(a << 16) * f32_of_bits(b << 16), f32_of_bits(a & 0xffff0000u) * f32_of_bits(b & 0xffff0000u));
+}
+
 static inline float multiply_rounded(float a, float b) { return a * b; }
 static inline float add_rounded(float a, float b) { return a + b; }
 static inline unsigned long long multiply_high(unsigned long long a, unsigned long long b) {
@@ -161,6 +165,18 @@ static inline void load_matrices_transposed(unsigned (&out)[4], const unsigned s
         unsigned high = all[(8 * i + 2 * t + 1) * 4 + g / 2] >> (g % 2 * 16) & 0xffff;
         out[i] = low | high << 16;
     }
+}
+
+static inline void load_two_matrices(unsigned (&out)[2], const unsigned short* row) {
+    unsigned four[4];
+    load_matrices(four, row);
+    out[0] = four[0], out[1] = four[1];
+}
+
+static inline void load_two_matrices_transposed(unsigned (&out)[2], const unsigned short* row) {
+    unsigned four[4];
+    load_matrices_transposed(four, row);
+    out[0] = four[0], out[1] = four[1];
 }
 
 static inline void copy_chunk(unsigned short* to, const unsigned short* from, bool is_there) {

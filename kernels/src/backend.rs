@@ -33,13 +33,28 @@ pub const SUM_CUT: usize = 64;
 /// models there is one. It is as much of K as the CPU backend sweeps over at once.
 pub const INT8_BLOCK: usize = 4096;
 
-/// Number type of activations on the device: matmul inputs, KV entries, and tables that are read row by row.
+/// Number type of activations on the device: matmul inputs, and tables that are read row by row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision.
     F32,
     /// bfloat16: the upper half of an f32, rounded to nearest even.
     Bf16,
+}
+
+/// Number type of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// E4M3 with a power of two for each head of each token, which takes as much of a page as one number more: the least with
+    /// which the head's largest number is 448 or less. It does not depend on any other token, so that neither do answers, and
+    /// no number is too large. A number is off by 1/16 of itself at most, or by 2⁻¹⁷ of its head's largest one where that is
+    /// more. Where a number of a head is NaN, infinite or beyond 1.75 · 2¹²⁷, all of the head's are NaN. Attention multiplies in bfloat16, which
+    /// holds these numbers exactly.
+    Fp8,
 }
 
 /// What the matrices of a model's blocks are kept in.

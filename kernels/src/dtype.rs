@@ -1,6 +1,7 @@
 //! What a device keeps of an f32.
 
-use crate::backend::{Dtype, Int4Groups, WeightType};
+use crate::backend::{Dtype, Int4Groups, KvDtype, WeightType};
+use crate::fp8::Exponent;
 
 impl WeightType {
     /// Every type.
@@ -69,6 +70,57 @@ impl Dtype {
             Dtype::Bf16 => values
                 .iter_mut()
                 .for_each(|value| *value = f32::from_bits(u32::from(bf16_bits(*value)) << 16)),
+        }
+    }
+}
+
+impl KvDtype {
+    /// Every type.
+    pub const ALL: [KvDtype; 3] = [KvDtype::F32, KvDtype::Bf16, KvDtype::Fp8];
+
+    /// The type's name in options and numeric profiles.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvDtype::F32 => "f32",
+            KvDtype::Bf16 => "bf16",
+            KvDtype::Fp8 => "fp8",
+        }
+    }
+
+    /// The type in which attention multiplies them: that of queries and weights.
+    pub const fn multiplied(self) -> Dtype {
+        match self {
+            KvDtype::F32 => Dtype::F32,
+            KvDtype::Bf16 | KvDtype::Fp8 => Dtype::Bf16,
+        }
+    }
+
+    /// Bytes of a head's numbers, of keys or of values, of one token.
+    pub const fn head_bytes(self, head_dim: usize) -> usize {
+        match self {
+            KvDtype::F32 => 4 * head_dim,
+            KvDtype::Bf16 => 2 * head_dim,
+            KvDtype::Fp8 => head_dim + 1,
+        }
+    }
+
+    /// Replaces a head's numbers, of keys or of values, by those that are kept of them.
+    pub(crate) fn round(self, head: &mut [f32]) {
+        match self {
+            KvDtype::F32 | KvDtype::Bf16 => self.multiplied().round(head),
+            KvDtype::Fp8 => {
+                let exponent = Exponent::of(head);
+                head.iter_mut().for_each(|value| *value = exponent.value(exponent.code(*value)));
+            }
+        }
+    }
+}
+
+impl From<Dtype> for KvDtype {
+    fn from(dtype: Dtype) -> KvDtype {
+        match dtype {
+            Dtype::F32 => KvDtype::F32,
+            Dtype::Bf16 => KvDtype::Bf16,
         }
     }
 }

@@ -1,14 +1,14 @@
 //! The plain backend: every operation as its formula reads, one loop after another, in f32.
 //!
 //! It is the oracle of the fast backends, so it knows no vectors, threads or tiles. Under
-//! [`Dtype::Bf16`] it rounds where they round: weights, the inputs of matrix products, and of attention
+//! bf16 and narrower types it rounds where they round: weights, the inputs of matrix products, and of attention
 //! the queries, keys and values. The order of sums is then different, and one thing more: attention's weights
 //! stay f32 here, while a fast backend may round them as they are relative to the largest score so far.
 //! Narrow weights are quantised as there; a product in integers sums each block of K exactly.
 
 use crate::array::Array;
 use crate::backend::{
-    AttentionSlice, Backend, Dtype, INT8_BLOCK, Int4Groups, LogitStats, PAGE_TOKENS, RopeTable, WeightType,
+    AttentionSlice, Backend, INT8_BLOCK, Int4Groups, KvDtype, LogitStats, PAGE_TOKENS, RopeTable, WeightType,
 };
 use crate::error::Result;
 use crate::fp8;
@@ -20,7 +20,7 @@ use crate::{check, view};
 #[derive(Debug, Clone, Copy)]
 pub struct Reference {
     weights: WeightType,
-    kv: Dtype,
+    kv: KvDtype,
     int4: Int4Groups,
 }
 
@@ -66,7 +66,7 @@ pub struct ReferenceKvCache {
 
 impl Reference {
     /// A backend whose blocks' weights are `weights`, and whose KV cache is `kv`.
-    pub fn new(weights: WeightType, kv: Dtype) -> Reference {
+    pub fn new(weights: WeightType, kv: KvDtype) -> Reference {
         Reference { weights, kv, int4: Int4Groups::Of32 }
     }
 
@@ -410,7 +410,7 @@ impl Backend for Reference {
                 for head in 0..group * cache.kv_heads {
                     let columns = head * head_dim..(head + 1) * head_dim;
                     let mut query = q.row(slice.first_row + i)[columns.clone()].to_vec();
-                    self.kv.round(&mut query);
+                    self.kv.multiplied().round(&mut query);
                     let num_keys = slice.first_position + i + 1;
                     let out = &mut out.array.row_mut(slice.first_row + i)[columns];
                     attend(&query, cache, &slice.pages, num_keys, head / group, out);

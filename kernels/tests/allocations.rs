@@ -65,7 +65,7 @@ struct Step {
 
 impl Step {
     fn new(simd: Simd, weights: WeightType, threads: usize) -> Step {
-        let kv = weights.operands();
+        let kv = weights.operands().into();
         let cpu = Cpu::new(CpuOptions { cores: Vec::new(), threads, simd, weights, kv }).unwrap();
         let bytes = |rows: usize, cols: usize| -> Vec<u8> {
             (0..rows * cols).flat_map(|i| ((i * 7 % 19) as f32 / 19.0 - 0.4).to_le_bytes()).collect()

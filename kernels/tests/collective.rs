@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kernels::{
-    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, Dtype, NcclRank, Result, TcpRank,
+    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, KvDtype, NcclRank, Result, TcpRank,
     WeightType, thread_ranks,
 };
 
@@ -51,7 +51,7 @@ impl OnGpu {
         let cuda = Cuda::new(CudaOptions {
             device: 0,
             weights: WeightType::Bf16,
-            kv: Dtype::Bf16,
+            kv: KvDtype::Bf16,
             is_deterministic: true,
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries,

@@ -217,6 +217,7 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
     let kv = match job.pipeline.kv_cache_dtype {
         KvCacheDtype::F32 => NumberType::F32,
         KvCacheDtype::Bf16 => NumberType::Bf16,
+        KvCacheDtype::Fp8 => NumberType::Fp8,
         // What jobs run with beside fp8.
         KvCacheDtype::Auto if dtype.is_none() && weights == NumberType::Fp8 => NumberType::Bf16,
         KvCacheDtype::Auto => kv_type(weights),

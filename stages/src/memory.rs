@@ -1,12 +1,13 @@
 //! What a part of a model takes of a GPU's memory: arithmetic of shapes alone, so that it is known before anything is loaded.
 
-use kernels::{CudaKvCache, CudaMatrix, WeightType, cuda_allocated_bytes, cuda_swiglu_bytes};
+use kernels::{CudaKvCache, CudaMatrix, KvDtype, WeightType, cuda_allocated_bytes, cuda_swiglu_bytes};
 
 use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
 use crate::head::LOGIT_ROWS;
 use crate::part::Part;
 use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
+use crate::stage::Dtypes;
 
 /// The largest step that a stage must be ready for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +49,7 @@ impl GpuMemory {
         config: &ModelConfig,
         part: Part,
         (place, sharing): (RankPlace, &Sharing),
-        weights: WeightType,
+        Dtypes { weights, kv }: Dtypes,
         step: StepSize,
     ) -> GpuMemory {
         let dims = config.dims;
@@ -58,7 +59,7 @@ impl GpuMemory {
             let block = config.blocks[index];
             if part.has_attention(index) {
                 let shard = place.attention(block.attention, dims, sharing.of(index));
-                memory.add_attention(block, dims, (place, shard), weights, &mut widest);
+                memory.add_attention(block, dims, (place, shard), (weights, kv), &mut widest);
             }
             let width = match block.ffn {
                 Ffn::SwiGlu { width } => width,
@@ -93,7 +94,7 @@ impl GpuMemory {
         block: Block,
         dims: Dims,
         (place, shard): (RankPlace, AttentionShard),
-        weights: WeightType,
+        (weights, kv_dtype): (WeightType, KvDtype),
         widest: &mut Widest,
     ) {
         let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
@@ -107,7 +108,7 @@ impl GpuMemory {
                     _ => (heads, kv_heads),
                 };
                 let (query, kv) = (heads * head_dim, kv_heads * head_dim);
-                self.page_bytes += CudaKvCache::page_bytes(kv_heads, head_dim) as u64;
+                self.page_bytes += CudaKvCache::page_bytes(kv_dtype, kv_heads, head_dim) as u64;
                 self.num_caches += 1;
                 widest.query = widest.query.max(query);
                 widest.kv = widest.kv.max(kv);
@@ -241,9 +242,11 @@ mod tests {
         ModelConfig::read(&Path::new("../configs/models").join(name)).unwrap()
     }
 
+    const BF16: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
+
     fn of_rank(config: &ModelConfig, start: usize, end: usize, place: RankPlace) -> GpuMemory {
         let part = Span { start, end }.into();
-        GpuMemory::of(config, part, (place, &Sharing::default()), WeightType::Bf16, STEP)
+        GpuMemory::of(config, part, (place, &Sharing::default()), BF16, STEP)
     }
 
     fn of(config: &ModelConfig, start: usize, end: usize) -> GpuMemory {
@@ -290,6 +293,19 @@ mod tests {
             "{ranks:?}"
         );
         assert_eq!(ranks.iter().map(|rank| rank.page_bytes).sum::<u64>(), whole.page_bytes);
+    }
+
+    #[test]
+    fn a_gpu_has_room_for_twice_the_tokens_in_fp8() {
+        let config = config("Llama-3_3-Nemotron-Super-49B-v1");
+        let part: Part = Span { start: 0, end: config.blocks.len() }.into();
+        let pages = |kv| {
+            let place = (RankPlace::ALONE, &Sharing::default());
+            GpuMemory::of(&config, part, place, Dtypes { kv, ..BF16 }, STEP).pages_in(140 << 30)
+        };
+        let (bf16, fp8) = (pages(KvDtype::Bf16), pages(KvDtype::Fp8));
+        // A byte for each head of 128 beside its 128.
+        assert_eq!(fp8, bf16 * 256 / 129 + 1, "{bf16} pages in bf16");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, Dtype, NcclRank, Parcel, Reference, Simd, WeightType};
+use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
@@ -151,7 +151,7 @@ pub struct Dtypes {
     /// Weights of blocks, which decide what matmul inputs, embedding and output matrix are.
     pub weights: WeightType,
     /// Keys and values.
-    pub kv: Dtype,
+    pub kv: KvDtype,
 }
 
 /// Loads a span of a model onto a device. The calling thread becomes the device's own: it is the one that

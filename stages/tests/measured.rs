@@ -10,11 +10,11 @@ use stages::profile::{
     Stored, TokenPoint, measure,
 };
 use stages::{
-    Device, Dtype, Dtypes, Model, ModelConfig, SUM_CUT, Sharing, Simd, WeightType, available_cores,
+    Device, Dtypes, KvDtype, Model, ModelConfig, SUM_CUT, Sharing, Simd, WeightType, available_cores,
 };
 
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
-const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
+const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 const NO_TIME: Channel = Channel { latency_seconds: 0.0, bytes_per_second: 1e30 };
 
 /// Three blocks: two alike, and one without attention.

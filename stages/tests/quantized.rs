@@ -11,7 +11,7 @@ use scheduler::{
     MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, SliceTokens, Span,
 };
 use serde_json::json;
-use stages::{Device, Dtype, Dtypes, Model, Simd, SpanOptions, StageOutput, WeightType, load};
+use stages::{Device, Dtypes, KvDtype, Model, Simd, SpanOptions, StageOutput, WeightType, load};
 
 const HIDDEN: usize = 128;
 const WIDTH: usize = 256;
@@ -173,7 +173,8 @@ fn write(folder: &Path, tensors: &BTreeMap<String, Tensor>, quantization: serde_
 fn run(folder: &Path, device: &Device, weights: WeightType) -> Vec<f32> {
     let (model, warnings) = Model::open(folder, false).unwrap();
     assert!(warnings.0.is_empty(), "{:?}", warnings.0);
-    let dtypes = Dtypes { weights, kv: if weights == WeightType::F32 { Dtype::F32 } else { Dtype::Bf16 } };
+    let dtypes =
+        Dtypes { weights, kv: if weights == WeightType::F32 { KvDtype::F32 } else { KvDtype::Bf16 } };
     let part = Span { start: 0, end: model.config.blocks.len() }.into();
     let options = SpanOptions { part, num_pages: 2, context_tokens: 128 };
     let mut stage = load(&model, device, dtypes, options).unwrap();

@@ -13,13 +13,13 @@ use scheduler::{
 };
 use serde_json::{Value, json};
 use stages::{
-    AttentionSharing, CollectiveClock, Device, Dtype, Dtypes, Follower, INT8_BLOCK, Model, PAGE_TOKENS, Part,
-    RankGroup, RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage, StageOutput, WeightType, load,
+    AttentionSharing, CollectiveClock, Device, Dtypes, Follower, INT8_BLOCK, KvDtype, Model, PAGE_TOKENS,
+    Part, RankGroup, RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage, StageOutput, WeightType, load,
     load_first_rank, load_follower, thread_ranks,
 };
 
-const F32: Dtypes = Dtypes { weights: WeightType::F32, kv: Dtype::F32 };
-const BF16: Dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
+const F32: Dtypes = Dtypes { weights: WeightType::F32, kv: KvDtype::F32 };
+const BF16: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 const CONTEXT: usize = 256;
 const NUM_PAGES: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -308,7 +308,7 @@ fn parted(model: &Model, (block, column): (usize, usize)) -> [Part; 2] {
 fn every_column_cut_keeps_the_bits_of_the_uncut_run_at_every_level() {
     let folder = tempfile::tempdir().unwrap();
     let model = small(folder.path(), false);
-    let int4 = Dtypes { weights: WeightType::Int4Weight, kv: Dtype::Bf16 };
+    let int4 = Dtypes { weights: WeightType::Int4Weight, kv: KvDtype::Bf16 };
     let mut devices: Vec<(Device, Vec<Dtypes>)> = vec![(Device::Reference, vec![F32])];
     let levels = Simd::ALL.into_iter().filter(|simd| simd.is_available());
     devices.extend(levels.map(|simd| (cpu(simd), vec![F32, BF16, int4])));
@@ -330,7 +330,7 @@ fn every_cut_in_integers_keeps_the_bits_of_the_uncut_run_at_every_level() {
     let folder = tempfile::tempdir().unwrap();
     // Three blocks of columns that share scales, and some columns.
     let model = small_with(folder.path(), false, 3 * INT8_BLOCK + 77);
-    let dtypes = Dtypes { weights: WeightType::Int8, kv: Dtype::Bf16 };
+    let dtypes = Dtypes { weights: WeightType::Int8, kv: KvDtype::Bf16 };
     for device in Simd::ALL.into_iter().filter(|simd| simd.is_available()).map(cpu) {
         let uncut = bits(&run(&model, &device, dtypes, &[alone(whole(&model))]));
         for column in [1, 2, 3].map(|blocks| blocks * INT8_BLOCK) {
@@ -388,7 +388,7 @@ fn a_scaled_down_ultra_agrees_on_one_to_four_ranks_and_cut_through_its_widest_ff
     // Block 67 has the widest FFN.
     let found = run(&model, &device, F32, &parted(&model, (67, 6400)).map(alone));
     assert_eq!(bits(&found), bits(&expected));
-    let int8 = Dtypes { weights: WeightType::Int8, kv: Dtype::Bf16 };
+    let int8 = Dtypes { weights: WeightType::Int8, kv: KvDtype::Bf16 };
     let uncut = run(&model, &device, int8, &[alone(whole(&model))]);
     let found = run(&model, &device, int8, &parted(&model, (67, 2 * INT8_BLOCK)).map(alone));
     assert_eq!(bits(&found), bits(&uncut));

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use kernels::{Cuda, CudaOptions, Dtype, WeightType};
+use kernels::{Cuda, CudaOptions, KvDtype, WeightType};
 
 use crate::battery::cuda::CHECKS;
 use crate::{attention, models, products, steps};
@@ -24,7 +24,7 @@ impl Setting {
         let options = CudaOptions {
             device: 0,
             weights,
-            kv: Dtype::Bf16,
+            kv: KvDtype::Bf16,
             is_deterministic,
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries: self.libraries.clone(),

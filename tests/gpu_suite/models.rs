@@ -6,7 +6,7 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use stages::profile::{Effort, Rate, Throughput, ThroughputOptions, throughput};
-use stages::{Device, Dtype, Dtypes, Model, WeightType};
+use stages::{Device, Dtypes, KvDtype, Model, WeightType};
 
 use crate::items::Setting;
 
@@ -67,7 +67,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     };
     let options = ThroughputOptions {
         device,
-        dtypes: Dtypes { weights: measured.weights, kv: Dtype::Bf16 },
+        dtypes: Dtypes { weights: measured.weights, kv: KvDtype::Bf16 },
         context_tokens: measured.context_tokens,
         micro_batch_tokens: if setting.is_small { 32 } else { 2048 },
         batches: measured.batches.to_vec(),

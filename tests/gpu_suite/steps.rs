@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, Span};
 use stages::{
-    Activations, Device, Dtype, Dtypes, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, WeightType,
+    Activations, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, WeightType,
 };
 
 use crate::items::Setting;
@@ -53,7 +53,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
 fn load(model: &Model, device: &Device, blocks: Span, work: &Work) -> Result<Box<dyn Stage>> {
     let num_pages = work.rows * work.context.div_ceil(PAGE_TOKENS);
     let options = SpanOptions { part: blocks.into(), num_pages, context_tokens: work.context };
-    Ok(stages::load(model, device, Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 }, options)?)
+    Ok(stages::load(model, device, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 }, options)?)
 }
 
 /// Seconds of a step, and what its thread had of a processor.

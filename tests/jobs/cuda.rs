@@ -51,6 +51,14 @@ fn answers_of_a_gpu_do_not_depend_on_how_the_job_is_run() {
     let one = lines(&["pipeline.devices=[\"cuda:0\"]"]);
     assert_eq!(one, lines(&["pipeline.devices=[\"cuda:0\",\"cuda:0\"]"]));
     assert_eq!(one, lines(&["pipeline.devices=[\"cuda:0\"]", "pipeline.micro_batch_tokens=9"]));
+    // And with keys and values in fp8, which are other answers.
+    let kv = "pipeline.kv_cache_dtype=fp8";
+    let narrow = lines(&["pipeline.devices=[\"cuda:0\"]", kv]);
+    assert_ne!(narrow, one);
+    assert_eq!(
+        narrow,
+        lines(&["pipeline.devices=[\"cuda:0\",\"cuda:0\"]", kv, "pipeline.micro_batch_tokens=9"])
+    );
 }
 
 fn text(output: &Output) -> (String, String) {
@@ -128,7 +136,7 @@ fn types_that_a_gpu_lacks_are_refused_by_name() {
         Job::on("tied").line("{}").set("pipeline.devices=[\"cuda:0\"]").set("model.dtype=int8").emulated();
     let (_, stderr) = text(&job.run_once(&[]));
     assert!(
-        stderr.contains("cuda:0: found weights of int8 with keys and values of bf16, expected bf16, fp8 or int4-weight, and bf16"),
+        stderr.contains("cuda:0: found weights of int8 with keys and values of bf16, expected bf16, fp8 or int4-weight, and bf16 or fp8"),
         "{stderr}"
     );
 }

@@ -143,8 +143,8 @@ fn every_simd_level_keeps_the_bits_of_its_own_layouts() {
 
 #[test]
 fn every_number_type_keeps_its_bits_too() {
-    for dtype in ["f32", "int8", "int8-weight", "int4-weight"] {
-        let dtype = format!("model.dtype={dtype}");
+    let weights = ["f32", "int8", "int8-weight", "int4-weight"].map(|dtype| format!("model.dtype={dtype}"));
+    for dtype in weights.into_iter().chain(["pipeline.kv_cache_dtype=fp8".to_owned()]) {
         let one = run(&[&dtype, "pipeline.threads=1"], rows());
         assert_eq!(one.lines("output.jsonl").len(), 26, "{dtype}: {}", one.text("errors.jsonl"));
         let two = run(&[&dtype, &devices(2), "pipeline.micro_batch_tokens=48"], rows());

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use scheduler::Span;
 use serde_json::{Value, json};
-use stages::{Dtype, Dtypes, Model, Part, Sharing, SpanOptions, WeightType};
+use stages::{Dtypes, KvDtype, Model, Part, Sharing, SpanOptions, WeightType};
 
 use super::RanksArgs;
 use crate::error::with_causes;
@@ -65,7 +65,7 @@ impl SpanOrder {
         let text = |key: &str| order[key].as_str().map(str::to_owned);
         let weights =
             WeightType::ALL.into_iter().find(|weights| Some(weights.name()) == order["weights"].as_str());
-        let kv = [Dtype::F32, Dtype::Bf16].into_iter().find(|kv| Some(kv.name()) == order["kv"].as_str());
+        let kv = KvDtype::ALL.into_iter().find(|kv| Some(kv.name()) == order["kv"].as_str());
         let [start, end] = wire::list(&order["blocks"])?[..] else { return None };
         let end_column = match &order["end_column"] {
             Value::Null => None,
@@ -128,7 +128,7 @@ pub(crate) mod tests {
             model: "some/where \"else\"".to_owned(),
             random_weights: true,
             identity: "abc".to_owned(),
-            dtypes: Dtypes { weights: WeightType::Int8, kv: Dtype::Bf16 },
+            dtypes: Dtypes { weights: WeightType::Int8, kv: KvDtype::Bf16 },
             options: SpanOptions {
                 part: Part { blocks: Span { start: 4, end: 7 }, first_column: 640, end_column },
                 num_pages: 99,

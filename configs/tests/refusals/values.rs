@@ -139,7 +139,7 @@ kv_cache_dtype = 16",
         )
         .says(
             r#"
-pipeline.kv_cache_dtype: expected "auto", "f32" or "bf16", found 16
+pipeline.kv_cache_dtype: expected "auto", "f32", "bf16" or "fp8", found 16
  --> job.toml:7:18
   |
 7 | kv_cache_dtype = 16

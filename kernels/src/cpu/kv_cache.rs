@@ -8,19 +8,27 @@
 //!   positions, so that a register of words is one step of 16 dimensions of the output. Rows are padded
 //!   with zeros to whole registers.
 //!
+//! Of a cache in E4M3 (see [`KvDtype::Fp8`]) a page holds the same as of one in bf16 with a byte in the place of each number, and
+//! behind that of a head a byte for each position's power of two, those of its keys before those of its values. It is not read as
+//! it lies: `unpack.rs` makes words of bf16 of it, a few heads of a page at a time.
+//!
 //! What a page held for an earlier owner stays there until it is overwritten: attention reads no word that
 //! holds an entry beyond the last position a row may see, so that not even a NaN of old can leak.
+
+mod unpack;
 
 use memmap2::MmapMut;
 
 use crate::array::Array;
-use crate::backend::{AttentionSlice, Dtype, PAGE_TOKENS};
+use crate::backend::{AttentionSlice, Dtype, KvDtype, PAGE_TOKENS};
 use crate::check;
 use crate::cpu::lanes::{Kernel, Lanes, at_level};
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use crate::dtype::bf16_bits;
 use crate::error::{Error, Result};
+use crate::fp8::Exponent;
+pub(crate) use unpack::unpack;
 
 /// Rows of values are padded to the widest register of any level.
 const REGISTER_WORDS: usize = 16;
@@ -43,6 +51,8 @@ pub(crate) enum KeyLayout {
 /// Keys and values of one attention block, in pages.
 #[derive(Debug)]
 pub struct KvCache {
+    kv: KvDtype,
+    /// What its words are of when they are multiplied.
     dtype: Dtype,
     layout: KeyLayout,
     num_pages: usize,
@@ -50,23 +60,24 @@ pub struct KvCache {
     head_dim: usize,
     /// Zeroed by the system page by page, on first touch.
     memory: MmapMut,
-    /// The first byte used, and the number of words from there on.
+    /// The first byte used, and the number of bytes from there on.
     start: usize,
-    num_words: usize,
+    num_bytes: usize,
 }
 
 impl KvCache {
     pub(crate) fn new(
-        dtype: Dtype,
+        kv: KvDtype,
         layout: KeyLayout,
         num_pages: usize,
         kv_heads: usize,
         head_dim: usize,
     ) -> Result<KvCache> {
         check::kv_cache(num_pages, kv_heads, head_dim)?;
+        let dtype = kv.multiplied();
         assert!(layout == KeyLayout::Columns || dtype == Dtype::Bf16, "rows of keys are of bf16");
         let head_words = key_words(dtype, layout, head_dim) + value_words(dtype, head_dim);
-        let head_bytes = head_words * size_of::<u32>();
+        let head_bytes = head_bytes(kv, head_words);
         let refuse = |why: String| {
             let shape = format!("{num_pages} pages of {kv_heads} heads of {head_dim}");
             Error::Unsupported(format!("kv_cache: {shape}: {why}"))
@@ -75,10 +86,20 @@ impl KvCache {
         let bytes = bytes.filter(|&bytes| bytes <= isize::MAX as usize);
         let bytes = bytes.ok_or_else(|| refuse("overflow".to_owned()))?;
         let (memory, start) = map(bytes).map_err(|error| refuse(format!("{bytes} bytes: {error}")))?;
-        let num_words = bytes / size_of::<u32>();
-        Ok(KvCache { dtype, layout, num_pages, kv_heads, head_dim, memory, start, num_words })
+        Ok(KvCache { kv, dtype, layout, num_pages, kv_heads, head_dim, memory, start, num_bytes: bytes })
     }
 
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        self.num_bytes
+    }
+
+    /// Whether it is to be unpacked before it is read.
+    pub(crate) fn is_packed(&self) -> bool {
+        self.kv == KvDtype::Fp8
+    }
+
+    /// The type of its words, once they are unpacked.
     pub(crate) fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -99,16 +120,24 @@ impl KvCache {
         self.head_dim
     }
 
-    /// The head's keys in a page, aligned to a cache line.
+    /// The head's keys in a page, aligned to a cache line, of a cache that is not packed.
     pub(crate) fn keys(&self, page: u32, head: usize) -> &[u32] {
-        let start = head_start(self, page, head);
-        &self.words()[start..][..self.key_words()]
+        &self.words_of(page, head)[..self.key_words()]
     }
 
     /// The head's values in a page: `[PAGE_TOKENS / terms][value_stride]` words, aligned to a cache line.
     pub(crate) fn values(&self, page: u32, head: usize) -> &[u32] {
-        let start = head_start(self, page, head) + self.key_words();
-        &self.words()[start..][..value_words(self.dtype, self.head_dim)]
+        &self.words_of(page, head)[self.key_words()..]
+    }
+
+    /// All that a page holds of a head, as it lies.
+    pub(crate) fn entries(&self, page: u32, head: usize) -> &[u8] {
+        &self.memory[self.start..][head_start(self, page, head)..][..self.head_bytes()]
+    }
+
+    /// Bytes of a head's entries in a page: from one head's to the next one's.
+    pub(crate) fn head_bytes(&self) -> usize {
+        head_bytes(self.kv, self.head_words())
     }
 
     /// Words from key to key where they lie in rows: the head's width, padded to whole steps.
@@ -116,12 +145,13 @@ impl KvCache {
         key_stride(self.head_dim)
     }
 
-    /// Words of a head's keys and values in a page: from one head's to the next one's.
+    /// Words of a head's keys and values in a page, once they are unpacked: from one head's to the next one's.
     pub(crate) fn head_words(&self) -> usize {
         self.key_words() + value_words(self.dtype, self.head_dim)
     }
 
-    fn key_words(&self) -> usize {
+    /// Words of a head's keys in a page, once they are unpacked.
+    pub(crate) fn key_words(&self) -> usize {
         key_words(self.dtype, self.layout, self.head_dim)
     }
 
@@ -130,10 +160,9 @@ impl KvCache {
         value_stride(self.head_dim)
     }
 
-    fn words(&self) -> &[u32] {
-        let words = self.memory[self.start..].as_ptr().cast();
-        // SAFETY: `map` has made room for the words from an aligned start on, and any bits are a u32.
-        unsafe { std::slice::from_raw_parts(words, self.num_words) }
+    fn words_of(&self, page: u32, head: usize) -> &[u32] {
+        debug_assert!(!self.is_packed(), "a packed cache is unpacked first");
+        bytemuck::cast_slice(self.entries(page, head))
     }
 }
 
@@ -182,9 +211,18 @@ fn value_words(dtype: Dtype, head_dim: usize) -> usize {
     PAGE_TOKENS / terms(dtype) * value_stride(head_dim)
 }
 
+/// Bytes of so many words, or of what is unpacked to them.
+fn head_bytes(kv: KvDtype, head_words: usize) -> usize {
+    match kv {
+        KvDtype::F32 | KvDtype::Bf16 => head_words * size_of::<u32>(),
+        KvDtype::Fp8 => head_words * size_of::<u16>() + 2 * PAGE_TOKENS,
+    }
+}
+
+/// The byte where a head's entries begin.
 fn head_start(cache: &KvCache, page: u32, head: usize) -> usize {
     assert!((page as usize) < cache.num_pages && head < cache.kv_heads, "page {page} head {head}");
-    (page as usize * cache.kv_heads + head) * cache.head_words()
+    (page as usize * cache.kv_heads + head) * cache.head_bytes()
 }
 
 /// Writes keys and values `[T, kv_heads * head_dim]` of every slice's rows into their pages.
@@ -200,7 +238,7 @@ pub(crate) fn append(
     check::shape(OP, "k's columns", [k.cols()], [cache.kv_heads * cache.head_dim])?;
     check::shape(OP, "v", [v.rows(), v.cols()], [k.rows(), k.cols()])?;
     check::slices(OP, slices, k.rows(), cache.num_pages)?;
-    let base = Words(cache.memory[cache.start..].as_mut_ptr().cast());
+    let base = Bytes(cache.memory[cache.start..].as_mut_ptr());
     let cache = &*cache;
     // A task is one half of one head, over all slices: tasks then never meet, whatever the pages are.
     let num_halves = 2 * cache.kv_heads;
@@ -221,7 +259,7 @@ pub(crate) fn append(
 /// function they are inlined into.
 struct AppendHalf<'a> {
     cache: &'a KvCache,
-    base: Words,
+    base: Bytes,
     k: &'a Array,
     v: &'a Array,
     slices: &'a [AttentionSlice],
@@ -241,14 +279,17 @@ impl Kernel for AppendHalf<'_> {
             }
             for_each_run(slice, |page, slot, row, num_rows| {
                 let start = head_start(cache, page, head);
+                let rows = Rows { array: if is_keys { k } else { v }, row, num_rows, head };
                 // SAFETY: `head_start` has checked the page and the head, so that the start is inside; the
-                // words of this half of this head in any page are written by this task alone.
+                // bytes of this half of this head in any page are written by this task alone.
                 unsafe {
-                    if is_keys {
-                        write_keys(cache, base.at(start), slot, &Rows { array: k, row, num_rows, head });
-                    } else {
-                        let start = start + cache.key_words();
-                        write_values(cache, base.at(start), slot, &Rows { array: v, row, num_rows, head });
+                    match (cache.is_packed(), is_keys) {
+                        (true, _) => write_packed(cache, base.at(start), slot, &rows, is_keys),
+                        (false, true) => write_keys(cache, base.at(start).cast(), slot, &rows),
+                        (false, false) => {
+                            let values = base.at(start).cast::<u32>().wrapping_add(cache.key_words());
+                            write_values(cache, values, slot, &rows);
+                        }
                     }
                 }
             });
@@ -265,14 +306,14 @@ const SMALL_APPEND: usize = 4096;
 
 /// The cache's memory, for the threads that write it.
 #[derive(Clone, Copy)]
-struct Words(*mut u32);
+struct Bytes(*mut u8);
 
-// SAFETY: tasks write disjoint words, inside the mutable borrow of `append`.
-unsafe impl Sync for Words {}
+// SAFETY: tasks write disjoint bytes, inside the mutable borrow of `append`.
+unsafe impl Sync for Bytes {}
 
-impl Words {
-    fn at(&self, word: usize) -> *mut u32 {
-        self.0.wrapping_add(word)
+impl Bytes {
+    fn at(&self, byte: usize) -> *mut u8 {
+        self.0.wrapping_add(byte)
     }
 }
 
@@ -307,7 +348,7 @@ fn for_each_run(slice: &AttentionSlice, mut each: impl FnMut(u32, usize, usize, 
 /// Fetches the lines that a slice's first row will be written to. A decode step writes one row to each of many
 /// pages that nobody has touched since the last step: one line for every pair of dimensions.
 #[inline(always)]
-fn fetch_slot(cache: &KvCache, base: Words, slice: &AttentionSlice, head: usize, is_keys: bool) {
+fn fetch_slot(cache: &KvCache, base: Bytes, slice: &AttentionSlice, head: usize, is_keys: bool) {
     if slice.num_rows == 0 {
         return;
     }
@@ -315,21 +356,22 @@ fn fetch_slot(cache: &KvCache, base: Words, slice: &AttentionSlice, head: usize,
     let slot = slice.first_position % PAGE_TOKENS;
     let start = head_start(cache, page, head);
     let (words, step) = match (is_keys, cache.layout) {
-        (true, KeyLayout::Columns) => (start + slot..start + cache.key_words(), PAGE_TOKENS),
+        (true, KeyLayout::Columns) => (slot..cache.key_words(), PAGE_TOKENS),
         (true, KeyLayout::Rows) => {
-            let first = start + slot * cache.key_stride();
+            let first = slot * cache.key_stride();
             (first..first + cache.key_stride(), REGISTER_WORDS)
         }
         (false, _) => {
-            let first = start + cache.key_words() + slot / terms(cache.dtype) * cache.value_stride();
+            let first = cache.key_words() + slot / terms(cache.dtype) * cache.value_stride();
             (first..first + cache.value_stride(), REGISTER_WORDS)
         }
     };
-    words.step_by(step).for_each(|word| prefetch(base.at(word)));
+    let bytes = if cache.is_packed() { size_of::<u16>() } else { size_of::<u32>() };
+    words.step_by(step).for_each(|word| prefetch(base.at(start + word * bytes)));
 }
 
 #[inline(always)]
-fn prefetch(word: *const u32) {
+fn prefetch(word: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing and never faults, and SSE is part of x86-64.
     unsafe {
@@ -400,6 +442,37 @@ unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, rows: &Ro
     }
 }
 
+/// Writes a run of keys or of values from `slot` on, a byte for each number, and their powers of two.
+///
+/// # Safety
+/// `head` is the start of a head's entries in a page, `slot + num_rows <= PAGE_TOKENS`, and nobody else writes or reads this
+/// half of them.
+#[inline(always)]
+unsafe fn write_packed(cache: &KvCache, head: *mut u8, slot: usize, rows: &Rows<'_>, is_keys: bool) {
+    let first = if is_keys { 0 } else { 2 * cache.key_words() };
+    let exponents = 2 * cache.head_words() + if is_keys { 0 } else { PAGE_TOKENS };
+    for i in 0..rows.num_rows {
+        let (entries, slot) = (rows.get(i, cache.head_dim), slot + i);
+        // The place of a number's byte: that of the word of its pair, and which of the two it is.
+        let (start, pair, number) = match (is_keys, cache.layout) {
+            (true, KeyLayout::Columns) => (2 * slot, 2 * PAGE_TOKENS, 1),
+            (true, KeyLayout::Rows) => (2 * slot * cache.key_stride(), 2, 1),
+            (false, _) => (slot / 2 * 2 * cache.value_stride() + slot % 2, 4, 2),
+        };
+        let exponent = Exponent::of(entries);
+        // SAFETY: the slot is below PAGE_TOKENS, and every place that of one of the head's numbers, or of its powers.
+        unsafe {
+            *head.add(exponents + slot) = exponent.0;
+            let mut at = head.add(first + start);
+            for [even, odd] in entries.as_chunks().0 {
+                *at = exponent.code(*even);
+                *at.add(number) = exponent.code(*odd);
+                at = at.wrapping_add(pair);
+            }
+        }
+    }
+}
+
 /// A number as bf16, in the lower half of a word.
 #[inline(always)]
 fn round(value: f32) -> u32 {
@@ -428,15 +501,22 @@ mod tests {
     fn every_entry_lies_where_the_layout_says() {
         let pool = ThreadPool::new(&[], 2);
         let (kv_heads, head_dim) = (3, 24);
-        // Small whole numbers, exact in bf16.
-        let key = |r: usize, c: usize| ((r * 7 + c * 3) % 251) as f32;
-        let value = |r: usize, c: usize| ((r * 5 + c * 11) % 241) as f32 - 120.0;
-        for (dtype, layout) in [
-            (Dtype::F32, KeyLayout::Columns),
-            (Dtype::Bf16, KeyLayout::Columns),
-            (Dtype::Bf16, KeyLayout::Rows),
+        for (kv, layout) in [
+            (KvDtype::F32, KeyLayout::Columns),
+            (KvDtype::Bf16, KeyLayout::Columns),
+            (KvDtype::Bf16, KeyLayout::Rows),
+            (KvDtype::Fp8, KeyLayout::Columns),
+            (KvDtype::Fp8, KeyLayout::Rows),
         ] {
-            let mut cache = KvCache::new(dtype, layout, 5, kv_heads, head_dim).unwrap();
+            // Small whole numbers, exact in bf16; in E4M3 with a power of two for each position.
+            let (most_key, most_value) = if kv == KvDtype::Fp8 { (16, 15) } else { (251, 241) };
+            let power = |r: usize| if kv == KvDtype::Fp8 { ((r % 9) as f32 - 4.0).exp2() } else { 1.0 };
+            let key = |r: usize, c: usize| ((r * 7 + c * 3) % most_key) as f32 * power(r);
+            let value = |r: usize, c: usize| {
+                (((r * 5 + c * 11) % most_value) as f32 - (most_value / 2) as f32) * power(r + 3)
+            };
+            let dtype = kv.multiplied();
+            let mut cache = KvCache::new(kv, layout, 5, kv_heads, head_dim).unwrap();
             let pages = vec![4, 1, 3];
             // Positions 61..=133 in chunks of odd sizes.
             let mut position = 61;
@@ -451,14 +531,15 @@ mod tests {
             for position in 61..134 {
                 let (page, slot) = (pages[position / PAGE_TOKENS], position % PAGE_TOKENS);
                 for head in 0..kv_heads {
+                    let words = words(&cache, page, head);
+                    let (keys, values) = words.split_at(cache.key_words());
                     for d in 0..head_dim {
-                        let keys = cache.keys(page, head);
                         let found = match layout {
                             KeyLayout::Columns => term(dtype, keys, PAGE_TOKENS, d, slot),
                             KeyLayout::Rows => term(dtype, &keys[slot * cache.key_stride()..], 1, d, 0),
                         };
                         assert_eq!(found, key(position, head * head_dim + d), "key {position} {head} {d}");
-                        let found = term(dtype, cache.values(page, head), cache.value_stride(), slot, d);
+                        let found = term(dtype, values, cache.value_stride(), slot, d);
                         assert_eq!(
                             found,
                             value(position, head * head_dim + d),
@@ -467,12 +548,33 @@ mod tests {
                     }
                 }
             }
-            assert!(cache.keys(0, 0).iter().chain(cache.values(2, 1)).all(|&word| word == 0));
+            assert!(cache.entries(0, 0).iter().chain(cache.entries(2, 1)).all(|&byte| byte == 0));
+        }
+    }
+
+    /// A head's words as attention reads them.
+    fn words(cache: &KvCache, page: u32, head: usize) -> Vec<u32> {
+        if !cache.is_packed() {
+            return [cache.keys(page, head), cache.values(page, head)].concat();
+        }
+        let mut words = vec![0; cache.head_words()];
+        // SAFETY: there is room for a head's words.
+        unsafe { unpack(cache, page, head..head + 1, PAGE_TOKENS, words.as_mut_ptr()) };
+        words
+    }
+
+    #[test]
+    fn a_cache_in_fp8_takes_half_of_one_in_bf16_and_a_byte_for_each_head() {
+        let bytes = |kv, layout| KvCache::new(kv, layout, 100, 8, 128).unwrap().bytes();
+        for layout in [KeyLayout::Columns, KeyLayout::Rows] {
+            let tokens = 100 * PAGE_TOKENS;
+            assert_eq!(bytes(KvDtype::Bf16, layout), tokens * 8 * 2 * 128 * 2);
+            assert_eq!(bytes(KvDtype::Fp8, layout), tokens * 8 * 2 * KvDtype::Fp8.head_bytes(128));
         }
     }
 
     #[test]
     fn a_cache_without_pages_is_possible() {
-        assert_eq!(KvCache::new(Dtype::Bf16, KeyLayout::Columns, 0, 1, 8).unwrap().num_pages(), 0);
+        assert_eq!(KvCache::new(KvDtype::Bf16, KeyLayout::Columns, 0, 1, 8).unwrap().num_pages(), 0);
     }
 }

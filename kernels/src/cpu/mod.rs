@@ -20,7 +20,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use crate::array::Array;
-use crate::backend::{AttentionSlice, Backend, Dtype, Largest, LogitStats, RopeTable, WeightType};
+use crate::backend::{AttentionSlice, Backend, KvDtype, Largest, LogitStats, RopeTable, WeightType};
 use crate::error::{Error, Result};
 use crate::tensor_view::TensorView;
 use crate::{check, view};
@@ -48,7 +48,7 @@ pub struct CpuOptions {
     /// What the weights of blocks are kept in; it also says what matmul inputs and tables are.
     pub weights: WeightType,
     /// Number type of keys and values.
-    pub kv: Dtype,
+    pub kv: KvDtype,
 }
 
 /// The fast CPU backend.
@@ -57,7 +57,7 @@ pub struct Cpu {
     pool: Arc<ThreadPool>,
     simd: Simd,
     weights: WeightType,
-    kv: Dtype,
+    kv: KvDtype,
 }
 
 /// A weight matrix, packed into panels.
@@ -173,7 +173,7 @@ impl Backend for Cpu {
 
     fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {
         let layout = match (self.simd, self.kv) {
-            (Simd::Amx, Dtype::Bf16) => KeyLayout::Rows,
+            (Simd::Amx, KvDtype::Bf16 | KvDtype::Fp8) => KeyLayout::Rows,
             _ => KeyLayout::Columns,
         };
         KvCache::new(self.kv, layout, num_pages, kv_heads, head_dim)

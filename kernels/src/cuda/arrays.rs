@@ -6,7 +6,7 @@ use super::attention::AttentionKernels;
 use super::fp8::{Codes, Fp8, Rows};
 use super::int4::Int4;
 use super::stream::{Memory, Stream};
-use crate::backend::WeightType;
+use crate::backend::{KvDtype, WeightType};
 use crate::error::Result;
 use crate::tensor_view::ViewDtype;
 
@@ -103,7 +103,8 @@ pub struct CudaRope {
     pub(crate) sin: Memory,
 }
 
-/// Keys and values of one attention block on a GPU: bf16 `[pages, kv_heads, 2, PAGE_TOKENS, padded head_dim]`.
+/// Keys and values of one attention block on a GPU: bf16 `[pages, kv_heads, 2, PAGE_TOKENS, padded head_dim]`, or E4M3, of which
+/// a page and head has powers of two `[2, PAGE_TOKENS]` behind its codes.
 #[derive(Debug)]
 pub struct CudaKvCache {
     pub(crate) num_pages: usize,
@@ -207,8 +208,8 @@ impl CudaMatrix {
 
 impl CudaKvCache {
     /// Memory that a page takes, in bytes.
-    pub fn page_bytes(kv_heads: usize, head_dim: usize) -> usize {
-        kv_heads * 2 * crate::PAGE_TOKENS * AttentionKernels::padded(head_dim) * size_of::<u16>()
+    pub fn page_bytes(kv: KvDtype, kv_heads: usize, head_dim: usize) -> usize {
+        kv_heads * 2 * crate::PAGE_TOKENS * kv.head_bytes(AttentionKernels::padded(head_dim))
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::program::{self, Source};
 use super::stream::{Grid, Kernel, Stream};
-use crate::backend::{AttentionSlice, PAGE_TOKENS};
+use crate::backend::{AttentionSlice, KvDtype, PAGE_TOKENS};
 use crate::error::Result;
 
 /// Queries of a tile of attention_prefill.cu, sixteen for each warp.
@@ -43,16 +43,25 @@ impl AttentionKernels {
     pub(crate) fn load(
         stream: &Arc<Stream>,
         cubin: impl Fn(Source, usize) -> Result<Vec<u8>>,
-        head_dim: usize,
+        (head_dim, kv): (usize, KvDtype),
         most_bytes: usize,
     ) -> Result<AttentionKernels> {
         let padded = AttentionKernels::padded(head_dim);
-        // A page of keys and one of values for each stage, and a tile of queries; rows are a chunk wider than a head.
-        let bytes = |rows: usize| rows * (padded + 8) * size_of::<u16>();
-        let (prefill_bytes, decode_bytes) =
-            (bytes(2 * 2 * PAGE_TOKENS + TILE_QUERIES), bytes(3 * 2 * PAGE_TOKENS));
-        let load =
-            |source, name, bytes| Arc::new(stream.module(&cubin(source, padded)?)?).kernel(name, bytes);
+        // Keys and values of a page, and a tile of queries; in bf16 rows are a chunk wider than a head.
+        let rows = |rows: usize| rows * (padded + 8) * size_of::<u16>();
+        let (page, queries) = (rows(2 * PAGE_TOKENS), rows(TILE_QUERIES));
+        let (prefill_bytes, decode_bytes) = match kv {
+            // CODED_PAGE of attention.cuh; what a prompt reads of it is unpacked to one page in bf16.
+            KvDtype::Fp8 => {
+                let coded = 2 * PAGE_TOKENS * (((padded / 16) | 1) * 16 + 1);
+                (2 * coded + page + queries, 3 * coded)
+            }
+            KvDtype::F32 | KvDtype::Bf16 => (2 * page + queries, 3 * page),
+        };
+        let suffix = if kv == KvDtype::Fp8 { "_fp8" } else { "" };
+        let load = |source, name, bytes| {
+            Arc::new(stream.module(&cubin(source, padded)?)?).kernel(&format!("{name}{suffix}"), bytes)
+        };
         Ok(AttentionKernels {
             prefill: load(program::ATTENTION_PREFILL, "attention_prefill", prefill_bytes)?,
             prefill_bytes,

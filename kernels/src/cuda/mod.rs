@@ -1,6 +1,6 @@
 //! The CUDA backend: a GPU as the same contract as the CPU's.
 //!
-//! Weights, matmul inputs, keys and values are bf16; sums and the residual stream are f32. Work is queued and not waited
+//! Matmul inputs are bf16, and so are weights, keys and values that are not narrower; sums and the residual stream are f32. Work is queued and not waited
 //! for, but where numbers come back to the host. Device code lies in `cu/` and is compiled for the GPU that is there;
 //! without a GPU `emulator/` runs the same code, which is how it is tested on any machine.
 //!
@@ -41,7 +41,7 @@ pub use packed::pack_cubins;
 pub use parcels::Parcel;
 pub use program::{Compiled, Source};
 
-use crate::backend::{Dtype, WeightType};
+use crate::backend::{KvDtype, WeightType};
 use crate::error::{Error, Result};
 use attention::AttentionKernels;
 use choices::ChoiceWork;
@@ -61,8 +61,8 @@ pub struct CudaOptions {
     pub device: usize,
     /// What the weights of blocks are kept in: bf16, fp8 or int4, which has groups of 128 here.
     pub weights: WeightType,
-    /// Number type of keys and values: bf16.
-    pub kv: Dtype,
+    /// Number type of keys and values: bf16 or fp8.
+    pub kv: KvDtype,
     /// Whether a row has the same bits in any batch: contexts are then not split, and matrix products are our own kernel's
     /// and not cuBLASLt's, both of which is slower.
     pub is_deterministic: bool,
@@ -157,10 +157,10 @@ impl Cuda {
         let CudaOptions { device, weights, kv, ffn_columns, .. } = options;
         assert!(ffn_columns > 0 && ffn_columns.is_multiple_of(64), "chunks of {ffn_columns} columns");
         if !matches!(weights, WeightType::Bf16 | WeightType::Fp8 | WeightType::Int4Weight)
-            || kv != Dtype::Bf16
+            || kv == KvDtype::F32
         {
             return Err(Error::Unsupported(format!(
-                "cuda:{device}: found weights of {} with keys and values of {}, expected bf16, fp8 or int4-weight, and bf16: the CUDA backend has no other types yet",
+                "cuda:{device}: found weights of {} with keys and values of {}, expected bf16, fp8 or int4-weight, and bf16 or fp8: the CUDA backend has no other types yet",
                 weights.name(),
                 kv.name()
             )));
@@ -184,7 +184,10 @@ impl Cuda {
             gather: load(program::GATHER, "gather")?,
             rms_norm: load(program::RMS_NORM, "rms_norm")?,
             rope: load(program::ROPE, "rope")?,
-            kv_append: load(program::KV_APPEND, "kv_append")?,
+            kv_append: load(
+                program::KV_APPEND,
+                if kv == KvDtype::Fp8 { "kv_append_fp8" } else { "kv_append" },
+            )?,
             swiglu: load(program::SWIGLU, "swiglu")?,
             random_uniform: load(program::RANDOM, "random_uniform")?,
             logit_stats: load(program::LOGIT_STATS, "logit_stats")?,
@@ -240,7 +243,8 @@ impl Cuda {
         }
         let (cubins, architecture) = (self.options.cubins.as_deref(), self.gpu.architecture());
         let cubin = |source: Source, head_dim| source.cubin(cubins, &architecture, head_dim);
-        let kernels = AttentionKernels::load(&self.stream, cubin, head_dim, self.gpu.block_bytes as usize)?;
+        let (shape, most_bytes) = ((head_dim, self.options.kv), self.gpu.block_bytes as usize);
+        let kernels = AttentionKernels::load(&self.stream, cubin, shape, most_bytes)?;
         Ok(Arc::clone(known.entry(head_dim).or_insert(Arc::new(kernels))))
     }
 

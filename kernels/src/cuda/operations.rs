@@ -81,7 +81,9 @@ impl Backend for Cuda {
         };
         // Places in the cache are counted in 32 bits.
         let places = num_pages.checked_mul(PAGE_TOKENS).filter(|&places| places <= u32::MAX as usize);
-        let bytes = places.and_then(|_| num_pages.checked_mul(CudaKvCache::page_bytes(kv_heads, head_dim)));
+        let bytes = places.and_then(|_| {
+            num_pages.checked_mul(CudaKvCache::page_bytes(self.options.kv, kv_heads, head_dim))
+        });
         let memory = self.stream.allocate("kv_cache", bytes.ok_or_else(overflow)?)?;
         Ok(CudaKvCache { num_pages, kv_heads, head_dim, memory, kernels: self.attention_kernels(head_dim)? })
     }

@@ -57,10 +57,11 @@ source!(ATTENTION_MERGE, "attention_merge.cu", false);
 static HAS_COMPILER: AtomicBool = AtomicBool::new(false);
 
 /// What files include.
-const HEADERS: [(&CStr, &str); 5] = [
+const HEADERS: [(&CStr, &str); 6] = [
     (c"num.cuh", include_str!("../../cu/num.cuh")),
     (c"mma.cuh", include_str!("../../cu/mma.cuh")),
     (c"gemm.cuh", include_str!("../../cu/gemm.cuh")),
+    (c"fp8.cuh", include_str!("../../cu/fp8.cuh")),
     (c"int4.cuh", include_str!("../../cu/int4.cuh")),
     (c"attention.cuh", include_str!("../../cu/attention.cuh")),
 ];

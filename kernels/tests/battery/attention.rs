@@ -3,9 +3,11 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use kernels::{AttentionSlice, Dtype, PAGE_TOKENS};
+use kernels::{AttentionSlice, Dtype, KvDtype, PAGE_TOKENS};
 
-use crate::battery::device::{Check, Device, F32_UNIT, Readable, all_rounded, every_device, unit};
+use crate::battery::device::{
+    Check, Device, F32_UNIT, Readable, all_rounded, cached, every_device, kv_unit, unit,
+};
 use crate::battery::exact::{Bounded, assert_within, dot};
 use crate::battery::random::Random;
 
@@ -71,7 +73,7 @@ const SHAPES: [[usize; 3]; 14] = [
 const LENGTHS: [usize; 6] = [1, 15, 64, 65, 130, 200];
 
 /// The cache's type, the shape and the length.
-type Case = (Dtype, [usize; 3], usize);
+type Case = (KvDtype, [usize; 3], usize);
 
 /// What is exact depends on the cache's type alone, and is the slowest part: it is kept for the next device.
 #[derive(Default)]
@@ -106,8 +108,9 @@ impl Check for Attention {
     }
 }
 
-fn exact(sequence: &Sequence, kv: Dtype) -> Vec<Bounded> {
-    let [q, k, v] = [&sequence.q, &sequence.k, &sequence.v].map(|values| all_rounded(kv, values));
+fn exact(sequence: &Sequence, kv: KvDtype) -> Vec<Bounded> {
+    let q = all_rounded(kv.multiplied(), &sequence.q);
+    let [k, v] = [&sequence.k, &sequence.v].map(|values| cached(kv, values, sequence.head_dim));
     let (head_dim, group) = (sequence.head_dim, sequence.heads / sequence.kv_heads);
     let mut out = Vec::new();
     for position in 0..sequence.len() {
@@ -128,7 +131,7 @@ fn exact(sequence: &Sequence, kv: Dtype) -> Vec<Bounded> {
 /// With s the error of a score, a weight `exp(score - max)` is off by `2 s` and the 4 units of a difference and
 /// an exponential, and by a unit of its type where it is rounded to bf16; numerator and denominator are
 /// sums of n weights, which add 2 n units each. Rescaling to a new maximum adds 4 units for each page.
-fn attend(query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv: Dtype) -> Vec<Bounded> {
+fn attend(query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv: KvDtype) -> Vec<Bounded> {
     let scale = 1.0 / (query.len() as f64).sqrt();
     let scores: Vec<Bounded> = keys.iter().map(|key| dot(query, key)).collect();
     let score_error = scores.iter().map(|score| score.error + 4.0 * F32_UNIT * score.value.abs());
@@ -138,7 +141,7 @@ fn attend(query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv: Dtype) -> V
     let sum: f64 = weights.iter().sum();
     let n = keys.len() as f64;
     let pages = (n / PAGE_TOKENS as f64).ceil();
-    let weight_unit = if kv == Dtype::Bf16 { unit(Dtype::Bf16) } else { 0.0 };
+    let weight_unit = if kv.multiplied() == Dtype::Bf16 { unit(Dtype::Bf16) } else { 0.0 };
     let relative = 2.0 * (2.0 * score_error + weight_unit + (4.0 + 2.0 * n + 4.0 * pages) * F32_UNIT);
     (0..query.len())
         .map(|d| {
@@ -174,7 +177,10 @@ impl Check for Extremes {
             backend.attention(&q, &cache, &slices, &mut out).unwrap();
             // The mean of equal values, however they are weighed.
             let bound = f64::from(value).abs()
-                * (2.0 * unit(device.kv) + unit(device.weights.operands()) + 300.0 * F32_UNIT);
+                * (kv_unit(device.kv)
+                    + unit(device.kv.multiplied())
+                    + unit(device.weights.operands())
+                    + 300.0 * F32_UNIT);
             for found in B::read(&out) {
                 let error = (f64::from(found) - f64::from(value)).abs();
                 assert!(error <= bound, "{} {query} {key}: {found} for {value}", device.name());

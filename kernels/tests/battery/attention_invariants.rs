@@ -1,6 +1,6 @@
 //! A row's attention depends on its sequence alone, to the bit: not on chunks, neighbours, pages or threads.
 
-use kernels::{AttentionSlice, Dtype, PAGE_TOKENS, WeightType};
+use kernels::{AttentionSlice, KvDtype, PAGE_TOKENS, WeightType};
 
 use crate::battery::attention::{Sequence, scattered_pages};
 use crate::battery::device::{Check, Device, Readable, bits, cpu, every_device, levels};
@@ -159,7 +159,7 @@ fn any_number_of_threads_gives_the_same_bits() {
     let mut random = Random::new(13);
     let sequence = Sequence::new(&mut random, LEN, SHAPE);
     for simd in levels() {
-        for kv in [Dtype::F32, Dtype::Bf16] {
+        for kv in KvDtype::ALL {
             let of_threads = |threads| {
                 let device = Device::new(cpu(simd, threads, WeightType::F32, kv), WeightType::F32, kv);
                 at_once(&device, &sequence)

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::{Backend, Cuda, CudaOptions, Dtype, Int4Groups, WeightType};
+use kernels::{Backend, Cuda, CudaOptions, Int4Groups, KvDtype, WeightType};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
@@ -35,11 +35,16 @@ struct Mode {
     is_deterministic: bool,
     ffn_columns: usize,
     weights: WeightType,
+    kv: KvDtype,
 }
 
 /// Where rows do not depend on their batch.
-const FIXED: Mode =
-    Mode { is_deterministic: true, ffn_columns: Cuda::FFN_COLUMNS, weights: WeightType::Bf16 };
+const FIXED: Mode = Mode {
+    is_deterministic: true,
+    ffn_columns: Cuda::FFN_COLUMNS,
+    weights: WeightType::Bf16,
+    kv: KvDtype::Bf16,
+};
 /// Where contexts are split, and products are cuBLASLt's.
 const FAST: Mode = Mode { is_deterministic: false, ..FIXED };
 const FP8: Mode = Mode { weights: WeightType::Fp8, ..FIXED };
@@ -47,6 +52,10 @@ const INT4: Mode = Mode { weights: WeightType::Int4Weight, ..FIXED };
 
 const DETERMINISTIC: [Mode; 1] = [FIXED];
 const BOTH: [Mode; 2] = [FAST, FIXED];
+/// Keys and values of every type, and contexts that are split and are not.
+const CACHES: [Mode; 4] =
+    [FAST, FIXED, Mode { kv: KvDtype::Fp8, ..FAST }, Mode { kv: KvDtype::Fp8, ..FIXED }];
+const FIXED_CACHES: [Mode; 2] = [FIXED, Mode { kv: KvDtype::Fp8, ..FIXED }];
 /// Both, also with matrices of several chunks, and weights of every type.
 const PRODUCTS: [Mode; 8] = [
     FAST,
@@ -62,22 +71,14 @@ const PRODUCTS: [Mode; 8] = [
 const FIXED_SUMS: [Mode; 4] = [FIXED, Mode { ffn_columns: 1024, ..FIXED }, INT4, FP8];
 
 fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
-    let Mode { is_deterministic, ffn_columns, weights } = mode;
-    CudaOptions {
-        device: 0,
-        weights,
-        kv: Dtype::Bf16,
-        is_deterministic,
-        ffn_columns,
-        libraries,
-        cubins: None,
-    }
+    let Mode { is_deterministic, ffn_columns, weights, kv } = mode;
+    CudaOptions { device: 0, weights, kv, is_deterministic, ffn_columns, libraries, cubins: None }
 }
 
 /// A device of the emulator's libraries, or of the machine's.
 fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
     let backend = Cuda::new(options(libraries, mode)).unwrap();
-    Device { int4: Int4Groups::Of128, ..Device::new(backend, mode.weights, Dtype::Bf16) }
+    Device { int4: Int4Groups::Of128, ..Device::new(backend, mode.weights, mode.kv) }
 }
 
 /// What one stage hands over another one of the same GPU takes, whatever becomes of the array in the meantime.
@@ -94,7 +95,7 @@ fn check_parcels(libraries: Option<PathBuf>) {
         to.backend.download(&taken, &mut found).unwrap();
         assert_eq!(found, values);
         // On a processor parcels are taken over through the host.
-        let cpu = kernels::Reference::new(WeightType::Bf16, Dtype::Bf16);
+        let cpu = kernels::Reference::new(WeightType::Bf16, KvDtype::Bf16);
         let mut taken = cpu.array();
         cpu.take_over(&parcel, &mut taken).unwrap();
         assert_eq!(taken.values(), values);
@@ -148,11 +149,11 @@ macro_rules! checks {
 }
 
 checks! {
-    attention_is_the_softmax_mean_of_the_values: attention::Attention::default(), BOTH;
-    equal_values_come_out_whatever_the_scores_are: attention::Extremes, BOTH;
-    a_prompt_in_chunks_on_other_pages_gives_the_same_bits: attention_invariants::Chunks, DETERMINISTIC;
-    sequences_in_any_company_give_the_same_bits: attention_invariants::Company, DETERMINISTIC;
-    what_a_row_does_not_see_counts_for_nothing: attention_invariants::Poison, BOTH;
+    attention_is_the_softmax_mean_of_the_values: attention::Attention::default(), CACHES;
+    equal_values_come_out_whatever_the_scores_are: attention::Extremes, CACHES;
+    a_prompt_in_chunks_on_other_pages_gives_the_same_bits: attention_invariants::Chunks, FIXED_CACHES;
+    sequences_in_any_company_give_the_same_bits: attention_invariants::Company, FIXED_CACHES;
+    what_a_row_does_not_see_counts_for_nothing: attention_invariants::Poison, CACHES;
     what_a_checkpoint_has_quantised_is_multiplied_as_it_is: checkpoints::Quantized, PRODUCTS;
     random_matrices_are_the_host_s: checkpoints::Seeded, FIXED_SUMS;
     integers_with_zeros_of_their_own_are_too: checkpoints::Skew, PRODUCTS;
@@ -185,7 +186,7 @@ fn what_the_backend_lacks_is_refused_by_name() {
     let error = Cuda::new(options(0, WeightType::Int8)).unwrap_err().to_string();
     assert!(
         error.starts_with(
-            "cuda:0: found weights of int8 with keys and values of bf16, expected bf16, fp8 or int4-weight"
+            "cuda:0: found weights of int8 with keys and values of bf16, expected bf16, fp8 or int4-weight, and bf16 or fp8"
         ),
         "{error}"
     );
@@ -241,7 +242,7 @@ fn plans_of_products_are_kept_on_disk() {
     let product = || {
         let cubins = Some(folder.path().to_owned());
         let backend = Cuda::new(CudaOptions { cubins, ..options(Some(emulator()), FAST) }).unwrap();
-        let device = Device::new(backend, WeightType::Bf16, Dtype::Bf16);
+        let device = Device::new(backend, WeightType::Bf16, KvDtype::Bf16);
         assert_eq!(device.name(), "cuda sm_90a bf16 kv bf16 cublaslt 13.1.0");
         let ((x, _), w) = (device.operand(&[1.0; 3 * 40], 40), device.matrix(&[0.5; 24 * 40], 24, 40));
         let mut out = device.backend.array();

@@ -1,7 +1,7 @@
 //! The devices under test, and the way in and out of them.
 
 use kernels::{
-    Backend, Cpu, CpuOptions, Dtype, INT8_BLOCK, Int4Groups, Reference, Simd, TensorView, ViewDtype,
+    Backend, Cpu, CpuOptions, Dtype, INT8_BLOCK, Int4Groups, KvDtype, Reference, Simd, TensorView, ViewDtype,
     WeightType,
 };
 
@@ -41,7 +41,7 @@ impl Readable for Cpu {
 pub(crate) struct Device<B> {
     pub(crate) backend: B,
     pub(crate) weights: WeightType,
-    pub(crate) kv: Dtype,
+    pub(crate) kv: KvDtype,
     pub(crate) int4: Int4Groups,
 }
 
@@ -54,7 +54,7 @@ pub(crate) trait Check {
 /// cache. Narrow weights concern neither: [`every_weight_device`] has them.
 pub(crate) fn every_device(check: &impl Check) {
     for weights in DTYPES.map(WeightType::from) {
-        for kv in DTYPES {
+        for kv in KvDtype::ALL {
             check.check(&Device::new(Reference::new(weights, kv), weights, kv));
             for simd in levels() {
                 check.check(&Device::new(cpu(simd, 2, weights, kv), weights, kv));
@@ -65,9 +65,9 @@ pub(crate) fn every_device(check: &impl Check) {
 
 /// The same for operations that know no cache. Numbers of 8 bits are for GPUs, and the reference is their twin.
 pub(crate) fn every_weight_device(check: &impl Check) {
-    check.check(&Device::new(Reference::new(WeightType::Fp8, Dtype::Bf16), WeightType::Fp8, Dtype::Bf16));
+    check.check(&Device::new(Reference::new(WeightType::Fp8, KvDtype::Bf16), WeightType::Fp8, KvDtype::Bf16));
     for weights in WEIGHT_TYPES {
-        let kv = weights.operands();
+        let kv = weights.operands().into();
         check.check(&Device::new(Reference::new(weights, kv), weights, kv));
         for simd in levels() {
             check.check(&Device::new(cpu(simd, 2, weights, kv), weights, kv));
@@ -77,7 +77,7 @@ pub(crate) fn every_weight_device(check: &impl Check) {
 
 /// The twin of a GPU with weights of 4 bits.
 pub(crate) fn reference_with_long_groups() -> Device<Reference> {
-    let (weights, kv, int4) = (WeightType::Int4Weight, Dtype::Bf16, Int4Groups::Of128);
+    let (weights, kv, int4) = (WeightType::Int4Weight, KvDtype::Bf16, Int4Groups::Of128);
     Device { int4, ..Device::new(Reference::new(weights, kv).with_int4(int4), weights, kv) }
 }
 
@@ -85,7 +85,7 @@ pub(crate) fn levels() -> impl Iterator<Item = Simd> {
     Simd::ALL.into_iter().filter(|simd| simd.is_available())
 }
 
-pub(crate) fn cpu(simd: Simd, threads: usize, weights: WeightType, kv: Dtype) -> Cpu {
+pub(crate) fn cpu(simd: Simd, threads: usize, weights: WeightType, kv: KvDtype) -> Cpu {
     // Unpinned: tests share the machine with each other.
     Cpu::new(CpuOptions { cores: Vec::new(), threads, simd, weights, kv }).unwrap()
 }
@@ -145,12 +145,28 @@ fn in_fp8(values: &[f32], cols: usize) -> Vec<f64> {
             true => (0.0, 0.0),
             false => (largest / 448.0, 448.0 / largest),
         };
-        out.extend(row.iter().map(|&value| {
-            let value = f64::from(value * inverse);
-            // Three bits of fraction, down to 2^-9.
-            let step = (value.abs().log2().floor().max(-6.0) - 3.0).exp2();
-            (value / step).round_ties_even() * step * f64::from(scale)
-        }));
+        out.extend(row.iter().map(|&value| e4m3(f64::from(value * inverse)) * f64::from(scale)));
+    }
+    out
+}
+
+/// The nearest number of E4M3: three bits of fraction, down to 2^-9.
+fn e4m3(value: f64) -> f64 {
+    let step = (value.abs().log2().floor().max(-6.0) - 3.0).exp2();
+    (value / step).round_ties_even() * step
+}
+
+/// What a cache keeps of keys or values with heads of such a width.
+pub(crate) fn cached(kv: KvDtype, values: &[f32], head_dim: usize) -> Vec<f32> {
+    if kv != KvDtype::Fp8 {
+        return all_rounded(kv.multiplied(), values);
+    }
+    let mut out = Vec::with_capacity(values.len());
+    for head in values.chunks_exact(head_dim) {
+        let largest = head.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        // The least power of two with which the largest is 448 or less.
+        let power = (f64::from(largest) / 448.0).log2().ceil().max(-111.0).exp2();
+        out.extend(head.iter().map(|&value| (e4m3(f64::from(value) / power) * power) as f32));
     }
     out
 }
@@ -167,8 +183,16 @@ pub(crate) fn unit(dtype: Dtype) -> f64 {
     }
 }
 
+/// The relative error that keeping a number in a cache adds; half of a step of E4M3's three bits of fraction.
+pub(crate) fn kv_unit(kv: KvDtype) -> f64 {
+    match kv {
+        KvDtype::F32 | KvDtype::Bf16 => unit(kv.multiplied()),
+        KvDtype::Fp8 => 1.0 / 16.0,
+    }
+}
+
 impl<B: Readable> Device<B> {
-    pub(crate) fn new(backend: B, weights: WeightType, kv: Dtype) -> Device<B> {
+    pub(crate) fn new(backend: B, weights: WeightType, kv: KvDtype) -> Device<B> {
         Device { backend, weights, kv, int4: Int4Groups::Of32 }
     }
 

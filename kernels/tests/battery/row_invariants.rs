@@ -1,6 +1,6 @@
 //! Rows are independent, to the bit: of an operation's T rows, each is what it would be alone.
 
-use kernels::{Backend, Cpu, Dtype};
+use kernels::{Backend, Cpu, KvDtype};
 
 use crate::battery::device::{Check, Device, Readable, WEIGHT_TYPES, bits, cpu, every_weight_device, levels};
 use crate::battery::random::Random;
@@ -88,7 +88,7 @@ fn rows_of_long_sums_are_what_each_is_alone() {
     const LONG: usize = 4100;
     for simd in levels() {
         for weights in WEIGHT_TYPES {
-            let kv = weights.operands();
+            let kv = weights.operands().into();
             let device = Device::new(cpu(simd, 3, weights, kv), weights, kv);
             let mut random = Random::new(8);
             let matrix = device.matrix(&random.values(LONG * 70), 70, LONG);
@@ -113,7 +113,7 @@ fn rows_of_long_sums_are_what_each_is_alone() {
 fn results_do_not_depend_on_the_number_of_threads() {
     for (simd, weights) in levels().flat_map(|simd| WEIGHT_TYPES.map(|weights| (simd, weights))) {
         let of_threads = |threads: usize| {
-            let kv = Dtype::Bf16;
+            let kv = KvDtype::Bf16;
             let device = Device::new(cpu(simd, threads, weights, kv), weights, kv);
             let mut random = Random::new(9);
             let (x, normed) = device.operand(&random.values(70 * 300), 300);

@@ -1,6 +1,6 @@
 //! A device as two ceilings, operations and bytes a second.
 
-use kernels::{Dtype, WeightType};
+use kernels::{KvDtype, WeightType};
 
 /// What a device reaches, efficiencies taken off.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -135,11 +135,12 @@ impl From<WeightType> for NumberType {
     }
 }
 
-impl From<Dtype> for NumberType {
-    fn from(dtype: Dtype) -> Self {
-        match dtype {
-            Dtype::F32 => Self::F32,
-            Dtype::Bf16 => Self::Bf16,
+impl From<KvDtype> for NumberType {
+    fn from(kv: KvDtype) -> Self {
+        match kv {
+            KvDtype::F32 => Self::F32,
+            KvDtype::Bf16 => Self::Bf16,
+            KvDtype::Fp8 => Self::Fp8,
         }
     }
 }

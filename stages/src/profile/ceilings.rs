@@ -1,6 +1,6 @@
 //! What a device can do at most, measured.
 
-use kernels::{Cpu, CpuOptions, Dtype, Simd, WeightType};
+use kernels::{Cpu, CpuOptions, KvDtype, Simd, WeightType};
 use serde::Serialize;
 
 use crate::cost::{Channel, Roofline};
@@ -49,7 +49,7 @@ impl Ceilings {
         if let Device::Cuda { is_deterministic, .. } = &mut fastest {
             *is_deterministic = false;
         }
-        let gpu = stage::cuda(&fastest, Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 })?;
+        let gpu = stage::cuda(&fastest, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 })?;
         let flops = gpu.product_flops()?;
         Ok(Ceilings {
             product_flops_per_second: flops,

@@ -246,12 +246,12 @@ impl Bench<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kernels::{Dtype, WeightType};
+    use kernels::{KvDtype, WeightType};
 
     const PAGES: Pages = Pages { own: 64, shared: 8 };
 
     fn options(context_tokens: usize) -> ThroughputOptions {
-        let dtypes = Dtypes { weights: WeightType::Bf16, kv: Dtype::Bf16 };
+        let dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
         let (device, effort) = (Device::Reference, Effort::default());
         let batches = vec![1, 32];
         ThroughputOptions { device, dtypes, context_tokens, micro_batch_tokens: 100, batches, effort }

@@ -18,6 +18,7 @@
 use super::Attend;
 use super::product::{MAX_ROWS, Product, product};
 use crate::backend::{Dtype, PAGE_TOKENS};
+use crate::cpu::kv_cache::{KvCache, unpack};
 use crate::cpu::lanes::{F32Terms, Lanes, Terms};
 
 /// Keys whose scores are computed together: a register of the widest level.
@@ -41,6 +42,8 @@ struct Scratch {
     scores: *mut f32,
     /// Weights of a page as factors: `[MAX_ROWS][PAGE_TOKENS]`.
     weights: *mut f32,
+    /// A head's entries of a page, of a cache that is packed.
+    unpacked: *mut u32,
     /// A step of values, of which the second term is removed: `[stride]`.
     half_step: *mut u32,
     /// Largest score so far: `[rows]`.
@@ -71,7 +74,7 @@ unsafe fn attend_in<L: Lanes, T: Terms<L>>(mut job: Attend<'_>) {
     let head_rows = job.num_positions * job.group;
     let rows = job.num_heads * head_rows;
     let last_page = (job.first_position + job.num_positions - 1) / PAGE_TOKENS;
-    let scratch = Scratch::new(job.scratch, rows, job.cache.value_stride());
+    let scratch = Scratch::new(job.scratch, rows, job.cache);
     // SAFETY: the scratch has room for `rows` rows, and every page of the slice was checked.
     unsafe {
         start_rows::<L, T>(&job, &scratch, rows);
@@ -79,7 +82,14 @@ unsafe fn attend_in<L: Lanes, T: Terms<L>>(mut job: Attend<'_>) {
         for page_idx in 0..=last_page {
             for head in 0..job.num_heads {
                 let next = if head + 1 < job.num_heads { (page_idx, head + 1) } else { (page_idx + 1, 0) };
-                let page = Page::new(&job, (page_idx, head), (next.0.min(last_page), next.1));
+                let page = if job.cache.is_packed() {
+                    let end = job.first_position + job.num_positions - page_idx * PAGE_TOKENS;
+                    let (page, head) = (job.slice.pages[page_idx], job.first_head + head);
+                    unpack(job.cache, page, head..head + 1, end.min(PAGE_TOKENS), scratch.unpacked);
+                    Page::unpacked(&job, &scratch)
+                } else {
+                    Page::new(&job, (page_idx, head), (next.0.min(last_page), next.1))
+                };
                 attend_head::<L, T>(&job, &scratch, &page, page_idx * PAGE_TOKENS, head * head_rows);
             }
         }
@@ -124,7 +134,8 @@ unsafe fn attend_head<L: Lanes, T: Terms<L>>(
 
 impl Scratch {
     #[inline(always)]
-    fn new(memory: &mut crate::array::Array, rows: usize, stride: usize) -> Scratch {
+    fn new(memory: &mut crate::array::Array, rows: usize, cache: &KvCache) -> Scratch {
+        let stride = cache.value_stride();
         let mut words = 0;
         let mut take = |count: usize| {
             words += count.next_multiple_of(KEY_GROUP);
@@ -134,6 +145,7 @@ impl Scratch {
         let outputs = take(rows * stride);
         let scores = take(MAX_ROWS * PAGE_TOKENS);
         let weights = take(MAX_ROWS * PAGE_TOKENS);
+        let unpacked = take(if cache.is_packed() { cache.head_words() } else { 0 });
         let half_step = take(stride);
         let max = take(rows);
         let sum = take(rows);
@@ -145,6 +157,7 @@ impl Scratch {
             outputs: at(outputs),
             scores: at(scores),
             weights: at(weights),
+            unpacked: at(unpacked).cast(),
             half_step: at(half_step).cast(),
             max: at(max),
             sum: at(sum),
@@ -236,6 +249,13 @@ impl Page {
         let (keys, values) = entries(at);
         let next = entries(next).0.as_ptr();
         Page { keys: keys.as_ptr(), values: values.as_ptr(), next, key_words: keys.len() }
+    }
+
+    /// The page that was unpacked last; what comes next is not fetched ahead, as it is read in one stream.
+    #[inline(always)]
+    fn unpacked(job: &Attend<'_>, scratch: &Scratch) -> Page {
+        let (keys, key_words) = (scratch.unpacked.cast_const(), job.cache.key_words());
+        Page { keys, values: keys.wrapping_add(key_words), next: std::ptr::null(), key_words }
     }
 
     /// What to fetch while the values are read.

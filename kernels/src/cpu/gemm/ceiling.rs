@@ -226,11 +226,11 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Dtype;
+    use crate::backend::KvDtype;
     use crate::cpu::CpuOptions;
 
     fn device(simd: Simd, weights: WeightType) -> Cpu {
-        Cpu::new(CpuOptions { cores: vec![], threads: 2, simd, weights, kv: Dtype::F32 }).unwrap()
+        Cpu::new(CpuOptions { cores: vec![], threads: 2, simd, weights, kv: KvDtype::F32 }).unwrap()
     }
 
     /// From a tenth of a slow machine to ten times the fastest.

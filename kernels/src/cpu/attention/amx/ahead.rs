@@ -69,9 +69,9 @@ impl Ahead {
 
     fn of(cache: &KvCache, entries: Entries) -> Ahead {
         let Entries { page, first_head, num_heads, num_keys } = entries;
-        let at = cache.keys(page, first_head).as_ptr().cast();
+        let at = cache.entries(page, first_head).as_ptr();
         // As if values took as much as keys, which they do but for paddings: a hint beside the mark does no harm.
-        let stride = cache.head_words() * 4 / 2;
+        let stride = cache.head_bytes() / 2;
         let rows = (stride * num_keys).div_ceil(PAGE_TOKENS * LINE);
         Ahead { at, stride, streams: 2 * num_heads, rows, left: rows }
     }

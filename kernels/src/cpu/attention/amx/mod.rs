@@ -27,7 +27,7 @@ use super::Attend;
 use crate::array::Array;
 use crate::backend::PAGE_TOKENS;
 use crate::cpu::gemm::Registers;
-use crate::cpu::kv_cache::KvCache;
+use crate::cpu::kv_cache::{KvCache, unpack};
 use ahead::Ahead;
 use page::Page;
 use vectors::transpose;
@@ -58,6 +58,8 @@ struct Scratch {
     outputs: *mut f32,
     /// A block's sums while a step is taken for single positions: `[BLOCK][stride]`.
     spare: *mut f32,
+    /// The heads' entries of a page, of a cache that is packed: `[heads][head words]`.
+    unpacked: *mut u32,
     /// A step of values without what is not seen: `[heads][16 pairs][stride]` words.
     seen_values: *mut u32,
     /// Largest score so far, and sum of weights so far: `[blocks][BLOCK]`.
@@ -84,6 +86,7 @@ impl Scratch {
             blocks * BLOCK * stride,
             BLOCK * stride,
             heads * STEP / 2 * stride,
+            if cache.is_packed() { heads * cache.head_words() } else { 0 },
             blocks * BLOCK,
             blocks * BLOCK,
             blocks * BLOCK,
@@ -91,8 +94,8 @@ impl Scratch {
         memory.reshape(1, sizes.iter().sum());
         let base = memory.values_mut().as_mut_ptr();
         let mut at = 0;
-        let [queries, scores, pairs, weights, outputs, spare, seen_values, max, sum, seen] =
-            sizes.map(|words| {
+        let [queries, scores, pairs, weights, outputs, spare, seen_values, unpacked, max, sum, seen] = sizes
+            .map(|words| {
                 at += words;
                 base.wrapping_add(at - words)
             });
@@ -104,6 +107,7 @@ impl Scratch {
             outputs,
             spare,
             seen_values: seen_values.cast(),
+            unpacked: unpacked.cast(),
             max,
             sum,
             seen: seen.cast(),
@@ -137,8 +141,17 @@ pub(super) unsafe fn attend(mut job: Attend<'_>) {
                 ahead.fetch_rest();
                 ahead = Ahead::new(&job, page_idx, last_page);
             }
+            let page = job.slice.pages[page_idx];
+            let keys = if job.cache.is_packed() {
+                let end = job.first_position + job.num_positions - page_idx * PAGE_TOKENS;
+                let heads = job.first_head..job.first_head + job.num_heads;
+                unpack(job.cache, page, heads, end.min(PAGE_TOKENS), scratch.unpacked);
+                scratch.unpacked.cast_const()
+            } else {
+                job.cache.keys(page, job.first_head).as_ptr()
+            };
             for block in 0..scratch.blocks {
-                let page = Page::new(&job, &scratch, page_idx, block, columns);
+                let page = Page::new(&job, &scratch, (page_idx, keys), block, columns);
                 if page.most_seen > 0 {
                     page.attend(&mut ahead);
                 }

@@ -15,7 +15,7 @@ pub(super) struct Page<'a> {
     block: usize,
     /// Columns of the block that are somebody's.
     columns: usize,
-    /// Of the first head.
+    /// Of the first head; others follow.
     keys: *const u32,
     values: *const u32,
     /// Keys of the page that each column sees, and the fewest and the most.
@@ -32,13 +32,11 @@ impl<'a> Page<'a> {
     pub(super) unsafe fn new(
         job: &'a Attend<'a>,
         scratch: &'a Scratch,
-        page_idx: usize,
+        (page_idx, keys): (usize, *const u32),
         block: usize,
         columns: usize,
     ) -> Self {
         let columns = BLOCK.min(columns - block * BLOCK);
-        let page = job.slice.pages[page_idx];
-        let (keys, values) = (job.cache.keys(page, job.first_head), job.cache.values(page, job.first_head));
         unsafe {
             let seen = _mm512_load_si512(scratch.seen.add(block * BLOCK).cast());
             let seen = _mm512_sub_epi32(seen, _mm512_set1_epi32((page_idx * PAGE_TOKENS) as i32));
@@ -50,8 +48,8 @@ impl<'a> Page<'a> {
                 scratch,
                 block,
                 columns,
-                keys: keys.as_ptr(),
-                values: values.as_ptr(),
+                keys,
+                values: keys.wrapping_add(job.cache.key_words()),
                 seen,
                 fewest_seen: _mm512_mask_reduce_min_epi32(mask, seen) as usize,
                 most_seen: _mm512_mask_reduce_max_epi32(mask, seen) as usize,

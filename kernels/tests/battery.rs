@@ -14,6 +14,7 @@ mod battery {
     pub(crate) mod embed_gather;
     pub(crate) mod exact;
     pub(crate) mod logit_stats;
+    pub(crate) mod long_context;
     pub(crate) mod matmul;
     pub(crate) mod matmul_argmax;
     pub(crate) mod profile;

@@ -131,7 +131,7 @@ fn exact(sequence: &Sequence, kv: KvDtype) -> Vec<Bounded> {
 /// With s the error of a score, a weight `exp(score - max)` is off by `2 s` and the 4 units of a difference and
 /// an exponential, and by a unit of its type where it is rounded to bf16; numerator and denominator are
 /// sums of n weights, which add 2 n units each. Rescaling to a new maximum adds 4 units for each page.
-fn attend(query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv: KvDtype) -> Vec<Bounded> {
+pub(crate) fn attend(query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>], kv: KvDtype) -> Vec<Bounded> {
     let scale = 1.0 / (query.len() as f64).sqrt();
     let scores: Vec<Bounded> = keys.iter().map(|key| dot(query, key)).collect();
     let score_error = scores.iter().map(|score| score.error + 4.0 * F32_UNIT * score.value.abs());

@@ -8,8 +8,8 @@ use kernels::{Backend, Cuda, CudaOptions, Int4Groups, KvDtype, WeightType};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
-    attention, attention_invariants, checkpoints, choose, embed_gather, logit_stats, matmul, matmul_argmax,
-    refusals, rms_norm, rope, row_invariants, swiglu,
+    attention, attention_invariants, checkpoints, choose, embed_gather, logit_stats, long_context, matmul,
+    matmul_argmax, refusals, rms_norm, rope, row_invariants, swiglu,
 };
 
 impl Readable for Cuda {
@@ -163,6 +163,7 @@ checks! {
     rows_are_edited_as_by_the_twin: choose::Edited(choose::SMALL), DETERMINISTIC;
     rows_that_are_not_finite_say_so_and_spoil_no_other: choose::NotFinite, DETERMINISTIC;
     choices_that_mean_nothing_are_refused: choose::Refused, DETERMINISTIC;
+    the_longest_context_is_seen_from_its_end: long_context::LongContext::default(), CACHES;
     logit_stats_finds_the_lowest_of_the_largest_and_the_sum: logit_stats::Vocabularies, DETERMINISTIC;
     logit_stats_keeps_what_is_not_finite: logit_stats::Special, DETERMINISTIC;
     matmul_is_the_product_summed_in_f32: matmul::Matmul, PRODUCTS;

@@ -29,15 +29,7 @@ DEVICE void append(unsigned char* head, const float* from, u32 half, u32 slot, u
         u32 magnitude = bits_of_f32(from[d]) & 0x7fffffffu;
         largest = magnitude > largest ? magnitude : largest;
     }
-#pragma unroll
-    for (u32 mask = WARP / 2; mask > 0; mask /= 2) {
-        u32 other = shuffle_xor(largest, mask);
-        largest = other > largest ? other : largest;
-    }
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = largest;
-    __syncthreads();
-#pragma unroll
-    for (u32 warp = 0; warp < THREADS / WARP; warp++) largest = scratch[warp] > largest ? scratch[warp] : largest;
+    largest = block_largest<THREADS>(largest, scratch);
     // One more where the fraction is above that of 448.
     u32 power = (largest + 0x1fffffu) >> 23;
     power = power < LEAST_POWER ? LEAST_POWER : min_of(power, NOT_FINITE);

@@ -22,7 +22,9 @@ kernel() { # kernel FILE THREADS [HEAD_DIM KERNELS]
 compile block block.cpp
 compile driver driver.cpp
 compile collective kernel.cpp -include device.h '-DSOURCE="../cu/collective.cu"' '-DKERNELS=K(sum_ranks) K(place_columns)' -DMAX_THREADS=256
-for file in add embed gather rms_norm rope swiglu; do kernel $file 256; done
+for file in add embed gather rope; do kernel $file 256; done
+compile rms_norm kernel.cpp -include device.h '-DSOURCE="../cu/rms_norm.cu"' '-DKERNELS=K(rms_norm) K(rms_norm_fp8)' -DMAX_THREADS=256
+compile swiglu kernel.cpp -include device.h '-DSOURCE="../cu/swiglu.cu"' '-DKERNELS=K(swiglu) K(swiglu_fp8)' -DMAX_THREADS=512
 compile random kernel.cpp -include device.h '-DSOURCE="../cu/random.cu"' '-DKERNELS=K(random_uniform)' -DMAX_THREADS=256
 compile kv_append kernel.cpp -include device.h '-DSOURCE="../cu/kv_append.cu"' '-DKERNELS=K(kv_append) K(kv_append_fp8)' -DMAX_THREADS=128
 kernel attention_merge 128

@@ -196,7 +196,7 @@ fn work_bytes(config: &ModelConfig, part: Part, weights: WeightType, step: StepS
     if part.is_last(config) {
         // All greedy rows at once, the others by and by; a scored prompt has more rows than sequences.
         let drawn = step.sequences.min(rows).max(LOGIT_ROWS.min(rows));
-        sum += numbers(drawn, hidden) + matrix(drawn, hidden) + numbers(drawn, vocab);
+        sum += numbers(drawn, hidden) + operand(drawn, hidden) + numbers(drawn, vocab);
     }
     sum
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::attention::AttentionKernels;
 use super::fp8::{Codes, Fp8, Rows};
 use super::int4::Int4;
-use super::stream::{Memory, Stream};
+use super::stream::{Argument, Memory, Stream};
 use crate::backend::{KvDtype, WeightType};
 use crate::error::Result;
 use crate::tensor_view::ViewDtype;
@@ -172,6 +172,12 @@ impl CudaOperand {
     pub(crate) fn source(&self) -> Rows {
         let (from, dtype, stride) = (self.memory.start(), ViewDtype::Bf16, self.stride());
         Rows { from, dtype, stride, cols: self.cols, first: 0, count: self.rows }
+    }
+
+    /// Room for its codes, which whoever writes its numbers makes as well.
+    pub(crate) fn codes_with_room(&mut self) -> Result<[Argument; 2]> {
+        let codes = self.codes.get_mut().unwrap_or_else(PoisonError::into_inner);
+        Ok(codes.make_room(self.rows, self.cols)?.map(Memory::start))
     }
 
     /// Gives it a shape; its numbers are then of no meaning.

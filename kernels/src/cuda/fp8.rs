@@ -1,5 +1,5 @@
 //! Weights and inputs in E4M3: how they lie, how they are made (`cu/quantize_fp8.cu`), and products of them by our own kernel
-//! (`cu/gemm_fp8.cu`).
+//! (`cu/gemm_fp8.cu`). Norms and SwiGLU make the codes of what they write themselves.
 
 use std::sync::Arc;
 
@@ -36,6 +36,8 @@ pub(crate) struct Codes {
 pub(crate) struct Fp8Kernels {
     quantize_bf16: Kernel,
     quantize_f32: Kernel,
+    pub(crate) rms_norm: Kernel,
+    pub(crate) swiglu: Kernel,
     pub(crate) gemm: Gemm,
     stream: Arc<Stream>,
 }
@@ -80,13 +82,19 @@ impl Codes {
         Codes { is_current: false, codes: Memory::none(stream), scales: Memory::none(stream) }
     }
 
+    /// Room for codes and scales of so many rows, which the caller makes.
+    pub(crate) fn make_room(&mut self, rows: usize, cols: usize) -> Result<[&Memory; 2]> {
+        self.codes.reserve("inputs", rows * padded(cols))?;
+        self.scales.reserve("inputs", rows * size_of::<f32>())?;
+        self.is_current = true;
+        Ok([&self.codes, &self.scales])
+    }
+
     /// Codes and scales of some rows, which are made of them where they are not there.
     pub(crate) fn of(&mut self, kernels: &Fp8Kernels, rows: Rows) -> Result<[&Memory; 2]> {
         if !self.is_current {
-            self.codes.reserve("inputs", rows.count * padded(rows.cols))?;
-            self.scales.reserve("inputs", rows.count * size_of::<f32>())?;
-            kernels.quantize(rows, [&self.codes, &self.scales], rows.count, padded(rows.cols))?;
-            self.is_current = true;
+            let made = self.make_room(rows.count, rows.cols)?;
+            kernels.quantize(rows, made, rows.count, padded(rows.cols))?;
         }
         Ok([&self.codes, &self.scales])
     }
@@ -100,9 +108,12 @@ impl Fp8Kernels {
         most_bytes: usize,
     ) -> Result<Fp8Kernels> {
         let quantize = Arc::new(stream.module(&cubin(program::QUANTIZE_FP8)?)?);
+        let load = |source, name| Arc::new(stream.module(&cubin(source)?)?).kernel(name, 0);
         Ok(Fp8Kernels {
             quantize_bf16: quantize.kernel("quantize_fp8_bf16", 0)?,
             quantize_f32: quantize.kernel("quantize_fp8_f32", 0)?,
+            rms_norm: load(program::RMS_NORM, "rms_norm_fp8")?,
+            swiglu: load(program::SWIGLU, "swiglu_fp8")?,
             gemm: Gemm::load(stream, "gemm_fp8", &cubin(program::GEMM_FP8)?, most_bytes)?,
             stream: Arc::clone(stream),
         })
@@ -133,5 +144,84 @@ impl Fp8Kernels {
         };
         // SAFETY: the source has these rows, and the matrix room for all of its own.
         unsafe { self.stream.launch("quantize", kernel, row_grid(rows.count, 256), &arguments) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::{Cuda, CudaArray, CudaOperand, CudaOptions, locked};
+    use super::*;
+    use crate::backend::{Backend, KvDtype, WeightType};
+    use crate::tensor_view::TensorView;
+
+    fn cuda() -> Cuda {
+        let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
+        assert!(libraries.join("libcuda.so").is_file(), "no emulator\nhint: cargo xtask emulator");
+        Cuda::new(CudaOptions {
+            device: 0,
+            weights: WeightType::Fp8,
+            kv: KvDtype::Bf16,
+            is_deterministic: true,
+            ffn_columns: 64,
+            libraries: Some(libraries),
+            cubins: None,
+        })
+        .unwrap()
+    }
+
+    /// Numbers of many sizes.
+    fn values(len: usize) -> Vec<f32> {
+        let value = |i: usize| ((i * 7919 % 1013) as f32 - 500.0) * 10f32.powi((i * 31 % 7) as i32 - 5);
+        (0..len).map(value).collect()
+    }
+
+    fn array(cuda: &Cuda, values: &[f32], cols: usize) -> CudaArray {
+        let mut array = cuda.array();
+        cuda.upload(values, values.len() / cols, cols, &mut array).unwrap();
+        array
+    }
+
+    /// The operand's codes and scales' bits, as they are or made anew by the pass that does nothing else.
+    fn codes(cuda: &Cuda, x: &CudaOperand, anew: bool) -> (Vec<u8>, Vec<u32>) {
+        let mut codes = locked(&x.codes);
+        assert!(codes.is_current || anew, "whoever wrote the operand made its codes");
+        codes.is_current = !anew;
+        let [bytes, scales] = codes.of(cuda.fp8.as_ref().unwrap(), x.source()).unwrap();
+        let mut found = (vec![0xa5; x.rows * padded(x.cols)], vec![0; x.rows]);
+        bytes.download("read", &mut found.0).unwrap();
+        scales.download("read", &mut found.1).unwrap();
+        found
+    }
+
+    fn assert_alike(cuda: &Cuda, x: &CudaOperand, what: &str) {
+        let fused = codes(cuda, x, false);
+        assert!(fused.0.iter().any(|&code| code != 0) || x.rows == 0, "{what}: all codes are zero");
+        assert!(fused == codes(cuda, x, true), "{what}");
+    }
+
+    #[test]
+    fn norms_and_swiglu_write_the_codes_that_a_pass_of_its_own_makes() {
+        let cuda = cuda();
+        let (mut normed, mut inner) = (cuda.operand(), cuda.operand());
+        for (rows, cols, width) in [(1, 5, 1), (3, 16, 64), (2, 1030, 33), (5, 40, 58)] {
+            let mut numbers = values(rows * cols);
+            let weight: Vec<u8> = values(cols).iter().flat_map(|value| value.to_le_bytes()).collect();
+            let weight = cuda.vector(TensorView::new(ViewDtype::F32, 1, cols, &weight)).unwrap();
+            // Of a row that is none the scale says so.
+            numbers[(rows - 1) * cols] = if rows > 2 { f32::NAN } else { 0.5 };
+            cuda.rms_norm(&array(&cuda, &numbers, cols), &weight, 1e-5, &mut normed).unwrap();
+            assert_alike(&cuda, &normed, &format!("a norm of [{rows}, {cols}]"));
+            let matrix = |first: usize| {
+                let values: Vec<u8> = values(first + width * cols)[first..]
+                    .iter()
+                    .flat_map(|value| (value * 1e-3).to_le_bytes())
+                    .collect();
+                cuda.matrix(TensorView::new(ViewDtype::F32, width, cols, &values)).unwrap()
+            };
+            cuda.swiglu(&normed, &matrix(0), &matrix(5), &mut inner).unwrap();
+            assert_alike(&cuda, &inner, &format!("SwiGLU of [{rows}, {width}]"));
+        }
     }
 }

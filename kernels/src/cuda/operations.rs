@@ -2,6 +2,7 @@
 
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
+use super::fp8::Fp8Kernels;
 use super::gemm::Onto;
 use super::parcels::Parcel;
 use super::stream::{Argument, Grid, Memory};
@@ -137,8 +138,14 @@ impl Backend for Cuda {
             u32_of(x.cols),
             u32_of(out.stride()),
         ];
-        // SAFETY: the weight is as long as rows are wide, and out has as many rows, padded.
-        unsafe { self.stream.launch(OP, &self.kernels.rms_norm, row_grid(x.rows, 256), &arguments) }
+        let grid = row_grid(x.rows, 256);
+        let Some(Fp8Kernels { rms_norm, .. }) = &self.fp8 else {
+            // SAFETY: the weight is as long as rows are wide, and out has as many rows, padded.
+            return unsafe { self.stream.launch(OP, &self.kernels.rms_norm, grid, &arguments) };
+        };
+        let arguments = [&arguments[..], &out.codes_with_room()?].concat();
+        // SAFETY: as above, and there is room for the codes.
+        unsafe { self.stream.launch(OP, rms_norm, grid, &arguments) }
     }
 
     fn matmul(&self, x: &CudaOperand, w: &CudaMatrix, out: &mut CudaArray) -> Result<()> {
@@ -186,6 +193,14 @@ impl Backend for Cuda {
             for (matrix, product) in [(gate, &mut *gates), (up, &mut *ups)] {
                 product.reserve(OP, x.rows * width * size_of::<f32>())?;
                 self.multiply(OP, x, matrix, first..first + width, product, Onto::Nothing)?;
+            }
+            if let (Some(Fp8Kernels { swiglu, .. }), true) = (&self.fp8, width == gate.rows) {
+                let [codes, scales] = out.codes_with_room()?;
+                let (to, stride) = (out.memory.start(), u32_of(out.stride()));
+                let arguments = [to, gates.start(), ups.start(), u32_of(width), stride, codes, scales];
+                // SAFETY: both products are `[rows, width]`, and out and its codes have as many rows, padded.
+                unsafe { self.stream.launch(OP, swiglu, row_grid(x.rows, 512), &arguments) }?;
+                continue;
             }
             // What pads a row belongs to its last columns.
             let padded = if first + width == gate.rows { out.stride() - first } else { width };

@@ -16,8 +16,27 @@ const LONG: Duration = Duration::from_secs(60);
 
 type Rank = Box<dyn Collective<Array>>;
 
-/// What makes a group of so many ranks, with their patience.
-type Maker = fn(usize, Duration) -> Vec<Rank>;
+/// What makes groups of ranks, by their number and their patience.
+pub(crate) struct Groups<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) make: &'a (dyn Fn(usize, Duration) -> Vec<Rank> + Sync),
+    /// The most ranks that it makes a group of.
+    pub(crate) most: usize,
+}
+
+/// A question to what makes groups.
+pub(crate) type Check = fn(&Groups<'_>);
+
+/// All checks, for a program that has no test harness: what each is called, and the check of what makes groups.
+#[allow(dead_code, reason = "tests have a function each")]
+pub(crate) const CHECKS: [(&str, Check); 6] = [
+    ("sums_are_added_in_the_order_of_ranks_at_every_call", sums),
+    ("parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks", parts),
+    ("everyone_has_what_the_root_had", roots),
+    ("a_rank_that_dies_ends_the_calls_of_all_others_at_once", deaths),
+    ("a_rank_that_hangs_ends_the_calls_of_all_others_when_their_patience_does", hangs),
+    ("ranks_that_disagree_are_told_so_on_every_rank", disagreements),
+];
 
 fn threads(num_ranks: usize, patience: Duration) -> Vec<Rank> {
     thread_ranks(num_ranks, patience).into_iter().map(|rank| Box::new(rank) as Rank).collect()
@@ -47,7 +66,7 @@ struct OnGpu {
 }
 
 impl OnGpu {
-    fn new(libraries: Option<PathBuf>, control: Rank) -> OnGpu {
+    fn new(libraries: Option<PathBuf>, control: Rank) -> Result<OnGpu> {
         let cuda = Cuda::new(CudaOptions {
             device: 0,
             weights: WeightType::Bf16,
@@ -56,10 +75,9 @@ impl OnGpu {
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries,
             cubins: None,
-        });
-        let cuda = cuda.unwrap();
-        let rank = NcclRank::join(&cuda, control).unwrap();
-        OnGpu { rank, x: cuda.array(), out: cuda.array(), values: Vec::new(), cuda }
+        })?;
+        let rank = NcclRank::join(&cuda, control)?;
+        Ok(OnGpu { rank, x: cuda.array(), out: cuda.array(), values: Vec::new(), cuda })
     }
 
     fn upload(&mut self, x: &Array) -> Result<()> {
@@ -109,16 +127,28 @@ impl Collective<Array> for OnGpu {
     }
 }
 
-/// GPUs of an emulator, whose ranks agree by threads.
+/// Ranks on GPUs, or all on one, which agree by threads.
+///
+/// # Errors
+/// No NCCL, or what it refuses.
+pub(crate) fn on_gpus(libraries: Option<&Path>, num_ranks: usize, patience: Duration) -> Result<Vec<Rank>> {
+    let join = |control| Ok(Box::new(OnGpu::new(libraries.map(Path::to_owned), control)?) as Rank);
+    on_threads(threads(num_ranks, patience), join).into_iter().collect()
+}
+
+/// GPUs of an emulator.
 fn nccl(num_ranks: usize, patience: Duration) -> Vec<Rank> {
     let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
     assert!(libraries.join("libnccl.so.2").is_file(), "libnccl.so.2 is missing\nhint: cargo xtask emulator");
-    on_threads(threads(num_ranks, patience), |control| {
-        Box::new(OnGpu::new(Some(libraries.clone()), control)) as Rank
-    })
+    on_gpus(Some(&libraries), num_ranks, patience).unwrap()
 }
 
-const MAKERS: [(&str, Maker); 3] = [("threads", threads), ("tcp", tcp), ("nccl", nccl)];
+/// A check of all that makes groups, on any machine.
+fn everywhere(check: Check) {
+    check(&Groups { name: "threads", make: &threads, most: 4 });
+    check(&Groups { name: "tcp", make: &tcp, most: 4 });
+    check(&Groups { name: "nccl", make: &nccl, most: 4 });
+}
 
 /// Runs every rank on a thread of its own; what each returns, in their order.
 fn on_threads<T: Send>(ranks: Vec<Rank>, run: impl Fn(Rank) -> T + Sync) -> Vec<T> {
@@ -129,17 +159,15 @@ fn on_threads<T: Send>(ranks: Vec<Rank>, run: impl Fn(Rank) -> T + Sync) -> Vec<
     })
 }
 
-/// Every group of one to four ranks.
-fn every_group(run: impl Fn(Rank, &str) + Sync) {
-    for (name, make) in MAKERS {
-        for num_ranks in 1..=4 {
-            let what = format!("{num_ranks} ranks of {name}");
-            let ranks = make(num_ranks, LONG);
-            for (index, rank) in ranks.iter().enumerate() {
-                assert_eq!((rank.rank(), rank.num_ranks()), (index, num_ranks), "{what}");
-            }
-            on_threads(ranks, |rank| run(rank, &what));
+/// Every group from one rank on.
+fn every_group(groups: &Groups<'_>, run: impl Fn(Rank, &str) + Sync) {
+    for num_ranks in 1..=groups.most {
+        let what = format!("{num_ranks} ranks of {}", groups.name);
+        let ranks = (groups.make)(num_ranks, LONG);
+        for (index, rank) in ranks.iter().enumerate() {
+            assert_eq!((rank.rank(), rank.num_ranks()), (index, num_ranks), "{what}");
         }
+        on_threads(ranks, |rank| run(rank, &what));
     }
 }
 
@@ -166,9 +194,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 /// `[rows, cols]`: nothing, one number, odd ones, more than a rank sums for itself, more than a socket's buffer.
 const SHAPES: [[usize; 2]; 7] = [[0, 8], [1, 1], [3, 5], [1, 512], [64, 512], [33, 1037], [257, 4096]];
 
-#[test]
-fn sums_are_added_in_the_order_of_ranks_at_every_call() {
-    every_group(|mut rank, what| {
+fn sums(groups: &Groups<'_>) {
+    every_group(groups, |mut rank, what| {
         for (round, [rows, cols]) in SHAPES.into_iter().cycle().take(3 * SHAPES.len()).enumerate() {
             let len = rows * cols;
             let mut expected = numbers(0, round, len);
@@ -185,8 +212,12 @@ fn sums_are_added_in_the_order_of_ranks_at_every_call() {
 }
 
 #[test]
-fn parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks() {
-    every_group(|mut rank, what| {
+fn sums_are_added_in_the_order_of_ranks_at_every_call() {
+    everywhere(sums);
+}
+
+fn parts(groups: &Groups<'_>) {
+    every_group(groups, |mut rank, what| {
         let mut out = Array::new();
         for round in 0..12 {
             let len = 3 + 40 * round;
@@ -223,8 +254,12 @@ fn parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks() {
 }
 
 #[test]
-fn everyone_has_what_the_root_had() {
-    every_group(|mut rank, what| {
+fn parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks() {
+    everywhere(parts);
+}
+
+fn roots(groups: &Groups<'_>) {
+    every_group(groups, |mut rank, what| {
         for (round, [rows, cols]) in SHAPES.into_iter().cycle().take(2 * SHAPES.len()).enumerate() {
             let root = round % rank.num_ranks();
             let mut x = match rank.rank() == root {
@@ -236,6 +271,11 @@ fn everyone_has_what_the_root_had() {
             assert!(bits(x.values()) == bits(&numbers(root, round, rows * cols)), "{what}");
         }
     });
+}
+
+#[test]
+fn everyone_has_what_the_root_had() {
+    everywhere(roots);
 }
 
 /// Calls until the group has ended; the error, and how long the last call took.
@@ -251,56 +291,58 @@ fn until_the_end(mut rank: Rank) -> (String, Duration) {
     }
 }
 
+fn deaths(groups: &Groups<'_>) {
+    let Groups { name, make, most } = groups;
+    for num_ranks in 2..=*most {
+        for dying in 0..num_ranks {
+            let ends = on_threads(make(num_ranks, LONG), |mut rank| -> Option<(String, Duration)> {
+                if rank.rank() != dying {
+                    return Some(until_the_end(rank));
+                }
+                let mut x = array(4, 100, &[1.0; 400]);
+                (0..5).for_each(|_| rank.all_reduce(&mut x).unwrap());
+                None
+            });
+            for (error, took) in ends.into_iter().flatten() {
+                assert!(error.contains("is gone"), "{name}: {error}");
+                assert!(took < LONG / 2, "{name}: it took {took:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_rank_that_dies_ends_the_calls_of_all_others_at_once() {
-    for (name, make) in MAKERS {
-        for num_ranks in 2..=4 {
-            for dying in 0..num_ranks {
-                let ends = on_threads(make(num_ranks, LONG), |mut rank| -> Option<(String, Duration)> {
-                    if rank.rank() != dying {
-                        return Some(until_the_end(rank));
-                    }
-                    let mut x = array(4, 100, &[1.0; 400]);
-                    (0..5).for_each(|_| rank.all_reduce(&mut x).unwrap());
-                    None
-                });
-                for (error, took) in ends.into_iter().flatten() {
-                    assert!(error.contains("is gone"), "{name}: {error}");
-                    assert!(took < LONG / 2, "{name}: it took {took:?}");
+    everywhere(deaths);
+}
+
+fn hangs(groups: &Groups<'_>) {
+    let patience = Duration::from_millis(200);
+    let Groups { name, make, most } = groups;
+    for num_ranks in 2..=3.min(*most) {
+        for hanging in 0..num_ranks {
+            let done = std::sync::Barrier::new(num_ranks);
+            on_threads(make(num_ranks, patience), |mut rank| {
+                if rank.rank() == hanging {
+                    done.wait(); // It holds its place until the others have given up.
+                    let late = rank.all_reduce(&mut array(4, 100, &[1.0; 400]));
+                    assert!(late.is_err(), "{name}: who comes late finds nobody");
+                } else {
+                    let (error, _) = until_the_end(rank);
+                    assert!(error.contains("did not come") || error.contains("is gone"), "{name}: {error}");
+                    done.wait();
                 }
-            }
+            });
         }
     }
 }
 
 #[test]
 fn a_rank_that_hangs_ends_the_calls_of_all_others_when_their_patience_does() {
-    let patience = Duration::from_millis(200);
-    for (name, make) in MAKERS {
-        for num_ranks in 2..=3 {
-            for hanging in 0..num_ranks {
-                let done = std::sync::Barrier::new(num_ranks);
-                on_threads(make(num_ranks, patience), |mut rank| {
-                    if rank.rank() == hanging {
-                        done.wait(); // It holds its place until the others have given up.
-                        let late = rank.all_reduce(&mut array(4, 100, &[1.0; 400]));
-                        assert!(late.is_err(), "{name}: who comes late finds nobody");
-                    } else {
-                        let (error, _) = until_the_end(rank);
-                        assert!(
-                            error.contains("did not come") || error.contains("is gone"),
-                            "{name}: {error}"
-                        );
-                        done.wait();
-                    }
-                });
-            }
-        }
-    }
+    everywhere(hangs);
 }
 
-#[test]
-fn ranks_that_disagree_are_told_so_on_every_rank() {
+fn disagreements(groups: &Groups<'_>) {
     let calls: [fn(&mut Rank) -> Result<()>; 2] = [
         |rank| rank.all_reduce(&mut array(2, 2 + rank.rank() % 2, &vec![0.0; 4 + 2 * (rank.rank() % 2)])),
         |rank| match rank.rank() {
@@ -308,15 +350,19 @@ fn ranks_that_disagree_are_told_so_on_every_rank() {
             _ => rank.all_reduce(&mut array(1, 1, &[0.0])),
         },
     ];
-    for (name, make) in MAKERS {
-        for (index, call) in calls.iter().enumerate() {
-            let ends = on_threads(make(3, LONG), |mut rank| {
-                let first = call(&mut rank);
-                first.and_then(|()| rank.all_reduce(&mut array(1, 1, &[0.0]))).err()
-            });
-            assert!(ends.iter().all(Option::is_some), "{name}, call {index}: {ends:?}");
-        }
+    let Groups { name, make, most } = groups;
+    for (index, call) in calls.iter().enumerate().filter(|_| *most > 1) {
+        let ends = on_threads(make(3.min(*most), LONG), |mut rank| {
+            let first = call(&mut rank);
+            first.and_then(|()| rank.all_reduce(&mut array(1, 1, &[0.0]))).err()
+        });
+        assert!(ends.iter().all(Option::is_some), "{name}, call {index}: {ends:?}");
     }
+}
+
+#[test]
+fn ranks_that_disagree_are_told_so_on_every_rank() {
+    everywhere(disagreements);
 }
 
 #[test]
@@ -335,7 +381,7 @@ fn a_rank_that_belongs_to_another_group_is_sent_away() {
 #[ignore = "needs a CUDA device"]
 fn a_single_gpu_is_a_group() {
     let control = threads(1, LONG).remove(0);
-    let mut rank = OnGpu::new(None, control);
+    let mut rank = OnGpu::new(None, control).unwrap();
     for (round, [rows, cols]) in SHAPES.into_iter().enumerate() {
         let expected = numbers(0, round, rows * cols);
         let mut x = array(rows, cols, &expected);

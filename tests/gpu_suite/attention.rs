@@ -3,7 +3,7 @@
 use std::fmt;
 
 use anyhow::Result;
-use kernels::{AttentionSlice, Backend, Cuda, PAGE_TOKENS, WeightType};
+use kernels::{AttentionSlice, Backend, Cuda, KvDtype, PAGE_TOKENS, WeightType};
 
 use crate::items::Setting;
 use crate::products::best_seconds;
@@ -36,16 +36,19 @@ pub(crate) fn cases(setting: &Setting) -> Vec<Case> {
     }
 }
 
-/// A line for contexts that are split over thread blocks, and one for those that are not.
+/// A line for contexts that are split over thread blocks, and one for those that are not, of each type of keys and values.
 pub(crate) fn measure(case: Case, setting: &Setting) -> Result<Vec<String>> {
     let mut lines = Vec::new();
-    for (is_deterministic, name) in [(false, "split"), (true, "in one go")] {
-        let cuda = setting.cuda(WeightType::Bf16, is_deterministic)?;
+    let splits = [(false, "split"), (true, "in one go")];
+    let cases = [KvDtype::Bf16, KvDtype::Fp8].into_iter().flat_map(|kv| splits.map(|split| (kv, split)));
+    for (kv, (is_deterministic, name)) in cases {
+        let cuda = setting.cuda(WeightType::Bf16, kv, is_deterministic)?;
         let seconds = seconds(&cuda, case)?;
-        let bytes = (case.rows * case.context * case.kv_heads * HEAD_DIM * 2 * 2) as f64;
+        let bytes = (case.rows * case.context * case.kv_heads * 2 * kv.head_bytes(HEAD_DIM)) as f64;
         let copy = cuda.copy_bandwidth()?;
         lines.push(format!(
-            "{name}: {:.1} us, keys and values at {:.0} GB/s, {:.1} % of the copy bandwidth",
+            "{}, {name}: {:.1} us, keys and values at {:.0} GB/s, {:.1} % of the copy bandwidth",
+            kv.name(),
             seconds * 1e6,
             bytes / seconds / 1e9,
             100.0 * bytes / seconds / copy

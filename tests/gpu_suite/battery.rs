@@ -8,6 +8,8 @@ pub(crate) mod attention_invariants;
 pub(crate) mod checkpoints;
 #[path = "../../kernels/tests/battery/choose.rs"]
 pub(crate) mod choose;
+#[path = "../../kernels/tests/collective.rs"]
+pub(crate) mod collective;
 #[path = "../../kernels/tests/battery/cuda.rs"]
 pub(crate) mod cuda;
 #[path = "../../kernels/tests/battery/device.rs"]
@@ -18,6 +20,8 @@ pub(crate) mod embed_gather;
 pub(crate) mod exact;
 #[path = "../../kernels/tests/battery/logit_stats.rs"]
 pub(crate) mod logit_stats;
+#[path = "../../kernels/tests/battery/long_context.rs"]
+pub(crate) mod long_context;
 #[path = "../../kernels/tests/battery/matmul.rs"]
 pub(crate) mod matmul;
 #[path = "../../kernels/tests/battery/matmul_argmax.rs"]

@@ -1,10 +1,12 @@
 //! What the suite asks, the most important first.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kernels::{Cuda, CudaOptions, KvDtype, WeightType};
 
+use crate::battery::collective::{self, Groups};
 use crate::battery::cuda::CHECKS;
 use crate::{attention, models, products, steps};
 
@@ -20,11 +22,11 @@ pub(crate) struct Setting {
 }
 
 impl Setting {
-    pub(crate) fn cuda(&self, weights: WeightType, is_deterministic: bool) -> Result<Cuda> {
+    pub(crate) fn cuda(&self, weights: WeightType, kv: KvDtype, is_deterministic: bool) -> Result<Cuda> {
         let options = CudaOptions {
             device: 0,
             weights,
-            kv: KvDtype::Bf16,
+            kv,
             is_deterministic,
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries: self.libraries.clone(),
@@ -35,7 +37,8 @@ impl Setting {
 }
 
 /// Headings of the results, in order.
-pub(crate) const SECTIONS: [&str; 6] = ["Device", "Battery", "Models", "Steps", "Products", "Attention"];
+pub(crate) const SECTIONS: [&str; 7] =
+    ["Device", "Battery", "Collectives", "Models", "Steps", "Products", "Attention"];
 
 /// An item's lines of Markdown.
 type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
@@ -89,6 +92,11 @@ pub(crate) fn all(setting: &Setting) -> Items {
             Ok(vec!["right".to_owned()])
         }));
     }
+    for (name, check) in collective::CHECKS {
+        items.push(Item::new("Collectives", name, [2, 60], move |setting: &Setting| {
+            collectives(check, setting)
+        }));
+    }
     let mut models = models::of(setting).into_iter().map(model);
     items.extend(models.next());
     for shape in products::shapes(setting) {
@@ -115,9 +123,32 @@ fn model(model: models::Measured) -> Item {
     Item::new("Models", model.name, model.seconds, move |setting: &Setting| models::measure(&model, setting))
 }
 
+/// A check of NCCL with a rank of its own, and with two on the one GPU where NCCL lets them be there.
+fn collectives(check: collective::Check, setting: &Setting) -> Result<Vec<String>> {
+    let make = |num_ranks: usize, patience: Duration| {
+        collective::on_gpus(setting.libraries.as_deref(), num_ranks, patience)
+    };
+    let (mut most, mut lines) = (0, Vec::new());
+    for num_ranks in 1..=2 {
+        match make(num_ranks, Duration::from_secs(20)) {
+            Ok(_) => most = num_ranks,
+            Err(error) => {
+                lines.push(format!("no group of {num_ranks}: {error}"));
+                break;
+            }
+        }
+    }
+    if most > 0 {
+        let make = |num_ranks: usize, patience: Duration| make(num_ranks, patience).expect("it was there");
+        check(&Groups { name: "nccl", make: &make, most });
+        lines.push(format!("right, in groups of up to {most}"));
+    }
+    Ok(lines)
+}
+
 /// The GPU, the libraries that are there, and what it does at most.
 fn ceilings(setting: &Setting) -> Result<Vec<String>> {
-    let cuda = setting.cuda(WeightType::Bf16, false)?;
+    let cuda = setting.cuda(WeightType::Bf16, KvDtype::Bf16, false)?;
     let (gpu, profile) = (cuda.gpu(), kernels::Backend::numeric_profile(&cuda));
     let library = match profile.contains("cublaslt") {
         true => profile.clone(),

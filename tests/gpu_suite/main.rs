@@ -132,7 +132,7 @@ fn on_the_emulator() -> Result<bool> {
     std::fs::set_permissions(&program, permissions)?;
     let libraries = folder.path().join("libraries");
     std::fs::create_dir(&libraries)?;
-    for library in ["libcuda.so", "libcublasLt.so"] {
+    for library in ["libcuda.so", "libcublasLt.so", "libnccl.so.2"] {
         std::os::unix::fs::symlink(emulator.join(library), libraries.join(library))
             .with_context(|| format!("link {library}: `cargo xtask emulator` makes it"))?;
     }

@@ -24,26 +24,31 @@ pub(crate) struct Measured {
     /// Slots of the checkpoint, with few words, or all.
     slots: Option<Range<usize>>,
     weights: WeightType,
+    kv: KvDtype,
     context_tokens: usize,
     batches: &'static [usize],
 }
 
 pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
     let bf16 = WeightType::Bf16;
+    let kv_in_fp8 = |measured| Measured { kv: KvDtype::Fp8, ..measured };
     let model = |name, seconds, config, weights, context_tokens, batches| Measured {
         name,
         seconds,
         config,
         slots: None,
         weights,
+        kv: KvDtype::Bf16,
         context_tokens,
         batches,
     };
     if setting.is_small {
-        return vec![Measured {
-            slots: Some(0..2),
-            ..model("two small blocks", [1, 60], ULTRA, bf16, 20, &[2])
-        }];
+        let blocks =
+            |name, weights| Measured { slots: Some(0..2), ..model(name, [1, 60], ULTRA, weights, 20, &[2]) };
+        return vec![
+            blocks("two small blocks", bf16),
+            kv_in_fp8(blocks("two small blocks, fp8 with keys and values in fp8", WeightType::Fp8)),
+        ];
     }
     // In the middle of 256 tokens after 512.
     let bulk = 640;
@@ -53,8 +58,22 @@ pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
             ..model("Ultra's slots 43 to 62, bf16", [40, 120], ULTRA, bf16, 2048, &[184, 256])
         },
         model("Super-49B, bf16", [40, 120], SUPER, bf16, bulk, &[256]),
-        model("Super-49B, fp8", [40, 120], SUPER, WeightType::Fp8, bulk, &[256]),
-        model("Ultra-253B, int4", [60, 180], ULTRA, WeightType::Int4Weight, 1024, &[64]),
+        kv_in_fp8(model(
+            "Super-49B, fp8 with keys and values in fp8",
+            [40, 120],
+            SUPER,
+            WeightType::Fp8,
+            bulk,
+            &[256],
+        )),
+        kv_in_fp8(model(
+            "Ultra-253B, int4 with keys and values in fp8",
+            [60, 180],
+            ULTRA,
+            WeightType::Int4Weight,
+            1024,
+            &[64],
+        )),
     ]
 }
 
@@ -67,7 +86,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     };
     let options = ThroughputOptions {
         device,
-        dtypes: Dtypes { weights: measured.weights, kv: KvDtype::Bf16 },
+        dtypes: Dtypes { weights: measured.weights, kv: measured.kv },
         context_tokens: measured.context_tokens,
         micro_batch_tokens: if setting.is_small { 32 } else { 2048 },
         batches: measured.batches.to_vec(),
@@ -106,6 +125,7 @@ pub(crate) fn for_steps(setting: &Setting) -> Measured {
         config: SUPER,
         slots: Some(if setting.is_small { 0..2 } else { 0..20 }),
         weights: WeightType::Bf16,
+        kv: KvDtype::Bf16,
         context_tokens: 2048,
         batches: &[],
     }

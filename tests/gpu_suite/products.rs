@@ -3,7 +3,7 @@
 use std::fmt;
 
 use anyhow::Result;
-use kernels::{Backend, Cuda, RandomTensor, TensorView, ViewDtype, WeightType};
+use kernels::{Backend, Cuda, KvDtype, RandomTensor, TensorView, ViewDtype, WeightType};
 
 use crate::items::Setting;
 
@@ -43,7 +43,7 @@ pub(crate) fn measure(shape: Shape, setting: &Setting) -> Result<Vec<String>> {
     let rows = if setting.is_small { vec![16] } else { vec![128, 256, 512] };
     let mut lines = vec![String::new(); rows.len()];
     for is_deterministic in [false, true] {
-        let cuda = setting.cuda(WeightType::Bf16, is_deterministic)?;
+        let cuda = setting.cuda(WeightType::Bf16, KvDtype::Bf16, is_deterministic)?;
         let w = cuda.random_matrix(RandomTensor::new(1, 0.02, shape.n, shape.k))?;
         let peak = cuda.product_flops()?;
         let has_library = cuda.numeric_profile().contains("cublaslt");

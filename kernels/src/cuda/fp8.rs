@@ -1,5 +1,6 @@
 //! Weights and inputs in E4M3: how they lie, how they are made (`cu/quantize_fp8.cu`), and products of them by our own kernel
-//! (`cu/gemm_fp8.cu`). Norms and SwiGLU make the codes of what they write themselves.
+//! (`cu/gemm_fp8.cu`). Norms make the codes of what they write themselves, and so does SwiGLU, but for FFNs that are
+//! computed some columns at a time: a scale belongs to all of them.
 
 use std::sync::Arc;
 

@@ -364,6 +364,7 @@ fn micro_batch(id: u64) -> MicroBatch {
         sample: true,
         score: Vec::new(),
         counts: None,
+        mask: None,
         request: Arc::new(Request {
             key: RequestKey(row as u128),
             prompt: vec![0],

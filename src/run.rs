@@ -129,6 +129,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         reader,
         writer,
         tokenizer,
+        guides: text.guides().cloned(),
         created,
         limits,
         max_error_rate: job.job.max_error_rate,

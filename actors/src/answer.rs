@@ -37,6 +37,7 @@ pub async fn answer(
         request,
         so_far: Generated::default(),
         stop,
+        guiding: None,
         completed: listener.clone().recipient(),
         sampled: Some(listener.recipient()),
         checkpoints: None,

@@ -18,7 +18,8 @@ use std::sync::atomic::AtomicU64;
 
 use crossbeam::channel::{Sender, bounded};
 use jobs::{
-    FinishedRow, InputRecord, MAX_CHOICES, Reader, Row, StopMatcher, Tokenizer, Unread, Writer, Written,
+    FinishedRow, Guides, InputRecord, MAX_CHOICES, Reader, Row, StopMatcher, Tokenizer, Unread, Writer,
+    Written,
 };
 use kameo::Actor;
 use kameo::actor::{ActorId, ActorRef, PreparedActor, Recipient, WeakActorRef};
@@ -32,6 +33,7 @@ pub(crate) use self::state::{Fate, JobState, Submission, Unwritten};
 pub(crate) use self::threads::LineMaker;
 use crate::clock::PipelineClock;
 use crate::error::{Error, Result, death_error};
+use crate::guidance::Guiding;
 use crate::link::is_delivered;
 use crate::pipeline::{Checkpoint, Checkpoints, Completed, PipelineActor, Prompt};
 use crate::start::Pipeline;
@@ -60,6 +62,8 @@ pub struct JobOptions {
     pub writer: Writer,
     /// Turns tokens into text, where the model has one.
     pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Follows the guides of rows, where the model has a tokenizer.
+    pub guides: Option<Arc<Guides>>,
     /// When the job's first run began, in Unix seconds: its answers were created then.
     pub created: u64,
     /// What a pipeline takes; a row beyond it becomes an error line.
@@ -159,6 +163,7 @@ struct JobActor {
     state: JobState,
     replicas: Vec<Replica>,
     tokenizer: Option<Arc<Tokenizer>>,
+    guides: Option<Arc<Guides>>,
     checkpoints: Checkpoints,
     /// Gives the reader leave for another row; gone once no further row is wanted.
     credits: Option<Sender<()>>,
@@ -194,7 +199,7 @@ impl Actor for JobActor {
 
     async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
         let JobArgs { options, replicas, rooms, window } = args;
-        let JobOptions { reader, writer, tokenizer, created, limits, .. } = options;
+        let JobOptions { reader, writer, tokenizer, guides, created, limits, .. } = options;
         let (credits, leave) = bounded(window);
         for () in std::iter::repeat_n((), window) {
             credits.try_send(()).expect("a new channel of that size has room");
@@ -209,6 +214,7 @@ impl Actor for JobActor {
             state: JobState::new(limits, rooms, options.max_error_rate, options.progress),
             replicas,
             tokenizer,
+            guides,
             checkpoints: Checkpoints { keeper, leave, every: options.checkpoint_tokens },
             credits: Some(credits),
             lines: Some(lines),
@@ -258,9 +264,12 @@ impl JobActor {
         let stop = (self.tokenizer.as_ref())
             .filter(|_| !request.sampling.stop.is_empty())
             .map(|tokenizer| StopMatcher::after(Arc::clone(tokenizer), &request.sampling, &so_far.tokens));
+        let guiding = (self.guides.as_ref())
+            .zip(request.sampling.guide.as_ref())
+            .map(|(guides, guide)| Guiding { guides: Arc::clone(guides), guide: guide.clone() });
         let completed = job.clone().recipient();
         let checkpoints = is_kept.then(|| self.checkpoints.clone());
-        let prompt = Prompt { tag, request, so_far, stop, completed, sampled: None, checkpoints };
+        let prompt = Prompt { tag, request, so_far, stop, guiding, completed, sampled: None, checkpoints };
         // A pipeline that is gone tells so through its link.
         is_delivered(self.replicas[replica].pipeline.tell(prompt).try_send());
     }

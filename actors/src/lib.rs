@@ -10,6 +10,7 @@ mod answer;
 mod clock;
 mod device_thread;
 mod error;
+mod guidance;
 mod job;
 mod link;
 mod pipeline;

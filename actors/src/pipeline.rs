@@ -20,13 +20,15 @@ use kameo::actor::{ActorId, ActorRef, Recipient, WeakActorRef};
 use kameo::error::{ActorStopReason, Infallible};
 use kameo::message::{Context, Message};
 use scheduler::{
-    Completion, Generated, LONE_DEATHS, Request, RequestKey, Sampling, Scheduler, SequenceId, TokenId,
+    Completion, Generated, LONE_DEATHS, MicroBatch, Request, RequestKey, Sampling, Scheduler, SequenceId,
+    Slice, TokenId,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::clock::{Flow, Hung, PipelineClock};
 use crate::device_thread::Tokens;
 use crate::error::{Error, Result, link_death};
+use crate::guidance::{Guided, Guiding, MaskMakers};
 use crate::link::{InProcess, Link, is_delivered};
 use crate::stage::StageEnd;
 use crate::stage_set::{StageSet, Watchdog};
@@ -69,6 +71,8 @@ pub(crate) struct PipelineActor {
     /// Sequences that are held to end stages, and that have not been told.
     convicted: Vec<Completion>,
     clients: HashMap<SequenceId, Client>,
+    /// Started by the first sequence that follows a guide.
+    mask_makers: Option<MaskMakers>,
     clock: Arc<PipelineClock>,
 }
 
@@ -86,6 +90,7 @@ struct Client {
     completed: Recipient<Completed>,
     sampled: Option<Recipient<Sampled>>,
     stop: Option<StopMatcher>,
+    guided: Option<Guided>,
     checkpoints: Option<Checkpoints>,
     /// Tokens of the sequence that are on their way to the journal, or there.
     num_checkpointed: usize,
@@ -123,6 +128,8 @@ pub(crate) struct Prompt {
     pub(crate) so_far: Generated,
     /// Watches the text, where the request has stop strings.
     pub(crate) stop: Option<StopMatcher>,
+    /// What its answer follows, where it follows a guide.
+    pub(crate) guiding: Option<Guiding>,
     /// Who hears of its end.
     pub(crate) completed: Recipient<Completed>,
     /// Who hears of every token, if anybody.
@@ -163,6 +170,7 @@ impl Actor for PipelineActor {
             probe: None,
             convicted: Vec::new(),
             clients: HashMap::new(),
+            mask_makers: None,
             clock,
         })
     }
@@ -228,7 +236,8 @@ impl PipelineActor {
         if !self.is_whole {
             return;
         }
-        while let Some(batch) = self.scheduler.next_micro_batch() {
+        while let Some(mut batch) = self.scheduler.next_micro_batch() {
+            self.add_masks(&mut batch);
             // Where the stage is gone, word of that is on its way.
             self.first.push(Arc::new(batch), None);
         }
@@ -236,6 +245,23 @@ impl PipelineActor {
             self.tell_convicted();
         }
         self.clock.flow().set(self.flow());
+    }
+
+    /// Gives slices that draw by a guide their masks, made or not.
+    fn add_masks(&self, batch: &mut MicroBatch) {
+        let is_guided = |slice: &&mut Slice| slice.sample && slice.request.sampling.guide.is_some();
+        for slice in batch.slices.iter_mut().filter(is_guided) {
+            let guided = self.clients.get(&slice.sequence).and_then(|client| client.guided.as_ref());
+            slice.mask = guided.map(Guided::mask);
+        }
+    }
+
+    /// Goes on with the guide of a sequence that has not ended, where it follows one.
+    fn guide_on(&mut self, sequence: SequenceId, token: TokenId) {
+        let guided = self.clients.get_mut(&sequence).and_then(|client| client.guided.as_mut());
+        if let (Some(makers), Some(guided)) = (&self.mask_makers, guided) {
+            makers.take(guided, token);
+        }
     }
 
     /// What a stage waits for that waits now, all being issued that can be.
@@ -292,10 +318,13 @@ impl Message<Prompt> for PipelineActor {
 
     async fn handle(&mut self, prompt: Prompt, _: &mut Context<Self, ()>) {
         let began = Instant::now();
-        let Prompt { tag, request, so_far, stop, completed, sampled, checkpoints } = prompt;
+        let Prompt { tag, request, so_far, stop, guiding, completed, sampled, checkpoints } = prompt;
         let num_checkpointed = so_far.tokens.len();
+        let makers = &mut self.mask_makers;
+        let guided = guiding
+            .map(|guiding| makers.get_or_insert_with(MaskMakers::start).guide(guiding, &so_far.tokens));
         let sequence = self.scheduler.submit(request, so_far).expect("the request was checked to fit");
-        let client = Client { tag, completed, sampled, stop, checkpoints, num_checkpointed };
+        let client = Client { tag, completed, sampled, stop, guided, checkpoints, num_checkpointed };
         self.clients.insert(sequence, client);
         let completions = self.scheduler.drain_finished();
         self.deliver(completions);
@@ -322,18 +351,17 @@ impl Message<Tokens> for PipelineActor {
                 is_delivered(sampled.tell(Sampled(token)).try_send());
             }
         }
-        let grown: Vec<SequenceId> = (output.slices.iter())
-            .filter(|slice| slice.token.is_some())
-            .map(|slice| slice.sequence)
-            .collect();
+        let grown: Vec<(SequenceId, TokenId)> =
+            (output.slices.iter()).filter_map(|slice| Some((slice.sequence, slice.token?))).collect();
         let clients = &mut self.clients;
         let completions = self.scheduler.complete(output, |sequence, token| {
             let stop = clients.get_mut(&sequence).and_then(|client| client.stop.as_mut());
             stop.is_some_and(|stop| stop.push(token))
         });
         self.deliver(completions);
+        grown.iter().for_each(|&(sequence, token)| self.guide_on(sequence, token));
         self.dispatch();
-        grown.into_iter().for_each(|sequence| self.checkpoint(sequence));
+        grown.into_iter().for_each(|(sequence, _)| self.checkpoint(sequence));
         self.clock.add_handling(began.elapsed());
     }
 }

@@ -176,6 +176,7 @@ impl Files {
         let (writer, finished) = begun.expect("a folder of the same job");
         let input = self.folder.path().join("input.jsonl");
         JobOptions {
+            guides: None,
             reader: Reader::open(&input, preparer, None).expect("the input").after(finished),
             writer,
             tokenizer: None,

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use crate::body::{Body, invalid_type};
 use crate::error::RowError;
-use crate::json::show;
+use crate::json::{show, sorted};
 use crate::parameters;
 use crate::prepared::Endpoint;
 
@@ -18,7 +18,7 @@ pub(crate) fn parse(line: &Map<String, Value>) -> Result<Body, RowError> {
                        a plain row needs [prompt] user in the job file";
         return Err(RowError::new("missing_required_parameter", message));
     }
-    if let Some(name) = line.keys().find(|name| !FIELDS.contains(&name.as_str())) {
+    if let Some((name, _)) = sorted(line).into_iter().find(|(name, _)| !FIELDS.contains(&name.as_str())) {
         return Err(parameters::unknown(name, "unknown field of a batch line", FIELDS));
     }
     string(line, "custom_id")?;

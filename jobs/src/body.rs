@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use scheduler::TokenId;
+use scheduler::{Guide, TokenId};
 use serde_json::{Map, Value};
 
 use crate::error::RowError;
-use crate::json::show;
-use crate::parameters;
+use crate::json::{show, sorted};
+use crate::parameters::{self, GUIDES};
 use crate::prepared::{Endpoint, Message, Prompt};
 use crate::sampling::SamplingOptions;
 
@@ -24,6 +24,8 @@ pub(crate) struct Body {
     pub(crate) prompt: Prompt,
     pub(crate) model: Option<String>,
     pub(crate) sampling: SamplingOptions,
+    /// What the answer must be, and the parameter that says so.
+    pub(crate) guide: Option<(&'static str, Guide)>,
     /// Log-probabilities, with this many alternatives at each token.
     pub(crate) logprobs: Option<u32>,
     pub(crate) echo: bool,
@@ -37,7 +39,8 @@ impl Body {
             Prompt::Chat(_) => Endpoint::ChatCompletions,
             Prompt::Text(_) | Prompt::Tokens(_) => Endpoint::Completions,
         };
-        Body { endpoint, prompt, model: None, sampling, logprobs: None, echo: false, token_ids: false }
+        let (model, guide, logprobs) = (None, None, None);
+        Body { endpoint, prompt, model, sampling, guide, logprobs, echo: false, token_ids: false }
     }
 
     pub(crate) fn parse(body: &Map<String, Value>, endpoint: Endpoint) -> Result<Body, RowError> {
@@ -56,6 +59,7 @@ impl Body {
             prompt: if is_chat { chat(&fields)? } else { prompt(&fields)? },
             model: fields.string("model")?.map(str::to_owned),
             sampling,
+            guide: guide(body)?,
             logprobs: if is_chat { chat_logprobs(&fields)? } else { fields.top_logprobs("logprobs")? },
             // A null or a false is allowed in a chat too.
             echo: fields.boolean("echo")?.unwrap_or(false),
@@ -104,7 +108,131 @@ fn logit_bias(value: &Value) -> Result<BTreeMap<TokenId, f64>, RowError> {
         let bias = value.as_f64().ok_or_else(|| invalid_type(&format!("{NAME}.{id}"), "a number", value))?;
         Ok((token, bias))
     };
-    biases.iter().map(bias).collect()
+    sorted(biases).into_iter().map(bias).collect()
+}
+
+/// What the answer must be, by whichever parameter says so.
+fn guide(body: &Map<String, Value>) -> Result<Option<(&'static str, Guide)>, RowError> {
+    let mut guides = Vec::new();
+    for name in GUIDES {
+        let Some(value) = Fields(body).get(name) else { continue };
+        let guide = match name {
+            "response_format" => response_format(value)?,
+            "structured_outputs" => structured_outputs(value)?,
+            "guided_json" => Some(json_guide(name, value, true)?),
+            "guided_regex" => Some(Guide::Regex(guide_text(name, value)?)),
+            "guided_choice" => Some(Guide::Choice(guide_choices(name, value)?)),
+            "guided_grammar" => Some(Guide::Grammar(guide_text(name, value)?)),
+            _ => unreachable!("{name} is among the guides"),
+        };
+        guides.extend(guide.map(|guide| (name, guide)));
+    }
+    match guides.as_slice() {
+        [(first, _), (second, _), ..] => {
+            let message = format!("expected one guide, found {first} too");
+            Err(RowError::of(*second, "invalid_value", message))
+        }
+        _ => Ok(guides.pop()),
+    }
+}
+
+/// OpenAI's form.
+fn response_format(value: &Value) -> Result<Option<Guide>, RowError> {
+    const NAME: &str = "response_format";
+    let fields = known_fields(NAME, value, &["type", "json_schema"])?;
+    match fields.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(any_object(true))),
+        Some("json_schema") => {
+            let (name, schema) =
+                (format!("{NAME}.json_schema"), fields.get("json_schema").unwrap_or(&Value::Null));
+            let fields = known_fields(&name, schema, &["name", "description", "schema", "strict"])?;
+            let schema = fields.get("schema").unwrap_or(&Value::Null);
+            json_guide(&format!("{name}.schema"), schema, true).map(Some)
+        }
+        _ => {
+            let message = format!(
+                "expected text, json_object or json_schema, found {}",
+                show(fields.get("type").unwrap_or(&Value::Null))
+            );
+            Err(RowError::of(format!("{NAME}.type"), "invalid_value", message))
+        }
+    }
+}
+
+/// vLLM's form.
+fn structured_outputs(value: &Value) -> Result<Option<Guide>, RowError> {
+    const NAME: &str = "structured_outputs";
+    const KINDS: [&str; 5] = ["json", "json_object", "regex", "choice", "grammar"];
+    let known = [&KINDS[..], &["disable_any_whitespace"]].concat();
+    let fields = Fields(known_fields(NAME, value, &known)?);
+    let of = |name: &str| format!("{NAME}.{name}");
+    let any_space = match fields.get("disable_any_whitespace") {
+        None => true,
+        Some(Value::Bool(disabled)) => !disabled,
+        Some(other) => return Err(invalid_type(&of("disable_any_whitespace"), "true or false", other)),
+    };
+    let said = |name: &&str| fields.get(name).is_some_and(|value| value != &Value::Bool(false));
+    let kinds: Vec<&str> = KINDS.into_iter().filter(said).collect();
+    let [kind] = kinds[..] else {
+        let message = format!("expected one of {}, found {}", KINDS.join(", "), show(value));
+        return Err(RowError::of(NAME, "invalid_value", message));
+    };
+    let value = fields.get(kind).expect("it was found");
+    Ok(Some(match kind {
+        "json" => json_guide(&of(kind), value, any_space)?,
+        "json_object" if value == &Value::Bool(true) => any_object(any_space),
+        "json_object" => return Err(invalid_type(&of(kind), "true or false", value)),
+        "regex" => Guide::Regex(guide_text(&of(kind), value)?),
+        "choice" => Guide::Choice(guide_choices(&of(kind), value)?),
+        _ => Guide::Grammar(guide_text(&of(kind), value)?),
+    }))
+}
+
+fn known_fields<'a>(
+    name: &str,
+    value: &'a Value,
+    known: &[&str],
+) -> Result<&'a Map<String, Value>, RowError> {
+    let fields = value.as_object().ok_or_else(|| invalid_type(name, "an object", value))?;
+    let is_unknown =
+        |(field, value): &(&String, &Value)| !known.contains(&field.as_str()) && !value.is_null();
+    match sorted(fields).into_iter().find(is_unknown) {
+        Some((field, value)) => {
+            let message = format!("not supported, found {}", show(value));
+            Err(RowError::of(format!("{name}.{field}"), "unsupported_parameter", message))
+        }
+        None => Ok(fields),
+    }
+}
+
+fn any_object(any_space: bool) -> Guide {
+    Guide::Json { schema: r#"{"type":"object"}"#.to_owned(), any_space }
+}
+
+/// A schema, or a text that is one. Its properties stay in their order.
+fn json_guide(name: &str, value: &Value, any_space: bool) -> Result<Guide, RowError> {
+    match value {
+        Value::String(schema) => Ok(Guide::Json { schema: schema.clone(), any_space }),
+        Value::Object(_) => Ok(Guide::Json { schema: value.to_string(), any_space }),
+        _ => Err(invalid_type(name, "a schema", value)),
+    }
+}
+
+fn guide_text(name: &str, value: &Value) -> Result<String, RowError> {
+    match value.as_str() {
+        Some("") => Err(RowError::of(name, "invalid_value", "expected a text that is not empty, found \"\"")),
+        Some(text) => Ok(text.to_owned()),
+        None => Err(invalid_type(name, "a string", value)),
+    }
+}
+
+fn guide_choices(name: &str, value: &Value) -> Result<Vec<String>, RowError> {
+    let texts = |items: &Vec<Value>| items.iter().map(|item| item.as_str().map(str::to_owned)).collect();
+    match value.as_array().and_then(texts) {
+        Some::<Vec<String>>(texts) if !texts.is_empty() && !texts.iter().any(String::is_empty) => Ok(texts),
+        _ => Err(invalid_type(name, "an array of strings, none of them empty", value)),
+    }
 }
 
 fn max_tokens(fields: &Fields<'_>) -> Result<Option<u32>, RowError> {
@@ -158,7 +286,8 @@ fn chat(fields: &Fields<'_>) -> Result<Prompt, RowError> {
 fn message((idx, value): (usize, &Value)) -> Result<Message, RowError> {
     let param = format!("messages[{idx}]");
     let Some(map) = value.as_object() else { return Err(invalid_type(&param, "an object", value)) };
-    if let Some((name, value)) = map.iter().find(|(name, value)| !is_message_field(name, value)) {
+    if let Some((name, value)) = sorted(map).into_iter().find(|(name, value)| !is_message_field(name, value))
+    {
         let message = format!("not supported, found {}", show(value));
         return Err(RowError::of(format!("{param}.{name}"), "unsupported_parameter", message));
     }

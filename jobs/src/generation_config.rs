@@ -9,7 +9,7 @@ use scheduler::TokenId;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::json::show;
+use crate::json::{show, sorted};
 use crate::sampling::SamplingOptions;
 
 /// What the file says; nothing, where there is none.
@@ -48,8 +48,8 @@ impl GenerationConfig {
             Some(other) => return Err(format!("do_sample: expected true or false, found {}", show(other))),
         }
         sampling.check().map_err(|(name, message)| format!("{name}: {message}"))?;
-        let not_honoured = json
-            .iter()
+        let not_honoured = sorted(json)
+            .into_iter()
             .filter(|(name, value)| changes_answers(name, value))
             .map(|(name, value)| format!("{name} {}", show(value)))
             .collect();

@@ -79,8 +79,8 @@ pub(crate) fn to_template(value: &Value) -> minijinja::Value {
     }
 }
 
-// A feature of serde_json that any crate may switch on would keep the order of the text instead.
-fn sorted(map: &Map<String, Value>) -> Vec<(&String, &Value)> {
+/// The entries of an object by their keys: what follows from it must not depend on how it was spelled.
+pub(crate) fn sorted(map: &Map<String, Value>) -> Vec<(&String, &Value)> {
     let mut entries: Vec<_> = map.iter().collect();
     entries.sort_unstable_by_key(|(key, _)| *key);
     entries

@@ -25,6 +25,7 @@ pub mod faults;
 mod folder;
 mod generation_config;
 mod grade;
+mod guides;
 mod journal;
 mod json;
 mod key;
@@ -56,6 +57,7 @@ pub use detokenizer::Detokenizer;
 pub use error::{Error, Result, RowError};
 pub use folder::{FolderLock, OutputFolder};
 pub use grade::{Grader, Score, Scores, Truth};
+pub use guides::{Follower, Guides};
 pub use journal::{EarlierRuns, Entry, EntryOrder, FinishedRow, FinishedRows, JournalView, Progress};
 pub use line::{Line, LineFile};
 pub use manifest::{

@@ -316,6 +316,7 @@ fn failed_sequence(row: &PreparedRow, failure: Failure) -> Line {
         Failure::NonFiniteLogits { .. } => "non_finite_logits",
         Failure::EndsStage => "ends_stage",
         Failure::NothingLeft { .. } => "nothing_left",
+        Failure::GuideGaveUp { .. } => "guide_gave_up",
     };
     let error = LineError { code, message: failure.to_string() };
     let grade = row.truth.as_ref().map(|truth| truth.grade(std::iter::empty()));

@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::chat_template::{self, ChatTemplate, SPECIAL_TOKENS};
 use crate::error::{Error, Result};
 use crate::generation_config::{GenerationConfig, read_object};
+use crate::guides::Guides;
 use crate::prepared::Message;
 use crate::sampling::SamplingOptions;
 use crate::tokenizer::Tokenizer;
@@ -31,6 +32,7 @@ pub struct ModelTextOptions {
 pub struct ModelText {
     name: String,
     tokenizer: Option<Arc<Tokenizer>>,
+    guides: Option<Arc<Guides>>,
     chat_template: Option<ChatTemplate>,
     sampling: SamplingOptions,
     eos_token_ids: Vec<TokenId>,
@@ -66,8 +68,11 @@ impl ModelText {
         }
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
+        let guides = (tokenizer.as_ref())
+            .map(|tokenizer| Guides::new(Arc::clone(tokenizer), vocab_size, eos_token_ids.clone()));
         Ok(ModelText {
             name: name_of(dir),
+            guides: guides.map(Arc::new),
             bos_token_id: id_of("bos_token"),
             tokenizer,
             chat_template,
@@ -86,6 +91,11 @@ impl ModelText {
     /// The tokenizer; a model without one takes and returns token ids.
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         self.tokenizer.as_ref()
+    }
+
+    /// What follows the guides of rows; a model without a tokenizer can't.
+    pub fn guides(&self) -> Option<&Arc<Guides>> {
+        self.guides.as_ref()
     }
 
     /// Whether messages can be made into a prompt.

@@ -7,7 +7,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::RowError;
-use crate::json::show;
+use crate::json::{show, sorted};
 use crate::prepared::Endpoint;
 
 /// Honoured on both routes.
@@ -36,12 +36,22 @@ const HONOURED: [&str; 22] = [
     "store",
 ];
 
+/// Honoured on both routes: those by which an answer is held to a form.
+pub(crate) const GUIDES: [&str; 6] = [
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+];
+
 /// Honoured on one route only.
 const CHAT: [&str; 2] = ["messages", "top_logprobs"];
 const COMPLETIONS: [&str; 2] = ["prompt", "echo"];
 
 /// Known from OpenAI's interface and vLLM's, and not honoured.
-const NOT_HONOURED: [&str; 48] = [
+const NOT_HONOURED: [&str; 42] = [
     "add_generation_prompt",
     "add_special_tokens",
     "allowed_token_ids",
@@ -54,11 +64,7 @@ const NOT_HONOURED: [&str; 48] = [
     "documents",
     "function_call",
     "functions",
-    "guided_choice",
     "guided_decoding_backend",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
     "include_reasoning",
     "include_stop_str_in_output",
     "length_penalty",
@@ -70,14 +76,12 @@ const NOT_HONOURED: [&str; 48] = [
     "prompt_cache_key",
     "prompt_logprobs",
     "reasoning_effort",
-    "response_format",
     "safety_identifier",
     "service_tier",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "stream",
     "stream_options",
-    "structured_outputs",
     "suffix",
     "tool_choice",
     "tools",
@@ -94,7 +98,7 @@ const NOT_HONOURED: [&str; 48] = [
 
 /// Refuses what a body must not carry.
 pub(crate) fn check(body: &Map<String, Value>, endpoint: Endpoint) -> Result<(), RowError> {
-    body.iter().try_for_each(|(name, value)| check_one(name, value, endpoint))
+    sorted(body).into_iter().try_for_each(|(name, value)| check_one(name, value, endpoint))
 }
 
 fn check_one(name: &str, value: &Value, endpoint: Endpoint) -> Result<(), RowError> {
@@ -102,7 +106,7 @@ fn check_one(name: &str, value: &Value, endpoint: Endpoint) -> Result<(), RowErr
         Endpoint::ChatCompletions => (CHAT, COMPLETIONS),
         Endpoint::Completions => (COMPLETIONS, CHAT),
     };
-    if HONOURED.contains(&name) || here.contains(&name) {
+    if HONOURED.contains(&name) || GUIDES.contains(&name) || here.contains(&name) {
         return Ok(());
     }
     if elsewhere.contains(&name) {
@@ -118,7 +122,7 @@ fn check_one(name: &str, value: &Value, endpoint: Endpoint) -> Result<(), RowErr
     if NOT_HONOURED.contains(&name) {
         return check_neutral(name, value);
     }
-    let known = HONOURED.into_iter().chain(here).chain(NOT_HONOURED);
+    let known = HONOURED.into_iter().chain(GUIDES).chain(here).chain(NOT_HONOURED);
     Err(unknown(name, "unknown parameter", known))
 }
 
@@ -183,9 +187,9 @@ fn neutral(name: &str) -> Option<Neutral> {
             Neutral::Empty
         }
         "tool_choice" | "function_call" => Neutral::Either(["none", "auto"]),
+        "guided_decoding_backend" => Neutral::Either(["auto", "guidance"]),
         "service_tier" => Neutral::Either(["auto", "default"]),
         "modalities" => Neutral::Json(serde_json::json!(["text"])),
-        "response_format" => Neutral::Json(serde_json::json!({"type": "text"})),
         _ => return None,
     })
 }

@@ -147,6 +147,7 @@ impl Preparer {
         let biased: Vec<TokenId> = asked.logit_bias.iter().flatten().map(|(&token, _)| token).collect();
         check_tokens(&self.text, &biased)
             .map_err(|message| RowError::of("logit_bias", "invalid_token_id", message))?;
+        self.check_guide(&body, &asked)?;
         let prompt = self.tokens(&body.prompt)?;
         let max_tokens = self.room(&body, prompt.len(), asked.max_tokens)?;
         let choices = asked.n.unwrap_or(1);
@@ -159,6 +160,25 @@ impl Preparer {
             choices,
         };
         Ok((Arc::new(Request { key, prompt, sampling: Arc::new(sampling), sample: 0 }), reply))
+    }
+
+    /// A guide must be one that can be followed, and ends the answer where it says.
+    fn check_guide(&self, body: &Body, asked: &SamplingOptions) -> Result<(), RowError> {
+        let Some((name, guide)) = &body.guide else { return Ok(()) };
+        let without = |param: &'static str, expected: &str, found: String| {
+            let message = format!("expected {expected} beside {name}, found {found}");
+            Err(RowError::of(param, "invalid_value", message))
+        };
+        if asked.ignore_eos == Some(true) {
+            return without("ignore_eos", "false", "true".to_owned());
+        }
+        if let Some(min @ 1..) = asked.min_tokens {
+            return without("min_tokens", "0", min.to_string());
+        }
+        let guides = self.text.guides();
+        let guides =
+            guides.ok_or_else(|| RowError::of(*name, "unsupported_parameter", self.no_tokenizer()))?;
+        guides.check(guide).map_err(|message| RowError::of(*name, "invalid_guide", message))
     }
 
     fn tokens(&self, prompt: &Prompt) -> Result<Vec<TokenId>, RowError> {
@@ -230,6 +250,7 @@ impl Preparer {
             logit_bias: (asked.logit_bias.into_iter().flatten())
                 .map(|(token, bias)| (token, bias as f32))
                 .collect(),
+            guide: body.guide.as_ref().map(|(_, guide)| guide.clone()),
             seed: asked.seed.unwrap_or(self.seed),
             max_tokens,
             min_tokens: asked.min_tokens.unwrap_or(0),

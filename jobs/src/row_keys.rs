@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::error::{Result, RowError};
 use crate::json::{canonical, show};
 use crate::key::{CustomIds, KeyMaker, LineKind};
+use crate::parameters::GUIDES;
 use crate::raw_lines::RawLine;
 use crate::reader::MAX_LINE_BYTES;
 
@@ -70,7 +71,7 @@ impl RowKeys {
             let Value::Object(line) = line else { unreachable!("made an object above") };
             return Ok((key, KeyedLine::Nameless(line)));
         };
-        let content = canonical(line.get("body").unwrap_or(&Value::Null));
+        let content = body_content(line.get("body").unwrap_or(&Value::Null));
         match self.custom_ids.note(&custom_id, number)? {
             None => {
                 let key = self.keys.only(LineKind::Batch, &custom_id, content.as_bytes());
@@ -82,6 +83,21 @@ impl RowKeys {
             }
         }
     }
+}
+
+/// What the key of a batch line is made of. Of a guide the order of its keys counts too, where it is not the alphabet's: answers
+/// have properties in the order of their schema.
+fn body_content(body: &Value) -> String {
+    let mut content = canonical(body);
+    for name in GUIDES {
+        let Some(guide) = body.get(name) else { continue };
+        let plain = guide.to_string();
+        if plain != canonical(guide) {
+            content.push('\n');
+            content.push_str(&plain);
+        }
+    }
+    content
 }
 
 fn object(raw: &RawLine) -> Result<Map<String, Value>, RowError> {

@@ -9,6 +9,7 @@ mod backlog;
 mod counts;
 mod error;
 mod load;
+mod mask;
 mod micro_batch;
 mod options;
 mod pages;
@@ -24,6 +25,7 @@ mod trials;
 pub use counts::TokenCount;
 pub use error::Error;
 pub use load::Load;
+pub use mask::TokenMask;
 pub use micro_batch::{
     Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, SliceTokens,
     TokenLogprobs,
@@ -34,7 +36,9 @@ pub use plan::{
     best_layout, faster_layout, faster_looped, in_flight, least_bottleneck, least_bottleneck_on_each,
     least_bottleneck_on_seats,
 };
-pub use request::{Completion, FinishReason, Generated, Request, RequestKey, Sampling, SequenceId, TokenId};
+pub use request::{
+    Completion, FinishReason, Generated, Guide, Request, RequestKey, Sampling, SequenceId, TokenId,
+};
 pub use scheduler::{Flow, Scheduler, Stats};
 pub use simulate::{Lengths, Share, Simulated, Simulation, Step, Timeline, VirtualStage, Waits};
 pub use trials::LONE_DEATHS;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::counts::TokenCount;
+use crate::mask::TokenMask;
 use crate::request::{Request, SequenceId, TokenId};
 
 /// Names one micro-batch inside one pipeline, in the order of issue.
@@ -48,6 +49,8 @@ pub struct Slice {
     /// Tokens of the sequence by rising id, where it has penalties and a token is drawn: those that were generated, and where the
     /// repetition penalty asks for them those of the prompt. Shared with the sequence.
     pub counts: Option<Arc<Vec<TokenCount>>>,
+    /// Tokens that may be drawn, where the answer follows a guide. Whoever follows it fills it in: the scheduler does not.
+    pub mask: Option<TokenMask>,
     /// The request, for its sampling parameters and its key.
     pub request: Arc<Request>,
 }
@@ -180,6 +183,12 @@ pub enum Failure {
         /// Position of the token whose successor was asked for.
         position: u32,
     },
+    /// What must be followed by the answer costs too much to be followed, or does not allow what it is said to.
+    #[error("the guide of the answer gives up after position {position}")]
+    GuideGaveUp {
+        /// Position of the token whose successor was asked for.
+        position: u32,
+    },
     /// A stage ended each time it computed this sequence, the last times with nothing beside it.
     #[error("the stage that computes this row ends each time")]
     EndsStage,
@@ -209,6 +218,7 @@ mod tests {
                 pages: Arc::new(vec![0]),
                 sample: true,
                 counts: None,
+                mask: None,
                 request: request(),
             }
         };

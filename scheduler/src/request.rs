@@ -18,6 +18,24 @@ pub struct SequenceId(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestKey(pub u128);
 
+/// What the text of an answer must be.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Guide {
+    /// JSON that a schema allows.
+    Json {
+        /// The schema as JSON; answers have properties in its order.
+        schema: String,
+        /// Whether space may stand wherever JSON allows it; else nowhere but in strings.
+        any_space: bool,
+    },
+    /// What a regular expression matches as a whole.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// What a context-free grammar derives, in llguidance's form of Lark.
+    Grammar(String),
+}
+
 /// How the next token is chosen, and when a sequence ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -37,6 +55,8 @@ pub struct Sampling {
     pub presence_penalty: f32,
     /// Added to the logits of these tokens, each of which is named once, by rising id.
     pub logit_bias: Vec<(TokenId, f32)>,
+    /// What the answer must be; whoever follows it gives each slice that draws its mask.
+    pub guide: Option<Guide>,
     /// First key of the counter-based generator; the request's key is the other.
     pub seed: u64,
     /// Most tokens to generate. Already clipped to what the context leaves; 0 only scores the prompt.
@@ -66,6 +86,7 @@ impl Sampling {
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
             logit_bias: Vec::new(),
+            guide: None,
             seed: 0,
             max_tokens,
             min_tokens: 0,

@@ -169,6 +169,7 @@ impl Sequence {
             pages: self.pages.clone(),
             sample,
             counts: if sample { self.counts() } else { None },
+            mask: None,
             request: self.request.clone(),
         }
     }

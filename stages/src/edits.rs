@@ -1,10 +1,10 @@
-//! What a slice has changed of its logits before the draw: penalties, biases, and tokens that must not end it yet.
+//! What a slice has changed of its logits before the draw: penalties, biases, tokens that must not end it yet, and its mask.
 //!
 //! In this order, and before temperature: the repetition penalty divides or multiplies; frequency and presence penalties are
-//! taken off and the bias is added, as one number that was rounded once.
+//! taken off and the bias is added, as one number that was rounded once; what the mask does not allow is barred.
 
 use kernels::{Edit, Edits, RowEdits};
-use scheduler::{Slice, TokenCount, TokenId};
+use scheduler::{Slice, TokenCount, TokenId, TokenMask};
 
 /// Edits of rows in the making.
 #[derive(Debug, Default)]
@@ -42,14 +42,19 @@ impl EditWork {
             }
             is_same
         });
-        all.add_row(RowEdits { edits: row, mask: None });
+        // One that there cannot be bars nothing: its row fails, whatever is drawn.
+        let mask = slice.mask.as_ref().and_then(TokenMask::wait);
+        all.add_row(RowEdits { edits: row, mask });
     }
 }
 
 /// Whether anything is changed of the row from which a slice draws.
 pub(crate) fn is_edited(slice: &Slice) -> bool {
     let sampling = &slice.request.sampling;
-    slice.counts.is_some() || !sampling.logit_bias.is_empty() || !barred(slice).is_empty()
+    slice.counts.is_some()
+        || slice.mask.is_some()
+        || !sampling.logit_bias.is_empty()
+        || !barred(slice).is_empty()
 }
 
 /// Tokens that would end a sequence which must not end yet.

@@ -2,7 +2,7 @@
 //!
 //! A row that takes the likeliest token, and reports nothing beside it, needs no logits but the largest: such rows go
 //! through the output matrix together, and their logits are stored nowhere. The others' tokens are chosen where the logits
-//! are, and edited there before where penalties, biases or a row that must not end yet ask for it.
+//! are, and edited there before where penalties, biases, masks or a row that must not end yet ask for it.
 
 use std::sync::Arc;
 
@@ -93,8 +93,7 @@ impl<B: Backend> Head<B> {
             let HeadWork { logits, choices, edits, choosing, chosen, .. } = &mut *work;
             backend.choose(logits, choices, &edits.all, choosing, chosen)?;
             for (wanted, chosen) in wanted.iter().zip(work.chosen.drain(..)) {
-                let wants_logprobs = batch.slices[wanted.slice].request.sampling.logprobs.is_some();
-                wanted.take_chosen(chosen, wants_logprobs, &mut outputs[wanted.slice]);
+                wanted.take_chosen(chosen, &batch.slices[wanted.slice], &mut outputs[wanted.slice]);
             }
         }
         if !greedy.is_empty() {
@@ -342,7 +341,7 @@ impl WantedRow {
     }
 
     /// Answers with what was chosen.
-    fn take_chosen(&self, chosen: Chosen, wants_logprobs: bool, output: &mut SliceOutput) {
+    fn take_chosen(&self, chosen: Chosen, slice: &Slice, output: &mut SliceOutput) {
         let position = self.position;
         if !(chosen.stats.max.is_finite() && chosen.stats.log_sum_exp.is_finite()) {
             return self.fail(output, Failure::NonFiniteLogits { position });
@@ -350,9 +349,12 @@ impl WantedRow {
         let Some(token) = chosen.token else { return self.fail(output, Failure::NothingLeft { position }) };
         match self.want {
             Want::Score(_) => output.prompt_logprobs.push(logprobs(token, chosen)),
+            Want::Draw if slice.mask.as_ref().is_some_and(|mask| mask.wait().is_none()) => {
+                self.fail(output, Failure::GuideGaveUp { position });
+            }
             Want::Draw => {
                 output.token = Some(token);
-                output.logprobs = wants_logprobs.then(|| logprobs(token, chosen));
+                output.logprobs = slice.request.sampling.logprobs.is_some().then(|| logprobs(token, chosen));
             }
         }
     }

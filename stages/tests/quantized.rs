@@ -188,6 +188,7 @@ fn run(folder: &Path, device: &Device, weights: WeightType) -> Vec<f32> {
         sample: false,
         score: tokens,
         counts: None,
+        mask: None,
         request: Arc::new(Request {
             key: RequestKey(0),
             prompt: vec![0],

@@ -172,6 +172,7 @@ fn micro_batches(vocab: u32) -> Vec<MicroBatch> {
             sample: false,
             score,
             counts: None,
+            mask: None,
             request: Arc::new(request),
         }
     };

@@ -148,6 +148,7 @@ fn micro_batch(model: &Model, work: &Work) -> MicroBatch {
         sample: true,
         score: Vec::new(),
         counts: None,
+        mask: None,
         request: Arc::new(Request {
             key: RequestKey(row as u128),
             prompt: vec![0],

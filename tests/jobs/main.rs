@@ -12,6 +12,7 @@ mod crashes;
 mod cuda;
 mod disturbed;
 mod gpus;
+mod guided;
 mod harness;
 mod layouts;
 mod logits;

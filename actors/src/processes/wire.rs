@@ -252,6 +252,10 @@ fn add_output(words: &mut Words, output: &MicroBatchOutput) {
                 words.add(3);
                 words.add(u64::from(*position));
             }
+            Some(Failure::GuideGaveUp { position }) => {
+                words.add(4);
+                words.add(u64::from(*position));
+            }
         }
     }
 }
@@ -272,6 +276,7 @@ fn read_output(words: &mut ReadWords<'_>) -> Option<MicroBatchOutput> {
                 1 => Some(Failure::NonFiniteLogits { position: words.u32()? }),
                 2 => Some(Failure::EndsStage),
                 3 => Some(Failure::NothingLeft { position: words.u32()? }),
+                4 => Some(Failure::GuideGaveUp { position: words.u32()? }),
                 _ => return None,
             },
         })
@@ -339,6 +344,7 @@ mod tests {
                 slice(None, Some(Failure::NonFiniteLogits { position: 4 })),
                 slice(None, Some(Failure::EndsStage)),
                 slice(None, Some(Failure::NothingLeft { position: 7 })),
+                slice(None, Some(Failure::GuideGaveUp { position: 8 })),
             ],
         };
         let load = Load { decode_tokens: 3.0, decode_context: 0.1, logit_rows: 2.0, ..Load::default() };

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, TokenCount};
+use scheduler::{
+    MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, TokenCount, TokenMask,
+};
 use stages::{Activations, Frame, Rows};
 
 use super::STEP;
@@ -12,6 +14,11 @@ use crate::wire::{ReadWords, Words, add_values, values};
 const NONE: u64 = 0;
 const VALUES: u64 = 1;
 const VALUES_AND_SUMS: u64 = 2;
+
+/// What comes along of a slice's mask.
+const NO_MASK: u64 = 0;
+const MASK_FAILED: u64 = 1;
+const MASK: u64 = 2;
 
 /// The frame, whose shape is that of the activations, and its body: words, and then the numbers of the activations.
 pub(super) fn encode(batch: &MicroBatch, activations: Option<&Activations>) -> (Frame, Vec<u8>) {
@@ -65,7 +72,7 @@ fn values_of(frame: &Frame, bytes: &[u8], num_arrays: u64) -> Option<Option<Acti
 }
 
 fn add_slice(words: &mut Words, slice: &Slice) {
-    let Slice { sequence, first_position, tokens, pages, sample, score, counts, request } = slice;
+    let Slice { sequence, first_position, tokens, pages, sample, score, counts, mask, request } = slice;
     words.add(sequence.0);
     words.add(u64::from(*first_position));
     words.add_list(tokens);
@@ -80,6 +87,15 @@ fn add_slice(words: &mut Words, slice: &Slice) {
             words.add(u64::from(*generated) << 1 | u64::from(*in_prompt));
         }
     }
+    // Here, on the thread that sends, a mask is waited for that is not made yet.
+    match mask.as_ref().map(TokenMask::wait) {
+        None => words.add(NO_MASK),
+        Some(None) => words.add(MASK_FAILED),
+        Some(Some(bits)) => {
+            words.add(MASK);
+            words.add_list(bits);
+        }
+    }
     add_request(words, request);
 }
 
@@ -92,6 +108,12 @@ fn read_slice(words: &mut ReadWords<'_>) -> Option<Slice> {
         sample: words.flag()?,
         score: words.list(ReadWords::u32)?,
         counts: if words.flag()? { Some(Arc::new(words.list(read_count)?)) } else { None },
+        mask: match words.word()? {
+            NO_MASK => None,
+            MASK_FAILED => Some(TokenMask::known(None)),
+            MASK => Some(TokenMask::known(Some(words.list(ReadWords::u32)?))),
+            _ => return None,
+        },
         request: Arc::new(read_request(words)?),
     })
 }
@@ -101,7 +123,8 @@ fn read_count(words: &mut ReadWords<'_>) -> Option<TokenCount> {
     Some(TokenCount { token, generated: u32::try_from(counted >> 1).ok()?, in_prompt: counted & 1 == 1 })
 }
 
-/// A request as stages need it: how long its prompt is but not what it says, and no stop strings, which the pipeline looks for.
+/// A request as stages need it: how long its prompt is but not what it says, and neither stop strings nor a guide, which the
+/// pipeline minds.
 fn add_request(words: &mut Words, request: &Request) {
     let Request { key, prompt, sampling, sample } = request;
     words.add((key.0 >> 64) as u64);
@@ -117,6 +140,7 @@ fn add_request(words: &mut Words, request: &Request) {
         frequency_penalty,
         presence_penalty,
         logit_bias,
+        guide: _,
         seed,
         max_tokens,
         min_tokens,
@@ -156,6 +180,7 @@ fn read_request(words: &mut ReadWords<'_>) -> Option<Request> {
         frequency_penalty,
         presence_penalty,
         logit_bias,
+        guide: None,
         seed: words.word()?,
         max_tokens,
         min_tokens,
@@ -185,6 +210,7 @@ pub(super) mod tests {
             frequency_penalty: -0.5,
             presence_penalty: 2.0,
             logit_bias: vec![(4, -100.0), (9, 0.25)],
+            guide: None,
             seed: u64::MAX - id,
             max_tokens: 100,
             min_tokens: 3,
@@ -209,6 +235,11 @@ pub(super) mod tests {
             sample: score.is_empty(),
             score: score.to_vec(),
             counts: score.is_empty().then(|| Arc::new(counts.to_vec())),
+            mask: match id % 3 {
+                0 => None,
+                1 => Some(TokenMask::known(None)),
+                _ => Some(TokenMask::known(Some(vec![u32::MAX, 1, 0]))),
+            },
             request: Arc::new(request.clone()),
         };
         MicroBatch {
@@ -227,10 +258,10 @@ pub(super) mod tests {
 
     #[test]
     fn frames_come_back_as_they_were_made_and_nothing_shorter_passes_for_one() {
-        for activations in [None, Some(activations(3, false)), Some(activations(2, true))] {
-            let (frame, body) = encode(&batch(6), activations.as_ref());
+        for (id, activations) in (6..).zip([None, Some(activations(3, false)), Some(activations(2, true))]) {
+            let (frame, body) = encode(&batch(id), activations.as_ref());
             let back = decode(&frame, &body).expect("a micro-batch");
-            assert_eq!(format!("{back:?}"), format!("{:?}", (batch(6), activations)));
+            assert_eq!(format!("{back:?}"), format!("{:?}", (batch(id), activations)));
             for length in 0..body.len() {
                 assert!(decode(&frame, &body[..length]).is_none(), "{length} bytes");
             }

@@ -1,6 +1,7 @@
 //! A job's files from outside: rows to requests, completions to lines, lines to files.
 
 mod detokenizer;
+mod guides;
 mod journal;
 mod lines;
 mod model;

@@ -243,9 +243,59 @@ fn parameters_of_both_routes() {
             "invalid_type logit_bias | logit_bias: expected an object of token ids and numbers, found [[7,1]]",
         ),
         (
-            json!({"response_format": {"type": "json_object"}}),
-            "unsupported_parameter response_format | response_format: expected {\"type\":\"text\"}, \
-             found {\"type\":\"json_object\"}, which is not supported",
+            json!({"response_format": {"type": "yaml"}}),
+            "invalid_value response_format.type | response_format.type: expected text, json_object or json_schema, \
+             found \"yaml\"",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema"}}),
+            "invalid_type response_format.json_schema | response_format.json_schema: expected an object, found null",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": [1]}}}),
+            "invalid_type response_format.json_schema.schema | response_format.json_schema.schema: expected a schema, \
+             found [1]",
+        ),
+        (json!({"guided_json": 3}), "invalid_type guided_json | guided_json: expected a schema, found 3"),
+        (
+            json!({"guided_json": "{"}),
+            "invalid_guide guided_json | guided_json: not JSON: EOF while parsing an object at line 1 column 1",
+        ),
+        (
+            json!({"guided_choice": []}),
+            "invalid_type guided_choice | guided_choice: expected an array of strings, none of them empty, found []",
+        ),
+        (json!({"guided_regex": 7}), "invalid_type guided_regex | guided_regex: expected a string, found 7"),
+        (
+            json!({"guided_choice": ["a"], "guided_regex": "b"}),
+            "invalid_value guided_choice | guided_choice: expected one guide, found guided_regex too",
+        ),
+        (
+            json!({"guided_regex": "a", "min_tokens": 2}),
+            "invalid_value min_tokens | min_tokens: expected 0 beside guided_regex, found 2",
+        ),
+        (
+            json!({"guided_regex": "a", "ignore_eos": true}),
+            "invalid_value ignore_eos | ignore_eos: expected false beside guided_regex, found true",
+        ),
+        (
+            json!({"guided_regex": "(".repeat(300) + &")".repeat(300)}),
+            "invalid_guide guided_regex | guided_regex: expected at most 256 brackets open at once, found 300",
+        ),
+        (
+            json!({"structured_outputs": {"structural_tag": "x"}}),
+            "unsupported_parameter structured_outputs.structural_tag | structured_outputs.structural_tag: \
+             not supported, found \"x\"",
+        ),
+        (
+            json!({"structured_outputs": {"regex": "a", "choice": ["a"]}}),
+            "invalid_value structured_outputs | structured_outputs: expected one of json, json_object, regex, choice, \
+             grammar, found {\"choice\":[\"a\"],\"regex\":\"a\"}",
+        ),
+        (
+            json!({"guided_decoding_backend": "outlines"}),
+            "unsupported_parameter guided_decoding_backend | guided_decoding_backend: expected \"auto\" or \
+             \"guidance\", found \"outlines\", which is not supported",
         ),
         (
             json!({"service_tier": "flex"}),
@@ -410,6 +460,10 @@ fn what_a_model_without_a_tokenizer_cannot_take() {
     assert_eq!(
         world.refusal(&completion_line("a", json!({"prompt": [1], "stop": "x"}))),
         format!("unsupported_parameter stop | stop: {why}")
+    );
+    assert_eq!(
+        world.refusal(&completion_line("a", json!({"prompt": [1], "guided_regex": "x"}))),
+        format!("unsupported_parameter guided_regex | guided_regex: {why}")
     );
 }
 

@@ -190,6 +190,7 @@ fn slice(idx: usize, first_position: usize, tokens: usize, pages: Vec<PageIdx>, 
         sample: tokens == 1,
         score: Vec::new(),
         counts: None,
+        mask: None,
         request: request(),
     }
 }

@@ -21,6 +21,7 @@ kernel() { # kernel FILE THREADS [HEAD_DIM KERNELS]
 }
 compile block block.cpp
 compile driver driver.cpp
+compile queues queues.cpp
 compile collective kernel.cpp -include device.h '-DSOURCE="../cu/collective.cu"' '-DKERNELS=K(sum_ranks) K(place_columns)' -DMAX_THREADS=256
 for file in add embed gather rope; do kernel $file 256; done
 compile rms_norm kernel.cpp -include device.h '-DSOURCE="../cu/rms_norm.cu"' '-DKERNELS=K(rms_norm) K(rms_norm_fp8)' -DMAX_THREADS=256
@@ -42,7 +43,9 @@ for head_dim in 16 32 48 64 80 96 128 256; do
 done
 for process in "${running[@]}"; do wait "$process"; done
 "${CXX:-c++}" -shared -Wl,-soname,libcuda.so "${objects[@]}" -o "$out/libcuda.so"
+# Their work goes into libcuda's streams.
+beside=("-L$out" -lcuda '-Wl,-rpath,$ORIGIN')
 "${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnvrtc.so nvrtc.cpp -o "$out/libnvrtc.so"
-"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libcublasLt.so cublaslt.cpp -o "$out/libcublasLt.so"
-"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnccl.so.2 nccl.cpp -o "$out/libnccl.so.2"
+"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libcublasLt.so cublaslt.cpp "${beside[@]}" -o "$out/libcublasLt.so"
+"${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,libnccl.so.2 nccl.cpp "${beside[@]}" -o "$out/libnccl.so.2"
 rm "${objects[@]}"

@@ -1,4 +1,4 @@
-// A libcublasLt for the emulator's memory: what the CUDA backend calls of it, by plain loops, done at once.
+// A libcublasLt for the emulator's memory: what the CUDA backend calls of it, by plain loops, queued as a kernel is.
 //
 // It has several algorithms, which sum in unlike orders, as those of the library do. One is offered and then refuses to start.
 #include <cmath>
@@ -8,9 +8,11 @@
 #include <cstring>
 #include <new>
 
+#include "queues.h"
+
 #define API extern "C" __attribute__((visibility("default")))
 using Status = int;
-constexpr Status SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15;
+constexpr Status SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15;
 
 namespace {
 
@@ -141,18 +143,11 @@ API Status cublasLtMatmulAlgoCheck(void*, void* product, void* a, void* b, void*
     return result->state;
 }
 
-API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
-                          const float* beta, const float* c, void*, float* d, void* d_layout, const Algorithm* algorithm, void*, size_t,
-                          void*) {
-    const auto &left = *static_cast<Layout*>(a_layout), &right = *static_cast<Layout*>(b_layout), &out = *static_cast<Layout*>(d_layout);
-    const auto& descriptor = *static_cast<Descriptor*>(product);
-    if (!is_known(descriptor, left, right, out)) return NOT_SUPPORTED;
+// outᵀ = alpha · A · Bᵀ + beta · c, as the algorithm sums it.
+static void multiply(const Descriptor& descriptor, const Layout& left, const void* a, const Layout& right, const void* b, const Layout& out,
+                     float* d, float alpha, float beta, const float* c, uint64_t id) {
     bool is_fp8 = left.type == E4M3;
-    if (is_fp8 && (!descriptor.a_scales || !descriptor.b_scales)) return INVALID_VALUE;
     auto number = is_fp8 ? fp8_at : bf16_at;
-    uint64_t id = algorithm->words[0];
-    if (id == 0 || id > NUM_ALGORITHMS || id == BROKEN) return NOT_SUPPORTED;
-    if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 != 0) return INVALID_VALUE;
     // The last algorithm has four sums that take turns.
     uint64_t num_sums = id == NUM_ALGORITHMS ? 4 : 1;
     for (uint64_t column = 0; column < out.cols; column++) {
@@ -161,12 +156,30 @@ API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* 
             for (uint64_t k = 0; k < left.rows; k++) {
                 sums[k % num_sums] += number(a, row * left.stride + k) * number(b, column * right.stride + k);
             }
-            float sum = *alpha * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            float sum = alpha * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
             if (is_fp8) sum *= descriptor.a_scales[row] * descriptor.b_scales[column];
             uint64_t at = column * out.stride + row;
             // What is multiplied with nothing is not read.
-            d[at] = *beta == 0.0f ? sum : sum + *beta * c[at];
+            d[at] = beta == 0.0f ? sum : sum + beta * c[at];
         }
     }
-    return SUCCESS;
+}
+
+API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
+                          const float* beta, const float* c, void*, float* d, void* d_layout, const Algorithm* algorithm, void*, size_t,
+                          void* stream) {
+    Layout left = *static_cast<Layout*>(a_layout), right = *static_cast<Layout*>(b_layout), out = *static_cast<Layout*>(d_layout);
+    Descriptor descriptor = *static_cast<Descriptor*>(product);
+    if (!is_known(descriptor, left, right, out)) return NOT_SUPPORTED;
+    if (left.type == E4M3 && (!descriptor.a_scales || !descriptor.b_scales)) return INVALID_VALUE;
+    uint64_t id = algorithm->words[0];
+    if (id == 0 || id > NUM_ALGORITHMS || id == BROKEN) return NOT_SUPPORTED;
+    if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 != 0) return INVALID_VALUE;
+    // Numbers of the host are read now, as the descriptors are.
+    float by = *alpha, of_old = *beta;
+    int queued = emulated_queue(stream, [=] {
+        multiply(descriptor, left, a, right, b, out, d, by, of_old, c, id);
+        return emulated::Outcome::Done;
+    });
+    return queued == 0 ? SUCCESS : EXECUTION_FAILED;
 }

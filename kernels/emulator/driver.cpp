@@ -1,7 +1,7 @@
-// A libcuda of GPUs that are none: what the CUDA backend calls of the driver, done at once.
+// A libcuda of GPUs that are none: what the CUDA backend calls of the driver. What is queued runs as queues.cpp says.
 //
-// Memory is the host's, filled with what is no number, and ends at a page that nobody may touch. A module is what
-// nvrtc.cpp makes: the width of a head. A stream that is captured keeps what is queued, and a graph does it at each launch.
+// Memory is the host's, filled with what is no number, ends at a page that nobody may touch, and is nobody's any more when it was
+// freed. A module is what nvrtc.cpp makes: the width of a head.
 //
 // The environment says what the machine is like, for tests of what happens on others:
 //   EMULATED_GPUS=2                 how many there are, 1 if not set
@@ -9,20 +9,24 @@
 //   EMULATED_BYTES=100000000        memory of each
 //   EMULATED_DRIVER=11040           the CUDA that the driver is for
 //   EMULATED_LEFT=1000000@50        after so many launches another program leaves so many bytes of each
-#include <chrono>
+//   EMULATED_SEED=7                 draws the order of what runs beside each other, 1 if not set
 #include <map>
-#include <mutex>
+#include <memory>
 #include <sys/mman.h>
 #include <unistd.h>
 #include <vector>
 
 #include "block.h"
+#include "driver.h"
 
-#define API extern "C" __attribute__((visibility("default")))
-using Result = int;
-constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201,
-                 NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900;
-using Pointer = unsigned long long;
+// Never destroyed: threads of a program that ends may still be at work.
+std::recursive_mutex& lock = *new std::recursive_mutex();
+thread_local Device* current = nullptr;
+
+unsigned long long number(const char* name, unsigned long long otherwise) {
+    const char* text = std::getenv(name);
+    return text ? std::strtoull(text, nullptr, 10) : otherwise;
+}
 
 namespace {
 
@@ -30,27 +34,11 @@ namespace {
 constexpr unsigned MOST_SHARED_BYTES = 227 << 10;
 constexpr unsigned SHARED_BYTES = 48 << 10;
 
-struct Device {
-    int index;
-    unsigned capability;
-    size_t total_bytes, used_bytes;
-};
-
 struct Allocation {
     unsigned char* mapped;
     size_t mapped_bytes, bytes;
+    // Nothing where it is the host's, pinned.
     Device* device;
-};
-
-using Work = std::function<void()>;
-
-struct Graph {
-    std::vector<Work> nodes;
-};
-
-struct Stream {
-    Device* device;
-    Graph* captured;
 };
 
 struct Function {
@@ -58,16 +46,8 @@ struct Function {
     unsigned shared_bytes;
 };
 
-// Never destroyed: threads of a program that ends may still be at work.
-std::recursive_mutex& lock = *new std::recursive_mutex();
 std::map<Pointer, Allocation>& allocations = *new std::map<Pointer, Allocation>();
-size_t launches = 0, num_captures = 0;
-thread_local Device* current = nullptr;
-
-unsigned long long number(const char* name, unsigned long long otherwise) {
-    const char* text = std::getenv(name);
-    return text ? std::strtoull(text, nullptr, 10) : otherwise;
-}
+size_t launches = 0;
 
 std::vector<Device>& devices() {
     static auto& all = *[] {
@@ -87,21 +67,45 @@ std::vector<Device>& devices() {
     return all;
 }
 
-// What a stream is to do: at once, or when the graph is launched that it is captured in.
-Result queue(void* stream, Work work) {
-    auto& queued = *static_cast<Stream*>(stream);
-    if (!current || queued.device != current) return INVALID_CONTEXT;
-    if (queued.captured) queued.captured->nodes.push_back(std::move(work));
-    else work();
+// Memory that ends at a page that nobody may touch, as near to it as 256 bytes let it, which is what a GPU's memory is aligned to;
+// 0 where there is none.
+Pointer allocate(size_t bytes, Device* device) {
+    size_t page = sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
+    void* memory = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return 0;
+    auto* mapped = static_cast<unsigned char*>(memory);
+    mprotect(mapped + whole, page, PROT_NONE);
+    std::memset(mapped, 0xff, whole);
+    Pointer start = (reinterpret_cast<Pointer>(mapped) + whole - bytes) / 256 * 256;
+    allocations[start] = {mapped, whole + page, bytes, device};
+    return start;
+}
+
+// Its addresses are never given again: what still runs and uses it is to fail.
+Result release(Pointer pointer, bool is_of_host) {
+    auto found = allocations.find(pointer);
+    if (found == allocations.end() || (found->second.device == nullptr) != is_of_host) return INVALID_VALUE;
+    auto [mapped, mapped_bytes, bytes, device] = found->second;
+    if (device) device->used_bytes -= bytes;
+    mmap(mapped, mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    allocations.erase(found);
     return SUCCESS;
 }
 
-}  // namespace
+bool is_pinned(const void* at) {
+    Pointer address = reinterpret_cast<Pointer>(at);
+    auto after = allocations.upper_bound(address);
+    if (after == allocations.begin()) return false;
+    auto& [start, allocation] = *std::prev(after);
+    return !allocation.device && address < start + allocation.bytes;
+}
 
-#define LOCKED std::lock_guard<std::recursive_mutex> guard(lock)
-// What waits or allocates would wait for work that has not begun.
-#define NOT_WHILE_CAPTURING \
-    if (num_captures > 0) return CAPTURE_UNSUPPORTED
+template <typename To, typename From>
+Result queue_copy(To to, From from, size_t bytes, void* stream) {
+    return queue_once(stream, [=] { std::memmove((void*)to, (const void*)from, bytes); });
+}
+
+}  // namespace
 
 API Result cuInit(unsigned) { return devices().empty() ? 100 : SUCCESS; }
 API Result cuDriverGetVersion(int* version) { return *version = int(number("EMULATED_DRIVER", 13000)), SUCCESS; }
@@ -133,60 +137,7 @@ API Result cuCtxSetCurrent(void* context) { return current = static_cast<Device*
 API Result cuCtxSynchronize() {
     LOCKED;
     NOT_WHILE_CAPTURING;
-    return SUCCESS;
-}
-
-API Result cuStreamCreate(void** stream, unsigned) {
-    if (!current) return INVALID_CONTEXT;
-    return *stream = new Stream{current, nullptr}, SUCCESS;
-}
-API Result cuStreamDestroy_v2(void* stream) { return delete static_cast<Stream*>(stream), SUCCESS; }
-API Result cuStreamSynchronize(void* stream) {
-    return static_cast<Stream*>(stream)->captured ? CAPTURE_UNSUPPORTED : SUCCESS;
-}
-API Result cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
-
-API Result cuStreamBeginCapture_v2(void* stream, int) {
-    LOCKED;
-    auto& captured = static_cast<Stream*>(stream)->captured;
-    if (captured) return INVALID_VALUE;
-    captured = new Graph(), num_captures++;
-    return SUCCESS;
-}
-API Result cuStreamEndCapture(void* stream, void** graph) {
-    LOCKED;
-    auto& captured = static_cast<Stream*>(stream)->captured;
-    if (!captured) return INVALID_VALUE;
-    *graph = captured, captured = nullptr, num_captures--;
-    return SUCCESS;
-}
-API Result cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) {
-    return *executable = new Graph(*static_cast<Graph*>(graph)), SUCCESS;
-}
-API Result cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCCESS; }
-API Result cuGraphExecDestroy(void* executable) { return delete static_cast<Graph*>(executable), SUCCESS; }
-API Result cuGraphLaunch(void* executable, void* stream) {
-    LOCKED;
-    Graph* graph = static_cast<Graph*>(executable);
-    return queue(stream, [graph] { for (const Work& node : graph->nodes) node(); });
-}
-
-API Result cuEventCreate(void** event, unsigned) {
-    return *event = new std::chrono::steady_clock::time_point(), SUCCESS;
-}
-API Result cuEventRecord(void* event, void*) {
-    *static_cast<std::chrono::steady_clock::time_point*>(event) = std::chrono::steady_clock::now();
-    return SUCCESS;
-}
-API Result cuEventSynchronize(void*) { return SUCCESS; }
-API Result cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
-    auto at = [](void* event) { return *static_cast<std::chrono::steady_clock::time_point*>(event); };
-    *milliseconds = std::chrono::duration<float, std::milli>(at(end) - at(start)).count();
-    return SUCCESS;
-}
-API Result cuEventDestroy_v2(void* event) {
-    delete static_cast<std::chrono::steady_clock::time_point*>(event);
-    return SUCCESS;
+    return current ? drain_all(guard, current) : INVALID_CONTEXT;
 }
 
 API Result cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
@@ -203,55 +154,53 @@ API Result cuMemAlloc_v2(Pointer* pointer, size_t bytes) {
     NOT_WHILE_CAPTURING;
     if (bytes == 0) return INVALID_VALUE;
     if (current->used_bytes + bytes > current->total_bytes) return OUT_OF_MEMORY;
-    size_t page = sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
-    void* memory = mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) return OUT_OF_MEMORY;
-    auto* mapped = static_cast<unsigned char*>(memory);
-    mprotect(mapped + whole, page, PROT_NONE);
-    std::memset(mapped, 0xff, whole);
-    // As near to the end as 256 bytes let it, which is what a GPU's memory is aligned to.
-    Pointer start = (reinterpret_cast<Pointer>(mapped) + whole - bytes) / 256 * 256;
-    allocations[start] = {mapped, whole + page, bytes, current};
-    current->used_bytes += bytes;
-    *pointer = start;
-    return SUCCESS;
+    if (!(*pointer = allocate(bytes, current))) return OUT_OF_MEMORY;
+    return current->used_bytes += bytes, SUCCESS;
 }
 
 API Result cuMemFree_v2(Pointer pointer) {
     LOCKED;
     NOT_WHILE_CAPTURING;
-    auto found = allocations.find(pointer);
-    if (found == allocations.end()) return INVALID_VALUE;
-    found->second.device->used_bytes -= found->second.bytes;
-    munmap(found->second.mapped, found->second.mapped_bytes);
-    allocations.erase(found);
-    return SUCCESS;
+    return release(pointer, false);
 }
 
 API Result cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
-    *pointer = std::malloc(bytes);
+    LOCKED;
+    NOT_WHILE_CAPTURING;
+    *pointer = reinterpret_cast<void*>(bytes ? allocate(bytes, nullptr) : 0);
     return *pointer ? SUCCESS : OUT_OF_MEMORY;
 }
-API Result cuMemFreeHost(void* pointer) { return std::free(pointer), SUCCESS; }
+API Result cuMemFreeHost(void* pointer) {
+    LOCKED;
+    NOT_WHILE_CAPTURING;
+    return release(reinterpret_cast<Pointer>(pointer), true);
+}
 
+// Pinned memory is read when the copy runs, and so is any in a graph; other memory is read before this returns.
 API Result cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) {
     LOCKED;
-    return queue(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); });
+    if (is_pinned(from) || is_captured(stream)) return queue_copy(to, from, bytes, stream);
+    auto* start = static_cast<const unsigned char*>(from);
+    auto staged = std::make_shared<std::vector<unsigned char>>(start, start + bytes);
+    return queue_once(stream, [=] { std::memcpy(reinterpret_cast<void*>(to), staged->data(), bytes); });
 }
+// What is not pinned has arrived when this returns.
 API Result cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {
     LOCKED;
-    return queue(stream, [=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
+    Result queued = queue_copy(to, from, bytes, stream);
+    if (queued != SUCCESS || is_pinned(to) || is_captured(stream)) return queued;
+    return drain(guard, stream);
 }
 API Result cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes, void* stream) {
     LOCKED;
-    return queue(stream, [=] { std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+    return queue_copy(to, from, bytes, stream);
 }
 API Result cuMemcpyPeerAsync(Pointer to, void*, Pointer from, void*, size_t bytes, void* stream) {
     return cuMemcpyDtoDAsync_v2(to, from, bytes, stream);
 }
 API Result cuMemsetD8Async(Pointer to, unsigned char value, size_t bytes, void* stream) {
     LOCKED;
-    return queue(stream, [=] { std::memset(reinterpret_cast<void*>(to), value, bytes); });
+    return queue_once(stream, [=] { std::memset(reinterpret_cast<void*>(to), value, bytes); });
 }
 
 API Result cuModuleLoadData(void** module, const void* image) {
@@ -294,7 +243,7 @@ API Result cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsi
     Dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
     const emulated::Kernel& kernel = *launched.kernel;
     auto call = kernel.bind(arguments);
-    return queue(stream, [=, &kernel] { emulated::run_grid(kernel, grid, block, shared_bytes, call); });
+    return queue_once(stream, [=, &kernel] { emulated::run_grid(kernel, grid, block, shared_bytes, call); });
 }
 
 API Result cuGetErrorName(Result error, const char** name) {

@@ -1,7 +1,7 @@
-// A libnccl for the emulator's memory: ranks are threads of one process, and numbers are there when a group of moves ends.
+// A libnccl for the emulator's memory: ranks are threads of one process, and a group of moves is a piece of its stream's work.
 //
-// What is sent waits in a box of its sender and receiver, so that nobody waits but for what it receives. Who waits for a rank
-// that has left is told so, and would wait for ever in the library: a test that does this ends.
+// What is sent waits in a box of its sender and receiver, so that nobody waits but for what it receives. A stream that waits for a
+// rank that has left fails, and would wait for ever with the library: a test that does this ends.
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -12,9 +12,12 @@
 #include <set>
 #include <vector>
 
+#include "queues.h"
+
 #define API extern "C" __attribute__((visibility("default")))
 using Status = int;
-constexpr Status SUCCESS = 0, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6;
+using emulated::Outcome;
+constexpr Status SUCCESS = 0, UNHANDLED_CUDA_ERROR = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5;
 constexpr int FLOAT32 = 7;
 
 namespace {
@@ -31,28 +34,70 @@ struct Communicator {
     int rank;
 };
 
-struct Receipt {
-    Communicator* communicator;
-    float* to;
+// Numbers that go to a peer, or come from it.
+struct Move {
+    float* at;
     size_t count;
     int peer;
+    bool is_receipt;
+};
+
+// Moves of one rank that go on beside each other.
+struct Moves {
+    void* stream;
+    std::shared_ptr<Group> group;
+    int rank;
+    std::vector<Move> moves;
+
+    Outcome run(bool& has_sent) const;
 };
 
 struct UniqueId {
     char bytes[128];
 };
 
-// Never destroyed: threads of a program that ends may still be at work.
+// Never destroyed: threads of a program that ends may still be at work. Who holds it calls nothing of libcuda.
 std::mutex& lock = *new std::mutex();
 std::condition_variable& changed = *new std::condition_variable();
 std::map<uint64_t, std::shared_ptr<Group>>& groups = *new std::map<uint64_t, std::shared_ptr<Group>>();
 uint64_t num_groups = 0;
 
 thread_local int depth = 0;
-thread_local std::vector<Receipt> receipts;
+thread_local std::vector<Moves> open;
 
 bool is_known(const Communicator* communicator, int type, int peer) {
     return communicator && type == FLOAT32 && peer >= 0 && peer < communicator->group->num_ranks;
+}
+
+Outcome Moves::run(bool& has_sent) const {
+    std::lock_guard<std::mutex> guard(lock);
+    // What a rank has queued ends with its own leaving.
+    if (group->gone.count(rank)) return Outcome::Done;
+    for (const Move& move : moves) {
+        if (!has_sent && !move.is_receipt) group->boxes[{rank, move.peer}].emplace_back(move.at, move.at + move.count);
+    }
+    has_sent = true;
+    std::map<int, size_t> wanted;
+    for (const Move& move : moves) wanted[move.peer] += move.is_receipt;
+    for (auto [peer, count] : wanted) {
+        if (group->boxes[{peer, rank}].size() < count) return group->gone.count(peer) ? Outcome::Failed : Outcome::Waits;
+    }
+    for (const Move& move : moves) {
+        if (!move.is_receipt) continue;
+        auto& box = group->boxes[{move.peer, rank}];
+        if (box.front().size() != move.count) return Outcome::Failed;
+        if (move.count > 0) std::memcpy(move.at, box.front().data(), move.count * sizeof(float));
+        box.pop_front();
+    }
+    return Outcome::Done;
+}
+
+Status add(Communicator* communicator, void* stream, Move move) {
+    for (Moves& moves : open) {
+        if (moves.stream == stream && moves.group == communicator->group) return moves.moves.push_back(move), SUCCESS;
+    }
+    open.push_back({stream, communicator->group, communicator->rank, {move}});
+    return SUCCESS;
 }
 
 }  // namespace
@@ -81,43 +126,36 @@ API Status ncclCommInitRank(Communicator** communicator, int num_ranks, UniqueId
 }
 
 API Status ncclCommAbort(Communicator* communicator) {
-    std::lock_guard<std::mutex> guard(lock);
-    communicator->group->gone.insert(communicator->rank);
-    changed.notify_all();
+    {
+        std::lock_guard<std::mutex> guard(lock);
+        communicator->group->gone.insert(communicator->rank);
+    }
+    emulated_wake();
     return delete communicator, SUCCESS;
 }
 
 API Status ncclGroupStart() { return depth++, SUCCESS; }
 
-API Status ncclSend(const float* from, size_t count, int type, int peer, Communicator* communicator, void*) {
-    if (!is_known(communicator, type, peer)) return INVALID_ARGUMENT;
-    std::lock_guard<std::mutex> guard(lock);
-    communicator->group->boxes[{communicator->rank, peer}].emplace_back(from, from + count);
-    changed.notify_all();
-    return SUCCESS;
-}
-
-API Status ncclRecv(float* to, size_t count, int type, int peer, Communicator* communicator, void*) {
-    if (!is_known(communicator, type, peer)) return INVALID_ARGUMENT;
-    if (depth == 0) return INVALID_USAGE; // Here receipts are of groups alone.
-    return receipts.push_back({communicator, to, count, peer}), SUCCESS;
-}
-
 API Status ncclGroupEnd() {
     if (depth == 0) return INVALID_USAGE;
     if (--depth > 0) return SUCCESS;
-    std::vector<Receipt> expected;
-    expected.swap(receipts);
-    for (const Receipt& receipt : expected) {
-        std::unique_lock<std::mutex> guard(lock);
-        Group& group = *receipt.communicator->group;
-        auto& box = group.boxes[{receipt.peer, receipt.communicator->rank}];
-        changed.wait(guard, [&] { return group.gone.count(receipt.peer) || !box.empty(); });
-        if (box.empty()) return REMOTE_ERROR;
-        std::vector<float> numbers = std::move(box.front());
-        box.pop_front();
-        if (numbers.size() != receipt.count) return INVALID_ARGUMENT;
-        if (receipt.count > 0) std::memcpy(receipt.to, numbers.data(), receipt.count * sizeof(float));
+    std::vector<Moves> ended;
+    ended.swap(open);
+    for (const Moves& moves : ended) {
+        int queued = emulated_queue(moves.stream, [moves, has_sent = false]() mutable { return moves.run(has_sent); });
+        if (queued != 0) return UNHANDLED_CUDA_ERROR;
     }
     return SUCCESS;
+}
+
+API Status ncclSend(float* from, size_t count, int type, int peer, Communicator* communicator, void* stream) {
+    if (!is_known(communicator, type, peer)) return INVALID_ARGUMENT;
+    if (depth == 0) return INVALID_USAGE; // Here moves are of groups alone.
+    return add(communicator, stream, {from, count, peer, false});
+}
+
+API Status ncclRecv(float* to, size_t count, int type, int peer, Communicator* communicator, void* stream) {
+    if (!is_known(communicator, type, peer)) return INVALID_ARGUMENT;
+    if (depth == 0) return INVALID_USAGE;
+    return add(communicator, stream, {to, count, peer, true});
 }

@@ -179,8 +179,12 @@ impl Cut {
         let mut threads = vec![];
         for (stage, (span, device)) in spans.iter().zip(devices).enumerate().rev() {
             let (sender, parcels) = channel();
-            let options =
-                SpanOptions { part: (*span).into(), num_pages: num_pages(), context_tokens: CONTEXT };
+            let options = SpanOptions {
+                part: (*span).into(),
+                num_pages: num_pages(),
+                context_tokens: CONTEXT,
+                largest_step: None,
+            };
             let worker = Worker { stage, parcels, next: next.replace(sender), tell: tell.clone() };
             let (model, device) = (model.clone(), device.clone());
             threads.push(std::thread::spawn(move || worker.work(&model, &device, options)));

@@ -350,7 +350,7 @@ impl Layout {
 }
 
 fn options(part: Part) -> SpanOptions {
-    SpanOptions { part, num_pages: ROWS * 2, context_tokens: 256 }
+    SpanOptions { part, num_pages: ROWS * 2, context_tokens: 256, largest_step: None }
 }
 
 /// Each row decodes at the same position of a sequence of its own: what its cache holds is written anew or zero.

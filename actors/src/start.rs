@@ -6,7 +6,7 @@ use std::time::Duration;
 use kameo::actor::{ActorRef, PreparedActor};
 use kameo::mailbox;
 use scheduler::Span;
-use stages::{CollectiveClock, Device, Dtypes, Model, Part, Sharing, SpanOptions};
+use stages::{CollectiveClock, Device, Dtypes, Model, Part, Sharing, SpanOptions, StepSize};
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::error::{Error, Result};
@@ -135,10 +135,16 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
     };
     let watches: Vec<Watch> = stages.iter().enumerate().map(watch).collect();
     let num_stages = stages.len();
+    let largest_step = StepSize {
+        rows: scheduler.micro_batch_tokens,
+        sequences: scheduler.max_sequences,
+        context_tokens: scheduler.context_tokens,
+        micro_batches: scheduler.max_in_flight(),
+    };
     let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
-        let options = SpanOptions { part, num_pages, context_tokens };
+        let options = SpanOptions { part, num_pages, context_tokens, largest_step: Some(largest_step) };
         let (model, watch) = (model.clone(), watches[index].clone());
         let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;

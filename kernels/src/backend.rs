@@ -146,6 +146,31 @@ pub struct Largest {
     pub value: f32,
 }
 
+/// The most that a step asks of a device, so that it can make its own memory for that before the first one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WorkSize {
+    /// Rows, a token each.
+    pub rows: usize,
+    /// Sequences that these belong to.
+    pub sequences: usize,
+    /// Positions of a sequence.
+    pub context_tokens: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Columns of the widest FFN, 0 where there is none.
+    pub ffn: usize,
+    /// KV heads of the widest attention, 0 where there is none.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rows of logits, 0 where there are none.
+    pub logit_rows: usize,
+    /// Of these, rows that are chosen from at once.
+    pub choice_rows: usize,
+    /// Arrays of all rows that wait for the next stage at once.
+    pub parcels: usize,
+}
+
 /// A device: its arrays and the operations of a decoder block.
 ///
 /// Matrices are weights `[out_features, in_features]` as a checkpoint has them, and a matmul computes
@@ -196,6 +221,24 @@ pub trait Backend: Send + Sync + 'static {
     fn operand(&self) -> Self::Operand;
     /// A cache of `num_pages` pages for `kv_heads` heads of `head_dim`. Memory is touched on first use.
     fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<Self::KvCache>;
+
+    // ---- Making room before the first step, where a device's memory is slow to give.
+
+    /// Makes room in an array for so many rows and columns; its shape stays.
+    fn reserve(&self, _array: &mut Self::Array, _rows: usize, _cols: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// As [`Backend::reserve`].
+    fn reserve_operand(&self, _operand: &mut Self::Operand, _rows: usize, _cols: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Makes room for what operations keep for themselves, once all weights are there: steps of up to this size then allocate
+    /// nothing on the device.
+    fn reserve_work(&self, _size: &WorkSize) -> Result<()> {
+        Ok(())
+    }
 
     // ---- Between host and device.
 

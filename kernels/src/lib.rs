@@ -24,14 +24,14 @@ mod view;
 pub use array::Array;
 pub use backend::{
     AttentionSlice, Backend, Dtype, INT8_BLOCK, Int4Groups, KvDtype, Largest, LogitStats, PAGE_TOKENS,
-    RopeTable, SUM_CUT, WeightType,
+    RopeTable, SUM_CUT, WeightType, WorkSize,
 };
 pub use choice::{Choice, ChoiceScratch, Chosen, Edit, Edits, RowEdits, choose_row};
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
-pub use cuda::{Compiled, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_swiglu_bytes, pack_cubins};
+pub use cuda::{Compiled, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_work_bytes, pack_cubins};
 pub use cuda::{
     Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,
 };

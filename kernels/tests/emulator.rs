@@ -130,7 +130,7 @@ fn a_stream_waits_for_another_only_by_an_event() {
     open();
     let (first, second, between, end) = (Stream::new(), Stream::new(), memory(), memory());
     let done = event(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-    let mut run = |waits: bool| {
+    let run = |waits: bool| {
         first.fill(between, 1);
         first.wait();
         first.fill(between, 2);
@@ -151,7 +151,7 @@ fn what_is_read_late_is_not_to_be_written_early() {
     open();
     let (first, second, from, to) = (Stream::new(), Stream::new(), memory(), memory());
     let read = event(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-    let mut run = |waits: bool| {
+    let run = |waits: bool| {
         first.fill(from, 1);
         first.wait();
         second.copy(to, from);
@@ -172,7 +172,7 @@ fn what_is_read_late_is_not_to_be_written_early() {
 fn pinned_memory_is_read_when_the_copy_runs_and_other_memory_at_once() {
     open();
     let (stream, to, host) = (Stream::new(), memory(), pinned());
-    let mut is_first = |host: &mut [u8]| {
+    let is_first = |host: &mut [u8]| {
         host.fill(1);
         stream.upload(to, host);
         host.fill(2);

@@ -13,6 +13,7 @@ use crate::edits::{EditWork, is_edited};
 use crate::error::Result;
 use crate::random::Stream;
 use crate::ranks::{RankStep, Ranks};
+use crate::work_shapes::WorkShapes;
 
 /// Rows of logits that are made at a time: 64 rows of a vocabulary of 128,256 are 33 MB, which the draws
 /// then walk, and 64 rows are enough for a matrix product at full speed.
@@ -197,6 +198,14 @@ impl<B: Backend> Head<B> {
 }
 
 impl<B: Backend> HeadWork<B> {
+    /// Makes room for steps of up to these shapes.
+    pub(crate) fn reserve(&mut self, backend: &B, shapes: &WorkShapes) -> Result<()> {
+        let WorkShapes { head_rows, head_normed, logits, .. } = *shapes;
+        backend.reserve(&mut self.rows, head_rows[0], head_rows[1])?;
+        backend.reserve_operand(&mut self.normed, head_normed[0], head_normed[1])?;
+        Ok(backend.reserve(&mut self.logits, logits[0], logits[1])?)
+    }
+
     fn take_rows(&mut self, rows: impl Iterator<Item = u32>) {
         self.row_ids.clear();
         self.row_ids.extend(rows);

@@ -27,6 +27,7 @@ mod span;
 mod stage;
 mod tensors;
 mod weights;
+mod work_shapes;
 
 pub use block::{Attention, Block, Dims, Ffn};
 pub use config::{ModelConfig, swiglu_width};

@@ -1,6 +1,6 @@
 //! What a part of a model takes of a GPU's memory: arithmetic of shapes alone, so that it is known before anything is loaded.
 
-use kernels::{CudaKvCache, CudaMatrix, KvDtype, WeightType, cuda_allocated_bytes, cuda_swiglu_bytes};
+use kernels::{CudaKvCache, CudaMatrix, KvDtype, WeightType, cuda_allocated_bytes, cuda_work_bytes};
 
 use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
@@ -8,6 +8,7 @@ use crate::head::LOGIT_ROWS;
 use crate::part::Part;
 use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
 use crate::stage::Dtypes;
+use crate::work_shapes::WorkShapes;
 
 /// The largest step that a stage must be ready for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +21,13 @@ pub struct StepSize {
     pub context_tokens: usize,
     /// Micro-batches in flight, all of which may wait for the next stage.
     pub micro_batches: usize,
+}
+
+impl StepSize {
+    /// Rows of logits: all greedy rows at once, the others by and by; a scored prompt has more rows than sequences.
+    pub(crate) fn drawn_rows(&self) -> usize {
+        self.sequences.min(self.rows).max(LOGIT_ROWS.min(self.rows))
+    }
 }
 
 /// What a stage takes of a GPU, or several stages together.
@@ -35,14 +43,6 @@ pub struct GpuMemory {
     pub num_caches: u64,
 }
 
-/// The widest of what a step works with.
-#[derive(Default)]
-struct Widest {
-    query: usize,
-    kv: usize,
-    ffn: usize,
-}
-
 impl GpuMemory {
     /// That of a part, or of a rank's shard of it.
     pub fn of(
@@ -54,19 +54,18 @@ impl GpuMemory {
     ) -> GpuMemory {
         let dims = config.dims;
         let mut memory = GpuMemory::default();
-        let mut widest = Widest::default();
         for index in part.blocks.range() {
             let block = config.blocks[index];
             if part.has_attention(index) {
                 let shard = place.attention(block.attention, dims, sharing.of(index));
-                memory.add_attention(block, dims, (place, shard), (weights, kv), &mut widest);
+                memory.add_attention(block, dims, (place, shard), (weights, kv));
             }
             let width = match block.ffn {
                 Ffn::SwiGlu { width } => width,
                 Ffn::Linear | Ffn::None => 0,
             };
             let shard = place.ffn(block.ffn, dims, part.columns(index, width));
-            memory.add_ffn(block, dims, (place, shard), weights, &mut widest);
+            memory.add_ffn(block, dims, (place, shard), weights);
         }
         let is_first = place.rank == 0;
         if part.is_first() && is_first {
@@ -82,7 +81,7 @@ impl GpuMemory {
         if memory.num_caches > 0 {
             memory.weight_bytes += 2 * numbers(step.context_tokens, dims.head_dim / 2);
         }
-        memory.work_bytes = work_bytes(config, part, weights, step, &widest);
+        memory.work_bytes = work_bytes(&WorkShapes::of(config, part, (place, sharing), step), weights);
         if place.num_ranks > 1 {
             memory.work_bytes += collective_bytes(config, part, place, step);
         }
@@ -95,7 +94,6 @@ impl GpuMemory {
         dims: Dims,
         (place, shard): (RankPlace, AttentionShard),
         (weights, kv_dtype): (WeightType, KvDtype),
-        widest: &mut Widest,
     ) {
         let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
         let Dims { hidden, heads, head_dim, .. } = dims;
@@ -110,8 +108,6 @@ impl GpuMemory {
                 let (query, kv) = (heads * head_dim, kv_heads * head_dim);
                 self.page_bytes += CudaKvCache::page_bytes(kv_dtype, kv_heads, head_dim) as u64;
                 self.num_caches += 1;
-                widest.query = widest.query.max(query);
-                widest.kv = widest.kv.max(kv);
                 numbers(1, hidden) + matrix(query, hidden) + 2 * matrix(kv, hidden) + matrix(hidden, query)
             }
             (Attention::Linear, AttentionShard::Columns(rows)) => {
@@ -127,7 +123,6 @@ impl GpuMemory {
         dims: Dims,
         (place, shard): (RankPlace, FfnShard),
         weights: WeightType,
-        widest: &mut Widest,
     ) {
         let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
         let hidden = dims.hidden;
@@ -139,10 +134,7 @@ impl GpuMemory {
             FfnShard::None => return,
         };
         self.weight_bytes += match block.ffn {
-            Ffn::SwiGlu { .. } => {
-                widest.ffn = widest.ffn.max(columns);
-                numbers(1, hidden) + 2 * matrix(columns, hidden) + matrix(hidden, columns)
-            }
+            Ffn::SwiGlu { .. } => numbers(1, hidden) + 2 * matrix(columns, hidden) + matrix(hidden, columns),
             Ffn::Linear => numbers(1, hidden) + matrix(columns, hidden),
             Ffn::None => 0,
         };
@@ -175,39 +167,25 @@ impl std::ops::AddAssign for GpuMemory {
     }
 }
 
-/// The arrays of `span::Work` and `head::HeadWork`, and the products of a SwiGLU.
-fn work_bytes(config: &ModelConfig, part: Part, weights: WeightType, step: StepSize, widest: &Widest) -> u64 {
-    let operand = |rows, cols| matrix(rows, cols) + codes(weights, rows, cols);
-    let Dims { hidden, vocab, .. } = config.dims;
-    let rows = step.rows;
+/// The arrays of `span::Work` and `head::HeadWork`, and what operations keep.
+fn work_bytes(shapes: &WorkShapes, weights: WeightType) -> u64 {
+    let numbers = |[rows, cols]: [usize; 2]| if rows * cols == 0 { 0 } else { numbers(rows, cols) };
+    let operand = |[rows, cols]: [usize; 2]| {
+        if rows * cols == 0 { 0 } else { matrix(rows, cols) + codes(weights, rows, cols) }
+    };
+    let WorkShapes { x, normed, q, kv, inner, added, sums, head_rows, head_normed, logits, kept } = shapes;
     let mut sum = 0;
-    sum += numbers(rows, hidden); // The residual stream,
-    sum += operand(rows, hidden); // its norm,
-    sum += numbers(rows, widest.query) + 2 * numbers(rows, widest.kv); // queries, keys and values,
-    sum += operand(rows, widest.query.max(widest.ffn)); // and what the last matrix of a half reads.
-    sum += cuda_swiglu_bytes(rows, widest.ffn);
-    if part.first_column > 0 || part.end_column.is_some() {
-        sum += numbers(rows, hidden); // Sums of an FFN that is cut.
-    }
-    if !part.is_last(config) {
-        let arrays = if part.end_column.is_some() { 2 } else { 1 };
-        sum += (step.micro_batches * arrays) as u64 * numbers(rows, hidden); // What is handed over.
-    }
-    if part.is_last(config) {
-        // All greedy rows at once, the others by and by; a scored prompt has more rows than sequences.
-        let drawn = step.sequences.min(rows).max(LOGIT_ROWS.min(rows));
-        sum += numbers(drawn, hidden) + operand(drawn, hidden) + numbers(drawn, vocab);
-    }
-    sum
+    sum += [x, q, kv, kv, added, sums, head_rows, logits].map(|&shape| numbers(shape)).iter().sum::<u64>();
+    sum += [normed, inner, head_normed].map(|&shape| operand(shape)).iter().sum::<u64>();
+    sum + cuda_work_bytes(kept)
 }
 
-/// What ranks work in beside that: a half's result before it is added, and what the others have sent of it; of logits, too.
+/// What ranks work in beside that: what the others have sent of a half's result, and of logits.
 fn collective_bytes(config: &ModelConfig, part: Part, place: RankPlace, step: StepSize) -> u64 {
     let Dims { hidden, vocab, .. } = config.dims;
-    let drawn =
-        if part.is_last(config) { step.sequences.min(step.rows).max(LOGIT_ROWS.min(step.rows)) } else { 0 };
+    let drawn = if part.is_last(config) { step.drawn_rows() } else { 0 };
     let logits = if place.rank == 0 { vocab } else { 0 } + vocab.div_ceil(place.num_ranks);
-    2 * numbers(step.rows, hidden) + numbers(drawn, logits)
+    numbers(step.rows, hidden) + numbers(drawn, logits)
 }
 
 /// f32 numbers of some rows and columns.

@@ -176,7 +176,7 @@ fn run(folder: &Path, device: &Device, weights: WeightType) -> Vec<f32> {
     let dtypes =
         Dtypes { weights, kv: if weights == WeightType::F32 { KvDtype::F32 } else { KvDtype::Bf16 } };
     let part = Span { start: 0, end: model.config.blocks.len() }.into();
-    let options = SpanOptions { part, num_pages: 2, context_tokens: 128 };
+    let options = SpanOptions { part, num_pages: 2, context_tokens: 128, largest_step: None };
     let mut stage = load(&model, device, dtypes, options).unwrap();
     let sampling = Sampling { logprobs: Some(5), prompt_logprobs: true, ..Sampling::greedy(4) };
     let tokens: Vec<u32> = (0..20).map(|i| i * 37 % VOCAB as u32).collect();

@@ -18,9 +18,12 @@ use stages::{
     load_first_rank, load_follower, thread_ranks,
 };
 
+mod small_model;
+
+use small_model::{CONTEXT, small, small_with};
+
 const F32: Dtypes = Dtypes { weights: WeightType::F32, kv: KvDtype::F32 };
 const BF16: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
-const CONTEXT: usize = 256;
 const NUM_PAGES: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -42,39 +45,6 @@ fn ranks(part: Part, num_ranks: usize) -> StageOf {
 
 fn whole(model: &Model) -> Part {
     Span { start: 0, end: model.config.blocks.len() }.into()
-}
-
-/// Hidden 256, 8 heads; every kind of half, an FFN of 1,000 columns that is no multiple of anything, and one of 100.
-fn small(folder: &Path, tied: bool) -> Model {
-    small_with(folder, tied, 1000)
-}
-
-/// The same with so many columns in the FFN that stands alone.
-fn small_with(folder: &Path, tied: bool, width: usize) -> Model {
-    let attention = |group: Option<usize>, linear: bool| json!({"n_heads_in_group": group, "no_op": group.is_none() && !linear, "replace_with_linear": linear});
-    let ffn = |width: Option<usize>, linear: bool| match width {
-        Some(width) => json!({"intermediate_size": width, "no_op": false, "replace_with_linear": false}),
-        None => json!({"no_op": !linear, "replace_with_linear": linear}),
-    };
-    let blocks = [
-        (attention(Some(2), false), ffn(Some(512), false)),
-        (attention(None, true), ffn(Some(1000), false)),
-        (attention(Some(8), false), ffn(None, true)),
-        (attention(None, false), ffn(Some(width), false)),
-        (attention(Some(4), false), ffn(Some(100), false)),
-        (attention(Some(1), false), ffn(None, false)),
-    ];
-    let blocks: Vec<Value> =
-        blocks.into_iter().map(|(attention, ffn)| json!({"attention": attention, "ffn": ffn})).collect();
-    let config = json!({
-        "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "hidden_act": "silu",
-        "hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": blocks.len(), "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "rope_scaling": null, "tie_word_embeddings": tied, "vocab_size": 700,
-        "max_position_embeddings": CONTEXT, "eos_token_id": [], "block_configs": blocks,
-        "attention_bias": false, "mlp_bias": false,
-    });
-    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    Model::open(folder, true).unwrap().0
 }
 
 /// Ultra's own 81 blocks at hidden 512 with 32 heads.
@@ -110,7 +80,8 @@ struct Running {
 
 impl Running {
     fn start(model: &Model, device: &Device, dtypes: Dtypes, of: StageOf) -> Running {
-        let options = SpanOptions { part: of.part, num_pages: NUM_PAGES, context_tokens: CONTEXT };
+        let options =
+            SpanOptions { part: of.part, num_pages: NUM_PAGES, context_tokens: CONTEXT, largest_step: None };
         let draws = of.part.is_last(&model.config);
         if of.num_ranks == 1 {
             let stage = load(model, device, dtypes, options).unwrap();

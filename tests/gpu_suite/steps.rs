@@ -10,11 +10,15 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, Span};
 use stages::{
-    Activations, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, WeightType,
+    Activations, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, StepSize,
+    WeightType,
 };
 
 use crate::items::Setting;
 use crate::models::{self, Measured};
+
+/// Micro-batches under way, one more than stages.
+const IN_FLIGHT: usize = 3;
 
 /// What goes to a stage.
 type Way = (MicroBatch, Option<Activations>);
@@ -52,7 +56,18 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
 
 fn load(model: &Model, device: &Device, blocks: Span, work: &Work) -> Result<Box<dyn Stage>> {
     let num_pages = work.rows * work.context.div_ceil(PAGE_TOKENS);
-    let options = SpanOptions { part: blocks.into(), num_pages, context_tokens: work.context };
+    let step = StepSize {
+        rows: work.rows,
+        sequences: work.rows,
+        context_tokens: work.context,
+        micro_batches: IN_FLIGHT,
+    };
+    let options = SpanOptions {
+        part: blocks.into(),
+        num_pages,
+        context_tokens: work.context,
+        largest_step: Some(step),
+    };
     Ok(stages::load(model, device, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 }, options)?)
 }
 
@@ -114,11 +129,11 @@ fn serve(
     Ok(())
 }
 
-/// Keeps three micro-batches under way.
+/// Keeps micro-batches under way.
 fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Way>) -> Result<f64> {
     let issue = || first.send((batch.clone(), None)).context("the first stage has ended");
     let take = || done.recv().context("a stage has ended");
-    (0..3).try_for_each(|_| issue())?;
+    (0..IN_FLIGHT).try_for_each(|_| issue())?;
     // Stages are loaded meanwhile, and arrays find their size.
     for _ in 0..=work.timed / 4 {
         take()?;
@@ -131,7 +146,7 @@ fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Wa
         take()?;
     }
     let seconds = begun.elapsed().as_secs_f64();
-    (0..2).try_for_each(|_| take().map(drop))?;
+    (1..IN_FLIGHT).try_for_each(|_| take().map(drop))?;
     Ok(seconds / work.timed as f64)
 }
 

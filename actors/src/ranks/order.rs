@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use scheduler::Span;
 use serde_json::{Value, json};
-use stages::{Dtypes, KvDtype, Model, Part, Sharing, SpanOptions, WeightType};
+use stages::{Dtypes, KvDtype, Model, Part, Sharing, SpanOptions, StepSize, WeightType};
 
 use super::RanksArgs;
 use crate::error::with_causes;
@@ -47,13 +47,16 @@ impl SpanOrder {
     }
 
     pub(crate) fn json(&self) -> Value {
-        let SpanOptions { part, num_pages, context_tokens } = self.options;
+        let SpanOptions { part, num_pages, context_tokens, largest_step } = self.options;
+        let largest_step =
+            largest_step.map(|step| [step.rows, step.sequences, step.context_tokens, step.micro_batches]);
         json!({
             "stage": self.stage, "group": self.group, "patience_ms": self.patience.as_millis() as u64,
             "model": self.model, "random_weights": self.random_weights, "identity": self.identity,
             "weights": self.dtypes.weights.name(), "kv": self.dtypes.kv.name(),
             "blocks": [part.blocks.start, part.blocks.end], "first_column": part.first_column,
             "end_column": part.end_column, "num_pages": num_pages, "context_tokens": context_tokens,
+            "largest_step": largest_step,
             "by_sequences": self.sharing.sequence_blocks(), "faults": self.faults,
         })
     }
@@ -72,6 +75,15 @@ impl SpanOrder {
             column => Some(usize::try_from(column.as_u64()?).ok()?),
         };
         let part = Part { blocks: Span { start, end }, first_column: size("first_column")?, end_column };
+        let largest_step = match &order["largest_step"] {
+            Value::Null => None,
+            step => {
+                let [rows, sequences, context_tokens, micro_batches] = wire::list(step)?[..] else {
+                    return None;
+                };
+                Some(StepSize { rows, sequences, context_tokens, micro_batches })
+            }
+        };
         Some(SpanOrder {
             stage: size("stage")?,
             group: number("group")?,
@@ -84,6 +96,7 @@ impl SpanOrder {
                 part,
                 num_pages: size("num_pages")?,
                 context_tokens: size("context_tokens")?,
+                largest_step,
             },
             sharing: Sharing::by_sequences(wire::list(&order["by_sequences"])?),
             faults: text("faults"),
@@ -133,6 +146,12 @@ pub(crate) mod tests {
                 part: Part { blocks: Span { start: 4, end: 7 }, first_column: 640, end_column },
                 num_pages: 99,
                 context_tokens: 1 << 17,
+                largest_step: end_column.map(|_| StepSize {
+                    rows: 5,
+                    sequences: 6,
+                    context_tokens: 7,
+                    micro_batches: 8,
+                }),
             },
             sharing: Sharing::by_sequences([4, 6]),
             faults: Some("stage3@3:kill".to_owned()),

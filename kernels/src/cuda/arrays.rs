@@ -132,6 +132,11 @@ impl CudaArray {
     /// Gives it a shape; its numbers are then of no meaning.
     pub(crate) fn reshape(&mut self, rows: usize, cols: usize) -> Result<()> {
         (self.rows, self.cols) = (rows, cols);
+        self.reserve(rows, cols)
+    }
+
+    /// Makes room; what was there may be lost.
+    pub(crate) fn reserve(&mut self, rows: usize, cols: usize) -> Result<()> {
         self.memory.reserve("activations", rows * cols * size_of::<f32>())
     }
 }
@@ -184,6 +189,14 @@ impl CudaOperand {
     pub(crate) fn reshape(&mut self, rows: usize, cols: usize) -> Result<()> {
         (self.rows, self.cols) = (rows, cols);
         self.codes.get_mut().unwrap_or_else(PoisonError::into_inner).is_current = false;
+        self.memory.reserve("activations", rows * padded(cols) * size_of::<u16>())
+    }
+
+    /// Makes room, also for codes where `has_codes`; what was there may be lost.
+    pub(crate) fn reserve(&mut self, rows: usize, cols: usize, has_codes: bool) -> Result<()> {
+        if has_codes {
+            self.codes.get_mut().unwrap_or_else(PoisonError::into_inner).reserve(rows, cols)?;
+        }
         self.memory.reserve("activations", rows * padded(cols) * size_of::<u16>())
     }
 }

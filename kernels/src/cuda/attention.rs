@@ -23,6 +23,10 @@ const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 /// A part of the context is no shorter than this: what it costs to merge it is then little.
 const LEAST_PART_PAGES: usize = 4;
 
+/// Words of a tile and of a row that stands alone, see [`Plan`].
+pub(crate) const TILE_WORDS: usize = 4;
+pub(crate) const ROW_WORDS: usize = 3;
+
 /// Attention for one width of heads.
 #[derive(Debug)]
 pub(crate) struct AttentionKernels {
@@ -124,16 +128,22 @@ impl Plan {
     }
 
     pub(crate) fn num_tiles(&self) -> usize {
-        self.tiles.len() / 4
+        self.tiles.len() / TILE_WORDS
     }
 
     pub(crate) fn num_rows(&self) -> usize {
-        self.rows.len() / 3
+        self.rows.len() / ROW_WORDS
     }
 
     /// Groups of query heads whose parts are kept: `[rows, kv_heads, parts]`, of DECODE_GROUP heads each.
     pub(crate) fn num_partials(&self, kv_heads: usize) -> usize {
         self.num_rows() * kv_heads * self.num_parts * DECODE_GROUP
+    }
+
+    /// What [`Plan::num_partials`] is at most for so many rows: there are fewer blocks than twice those that are wanted, or no
+    /// more than one for each row and KV head.
+    pub(crate) fn most_partials(rows: usize, kv_heads: usize, multiprocessors: usize) -> usize {
+        (multiprocessors * BLOCKS_PER_MULTIPROCESSOR + rows * kv_heads) * DECODE_GROUP
     }
 
     pub(crate) fn prefill_grid(&self, kv_heads: usize, kernels: &AttentionKernels) -> Grid {
@@ -176,6 +186,19 @@ mod tests {
         assert_eq!((plan.num_parts, plan.part_pages), (1, 17));
         let plan = Plan::new(&slices[..1], 8, 1, Some(4));
         assert_eq!((plan.num_parts, plan.part_pages), (5, 4));
+    }
+
+    #[test]
+    fn no_step_has_more_partials_than_there_is_room_for() {
+        let pages: Vec<u32> = (0..300).collect();
+        for rows in [1, 2, 7, 33, 66, 132, 200] {
+            for keys in [1, 64, 700, 64 * 300] {
+                let slices: Vec<AttentionSlice> =
+                    (0..rows).map(|row| slice(row, 1, keys - 1, &pages)).collect();
+                let plan = Plan::new(&slices, 8, 8, Some(132));
+                assert!(plan.num_partials(8) <= Plan::most_partials(rows, 8, 132), "{rows} rows at {keys}");
+            }
+        }
     }
 
     #[test]

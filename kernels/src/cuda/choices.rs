@@ -23,6 +23,9 @@ type AskedEdit = [u32; 4];
 /// No token, and no mask.
 const NONE: u32 = u32::MAX;
 
+/// Likeliest tokens of a row that there is room for before anybody asks: as many as OpenAI's API gives.
+const USUAL_TOP: usize = 20;
+
 /// What is on its way there and back.
 #[derive(Debug)]
 pub(super) struct ChoiceWork {
@@ -46,6 +49,17 @@ impl ChoiceWork {
             host_edits: Vec::new(),
             host_answers: Vec::new(),
         }
+    }
+
+    /// Bytes of what goes there and of what comes back, for so many rows.
+    pub(super) fn bytes(rows: usize) -> [usize; 2] {
+        [rows * size_of::<Asked>(), rows * (2 + 2 * USUAL_TOP) * size_of::<u32>()]
+    }
+
+    pub(super) fn reserve(&mut self, rows: usize) -> Result<()> {
+        let [asked, answers] = ChoiceWork::bytes(rows);
+        self.asked.reserve(OP, asked)?;
+        self.answers.reserve(OP, answers)
     }
 }
 
@@ -74,8 +88,10 @@ impl Cuda {
         let width = 2 + 2 * most;
         stats.reserve(OP, logits.rows * size_of::<[u32; 3]>())?;
         asked.reserve(OP, size_of_val(&host_asked[..]))?;
-        edits.reserve(OP, size_of_val(&host_edits[..]))?;
-        masks.reserve(OP, size_of_val(&changes.masks[..]))?;
+        // As a row's tokens come one by one its edits do: room for them is made seldom.
+        let room = |bytes: usize| if bytes == 0 { 0 } else { bytes.next_power_of_two() };
+        edits.reserve(OP, room(size_of_val(&host_edits[..])))?;
+        masks.reserve(OP, room(size_of_val(&changes.masks[..])))?;
         answers.reserve(OP, logits.rows * width * size_of::<u32>())?;
         self.stream.upload(OP, bytemuck::cast_slice(host_asked), asked, 0)?;
         self.stream.upload(OP, bytemuck::cast_slice(host_edits), edits, 0)?;

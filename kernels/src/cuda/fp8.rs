@@ -83,10 +83,15 @@ impl Codes {
         Codes { is_current: false, codes: Memory::none(stream), scales: Memory::none(stream) }
     }
 
+    /// Makes room for so many rows and columns.
+    pub(crate) fn reserve(&mut self, rows: usize, cols: usize) -> Result<()> {
+        self.codes.reserve("inputs", rows * padded(cols))?;
+        self.scales.reserve("inputs", rows * size_of::<f32>())
+    }
+
     /// Room for codes and scales of so many rows, which the caller makes.
     pub(crate) fn make_room(&mut self, rows: usize, cols: usize) -> Result<[&Memory; 2]> {
-        self.codes.reserve("inputs", rows * padded(cols))?;
-        self.scales.reserve("inputs", rows * size_of::<f32>())?;
+        self.reserve(rows, cols)?;
         self.is_current = true;
         Ok([&self.codes, &self.scales])
     }

@@ -35,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 pub use gpu::Gpu;
-pub use memory::{cuda_allocated_bytes, cuda_swiglu_bytes};
+pub use memory::{cuda_allocated_bytes, cuda_work_bytes};
 pub use nccl::NcclRank;
 pub use packed::pack_cubins;
 pub use parcels::Parcel;

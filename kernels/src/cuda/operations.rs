@@ -8,7 +8,7 @@ use super::parcels::Parcel;
 use super::stream::{Argument, Grid, Memory};
 use super::weights::Origin;
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
-use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable};
+use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable, WorkSize};
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
@@ -98,6 +98,18 @@ impl Backend for Cuda {
     fn download(&self, x: &CudaArray, out: &mut Vec<f32>) -> Result<()> {
         out.resize(x.rows * x.cols, 0.0);
         self.stream.download("download", &x.memory, out)
+    }
+
+    fn reserve(&self, array: &mut CudaArray, rows: usize, cols: usize) -> Result<()> {
+        array.reserve(rows, cols)
+    }
+
+    fn reserve_operand(&self, operand: &mut CudaOperand, rows: usize, cols: usize) -> Result<()> {
+        operand.reserve(rows, cols, self.fp8.is_some())
+    }
+
+    fn reserve_work(&self, size: &WorkSize) -> Result<()> {
+        self.make_room(size)
     }
 
     fn free_workspace(&self) {

@@ -40,6 +40,14 @@ impl Parcels {
         locked(&self.0).clear();
     }
 
+    /// Has memory for so many, of so many bytes each.
+    pub(super) fn reserve(&self, stream: &Arc<Stream>, count: usize, bytes: usize) -> Result<()> {
+        let mut free = locked(&self.0);
+        let missing = count.saturating_sub(free.len());
+        free.extend((0..missing).map(|_| Memory::none(stream)));
+        free.iter_mut().try_for_each(|memory| memory.reserve(OP, bytes))
+    }
+
     fn memory(&self, stream: &Arc<Stream>) -> Memory {
         locked(&self.0).pop().unwrap_or_else(|| Memory::none(stream))
     }

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
+use super::attention::{ROW_WORDS, TILE_WORDS};
 use super::stream::{Argument, Memory, Stream};
+use crate::backend::{PAGE_TOKENS, WorkSize};
 use crate::error::Result;
 
 /// A table on the device, and what was last sent of it.
@@ -38,6 +40,27 @@ impl Tables {
             rows: table(),
             pages: table(),
         }
+    }
+}
+
+impl Tables {
+    /// The tables, each with the words that it has for a step at most.
+    pub(crate) fn words(size: &WorkSize) -> [usize; 7] {
+        let WorkSize { rows, sequences, context_tokens, .. } = *size;
+        let pages = rows.min(sequences) * context_tokens.div_ceil(PAGE_TOKENS);
+        // A tile has a row at least.
+        [rows, rows, rows, rows, TILE_WORDS * rows, ROW_WORDS * rows, pages]
+    }
+
+    /// Makes room for those of a step.
+    pub(crate) fn reserve(&mut self, size: &WorkSize) -> Result<()> {
+        let Tables { tokens, gathered, positions, places, tiles, rows, pages } = self;
+        let tables = [tokens, gathered, positions, places, tiles, rows, pages];
+        tables.into_iter().zip(Tables::words(size)).try_for_each(|(table, words)| {
+            table.sent.clear();
+            table.sent.reserve(words);
+            table.memory.reserve("tables", words * size_of::<u32>())
+        })
     }
 }
 

@@ -72,7 +72,7 @@ impl Subject {
     /// All of a model.
     pub(super) fn whole(model: &Model, num_pages: usize, context_tokens: usize) -> Self {
         let part = Span { start: 0, end: model.config.blocks.len() }.into();
-        let options = SpanOptions { part, num_pages, context_tokens };
+        let options = SpanOptions { part, num_pages, context_tokens, largest_step: None };
         Subject { model: model.clone(), options, sharing: Sharing::default() }
     }
 
@@ -91,7 +91,7 @@ impl Subject {
         let mut config = (*model.config).clone();
         config.blocks = blocks;
         let model = Model { config: Arc::new(config), ..model.clone() };
-        let options = SpanOptions { part: span.into(), num_pages, context_tokens };
+        let options = SpanOptions { part: span.into(), num_pages, context_tokens, largest_step: None };
         Subject { model, options, sharing: Sharing::default() }
     }
 

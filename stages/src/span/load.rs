@@ -17,6 +17,7 @@ use crate::part::Part;
 use crate::ranks::Ranks;
 use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
 use crate::tensors::{self, slot_tensor};
+use crate::work_shapes::WorkShapes;
 
 impl<B: Backend> SpanStage<B> {
     /// Loads the tensors of a span, and no others, onto a device; of several `ranks` this one's parts alone.
@@ -29,7 +30,7 @@ impl<B: Backend> SpanStage<B> {
         options: SpanOptions,
         ranks: Option<Ranks<B::Array>>,
     ) -> Result<Self> {
-        let SpanOptions { part, num_pages, context_tokens } = options;
+        let SpanOptions { part, num_pages, context_tokens, largest_step } = options;
         let config = &model.config;
         let place = ranks.as_ref().map_or(RankPlace::ALONE, |ranks| ranks.place);
         let sharing = ranks.as_ref().map_or_else(Sharing::default, |ranks| ranks.sharing.clone());
@@ -47,7 +48,10 @@ impl<B: Backend> SpanStage<B> {
             .then(|| backend.rope_table(config.rope.table(config.dims.head_dim, context_tokens)))
             .transpose()?;
         let (eps, hidden) = (config.rms_norm_eps, config.dims.hidden);
-        let (work, batch) = (Work::new(&backend), Batch::default());
+        let (mut work, batch) = (Work::new(&backend), Batch::default());
+        if let Some(step) = largest_step {
+            work.reserve(&backend, &WorkShapes::of(config, part, (place, &loader.sharing), step))?;
+        }
         let has_halved = false;
         Ok(SpanStage {
             eps,

@@ -20,9 +20,11 @@ use scheduler::MicroBatch;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::head::{Head, HeadWork};
+use crate::memory::StepSize;
 use crate::part::Part;
 use crate::ranks::{RankStep, Ranks};
 use crate::stage::{Activations, Follower, Rows, Stage, StageOutput};
+use crate::work_shapes::WorkShapes;
 
 use attention::AttentionOnDevice;
 use ffn::FfnOnDevice;
@@ -36,6 +38,8 @@ pub struct SpanOptions {
     pub num_pages: usize,
     /// Longest sequence.
     pub context_tokens: usize,
+    /// The largest step, for which a GPU's arrays are made at load; where it is not known they grow with the steps.
+    pub largest_step: Option<StepSize>,
 }
 
 /// The weights and the caches of a span of blocks on one device: all of them, or a rank's part.
@@ -112,6 +116,27 @@ impl<B: Backend> Work<B> {
             zeros: Vec::new(),
             head: HeadWork::new(backend),
         }
+    }
+
+    /// Makes room for steps of up to these shapes, also in what the backend keeps.
+    fn reserve(&mut self, backend: &B, shapes: &WorkShapes) -> Result<()> {
+        let WorkShapes { x, normed, q, kv, inner, added, sums, .. } = *shapes;
+        let arrays = [
+            (&mut self.x, x),
+            (&mut self.q, q),
+            (&mut self.k, kv),
+            (&mut self.v, kv),
+            (&mut self.added, added),
+            (&mut self.sums, sums),
+        ];
+        for (array, [rows, cols]) in arrays {
+            backend.reserve(array, rows, cols)?;
+        }
+        for (operand, [rows, cols]) in [(&mut self.normed, normed), (&mut self.inner, inner)] {
+            backend.reserve_operand(operand, rows, cols)?;
+        }
+        self.head.reserve(backend, shapes)?;
+        Ok(backend.reserve_work(&shapes.kept)?)
     }
 }
 

@@ -1,0 +1,92 @@
+//! The shapes of the arrays that a step works in, at most: what is planned of a GPU's memory is what is made at load.
+
+use kernels::WorkSize;
+
+use crate::block::{Attention, Ffn};
+use crate::config::ModelConfig;
+use crate::head::LOGIT_ROWS;
+use crate::memory::StepSize;
+use crate::part::Part;
+use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
+
+/// Rows and columns of each array of `span::Work` and `head::HeadWork`, zeros for what is not needed. What ranks put together
+/// from columns, or from rows of their own sequences, is not among them: it grows with the steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct WorkShapes {
+    pub(crate) x: [usize; 2],
+    pub(crate) normed: [usize; 2],
+    pub(crate) q: [usize; 2],
+    /// Keys, and values alike.
+    pub(crate) kv: [usize; 2],
+    pub(crate) inner: [usize; 2],
+    pub(crate) added: [usize; 2],
+    pub(crate) sums: [usize; 2],
+    pub(crate) head_rows: [usize; 2],
+    pub(crate) head_normed: [usize; 2],
+    pub(crate) logits: [usize; 2],
+    /// What operations keep.
+    pub(crate) kept: WorkSize,
+}
+
+impl WorkShapes {
+    /// Those of a part, or of a rank's shard of it.
+    pub(crate) fn of(
+        config: &ModelConfig,
+        part: Part,
+        (place, sharing): (RankPlace, &Sharing),
+        step: StepSize,
+    ) -> Self {
+        let dims = config.dims;
+        let (hidden, rows, is_last) = (dims.hidden, step.rows, part.is_last(config));
+        let (mut query, mut kv_heads, mut ffn) = (0, 0, 0);
+        for index in part.blocks.range() {
+            let block = config.blocks[index];
+            if let (true, Attention::Gqa { kv_heads: all }) = (part.has_attention(index), block.attention) {
+                let heads = match place.attention(block.attention, dims, sharing.of(index)) {
+                    AttentionShard::Heads { query, kv } => (query.len(), kv.len()),
+                    AttentionShard::FirstRank if place.rank > 0 => (0, 0),
+                    _ => (dims.heads, all),
+                };
+                query = query.max(heads.0 * dims.head_dim);
+                kv_heads = kv_heads.max(heads.1);
+            }
+            if let Ffn::SwiGlu { width } = block.ffn {
+                ffn = ffn.max(match place.ffn(block.ffn, dims, part.columns(index, width)) {
+                    FfnShard::FirstRank(_) if place.rank > 0 => 0,
+                    FfnShard::Inner(columns) | FfnShard::Columns(columns) | FfnShard::FirstRank(columns) => {
+                        columns.len()
+                    }
+                    FfnShard::None => 0,
+                });
+            }
+        }
+        let is_cut = part.first_column > 0 || part.end_column.is_some();
+        let drawn = if is_last { step.drawn_rows() } else { 0 };
+        let handed_over = if part.end_column.is_some() { 2 } else { 1 };
+        let of = |is_there: bool, rows: usize, cols: usize| if is_there { [rows, cols] } else { [0, 0] };
+        WorkShapes {
+            x: [rows, hidden],
+            normed: [rows, hidden],
+            q: [rows, query],
+            kv: [rows, kv_heads * dims.head_dim],
+            inner: [rows, query.max(ffn)],
+            added: of(place.num_ranks > 1, rows, hidden),
+            sums: of(is_cut, rows, hidden),
+            head_rows: [drawn, hidden],
+            head_normed: [drawn, hidden],
+            logits: [drawn, dims.vocab],
+            kept: WorkSize {
+                rows,
+                sequences: step.sequences,
+                context_tokens: step.context_tokens,
+                hidden,
+                ffn,
+                kv_heads,
+                head_dim: dims.head_dim,
+                logit_rows: drawn,
+                choice_rows: drawn.min(LOGIT_ROWS),
+                parcels: if is_last || place.rank > 0 { 0 } else { step.micro_batches * handed_over },
+            },
+        }
+    }
+}

@@ -6,11 +6,11 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Receiver;
 use kameo::actor::{WeakActorRef, WeakRecipient};
-use scheduler::{MicroBatchId, MicroBatchOutput};
+use scheduler::{MicroBatch, MicroBatchId, MicroBatchOutput};
 use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
 
@@ -54,8 +54,8 @@ pub(crate) trait Witness: Send {
     /// It begins with a micro-batch.
     fn begins(&self, micro_batch: MicroBatchId);
 
-    /// It has computed it and hands it on.
-    fn hands_on(&self, work: &StepWork);
+    /// It has computed it and hands it on. Where its device waited for the activations first, `device_time` is what it took then.
+    fn hands_on(&self, work: &StepWork, device_time: Option<Duration>);
 
     /// What it computes, or has just computed, comes to nothing.
     fn computes_in_vain(&self);
@@ -82,8 +82,8 @@ impl Witness for Here {
         self.meter.compute();
     }
 
-    fn hands_on(&self, work: &StepWork) {
-        let busy = self.meter.hand_on(work);
+    fn hands_on(&self, work: &StepWork, device_time: Option<Duration>) {
+        let busy = self.meter.hand_on(work, device_time);
         tracing::debug!(
             stage = self.index,
             micro_batch = work.micro_batch.0,
@@ -181,15 +181,10 @@ impl<W: Witness + 'static> DeviceThread<W> {
         let Step { batch, input, credit } = step;
         drop(credit); // There is room for another.
         let index = self.index;
-        let compute = || {
+        let output = self.guarded(|| {
             jobs::faults::step(index);
             stage.step(&batch, input)
-        };
-        let output = match catch_unwind(AssertUnwindSafe(compute)) {
-            Ok(Ok(output)) => output,
-            Ok(Err(error)) => return Err(Error::Step { stage: index, message: with_causes(&error) }),
-            Err(panic) => return Err(Error::Panic { stage: index, message: panic_message(&*panic) }),
-        };
+        })?;
         if self.lost.contains(batch.id) {
             self.witness.computes_in_vain();
             return Ok(());
@@ -198,15 +193,41 @@ impl<W: Witness + 'static> DeviceThread<W> {
             StageOutput::Activations(activations) => hop_bytes(&batch, activations),
             StageOutput::Tokens(_) => 0,
         };
-        self.witness.hands_on(&StepWork::of(&batch, handed_on));
+        let work = StepWork::of(&batch, handed_on);
         match (output, &self.next) {
+            // The next stage's device waits for them, while its host goes ahead.
+            (StageOutput::Activations(activations), Next::Stage(link)) if activations.are_on_a_device() => {
+                link.push(batch, Some(activations));
+                let device_time = self.guarded(|| stage.finish())?;
+                self.witness.hands_on(&work, device_time);
+            }
+            (output, next) => {
+                let device_time = self.guarded(|| stage.finish())?;
+                self.witness.hands_on(&work, device_time);
+                self.hand_on(batch, output, next);
+            }
+        }
+        Ok(())
+    }
+
+    fn hand_on(&self, batch: Arc<MicroBatch>, output: StageOutput, next: &Next) {
+        match (output, next) {
             (StageOutput::Activations(activations), Next::Stage(link)) => link.push(batch, Some(activations)),
             (StageOutput::Tokens(output), Next::Pipeline(pipeline)) => pipeline.bring(output),
             (StageOutput::Activations(_), Next::Pipeline(_)) => panic!("the last stage made activations"),
             (StageOutput::Tokens(_), Next::Stage(_)) => {
-                panic!("stage {index} drew tokens and is not the last")
+                panic!("stage {} drew tokens and is not the last", self.index)
             }
         }
-        Ok(())
+    }
+
+    /// What a device does, whose refusal or panic ends the stage.
+    fn guarded<T>(&self, work: impl FnOnce() -> stages::Result<T>) -> Result<T> {
+        let stage = self.index;
+        match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => Err(Error::Step { stage, message: with_causes(&error) }),
+            Err(panic) => Err(Error::Panic { stage, message: panic_message(&*panic) }),
+        }
     }
 }

@@ -131,6 +131,7 @@ API Result cuDeviceGetAttribute(int* value, int attribute, int device) {
 API Result cuDeviceCanAccessPeer(int* can, int, int) { return *can = 1, SUCCESS; }
 API Result cuCtxEnablePeerAccess(void*, unsigned) { return SUCCESS; }
 
+API Result cuDevicePrimaryCtxSetFlags_v2(int, unsigned) { return SUCCESS; }
 API Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &devices()[device], SUCCESS; }
 API Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API Result cuCtxSetCurrent(void* context) { return current = static_cast<Device*>(context), SUCCESS; }

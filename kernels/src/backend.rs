@@ -10,6 +10,8 @@
 //! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
+use std::time::Duration;
+
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::cuda::Parcel;
 use crate::error::Result;
@@ -247,17 +249,26 @@ pub trait Backend: Send + Sync + 'static {
     /// Copy an array to the host; `out` is cleared first.
     fn download(&self, x: &Self::Array, out: &mut Vec<f32>) -> Result<()>;
 
-    /// A copy of an array that another stage of this process takes over on its own device, or nothing where arrays go through
-    /// the host.
+    /// A copy of an array that another stage of this process takes over on its own device, maybe before it is computed; or nothing
+    /// where arrays go through the host.
     fn hand_over(&self, _x: &Self::Array) -> Result<Option<Parcel>> {
         Ok(None)
     }
 
-    /// Replaces an array by what a stage has handed over; the parcel must live until numbers have come back to the host, or
-    /// have been handed over again, that depend on it.
+    /// Replaces an array by what a stage has handed over.
     fn take_over(&self, parcel: &Parcel, out: &mut Self::Array) -> Result<()> {
         let (rows, cols) = parcel.shape();
         self.upload(&parcel.values()?, rows, cols, out)
+    }
+
+    /// Marks where a step begins, behind what it was given by another device.
+    fn begin_step(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for all that was queued; how long the device was at it since [`Backend::begin_step`], where it works beside the host.
+    fn finish_step(&self) -> Result<Option<Duration>> {
+        Ok(None)
     }
 
     /// Frees memory that operations keep for themselves from call to call, where there is too little of it.

@@ -1,6 +1,7 @@
 //! A stage as its actor sees it: a span of blocks on some device, one micro-batch at a time.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType};
 use scheduler::{MicroBatch, MicroBatchOutput};
@@ -46,6 +47,11 @@ impl Rows {
 }
 
 impl Activations {
+    /// Whether they are on a device, and there perhaps not computed yet.
+    pub fn are_on_a_device(&self) -> bool {
+        matches!(self.values, Rows::Device(_))
+    }
+
     /// Those of the first rows, and those of the rest.
     pub(crate) fn split(&self, rows: usize) -> Result<(Activations, Activations)> {
         let at = rows * self.hidden;
@@ -106,6 +112,15 @@ pub trait Stage: Send {
     /// # Errors
     /// What the device refuses; the stage is then of no more use.
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput>;
+
+    /// Waits until what the last step has made is there: a device may hand it on before. Of a step that was given what was not
+    /// there yet, how long the device was at it itself.
+    ///
+    /// # Errors
+    /// As of [`Stage::step`].
+    fn finish(&mut self) -> Result<Option<Duration>> {
+        Ok(None)
+    }
 }
 
 /// A rank beside the first of a stage. Calls come in the order of micro-batches, from one thread.

@@ -78,10 +78,12 @@ fn one_stage(model: &Model, device: &Device, work: &Work) -> Result<(f64, f64)> 
     let batch = micro_batch(model, work);
     for _ in 0..=work.timed / 4 {
         stage.step(&batch, None)?;
+        stage.finish()?;
     }
     let (begun, before) = (Instant::now(), processor_seconds()?);
     for _ in 0..work.timed {
         stage.step(&batch, None)?;
+        stage.finish()?;
     }
     let count = work.timed as f64;
     Ok((begun.elapsed().as_secs_f64() / count, (processor_seconds()? - before) / count))
@@ -125,6 +127,7 @@ fn serve(
         if next.send((batch, output)).is_err() {
             break; // The other one has ended, and says why.
         }
+        stage.finish()?;
     }
     Ok(())
 }

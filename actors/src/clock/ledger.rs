@@ -67,6 +67,14 @@ impl Ledger {
         self.since = now;
     }
 
+    /// What it computes had not come in for so long after it turned to it.
+    pub(super) fn began_late(&mut self, waited: Duration) {
+        if self.activity == Activity::Computing {
+            self.parts.starved += waited;
+            self.since += waited;
+        }
+    }
+
     /// What it computes will come to nothing: that time is as good as if it had not been there.
     pub(super) fn compute_in_vain(&mut self) {
         if self.activity == Activity::Computing {
@@ -162,6 +170,16 @@ mod tests {
         world.turn_to(Activity::Away).pass(Flow::Idle, 30).wait().pass(Flow::Flowing, 2);
         let expected = StageParts { starved: MS * 3, idle: MS * 50, ..StageParts::default() };
         assert_eq!(world.parts(), expected);
+    }
+
+    #[test]
+    fn a_device_that_waits_for_what_comes_in_is_starved() {
+        let mut world = World::new();
+        world.wait().pass(Flow::Flowing, 1).turn_to(Activity::Computing).pass(Flow::Flowing, 20);
+        world.ledger.began_late(MS * 15);
+        world.turn_to(Activity::HandingOn).pass(Flow::Flowing, 2);
+        let expected = StageParts { busy: MS * 5, starved: MS * 16, blocked: MS * 2, ..StageParts::default() };
+        assert_eq!((world.parts(), world.parts().wall()), (expected, MS * 23));
     }
 
     #[test]

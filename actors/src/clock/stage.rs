@@ -192,10 +192,16 @@ impl Meter {
         self.turn_to(|_| Activity::Computing);
     }
 
-    /// It has computed a micro-batch and hands it on. Returns how long it was at it.
-    pub(crate) fn hand_on(&self, work: &StepWork) -> Duration {
+    /// It has computed a micro-batch and hands it on; where the device waited for what comes in, `device_time` is what it took
+    /// then. Returns how long it was at it.
+    pub(crate) fn hand_on(&self, work: &StepWork, device_time: Option<Duration>) -> Duration {
         let StepWork { micro_batch, tokens, load, hop_bytes } = *work;
         let mut counts = self.clock.lock();
+        if let Some(busy) = device_time.filter(|_| counts.life == self.life) {
+            let waited = counts.since.elapsed().saturating_sub(busy);
+            counts.ledger.began_late(waited);
+            counts.since += waited;
+        }
         let start = counts.since;
         let end = self.turn(&mut counts, |_| Activity::HandingOn);
         if counts.life != self.life {

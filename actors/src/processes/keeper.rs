@@ -185,7 +185,7 @@ impl Ear {
             Word::HandsOn(work, collectives) => {
                 let clocks = self.args.ranks.watch.clocks();
                 clocks.iter().zip(collectives).for_each(|(clock, times)| clock.add(times));
-                self.witness.hands_on(&work);
+                self.witness.hands_on(&work, None);
             }
             Word::RankStep(rank, done) => self.args.ranks.watch.tell(rank, done),
             Word::ComputesInVain => self.witness.computes_in_vain(),

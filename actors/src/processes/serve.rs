@@ -79,7 +79,8 @@ impl Witness for Far {
         self.voice.say(&Word::Begins(micro_batch));
     }
 
-    fn hands_on(&self, work: &StepWork) {
+    fn hands_on(&self, work: &StepWork, _: Option<Duration>) {
+        // What comes from another process is there before a step begins.
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let since = |(clock, told): (&Arc<CollectiveClock>, &mut CollectiveTimes)| {
             let now = clock.read();

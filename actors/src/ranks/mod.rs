@@ -139,6 +139,10 @@ impl Stage for RankedStage {
             outcome => outcome,
         }
     }
+
+    fn finish(&mut self) -> stages::Result<Option<Duration>> {
+        self.first.finish()
+    }
 }
 
 impl RankedStage {

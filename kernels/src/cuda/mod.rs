@@ -4,7 +4,7 @@
 //! for, but where numbers come back to the host. Device code lies in `cu/` and is compiled for the GPU that is there;
 //! without a GPU `emulator/` runs the same code, which is how it is tested on any machine.
 //!
-//! Only `stream.rs`, `staging.rs`, `gpu.rs`, `program.rs`, `libraries.rs`, `cublaslt/calls.rs` and `nccl/calls.rs` call NVIDIA's libraries, and no library is
+//! Only `stream.rs`, `event.rs`, `staging.rs`, `gpu.rs`, `program.rs`, `libraries.rs`, `cublaslt/calls.rs` and `nccl/calls.rs` call NVIDIA's libraries, and no library is
 //! called before it has been found: a machine without CUDA gets an error, never a panic.
 
 mod arrays;
@@ -12,6 +12,7 @@ mod attention;
 mod ceilings;
 mod choices;
 mod cublaslt;
+mod event;
 mod fp8;
 mod gemm;
 mod gpu;
@@ -49,7 +50,7 @@ use cublaslt::CublasLt;
 use fp8::Fp8Kernels;
 use gemm::Gemm;
 use int4::Int4Kernels;
-use parcels::Parcels;
+use parcels::{Parcels, StepClock};
 use staging::Staging;
 use stream::{Argument, Grid, Kernel, Memory, Stream};
 use tables::Tables;
@@ -86,6 +87,7 @@ pub struct Cuda {
     tables: Mutex<Tables>,
     workspace: Mutex<Workspace>,
     parcels: Arc<Parcels>,
+    step: StepClock,
     /// A product before it is added.
     product: Mutex<Memory>,
     /// Nothing where products are our own kernel's.
@@ -96,6 +98,8 @@ pub struct Cuda {
     fp8: Option<Fp8Kernels>,
     /// Numbers on their way to a narrower type.
     source: Mutex<Memory>,
+    /// Takes over what other stages have computed.
+    copies: Arc<Stream>,
     // Last, so that everything above is freed before it.
     stream: Arc<Stream>,
 }
@@ -212,6 +216,8 @@ impl Cuda {
             tables: Mutex::new(Tables::new(&stream)),
             workspace: Mutex::new(Workspace::new(&stream)),
             parcels: Arc::default(),
+            step: StepClock::new(&stream)?,
+            copies: Stream::open(device)?,
             product: Mutex::new(Memory::none(&stream)),
             library,
             int4,

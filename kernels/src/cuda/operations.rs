@@ -1,5 +1,7 @@
 //! The operations of the contract: what each checks, and which kernels it queues.
 
+use std::time::Duration;
+
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
 use super::fp8::Fp8Kernels;
@@ -125,6 +127,14 @@ impl Backend for Cuda {
 
     fn take_over(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
         self.unpack(parcel, out)
+    }
+
+    fn begin_step(&self) -> Result<()> {
+        self.step.begin()
+    }
+
+    fn finish_step(&self) -> Result<Option<Duration>> {
+        self.step.finish().map(Some)
     }
 
     fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {

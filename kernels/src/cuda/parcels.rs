@@ -1,37 +1,68 @@
 //! Activations on their way from one stage to the next, which never leave the devices.
 //!
 //! A parcel is a copy, for the stage that hands it over goes on with its own array. The next stage copies it to its device, from
-//! the same GPU or over the link between two. Its memory is then used again: in the steady state nothing is allocated.
+//! the same GPU or over the link between two, by a queue of its own for that. No host waits: an event says when a parcel is
+//! there, and another one when it was taken, before which its memory is not used again. In the steady state nothing is
+//! allocated.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::arrays::CudaArray;
+use super::event::Event;
 use super::stream::{Memory, Stream};
 use super::{Cuda, locked};
 use crate::error::Result;
 
 const OP: &str = "hand over";
 
-/// An array that was handed over, f32 `[rows, cols]`.
+/// An array that was handed over, f32 `[rows, cols]`, or will have been when its device has computed it.
 #[derive(Debug, Clone)]
 pub struct Parcel(Arc<Content>);
 
 /// Memory that no parcel is in.
 #[derive(Debug, Default)]
-pub(super) struct Parcels(Mutex<Vec<Memory>>);
+pub(super) struct Parcels(Mutex<Vec<Slot>>);
+
+/// Memory for a parcel.
+#[derive(Debug)]
+struct Slot {
+    memory: Memory,
+    /// Behind what fills it.
+    ready: Event,
+    /// Behind each copy of what it held last.
+    taken: Mutex<Vec<Arc<Event>>>,
+}
 
 #[derive(Debug)]
 struct Content {
     rows: usize,
     cols: usize,
     /// There until it is dropped.
-    memory: Option<Memory>,
+    slot: Option<Slot>,
     home: Arc<Parcels>,
 }
 
 impl Drop for Content {
     fn drop(&mut self) {
-        locked(&self.home.0).extend(self.memory.take());
+        locked(&self.home.0).extend(self.slot.take());
+    }
+}
+
+impl Slot {
+    fn new(stream: &Arc<Stream>) -> Result<Slot> {
+        Ok(Slot {
+            memory: Memory::none(stream),
+            ready: Event::new(OP, stream, false)?,
+            taken: Mutex::default(),
+        })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // Before its memory is freed.
+        locked(&self.taken).iter().for_each(|taken| drop(taken.wait(OP)));
     }
 }
 
@@ -43,13 +74,15 @@ impl Parcels {
     /// Has memory for so many, of so many bytes each.
     pub(super) fn reserve(&self, stream: &Arc<Stream>, count: usize, bytes: usize) -> Result<()> {
         let mut free = locked(&self.0);
-        let missing = count.saturating_sub(free.len());
-        free.extend((0..missing).map(|_| Memory::none(stream)));
-        free.iter_mut().try_for_each(|memory| memory.reserve(OP, bytes))
+        while free.len() < count {
+            free.push(Slot::new(stream)?);
+        }
+        free.iter_mut().try_for_each(|slot| slot.memory.reserve(OP, bytes))
     }
 
-    fn memory(&self, stream: &Arc<Stream>) -> Memory {
-        locked(&self.0).pop().unwrap_or_else(|| Memory::none(stream))
+    fn slot(&self, stream: &Arc<Stream>) -> Result<Slot> {
+        let free = locked(&self.0).pop();
+        free.map_or_else(|| Slot::new(stream), Ok)
     }
 }
 
@@ -60,7 +93,7 @@ impl Parcel {
     /// What the driver refuses.
     pub fn values(&self) -> Result<Vec<f32>> {
         let mut values = vec![0.0; self.0.rows * self.0.cols];
-        self.memory().download(OP, &mut values)?;
+        self.slot().memory.download(OP, &mut values)?;
         Ok(values)
     }
 
@@ -69,8 +102,8 @@ impl Parcel {
         (self.0.rows, self.0.cols)
     }
 
-    fn memory(&self) -> &Memory {
-        self.0.memory.as_ref().expect("it is there until the parcel is dropped")
+    fn slot(&self) -> &Slot {
+        self.0.slot.as_ref().expect("it is there until the parcel is dropped")
     }
 
     fn bytes(&self) -> usize {
@@ -79,25 +112,61 @@ impl Parcel {
 }
 
 impl Cuda {
-    /// Copies an array, and waits for it: the next stage may be on another device, whose queue knows nothing of this one, and
-    /// the time of a step is that of its device.
+    /// Queues a copy of an array.
     pub(super) fn pack(&self, x: &CudaArray) -> Result<Parcel> {
-        let mut memory = self.parcels.memory(&self.stream);
-        memory.reserve(OP, x.rows * x.cols * size_of::<f32>())?;
-        let content =
-            Content { rows: x.rows, cols: x.cols, memory: Some(memory), home: Arc::clone(&self.parcels) };
-        let mut parcel = Parcel(Arc::new(content));
-        let bytes = parcel.bytes();
-        let content = Arc::get_mut(&mut parcel.0).expect("nobody else has it yet");
-        let memory = content.memory.as_mut().expect("it was put there");
-        self.stream.copy(OP, &x.memory, memory, bytes)?;
-        self.stream.wait(OP)?;
-        Ok(parcel)
+        let mut slot = self.parcels.slot(&self.stream)?;
+        // Its last content may still be under way to others.
+        for taken in locked(&slot.taken).drain(..) {
+            taken.hold(OP, &self.stream)?;
+        }
+        let bytes = x.rows * x.cols * size_of::<f32>();
+        slot.memory.reserve(OP, bytes)?;
+        self.stream.copy(OP, &x.memory, &mut slot.memory, bytes)?;
+        slot.ready.record(OP)?;
+        let home = Arc::clone(&self.parcels);
+        Ok(Parcel(Arc::new(Content { rows: x.rows, cols: x.cols, slot: Some(slot), home })))
     }
 
-    /// Queues a copy of what a stage before has handed over. The parcel is kept until a step that reads it has ended.
+    /// Queues a copy of what a stage before has handed over, behind its being there and behind all that works with `out`.
     pub(super) fn unpack(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
         out.reshape(parcel.0.rows, parcel.0.cols)?;
-        self.stream.copy(OP, parcel.memory(), &mut out.memory, parcel.bytes())
+        let Slot { memory, ready, taken } = parcel.slot();
+        ready.hold(OP, &self.copies)?;
+        self.step.free.record(OP)?;
+        self.step.free.hold(OP, &self.copies)?;
+        self.copies.copy(OP, memory, &mut out.memory, parcel.bytes())?;
+        let copied = Arc::new(Event::new(OP, &self.copies, false)?);
+        copied.record(OP)?;
+        copied.hold(OP, &self.stream)?;
+        locked(taken).push(copied);
+        Ok(())
+    }
+}
+
+/// Moments of a step.
+#[derive(Debug)]
+pub(super) struct StepClock {
+    /// What is computed so far works with the residual stream no more.
+    free: Event,
+    /// The device turns to what this stage computes, and is done with it.
+    start: Event,
+    end: Event,
+}
+
+impl StepClock {
+    pub(super) fn new(stream: &Arc<Stream>) -> Result<StepClock> {
+        let event = |is_timed| Event::new("start", stream, is_timed);
+        Ok(StepClock { free: event(false)?, start: event(true)?, end: event(true)? })
+    }
+
+    pub(super) fn begin(&self) -> Result<()> {
+        self.start.record("begin a step")
+    }
+
+    pub(super) fn finish(&self) -> Result<Duration> {
+        const OP: &str = "finish a step";
+        self.end.record(OP)?;
+        self.end.wait(OP)?;
+        self.end.since(OP, &self.start)
     }
 }

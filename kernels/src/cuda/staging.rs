@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::result;
 use half::{bf16, f16};
 
+use super::event::Event;
 use super::stream::{Memory, Stream};
 use crate::dtype::bf16_bits;
 use crate::error::Result;
@@ -24,12 +25,12 @@ pub(crate) struct Staging {
 #[derive(Debug)]
 struct Pinned {
     start: *mut u8,
-    /// Recorded behind the last copy from it.
-    copied: sys::CUevent,
+    /// Behind the last copy from it.
+    copied: Event,
     stream: Arc<Stream>,
 }
 
-// SAFETY: the memory is owned, and events may be used from any thread.
+// SAFETY: the memory is owned.
 unsafe impl Send for Pinned {}
 
 impl Staging {
@@ -136,18 +137,11 @@ impl Pinned {
     fn new(stream: &Arc<Stream>) -> Result<Pinned> {
         const OP: &str = "pin memory";
         stream.bind(OP)?;
+        let copied = Event::new(OP, stream, false)?;
         // SAFETY: it is freed in `drop`. Without the flag for combined writes, so that it may be read too.
         let start =
             unsafe { result::malloc_host(BUFFER_BYTES, 0) }.map_err(|error| stream.failed(OP, error))?;
-        let copied = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        match copied {
-            Ok(copied) => Ok(Pinned { start: start.cast(), copied, stream: Arc::clone(stream) }),
-            Err(error) => {
-                // SAFETY: nobody knows of it yet.
-                let _ = unsafe { result::free_host(start) };
-                Err(stream.failed(OP, error))
-            }
-        }
+        Ok(Pinned { start: start.cast(), copied, stream: Arc::clone(stream) })
     }
 
     /// So many numbers to be written, when the last copy from here is done.
@@ -164,25 +158,19 @@ impl Pinned {
         // SAFETY: as of `fill`, which has asserted the size; it is not written before the event.
         let bytes = unsafe { std::slice::from_raw_parts(self.start, bytes) };
         self.stream.upload(OP, bytes, to, at)?;
-        self.stream.record(OP, self.copied)
+        self.copied.record(OP)
     }
 
     fn wait(&self) -> Result<()> {
-        const OP: &str = "send weights";
-        self.stream.bind(OP)?;
-        // SAFETY: the event lives; one that was never recorded is not waited for.
-        unsafe { result::event::synchronize(self.copied) }.map_err(|error| self.stream.failed(OP, error))
+        self.copied.wait("send weights")
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.wait().is_ok() {
-            // SAFETY: no copy from here is under way, and both were made in `new`.
-            unsafe {
-                let _ = result::event::destroy(self.copied);
-                let _ = result::free_host(self.start.cast());
-            }
+            // SAFETY: no copy from here is under way, and it was made in `new`.
+            let _ = unsafe { result::free_host(self.start.cast()) };
         }
     }
 }

@@ -55,6 +55,10 @@ impl Stream {
     pub(crate) fn open(index: usize) -> Result<Arc<Stream>> {
         let what = |error| failed(index, "open", error);
         let device = result::device::get(index as i32).map_err(what)?;
+        // Who waits for the device sleeps meanwhile. By itself the driver keeps asking, which takes a core for each stage.
+        let sleeps = sys::CUctx_flags::CU_CTX_SCHED_BLOCKING_SYNC as u32;
+        // SAFETY: the device is the driver's.
+        unsafe { sys::cuDevicePrimaryCtxSetFlags_v2(device, sleeps) }.result().map_err(what)?;
         // SAFETY: the device is the driver's, and what is retained is released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(what)?;
         let mut stream =
@@ -180,8 +184,7 @@ impl Stream {
         self.wait(op)
     }
 
-    /// Queues a copy of so many bytes from memory of this device or of another one, of which nothing that is queued there still
-    /// writes to it.
+    /// Queues a copy of so many bytes from memory of this device or of another one, which no other queue writes to meanwhile.
     pub(crate) fn copy(&self, op: &'static str, from: &Memory, to: &mut Memory, bytes: usize) -> Result<()> {
         assert!(bytes <= from.bytes && bytes <= to.bytes, "{op}: {bytes} of {} to {}", from.bytes, to.bytes);
         if bytes == 0 {
@@ -237,13 +240,6 @@ impl Stream {
         // SAFETY: all of the memory is this much.
         unsafe { result::memset_d8_async(memory.pointer, 0, memory.bytes, self.stream) }
             .map_err(|error| failed(self.index, op, error))
-    }
-
-    /// Queues an event, which is then behind all that is queued.
-    pub(crate) fn record(&self, op: &'static str, event: sys::CUevent) -> Result<()> {
-        self.bind(op)?;
-        // SAFETY: its owner keeps the event, and the stream lives as long as this.
-        unsafe { result::event::record(event, self.stream) }.map_err(|error| self.failed(op, error))
     }
 
     /// The queue itself, for a library that queues work of its own.

@@ -52,7 +52,7 @@ impl<B: Backend> SpanStage<B> {
         if let Some(step) = largest_step {
             work.reserve(&backend, &WorkShapes::of(config, part, (place, &loader.sharing), step))?;
         }
-        let has_halved = false;
+        let (has_halved, was_given_early) = (false, false);
         Ok(SpanStage {
             eps,
             hidden,
@@ -64,6 +64,7 @@ impl<B: Backend> SpanStage<B> {
             rope,
             ranks,
             has_halved,
+            was_given_early,
             work,
             backend,
         })

@@ -13,6 +13,7 @@ mod ffn;
 mod load;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kernels::Backend;
 use scheduler::MicroBatch;
@@ -56,6 +57,8 @@ pub(crate) struct SpanStage<B: Backend> {
     ranks: Option<Ranks<B::Array>>,
     /// Whether a step went in halves, which is told once.
     has_halved: bool,
+    /// Whether the last step was given activations that are on a device.
+    was_given_early: bool,
     work: Work<B>,
 }
 
@@ -241,6 +244,7 @@ impl<B: Backend> SpanStage<B> {
     fn whole_step(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
         self.batch.assign(batch);
         self.take(input)?;
+        self.backend.begin_step()?;
         let is_everywhere = self.run_blocks()?;
         match &self.head {
             Some(head) => {
@@ -285,7 +289,13 @@ impl<B: Backend> SpanStage<B> {
 
 impl<B: Backend> Stage for SpanStage<B> {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
+        self.was_given_early = input.as_ref().is_some_and(Activations::are_on_a_device);
         self.step_in_parts(batch, input.as_ref())
+    }
+
+    fn finish(&mut self) -> Result<Option<Duration>> {
+        let time = self.backend.finish_step()?;
+        Ok(time.filter(|_| self.was_given_early))
     }
 }
 

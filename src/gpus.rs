@@ -11,8 +11,9 @@ use stages::{Device, Gpu};
 const LIBRARIES: &str = "SPANWISE_CUDA_LIBRARIES";
 
 /// A GPU as a stage's device.
-pub(crate) fn device(index: usize, is_deterministic: bool) -> Device {
-    Device::Cuda { index, libraries: libraries(), cubins: cubins(), is_deterministic }
+pub(crate) fn device(index: usize, pipeline: &configs::Pipeline) -> Device {
+    let (is_deterministic, has_graphs) = (pipeline.deterministic, pipeline.cuda_graphs);
+    Device::Cuda { index, libraries: libraries(), cubins: cubins(), is_deterministic, has_graphs }
 }
 
 /// Bytes that are free on each GPU that a pipeline names, by its index.

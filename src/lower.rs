@@ -228,7 +228,7 @@ pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dt
 pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
     let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
     if gpus::are_meant(pipeline)? {
-        return Ok((0..num_groups).map(|index| gpus::device(index, pipeline.deterministic)).collect());
+        return Ok((0..num_groups).map(|index| gpus::device(index, pipeline)).collect());
     }
     let simd = match pipeline.simd {
         configs::Simd::Reference => return Ok(vec![Device::Reference; num_groups]),

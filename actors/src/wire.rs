@@ -14,8 +14,9 @@ pub(crate) fn device(device: &Device) -> Value {
         Device::Cpu { cores, threads, simd } => {
             json!({"cores": cores, "threads": threads, "simd": simd.name()})
         }
-        Device::Cuda { index, libraries, cubins, is_deterministic } => json!({
+        Device::Cuda { index, libraries, cubins, is_deterministic, has_graphs } => json!({
             "cuda": index, "libraries": path(libraries), "cubins": path(cubins), "is_deterministic": is_deterministic,
+            "has_graphs": has_graphs,
         }),
     }
 }
@@ -32,6 +33,7 @@ pub(crate) fn read_device(value: &Value) -> Option<Device> {
             libraries: path("libraries"),
             cubins: path("cubins"),
             is_deterministic: value["is_deterministic"].as_bool()?,
+            has_graphs: value["has_graphs"].as_bool()?,
         },
         value => Device::Cpu { cores: list(&value["cores"])?, threads: size("threads")?, simd: simd()? },
     })
@@ -144,6 +146,7 @@ mod tests {
                 libraries: None,
                 cubins: Some("some where".into()),
                 is_deterministic: false,
+                has_graphs: true,
             },
         ];
         for one in devices {

@@ -103,6 +103,9 @@ pub struct Pipeline {
     /// Whether a row's bits on a GPU are the same in any batch; CPUs always have them so.
     #[serde(deserialize_with = "read::flag")]
     pub deterministic: bool,
+    /// Whether a GPU's decode steps are captured once and launched as a whole.
+    #[serde(deserialize_with = "read::flag")]
+    pub cuda_graphs: bool,
     /// A stage that takes longer than this for one micro-batch is held to hang, and is started again.
     #[serde(deserialize_with = "read::positive")]
     pub step_timeout_seconds: usize,
@@ -133,6 +136,7 @@ impl Default for Pipeline {
             kv_cache_tokens: KvCacheTokens::Auto,
             kv_cache_dtype: KvCacheDtype::Auto,
             deterministic: true, // A row's answer depends on the row alone, unless somebody gives that up.
+            cuda_graphs: true,
             step_timeout_seconds: 600, // A micro-batch of a model that a CPU can hardly run takes a minute or two.
         }
     }

@@ -286,6 +286,7 @@ max_sequences = 128
 kv_cache_tokens = "auto"
 kv_cache_dtype = "auto"
 deterministic = true
+cuda_graphs = true
 step_timeout_seconds = 600
 
 [job]

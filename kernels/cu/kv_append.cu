@@ -6,9 +6,12 @@
 #include "fp8.cuh"
 
 constexpr u32 THREADS = 128;
+// The place of a row that nobody asked for.
+constexpr u32 NOWHERE = 0xffffffffu;
 
 KERNEL(THREADS) kv_append(bf16* cache, const float* k, const float* v, const u32* places, u32 kv_heads, u32 head_dim, u32 padded) {
     u32 row = blockIdx.x, head = blockIdx.y;
+    if (places[row] == NOWHERE) return;
     u32 page = places[row] / PAGE, slot = places[row] % PAGE;
     bf16* keys = cache + (u64(page) * kv_heads + head) * 2 * PAGE * padded + u64(slot) * padded;
     bf16* values = keys + PAGE * padded;
@@ -45,6 +48,7 @@ KERNEL(THREADS)
 kv_append_fp8(unsigned char* cache, const float* k, const float* v, const u32* places, u32 kv_heads, u32 head_dim, u32 padded) {
     __shared__ u32 scratch[2][THREADS / WARP];
     u32 row = blockIdx.x, head = blockIdx.y;
+    if (places[row] == NOWHERE) return;
     u32 page = places[row] / PAGE, slot = places[row] % PAGE;
     unsigned char* to = cache + (u64(page) * kv_heads + head) * 2 * PAGE * (padded + 1);
     u64 from = (u64(row) * kv_heads + head) * head_dim;

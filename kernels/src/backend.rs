@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::cuda::Parcel;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
 use crate::tensor_view::{TensorView, ViewDtype};
 
@@ -126,6 +126,17 @@ pub struct AttentionSlice {
     pub first_position: usize,
     /// Page `i` holds positions `i * PAGE_TOKENS ..`; covers every position attended to.
     pub pages: Vec<u32>,
+}
+
+/// A step in which every row is a sequence of its own, with a slice each.
+#[derive(Debug, Clone, Copy)]
+pub struct DecodeStep<'a> {
+    /// Rows of its arrays: as many as there are positions, or those that [`Backend::padded_rows`] makes of them.
+    pub rows: usize,
+    /// The rows' positions.
+    pub positions: &'a [u32],
+    /// Their slices, of a row each.
+    pub slices: &'a [AttentionSlice],
 }
 
 /// What sampling needs to know of a whole row of logits.
@@ -259,6 +270,28 @@ pub trait Backend: Send + Sync + 'static {
     fn take_over(&self, parcel: &Parcel, out: &mut Self::Array) -> Result<()> {
         let (rows, cols) = parcel.shape();
         self.upload(&parcel.values()?, rows, cols, out)
+    }
+
+    /// Rows that the arrays of a step of so many rows shall have for [`Backend::repeat`].
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows
+    }
+
+    /// Gives an array that has room for it another shape; rows that it has before and after keep their numbers where rows are as long.
+    /// Of use only where [`Backend::padded_rows`] says another number of rows.
+    fn resize(&self, _array: &mut Self::Array, _rows: usize, _cols: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// Does a step's work, which has the same operations on the same arrays whenever it is called with as many rows: a device may
+    /// repeat what they have queued once, and leave the shapes of arrays as they are then. Operations may be given fewer positions and
+    /// slices than their arrays have rows; what comes of rows beyond these is of no meaning.
+    fn repeat<E: From<Error>>(
+        &self,
+        _step: &DecodeStep<'_>,
+        mut work: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        work()
     }
 
     /// Marks where a step begins, behind what it was given by another device.

@@ -23,8 +23,8 @@ mod view;
 
 pub use array::Array;
 pub use backend::{
-    AttentionSlice, Backend, Dtype, INT8_BLOCK, Int4Groups, KvDtype, Largest, LogitStats, PAGE_TOKENS,
-    RopeTable, SUM_CUT, WeightType, WorkSize,
+    AttentionSlice, Backend, DecodeStep, Dtype, INT8_BLOCK, Int4Groups, KvDtype, Largest, LogitStats,
+    PAGE_TOKENS, RopeTable, SUM_CUT, WeightType, WorkSize,
 };
 pub use choice::{Choice, ChoiceScratch, Chosen, Edit, Edits, RowEdits, choose_row};
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};

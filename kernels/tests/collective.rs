@@ -72,6 +72,7 @@ impl OnGpu {
             weights: WeightType::Bf16,
             kv: KvDtype::Bf16,
             is_deterministic: true,
+            has_graphs: false,
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries,
             cubins: None,

@@ -65,6 +65,11 @@ impl Batch {
         self.positions.len()
     }
 
+    /// Whether each row is a sequence of its own.
+    pub(crate) fn is_decode(&self) -> bool {
+        self.num_slices > 0 && self.num_slices == self.num_rows()
+    }
+
     /// Whose each slice is.
     pub(crate) fn sequences(&self) -> &[u64] {
         &self.sequences

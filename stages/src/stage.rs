@@ -157,6 +157,8 @@ pub enum Device {
         /// Whether rows have the same bits in any batch; else contexts are split to fill the device, and products are
         /// cuBLASLt's.
         is_deterministic: bool,
+        /// Whether steps of rows that decode are captured and launched as a whole.
+        has_graphs: bool,
     },
 }
 
@@ -262,7 +264,7 @@ pub(crate) fn cpu(device: &Device, dtypes: Dtypes) -> Result<Cpu> {
 
 /// A GPU.
 pub(crate) fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
-    let Device::Cuda { index, libraries, cubins, is_deterministic } = device else {
+    let Device::Cuda { index, libraries, cubins, is_deterministic, has_graphs } = device else {
         unreachable!("the device is a GPU")
     };
     let Dtypes { weights, kv } = dtypes;
@@ -271,6 +273,7 @@ pub(crate) fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
         weights,
         kv,
         is_deterministic: *is_deterministic,
+        has_graphs: *has_graphs,
         ffn_columns: Cuda::FFN_COLUMNS,
         libraries: libraries.clone(),
         cubins: cubins.clone(),

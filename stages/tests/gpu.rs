@@ -1,4 +1,4 @@
-//! Stages on GPUs of the emulator: what they take of its memory.
+//! Stages on GPUs of the emulator: what they take of its memory, and that a step is the same whether it is captured or not.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -34,8 +34,8 @@ fn emulator() -> PathBuf {
     folder
 }
 
-fn device(is_deterministic: bool) -> Device {
-    Device::Cuda { index: 0, libraries: Some(emulator()), cubins: None, is_deterministic }
+fn device(is_deterministic: bool, has_graphs: bool) -> Device {
+    Device::Cuda { index: 0, libraries: Some(emulator()), cubins: None, is_deterministic, has_graphs }
 }
 
 fn free_bytes() -> u64 {
@@ -98,6 +98,8 @@ fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBa
             ),
             sample: !matches!(asks, Asks::Nothing),
             score,
+            counts: None,
+            mask: None,
             request: Arc::new(request),
         }
     };
@@ -151,7 +153,8 @@ fn a_step_of_any_size_allocates_nothing_on_the_gpu() {
     ] {
         let what = format!("{} on {num_stages} stages, deterministic {is_deterministic}", weights.name());
         let load = |part| {
-            load(&model, &device(is_deterministic), dtypes(weights), options(part, Some(LARGEST))).unwrap()
+            load(&model, &device(is_deterministic, true), dtypes(weights), options(part, Some(LARGEST)))
+                .unwrap()
         };
         let mut stages: Vec<Box<dyn Stage>> = parts(&model, num_stages).into_iter().map(load).collect();
         let batches = micro_batches(&model);
@@ -167,6 +170,50 @@ fn a_step_of_any_size_allocates_nothing_on_the_gpu() {
     }
 }
 
+/// Rows that decode together for a while, their number falling from step to step and rising again.
+fn decode_batches(model: &Model) -> Vec<MicroBatch> {
+    use Asks::{Drawn, Greedy, Nothing};
+    let lengths = [17, 1, 9, 5, 12, 3, 20, 2];
+    let prompt = |sequence: usize| (sequence, 0..lengths[sequence], Nothing);
+    let mut batches: Vec<MicroBatch> =
+        [0..4, 4..8].map(|some| micro_batch(model, &some.map(prompt).collect::<Vec<_>>())).into();
+    let mut done = [0; SEQUENCES];
+    for rows in [8, 7, 6, 3, 3, 4, 1, 1, 1, 8, 5] {
+        let mut row = |sequence: usize| {
+            let position = lengths[sequence] + done[sequence];
+            done[sequence] += 1;
+            (sequence, position..position + 1, if sequence.is_multiple_of(2) { Greedy } else { Drawn })
+        };
+        let slices: Vec<_> = (0..rows).map(&mut row).collect();
+        batches.push(micro_batch(model, &slices));
+    }
+    batches
+}
+
+/// Every answer's bits.
+#[test]
+fn captured_steps_have_the_bits_of_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = small(folder.path(), false);
+    for (weights, num_stages) in [(WeightType::Bf16, 2), (WeightType::Fp8, 1)] {
+        let answers = |has_graphs: bool| {
+            let load = |part| {
+                let options = options(part, Some(LARGEST));
+                load(&model, &device(true, has_graphs), dtypes(weights), options).unwrap()
+            };
+            let mut stages: Vec<Box<dyn Stage>> = parts(&model, num_stages).into_iter().map(load).collect();
+            decode_batches(&model)
+                .iter()
+                .map(|batch| format!("{:?}", step(&mut stages, batch)))
+                .collect::<Vec<_>>()
+        };
+        let (plain, captured) = (answers(false), answers(true));
+        for (index, (plain, captured)) in plain.iter().zip(&captured).enumerate() {
+            assert_eq!(plain, captured, "{} on {num_stages} stages, micro-batch {index}", weights.name());
+        }
+    }
+}
+
 /// Whole model and halves of it, each with its share of what was asked for.
 #[test]
 fn stages_take_no_more_of_a_gpu_than_was_planned() {
@@ -178,7 +225,7 @@ fn stages_take_no_more_of_a_gpu_than_was_planned() {
             let place = (RankPlace::ALONE, &Sharing::default());
             let planned = GpuMemory::of(&model.config, part, place, dtypes(weights), LARGEST);
             let free = free_bytes();
-            let stage = load(&model, &device(true), dtypes(weights), options).unwrap();
+            let stage = load(&model, &device(true, true), dtypes(weights), options).unwrap();
             let taken = free - free_bytes();
             let most = planned.with_pages(options.num_pages);
             assert!(taken <= most && taken > most / 8, "{part} in {}: {taken} of {most}", weights.name());
@@ -191,12 +238,13 @@ fn stages_take_no_more_of_a_gpu_than_was_planned() {
 /// Answers where memory is short, which the child of another test is asked for.
 #[test]
 #[ignore = "a part of a_step_without_room_goes_in_halves_to_the_same_answers"]
+#[allow(clippy::print_stdout, reason = "what it prints is what the other test compares")]
 fn answers() {
     let folder = tempfile::tempdir().unwrap();
     let model = small(folder.path(), false);
     let mut stages: Vec<Box<dyn Stage>> = parts(&model, 2)
         .into_iter()
-        .map(|part| load(&model, &device(true), dtypes(WeightType::Bf16), options(part, None)).unwrap())
+        .map(|part| load(&model, &device(true, true), dtypes(WeightType::Bf16), options(part, None)).unwrap())
         .collect();
     let free = free_bytes();
     for batch in micro_batches(&model) {

@@ -28,6 +28,7 @@ impl Setting {
             weights,
             kv,
             is_deterministic,
+            has_graphs: true,
             ffn_columns: Cuda::FFN_COLUMNS,
             libraries: self.libraries.clone(),
             cubins: Some(self.cache.clone()),

@@ -114,6 +114,7 @@ pub(crate) fn device(setting: &Setting) -> Device {
         libraries: setting.libraries.clone(),
         cubins: Some(setting.cache.clone()),
         is_deterministic: false,
+        has_graphs: true,
     }
 }
 

@@ -31,7 +31,7 @@ struct Work {
     timed: usize,
 }
 
-/// A line for one stage with its time on the processor, and one for two stages.
+/// A line for one stage with its time on the processor, one without captured steps, and one for two stages.
 pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<String>> {
     let model = models::open(measured, setting)?;
     let work = match setting.is_small {
@@ -40,18 +40,25 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     };
     let device = models::device(setting);
     let (one, processor) = one_stage(&model, &device, &work)?;
+    let (plain, of_plain) = one_stage(&model, &without_graphs(&device), &work)?;
     let two = two_stages(&model, &device, &work)?;
+    let time = |seconds: f64, processor: f64| {
+        let (ms, share) = (processor * 1e3, 100.0 * processor / seconds);
+        format!("{:.2} ms a step, of which its thread computes {ms:.2} ms ({share:.1} %)", seconds * 1e3)
+    };
     Ok(vec![
-        format!(
-            "one stage, {} rows at {} tokens: {:.2} ms a step, of which its thread computes {:.2} ms ({:.1} %)",
-            work.rows,
-            work.context,
-            one * 1e3,
-            processor * 1e3,
-            100.0 * processor / one
-        ),
+        format!("one stage, {} rows at {} tokens: {}", work.rows, work.context, time(one, processor)),
+        format!("the same without graphs: {}", time(plain, of_plain)),
         format!("two stages: {:.2} ms a micro-batch, {:.3} of one stage's", two * 1e3, two / one),
     ])
+}
+
+fn without_graphs(device: &Device) -> Device {
+    let mut device = device.clone();
+    if let Device::Cuda { has_graphs, .. } = &mut device {
+        *has_graphs = false;
+    }
+    device
 }
 
 fn load(model: &Model, device: &Device, blocks: Span, work: &Work) -> Result<Box<dyn Stage>> {

@@ -178,7 +178,8 @@ mod tests {
         world.wait().pass(Flow::Flowing, 1).turn_to(Activity::Computing).pass(Flow::Flowing, 20);
         world.ledger.began_late(MS * 15);
         world.turn_to(Activity::HandingOn).pass(Flow::Flowing, 2);
-        let expected = StageParts { busy: MS * 5, starved: MS * 16, blocked: MS * 2, ..StageParts::default() };
+        let expected =
+            StageParts { busy: MS * 5, starved: MS * 16, blocked: MS * 2, ..StageParts::default() };
         assert_eq!((world.parts(), world.parts().wall()), (expected, MS * 23));
     }
 

@@ -27,6 +27,16 @@ const LEAST_PART_PAGES: usize = 4;
 pub(crate) const TILE_WORDS: usize = 4;
 pub(crate) const ROW_WORDS: usize = 3;
 
+/// Pages of the only part of a context that is not split: more than any has.
+const ALL_PAGES: usize = 1 << 26;
+
+/// A number of pages from which splits are told, no less than the longest context's: the splits of a batch then stay the same while
+/// its contexts grow by an eighth.
+fn rounded(pages: usize) -> usize {
+    let step = (pages.next_power_of_two() / 16).max(1);
+    pages.next_multiple_of(step)
+}
+
 /// Attention for one width of heads.
 #[derive(Debug)]
 pub(crate) struct AttentionKernels {
@@ -77,6 +87,16 @@ impl AttentionKernels {
     }
 }
 
+/// What decides how a batch is shared out, beside the batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PlanShape {
+    /// Query heads of a KV head.
+    pub(crate) group: usize,
+    pub(crate) kv_heads: usize,
+    /// Rows that stand alone may be split over so many.
+    pub(crate) multiprocessors: Option<usize>,
+}
+
 /// How a batch is shared out.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Plan {
@@ -92,13 +112,10 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// For a group of so many query heads; rows that stand alone may be split over so many multiprocessors.
-    pub(crate) fn new(
-        slices: &[AttentionSlice],
-        group: usize,
-        kv_heads: usize,
-        multiprocessors: Option<usize>,
-    ) -> Plan {
+    /// For these slices, and for so many rows behind theirs that nobody asked for: those see one key, of any page, and what comes of
+    /// them is of no meaning.
+    pub(crate) fn new(slices: &[AttentionSlice], padding: usize, shape: PlanShape) -> Plan {
+        let PlanShape { group, kv_heads, multiprocessors } = shape;
         let mut plan = Plan { num_parts: 1, ..Plan::default() };
         let mut longest = 1;
         for slice in slices.iter().filter(|slice| slice.num_rows > 0) {
@@ -118,13 +135,31 @@ impl Plan {
                 plan.tiles.extend([row as u32, num_rows as u32, position as u32, pages]);
             }
         }
+        let pages = plan.pages.len() as u32;
+        let first = slices.iter().map(|slice| slice.num_rows).sum::<usize>();
+        for row in first..first + padding {
+            match multiprocessors.is_some() && group <= DECODE_GROUP {
+                true => plan.rows.extend([row as u32, 1, pages]),
+                false => plan.tiles.extend([row as u32, 1, 0, pages]),
+            }
+        }
+        plan.pages.extend((padding > 0).then_some(0));
         let blocks = plan.num_rows() * kv_heads;
         if let (Some(multiprocessors), 1..) = (multiprocessors, blocks) {
+            let longest = rounded(longest);
             let wanted = (multiprocessors * BLOCKS_PER_MULTIPROCESSOR).div_ceil(blocks);
-            plan.part_pages = longest.div_ceil(wanted).max(LEAST_PART_PAGES.min(longest));
+            plan.part_pages = match wanted {
+                1 => ALL_PAGES,
+                _ => longest.div_ceil(wanted).max(LEAST_PART_PAGES.min(longest)),
+            };
             plan.num_parts = longest.div_ceil(plan.part_pages);
         }
         plan
+    }
+
+    /// What kernels are told of splits, beside tables.
+    pub(crate) fn parts(&self) -> (usize, usize) {
+        (self.num_parts, self.part_pages)
     }
 
     pub(crate) fn num_tiles(&self) -> usize {
@@ -164,12 +199,31 @@ mod tests {
         AttentionSlice { first_row, num_rows, first_position, pages: pages.to_vec() }
     }
 
+    fn shape(group: usize, kv_heads: usize, multiprocessors: Option<usize>) -> PlanShape {
+        PlanShape { group, kv_heads, multiprocessors }
+    }
+
+    #[test]
+    fn rows_that_nobody_asked_for_see_one_key_of_any_page() {
+        let one = [slice(0, 1, 64, &[2, 5])];
+        let plan = Plan::new(&one, 2, shape(4, 2, None));
+        assert_eq!((&plan.tiles[4..], &plan.pages[..]), (&[1, 1, 0, 2, 2, 1, 0, 2][..], &[2, 5, 0][..]));
+        let plan = Plan::new(&one, 2, shape(4, 2, Some(4)));
+        assert_eq!((&plan.rows[3..], plan.tiles.len()), (&[1, 1, 2, 2, 1, 2][..], 0));
+    }
+
+    #[test]
+    fn splits_stay_while_contexts_grow_by_less_than_an_eighth() {
+        assert_eq!([1, 7, 16, 17, 19, 33, 65, 2000].map(rounded), [1, 7, 16, 18, 20, 36, 72, 2048]);
+        assert!((1..5000).all(|pages| rounded(pages) >= pages && rounded(pages) * 8 <= pages * 9));
+    }
+
     #[test]
     fn rows_alone_are_split_and_chunks_go_in_tiles() {
         let long: Vec<u32> = (10..42).collect();
         let slices =
             [slice(0, 1, 2047, &long), slice(1, 0, 0, &[]), slice(1, 9, 60, &[3, 4]), slice(10, 1, 0, &[7])];
-        let plan = Plan::new(&slices, 16, 8, Some(132));
+        let plan = Plan::new(&slices, 0, shape(16, 8, Some(132)));
         assert_eq!(plan.rows, [0, 2048, 0, 10, 1, 34]);
         assert_eq!(plan.tiles, [1, 4, 60, 32, 5, 4, 64, 32, 9, 1, 68, 32]);
         assert_eq!(plan.pages[32..], [3, 4, 7]);
@@ -182,9 +236,9 @@ mod tests {
     fn enough_rows_are_not_split_and_parts_cover_the_longest() {
         let pages: Vec<u32> = (0..17).collect();
         let slices: Vec<AttentionSlice> = (0..256).map(|row| slice(row, 1, 64 * 17 - 1, &pages)).collect();
-        let plan = Plan::new(&slices, 8, 8, Some(132));
-        assert_eq!((plan.num_parts, plan.part_pages), (1, 17));
-        let plan = Plan::new(&slices[..1], 8, 1, Some(4));
+        let plan = Plan::new(&slices, 0, shape(8, 8, Some(132)));
+        assert_eq!(plan.parts(), (1, ALL_PAGES));
+        let plan = Plan::new(&slices[..1], 0, shape(8, 1, Some(4)));
         assert_eq!((plan.num_parts, plan.part_pages), (5, 4));
     }
 
@@ -195,7 +249,7 @@ mod tests {
             for keys in [1, 64, 700, 64 * 300] {
                 let slices: Vec<AttentionSlice> =
                     (0..rows).map(|row| slice(row, 1, keys - 1, &pages)).collect();
-                let plan = Plan::new(&slices, 8, 8, Some(132));
+                let plan = Plan::new(&slices, 0, shape(8, 8, Some(132)));
                 assert!(plan.num_partials(8) <= Plan::most_partials(rows, 8, 132), "{rows} rows at {keys}");
             }
         }
@@ -204,8 +258,8 @@ mod tests {
     #[test]
     fn without_splits_all_rows_go_in_tiles_and_so_do_wide_groups() {
         let one = [slice(0, 1, 5, &[2])];
-        assert_eq!(Plan::new(&one, 4, 2, None).tiles, [0, 1, 5, 0]);
-        assert_eq!(Plan::new(&one, 17, 2, Some(4)).tiles, [0, 1, 5, 0]);
-        assert_eq!(Plan::new(&[], 4, 2, Some(4)).num_partials(2), 0);
+        assert_eq!(Plan::new(&one, 0, shape(4, 2, None)).tiles, [0, 1, 5, 0]);
+        assert_eq!(Plan::new(&one, 0, shape(17, 2, Some(4))).tiles, [0, 1, 5, 0]);
+        assert_eq!(Plan::new(&[], 0, shape(4, 2, Some(4))).num_partials(2), 0);
     }
 }

@@ -170,6 +170,7 @@ mod tests {
             weights: WeightType::Fp8,
             kv: KvDtype::Bf16,
             is_deterministic: true,
+            has_graphs: false,
             ffn_columns: 64,
             libraries: Some(libraries),
             cubins: None,

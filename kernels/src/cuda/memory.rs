@@ -85,7 +85,9 @@ impl Cuda {
             sums.reserve(OP, partials * size_of::<f32>())?;
         }
         locked(&self.tables).reserve(size)?;
-        self.parcels.reserve(&self.stream, size.parcels, parcel)
+        self.parcels.reserve(&self.stream, size.parcels, parcel)?;
+        locked(&self.graphs).begin(if self.options.has_graphs { size.rows } else { 0 });
+        Ok(())
     }
 }
 

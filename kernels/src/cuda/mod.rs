@@ -16,6 +16,7 @@ mod event;
 mod fp8;
 mod gemm;
 mod gpu;
+mod graphs;
 mod int4;
 mod libraries;
 mod memory;
@@ -49,6 +50,7 @@ use choices::ChoiceWork;
 use cublaslt::CublasLt;
 use fp8::Fp8Kernels;
 use gemm::Gemm;
+use graphs::Graphs;
 use int4::Int4Kernels;
 use parcels::{Parcels, StepClock};
 use staging::Staging;
@@ -67,6 +69,8 @@ pub struct CudaOptions {
     /// Whether a row has the same bits in any batch: contexts are then not split, and matrix products are our own kernel's
     /// and not cuBLASLt's, both of which is slower.
     pub is_deterministic: bool,
+    /// Whether steps of rows that decode are captured and launched as a whole.
+    pub has_graphs: bool,
     /// Most columns of an FFN that are computed at once, a multiple of 64; see [`Cuda::FFN_COLUMNS`].
     pub ffn_columns: usize,
     /// Where CUDA's libraries are looked for first.
@@ -86,6 +90,7 @@ pub struct Cuda {
     staging: Mutex<Option<Staging>>,
     tables: Mutex<Tables>,
     workspace: Mutex<Workspace>,
+    graphs: Mutex<Graphs>,
     parcels: Arc<Parcels>,
     step: StepClock,
     /// A product before it is added.
@@ -215,6 +220,7 @@ impl Cuda {
             staging: Mutex::default(),
             tables: Mutex::new(Tables::new(&stream)),
             workspace: Mutex::new(Workspace::new(&stream)),
+            graphs: Mutex::default(),
             parcels: Arc::default(),
             step: StepClock::new(&stream)?,
             copies: Stream::open(device)?,

@@ -3,14 +3,15 @@
 use std::time::Duration;
 
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
-use super::attention::{AttentionKernels, DECODE_GROUP, Plan, TILE_QUERIES};
+use super::attention::{AttentionKernels, DECODE_GROUP, Plan, PlanShape, TILE_QUERIES};
 use super::fp8::Fp8Kernels;
 use super::gemm::Onto;
+use super::graphs::Graphs;
 use super::parcels::Parcel;
 use super::stream::{Argument, Grid, Memory};
 use super::weights::Origin;
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
-use crate::backend::{AttentionSlice, Backend, LogitStats, PAGE_TOKENS, RopeTable, WorkSize};
+use crate::backend::{AttentionSlice, Backend, DecodeStep, LogitStats, PAGE_TOKENS, RopeTable, WorkSize};
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
@@ -119,6 +120,8 @@ impl Backend for Cuda {
         *locked(&self.product) = Memory::none(&self.stream);
         *locked(&self.source) = Memory::none(&self.stream);
         self.parcels.clear();
+        // Arrays have no room beyond their rows any more.
+        *locked(&self.graphs) = Graphs::default();
     }
 
     fn hand_over(&self, x: &CudaArray) -> Result<Option<Parcel>> {
@@ -127,6 +130,22 @@ impl Backend for Cuda {
 
     fn take_over(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
         self.unpack(parcel, out)
+    }
+
+    fn padded_rows(&self, rows: usize) -> usize {
+        locked(&self.graphs).padded_rows(rows)
+    }
+
+    fn resize(&self, array: &mut CudaArray, rows: usize, cols: usize) -> Result<()> {
+        array.reshape(rows, cols)
+    }
+
+    fn repeat<E: From<Error>>(
+        &self,
+        step: &DecodeStep<'_>,
+        work: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        self.repeat_step(step, work)
     }
 
     fn begin_step(&self) -> Result<()> {
@@ -245,8 +264,9 @@ impl Backend for Cuda {
 
     fn rope(&self, x: &mut CudaArray, rope: &CudaRope, positions: &[u32]) -> Result<()> {
         const OP: &str = "rope";
-        check::rope_shapes(OP, [x.rows, x.cols], rope.head_dim, rope.positions, positions)?;
-        let positions_at = locked(&self.tables).positions.put(&self.stream, OP, positions)?;
+        let padding = self.padding();
+        check::rope_shapes(OP, [x.rows - padding, x.cols], rope.head_dim, rope.positions, positions)?;
+        let positions_at = locked(&self.tables).put_positions(&self.stream, OP, positions, padding)?;
         let half = rope.head_dim / 2;
         let num_pairs = x.rows * x.cols / 2;
         let arguments = [
@@ -273,8 +293,9 @@ impl Backend for Cuda {
         let CudaKvCache { num_pages, kv_heads, head_dim, .. } = *cache;
         check::shape(OP, "k's columns", [k.cols], [kv_heads * head_dim])?;
         check::shape(OP, "v", [v.rows, v.cols], [k.rows, k.cols])?;
-        check::slices(OP, slices, k.rows, num_pages)?;
-        let places_at = locked(&self.tables).places.put(&self.stream, OP, &places(slices))?;
+        let padding = self.padding();
+        check::slices(OP, slices, k.rows - padding, num_pages)?;
+        let places_at = locked(&self.tables).put_places(&self.stream, OP, slices, padding)?;
         let arguments = [
             cache.memory.start(),
             k.memory.start(),
@@ -285,7 +306,7 @@ impl Backend for Cuda {
             u32_of(AttentionKernels::padded(head_dim)),
         ];
         let grid = Grid { blocks: [k.rows, kv_heads, 1], threads: 128, block_bytes: 0 };
-        // SAFETY: every row has a place, on a page of the cache; keys and values have the cache's heads.
+        // SAFETY: every row has a place, on a page of the cache or nowhere; keys and values have the cache's heads.
         unsafe { self.stream.launch(OP, &self.kernels.kv_append, grid, &arguments) }
     }
 
@@ -299,7 +320,8 @@ impl Backend for Cuda {
         const OP: &str = "attention";
         let CudaKvCache { kv_heads, head_dim, .. } = *cache;
         let group = check::heads(OP, "q's columns", q.cols, kv_heads, head_dim)?;
-        check::slices(OP, slices, q.rows, cache.num_pages)?;
+        let padding = self.padding();
+        check::slices(OP, slices, q.rows - padding, cache.num_pages)?;
         if group > TILE_QUERIES {
             return Err(Error::Unsupported(format!(
                 "{OP}: a KV head has {group} query heads, expected {TILE_QUERIES} at most"
@@ -311,11 +333,10 @@ impl Backend for Cuda {
         }
         let may_split = !self.options.is_deterministic && cache.kernels.decode.is_some();
         let multiprocessors = may_split.then_some(self.gpu.multiprocessors as usize);
-        let plan = Plan::new(slices, group, kv_heads, multiprocessors);
-        let mut tables = locked(&self.tables);
-        let pages_at = tables.pages.put(&self.stream, OP, &plan.pages)?;
-        let tiles_at = tables.tiles.put(&self.stream, OP, &plan.tiles)?;
-        let rows_at = tables.rows.put(&self.stream, OP, &plan.rows)?;
+        let shape = PlanShape { group, kv_heads, multiprocessors };
+        locked(&self.graphs).saw(shape);
+        let plan = Plan::new(slices, padding, shape);
+        let [pages_at, tiles_at, rows_at] = locked(&self.tables).put_plan(&self.stream, OP, &plan)?;
         let heads = u32_of(q.cols / head_dim);
         let (kv_heads_at, head_dim_at) = (u32_of(kv_heads), u32_of(head_dim));
         let scale = Argument::F32(std::f32::consts::LOG2_E / (head_dim as f32).sqrt());
@@ -422,20 +443,18 @@ impl Backend for Cuda {
     }
 }
 
+impl Cuda {
+    /// Rows of the step that runs beyond those that were asked for.
+    fn padding(&self) -> usize {
+        locked(&self.graphs).padding()
+    }
+}
+
 /// Columns of an FFN of so many that are computed at once for so many rows, `most` at most: multiples of 64, so that each part
 /// begins at 16 bytes.
 pub(super) fn swiglu_columns(rows: usize, width: usize, most: usize) -> usize {
     let fitting = SWIGLU_BYTES / (rows.max(1) * 2 * size_of::<f32>());
     (fitting / 64 * 64).clamp(64, most).min(width)
-}
-
-/// Where in a cache each row of a batch belongs: its page times PAGE_TOKENS, and its place there.
-fn places(slices: &[AttentionSlice]) -> Vec<u32> {
-    let place = |slice: &AttentionSlice, row: usize| {
-        let position = slice.first_position + row;
-        slice.pages[position / PAGE_TOKENS] * PAGE_TOKENS as u32 + (position % PAGE_TOKENS) as u32
-    };
-    slices.iter().flat_map(|slice| (0..slice.num_rows).map(move |row| place(slice, row))).collect()
 }
 
 #[cfg(test)]
@@ -449,14 +468,5 @@ mod tests {
         assert_eq!(swiglu_columns(8192, 425_984, most), 4096);
         assert_eq!(swiglu_columns(1, 130, most), 130);
         assert_eq!(swiglu_columns(1 << 30, 425_984, most), 64);
-    }
-
-    #[test]
-    fn each_row_has_its_place() {
-        let slices = [
-            AttentionSlice { first_row: 0, num_rows: 3, first_position: 62, pages: vec![5, 2] },
-            AttentionSlice { first_row: 3, num_rows: 1, first_position: 0, pages: vec![9] },
-        ];
-        assert_eq!(places(&slices), [5 * 64 + 62, 5 * 64 + 63, 2 * 64, 9 * 64]);
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
@@ -20,6 +21,8 @@ pub(crate) struct Stream {
     stream: sys::CUstream,
     /// Devices that it can copy from.
     reached: Mutex<HashSet<usize>>,
+    /// Pieces of memory that were handed out or freed.
+    changes: AtomicU64,
 }
 
 // SAFETY: the driver's calls may be made from any thread; each of ours makes the context its thread's first.
@@ -61,8 +64,14 @@ impl Stream {
         unsafe { sys::cuDevicePrimaryCtxSetFlags_v2(device, sleeps) }.result().map_err(what)?;
         // SAFETY: the device is the driver's, and what is retained is released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(what)?;
-        let mut stream =
-            Stream { index, device, context, stream: std::ptr::null_mut(), reached: Mutex::default() };
+        let mut stream = Stream {
+            index,
+            device,
+            context,
+            stream: std::ptr::null_mut(),
+            reached: Mutex::default(),
+            changes: AtomicU64::new(0),
+        };
         stream.bind("open")?;
         stream.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(what)?;
         Ok(Arc::new(stream))
@@ -98,7 +107,10 @@ impl Stream {
         self.bind(what)?;
         // SAFETY: it is freed in `drop`.
         match unsafe { result::malloc_sync(bytes.max(1)) } {
-            Ok(pointer) => Ok(Memory { pointer, bytes, stream: Arc::clone(self) }),
+            Ok(pointer) => {
+                self.changes.fetch_add(1, Ordering::Relaxed);
+                Ok(Memory { pointer, bytes, stream: Arc::clone(self) })
+            }
             Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(Error::OutOfMemory {
                 device: self.index,
                 what,
@@ -242,6 +254,34 @@ impl Stream {
             .map_err(|error| failed(self.index, op, error))
     }
 
+    /// A number that is another one when any of its memory has come or gone.
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// What is queued from now on is kept and not run, until [`Stream::end_capture`]. The calling thread must neither wait nor allocate
+    /// meanwhile.
+    pub(crate) fn begin_capture(&self, op: &'static str) -> Result<()> {
+        self.bind(op)?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as this.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(|error| self.failed(op, error))
+    }
+
+    /// What was kept; an error where something of it cannot be.
+    pub(crate) fn end_capture(self: &Arc<Self>, op: &'static str) -> Result<Graph> {
+        self.bind(op)?;
+        // SAFETY: the stream is captured, by this thread; the graph is not used beyond the executable one that is made of it.
+        let executable = unsafe {
+            let graph = result::stream::end_capture(self.stream).map_err(|error| self.failed(op, error))?;
+            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            executable
+        };
+        let executable = executable.map_err(|error| self.failed(op, error))?;
+        Ok(Graph { executable, stream: Arc::clone(self) })
+    }
+
     /// The queue itself, for a library that queues work of its own.
     pub(crate) fn handle(&self) -> sys::CUstream {
         self.stream
@@ -319,7 +359,11 @@ impl Memory {
     fn free(&mut self) {
         let pointer = std::mem::replace(&mut self.pointer, 0);
         self.bytes = 0;
-        if pointer != 0 && self.stream.wait("free").is_ok() {
+        if pointer == 0 {
+            return;
+        }
+        self.stream.changes.fetch_add(1, Ordering::Relaxed);
+        if self.stream.wait("free").is_ok() {
             // SAFETY: it was allocated here, is freed once, and nothing that is queued uses it any more.
             let _ = unsafe { result::free_sync(pointer) };
         }
@@ -329,6 +373,35 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.free();
+    }
+}
+
+/// Work that was captured, with all its arguments.
+#[derive(Debug)]
+pub(crate) struct Graph {
+    executable: sys::CUgraphExec,
+    stream: Arc<Stream>,
+}
+
+// SAFETY: as of Stream; it is launched by one thread at a time.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Queues all of it. What it works with must be there still.
+    pub(crate) fn launch(&self, op: &'static str) -> Result<()> {
+        self.stream.bind(op)?;
+        // SAFETY: the graph lives, and its owner vouches for the memory that it was captured with.
+        unsafe { result::graph::launch(self.executable, self.stream.stream) }
+            .map_err(|error| self.stream.failed(op, error))
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.stream.wait("drop a graph").is_ok() {
+            // SAFETY: it was instantiated once, and no launch of it is under way.
+            let _ = unsafe { result::graph::exec_destroy(self.executable) };
+        }
     }
 }
 

@@ -4,7 +4,10 @@
 
 use std::path::{Path, PathBuf};
 
-use kernels::{Backend, Cuda, CudaOptions, Int4Groups, KvDtype, WeightType};
+use kernels::{
+    AttentionSlice, Backend, Cuda, CudaOptions, DecodeStep, Int4Groups, KvDtype, RopeTable, WeightType,
+    WorkSize,
+};
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
@@ -72,7 +75,16 @@ const FIXED_SUMS: [Mode; 4] = [FIXED, Mode { ffn_columns: 1024, ..FIXED }, INT4,
 
 fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
     let Mode { is_deterministic, ffn_columns, weights, kv } = mode;
-    CudaOptions { device: 0, weights, kv, is_deterministic, ffn_columns, libraries, cubins: None }
+    CudaOptions {
+        device: 0,
+        weights,
+        kv,
+        is_deterministic,
+        has_graphs: true,
+        ffn_columns,
+        libraries,
+        cubins: None,
+    }
 }
 
 /// A device of the emulator's libraries, or of the machine's.
@@ -209,6 +221,124 @@ fn more_memory_than_there_is_is_refused_with_its_numbers() {
     let error = device.backend.kv_cache(1 << 18, 8, 128).unwrap_err().to_string();
     assert!(error.starts_with("cuda:0: kv_cache takes 68719476736 bytes, and "), "{error}");
     assert!(device.backend.kv_cache(2, 8, 128).is_ok());
+}
+
+/// Attention alone, with all that it works in.
+struct Attending {
+    cuda: Cuda,
+    rope: <Cuda as Backend>::Rope,
+    cache: <Cuda as Backend>::KvCache,
+    arrays: [<Cuda as Backend>::Array; 3],
+    out: <Cuda as Backend>::Operand,
+}
+
+impl Attending {
+    const HEADS: usize = 4;
+    const HEAD_DIM: usize = 16;
+    const COLS: usize = Self::HEADS * Self::HEAD_DIM;
+    const ROWS: usize = 16;
+    const CONTEXT: usize = 128;
+
+    fn new(cuda: Cuda) -> Attending {
+        let size = WorkSize {
+            rows: Self::ROWS,
+            sequences: Self::ROWS,
+            context_tokens: Self::CONTEXT,
+            hidden: Self::COLS,
+            kv_heads: Self::HEADS,
+            head_dim: Self::HEAD_DIM,
+            ..WorkSize::default()
+        };
+        let angles = Self::CONTEXT * Self::HEAD_DIM / 2;
+        let turns = |turn: fn(f32) -> f32| (0..angles).map(|i| turn(i as f32 / 99.0)).collect();
+        let rope = RopeTable { head_dim: Self::HEAD_DIM, cos: turns(f32::cos), sin: turns(f32::sin) };
+        let mut arrays = [(); 3].map(|()| cuda.array());
+        let mut out = cuda.operand();
+        arrays.iter_mut().for_each(|array| cuda.reserve(array, Self::ROWS, Self::COLS).unwrap());
+        cuda.reserve_operand(&mut out, Self::ROWS, Self::COLS).unwrap();
+        let rope = cuda.rope_table(rope).unwrap();
+        let mut cache = cuda.kv_cache(2 * Self::ROWS, Self::HEADS, Self::HEAD_DIM).unwrap();
+        // What a row sees of its context is there before.
+        let numbers: Vec<f32> =
+            (0..Self::CONTEXT * Self::COLS).map(|i| (i * 7919 % 1000) as f32 / 500.0 - 1.0).collect();
+        let mut context = cuda.array();
+        cuda.upload(&numbers, Self::CONTEXT, Self::COLS, &mut context).unwrap();
+        for row in 0..Self::ROWS as u32 {
+            let (num_rows, pages) = (Self::CONTEXT, vec![2 * row, 2 * row + 1]);
+            let slice = AttentionSlice { first_row: 0, num_rows, first_position: 0, pages };
+            cuda.kv_append(&mut cache, &context, &context, &[slice]).unwrap();
+        }
+        cuda.reserve_work(&size).unwrap();
+        Attending { rope, cache, arrays, out, cuda }
+    }
+
+    /// So many rows that decode, the first at a position and each other one position later; as it is, or to be repeated.
+    fn step(&mut self, (rows, position): (usize, usize), is_repeated: bool) -> Vec<f32> {
+        let Attending { cuda, rope, cache, arrays: [q, k, v], out } = self;
+        let slice = |row: usize| AttentionSlice {
+            first_row: row,
+            num_rows: 1,
+            first_position: position + row,
+            pages: vec![2 * row as u32, 2 * row as u32 + 1],
+        };
+        let slices: Vec<AttentionSlice> = (0..rows).map(slice).collect();
+        let positions: Vec<u32> = (0..rows).map(|row| (position + row) as u32).collect();
+        let number = |i: usize| (i * 7919 + position * 104_729) % 1000;
+        for (seed, array) in [&mut *q, &mut *k, &mut *v].into_iter().enumerate() {
+            let numbers = (0..rows * Self::COLS).map(|i| number(i + 31 * seed) as f32 / 500.0 - 1.0);
+            cuda.upload(&numbers.collect::<Vec<f32>>(), rows, Self::COLS, array).unwrap();
+        }
+        let padded = if is_repeated { cuda.padded_rows(rows) } else { rows };
+        [&mut *q, &mut *k, &mut *v]
+            .into_iter()
+            .for_each(|array| cuda.resize(array, padded, Self::COLS).unwrap());
+        let mut work = || -> kernels::Result<()> {
+            cuda.rope(q, rope, &positions)?;
+            cuda.kv_append(cache, k, v, &slices)?;
+            cuda.attention(q, cache, &slices, out)
+        };
+        match is_repeated {
+            true => cuda.repeat(&DecodeStep { rows: padded, positions: &positions, slices: &slices }, work),
+            false => work(),
+        }
+        .unwrap();
+        let values = Cuda::read(out)[..rows * Self::COLS].to_vec();
+        assert!(values.iter().all(|value| value.is_finite()));
+        values
+    }
+}
+
+/// A step's work is captured at its second time and launched from then on, as long as no memory comes or goes; rows that nobody asked
+/// for change nothing.
+fn check_repeats(libraries: Option<PathBuf>, mode: Mode) {
+    let mut attending = Attending::new(Cuda::new(options(libraries, mode)).unwrap());
+    // Rows 5 to 8 are of one kind.
+    let steps = [(5, 0), (7, 5), (6, 12), (5, 18), (5, 61)];
+    let plain = steps.map(|step| attending.step(step, false));
+    let mut repeat = |step| (attending.step(step, true), attending.cuda.launched_graphs());
+    let repeated = steps.map(&mut repeat);
+    assert_eq!(repeated.clone().map(|(_, launched)| launched), [0, 1, 2, 3, 4]);
+    assert_eq!(repeated.map(|(values, _)| values), plain);
+    drop(attending.cuda.kv_cache(1, 1, 16).unwrap());
+    // Run as it is, then captured anew; and 3 rows are of another kind.
+    let mut launched = |step| {
+        let (plain, repeated) = (attending.step(step, false), attending.step(step, true));
+        assert_eq!(repeated, plain);
+        attending.cuda.launched_graphs()
+    };
+    let found = [(6, 12), (7, 5), (3, 60), (3, 60)].map(&mut launched);
+    assert_eq!(found, [4, 5, 5, 6]);
+}
+
+#[test]
+fn a_step_is_captured_once_and_repeated_on_the_emulator() {
+    [FIXED, FAST].into_iter().for_each(|mode| check_repeats(Some(emulator()), mode));
+}
+
+#[test]
+#[ignore = "needs a CUDA device"]
+fn a_step_is_captured_once_and_repeated_on_a_gpu() {
+    [FIXED, FAST].into_iter().for_each(|mode| check_repeats(None, mode));
 }
 
 /// Compiled kernels are kept and found again.

@@ -8,6 +8,7 @@ use scheduler::{
 };
 
 use crate::block::{Attention, Block, Ffn};
+use crate::memory::StepSize;
 use crate::model::Model;
 use crate::shard::Sharing;
 use crate::span::SpanOptions;
@@ -69,10 +70,17 @@ impl Subject {
         )
     }
 
-    /// All of a model.
-    pub(super) fn whole(model: &Model, num_pages: usize, context_tokens: usize) -> Self {
+    /// All of a model, for steps of so many rows at most and as many sequences as a job would have.
+    pub(super) fn whole(
+        model: &Model,
+        num_pages: usize,
+        context_tokens: usize,
+        [rows, sequences]: [usize; 2],
+    ) -> Self {
         let part = Span { start: 0, end: model.config.blocks.len() }.into();
-        let options = SpanOptions { part, num_pages, context_tokens, largest_step: None };
+        let rows = rows.max(FILL_TOKENS);
+        let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 1 });
+        let options = SpanOptions { part, num_pages, context_tokens, largest_step };
         Subject { model: model.clone(), options, sharing: Sharing::default() }
     }
 

@@ -80,4 +80,8 @@ impl Stage for Team {
         self.others.iter().for_each(|other| drop(other.send(Arc::clone(&step))));
         self.first.step(batch, input)
     }
+
+    fn finish(&mut self) -> Result<Option<Duration>> {
+        self.first.finish()
+    }
 }

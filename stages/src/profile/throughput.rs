@@ -165,7 +165,8 @@ fn on_device_thread(
     let vocab = model.config.dims.vocab;
     let pages = options.pages(model);
     // Whole pages are filled.
-    let subject = Subject::whole(model, pages.total(), context_tokens.next_multiple_of(PAGE_TOKENS));
+    let largest = [options.micro_batch_tokens, options.largest_batch()];
+    let subject = Subject::whole(model, pages.total(), context_tokens.next_multiple_of(PAGE_TOKENS), largest);
     let mut bench =
         Bench { model, options, at_work: AtWork::load(&subject, std::slice::from_ref(device), *dtypes, 0)? };
     say("model loaded");

@@ -15,7 +15,7 @@ mod load;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::Backend;
+use kernels::{Backend, DecodeStep};
 use scheduler::MicroBatch;
 
 use crate::batch::Batch;
@@ -144,6 +144,14 @@ impl<B: Backend> Work<B> {
 }
 
 impl<B: Backend> Pass<'_, B> {
+    fn run(&mut self, blocks: &mut [BlockOnDevice<B>]) -> Result<()> {
+        for block in blocks {
+            block.attention.run(self)?;
+            block.ffn.run(self)?;
+        }
+        Ok(())
+    }
+
     fn is_first_rank(&self) -> bool {
         self.ranks.as_ref().is_none_or(|ranks| ranks.is_first())
     }
@@ -181,8 +189,46 @@ impl<B: Backend> Pass<'_, B> {
 }
 
 impl<B: Backend> SpanStage<B> {
-    /// The blocks of a micro-batch; the first rank has put the residual stream into `work.x`, and sums into `work.sums`.
+    /// The blocks of a micro-batch; the first rank has put the residual stream into `work.x`, and sums into `work.sums`. Whether
+    /// all ranks have it then.
     fn run_blocks(&mut self) -> Result<bool> {
+        if self.ranks.is_some() || !self.batch.is_decode() {
+            return self.run_all();
+        }
+        let rows = self.batch.num_rows();
+        let padded = self.backend.padded_rows(rows);
+        self.resize(padded, self.part.first_column > 0)?;
+        let SpanStage { backend, eps, hidden, rope, batch, blocks, work, .. } = self;
+        let (backend, batch) = (&*backend, &*batch);
+        let step = DecodeStep { rows: padded, positions: batch.positions(), slices: batch.slices() };
+        backend.repeat(&step, || {
+            let mut pass = Pass {
+                backend,
+                eps: *eps,
+                hidden: *hidden,
+                rope: rope.as_ref(),
+                ranks: None,
+                batch,
+                is_everywhere: false,
+                work: &mut *work,
+            };
+            pass.run(blocks)
+        })?;
+        self.resize(rows, self.part.end_column.is_some())?;
+        Ok(false)
+    }
+
+    /// Gives what goes in or comes out so many rows: the residual stream, and the sums of an FFN where it `has_sums`.
+    fn resize(&mut self, rows: usize, has_sums: bool) -> Result<()> {
+        let (backend, work) = (&self.backend, &mut self.work);
+        backend.resize(&mut work.x, rows, self.hidden)?;
+        if has_sums {
+            backend.resize(&mut work.sums, rows, self.hidden)?;
+        }
+        Ok(())
+    }
+
+    fn run_all(&mut self) -> Result<bool> {
         let mut pass = Pass {
             backend: &self.backend,
             eps: self.eps,
@@ -193,10 +239,7 @@ impl<B: Backend> SpanStage<B> {
             is_everywhere: false,
             work: &mut self.work,
         };
-        for block in &mut self.blocks {
-            block.attention.run(&mut pass)?;
-            block.ffn.run(&mut pass)?;
-        }
+        pass.run(&mut self.blocks)?;
         Ok(pass.is_everywhere)
     }
 

@@ -292,7 +292,8 @@ fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     let twice = (0..pipeline.devices.len()).find(|index| is_twice(*index));
     if pipeline.stages_run_in == configs::StagesRunIn::Processes && gpus::are_meant(pipeline)? {
         bail!(
-            "[pipeline] stages_run_in: found \"processes\" with {}, expected CPU devices: GPUs hand activations over in one process",
+            "[pipeline] stages_run_in: found \"processes\" with {}, expected \"threads\": GPUs hand activations over in one process\n\
+             hint: the ranks of a stage may be processes on GPUs too: [pipeline] ranks = \"processes\"",
             pipeline.devices[0]
         );
     }

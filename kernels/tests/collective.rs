@@ -133,15 +133,28 @@ impl Collective<Array> for OnGpu {
 /// # Errors
 /// No NCCL, or what it refuses.
 pub(crate) fn on_gpus(libraries: Option<&Path>, num_ranks: usize, patience: Duration) -> Result<Vec<Rank>> {
+    agreeing_by(threads(num_ranks, patience), libraries)
+}
+
+fn agreeing_by(control: Vec<Rank>, libraries: Option<&Path>) -> Result<Vec<Rank>> {
     let join = |control| Ok(Box::new(OnGpu::new(libraries.map(Path::to_owned), control)?) as Rank);
-    on_threads(threads(num_ranks, patience), join).into_iter().collect()
+    on_threads(control, join).into_iter().collect()
 }
 
 /// GPUs of an emulator.
 fn nccl(num_ranks: usize, patience: Duration) -> Vec<Rank> {
+    on_gpus(Some(&emulator()), num_ranks, patience).unwrap()
+}
+
+/// The same whose ranks agree by TCP, as those of several processes do: by it they also learn of their group.
+fn nccl_by_tcp(num_ranks: usize, patience: Duration) -> Vec<Rank> {
+    agreeing_by(tcp(num_ranks, patience), Some(&emulator())).unwrap()
+}
+
+fn emulator() -> PathBuf {
     let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
     assert!(libraries.join("libnccl.so.2").is_file(), "libnccl.so.2 is missing\nhint: cargo xtask emulator");
-    on_gpus(Some(&libraries), num_ranks, patience).unwrap()
+    libraries
 }
 
 /// A check of all that makes groups, on any machine.
@@ -149,6 +162,7 @@ fn everywhere(check: Check) {
     check(&Groups { name: "threads", make: &threads, most: 4 });
     check(&Groups { name: "tcp", make: &tcp, most: 4 });
     check(&Groups { name: "nccl", make: &nccl, most: 4 });
+    check(&Groups { name: "nccl by tcp", make: &nccl_by_tcp, most: 4 });
 }
 
 /// Runs every rank on a thread of its own; what each returns, in their order.
@@ -381,8 +395,17 @@ fn a_rank_that_belongs_to_another_group_is_sent_away() {
 #[test]
 #[ignore = "needs a CUDA device"]
 fn a_single_gpu_is_a_group() {
+    check_single(None);
+}
+
+#[test]
+fn a_single_emulated_gpu_is_a_group() {
+    check_single(Some(emulator()));
+}
+
+fn check_single(libraries: Option<PathBuf>) {
     let control = threads(1, LONG).remove(0);
-    let mut rank = OnGpu::new(None, control).unwrap();
+    let mut rank = OnGpu::new(libraries, control).unwrap();
     for (round, [rows, cols]) in SHAPES.into_iter().enumerate() {
         let expected = numbers(0, round, rows * cols);
         let mut x = array(rows, cols, &expected);

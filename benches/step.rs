@@ -6,8 +6,10 @@
 //!
 //! ```text
 //! cargo bench --bench step -- [--threads N] [--simd portable|avx2|avx512|amx] [--weights bf16|int8|int8-weight|int4-weight]
-//!                              [--rows 256] [--chunk 1] [--context 150]
+//!                              [--rows 256] [--chunk 1] [--context 150] [--apart]
 //! ```
+//!
+//! With `--apart` q, k and v are three products, and turning heads, writing keys and values, and attention three operations.
 //!
 //! A micro-batch is `rows` tokens in chunks of `chunk` (1: decode; more: prefill) of sequences whose chunk ends at
 //! a context of `context` tokens on average: from half of it to one and a half. A time is the median of 9 steps.
@@ -42,6 +44,7 @@ struct Options {
     chunk: usize,
     context: usize,
     weights: WeightType,
+    is_apart: bool,
 }
 
 struct Block {
@@ -66,7 +69,7 @@ struct Cost {
 
 fn main() -> Result<()> {
     let options = options()?;
-    let Options { threads, simd, rows, chunk, context, weights } = options;
+    let Options { threads, simd, rows, chunk, context, weights, is_apart } = options;
     let cores = available_cores();
     let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
@@ -83,7 +86,7 @@ fn main() -> Result<()> {
     let mut costs = step.costs();
     step.fill(&cpu)?;
     for run in 0..=STEPS {
-        step.run(&cpu, &mut costs)?;
+        step.run(&cpu, &mut costs, is_apart)?;
         if run == 0 {
             costs.iter_mut().for_each(|cost| cost.seconds.clear()); // To warm up.
         }
@@ -243,7 +246,7 @@ impl Step {
         ]
     }
 
-    fn run(&mut self, cpu: &Cpu, costs: &mut [Cost]) -> Result<()> {
+    fn run(&mut self, cpu: &Cpu, costs: &mut [Cost], is_apart: bool) -> Result<()> {
         costs.iter_mut().for_each(|cost| cost.seconds.push(0.0));
         let mut clock = Instant::now();
         let mut lap = |op: usize| {
@@ -257,16 +260,23 @@ impl Step {
         for block in &mut self.blocks {
             cpu.rms_norm(x, &block.norm, EPS, normed)?;
             lap(1);
-            cpu.matmul(normed, &block.q, q)?;
-            cpu.matmul(normed, &block.k, k)?;
-            cpu.matmul(normed, &block.v, v)?;
-            lap(2);
-            cpu.rope(q, &self.rope, &self.positions)?;
-            cpu.rope(k, &self.rope, &self.positions)?;
-            lap(3);
-            cpu.kv_append(&mut block.cache, k, v, &self.slices)?;
-            lap(4);
-            cpu.attention(q, &block.cache, &self.slices, inner)?;
+            if is_apart {
+                cpu.matmul(normed, &block.q, q)?;
+                cpu.matmul(normed, &block.k, k)?;
+                cpu.matmul(normed, &block.v, v)?;
+                lap(2);
+                cpu.rope(q, &self.rope, &self.positions)?;
+                cpu.rope(k, &self.rope, &self.positions)?;
+                lap(3);
+                cpu.kv_append(&mut block.cache, k, v, &self.slices)?;
+                lap(4);
+                cpu.attention(q, &block.cache, &self.slices, inner)?;
+            } else {
+                cpu.matmul_each(normed, [&block.q, &block.k, &block.v], [&mut *q, &mut *k, &mut *v])?;
+                lap(2);
+                let angles = (&self.rope, &self.positions[..]);
+                cpu.attend([q, k], v, angles, &mut block.cache, &self.slices, inner)?;
+            }
             lap(5);
             cpu.matmul_add(inner, &block.o, x)?;
             lap(6);
@@ -305,9 +315,14 @@ fn options() -> Result<Options> {
         chunk: 1,
         context: 150,
         weights: WeightType::Bf16,
+        is_apart: false,
     };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(key) = args.next() {
+        if key == "--apart" {
+            options.is_apart = true;
+            continue;
+        }
         let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
             "--threads" => options.threads = value.parse()?,

@@ -324,6 +324,16 @@ pub trait Backend: Send + Sync + 'static {
     /// `out = x · wᵀ`; `x: [T, in]`, `w: [n, in]`, `out: [T, n]`.
     fn matmul(&self, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Array) -> Result<()>;
 
+    /// [`Backend::matmul`] by each of some matrices of [`Backend::matrix`]: q, k and v of the same rows.
+    fn matmul_each<const N: usize>(
+        &self,
+        x: &Self::Operand,
+        w: [&Self::Matrix; N],
+        out: [&mut Self::Array; N],
+    ) -> Result<()> {
+        w.into_iter().zip(out).try_for_each(|(w, out)| self.matmul(x, w, out))
+    }
+
     /// `out += x · wᵀ`: the residual add of a block's half. The product is summed first, then added.
     fn matmul_add(&self, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Array) -> Result<()>;
 
@@ -368,6 +378,25 @@ pub trait Backend: Send + Sync + 'static {
         slices: &[AttentionSlice],
         out: &mut Self::Operand,
     ) -> Result<()>;
+
+    /// All of a block's attention before its last matrix, for rows that are new: as [`Backend::rope`] of q and of k,
+    /// [`Backend::kv_append`] and then [`Backend::attention`], to the bit. What q and k hold afterwards is of no meaning.
+    ///
+    /// `v: [T, kv_heads * head_dim]`, `[q, k]` as there; a backend can save passes over all of them.
+    fn attend(
+        &self,
+        [q, k]: [&mut Self::Array; 2],
+        v: &Self::Array,
+        (rope, positions): (&Self::Rope, &[u32]),
+        cache: &mut Self::KvCache,
+        slices: &[AttentionSlice],
+        out: &mut Self::Operand,
+    ) -> Result<()> {
+        self.rope(q, rope, positions)?;
+        self.rope(k, rope, positions)?;
+        self.kv_append(cache, k, v, slices)?;
+        self.attention(q, cache, slices, out)
+    }
 
     /// `out[i] = x[rows[i]]`.
     fn gather(&self, x: &Self::Array, rows: &[u32], out: &mut Self::Array) -> Result<()>;

@@ -104,9 +104,9 @@ impl Step {
         let Step { cpu, x, arrays: [q, k, v, logits], normed, inner, .. } = self;
         cpu.embed(&self.table, tokens, x).unwrap();
         cpu.rms_norm(x, &self.norm, 1e-5, normed).unwrap();
-        cpu.matmul(normed, &self.q, q).unwrap();
-        cpu.matmul(normed, &self.kv, k).unwrap();
-        cpu.matmul(normed, &self.kv, v).unwrap();
+        cpu.matmul_each(normed, [&self.q, &self.kv, &self.kv], [&mut *q, &mut *k, &mut *v]).unwrap();
+        let angles = (&self.rope, positions);
+        cpu.attend([&mut *q, &mut *k], v, angles, &mut self.cache, slices, inner).unwrap();
         cpu.rope(q, &self.rope, positions).unwrap();
         cpu.rope(k, &self.rope, positions).unwrap();
         cpu.kv_append(&mut self.cache, k, v, slices).unwrap();

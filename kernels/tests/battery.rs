@@ -5,6 +5,7 @@
 //! A backend joins by an entry in [`device::every_device`]; a GPU has its own list in [`cuda`], for it may not be there.
 
 mod battery {
+    pub(crate) mod attend;
     pub(crate) mod attention;
     pub(crate) mod attention_invariants;
     pub(crate) mod checkpoints;

@@ -1,5 +1,7 @@
 //! The battery of the kernels, from where its tests are.
 
+#[path = "../../kernels/tests/battery/attend.rs"]
+pub(crate) mod attend;
 #[path = "../../kernels/tests/battery/attention.rs"]
 pub(crate) mod attention;
 #[path = "../../kernels/tests/battery/attention_invariants.rs"]

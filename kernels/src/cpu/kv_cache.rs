@@ -17,6 +17,8 @@
 
 mod unpack;
 
+use std::ops::Range;
+
 use memmap2::MmapMut;
 
 use crate::array::Array;
@@ -24,6 +26,8 @@ use crate::backend::{AttentionSlice, Dtype, KvDtype, PAGE_TOKENS};
 use crate::check;
 use crate::cpu::lanes::{Kernel, Lanes, at_level};
 use crate::cpu::pool::ThreadPool;
+use crate::cpu::rope::Angles;
+use crate::cpu::rows::SharedRows;
 use crate::cpu::simd::Simd;
 use crate::dtype::bf16_bits;
 use crate::error::{Error, Result};
@@ -59,9 +63,9 @@ pub struct KvCache {
     kv_heads: usize,
     head_dim: usize,
     /// Zeroed by the system page by page, on first touch.
-    memory: MmapMut,
-    /// The first byte used, and the number of bytes from there on.
-    start: usize,
+    _memory: MmapMut,
+    /// From the first byte on that is used, and how many there are.
+    base: Bytes,
     num_bytes: usize,
 }
 
@@ -85,8 +89,10 @@ impl KvCache {
         let bytes = num_pages.checked_mul(kv_heads).and_then(|heads| heads.checked_mul(head_bytes));
         let bytes = bytes.filter(|&bytes| bytes <= isize::MAX as usize);
         let bytes = bytes.ok_or_else(|| refuse("overflow".to_owned()))?;
-        let (memory, start) = map(bytes).map_err(|error| refuse(format!("{bytes} bytes: {error}")))?;
-        Ok(KvCache { kv, dtype, layout, num_pages, kv_heads, head_dim, memory, start, num_bytes: bytes })
+        let (mut memory, start) = map(bytes).map_err(|error| refuse(format!("{bytes} bytes: {error}")))?;
+        let base = Bytes(memory[start..].as_mut_ptr());
+        let (_memory, num_bytes) = (memory, bytes);
+        Ok(KvCache { kv, dtype, layout, num_pages, kv_heads, head_dim, _memory, base, num_bytes })
     }
 
     /// Bytes that it takes.
@@ -132,7 +138,10 @@ impl KvCache {
 
     /// All that a page holds of a head, as it lies.
     pub(crate) fn entries(&self, page: u32, head: usize) -> &[u8] {
-        &self.memory[self.start..][head_start(self, page, head)..][..self.head_bytes()]
+        let start = head_start(self, page, head);
+        // SAFETY: `head_start` has checked the page and the head, and an operation reads no entries while another thread
+        // writes them.
+        unsafe { std::slice::from_raw_parts(self.base.at(start), self.head_bytes()) }
     }
 
     /// Bytes of a head's entries in a page: from one head's to the next one's.
@@ -225,6 +234,15 @@ fn head_start(cache: &KvCache, page: u32, head: usize) -> usize {
     (page as usize * cache.kv_heads + head) * cache.head_bytes()
 }
 
+/// Keys and values `[T, kv_heads * head_dim]` of a micro-batch's rows.
+#[derive(Clone, Copy)]
+pub(crate) struct NewEntries<'a> {
+    pub(crate) k: SharedRows,
+    pub(crate) v: SharedRows,
+    /// What keys are still to be turned by, in place.
+    pub(crate) angles: Option<Angles<'a>>,
+}
+
 /// Writes keys and values `[T, kv_heads * head_dim]` of every slice's rows into their pages.
 pub(crate) fn append(
     simd: Simd,
@@ -234,35 +252,51 @@ pub(crate) fn append(
     v: &Array,
     slices: &[AttentionSlice],
 ) -> Result<()> {
+    check_append(cache, k, v, slices)?;
+    let new = NewEntries { k: SharedRows::read_only(k), v: SharedRows::read_only(v), angles: None };
+    append_slices(simd, pool, cache, new, slices, |_| true);
+    Ok(())
+}
+
+/// Keys and values are of the cache's width and of the slices' rows.
+pub(crate) fn check_append(cache: &KvCache, k: &Array, v: &Array, slices: &[AttentionSlice]) -> Result<()> {
     const OP: &str = "kv_append";
     check::shape(OP, "k's columns", [k.cols()], [cache.kv_heads * cache.head_dim])?;
     check::shape(OP, "v", [v.rows(), v.cols()], [k.rows(), k.cols()])?;
-    check::slices(OP, slices, k.rows(), cache.num_pages)?;
-    let base = Bytes(cache.memory[cache.start..].as_mut_ptr());
+    check::slices(OP, slices, k.rows(), cache.num_pages)
+}
+
+/// The same for the slices that `is_wanted` says; they have been checked.
+pub(crate) fn append_slices(
+    simd: Simd,
+    pool: &ThreadPool,
+    cache: &mut KvCache,
+    new: NewEntries<'_>,
+    slices: &[AttentionSlice],
+    is_wanted: fn(&AttentionSlice) -> bool,
+) {
     let cache = &*cache;
     // A task is one half of one head, over all slices: tasks then never meet, whatever the pages are.
     let num_halves = 2 * cache.kv_heads;
-    let is_small = k.rows() * k.cols() < SMALL_APPEND;
+    let rows: usize = slices.iter().filter(|slice| is_wanted(slice)).map(|slice| slice.num_rows).sum();
     let append_half = |half: usize| {
         let (head, is_keys) = (half / 2, half.is_multiple_of(2));
-        at_level(simd, AppendHalf { cache, base, k, v, slices, head, is_keys });
+        at_level(simd, AppendHalf { cache, new, slices, is_wanted, head, is_keys });
     };
-    if is_small {
+    if rows * cache.kv_heads * cache.head_dim < SMALL_APPEND {
         (0..num_halves).for_each(append_half);
     } else {
         pool.for_each(num_halves, append_half);
     }
-    Ok(())
 }
 
-/// One head's keys or its values, of all slices. The loops are ones that the compiler vectorises with the features of the
-/// function they are inlined into.
+/// One head's keys or its values, of all slices that are wanted. The loops are ones that the compiler vectorises with the
+/// features of the function they are inlined into.
 struct AppendHalf<'a> {
     cache: &'a KvCache,
-    base: Bytes,
-    k: &'a Array,
-    v: &'a Array,
+    new: NewEntries<'a>,
     slices: &'a [AttentionSlice],
+    is_wanted: fn(&AttentionSlice) -> bool,
     head: usize,
     is_keys: bool,
 }
@@ -272,27 +306,88 @@ impl Kernel for AppendHalf<'_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let AppendHalf { cache, base, k, v, slices, head, is_keys } = self;
-        for (index, slice) in slices.iter().enumerate() {
-            if let Some(next) = slices.get(index + FETCH_AHEAD) {
-                fetch_slot(cache, base, next, head, is_keys);
+        let AppendHalf { cache, new, slices, is_wanted, head, is_keys } = self;
+        for (index, slice) in slices.iter().enumerate().filter(|(_, slice)| is_wanted(slice)) {
+            if let Some(next) = slices.get(index + FETCH_AHEAD).filter(|slice| is_wanted(slice)) {
+                fetch_slot(cache, next, head, is_keys);
             }
             for_each_run(slice, |page, slot, row, num_rows| {
-                let start = head_start(cache, page, head);
-                let rows = Rows { array: if is_keys { k } else { v }, row, num_rows, head };
-                // SAFETY: `head_start` has checked the page and the head, so that the start is inside; the
-                // bytes of this half of this head in any page are written by this task alone.
+                // SAFETY: the features are the caller's; the slices were checked, and the bytes of this half of this head
+                // in any page are written by this task alone, as its columns are read and turned by it alone.
                 unsafe {
-                    match (cache.is_packed(), is_keys) {
-                        (true, _) => write_packed(cache, base.at(start), slot, &rows, is_keys),
-                        (false, true) => write_keys(cache, base.at(start).cast(), slot, &rows),
-                        (false, false) => {
-                            let values = base.at(start).cast::<u32>().wrapping_add(cache.key_words());
-                            write_values(cache, values, slot, &rows);
-                        }
+                    match is_keys {
+                        true => append_keys::<L>(cache, &new, page, slot, &Rows { row, num_rows, head }),
+                        false => append_values(cache, &new, page, slot, &Rows { row, num_rows, head }),
                     }
                 }
             });
+        }
+    }
+}
+
+/// One position's keys and values of some heads, where a single thread has all to do with them.
+pub(crate) struct AppendPosition<'a> {
+    pub(crate) cache: &'a KvCache,
+    pub(crate) new: NewEntries<'a>,
+    pub(crate) slice: &'a AttentionSlice,
+    pub(crate) row: usize,
+    pub(crate) position: usize,
+    pub(crate) heads: Range<usize>,
+}
+
+impl Kernel for AppendPosition<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let AppendPosition { cache, new, slice, row, position, heads } = self;
+        let (page, slot) = (slice.pages[position / PAGE_TOKENS], position % PAGE_TOKENS);
+        for head in heads {
+            let rows = Rows { row, num_rows: 1, head };
+            // SAFETY: the features are the caller's, and whoever made the kernel vouches for the slice and for being alone
+            // with these heads' entries of its pages.
+            unsafe {
+                append_keys::<L>(cache, &new, page, slot, &rows);
+                append_values(cache, &new, page, slot, &rows);
+            }
+        }
+    }
+}
+
+/// Turns a run of keys where they are still to be turned, and writes them from `slot` on.
+///
+/// # Safety
+/// The processor has the features of `L`, the rows are inside of `new`, `slot + num_rows <= PAGE_TOKENS`, and nobody else
+/// reads or writes these entries.
+#[inline(always)]
+unsafe fn append_keys<L: Lanes>(cache: &KvCache, new: &NewEntries<'_>, page: u32, slot: usize, rows: &Rows) {
+    // SAFETY: the caller's; `head_start` has checked the page and the head, so that the start is inside.
+    unsafe {
+        if let Some(angles) = new.angles {
+            for row in rows.row..rows.row + rows.num_rows {
+                angles.turn::<L>(row, new.k.part_mut(row, rows.head * cache.head_dim, cache.head_dim));
+            }
+        }
+        let at = cache.base.at(head_start(cache, page, rows.head));
+        match cache.is_packed() {
+            true => write_packed(cache, at, slot, new.k, rows, true),
+            false => write_keys(cache, at.cast(), slot, new.k, rows),
+        }
+    }
+}
+
+/// Writes a run of values from `slot` on.
+///
+/// # Safety
+/// As of [`append_keys`].
+#[inline(always)]
+unsafe fn append_values(cache: &KvCache, new: &NewEntries<'_>, page: u32, slot: usize, rows: &Rows) {
+    let at = cache.base.at(head_start(cache, page, rows.head));
+    // SAFETY: the caller's; `head_start` has checked the page and the head, so that the start is inside.
+    unsafe {
+        match cache.is_packed() {
+            true => write_packed(cache, at, slot, new.v, rows, false),
+            false => write_values(cache, at.cast::<u32>().wrapping_add(cache.key_words()), slot, new.v, rows),
         }
     }
 }
@@ -304,11 +399,13 @@ const FETCH_AHEAD: usize = 8;
 /// Numbers below which one thread is as fast as several: about 1 ns each, against a region's few µs.
 const SMALL_APPEND: usize = 4096;
 
-/// The cache's memory, for the threads that write it.
-#[derive(Clone, Copy)]
+/// The cache's memory, for the threads that read and write it.
+#[derive(Debug, Clone, Copy)]
 struct Bytes(*mut u8);
 
-// SAFETY: tasks write disjoint bytes, inside the mutable borrow of `append`.
+// SAFETY: tasks write disjoint bytes, while an operation has the cache to itself.
+unsafe impl Send for Bytes {}
+// SAFETY: as above.
 unsafe impl Sync for Bytes {}
 
 impl Bytes {
@@ -318,17 +415,19 @@ impl Bytes {
 }
 
 /// One head's columns of a run of rows.
-struct Rows<'a> {
-    array: &'a Array,
+struct Rows {
     row: usize,
     num_rows: usize,
     head: usize,
 }
 
-impl Rows<'_> {
+impl Rows {
+    /// # Safety
+    /// The rows are inside of the array, and nobody writes them.
     #[inline(always)]
-    fn get(&self, i: usize, head_dim: usize) -> &[f32] {
-        &self.array.row(self.row + i)[self.head * head_dim..][..head_dim]
+    unsafe fn get<'a>(&self, array: SharedRows, i: usize, head_dim: usize) -> &'a [f32] {
+        // SAFETY: the caller's.
+        unsafe { array.part(self.row + i, self.head * head_dim, head_dim) }
     }
 }
 
@@ -348,7 +447,7 @@ fn for_each_run(slice: &AttentionSlice, mut each: impl FnMut(u32, usize, usize, 
 /// Fetches the lines that a slice's first row will be written to. A decode step writes one row to each of many
 /// pages that nobody has touched since the last step: one line for every pair of dimensions.
 #[inline(always)]
-fn fetch_slot(cache: &KvCache, base: Bytes, slice: &AttentionSlice, head: usize, is_keys: bool) {
+fn fetch_slot(cache: &KvCache, slice: &AttentionSlice, head: usize, is_keys: bool) {
     if slice.num_rows == 0 {
         return;
     }
@@ -367,7 +466,7 @@ fn fetch_slot(cache: &KvCache, base: Bytes, slice: &AttentionSlice, head: usize,
         }
     };
     let bytes = if cache.is_packed() { size_of::<u16>() } else { size_of::<u32>() };
-    words.step_by(step).for_each(|word| prefetch(base.at(start + word * bytes)));
+    words.step_by(step).for_each(|word| prefetch(cache.base.at(start + word * bytes)));
 }
 
 #[inline(always)]
@@ -388,10 +487,11 @@ fn prefetch(word: *const u8) {
 /// `keys` is the start of a head's keys in a page, `slot + num_rows <= PAGE_TOKENS`, and nobody else
 /// writes or reads them.
 #[inline(always)]
-unsafe fn write_keys(cache: &KvCache, keys: *mut u32, slot: usize, rows: &Rows<'_>) {
+unsafe fn write_keys(cache: &KvCache, keys: *mut u32, slot: usize, k: SharedRows, rows: &Rows) {
     let (head_dim, words) = (cache.head_dim, cache.head_dim / terms(cache.dtype));
     for i in 0..rows.num_rows {
-        let entries = rows.get(i, head_dim);
+        // SAFETY: the caller's.
+        let entries = unsafe { rows.get(k, i, head_dim) };
         let first = match cache.layout {
             KeyLayout::Columns => slot + i,
             KeyLayout::Rows => (slot + i) * cache.key_stride(),
@@ -423,13 +523,14 @@ unsafe fn write_keys(cache: &KvCache, keys: *mut u32, slot: usize, rows: &Rows<'
 /// # Safety
 /// As of [`write_keys`], for the start of a head's values.
 #[inline(always)]
-unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, rows: &Rows<'_>) {
+unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, v: SharedRows, rows: &Rows) {
     let stride = cache.value_stride();
     for i in 0..rows.num_rows {
         let step = (slot + i) / terms(cache.dtype);
         // SAFETY: the step is below `PAGE_TOKENS / terms`, and its row has room for the head's width.
         let words = unsafe { std::slice::from_raw_parts_mut(values.add(step * stride), cache.head_dim) };
-        let entries = words.iter_mut().zip(rows.get(i, cache.head_dim));
+        // SAFETY: the caller's.
+        let entries = words.iter_mut().zip(unsafe { rows.get(v, i, cache.head_dim) });
         match (cache.dtype, (slot + i) % 2) {
             (Dtype::F32, _) => entries.for_each(|(word, entry)| *word = entry.to_bits()),
             (Dtype::Bf16, 0) => {
@@ -448,11 +549,19 @@ unsafe fn write_values(cache: &KvCache, values: *mut u32, slot: usize, rows: &Ro
 /// `head` is the start of a head's entries in a page, `slot + num_rows <= PAGE_TOKENS`, and nobody else writes or reads this
 /// half of them.
 #[inline(always)]
-unsafe fn write_packed(cache: &KvCache, head: *mut u8, slot: usize, rows: &Rows<'_>, is_keys: bool) {
+unsafe fn write_packed(
+    cache: &KvCache,
+    head: *mut u8,
+    slot: usize,
+    array: SharedRows,
+    rows: &Rows,
+    is_keys: bool,
+) {
     let first = if is_keys { 0 } else { 2 * cache.key_words() };
     let exponents = 2 * cache.head_words() + if is_keys { 0 } else { PAGE_TOKENS };
     for i in 0..rows.num_rows {
-        let (entries, slot) = (rows.get(i, cache.head_dim), slot + i);
+        // SAFETY: the caller's.
+        let (entries, slot) = (unsafe { rows.get(array, i, cache.head_dim) }, slot + i);
         // The place of a number's byte: that of the word of its pair, and which of the two it is.
         let (start, pair, number) = match (is_keys, cache.layout) {
             (true, KeyLayout::Columns) => (2 * slot, 2 * PAGE_TOKENS, 1),

@@ -24,11 +24,13 @@ use crate::backend::{AttentionSlice, Backend, KvDtype, Largest, LogitStats, Rope
 use crate::error::{Error, Result};
 use crate::tensor_view::TensorView;
 use crate::{check, view};
+use attention::NewRows;
 pub use gemm::Ceilings;
 use gemm::{Operand, PackedMatrix, RowBest};
 use kv_cache::KeyLayout;
 pub use kv_cache::KvCache;
 use pool::ThreadPool;
+use rope::Angles;
 use simd::Simd;
 
 thread_local! {
@@ -207,6 +209,21 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn matmul_each<const N: usize>(
+        &self,
+        x: &CpuOperand,
+        w: [&CpuMatrix; N],
+        mut out: [&mut Array; N],
+    ) -> Result<()> {
+        for (w, out) in w.iter().zip(&mut out) {
+            check::shape("matmul", "x's columns", [x.0.cols()], [w.0.cols()])?;
+            out.reshape(x.0.rows(), w.0.rows());
+        }
+        let (w, out) = (w.map(|w| &w.0), out.map(Array::values_mut));
+        gemm::matmul_each(self.simd, &self.pool, &x.0, w, out);
+        Ok(())
+    }
+
     fn matmul_add(&self, x: &CpuOperand, w: &CpuMatrix, out: &mut Array) -> Result<()> {
         check::shape("matmul_add", "x's columns", [x.0.cols()], [w.0.cols()])?;
         check::shape("matmul_add", "out", [out.rows(), out.cols()], [x.0.rows(), w.0.rows()])?;
@@ -252,6 +269,19 @@ impl Backend for Cpu {
         out: &mut CpuOperand,
     ) -> Result<()> {
         attention::attention(self.simd, &self.pool, q, cache, slices, &mut out.0)
+    }
+
+    fn attend(
+        &self,
+        [q, k]: [&mut Array; 2],
+        v: &Array,
+        (rope, positions): (&RopeTable, &[u32]),
+        cache: &mut KvCache,
+        slices: &[AttentionSlice],
+        out: &mut CpuOperand,
+    ) -> Result<()> {
+        let new = NewRows { q, k, v, angles: Angles { table: rope, positions } };
+        attention::attend_new(self.simd, &self.pool, new, cache, slices, &mut out.0)
     }
 
     fn gather(&self, x: &Array, rows: &[u32], out: &mut Array) -> Result<()> {

@@ -37,30 +37,60 @@ impl Kernel for TurnRow<'_> {
 
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let half = self.cos.len();
-        for head in self.row.chunks_exact_mut(2 * half) {
-            let (first, second) = head.split_at_mut(half);
-            let (first, second) = (first.as_mut_ptr(), second.as_mut_ptr());
-            let (cos, sin) = (self.cos.as_ptr(), self.sin.as_ptr());
-            let whole = half / L::LANES * L::LANES;
-            // SAFETY: the features are the caller's to vouch for; all four have `half` numbers.
-            unsafe {
-                let mut j = 0;
-                while j < whole {
-                    let (x, y) = (L::load(first.add(j)), L::load(second.add(j)));
-                    let (x, y) = turn(x, y, L::load(cos.add(j)), L::load(sin.add(j)));
-                    x.store(first.add(j));
-                    y.store(second.add(j));
-                    j += L::LANES;
-                }
-                let left = half - whole;
-                if left > 0 {
-                    let (x, y) = (L::load_first(first.add(j), left), L::load_first(second.add(j), left));
-                    let (cos, sin) = (L::load_first(cos.add(j), left), L::load_first(sin.add(j), left));
-                    let (x, y) = turn(x, y, cos, sin);
-                    x.store_first(first.add(j), left);
-                    y.store_first(second.add(j), left);
-                }
+        // SAFETY: the caller's.
+        unsafe { turn_heads::<L>(self.row, self.cos, self.sin) }
+    }
+}
+
+/// The angles of a micro-batch's rows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Angles<'a> {
+    pub(crate) table: &'a RopeTable,
+    /// Of every row.
+    pub(crate) positions: &'a [u32],
+}
+
+impl Angles<'_> {
+    /// Turns whole heads of a row.
+    ///
+    /// # Safety
+    /// The processor has the features of `L`.
+    #[inline(always)]
+    pub(crate) unsafe fn turn<L: Lanes>(&self, row: usize, heads: &mut [f32]) {
+        let half = self.table.head_dim / 2;
+        let at = self.positions[row] as usize * half;
+        // SAFETY: the caller's.
+        unsafe { turn_heads::<L>(heads, &self.table.cos[at..at + half], &self.table.sin[at..at + half]) }
+    }
+}
+
+/// # Safety
+/// The processor has the features of `L`.
+#[inline(always)]
+unsafe fn turn_heads<L: Lanes>(heads: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let half = cos.len();
+    for head in heads.chunks_exact_mut(2 * half) {
+        let (first, second) = head.split_at_mut(half);
+        let (first, second) = (first.as_mut_ptr(), second.as_mut_ptr());
+        let (cos, sin) = (cos.as_ptr(), sin.as_ptr());
+        let whole = half / L::LANES * L::LANES;
+        // SAFETY: the features are the caller's to vouch for; all four have `half` numbers.
+        unsafe {
+            let mut j = 0;
+            while j < whole {
+                let (x, y) = (L::load(first.add(j)), L::load(second.add(j)));
+                let (x, y) = turn(x, y, L::load(cos.add(j)), L::load(sin.add(j)));
+                x.store(first.add(j));
+                y.store(second.add(j));
+                j += L::LANES;
+            }
+            let left = half - whole;
+            if left > 0 {
+                let (x, y) = (L::load_first(first.add(j), left), L::load_first(second.add(j), left));
+                let (cos, sin) = (L::load_first(cos.add(j), left), L::load_first(sin.add(j), left));
+                let (x, y) = turn(x, y, cos, sin);
+                x.store_first(first.add(j), left);
+                y.store_first(second.add(j), left);
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Seeded numbers.
 
 /// SplitMix64 (Steele, Lea & Flood 2014).
+#[derive(Clone)]
 pub(crate) struct Random(u64);
 
 impl Random {

@@ -84,13 +84,11 @@ impl<B: Backend> Gqa<B> {
     fn attend(&mut self, pass: &mut Pass<'_, B>, slices: &[AttentionSlice], positions: &[u32]) -> Result<()> {
         let (backend, work) = (pass.backend, &mut *pass.work);
         let rope = pass.rope.expect("a span with attention has rotary angles");
-        backend.matmul(&work.normed, &self.q, &mut work.q)?;
-        backend.matmul(&work.normed, &self.k, &mut work.k)?;
-        backend.matmul(&work.normed, &self.v, &mut work.v)?;
-        backend.rope(&mut work.q, rope, positions)?;
-        backend.rope(&mut work.k, rope, positions)?;
-        backend.kv_append(&mut self.cache, &work.k, &work.v, slices)?;
-        Ok(backend.attention(&work.q, &self.cache, slices, &mut work.inner)?)
+        let out = [&mut work.q, &mut work.k, &mut work.v];
+        backend.matmul_each(&work.normed, [&self.q, &self.k, &self.v], out)?;
+        let turned = [&mut work.q, &mut work.k];
+        let cache = &mut self.cache;
+        Ok(backend.attend(turned, &work.v, (rope, positions), cache, slices, &mut work.inner)?)
     }
 
     /// The half for the rank's own sequences, put together with the others'. No number depends on who has which.

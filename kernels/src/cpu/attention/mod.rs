@@ -14,10 +14,14 @@ use std::cell::RefCell;
 use crate::array::Array;
 use crate::backend::{AttentionSlice, PAGE_TOKENS};
 use crate::check;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::gemm::Registers;
 use crate::cpu::gemm::{Operand, OperandWriter};
-use crate::cpu::kv_cache::{KeyLayout, KvCache};
+use crate::cpu::kv_cache::{self, AppendPosition, KeyLayout, KvCache, NewEntries};
 use crate::cpu::lanes::{Kernel, Lanes, at_level};
 use crate::cpu::pool::ThreadPool;
+use crate::cpu::rope::Angles;
+use crate::cpu::rows::SharedRows;
 use crate::cpu::simd::Simd;
 use crate::error::Result;
 
@@ -92,11 +96,71 @@ pub(crate) fn attention(
     slices: &[AttentionSlice],
     out: &mut Operand,
 ) -> Result<()> {
+    let group = check_attention(q, cache, slices)?;
+    out.reset(q.rows(), q.cols());
+    let queries = Queries { q: SharedRows::read_only(q), group, new: None };
+    attend_slices(simd, pool, &queries, cache, slices, out.writer());
+    Ok(())
+}
+
+fn check_attention(q: &Array, cache: &KvCache, slices: &[AttentionSlice]) -> Result<usize> {
     const OP: &str = "attention";
     let group = check::heads(OP, "q's columns", q.cols(), cache.kv_heads(), cache.head_dim())?;
     check::slices(OP, slices, q.rows(), cache.num_pages())?;
+    Ok(group)
+}
+
+/// Rows whose queries and keys are still to be turned, and whose keys and values are not in the cache yet.
+pub(crate) struct NewRows<'a> {
+    pub(crate) q: &'a mut Array,
+    pub(crate) k: &'a mut Array,
+    pub(crate) v: &'a Array,
+    pub(crate) angles: Angles<'a>,
+}
+
+/// The same for rows that are new.
+///
+/// A row that decodes is all that its tile has: the tile writes its entries where it is about to read them, which would
+/// otherwise come from memory twice. Prompts are written before, as their rows read each other's.
+pub(crate) fn attend_new(
+    simd: Simd,
+    pool: &ThreadPool,
+    NewRows { q, k, v, angles }: NewRows<'_>,
+    cache: &mut KvCache,
+    slices: &[AttentionSlice],
+    out: &mut Operand,
+) -> Result<()> {
+    check::rope("rope", q, angles.table, angles.positions)?;
+    check::rope("rope", k, angles.table, angles.positions)?;
+    kv_cache::check_append(cache, k, v, slices)?;
+    let group = check_attention(q, cache, slices)?;
+    check::shape("rope", "a head of angles", [angles.table.head_dim], [cache.head_dim()])?;
     out.reset(q.rows(), q.cols());
-    let writer = out.writer();
+    let new = NewEntries { k: SharedRows::of(k), v: SharedRows::read_only(v), angles: Some(angles) };
+    kv_cache::append_slices(simd, pool, cache, new, slices, |slice| slice.num_rows > 1);
+    let queries = Queries { q: SharedRows::of(q), group, new: Some(new) };
+    attend_slices(simd, pool, &queries, cache, slices, out.writer());
+    Ok(())
+}
+
+/// What attends, and what is to be done to it before.
+struct Queries<'a> {
+    q: SharedRows,
+    /// Query heads of a KV head.
+    group: usize,
+    /// Where queries are to be turned, and entries of slices of one row are to be written.
+    new: Option<NewEntries<'a>>,
+}
+
+fn attend_slices(
+    simd: Simd,
+    pool: &ThreadPool,
+    queries: &Queries<'_>,
+    cache: &KvCache,
+    slices: &[AttentionSlice],
+    writer: OperandWriter<'_>,
+) {
+    let &Queries { q, group, new } = queries;
     TILES.with_borrow_mut(|tiles| {
         let most_shared = match cache.layout() {
             KeyLayout::Columns => TILE_QUERIES,
@@ -109,9 +173,16 @@ pub(crate) fn attention(
         pool.for_each(tiles.len().div_ceil(run), |task| {
             let run = task * run..tiles.len().min((task + 1) * run);
             SCRATCH.with_borrow_mut(|scratch| {
+                let _registers = registers(cache);
                 for i in run.clone() {
                     let tile = &tiles[i];
                     let slice = &slices[tile.slice as usize];
+                    if let Some(angles) = new.and_then(|new| new.angles) {
+                        at_level(
+                            simd,
+                            TurnQueries { q, angles, slice, tile, cols: group * cache.head_dim() },
+                        );
+                    }
                     attend(
                         simd,
                         Attend {
@@ -124,6 +195,7 @@ pub(crate) fn attention(
                             first_head: tile.first_head as usize,
                             num_heads: tile.num_heads as usize,
                             group,
+                            new: new.as_ref().filter(|_| slice.num_rows == 1),
                             next: run.contains(&(i + 1)).then(|| tiles[i + 1].first_entries(slices)),
                             writer,
                             scratch,
@@ -133,13 +205,25 @@ pub(crate) fn attention(
             });
         });
     });
-    Ok(())
 }
+
+/// The calling thread's registers, ready for tiles over a cache.
+#[cfg(target_arch = "x86_64")]
+fn registers(cache: &KvCache) -> Option<Registers> {
+    // SAFETY: only a device of the level `amx` makes a cache with its keys in rows.
+    (cache.layout() == KeyLayout::Rows).then(|| unsafe { Registers::shape(amx::BLOCK) })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn registers(_: &KvCache) {}
 
 /// One tile, by the way that the cache is laid out for.
 fn attend(simd: Simd, job: Attend<'_>) {
     match job.cache.layout() {
-        KeyLayout::Columns => at_level(simd, job),
+        KeyLayout::Columns => {
+            job.append(simd);
+            at_level(simd, job);
+        }
         // SAFETY: only a device of the level `amx` makes a cache with its keys in rows, and they are of bf16; the slices
         // were checked by `attention`.
         #[cfg(target_arch = "x86_64")]
@@ -190,9 +274,34 @@ fn plan(slices: &[AttentionSlice], shape: Shape, tiles: &mut Vec<Tile>) {
     tiles.sort_unstable_by_key(|tile| std::cmp::Reverse(tile.work));
 }
 
+/// Turns a tile's queries in place: no other tile has these heads of these rows.
+struct TurnQueries<'a> {
+    q: SharedRows,
+    angles: Angles<'a>,
+    slice: &'a AttentionSlice,
+    tile: &'a Tile,
+    /// Columns of a KV head's queries.
+    cols: usize,
+}
+
+impl Kernel for TurnQueries<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let TurnQueries { q, angles, slice, tile, cols } = self;
+        let first_row = slice.first_row + tile.first as usize;
+        let (first_col, num_cols) = (tile.first_head as usize * cols, tile.num_heads as usize * cols);
+        for row in first_row..first_row + tile.num_positions as usize {
+            // SAFETY: the features are the caller's; tiles lie inside of q and have their queries to themselves.
+            unsafe { angles.turn::<L>(row, q.part_mut(row, first_col, num_cols)) }
+        }
+    }
+}
+
 /// One tile.
 struct Attend<'a> {
-    q: &'a Array,
+    q: SharedRows,
     cache: &'a KvCache,
     slice: &'a AttentionSlice,
     /// Its first row in the batch.
@@ -202,6 +311,8 @@ struct Attend<'a> {
     first_head: usize,
     num_heads: usize,
     group: usize,
+    /// The entries of its only position, where they are still to be written.
+    new: Option<&'a NewEntries<'a>>,
     /// What the thread reads after it, if that is known.
     #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for those that fetch ahead"))]
     next: Option<Entries>,
@@ -210,6 +321,29 @@ struct Attend<'a> {
 }
 
 impl Attend<'_> {
+    /// Writes the entries that are still to be written: to be called before the last page is read.
+    #[inline]
+    fn append(&self, simd: Simd) {
+        if let Some(&new) = self.new {
+            let heads = self.first_head..self.first_head + self.num_heads;
+            let (row, position) = (self.first_row, self.first_position);
+            at_level(
+                simd,
+                AppendPosition { cache: self.cache, new, slice: self.slice, row, position, heads },
+            );
+        }
+    }
+
+    /// The query of a row and of a head's first column.
+    ///
+    /// # Safety
+    /// The place is one of [`Attend::place`].
+    #[inline(always)]
+    unsafe fn query(&self, (row, first): (usize, usize)) -> &[f32] {
+        // SAFETY: the place is inside of q, and no other tile's.
+        unsafe { self.q.part(row, first, self.cache.head_dim()) }
+    }
+
     /// Row of the batch and first column of the tile's query row `row`: head by head, position by position.
     #[inline(always)]
     fn place(&self, row: usize) -> (usize, usize) {

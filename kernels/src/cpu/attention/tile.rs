@@ -174,10 +174,9 @@ impl Scratch {
 unsafe fn start_rows<L: Lanes, T: Terms<L>>(job: &Attend<'_>, scratch: &Scratch, rows: usize) {
     let head_dim = job.cache.head_dim();
     for row in 0..rows {
-        let (batch_row, column) = job.place(row);
-        let query = job.q.row(batch_row)[column..][..head_dim].as_ptr();
-        // SAFETY: rows of the scratch are `stride` words, which whole registers fit.
+        // SAFETY: the row is one of the tile's; rows of the scratch are `stride` words, which whole registers fit.
         unsafe {
+            let query = job.query(job.place(row)).as_ptr();
             let factors = scratch.queries.add(row * scratch.stride);
             let outputs = scratch.outputs.add(row * scratch.stride);
             let mut d = 0;

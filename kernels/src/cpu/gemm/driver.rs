@@ -441,37 +441,76 @@ impl Product<'_, 1> {
 
     /// `out = x · wᵀ`, or `out += x · wᵀ`; `out: [rows, n]`.
     pub(super) fn write(&self, pool: &ThreadPool, out: &mut [f32], is_added: bool) {
+        let out = self.output(out);
+        // SAFETY: the output was measured, and units are disjoint.
+        self.for_each_unit(pool, |unit| unsafe { self.write_unit(&unit, out, is_added) });
+    }
+
+    /// `out = x · wᵀ` of each product, in one region; of one number type, `out: [rows, n]` each.
+    pub(super) fn write_each<const P: usize>(
+        pool: &ThreadPool,
+        products: &[Self; P],
+        mut out: [&mut [f32]; P],
+    ) {
+        let out: [Output; P] = std::array::from_fn(|i| products[i].output(out[i]));
+        let num_units = products.iter().map(|product| product.plan.num_units()).sum();
+        let num_shares = products.iter().map(|product| product.plan.num_shares).max().unwrap_or(0);
+        deal(
+            pool,
+            num_units,
+            num_shares,
+            || products[0].registers(),
+            |mut idx| {
+                for (product, out) in products.iter().zip(out) {
+                    if idx < product.plan.num_units() {
+                        // SAFETY: the output was measured, and units are disjoint.
+                        return unsafe { product.write_unit(&product.plan.unit(idx), out, false) };
+                    }
+                    idx -= product.plan.num_units();
+                }
+            },
+        );
+    }
+
+    /// Where results go, which has room for all of them.
+    fn output(&self, out: &mut [f32]) -> Output {
         let (rows, n) = (self.x.numbers.rows(), self.weights[0].rows());
         assert_eq!(out.len(), rows * n, "output of {rows} rows and {n} columns");
-        let out = Output(out.as_mut_ptr());
+        Output(out.as_mut_ptr())
+    }
+
+    /// The results of a unit.
+    ///
+    /// # Safety
+    /// `out` has room for `[rows, n]`, and nobody else uses the unit's part of it.
+    unsafe fn write_unit(&self, unit: &Unit, out: Output, is_added: bool) {
         #[cfg(target_arch = "x86_64")]
         if self.kernel.geometry.is_amx && self.kind == WeightType::Int8 {
-            return self.write_blocks(pool, out, is_added);
+            // SAFETY: the caller's.
+            return unsafe { self.write_unit_in_blocks(unit, out, is_added) };
         }
-        self.for_each_unit(pool, |unit| {
-            let is_whole = |piece| self.valid_cols(piece) == self.plan.cols(piece).len();
-            let is_direct = self.is_plain() && unit.pieces.clone().all(is_whole);
-            with_sums(self.unit_sums(), |scratch| {
-                // SAFETY: a whole piece's destination lies in `out`, by the assertion above, and is this unit's
-                // alone; otherwise sums go to the scratch, which has a place for every tile of a unit, and their
-                // valid part from there to `out`.
-                unsafe {
-                    if is_direct {
-                        return self.sweep(&unit, 0, scratch, |piece, tile| Destination {
-                            c: out.at(self.plan.rows(tile).start * n + self.plan.cols(piece).start),
-                            c_stride: n,
-                            is_added,
-                        });
-                    }
-                    self.sweep_to_scratch(&unit, 0, scratch);
-                    self.for_each_row(&unit, |row, piece, place| {
-                        let (sums, cols) = (scratch.add(place), self.valid_cols(piece));
-                        let scales = self.last_scales(0, piece);
-                        let out = out.at(row * n + self.plan.cols(piece).start);
-                        at_level(self.simd, Finish { sums, scales, out, is_added, cols });
+        let n = self.weights[0].rows();
+        let is_whole = |piece| self.valid_cols(piece) == self.plan.cols(piece).len();
+        let is_direct = self.is_plain() && unit.pieces.clone().all(is_whole);
+        with_sums(self.unit_sums(), |scratch| {
+            // SAFETY: a whole piece's destination lies in `out`, and is this unit's alone; otherwise sums go to
+            // the scratch, which has a place for every tile of a unit, and their valid part from there to `out`.
+            unsafe {
+                if is_direct {
+                    return self.sweep(unit, 0, scratch, |piece, tile| Destination {
+                        c: out.at(self.plan.rows(tile).start * n + self.plan.cols(piece).start),
+                        c_stride: n,
+                        is_added,
                     });
                 }
-            });
+                self.sweep_to_scratch(unit, 0, scratch);
+                self.for_each_row(unit, |row, piece, place| {
+                    let (sums, cols) = (scratch.add(place), self.valid_cols(piece));
+                    let scales = self.last_scales(0, piece);
+                    let out = out.at(row * n + self.plan.cols(piece).start);
+                    at_level(self.simd, Finish { sums, scales, out, is_added, cols });
+                });
+            }
         });
     }
 }
@@ -550,34 +589,45 @@ const MAX_SHARES: usize = 256;
 #[repr(align(64))]
 struct Next(AtomicUsize);
 
-impl<const N: usize> Product<'_, N> {
-    /// Run every unit of the plan. Each thread has a run of neighbouring units, and when it is through with them
-    /// helps the others, from their next unit on.
-    fn for_each_unit(&self, pool: &ThreadPool, run: impl Fn(Unit) + Sync) {
-        let (plan, num_units) = (&self.plan, self.plan.num_units());
-        let num_shares = plan.num_shares.min(num_units).min(MAX_SHARES);
-        if num_shares <= 1 {
-            let _registers = self.registers();
-            (0..num_units).for_each(|idx| run(plan.unit(idx)));
-            return;
-        }
-        let next: [Next; MAX_SHARES] = std::array::from_fn(|i| {
-            Next(AtomicUsize::new(if i < num_shares { share(num_units, num_shares, i).start } else { 0 }))
-        });
-        pool.for_each(num_shares, |own| {
-            let _registers = self.registers();
-            for victim in (own..num_shares).chain(0..own) {
-                let end = share(num_units, num_shares, victim).end;
-                loop {
-                    // Relaxed: the counter orders nothing but itself, and the pool orders the rest.
-                    let idx = next[victim].0.fetch_add(1, Ordering::Relaxed);
-                    if idx >= end {
-                        break;
-                    }
-                    run(plan.unit(idx));
+/// Runs units on so many threads, each with what `begin` makes. A thread has a run of neighbouring units, and when it is
+/// through with them helps the others, from their next unit on.
+fn deal<R>(
+    pool: &ThreadPool,
+    num_units: usize,
+    num_shares: usize,
+    begin: impl Fn() -> R + Sync,
+    run: impl Fn(usize) + Sync,
+) {
+    let num_shares = num_shares.min(num_units).min(MAX_SHARES);
+    if num_shares <= 1 {
+        let _registers = begin();
+        (0..num_units).for_each(run);
+        return;
+    }
+    let next: [Next; MAX_SHARES] = std::array::from_fn(|i| {
+        Next(AtomicUsize::new(if i < num_shares { share(num_units, num_shares, i).start } else { 0 }))
+    });
+    pool.for_each(num_shares, |own| {
+        let _registers = begin();
+        for victim in (own..num_shares).chain(0..own) {
+            let end = share(num_units, num_shares, victim).end;
+            loop {
+                // Relaxed: the counter orders nothing but itself, and the pool orders the rest.
+                let idx = next[victim].0.fetch_add(1, Ordering::Relaxed);
+                if idx >= end {
+                    break;
                 }
+                run(idx);
             }
-        });
+        }
+    });
+}
+
+impl<const N: usize> Product<'_, N> {
+    /// Run every unit of the plan.
+    fn for_each_unit(&self, pool: &ThreadPool, run: impl Fn(Unit) + Sync) {
+        let plan = &self.plan;
+        deal(pool, plan.num_units(), plan.num_shares, || self.registers(), |idx| run(plan.unit(idx)));
     }
 
     /// The calling thread's registers, ready for the tiles of this product.

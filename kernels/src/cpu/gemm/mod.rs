@@ -71,6 +71,20 @@ pub(crate) fn matmul(
     with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).write(pool, out, accumulate));
 }
 
+/// `out = x · wᵀ` for each of some matrices of one type, in one region.
+pub(crate) fn matmul_each<const N: usize>(
+    simd: Simd,
+    pool: &ThreadPool,
+    x: &Operand,
+    w: [&PackedMatrix; N],
+    out: [&mut [f32]; N],
+) {
+    debug_assert!(w.iter().all(|other| other.kind() == w[0].kind()));
+    with_input(simd, pool, x, w[0].kind(), |x| {
+        Product::write_each(pool, &w.map(|w| Product::new(simd, pool, x, [w])), out);
+    });
+}
+
 /// The largest entry of every row of `x · wᵀ`, the lowest index where several are equal; `best: [rows]`, new.
 pub(crate) fn argmax(simd: Simd, pool: &ThreadPool, x: &Operand, w: &PackedMatrix, best: &[RowBest]) {
     with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).find_largest(pool, best));

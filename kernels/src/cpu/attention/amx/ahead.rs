@@ -22,7 +22,8 @@ pub(super) const SCORES: usize = 30;
 pub(super) const WEIGHTS: usize = 32;
 pub(super) const UPRIGHT: usize = 8;
 pub(super) const VALUES: usize = 42;
-/// What is asked for before a tile's end is written, when its last page is done.
+/// What is asked for while a tile's queries are put down, and while its end is written, when its last page is done.
+pub(super) const START: usize = 16;
 pub(super) const FINISH: usize = 16;
 /// All lines of the next page.
 const WHOLE: usize = SCORES + WEIGHTS + UPRIGHT + VALUES + FINISH;

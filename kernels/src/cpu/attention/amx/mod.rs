@@ -26,8 +26,8 @@ mod vectors;
 use super::Attend;
 use crate::array::Array;
 use crate::backend::PAGE_TOKENS;
-use crate::cpu::gemm::Registers;
 use crate::cpu::kv_cache::{KvCache, unpack};
+use crate::cpu::simd::Simd;
 use ahead::Ahead;
 use page::Page;
 use vectors::transpose;
@@ -133,13 +133,15 @@ pub(super) unsafe fn attend(mut job: Attend<'_>) {
     // SAFETY: the level is the caller's to vouch for; the scratch has room for the tile, and every page of the slice was
     // checked.
     unsafe {
-        let registers = Registers::shape(BLOCK);
         let mut ahead = Ahead::new(&job, 0, last_page);
-        start(&job, &scratch, columns);
+        start(&job, &scratch, columns, &mut ahead);
         for page_idx in 0..=last_page {
             if page_idx > 0 {
                 ahead.fetch_rest();
                 ahead = Ahead::new(&job, page_idx, last_page);
+            }
+            if page_idx == last_page {
+                job.append(Simd::Amx); // Its lines have been asked for meanwhile.
             }
             let page = job.slice.pages[page_idx];
             let keys = if job.cache.is_packed() {
@@ -157,9 +159,7 @@ pub(super) unsafe fn attend(mut job: Attend<'_>) {
                 }
             }
         }
-        drop(registers);
-        ahead.fetch(ahead::FINISH);
-        finish(&mut job, &scratch, columns);
+        finish(&mut job, &scratch, columns, &mut ahead);
         ahead.fetch_rest();
     }
 }
@@ -169,28 +169,32 @@ pub(super) unsafe fn attend(mut job: Attend<'_>) {
 /// # Safety
 /// As of [`attend`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn start(job: &Attend<'_>, scratch: &Scratch, columns: usize) {
+unsafe fn start(job: &Attend<'_>, scratch: &Scratch, columns: usize, ahead: &mut Ahead) {
     let (head_dim, head_rows) = (job.cache.head_dim(), job.num_positions * job.group);
+    let mut hints = ahead.during(ahead::START, scratch.blocks * scratch.steps);
     // SAFETY: rows and columns of q are the slice's, and writes are inside of the scratch's parts.
     unsafe {
-        // With several heads a part for each, of one block; with one head a part for each block.
-        for part in 0..job.num_heads.max(scratch.blocks) {
-            let own = match job.num_heads {
-                1 => part * BLOCK..columns.min((part + 1) * BLOCK),
-                _ => part * head_rows..(part + 1) * head_rows,
-            };
+        for block in 0..scratch.blocks {
+            let own = block * BLOCK..columns.min((block + 1) * BLOCK);
             for step in 0..scratch.steps {
+                hints.fetch();
                 let mut rows = [_mm512_setzero_si512(); BLOCK];
                 for column in own.clone() {
-                    let (row, first) = job.place(column);
-                    let query = job.q.row(row)[first..][..head_dim].as_ptr();
+                    let query = job.query(job.place(column)).as_ptr();
                     rows[column % BLOCK] = bf16_words(query, step * STEP, head_dim);
                 }
-                let out = scratch.queries.add((part * scratch.steps + step) * BLOCK * BLOCK);
                 transpose(&mut rows);
-                rows.iter()
-                    .enumerate()
-                    .for_each(|(i, &row)| _mm512_store_si512(out.add(i * BLOCK).cast(), row));
+                // With several heads, of one block, a part for each, with zeros in the others' columns.
+                for head in 0..job.num_heads {
+                    let own = match job.num_heads {
+                        1 => u16::MAX,
+                        _ => (((1u32 << head_rows) - 1) << (head * head_rows)) as u16,
+                    };
+                    let out = scratch.queries.add(((block + head) * scratch.steps + step) * BLOCK * BLOCK);
+                    for (i, &row) in rows.iter().enumerate() {
+                        _mm512_store_si512(out.add(i * BLOCK).cast(), _mm512_maskz_mov_epi32(own, row));
+                    }
+                }
             }
         }
         let register = REGISTER_BYTES / 4;
@@ -223,9 +227,11 @@ unsafe fn bf16_words(values: *const f32, first: usize, len: usize) -> __m512i {
 /// # Safety
 /// As of [`attend`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn finish(job: &mut Attend<'_>, scratch: &Scratch, columns: usize) {
+unsafe fn finish(job: &mut Attend<'_>, scratch: &Scratch, columns: usize, ahead: &mut Ahead) {
     let head_dim = job.cache.head_dim();
+    let mut hints = ahead.during(ahead::FINISH, columns);
     for column in 0..columns {
+        hints.fetch();
         let (row, first) = job.place(column);
         // SAFETY: the column is one of the scratch's, its row one of the slice's, and no other tile has this head at this
         // position, so that nobody else writes its columns.

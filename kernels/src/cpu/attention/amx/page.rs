@@ -137,21 +137,23 @@ impl<'a> Page<'a> {
         let scores = self.scratch.scores;
         let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
         unsafe {
-            let (mut even, mut odd) = (max, max);
-            for pair in 0..self.fewest_seen / 2 {
-                even = _mm512_max_ps(_mm512_load_ps(scores.add(2 * pair * BLOCK)), even);
-                odd = _mm512_max_ps(_mm512_load_ps(scores.add((2 * pair + 1) * BLOCK)), odd);
+            // Four at a time: one waits for the one before it.
+            let mut largest = [max; 4];
+            for first in (0..self.fewest_seen / 4 * 4).step_by(4) {
+                for (i, largest) in largest.iter_mut().enumerate() {
+                    *largest = _mm512_max_ps(_mm512_load_ps(scores.add((first + i) * BLOCK)), *largest);
+                }
             }
-            for key in self.fewest_seen / 2 * 2..self.most_seen {
+            for key in self.fewest_seen / 4 * 4..self.most_seen {
                 let score = _mm512_load_ps(scores.add(key * BLOCK));
                 let score = _mm512_mask_blend_ps(self.sees(key), hidden, score);
                 _mm512_store_ps(scores.add(key * BLOCK), score);
-                even = _mm512_max_ps(score, even);
+                largest[0] = _mm512_max_ps(score, largest[0]);
             }
             for key in self.most_seen..self.most_seen.next_multiple_of(STEP) {
                 _mm512_store_ps(scores.add(key * BLOCK), hidden);
             }
-            _mm512_max_ps(even, odd)
+            _mm512_max_ps(_mm512_max_ps(largest[0], largest[1]), _mm512_max_ps(largest[2], largest[3]))
         }
     }
 

@@ -64,22 +64,23 @@ impl<const N: usize> Product<'_, N> {
 }
 
 impl Product<'_, 1> {
-    /// As `write`.
-    pub(super) fn write_blocks(&self, pool: &ThreadPool, out: Output, is_added: bool) {
+    /// As `write_unit`.
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn write_unit_in_blocks(&self, unit: &Unit, out: Output, is_added: bool) {
         let n = self.weights[0].rows();
-        self.for_each_unit(pool, |unit| {
-            with_sums(self.unit_sums(), |scratch| {
-                // SAFETY: the scratch has a place for every tile of a unit; a block's valid columns lie in `out`, which the
-                // caller has measured, and are this unit's alone.
-                unsafe {
-                    self.sweep_blocks(&unit, 0, scratch, |block| {
-                        let first_col = self.plan.cols(block.piece).start;
-                        let to = Rows { at: out.at(block.first_row * n + first_col), step: n };
-                        let factor = self.factor(0, &block, block.sums);
-                        write_rows(&factor, |row| self.row_scale(row), &block, to, is_added);
-                    });
-                }
-            });
+        with_sums(self.unit_sums(), |scratch| {
+            // SAFETY: the scratch has a place for every tile of a unit; a block's valid columns lie in `out`, and are this
+            // unit's alone.
+            unsafe {
+                self.sweep_blocks(unit, 0, scratch, |block| {
+                    let first_col = self.plan.cols(block.piece).start;
+                    let to = Rows { at: out.at(block.first_row * n + first_col), step: n };
+                    let factor = self.factor(0, &block, block.sums);
+                    write_rows(&factor, |row| self.row_scale(row), &block, to, is_added);
+                });
+            }
         });
     }
 }

@@ -25,6 +25,42 @@ pub(crate) fn free_bytes(pipeline: &configs::Pipeline) -> Result<BTreeMap<usize,
     named.into_iter().map(|index| Ok((index, gpu(index)?.free_bytes()?))).collect()
 }
 
+/// The GPUs that a pipeline names, each of them once, as the devices of stages.
+pub(crate) fn distinct(pipeline: &configs::Pipeline) -> Vec<Device> {
+    let mut named: Vec<usize> = Vec::new();
+    for configs::Device { index, .. } in &pipeline.devices {
+        if !named.contains(index) {
+            named.push(*index);
+        }
+    }
+    named.into_iter().map(|index| device(index, pipeline)).collect()
+}
+
+/// Refuses to measure GPUs of several kinds: a profile is of devices that are alike.
+///
+/// # Errors
+/// Two that are unlike, by name, or one that is not there, and why.
+pub(crate) fn check_one_kind(pipeline: &configs::Pipeline) -> Result<()> {
+    if !are_meant(pipeline)? {
+        return Ok(());
+    }
+    let first = gpu(pipeline.devices[0].index)?;
+    for device in &pipeline.devices {
+        let other = gpu(device.index)?;
+        if other.name != first.name {
+            bail!(
+                "[pipeline] devices: found cuda:{} ({}) and cuda:{} ({}), expected GPUs of one kind: a profile is of devices \
+                 that are alike",
+                first.index,
+                first.name,
+                other.index,
+                other.name
+            );
+        }
+    }
+    Ok(())
+}
+
 /// The architecture of a GPU, such as `sm_90a`.
 ///
 /// # Errors

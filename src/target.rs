@@ -39,19 +39,6 @@ impl Target {
         Ok(Target { files, pipeline })
     }
 
-    /// Refuses GPUs, whose blocks cannot be measured one by one yet.
-    ///
-    /// # Errors
-    /// There is one.
-    pub(crate) fn without_gpus(self) -> Result<Self> {
-        match self.pipeline.devices.iter().find(|device| device.kind == DeviceKind::Cuda) {
-            Some(gpu) => {
-                bail!("found {gpu}, expected a cpu device: the blocks of GPUs cannot be measured yet")
-            }
-            None => Ok(self),
-        }
-    }
-
     /// The model with its own weights, or with random ones where it has none.
     ///
     /// # Errors
@@ -111,6 +98,11 @@ impl TargetArgs {
             ),
             false => Ok(()),
         }
+    }
+
+    /// Whether a job file or an option says how large a micro-batch may be.
+    pub(crate) fn says_micro_batch(&self) -> bool {
+        self.is_job_file() || self.micro_batch_tokens.is_some()
     }
 
     fn is_job_file(&self) -> bool {

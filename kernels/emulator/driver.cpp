@@ -6,10 +6,12 @@
 // The environment says what the machine is like, for tests of what happens on others:
 //   EMULATED_GPUS=2                 how many there are, 1 if not set
 //   EMULATED_CAPABILITIES=90,80     what each can do, 90 (Hopper) if not set
-//   EMULATED_BYTES=100000000        memory of each
+//   EMULATED_NAMES=H100,A100        what each is called, "emulator" if not set
+//   EMULATED_BYTES=100000000,2000   memory of each, the last one's also of those that come after
 //   EMULATED_DRIVER=11040           the CUDA that the driver is for
 //   EMULATED_LEFT=1000000@50        after so many launches another program leaves so many bytes of each
 //   EMULATED_SEED=7                 draws the order of what runs beside each other, 1 if not set
+#include <cstring>
 #include <map>
 #include <memory>
 #include <sys/mman.h>
@@ -53,6 +55,7 @@ std::vector<Device>& devices() {
     static auto& all = *[] {
         auto* all = new std::vector<Device>();
         const char* capabilities = std::getenv("EMULATED_CAPABILITIES");
+        const char* sizes = std::getenv("EMULATED_BYTES");
         for (int i = 0; i < int(number("EMULATED_GPUS", 1)); i++) {
             unsigned capability = 90;
             if (capabilities) {
@@ -60,7 +63,13 @@ std::vector<Device>& devices() {
                 capability = std::strtoul(capabilities, &rest, 10);
                 if (*rest == ',') capabilities = rest + 1;
             }
-            all->push_back({i, capability, size_t(number("EMULATED_BYTES", 2ull << 30)), 0});
+            size_t bytes = 2ull << 30;
+            if (sizes) {
+                char* rest;
+                bytes = std::strtoull(sizes, &rest, 10);
+                if (*rest == ',') sizes = rest + 1;
+            }
+            all->push_back({i, capability, bytes, 0});
         }
         return all;
     }();
@@ -114,7 +123,12 @@ API Result cuDeviceGet(int* device, int ordinal) {
     if (ordinal < 0 || size_t(ordinal) >= devices().size()) return INVALID_DEVICE;
     return *device = ordinal, SUCCESS;
 }
-API Result cuDeviceGetName(char* name, int length, int) { return std::snprintf(name, length, "emulator"), SUCCESS; }
+API Result cuDeviceGetName(char* name, int length, int device) {
+    const char* names = std::getenv("EMULATED_NAMES");
+    if (!names) return std::snprintf(name, length, "emulator"), SUCCESS;
+    for (; device > 0 && std::strchr(names, ','); device--) names = std::strchr(names, ',') + 1;
+    return std::snprintf(name, length, "%.*s", int(std::strcspn(names, ",")), names), SUCCESS;
+}
 API Result cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = devices()[device].total_bytes, SUCCESS; }
 
 API Result cuDeviceGetAttribute(int* value, int attribute, int device) {

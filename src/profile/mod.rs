@@ -7,11 +7,15 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use configs::{DeviceKind, Pipeline, TENSOR_PARALLEL_WIDTHS, TensorParallel};
 use stages::profile::{Effort, MeasureOptions, Missing, Profile, Store, Stored, measure};
-use stages::{Model, ModelConfig};
+use stages::{Device, Model, ModelConfig};
 
 use crate::cli::{Format, ProfileArgs};
 use crate::target::{self, Target};
-use crate::{lower, machine, print, say};
+use crate::{gpus, lower, machine, print, say};
+
+/// Largest micro-batch that is measured on a GPU where nobody says: products are at their ceiling at some hundred rows, and
+/// prompts come in chunks of thousands.
+const GPU_MICRO_BATCH_TOKENS: usize = 4096;
 
 /// Measures, stores and prints.
 ///
@@ -21,6 +25,7 @@ pub(crate) fn profile(args: &ProfileArgs) -> Result<()> {
     let target = args.target()?;
     let model = target.open_model()?;
     let Target { files, pipeline } = target;
+    gpus::check_one_kind(&pipeline)?;
     let options = options(&files, &pipeline, &model, target::effort(args.point_seconds))?;
     let store = store()?;
     let key = options.key(&model);
@@ -69,17 +74,14 @@ pub(crate) fn options(
     effort: Effort,
 ) -> Result<MeasureOptions> {
     lower::check(pipeline)?;
-    let machine = machine::detect();
-    let mut devices = lower::device_groups(pipeline, &machine)?;
-    // The first is the one that is measured alone.
-    devices.rotate_left(pipeline.devices.first().map_or(0, |device| device.index));
+    let (devices, free_bytes) = devices(pipeline)?;
     Ok(MeasureOptions {
         widths: widths(pipeline, &model.config, devices.len()),
         devices,
         dtypes: lower::dtypes(files, pipeline),
         context_tokens: lower::context_tokens(files, &model.config)?,
         micro_batch_tokens: pipeline.micro_batch_tokens,
-        free_bytes: machine.free_bytes,
+        free_bytes,
         effort,
     })
 }
@@ -99,6 +101,19 @@ fn widths(pipeline: &Pipeline, config: &ModelConfig, num_devices: usize) -> Vec<
     (TENSOR_PARALLEL_WIDTHS.into_iter())
         .filter(|width| are_cpus && (2..=num_devices).contains(width) && is_meant(width))
         .collect()
+}
+
+/// Devices that are measured together, the first of them also alone, and the memory that they have together.
+fn devices(pipeline: &Pipeline) -> Result<(Vec<Device>, u64)> {
+    if gpus::are_meant(pipeline)? {
+        let devices = gpus::distinct(pipeline);
+        let least = gpus::free_bytes(pipeline)?.into_values().min().unwrap_or(0);
+        return Ok((devices.clone(), least * devices.len() as u64));
+    }
+    let machine = machine::detect();
+    let mut devices = lower::device_groups(pipeline, &machine)?;
+    devices.rotate_left(pipeline.devices.first().map_or(0, |device| device.index));
+    Ok((devices, machine.free_bytes))
 }
 
 /// Measures what `store` lacks of a model, or all where what it has is stale, and keeps it.
@@ -131,7 +146,10 @@ impl ProfileArgs {
         if self.max_context_tokens.is_some() {
             self.target.refuse_job_file()?;
         }
-        let mut target = Target::read(&self.target)?.without_gpus()?;
+        let mut target = Target::read(&self.target)?;
+        if gpus::are_meant(&target.pipeline)? && !self.target.says_micro_batch() {
+            target.pipeline.micro_batch_tokens = GPU_MICRO_BATCH_TOKENS;
+        }
         target.files.max_context_tokens = self.max_context_tokens.or(target.files.max_context_tokens);
         Ok(target)
     }

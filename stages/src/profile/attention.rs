@@ -1,7 +1,7 @@
 //! The points of one attention, and its entry made of their times.
 
 use super::AttentionEntry;
-use super::grid;
+use super::grid::{self, Grid};
 use super::points::{Both, ContextPoint, Seconds};
 use super::subject::{self, Pages, SHORT_CONTEXT, Step};
 use crate::block::Dims;
@@ -29,15 +29,15 @@ pub(super) struct AttentionGrid {
 }
 
 impl AttentionGrid {
-    pub(super) fn new(context_tokens: usize, micro_batch_tokens: usize) -> Self {
+    pub(super) fn new(grid: Grid, context_tokens: usize, micro_batch_tokens: usize) -> Self {
         let contexts = grid::contexts(context_tokens);
         let decode = |context: &usize| Point {
             context: *context as f64,
-            tokens: grid::decode_rows(*context, micro_batch_tokens),
+            tokens: grid.decode_rows(*context, micro_batch_tokens),
             kind: Kind::Decode { context: *context },
         };
         let prefill = |context: &usize| {
-            let (first, tokens) = grid::chunk(*context, micro_batch_tokens);
+            let (first, tokens) = grid.chunk(*context, micro_batch_tokens);
             let context = first as f64 + (tokens as f64 + 1.0) / 2.0;
             Point { context, tokens, kind: Kind::Prefill { first } }
         };

@@ -1,19 +1,21 @@
 //! Devices at work side by side, with a clock on each.
 //!
+//! GPUs have memory of their own, but hand over to each other: what one takes comes from its neighbour.
+//!
 //! Each device, or the first of those that share a stage, has a thread that loads the subject and takes its steps. All begin
 //! a point together; where they are to be busy, one that has enough times goes on working until the last has.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use super::at_work::AtWork;
+use super::at_work::{AtHand, AtWork};
 use super::measure::Effort;
 use super::points::{Both, Seconds};
 use super::subject::{Step, Subject};
 use crate::error::Result;
 use crate::stage::{Device, Dtypes};
 
-/// Devices alike that share the memory, and how long to look.
+/// Devices alike that share the memory or hand over to each other, and how long to look.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Gang<'a> {
     pub(super) devices: &'a [Device],
@@ -76,6 +78,12 @@ impl Gang<'_> {
         self.devices.len() / self.width
     }
 
+    /// The device that hands over to a stage.
+    fn before(&self, index: usize) -> &Device {
+        let num_devices = self.devices.len();
+        &self.devices[(index * self.width + num_devices - 1) % num_devices]
+    }
+
     fn on_devices(
         &self,
         index: usize,
@@ -85,7 +93,10 @@ impl Gang<'_> {
         before: &[Step],
         steps: &[Step],
     ) -> Result<Vec<Both<Vec<f64>>>> {
-        let mut at_work = AtWork::load(subject, devices, self.dtypes, self.scrub_bytes);
+        let takes_activations = steps.iter().any(|step| step.input.is_some());
+        let at_hand =
+            AtHand { scrub_bytes: self.scrub_bytes, before: takes_activations.then(|| self.before(index)) };
+        let mut at_work = AtWork::load(subject, devices, self.dtypes, at_hand);
         if at_work.is_err() {
             shared.has_failed.store(true, Ordering::Release);
         }
@@ -99,6 +110,7 @@ impl Gang<'_> {
         }
         let mut times = vec![];
         for step in steps {
+            let step = &at_work.handed_over(step);
             at_work.seconds(step); // Arrays find their size.
             shared.all.wait();
             let alone = if index == 0 { self.repeat(at_work, step, None) } else { vec![] };

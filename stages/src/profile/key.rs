@@ -10,16 +10,22 @@ use kernels::Gpu;
 /// A device as far as its speed depends on it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceKey {
-    /// `cpu` or `reference`.
+    /// `cpu`, `cuda` or `reference`.
     pub backend: String,
-    /// The processor, with its family and model: hypervisors give one name to several.
+    /// The processor, with its family and model: hypervisors give one name to several. Or the GPU, as NVIDIA calls it.
     pub processor: String,
-    /// Level of vector instructions.
+    /// Level of vector instructions, or a GPU's architecture.
     pub simd: String,
     /// Threads of one device.
     pub threads: usize,
-    /// Such devices that share the memory, this one counted.
+    /// Such devices that share the memory, or of GPUs that hand over to each other, this one counted.
     pub devices: usize,
+    /// Of a GPU, whether a row's bits are the same in any batch, which other kernels see to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deterministic: Option<bool>,
+    /// Of a GPU, whether steps of rows that decode are captured as graphs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cuda_graphs: Option<bool>,
 }
 
 /// All that a profile's figures depend on beside the shapes of its entries.
@@ -44,12 +50,22 @@ impl DeviceKey {
         let (backend, simd, threads) = match device {
             Device::Reference => ("reference", "none", 1),
             Device::Cpu { threads, simd, .. } => ("cpu", simd.name(), *threads),
-            Device::Cuda { index, libraries, .. } => {
+            Device::Cuda { index, libraries, is_deterministic, has_graphs, .. } => {
                 // One that is not there is refused when it is opened.
                 let gpu = Gpu::nth(libraries.as_deref(), *index);
                 let (processor, simd) =
                     gpu.map_or_else(|_| Default::default(), |gpu| (gpu.name.clone(), gpu.architecture()));
-                return DeviceKey { backend: "cuda".to_owned(), processor, simd, threads: 1, devices };
+                let backend = "cuda".to_owned();
+                let (deterministic, cuda_graphs) = (Some(*is_deterministic), Some(*has_graphs));
+                return DeviceKey {
+                    backend,
+                    processor,
+                    simd,
+                    threads: 1,
+                    devices,
+                    deterministic,
+                    cuda_graphs,
+                };
             }
         };
         DeviceKey {
@@ -58,15 +74,21 @@ impl DeviceKey {
             simd: simd.to_owned(),
             threads,
             devices,
+            deterministic: None,
+            cuda_graphs: None,
         }
     }
 }
 
 impl std::fmt::Display for DeviceKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let DeviceKey { backend, processor, simd, threads, devices } = self;
+        let DeviceKey { backend, processor, simd, threads, devices, deterministic, .. } = self;
         if backend == "cuda" {
-            return write!(f, "{backend} {simd} on {processor}");
+            write!(f, "{backend} {simd} on {processor}")?;
+            if *devices > 1 {
+                write!(f, ", {devices} of them")?;
+            }
+            return f.write_str(if *deterministic == Some(false) { ", not deterministic" } else { "" });
         }
         write!(f, "{backend} {simd} on {processor}, {devices} x {threads} threads")
     }
@@ -80,7 +102,7 @@ impl ProfileKey {
             weights: dtypes.weights.name().to_owned(),
             kv: dtypes.kv.name().to_owned(),
             dims,
-            walked_bytes: machine::cold_bytes().min(model_bytes.div_ceil(devices as u64)),
+            walked_bytes: machine::cold_bytes(device).min(model_bytes.div_ceil(devices as u64)),
         }
     }
 

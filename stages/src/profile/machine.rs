@@ -1,13 +1,24 @@
-//! What the system tells about the processor.
+//! What is known of processors, and of the caches of all devices.
 
 use std::path::Path;
+
+use crate::stage::Device;
 
 /// Where the system does not say how large the last cache is: as much as a server's processors have for eight cores.
 const CACHE_BYTES_IF_UNKNOWN: u64 = 32 << 20;
 
+/// The largest L2 cache of a GPU that we know, a B200's.
+const GPU_CACHE_BYTES: u64 = 126_000_000;
+
 /// Weights that were walked through twice the last cache ago are in no cache any more.
-pub(super) fn cold_bytes() -> u64 {
-    2 * last_cache_bytes(Path::new("/sys/devices/system/cpu/cpu0/cache")).unwrap_or(CACHE_BYTES_IF_UNKNOWN)
+pub(super) fn cold_bytes(device: &Device) -> u64 {
+    2 * match device {
+        Device::Cuda { .. } => GPU_CACHE_BYTES,
+        Device::Cpu { .. } | Device::Reference => {
+            last_cache_bytes(Path::new("/sys/devices/system/cpu/cpu0/cache"))
+                .unwrap_or(CACHE_BYTES_IF_UNKNOWN)
+        }
+    }
 }
 
 /// The largest of the caches that a folder of the system's describes.

@@ -6,7 +6,7 @@ use kernels::PAGE_TOKENS;
 
 use super::attention::AttentionGrid;
 use super::gang::Gang;
-use super::grid;
+use super::grid::Grid;
 use super::key::ProfileKey;
 use super::points::{Both, Seconds, TokenPoint};
 use super::subject::{self, Pages, Place, Step, Subject};
@@ -16,12 +16,16 @@ use crate::cost::NumberType;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::stage::{Device, Dtypes};
+use crate::weights::Weights;
 
 /// Copies of a block, at most: a thousand tiny ones take longer to load than they say.
 const MAX_COPIES: u64 = 256;
 
 /// The share of the free memory that subjects may take: a matrix is there twice while it is packed.
 const MEMORY_SHARE: f64 = 0.4;
+
+/// The same of a GPU, where weights are made in their place: the rest is for what steps work in.
+const GPU_MEMORY_SHARE: f64 = 0.8;
 
 /// How long to look.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,7 +39,8 @@ pub struct Effort {
 /// What is measured, and with what.
 #[derive(Debug, Clone)]
 pub struct MeasureOptions {
-    /// All devices alike that share the memory; the first is the one that is also measured alone.
+    /// All devices alike that share the memory, or GPUs that hand over to each other; the first is the one that is also
+    /// measured alone.
     pub devices: Vec<Device>,
     /// Number types.
     pub dtypes: Dtypes,
@@ -61,7 +66,12 @@ impl Default for Effort {
 impl MeasureOptions {
     /// Memory for what one device holds.
     pub fn room_bytes(&self) -> u64 {
-        (self.free_bytes as f64 * MEMORY_SHARE) as u64 / self.devices.len() as u64
+        let share = if self.is_on_gpus() { GPU_MEMORY_SHARE } else { MEMORY_SHARE };
+        (self.free_bytes as f64 * share) as u64 / self.devices.len() as u64
+    }
+
+    fn is_on_gpus(&self) -> bool {
+        matches!(self.devices[0], Device::Cuda { .. })
     }
 
     /// What a profile of `model` by these options holds for.
@@ -84,6 +94,9 @@ pub fn measure(
     say: &mut dyn FnMut(&str),
 ) -> Result<Profile> {
     let key = options.key(model);
+    let random = Model { weights: Weights::Random, ..model.clone() };
+    // What a GPU makes for itself is there at once, and takes as long as what was trained.
+    let model = if options.is_on_gpus() { &random } else { model };
     let bench = Bench { model, options, walked_bytes: key.walked_bytes };
     let hop = bench.hop()?;
     let embedding = bench.embedding(&hop)?;
@@ -170,6 +183,8 @@ impl Bench<'_> {
     /// All devices, `width` of them a stage.
     pub(super) fn gang(&self, width: usize, scrub_bytes: u64) -> Gang<'_> {
         let MeasureOptions { devices, dtypes, effort, .. } = self.options;
+        // What the host reads is in no cache of a GPU.
+        let scrub_bytes = if self.options.is_on_gpus() { 0 } else { scrub_bytes };
         Gang { devices, width, dtypes: *dtypes, effort: *effort, scrub_bytes }
     }
 
@@ -181,8 +196,12 @@ impl Bench<'_> {
         self.model.config.dims.vocab
     }
 
+    fn grid(&self) -> Grid {
+        Grid::of(&self.options.devices[0])
+    }
+
     pub(super) fn tokens(&self) -> Vec<usize> {
-        grid::tokens(self.options.micro_batch_tokens)
+        self.grid().tokens(self.options.micro_batch_tokens)
     }
 
     pub(super) fn weight_bytes(&self, params: u64) -> u64 {
@@ -290,13 +309,18 @@ impl Bench<'_> {
         let dims = self.model.config.dims;
         let kv_bytes = self.kv_bytes_per_token(attention);
         let copies = self.copies("attention", self.weight_bytes(block.params(dims)))?;
-        let grid = AttentionGrid::new(self.options.context_tokens, self.options.micro_batch_tokens);
+        let MeasureOptions { context_tokens, micro_batch_tokens, .. } = *self.options;
+        let grid = AttentionGrid::new(self.grid(), context_tokens, micro_batch_tokens);
         let page_bytes = kv_bytes * PAGE_TOKENS as u64 * copies as u64;
         let pages = Pages { own: grid.own_pages(), shared: self.shared_pages(page_bytes) };
-        let context_tokens = self.options.context_tokens + grid::CHUNK_TOKENS;
+        let context_tokens = context_tokens + self.grid().chunk_tokens;
         let subject = Subject::blocks(self.model, block, copies, pages.total(), context_tokens);
         let steps = grid.steps(pages, dims);
-        let times = self.gang(1, 0).time(&subject, &pages.fill(Some(dims.hidden), dims.vocab), &steps)?;
+        let fill = match self.options.is_on_gpus() {
+            true => pages.fill_whole(dims.hidden, dims.vocab),
+            false => pages.fill(Some(dims.hidden), dims.vocab),
+        };
+        let times = self.gang(1, 0).time(&subject, &fill, &steps)?;
         Ok(grid.entry(kv_heads, copies, kv_bytes, &times))
     }
 

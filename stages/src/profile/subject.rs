@@ -144,6 +144,14 @@ impl Pages {
         places.chunks(FILL_TOKENS).map(|places| step(rows(places), hidden)).collect()
     }
 
+    /// Micro-batches that write every position: a GPU's memory begins as anything, and what is no number takes attention longer.
+    pub(super) fn fill_whole(self, hidden: usize, vocab: usize) -> Vec<Step> {
+        let pages: Vec<usize> = (0..self.total()).collect();
+        let row = |&page: &usize| slice(page, 0, PAGE_TOKENS, vec![page as PageIdx], vocab);
+        let rows = |pages: &[usize]| pages.iter().map(row).collect();
+        pages.chunks(FILL_TOKENS / PAGE_TOKENS).map(|pages| step(rows(pages), Some(hidden))).collect()
+    }
+
     /// Rows that decode at a context.
     pub(super) fn decode(self, rows: usize, context: usize, hidden: Option<usize>, vocab: usize) -> Step {
         let row = |idx: usize| slice(idx, context - 1, 1, self.table(idx, 1, context), vocab);
@@ -234,6 +242,15 @@ mod tests {
         let chunk = pages.chunk(200, 128, 8, 100);
         assert_eq!(chunk.batch.slices[0].pages[..], [4, 5, 6, 0, 1, 2]);
         assert_eq!(pages.chunk(0, 128, 8, 100).batch.slices[0].pages[..], [0, 1]);
+    }
+
+    #[test]
+    fn every_position_of_every_page_is_filled() {
+        let steps = Pages { own: 7, shared: 3 }.fill_whole(8, 100);
+        let tokens: Vec<usize> = steps.iter().map(|step| step.batch.num_tokens()).collect();
+        assert_eq!(tokens, [512, 128]);
+        let last = &steps[1].batch.slices[1];
+        assert_eq!((&last.pages[..], last.first_position, last.sample), (&[9][..], 0, false));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use kernels::PAGE_TOKENS;
 use scheduler::Load;
 use serde::Serialize;
 
-use super::at_work::AtWork;
+use super::at_work::{AtHand, AtWork};
 use super::ceilings::Ceilings;
 use super::machine;
 use super::measure::Effort;
@@ -22,9 +22,6 @@ use crate::stage::{Device, Dtypes};
 
 /// Pages that rows share, at most: many times what any cache holds of a small model.
 const MAX_SHARED_PAGES: usize = 4096;
-
-/// Twice the largest L2 cache of a GPU that we know, a B200's 126 MB.
-const COLD_GPU_BYTES: u64 = 2 * 126_000_000;
 
 /// What is measured, and with what.
 #[derive(Debug, Clone)]
@@ -87,11 +84,7 @@ impl ThroughputOptions {
         let values: u64 =
             config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
         let page_bytes = NumberType::from(self.dtypes.kv).bytes(values) * PAGE_TOKENS as u64;
-        let cold_bytes = match self.device {
-            Device::Cuda { .. } => COLD_GPU_BYTES,
-            Device::Cpu { .. } | Device::Reference => machine::cold_bytes(),
-        };
-        let cold = cold_bytes.div_ceil(page_bytes.max(1)) as usize;
+        let cold = machine::cold_bytes(&self.device).div_ceil(page_bytes.max(1)) as usize;
         let rows = self.largest_batch().min(self.micro_batch_tokens);
         let before = self.context_tokens.div_ceil(PAGE_TOKENS) - 1;
         let prompts = self.prompts_of_step() * subject::pages_of_chunk(self.chunk_tokens());
@@ -167,8 +160,11 @@ fn on_device_thread(
     // Whole pages are filled.
     let largest = [options.micro_batch_tokens, options.largest_batch()];
     let subject = Subject::whole(model, pages.total(), context_tokens.next_multiple_of(PAGE_TOKENS), largest);
-    let mut bench =
-        Bench { model, options, at_work: AtWork::load(&subject, std::slice::from_ref(device), *dtypes, 0)? };
+    let mut bench = Bench {
+        model,
+        options,
+        at_work: AtWork::load(&subject, std::slice::from_ref(device), *dtypes, AtHand::default())?,
+    };
     say("model loaded");
     for step in pages.fill(None, vocab) {
         bench.at_work.seconds(&step);

@@ -8,7 +8,8 @@ use std::fmt::Write;
 
 use anyhow::{Result, bail};
 use configs::{KvCacheTokens, Pipeline};
-use stages::{Device, Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, StepSize};
+use scheduler::Span;
+use stages::{Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, Sharing, StepSize};
 
 use crate::layout::StageLayout;
 use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
@@ -22,10 +23,13 @@ const RESERVED_BYTES: u64 = 1 << 30;
 const RESERVED_SHARE: u64 = 16;
 
 /// What is known of a pipeline's GPUs before its stages are placed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Question {
     config: ModelConfig,
     dtypes: Dtypes,
+    /// The index of each GPU that the job names, those of one replica after the other.
+    indices: Vec<usize>,
+    replicas: usize,
     /// By the GPU's index.
     free_bytes: BTreeMap<usize, u64>,
     step: StepSize,
@@ -49,32 +53,26 @@ impl Question {
         Ok(Question {
             config: config.clone(),
             dtypes,
+            indices: pipeline.devices.iter().map(|device| device.index).collect(),
+            replicas: pipeline.replicas,
             free_bytes: gpus::free_bytes(pipeline)?,
             step: StepSize { rows, sequences, context_tokens, micro_batches },
             wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
         })
     }
 
-    /// Pages of each replica, whose `devices` come one after the other.
+    /// Pages of each replica.
     ///
     /// # Errors
     /// A GPU that its stages do not fit.
-    pub(crate) fn num_pages(
-        &self,
-        devices: &[Device],
-        replicas: usize,
-        stages: &[StageLayout],
-    ) -> Result<usize> {
+    pub(crate) fn num_pages(&self, stages: &[StageLayout]) -> Result<usize> {
         let load = |(&index, &free_bytes): (&usize, &u64)| {
-            let is_here =
-                |device: &Device| matches!(device, Device::Cuda { index: here, .. } if *here == index);
             let mut memory = GpuMemory::default();
             let mut parts = Vec::new();
-            for devices in devices.chunks(devices.len() / replicas) {
+            for indices in self.indices.chunks(self.indices.len() / self.replicas) {
                 for StageLayout { part, devices: ranks, sharing } in stages {
-                    for (rank, _) in
-                        devices[ranks.clone()].iter().enumerate().filter(|(_, device)| is_here(device))
-                    {
+                    let is_here = |(_, other): &(usize, &usize)| **other == index;
+                    for (rank, _) in indices[ranks.clone()].iter().enumerate().filter(is_here) {
                         let place = RankPlace { rank, num_ranks: ranks.len() };
                         memory +=
                             GpuMemory::of(&self.config, *part, (place, sharing), self.dtypes, self.step);
@@ -86,6 +84,44 @@ impl Question {
         };
         num_pages(&self.free_bytes.iter().map(load).collect::<Vec<_>>(), self.wanted)
     }
+
+    /// Of each GPU that the job names, once each and in that order, the bytes that weights, keys and values may have: all that
+    /// a step works in taken off, were the whole model there.
+    pub(crate) fn rooms(&self) -> Vec<u64> {
+        let whole = Span { start: 0, end: self.config.blocks.len() };
+        let memory = self.alone(whole, self.step.context_tokens);
+        let angles = memory.weight_bytes - self.alone(whole, 0).weight_bytes;
+        let taken = memory.work_bytes + angles;
+        self.usable().into_iter().map(|bytes| bytes.saturating_sub(taken)).collect()
+    }
+
+    /// Of each block, the bytes of its weights, tables of the first and the last among them, and those that it keeps of a token.
+    pub(crate) fn block_bytes(&self) -> Vec<(u64, u64)> {
+        let bytes = |block| {
+            let memory = self.alone(Span { start: block, end: block + 1 }, 0);
+            (memory.with_pages(0) - memory.work_bytes, memory.page_bytes.div_ceil(PAGE_TOKENS as u64))
+        };
+        (0..self.config.blocks.len()).map(bytes).collect()
+    }
+
+    /// What blocks take, were they a GPU's only stage, with angles for so many positions.
+    fn alone(&self, blocks: Span, context_tokens: usize) -> GpuMemory {
+        let (place, step) =
+            ((RankPlace::ALONE, &Sharing::default()), StepSize { context_tokens, ..self.step });
+        GpuMemory::of(&self.config, blocks.into(), place, self.dtypes, step)
+    }
+
+    /// The same with nothing taken off.
+    pub(crate) fn usable(&self) -> Vec<u64> {
+        let is_first = |(at, index): &(usize, &usize)| !self.indices[..*at].contains(index);
+        let named = self.indices.iter().enumerate().filter(is_first);
+        named.map(|(_, index)| usable(self.free_bytes[index])).collect()
+    }
+}
+
+/// What is left of free memory beside the reserve.
+fn usable(free_bytes: u64) -> u64 {
+    free_bytes - RESERVED_BYTES.min(free_bytes / RESERVED_SHARE)
 }
 
 /// A GPU and the stages that it hosts.
@@ -153,7 +189,7 @@ fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens) -> Result<usize> {
 
 impl GpuLoad {
     fn usable(&self) -> u64 {
-        self.free_bytes - RESERVED_BYTES.min(self.free_bytes / RESERVED_SHARE)
+        usable(self.free_bytes)
     }
 
     fn pages(&self) -> usize {
@@ -194,8 +230,6 @@ impl GpuLoad {
 
 #[cfg(test)]
 mod tests {
-    use scheduler::Span;
-
     use super::*;
 
     const GB: u64 = 1_000_000_000;

@@ -51,7 +51,7 @@ pub(crate) struct Unplaced {
     scheduler: scheduler::Options,
     limits: Limits,
     /// Of GPUs it depends on the stages how many pages there are.
-    gpus: Option<gpu_memory::Question>,
+    pub(crate) gpus: Option<gpu_memory::Question>,
 }
 
 impl Unplaced {
@@ -72,7 +72,7 @@ impl Unplaced {
             gpus,
         } = self;
         if let Some(gpus) = gpus {
-            scheduler.num_pages = gpus.num_pages(&devices, replicas, stages)?;
+            scheduler.num_pages = gpus.num_pages(stages)?;
         }
         let scheduler = scheduler::Options { num_stages: stages.len(), ..scheduler };
         let replica = |(replica, devices): (usize, &[Device])| {

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use actors::StageTimes;
 use anyhow::Result;
-use configs::{DeviceKind, JobFile};
+use configs::JobFile;
 use jobs::StageShape;
 use scheduler::Span;
 use stages::cost::{Basis, Load, PieceShape};
@@ -23,7 +23,7 @@ use crate::first_run::{self, Kept};
 use crate::hindsight::{Hindsight, StageWork};
 use crate::layout::{self, StageLayout};
 use crate::plan::setting::Setting;
-use crate::{lower, profile, say};
+use crate::{gpu_memory, gpus, lower, profile, say};
 use question::Question;
 
 /// A job's stages.
@@ -43,6 +43,8 @@ pub(crate) struct Placement {
     setting: Setting,
     /// For each stage of each replica, the place of its (first) device among the setting's.
     seats: Vec<Vec<usize>>,
+    /// Where the devices are GPUs.
+    gpus: Option<gpu_memory::Question>,
 }
 
 /// Where costs come from.
@@ -108,11 +110,16 @@ pub(crate) fn check(job: &JobFile, model: &Model) -> Result<()> {
     layout::given(&job.pipeline, weights, &model.config).map(drop)
 }
 
-/// Places a job's stages.
+/// Places a job's stages; `gpus` is what is known of its GPUs' memory, where its devices are such.
 ///
 /// # Errors
 /// Stages or devices that are wrong, more stages than blocks.
-pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result<Placement> {
+pub(crate) fn place(
+    job: &JobFile,
+    model: &Model,
+    occasion: &Occasion,
+    gpus: Option<gpu_memory::Question>,
+) -> Result<Placement> {
     let pipeline = &job.pipeline;
     let weights = lower::dtypes(&job.model, pipeline).weights;
     let given = layout::given(pipeline, weights, &model.config)?;
@@ -122,7 +129,7 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result
     let is_decided =
         given.is_some() || matches!(kept, Kept::Stages(_)) || pipeline.devices_per_replica() == 1;
     let profile = stored(job, model, &options, !is_decided && occasion.has_rows);
-    let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows)?;
+    let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows, gpus)?;
     let widths = layout::widths(pipeline);
     let mut lines = vec![];
     let mut stages = match (given, kept) {
@@ -146,14 +153,14 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion) -> Result
             planned
         }
     };
-    let num_stages = stages.len();
+    let load = question.load(&stages);
     let first = occasion.first_run.as_deref().unwrap_or_default();
-    first_run::share_attention(&mut stages, first, |stage| question.sharing(stage, num_stages));
+    first_run::share_attention(&mut stages, first, |stage| question.sharing(stage, load));
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();
-    let (load, setting) = (question.load(stages.len()), question.setting);
-    Ok(Placement { load, stages, replicas, source, seconds, lines, setting, seats })
+    let (setting, gpus) = (question.setting, question.gpus);
+    Ok(Placement { load, stages, replicas, source, seconds, lines, setting, seats, gpus })
 }
 
 impl Placement {
@@ -185,14 +192,21 @@ impl Placement {
         let ranks = self.stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1);
         let source = Source::of(&self.setting, &pieces, ranks, &loads);
         let costs: Vec<Vec<_>> = self.seats.iter().map(|seats| costs(seats)).collect();
-        (Hindsight::of_replicas(&costs, &pieces, &replicas, &self.seats), source)
+        let mut hindsight = Hindsight::of_replicas(&costs, &pieces, &replicas, &self.seats);
+        hindsight.better = hindsight.better.filter(|better| self.fits(&better.spans));
+        (hindsight, source)
+    }
+
+    /// Whether its GPUs have room for stages of these blocks.
+    fn fits(&self, spans: &[Span]) -> bool {
+        let stages = layout::stages(spans.iter().map(|span| (*span).into()).collect(), None);
+        self.gpus.as_ref().is_none_or(|gpus| gpus.num_pages(&stages).is_ok())
     }
 }
 
 /// The profile of the job's devices, measured again where it must be and decides something.
 fn stored(job: &JobFile, model: &Model, options: &MeasureOptions, decides: bool) -> Option<Profile> {
-    let are_gpus = job.pipeline.devices.iter().any(|device| device.kind == DeviceKind::Cuda);
-    if job.pipeline.profile == configs::Profile::Off || are_gpus {
+    if job.pipeline.profile == configs::Profile::Off || gpus::check_one_kind(&job.pipeline).is_err() {
         return None;
     }
     let store = profile::store().ok()?;

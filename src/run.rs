@@ -24,7 +24,7 @@ use crate::live_trace::{LiveTrace, Prepared, TracedStage};
 use crate::lower;
 use crate::placement::{self, Occasion, Placement};
 use crate::progress::{self, Display, Watched};
-use crate::{machine, profile, replace, say};
+use crate::{gpu_memory, machine, profile, replace, say};
 
 /// Runs a job.
 ///
@@ -91,7 +91,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         accept_numerics: how.accept_numerics,
     };
     let placement = tokio::select! {
-        placement = place(job, &model, occasion) => placement?,
+        placement = place(job, &model, occasion, unplaced.gpus.clone()) => placement?,
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
@@ -160,9 +160,14 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 }
 
 /// Places a job's stages, on a thread of its own: a profile may have to be measured.
-async fn place(job: &JobFile, model: &Model, occasion: Occasion) -> Result<Placement> {
+async fn place(
+    job: &JobFile,
+    model: &Model,
+    occasion: Occasion,
+    gpus: Option<gpu_memory::Question>,
+) -> Result<Placement> {
     let (job, model) = (job.clone(), model.clone());
-    let place = move || placement::place(&job, &model, &occasion);
+    let place = move || placement::place(&job, &model, &occasion, gpus);
     tokio::task::spawn_blocking(place).await.context("place the stages")?
 }
 

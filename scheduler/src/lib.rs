@@ -34,7 +34,7 @@ pub use options::Options;
 pub use plan::{
     Case, Choice, Costs, Extra, Held, KvTokens, Piece, PlannedStage, Problem, RankCosts, Span, StageDevice,
     best_layout, faster_layout, faster_looped, in_flight, least_bottleneck, least_bottleneck_on_each,
-    least_bottleneck_on_seats,
+    least_bottleneck_on_seats, least_bottleneck_within,
 };
 pub use request::{
     Completion, FinishReason, Generated, Guide, Request, RequestKey, Sampling, SequenceId, TokenId,

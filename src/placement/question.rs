@@ -1,15 +1,17 @@
 //! What is asked of the planner about a job's own devices, and what is said of its answers.
 //!
-//! Answers are layouts that run as they are: each device that the job names has a stage, or shares one.
+//! Answers are layouts that run as they are: each device that the job names has a stage, or shares one. Each GPU has room for its
+//! own stages; where that leaves less for keys and values than the job's sequences would keep, the answer is the layout that
+//! is fastest with as many as there is room for.
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, TensorParallel};
-use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_on_seats};
+use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, KvCacheTokens, TensorParallel};
+use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_within};
 use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{MeasureOptions, Profile};
-use stages::{Model, Part, Sharing};
+use stages::{Model, PAGE_TOKENS, Part, Sharing};
 
 use super::{Kept, Source, neighbours};
 use crate::cli::LengthsArg;
@@ -18,7 +20,7 @@ use crate::plan::answer::{self, ends_block};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{Setting, roofline};
 use crate::plan::{Lengths, Work, first_rows};
-use crate::{lower, machine, runs};
+use crate::{gpu_memory, lower, machine, runs};
 
 /// Rows of the input whose lengths stand for all: some thousand tokens are enough to tell short prompts from long ones.
 const SAMPLED_ROWS: u64 = 256;
@@ -33,8 +35,12 @@ const BETTER_LAYOUT: f64 = 1.02;
 /// A given cut is worth a line when the planned one is faster by this share.
 const BETTER_CUT: f64 = 1.03;
 
-/// Memory of each device as a cut has it: all share the machine's, which is checked as a whole elsewhere.
+/// Memory of each device as a cut has it: CPU devices share the machine's, which is checked as a whole elsewhere, and of GPUs more
+/// is known than a catalog says.
 const MEMORY_MIB: f64 = (1_u64 << 40) as f64;
+
+/// Layouts are sought with room for so many percent of the tokens that the one before had room for.
+const NEXT_PERCENT: u64 = 70;
 
 fn number_types(options: &MeasureOptions) -> NumberTypes {
     let dtypes = options.dtypes;
@@ -70,6 +76,23 @@ pub(super) struct Question {
     pieces: Vec<PieceShape>,
     /// Most rows in flight in a replica.
     max_sequences: u64,
+    /// Most tokens of one, for which there is always room.
+    context_tokens: u64,
+    /// As many tokens as a replica is to have room for, where the job says.
+    kv_tokens: Option<u64>,
+    /// Where devices are GPUs.
+    pub(super) gpus: Option<gpu_memory::Question>,
+}
+
+/// What a layout is sought for.
+#[derive(Clone, Copy)]
+struct Wish<'a> {
+    /// In flight in a replica.
+    sequences: u64,
+    /// Tokens that each stage must have room for.
+    kv_tokens: u64,
+    /// What weights, keys and values may have of each device; where nothing is said, all that they want.
+    rooms: Option<&'a [u64]>,
 }
 
 impl Question {
@@ -81,6 +104,7 @@ impl Question {
         options: &MeasureOptions,
         profile: Option<&Profile>,
         has_rows: bool,
+        gpus: Option<gpu_memory::Question>,
     ) -> Result<Self> {
         let own = OwnDevices::of(&job.pipeline, &machine::detect())?;
         let types = number_types(options);
@@ -97,6 +121,7 @@ impl Question {
             config: (*model.config).clone(),
             catalog,
             devices: own.list.clone(),
+            rooms: None,
             types,
             is_kv_type_given: pipeline.kv_cache_dtype != KvCacheDtype::Auto,
             mix,
@@ -124,23 +149,40 @@ impl Question {
             tokens_in_flight: Some(max_sequences.saturating_mul(mix.kv_tokens_per_row)),
             ..setting.clone()
         };
-        Ok(Question { setting, first, own, replicas, pieces, max_sequences })
+        let context_tokens = options.context_tokens as u64;
+        let kv_tokens = match pipeline.kv_cache_tokens {
+            KvCacheTokens::Tokens(tokens) => Some(tokens as u64),
+            KvCacheTokens::Auto => None,
+        };
+        Ok(Question { setting, first, own, replicas, pieces, max_sequences, context_tokens, kv_tokens, gpus })
     }
 
-    /// Rows of a micro-batch in the middle of the job, on so many stages.
-    fn rows(&self, num_stages: usize) -> u64 {
-        (self.max_sequences / in_flight(num_stages as u64)).min(self.setting.max_rows()).max(1)
+    /// Rows of a micro-batch in the middle of the job, of so many sequences on so many stages.
+    fn rows(&self, sequences: u64, num_stages: usize) -> u64 {
+        (sequences / in_flight(num_stages as u64)).min(self.setting.max_rows()).max(1)
     }
 
-    /// That micro-batch.
-    pub(super) fn load(&self, num_stages: usize) -> Load {
-        self.setting.load(self.rows(num_stages))
+    /// Sequences in flight in a replica: as many as the job allows, and as its GPUs have room for.
+    fn sequences(&self, stages: &[StageLayout]) -> u64 {
+        let pages = self.gpus.as_ref().and_then(|gpus| gpus.num_pages(stages).ok());
+        let room = pages.map_or(u64::MAX, |pages| self.sequences_of((pages * PAGE_TOKENS) as u64));
+        self.max_sequences.min(room)
+    }
+
+    /// Sequences that keep so many tokens.
+    fn sequences_of(&self, kv_tokens: u64) -> u64 {
+        (kv_tokens / self.setting.mix.kv_tokens_per_row.max(1)).max(1)
+    }
+
+    /// A micro-batch in the middle of the job.
+    pub(super) fn load(&self, stages: &[StageLayout]) -> Load {
+        self.setting.load(self.rows(self.sequences(stages), stages.len()))
     }
 
     pub(super) fn source(&self, stages: &[StageLayout]) -> Source {
         let (pieces, _) = layout::pieces_of(&self.setting.config, &parts(stages));
         let ranks = stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1);
-        Source::of(&self.setting, &pieces, ranks, &[self.load(stages.len())])
+        Source::of(&self.setting, &pieces, ranks, &[self.load(stages)])
     }
 
     /// The place of each device of a replica among the setting's.
@@ -159,7 +201,6 @@ impl Question {
         let (stages, source) = (described(planned), self.source(planned));
         let measure = match source {
             Source::Measured(_) => String::new(),
-            Source::Estimate if self.own.has_gpus() => String::new(), // Their blocks cannot be measured yet.
             Source::Estimate => format!(" ({profile_command} measures)"),
         };
         format!("stages: {stages}, {}{measure}", source.words())
@@ -172,20 +213,92 @@ impl Question {
     /// The best layout: of stages of the given widths, or else with one stage for each device, or where that is faster and nothing
     /// speaks against it with stages that devices share.
     pub(super) fn plan(&self, widths: Option<&[usize]>, kept: &Kept) -> Result<Vec<StageLayout>> {
+        let endless = Wish { sequences: self.max_sequences, kv_tokens: 0, rooms: None };
+        let endless = self.plan_for(widths, kept, endless)?.with_context(|| {
+            format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
+        })?;
+        match &self.gpus {
+            // Where nothing fits, its numbers are told when it is refused.
+            Some(gpus) => Ok(self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless)),
+            None => Ok(endless),
+        }
+    }
+
+    /// The fastest of the layouts that leave room for all tokens that are wanted, for fewer and fewer, and of the one that minds
+    /// no memory; none where none of them fits.
+    fn within_memory(
+        &self,
+        gpus: &gpu_memory::Question,
+        widths: Option<&[usize]>,
+        kept: &Kept,
+        endless: &[StageLayout],
+    ) -> Option<Vec<StageLayout>> {
+        let fits = |stages: &Vec<StageLayout>| gpus.num_pages(stages).is_ok();
+        let mut best = Some(endless.to_vec()).filter(fits);
+        if best.as_ref().is_some_and(|stages| self.sequences(stages) == self.max_sequences) {
+            return best;
+        }
+        // What a step works in depends on the stage: it may have none of it.
+        let rooms = [gpus.rooms(), gpus.usable()];
+        for kv_tokens in self.wanted_tokens() {
+            let sequences = self.sequences_of(kv_tokens).min(self.max_sequences);
+            for rooms in &rooms {
+                let wish = Wish { sequences, kv_tokens, rooms: Some(rooms) };
+                let stages = self.plan_for(widths, kept, wish).ok().flatten().filter(fits);
+                let is_faster = |stages: &Vec<StageLayout>| {
+                    best.as_ref().is_none_or(|best| self.speed(stages) > self.speed(best))
+                };
+                best = stages.filter(is_faster).or(best);
+            }
+        }
+        best
+    }
+
+    /// From what all sequences keep down to what the longest one takes, or what the job says.
+    fn wanted_tokens(&self) -> Vec<u64> {
+        if let Some(tokens) = self.kv_tokens {
+            return vec![tokens];
+        }
+        let least = self.context_tokens.next_multiple_of(PAGE_TOKENS as u64);
+        let all = self.max_sequences.saturating_mul(self.setting.mix.kv_tokens_per_row);
+        let next = |tokens: &u64| (*tokens > least).then(|| least.max(tokens / 100 * NEXT_PERCENT));
+        std::iter::successors(Some(all.max(least)), next).collect()
+    }
+
+    /// The best layout for what is wished, where one fits.
+    fn plan_for(
+        &self,
+        widths: Option<&[usize]>,
+        kept: &Kept,
+        wish: Wish<'_>,
+    ) -> Result<Option<Vec<StageLayout>>> {
         if let Some(widths) = widths {
             let mut kinds = widths.to_vec();
             kinds.sort_unstable();
             kinds.dedup();
-            return self.least_bottleneck(&kinds, Some(widths), self.may_cut(), widths.len()).with_context(
-                || format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits"),
-            );
+            return Ok(self.least_bottleneck(&kinds, Some(widths), self.may_cut(), widths.len(), wish));
         }
-        let one_each = self.one_each()?;
+        let Some(one_each) = self.one_each(wish)? else { return Ok(None) };
         let may_share = *kept == Kept::Nothing && self.setting.tensor_parallel == TensorParallel::Auto;
         let shared = if may_share { self.shared() } else { None };
         let is_faster =
             |shared: &Vec<StageLayout>| self.speed(shared) > BETTER_LAYOUT * self.speed(&one_each);
-        Ok(shared.filter(is_faster).unwrap_or(one_each))
+        Ok(Some(shared.filter(is_faster).unwrap_or(one_each)))
+    }
+
+    /// A setting with as much room on each device as is wished: of the devices of the first replica, what is left on the fullest
+    /// of those that are in their place in any.
+    fn with_rooms(&self, setting: &Setting, wish: Wish<'_>) -> Setting {
+        let least = |rooms: &[u64]| {
+            let mut least = rooms.to_vec();
+            for replica in 0..self.replicas {
+                for (seat, other) in self.seats_of(0).iter().zip(self.seats_of(replica)) {
+                    least[*seat] = least[*seat].min(rooms[*other]);
+                }
+            }
+            least
+        };
+        Setting { rooms: wish.rooms.map(least), ..setting.clone() }
     }
 
     fn may_cut(&self) -> bool {
@@ -199,18 +312,32 @@ impl Question {
 
     /// The best cut with one stage for each device, of whole blocks or where that is faster with FFNs that are cut. Whoever
     /// names a device several times has whole blocks.
-    fn one_each(&self) -> Result<Vec<StageLayout>> {
+    fn one_each(&self, wish: Wish<'_>) -> Result<Option<Vec<StageLayout>>> {
         let seats = self.seats_of(0);
         let num_stages = seats.len();
-        let case = self.setting.case(&self.pieces, &[1], Balance::Roofline, self.rows(num_stages));
+        let rows = self.rows(wish.sequences, num_stages);
+        let mut case = self.with_rooms(&self.setting, wish).case(&self.pieces, &[1], Balance::Roofline, rows);
+        if let (Some(gpus), Some(_)) = (&self.gpus, wish.rooms) {
+            let bytes = gpus.block_bytes();
+            for (_, costs) in case.costs.iter_mut().flatten() {
+                *costs = costs.clone().with_bytes(&bytes);
+            }
+        }
         let ends = ends_block(&self.pieces);
-        let stages = least_bottleneck_on_seats(&case.problem(&ends), seats)?;
-        let whole: Vec<Part> = stages.iter().map(|stage| part_of(&self.pieces, &stage.pieces)).collect();
-        let whole = layout::stages(whole, None);
+        let stages = least_bottleneck_within(&case.problem(&ends), seats, wish.kv_tokens)?;
+        let whole = stages.map(|stages| self.whole(&stages));
         let may_cut = self.may_cut() && self.is_once() && num_stages > 1;
-        let cut = if may_cut { self.least_bottleneck(&[1], None, true, num_stages) } else { None };
-        let is_faster = |cut: &Vec<StageLayout>| self.slowest(&whole) > BETTER_LAYOUT * self.slowest(cut);
-        Ok(cut.filter(is_faster).unwrap_or(whole))
+        let cut = if may_cut { self.least_bottleneck(&[1], None, true, num_stages, wish) } else { None };
+        let is_faster = |cut: &Vec<StageLayout>| {
+            whole.as_ref().is_none_or(|whole| self.slowest(whole) > BETTER_LAYOUT * self.slowest(cut))
+        };
+        Ok(cut.filter(is_faster).or(whole))
+    }
+
+    /// Stages of whole blocks as they run.
+    fn whole(&self, stages: &[PlannedStage]) -> Vec<StageLayout> {
+        let parts = stages.iter().map(|stage| part_of(&self.pieces, &stage.pieces)).collect();
+        layout::stages(parts, None)
     }
 
     /// The fastest layout of a replica on devices that are named once, where that has stages which several share and gives
@@ -234,19 +361,21 @@ impl Question {
         widths: Option<&[usize]>,
         may_cut: bool,
         num_stages: usize,
+        wish: Wish<'_>,
     ) -> Option<Vec<StageLayout>> {
         let pieces = pieces(&self.setting.config, self.setting.column_cut().filter(|_| may_cut));
-        let case = self.first.case(&pieces, kinds, Balance::Roofline, self.rows(num_stages));
+        let rows = self.rows(wish.sequences, num_stages);
+        let case = self.with_rooms(&self.first, wish).case(&pieces, kinds, Balance::Roofline, rows);
         let ends = ends_block(&pieces);
         let problem = case.problem(&ends).with_widths(widths);
-        Some(planned(&pieces, &least_bottleneck(&problem, 0, problem.devices.len())?))
+        Some(planned(&pieces, &least_bottleneck(&problem, wish.kv_tokens, problem.devices.len())?))
     }
 
     /// What each stage takes, with attention shared as it says.
     pub(super) fn seconds(&self, stages: &[StageLayout]) -> Vec<f64> {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts(stages));
-        let load = self.load(stages.len());
+        let load = self.load(stages);
         let stage = |(stage, span): (&StageLayout, &Span)| {
             let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
             costs.step_seconds(&pieces, span.range(), stage.devices.len(), &stage.sharing, load)
@@ -254,20 +383,20 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// How the ranks of one of so many stages share attention.
-    pub(super) fn sharing(&self, stage: &StageLayout, num_stages: usize) -> Sharing {
+    /// How the ranks of a stage share attention in such a micro-batch.
+    pub(super) fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
         let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
-        costs.sharing(&pieces, stage.devices.len(), self.load(num_stages))
+        costs.sharing(&pieces, stage.devices.len(), load)
     }
 
     /// What the slowest device takes for all of its stages, those of all replicas, with attention shared as is fastest.
     fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
-        let mut planned = stages.to_vec();
+        let (mut planned, load) = (stages.to_vec(), self.load(stages));
         for stage in planned.iter_mut().filter(|stage| stage.devices.len() > 1) {
-            stage.sharing = self.sharing(stage, stages.len());
+            stage.sharing = self.sharing(stage, load);
         }
         let seconds = self.seconds(&planned);
         for seats in (0..self.replicas).map(|replica| self.seats_of(replica)) {
@@ -282,7 +411,8 @@ impl Question {
 
     /// Rows that decode in a second, in all replicas.
     fn speed(&self, stages: &[StageLayout]) -> f64 {
-        self.replicas as f64 * self.setting.decode_rows(self.rows(stages.len())) / self.slowest(stages)
+        let rows = self.rows(self.sequences(stages), stages.len());
+        self.replicas as f64 * self.setting.decode_rows(rows) / self.slowest(stages)
     }
 
     /// What a job should know whose own cut is slower than need be.
@@ -297,8 +427,9 @@ impl Question {
     /// The fastest of all layouts that a plan knows, where that is faster than the planned stages: with as many rows in flight,
     /// shared stages and FFNs, several pipelines, stages in another order.
     pub(super) fn better_layout(&self, planned: &[StageLayout]) -> Option<String> {
-        let pieces = self.setting.pieces();
-        let (replicas, layout) = answer::plan(&self.setting, &pieces)?;
+        let setting = self.with_room_beside(planned);
+        let pieces = setting.pieces();
+        let (replicas, layout) = answer::plan(&setting, &pieces)?;
         let ratio = layout.tokens_per_second / self.speed(planned);
         if ratio <= BETTER_LAYOUT {
             return None;
@@ -315,6 +446,17 @@ impl Question {
         let stages: Vec<String> = layout.stages.iter().map(|stage| layout_stage(&pieces, stage)).collect();
         let stages = stages.join(", ");
         Some(format!("stages: {stages} would be {ratio:.2} times as fast, and cannot be run yet"))
+    }
+
+    /// The setting of all devices; on GPUs with their memory, and as many rows in flight as planned stages have room for.
+    fn with_room_beside(&self, planned: &[StageLayout]) -> Setting {
+        let Some(gpus) = &self.gpus else { return self.setting.clone() };
+        let sequences = self.replicas as u64 * self.sequences(planned);
+        Setting {
+            rooms: Some(gpus.rooms()),
+            tokens_in_flight: Some(sequences.saturating_mul(self.setting.mix.kv_tokens_per_row)),
+            ..self.setting.clone()
+        }
     }
 
     /// Replicas where they change, devices, widths where they are not all 1, and stages, as a job file has them.

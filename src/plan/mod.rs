@@ -25,7 +25,7 @@ use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, LengthsArg, PlanArgs, PlanDtype, SettingArgs};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{MAX_TOKENS, Setting, roofline};
-use crate::{machine, picture, placement, profile};
+use crate::{gpus, machine, picture, placement, profile};
 
 pub(crate) use crate::plan::input::{Work, first_rows};
 pub(crate) use crate::plan::lengths::Lengths;
@@ -138,6 +138,7 @@ pub(crate) fn setting(
         work: Arc::new(work),
         replicas: if devices.group(replicas).is_some() { replicas } else { 1 },
         devices,
+        rooms: None,
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         column_cuts: job.pipeline.column_cuts,
         balance,
@@ -172,6 +173,7 @@ pub(crate) fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> 
     if setting.types != own {
         bail!("--cost measured: found --dtype, expected the job's own type");
     }
+    gpus::check_one_kind(&job.pipeline)?;
     let (model, _) = Model::open(&job.model.path, true).context("load model")?;
     let options = profile::options(&job.model, &job.pipeline, &model, Effort::default())?;
     let key = options.key(&model);

@@ -35,6 +35,8 @@ pub(crate) struct Setting {
     pub(crate) config: ModelConfig,
     pub(crate) catalog: DeviceCatalog,
     pub(crate) devices: DeviceList,
+    /// What weights, keys and values may have of each device, where more is known than the catalog says.
+    pub(crate) rooms: Option<Vec<u64>>,
     pub(crate) types: NumberTypes,
     /// Whether the job names the type of keys and values, which then stays whatever the weights are.
     pub(crate) is_kv_type_given: bool,
@@ -131,7 +133,7 @@ impl Setting {
 
     /// The same with other devices.
     pub(crate) fn on(&self, devices: DeviceList) -> Self {
-        Setting { devices, ..self.clone() }
+        Setting { devices, rooms: None, ..self.clone() }
     }
 
     /// How often the model may be there: as often as the devices are groups that are alike. A layout whose widths are given is
@@ -161,8 +163,16 @@ impl Setting {
     /// If the count is none of [`Setting::replica_counts`].
     pub(crate) fn replica(&self, count: usize) -> Self {
         let share = |all: Option<u64>| all.map(|all| all.div_ceil(count as u64));
+        let devices = self.devices.group(count).expect("so many groups are alike");
+        // All replicas have the same stages: what the fullest of them has room for.
+        let least = |rooms: &Vec<u64>| -> Vec<u64> {
+            let of_place =
+                |place: usize| rooms.iter().skip(place).step_by(devices.num_devices()).copied().min();
+            (0..devices.num_devices()).filter_map(of_place).collect()
+        };
         Setting {
-            devices: self.devices.group(count).expect("so many groups are alike"),
+            rooms: self.rooms.as_ref().map(least),
+            devices,
             rows: share(self.rows),
             tokens_in_flight: share(self.tokens_in_flight),
             ..self.clone()
@@ -299,8 +309,10 @@ impl Setting {
         (each.iter().enumerate())
             .map(|(idx, &kind)| StageDevice {
                 kind,
-                memory_bytes: memory_bytes(kinds[kind])
-                    .saturating_sub(self.workspace_bytes(kinds[kind], load)),
+                memory_bytes: match &self.rooms {
+                    Some(rooms) => rooms[idx],
+                    None => memory_bytes(kinds[kind]).saturating_sub(self.workspace_bytes(kinds[kind], load)),
+                },
                 hop_seconds: hop(idx, bytes),
                 cut_hop_seconds: hop(idx, 2.0 * bytes),
             })

@@ -137,6 +137,40 @@ fn a_gpu_holds_its_own_span_alone() {
     assert_eq!(two.status.code(), Some(0), "{}", stderr(&two));
 }
 
+/// Where nobody says which blocks are where, a GPU with less memory gets fewer of them, down to where nothing helps.
+#[test]
+fn a_gpu_with_less_memory_has_fewer_blocks() {
+    let job = both_gpus(job().emulated_gpus(2))
+        .set("model.max_context_tokens=64")
+        .set("pipeline.micro_batch_tokens=16");
+    let first_stage = |bytes: &str| {
+        let output = on(&job, &[("EMULATED_GPUS", "2"), ("EMULATED_BYTES", bytes)]);
+        if output.status.code() != Some(0) {
+            return Err(stderr(&output));
+        }
+        let plan = &crate::harness::read_json(&job.out().join("manifest.json"))["plan"];
+        let blocks = plan["stages"][0]["blocks"][1].as_u64().unwrap();
+        std::fs::remove_dir_all(job.out()).unwrap();
+        Ok(blocks)
+    };
+    let usual = first_stage("2000000000").unwrap();
+    let mut fewest = usual;
+    let refused =
+        (1..=8).rev().map(|mb| first_stage(&format!("{},2000000000", mb * 2_000_000))).find_map(|found| {
+            match found {
+                Ok(blocks) => {
+                    assert!(blocks <= fewest, "{blocks} blocks beside less memory, {fewest} beside more");
+                    fewest = blocks;
+                    None
+                }
+                Err(error) => Some(error),
+            }
+        });
+    assert!(fewest < usual, "{fewest} of {usual} blocks");
+    let refused = refused.expect("2 MB are too little");
+    assert!(refused.contains(" on cuda:0") && refused.contains(" of its memory are free"), "{refused}");
+}
+
 /// All that a step works in is made before the first: what another program takes then is not missed.
 #[test]
 fn another_program_may_take_what_is_left_of_a_gpu() {
@@ -266,4 +300,92 @@ fn bench_measures_a_gpu_and_what_deterministic_costs() {
     let text = bench(&[]);
     assert!(text.contains("device     cuda sm_90a on emulator\n"), "{text}");
     assert!(text.contains("with deterministic = false, and what true costs\n"), "{text}");
+}
+
+/// Two blocks, so small that an emulator has measured them in a moment.
+fn small_model() -> tempfile::TempDir {
+    let (from, to) = (crate::harness::fixture("hetero-0-bf16"), tempfile::tempdir().unwrap());
+    for file in ["generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(from.join(file), to.path().join(file)).unwrap();
+    }
+    let mut config = crate::harness::read_json(&from.join("config.json"));
+    config["block_configs"] = [0, 2].map(|slot| config["block_configs"][slot].clone()).to_vec().into();
+    config["tie_word_embeddings"] = json!(true);
+    for (key, value) in [("num_hidden_layers", 2), ("hidden_size", 64), ("num_attention_heads", 4)] {
+        config[key] = json!(value);
+    }
+    std::fs::write(to.path().join("config.json"), config.to_string()).unwrap();
+    to
+}
+
+/// Two GPUs are measured by what they hand over to each other, and a job's stages are cut by it.
+#[test]
+fn a_profile_of_gpus_cuts_the_stages_of_a_job() {
+    let (store, model) = (tempfile::tempdir().unwrap(), small_model());
+    let sets = ["pipeline.micro_batch_tokens=6", "model.max_context_tokens=64", "model.random_weights=true"];
+    let body = json!({"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0});
+    let job = both_gpus(Job::on_model(model.path()).completion("row", body)).emulated_gpus(2);
+    let job = sets.iter().fold(job, |job, set| job.set(*set));
+    let run = job.command();
+    let file = run.get_args().nth(1).unwrap().to_owned();
+    let with_profiles = |what: &str, args: &[&str]| {
+        let mut command = spanwise();
+        command.arg(what).arg(&file).args(args);
+        for set in sets.iter().chain(&["pipeline.devices=[\"cuda:0\",\"cuda:1\"]"]) {
+            command.args(["--set", set]);
+        }
+        run.get_envs().for_each(|(name, value)| {
+            command.env(name, value.unwrap());
+        });
+        let output = command.env("SPANWISE_PROFILES", store.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let profile = with_profiles("profile", &["--point-seconds", "0.0001", "--format", "json"]);
+    let profile: Value = serde_json::from_str(&profile).unwrap();
+    let device = &profile["key"]["device"];
+    assert_eq!((&device["backend"], &device["processor"]), (&json!("cuda"), &json!("emulator")));
+    assert_eq!((&device["devices"], &device["deterministic"]), (&json!(2), &json!(true)));
+    let points = |value: &Value| value.as_array().unwrap().len();
+    for part in ["hop", "embedding", "head"] {
+        for neighbours in ["alone", "busy"] {
+            assert_eq!(points(&profile[part][neighbours]), 4, "of 1, 2, 4 and 6 tokens: {part}");
+        }
+    }
+    for attention in profile["attention"].as_array().unwrap() {
+        assert!(points(&attention["decode"]["busy"]) > 0 && points(&attention["prefill"]["busy"]) > 0);
+    }
+    let seconds = |block: &Value| block["points"]["busy"][0]["seconds"]["median"].as_f64().unwrap();
+    assert!(profile["blocks"].as_array().unwrap().iter().all(|block| seconds(block) > 0.0), "{profile}");
+
+    let planned = ["--set", "plan.prompt_tokens=8", "--set", "plan.output_tokens=8", "--cost", "measured"];
+    let plan: Value =
+        serde_json::from_str(&with_profiles("plan", &[&planned[..], &["--format", "json"]].concat()))
+            .unwrap();
+    assert_eq!(plan["estimate"], false);
+
+    let told = job.command().env("SPANWISE_PROFILES", store.path()).output().unwrap();
+    assert!(stderr(&told).contains("by measured costs"), "{}", stderr(&told));
+    let manifest = crate::harness::read_json(&job.out().join("manifest.json"));
+    assert_eq!(manifest["plan"]["cost"], "measured");
+}
+
+#[test]
+fn gpus_of_two_kinds_have_no_profile_together() {
+    let job = both_gpus(job()).emulated_gpus(2);
+    let run = job.command();
+    let mut command = spanwise();
+    command.arg("profile").arg(run.get_args().nth(1).unwrap());
+    command.args(["--set", "pipeline.devices=[\"cuda:0\",\"cuda:1\"]"]);
+    command
+        .env("SPANWISE_CUDA_LIBRARIES", emulator())
+        .env("EMULATED_GPUS", "2")
+        .env("EMULATED_NAMES", "H100,A100");
+    let output = command.output().unwrap();
+    assert!(
+        stderr(&output).contains("found cuda:0 (H100) and cuda:1 (A100), expected GPUs of one kind"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(output.status.code(), Some(2));
 }

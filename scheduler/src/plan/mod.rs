@@ -23,5 +23,5 @@ pub use each::least_bottleneck_on_each;
 pub use looped::faster_looped;
 pub use problem::{Costs, Extra, Held, Piece, PlannedStage, Problem, RankCosts, StageDevice};
 pub use search::{Case, Choice, KvTokens, best_layout, faster_layout, in_flight, least_bottleneck};
-pub use seats::least_bottleneck_on_seats;
+pub use seats::{least_bottleneck_on_seats, least_bottleneck_within};
 pub use span::Span;

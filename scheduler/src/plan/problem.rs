@@ -85,6 +85,22 @@ impl RankCosts {
         Self { shared_bytes, ..self }
     }
 
+    /// The same where more is known of each piece's memory: its weights, embedding and head among them where it is at an end, and
+    /// the keys and values that a token in flight keeps.
+    ///
+    /// # Panics
+    /// If there are not as many as pieces.
+    #[must_use]
+    pub fn with_bytes(mut self, bytes: &[(u64, u64)]) -> Self {
+        assert_eq!(bytes.len(), self.num_pieces(), "pieces and their bytes");
+        for (piece, (weights, kv)) in bytes.iter().enumerate() {
+            self.weight_bytes[piece + 1] = self.weight_bytes[piece] + weights;
+            self.kv_bytes_per_token[piece + 1] = self.kv_bytes_per_token[piece] + kv;
+        }
+        (self.first.bytes, self.last.bytes, self.shared_bytes) = (0, 0, 0);
+        self
+    }
+
     /// The pieces alone, without embedding, head, cuts and what a stage begins with.
     #[must_use]
     pub fn without_extras(&self) -> Self {

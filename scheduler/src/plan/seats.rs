@@ -7,7 +7,7 @@
 
 use super::each::least_bottleneck_on_each;
 use super::looped::Least;
-use super::problem::{PlannedStage, Problem};
+use super::problem::{PlannedStage, Problem, StageDevice};
 use crate::error::Error;
 
 /// Halving goes on until so small a share is left between a time that is enough and one that is not: no cost is known to
@@ -30,20 +30,46 @@ const MAX_WAYS_OF_MANY: usize = 1 << 9;
 /// # Panics
 /// If there is no seat, or one is none of the devices.
 pub fn least_bottleneck_on_seats(problem: &Problem<'_>, seats: &[usize]) -> Result<Vec<PlannedStage>, Error> {
+    let endless = |device: &StageDevice| StageDevice { memory_bytes: u64::MAX, ..*device };
+    let devices: Vec<_> = problem.devices.iter().map(endless).collect();
+    let stages = least_bottleneck_within(&Problem { devices: &devices, ..*problem }, seats, 0)?;
+    Ok(stages.expect("memory is no limit"))
+}
+
+/// The same where each device has room for its stages, and in them for `kv_tokens` in flight; none where a stage finds no room.
+/// The stages of a device that has several are sought with an equal share of its memory each, so that there may be a cut
+/// beside none, or a faster one.
+///
+/// # Errors
+/// As [`least_bottleneck_on_seats`].
+///
+/// # Panics
+/// As [`least_bottleneck_on_seats`].
+pub fn least_bottleneck_within(
+    problem: &Problem<'_>,
+    seats: &[usize],
+    kv_tokens: u64,
+) -> Result<Option<Vec<PlannedStage>>, Error> {
     // As if each seat had a device of its own.
-    let devices: Vec<_> = seats.iter().map(|seat| problem.devices[*seat]).collect();
+    let apart = |seat: &usize| {
+        let device = problem.devices[*seat];
+        let stages = seats.iter().filter(|other| *other == seat).count() as u64;
+        StageDevice { memory_bytes: device.memory_bytes / stages, ..device }
+    };
+    let devices: Vec<_> = seats.iter().map(apart).collect();
     let apart = Problem { devices: &devices, ..*problem };
-    let stages = least_bottleneck_on_each(&apart, 0)?.expect("memory is no limit");
+    let Some(stages) = least_bottleneck_on_each(&apart, kv_tokens)? else { return Ok(None) };
     let is_shared = |(at, seat): (usize, &usize)| seats[..at].contains(seat);
     if !seats.iter().enumerate().any(is_shared) {
-        return Ok(seated(&stages, seats));
+        return Ok(Some(seated(&stages, seats)));
     }
     let mut stages = seated(&stages, seats);
+    let fits = |stages: &[PlannedStage]| problem.missing_bytes(stages, kv_tokens) == 0;
     let least = Least::of(problem, 0);
     let (mut too_little, mut enough) = (0.0, problem.bottleneck(&stages));
     while enough - too_little > TIE * enough {
         let seconds = too_little + (enough - too_little) / 2.0;
-        match (Seats { problem, seats, least: &least, seconds }).cut() {
+        match (Seats { problem, seats, least: &least, seconds }).cut().filter(|cut| fits(cut)) {
             Some(faster) => {
                 enough = problem.bottleneck(&faster);
                 stages = faster;
@@ -51,7 +77,8 @@ pub fn least_bottleneck_on_seats(problem: &Problem<'_>, seats: &[usize]) -> Resu
             None => too_little = seconds,
         }
     }
-    Ok(evened_out(problem, stages))
+    let even = evened_out(problem, stages.clone());
+    Ok(Some(if fits(&even) { even } else { stages }))
 }
 
 /// The same stages on the devices of their seats.
@@ -206,7 +233,7 @@ fn neighbours(stages: &[PlannedStage]) -> impl Iterator<Item = Vec<PlannedStage>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Costs, Extra, Piece, RankCosts, StageDevice};
+    use crate::plan::{Costs, Extra, Piece, RankCosts};
 
     fn costs(seconds: &[f64], first: f64, last: f64) -> Costs {
         let pieces =
@@ -294,6 +321,25 @@ mod tests {
             let (found, best) = (problem.bottleneck(&stages), least(&problem, &seats, &mut vec![], 0));
             assert!((found - best).abs() <= 1e-6 * best, "{seats:?} {costs:?}: {found}, {best} is possible");
         }
+    }
+
+    /// The first device has room for two blocks with what their four tokens keep, the second for six.
+    #[test]
+    fn each_device_has_room_for_its_own_stage() {
+        let kept = |_| Piece { seconds: 1.0, weight_bytes: 100, kv_bytes_per_token: 5 };
+        let costs = [vec![(1, RankCosts::new((0..8).map(kept), Extra::default(), Extra::default()))]];
+        let devices = [240, 720].map(|memory_bytes| StageDevice { memory_bytes, ..device(0, 0.0) });
+        let ends = [true; 8];
+        let problem = Problem::new(&devices, &ends, &costs);
+        let cut = |seats: &[usize], kv_tokens| {
+            let stages = least_bottleneck_within(&problem, seats, kv_tokens).unwrap();
+            stages.map(|stages| stages.iter().map(|stage| stage.pieces.end).collect::<Vec<_>>())
+        };
+        assert_eq!(cut(&[0, 1], 4), Some(vec![2, 8]));
+        assert_eq!(cut(&[0, 1], 5), None);
+        // Three stages on the second device, which has the time and the room for all of them.
+        assert_eq!(cut(&[1, 0, 1, 1], 4).map(|ends| ends[1] - ends[0]), Some(2));
+        assert_eq!(least_bottleneck_on_seats(&problem, &[0, 1]).unwrap()[0].pieces.end, 4);
     }
 
     #[test]

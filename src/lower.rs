@@ -8,7 +8,7 @@ use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
 use anyhow::{Result, bail};
 use configs::KvCacheTokens;
 use jobs::NumericProfile;
-use stages::{Device, Dtypes, KvDtype, ModelConfig, PAGE_TOKENS, Simd, WeightType};
+use stages::{Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
 use crate::layout::{self, StageLayout};
 
@@ -224,6 +224,31 @@ pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dt
     Dtypes { weights: weights(model.dtype), kv }
 }
 
+/// What the user should know whose checkpoint is narrow and is widened.
+///
+/// # Errors
+/// Devices of two kinds.
+pub(crate) fn widened(
+    stored: Option<Narrow>,
+    model: &configs::Model,
+    pipeline: &configs::Pipeline,
+) -> Result<Option<String>> {
+    let (Some(stored), configs::Dtype::Bf16 | configs::Dtype::F32) = (stored, model.dtype) else {
+        return Ok(None);
+    };
+    let are_gpus = gpus::are_meant(pipeline)?;
+    let (what, kept) = match stored {
+        Narrow::Int4 { has_zeros: true } if !are_gpus => ("4 bits", "\"int8-weight\" has half of that"),
+        Narrow::Int4 { .. } => ("4 bits", "\"int4-weight\" keeps them as they are"),
+        Narrow::Fp8 if are_gpus => ("fp8", "\"fp8\" keeps them as they are"),
+        Narrow::Fp8 => ("fp8", "\"int8-weight\" has half of that"),
+    };
+    let dtype = weights(model.dtype).name();
+    Ok(Some(format!(
+        "the checkpoint's weights are in {what}, and [model] dtype = \"{dtype}\" widens them in memory: {kept}"
+    )))
+}
+
 /// All devices that the machine is shared out to, as many as the highest one named needs; some may be idle.
 pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
     let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
@@ -389,6 +414,28 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_widens_a_narrow_checkpoint_is_told_the_key() {
+        let told = |stored, dtype, devices: &[configs::Device]| {
+            let model = configs::Model { dtype, ..configs::Model::default() };
+            let pipeline = configs::Pipeline { devices: devices.to_vec(), ..configs::Pipeline::default() };
+            widened(stored, &model, &pipeline).unwrap()
+        };
+        let cpu = [configs::Device::cpu(0)];
+        let gpu = [configs::Device { kind: configs::DeviceKind::Cuda, index: 0 }];
+        let int4 = |has_zeros| Some(Narrow::Int4 { has_zeros });
+        assert_eq!(
+            told(int4(false), configs::Dtype::Bf16, &cpu).unwrap(),
+            "the checkpoint's weights are in 4 bits, and [model] dtype = \"bf16\" widens them in memory: \"int4-weight\" \
+             keeps them as they are"
+        );
+        assert!(told(int4(true), configs::Dtype::Bf16, &cpu).unwrap().contains("\"int8-weight\""));
+        assert!(told(int4(true), configs::Dtype::F32, &gpu).unwrap().contains("\"int4-weight\""));
+        assert!(told(Some(Narrow::Fp8), configs::Dtype::Bf16, &gpu).unwrap().contains("\"fp8\" keeps"));
+        assert_eq!(told(Some(Narrow::Fp8), configs::Dtype::Fp8, &gpu), None);
+        assert_eq!(told(None, configs::Dtype::Bf16, &gpu), None);
+    }
 
     #[test]
     fn core_groups_are_equal_and_cover_the_machine() {

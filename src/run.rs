@@ -79,6 +79,8 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 
     let (model, warnings) = Model::open(&job.model.path, job.model.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    let widened = lower::widened(model.narrow(), &job.model, &job.pipeline)?;
+    widened.iter().for_each(|warning| say(&format!("warning: {warning}")));
     placement::check(job, &model)?;
     let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let Files { text, reader, folder, settings, created } =

@@ -37,7 +37,7 @@ pub use kernels::{
     SUM_CUT, Simd, TcpRank, ThreadRank, WeightType, available_cores, thread_ranks,
 };
 pub use memory::{GpuMemory, StepSize};
-pub use model::{Model, Warnings};
+pub use model::{Model, Narrow, Warnings};
 pub use part::Part;
 pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep, RankSteps, rank_steps};
 pub use rope::Rope;

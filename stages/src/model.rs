@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Tensor};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::tensors;
@@ -74,6 +74,31 @@ impl Model {
         let identity = hash.finalize().to_hex()[..32].to_owned();
         let directory = directory.to_owned();
         Ok((Model { directory, config: Arc::new(config), weights, identity }, warnings))
+    }
+}
+
+/// What a checkpoint's matrices are stored in, where that is narrower than bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Narrow {
+    /// Integers of 4 bits.
+    Int4 {
+        /// Whether they are around zeros of their own.
+        has_zeros: bool,
+    },
+    /// E4M3.
+    Fp8,
+}
+
+impl Model {
+    /// What matrices of the checkpoint are stored in, where some are narrower than bf16.
+    pub fn narrow(&self) -> Option<Narrow> {
+        let Weights::Checkpoint(checkpoint) = &self.weights else { return None };
+        let has = |ending: &str| checkpoint.iter().any(|(name, _)| name.ends_with(ending));
+        if has(".weight_packed") {
+            return Some(Narrow::Int4 { has_zeros: has(".weight_zero_point") });
+        }
+        let is_fp8 = |tensor: &Tensor| tensor.dtype == safetensors::Dtype::F8_E4M3;
+        checkpoint.iter().any(|(_, tensor)| is_fp8(tensor)).then_some(Narrow::Fp8)
     }
 }
 

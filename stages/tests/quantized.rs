@@ -11,7 +11,7 @@ use scheduler::{
     MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, SliceTokens, Span,
 };
 use serde_json::json;
-use stages::{Device, Dtypes, KvDtype, Model, Simd, SpanOptions, StageOutput, WeightType, load};
+use stages::{Device, Dtypes, KvDtype, Model, Narrow, Simd, SpanOptions, StageOutput, WeightType, load};
 
 const HIDDEN: usize = 128;
 const WIDTH: usize = 256;
@@ -226,6 +226,20 @@ fn a_quantised_checkpoint_answers_as_the_numbers_that_it_stands_for() {
             }
         }
     }
+}
+
+#[test]
+fn a_model_says_what_its_checkpoint_is_stored_in() {
+    let narrow = |kind: Kind| {
+        let [quantised, plain] = twins(kind);
+        let [narrow, wide] =
+            [&quantised, &plain].map(|folder| Model::open(folder.path(), false).unwrap().0.narrow());
+        assert_eq!(wide, None);
+        narrow
+    };
+    assert_eq!(narrow(Kind::Int4), Some(Narrow::Int4 { has_zeros: false }));
+    assert_eq!(narrow(Kind::SkewInt4), Some(Narrow::Int4 { has_zeros: true }));
+    assert_eq!([Kind::Fp8Rows, Kind::Fp8Tensor].map(narrow), [Some(Narrow::Fp8); 2]);
 }
 
 #[test]

@@ -11,6 +11,8 @@
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
 mod common;
+#[path = "common/decoding.rs"]
+mod decoding;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier};
@@ -18,9 +20,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use common::median;
+use decoding::Decoding;
 use scheduler::{
-    Load, MicroBatch, MicroBatchId, Problem, Request, RequestKey, Sampling, SequenceId, Slice, StageDevice,
-    TokenId, least_bottleneck, least_bottleneck_on_each,
+    Load, MicroBatch, Problem, StageDevice, TokenId, least_bottleneck, least_bottleneck_on_each,
 };
 use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
@@ -353,24 +355,8 @@ fn options(part: Part) -> SpanOptions {
     SpanOptions { part, num_pages: ROWS * 2, context_tokens: 256, largest_step: None }
 }
 
-/// Each row decodes at the same position of a sequence of its own: what its cache holds is written anew or zero.
+/// What a row's cache holds is written anew or zero.
 fn micro_batch(id: u64) -> MicroBatch {
-    let sampling = Arc::new(Sampling::greedy(1));
-    let slice = |row: usize| Slice {
-        sequence: SequenceId(row as u64),
-        first_position: CONTEXT as u32 - 1,
-        tokens: [((id as usize * 31 + row * 7) % VOCAB) as TokenId].into_iter().collect(),
-        pages: Arc::new(vec![2 * row as u32, 2 * row as u32 + 1]),
-        sample: true,
-        score: Vec::new(),
-        counts: None,
-        mask: None,
-        request: Arc::new(Request {
-            key: RequestKey(row as u128),
-            prompt: vec![0],
-            sampling: Arc::clone(&sampling),
-            sample: 0,
-        }),
-    };
-    MicroBatch { id: MicroBatchId(id), slices: (0..ROWS).map(slice).collect() }
+    let decoding = Decoding { rows: ROWS, context: CONTEXT, pages_of_row: 2 };
+    decoding.micro_batch(id, |row| ((id as usize * 31 + row * 7) % VOCAB) as TokenId)
 }

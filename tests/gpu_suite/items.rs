@@ -8,7 +8,7 @@ use kernels::{Cuda, CudaOptions, KvDtype, WeightType};
 
 use crate::battery::collective::{self, Groups};
 use crate::battery::cuda::CHECKS;
-use crate::{attention, models, products, steps};
+use crate::{attention, bulk, logits, models, products, steps};
 
 /// Where and how large.
 #[derive(Debug, Clone)]
@@ -38,8 +38,8 @@ impl Setting {
 }
 
 /// Headings of the results, in order.
-pub(crate) const SECTIONS: [&str; 7] =
-    ["Device", "Battery", "Collectives", "Models", "Steps", "Products", "Attention"];
+pub(crate) const SECTIONS: [&str; 9] =
+    ["Device", "Battery", "Collectives", "Logits", "Models", "Steps", "Jobs", "Products", "Attention"];
 
 /// An item's lines of Markdown.
 type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
@@ -48,6 +48,8 @@ type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
 pub(crate) struct Item {
     pub(crate) section: &'static str,
     pub(crate) name: String,
+    /// What it is to reach.
+    pub(crate) bar: &'static str,
     /// It is not begun with less time than this.
     pub(crate) least_seconds: u64,
     /// It is ended after this.
@@ -59,10 +61,11 @@ impl Item {
     fn new(
         section: &'static str,
         name: impl Into<String>,
+        bar: &'static str,
         [least_seconds, most_seconds]: [u64; 2],
         run: impl Fn(&Setting) -> Result<Vec<String>> + 'static,
     ) -> Item {
-        Item { section, name: name.into(), least_seconds, most_seconds, run: Box::new(run) }
+        Item { section, name: name.into(), bar, least_seconds, most_seconds, run: Box::new(run) }
     }
 }
 
@@ -86,42 +89,58 @@ const QUICK: [&str; 4] = [
 ];
 
 pub(crate) fn all(setting: &Setting) -> Items {
-    let mut items = vec![Item::new("Device", "ceilings", [5, 60], ceilings)];
+    let mut items = vec![Item::new("Device", "ceilings", "none", [5, 60], ceilings)];
     for (name, check) in CHECKS.iter().filter(|(name, _)| !setting.is_small || QUICK.contains(name)) {
-        items.push(Item::new("Battery", *name, [2, 90], move |setting: &Setting| {
+        let bar = "within the check's bound";
+        items.push(Item::new("Battery", *name, bar, [2, 90], move |setting: &Setting| {
             check(setting.libraries.as_deref());
             Ok(vec!["right".to_owned()])
         }));
     }
     for (name, check) in collective::CHECKS {
-        items.push(Item::new("Collectives", name, [2, 60], move |setting: &Setting| {
-            collectives(check, setting)
-        }));
+        items.push(Item::new(
+            "Collectives",
+            name,
+            "within the check's bound",
+            [2, 60],
+            move |setting: &Setting| collectives(check, setting),
+        ));
     }
+    let bar = "the bf16 bound of 0.08";
+    items.push(Item::new("Logits", "Abacus against plain loops in f32", bar, [5, 60], logits::measure));
     let mut models = models::of(setting).into_iter().map(model);
     items.extend(models.next());
     for shape in products::shapes(setting) {
         let name = shape.to_string();
-        items.push(Item::new("Products", name, [5, 40], move |setting: &Setting| {
+        let bar = "85 % of the best of cuBLASLt; aim 95 %";
+        items.push(Item::new("Products", name, bar, [8, 60], move |setting: &Setting| {
             products::measure(shape, setting)
         }));
     }
     for case in attention::cases(setting) {
         let name = case.to_string();
-        items.push(Item::new("Attention", name, [5, 40], move |setting: &Setting| {
+        let bar = "split 75 % of the copy bandwidth; aim 90 %";
+        items.push(Item::new("Attention", name, bar, [5, 40], move |setting: &Setting| {
             attention::measure(case, setting)
         }));
     }
     let blocks = models::for_steps(setting);
-    items.push(Item::new("Steps", blocks.name, blocks.seconds, move |setting: &Setting| {
+    items.push(Item::new("Steps", blocks.name, blocks.bar, blocks.seconds, move |setting: &Setting| {
         steps::measure(&blocks, setting)
+    }));
+    items.extend(models::for_bulk(setting).into_iter().map(|model| {
+        Item::new("Jobs", model.name, model.bar, model.seconds, move |setting: &Setting| {
+            bulk::measure(&model, setting)
+        })
     }));
     items.extend(models);
     Items(items)
 }
 
 fn model(model: models::Measured) -> Item {
-    Item::new("Models", model.name, model.seconds, move |setting: &Setting| models::measure(&model, setting))
+    Item::new("Models", model.name, model.bar, model.seconds, move |setting: &Setting| {
+        models::measure(&model, setting)
+    })
 }
 
 /// A check of NCCL with a rank of its own, and with two on the one GPU where NCCL lets them be there.

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! gpu-suite --out FOLDER [--seconds N] [--libraries FOLDER] [--small] [--only WORD]
-//! gpu-suite pack FILE [--libraries FOLDER]
+//! gpu-suite --pack FILE [--libraries FOLDER]
 //! ```
 //!
 //! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item. The status is
@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints")]
 
+mod asked;
 mod attention;
 #[allow(
     dead_code,
@@ -22,7 +23,11 @@ mod attention;
     reason = "the battery's tests of processors and of emulators are not run from here"
 )]
 mod battery;
+mod bulk;
+#[path = "../../benches/common/decoding.rs"]
+mod decoding;
 mod items;
+mod logits;
 mod models;
 mod products;
 mod steps;
@@ -33,6 +38,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
+use asked::Asked;
 use items::Setting;
 use suite::Suite;
 
@@ -57,18 +63,25 @@ fn main() -> ExitCode {
 /// Whether all is right.
 fn run(arguments: &[String]) -> Result<bool> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match words[..] {
-        ["--list", ..] => {
-            // A test runner asks for tests, and once more for those that are ignored.
-            if !words.contains(&"--ignored") {
+    match Asked::of(&words, TEST) {
+        Some(Asked::List { ignored }) => {
+            if !ignored {
                 println!("{TEST}: test");
             }
-            Ok(true)
+            return Ok(true);
         }
-        // What a test runner calls it with; `cargo test` has no words for it at all.
-        ["--exact", ..] | [] => on_the_emulator(),
-        ["pack", file, ref rest @ ..] => pack(Path::new(file), rest),
-        ["item", name, ref rest @ ..] => {
+        Some(Asked::Test { is_meant: true }) => return on_the_emulator(),
+        Some(Asked::Test { is_meant: false }) => {
+            println!(
+                "\nrunning 0 tests\n\ntest result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out\n"
+            );
+            return Ok(true);
+        }
+        None => {}
+    }
+    match words[..] {
+        ["--pack", file, ref rest @ ..] => pack(Path::new(file), rest),
+        ["--item", name, ref rest @ ..] => {
             let (setting, _) = options(rest)?;
             items::all(&setting).run(name, &setting)?.iter().for_each(|line| println!("{line}"));
             Ok(true)
@@ -115,6 +128,7 @@ fn pack(file: &Path, rest: &[&str]) -> Result<bool> {
 
 /// The suite in its small form, carried as `cargo xtask gpu` carries it, where there is no compiler of device code.
 fn on_the_emulator() -> Result<bool> {
+    asked::check()?;
     let emulator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/cuda-emulator");
     let is_there = emulator.join("libcuda.so").is_file();
     anyhow::ensure!(

@@ -3,17 +3,17 @@
 //! The same micro-batches go through all blocks as one stage, and as two on threads of their own that hand over on the device, as
 //! a pipeline of one process does. Times are of a steady state: one micro-batch more than stages is under way.
 
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, Span};
+use scheduler::{MicroBatch, Span};
 use stages::{
     Activations, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, StepSize,
     WeightType,
 };
 
+use crate::decoding::Decoding;
 use crate::items::Setting;
 use crate::models::{self, Measured};
 
@@ -160,28 +160,10 @@ fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Wa
     Ok(seconds / work.timed as f64)
 }
 
-/// Rows that decode at the end of their context, with pages of their own. Nobody has written what these hold: times alone are
-/// asked for.
 fn micro_batch(model: &Model, work: &Work) -> MicroBatch {
-    let pages_of_row = work.context.div_ceil(PAGE_TOKENS);
-    let sampling = Arc::new(Sampling::greedy(1));
-    let slice = |row: usize| Slice {
-        sequence: SequenceId(row as u64),
-        first_position: (work.context - 1) as u32,
-        tokens: std::iter::once((row * 7919 % model.config.dims.vocab) as u32).collect(),
-        pages: Arc::new((row * pages_of_row..(row + 1) * pages_of_row).map(|page| page as u32).collect()),
-        sample: true,
-        score: Vec::new(),
-        counts: None,
-        mask: None,
-        request: Arc::new(Request {
-            key: RequestKey(row as u128),
-            prompt: vec![0],
-            sampling: Arc::clone(&sampling),
-            sample: 0,
-        }),
-    };
-    MicroBatch { id: MicroBatchId(0), slices: (0..work.rows).map(slice).collect() }
+    let Work { rows, context, .. } = *work;
+    let decoding = Decoding { rows, context, pages_of_row: context.div_ceil(PAGE_TOKENS) };
+    decoding.micro_batch(0, |row| (row * 7919 % model.config.dims.vocab) as u32)
 }
 
 /// What this thread has had of a processor.

@@ -65,7 +65,7 @@ impl Suite {
     fn ask(&self, item: &Item, setting: &Setting, patience: Duration) -> Result<Outcome> {
         let heard = ["stdout", "stderr"].map(|name| setting.cache.join(name));
         let mut command = Command::new(std::env::current_exe().context("find this program")?);
-        command.args(["item", &item.name, "--cache"]).arg(&setting.cache).stdin(Stdio::null());
+        command.args(["--item", &item.name, "--cache"]).arg(&setting.cache).stdin(Stdio::null());
         if setting.is_small {
             command.arg("--small");
         }
@@ -122,13 +122,14 @@ struct Results(Vec<(&'static str, String)>);
 impl Results {
     fn add(&mut self, item: &Item, outcome: &Outcome, since: Duration) -> String {
         let at = since.as_secs_f64();
+        let bar = if item.bar == "none" { String::new() } else { format!("; bar: {}", item.bar) };
         let text = match outcome {
             Outcome::Lines(lines) if lines.len() == 1 => {
-                format!("* {}: {} (at {at:.1} s)\n", item.name, lines[0])
+                format!("* {}: {} (at {at:.1} s{bar})\n", item.name, lines[0])
             }
             Outcome::Lines(lines) => {
                 let lines: String = lines.iter().map(|line| format!("  * {line}\n")).collect();
-                format!("* {} (at {at:.1} s)\n{lines}", item.name)
+                format!("* {} (at {at:.1} s{bar})\n{lines}", item.name)
             }
             Outcome::NotRun(why) => format!("* {}: not run, {why}\n", item.name),
             Outcome::Failed(why) => {

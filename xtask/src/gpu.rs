@@ -25,7 +25,7 @@ pub(crate) fn make() -> Result<()> {
     let built = executable(&messages, "gpu_suite").context("find the suite's executable")?;
     fs::create_dir_all(repo::path(FOLDER)).context("make target/gpu")?;
     let [suite, packed] = ["gpu-suite", "cubins"].map(|name| repo::path(FOLDER).join(name));
-    let mut pack = shell::command(&built, ["pack"]);
+    let mut pack = shell::command(&built, ["--pack"]);
     shell::run(pack.arg(&packed).arg("--libraries").arg(cubins::compiler_folder()?))?;
     fs::copy(&built, &suite).context("copy the executable")?;
     let mut whole = fs::OpenOptions::new().append(true).open(&suite).context("open the executable")?;

@@ -21,7 +21,7 @@ const LEAST_BYTES: usize = 1 << 20;
 const MOST_BYTES: usize = 2 << 30;
 
 impl Cuda {
-    /// Multiplications and additions a second of the fastest product in bf16, of square matrices of numbers without a pattern:
+    /// Multiplications and additions a second of the fastest product with weights of its type, of square matrices of numbers without a pattern:
     /// zeros take less power, and are faster than anything real.
     ///
     /// # Errors
@@ -44,13 +44,11 @@ impl Cuda {
     fn product(&self, rows: usize) -> Result<(f64, f64)> {
         let numbers = without_pattern(rows * rows);
         let view = TensorView::new(ViewDtype::Bf16, rows, rows, bytemuck::cast_slice(&numbers));
-        let (w, ones) = (
-            self.table(view)?,
-            self.vector(TensorView::new(ViewDtype::Bf16, 1, rows, &[0x80, 0x3f].repeat(rows)))?,
-        );
+        let ones = self.vector(TensorView::new(ViewDtype::Bf16, 1, rows, &[0x80, 0x3f].repeat(rows)))?;
+        let (w, table) = (self.matrix(view)?, self.table(view)?);
         let (mut x, mut normed, mut out) = (self.array(), self.operand(), self.array());
         let tokens: Vec<u32> = (0..rows as u32).collect();
-        self.embed(&w, &tokens, &mut x)?;
+        self.embed(&table, &tokens, &mut x)?;
         self.rms_norm(&x, &ones, 1e-6, &mut normed)?;
         let seconds = self.best_of(|| self.matmul(&normed, &w, &mut out))?;
         Ok((seconds, 2.0 * (rows as f64).powi(3)))

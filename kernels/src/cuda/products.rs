@@ -68,6 +68,38 @@ impl Cuda {
         Ok(())
     }
 
+    /// Seconds of `x · wᵀ` by the fastest algorithm that cuBLASLt names at any of several sizes of workspace, and how many were
+    /// timed: what [`crate::Backend::matmul`] is held against. Nothing without the library, and where `w` is not one piece of bf16.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// If x has not as many columns as w.
+    pub fn fastest_product(&self, x: &CudaOperand, w: &CudaMatrix) -> Result<Option<(f64, usize)>> {
+        assert_eq!(x.cols, w.cols, "columns of x and of w");
+        let (Some(library), Form::Bf16(chunked)) = (&self.library, &w.form) else { return Ok(None) };
+        let mut chunks = arrays::chunks(w.rows, w.cols, chunked.chunk);
+        let (Some(chunk), None) = (chunks.next(), chunks.next()) else { return Ok(None) };
+        let mut out = Memory::none(&self.stream);
+        out.reserve("time a product", x.rows * w.rows * size_of::<f32>())?;
+        let product = Product {
+            x: x.memory.start(),
+            w: chunked.memory.start(),
+            out: out.start(),
+            rows: x.rows,
+            cols: w.rows,
+            depth: chunk.cols,
+            x_stride: x.stride(),
+            w_stride: chunk.stride,
+            out_stride: w.rows,
+            scales: None,
+        };
+        // SAFETY: x and w have as many rows and columns as they say, and out was made for the product.
+        let found = unsafe { library.survey(&product) }?;
+        Ok(found.map(|(microseconds, count)| (microseconds / 1e6, count)))
+    }
+
     /// The same of E4M3, of pairs of numbers; x is quantised where it has not been.
     fn multiply_fp8(
         &self,

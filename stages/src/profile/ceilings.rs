@@ -26,7 +26,7 @@ impl Ceilings {
     /// What the device refuses.
     pub fn measure(device: &Device, dtypes: Dtypes) -> Result<Self> {
         if matches!(device, Device::Cuda { .. }) {
-            return Self::of_gpu(device);
+            return Self::of_gpu(device, dtypes.weights);
         }
         let product =
             ceilings_of(device, dtypes, |ceilings| (ceilings.product_flops(), ceilings.read_bandwidth()))?;
@@ -42,18 +42,23 @@ impl Ceilings {
         })
     }
 
-    /// Those of a GPU, whatever is asked of its bits. All products are in bf16, also of narrower weights. A copy reads and
-    /// writes, and its bytes a second are those of both.
-    fn of_gpu(device: &Device) -> Result<Self> {
+    /// Those of a GPU, whatever is asked of its bits. Products are in bf16, also of integers, but those of E4M3, which are in that.
+    /// A copy reads and writes, and its bytes a second are those of both.
+    fn of_gpu(device: &Device, weights: WeightType) -> Result<Self> {
         let mut fastest = device.clone();
         if let Device::Cuda { is_deterministic, .. } = &mut fastest {
             *is_deterministic = false;
         }
-        let gpu = stage::cuda(&fastest, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 })?;
-        let flops = gpu.product_flops()?;
+        let open = |weights| stage::cuda(&fastest, Dtypes { weights, kv: KvDtype::Bf16 });
+        let gpu = open(WeightType::Bf16)?;
+        let wide = gpu.product_flops()?;
+        let narrow = match weights {
+            WeightType::Fp8 => open(weights)?.product_flops()?,
+            _ => wide,
+        };
         Ok(Ceilings {
-            product_flops_per_second: flops,
-            wide_product_flops_per_second: flops,
+            product_flops_per_second: narrow,
+            wide_product_flops_per_second: wide,
             read_bytes_per_second: gpu.copy_bandwidth()?,
         })
     }

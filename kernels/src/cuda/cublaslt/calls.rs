@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
-use super::plan::{Algorithm, Kind, MOST_CANDIDATES};
+use super::plan::{Algorithm, Kind};
 use crate::cuda::gemm::Product;
 use crate::cuda::stream::{Argument, Memory, Stream};
 use crate::error::{Error, Result};
 
 /// Memory that an algorithm may work in: what NVIDIA recommends for Hopper is 32 MiB.
-const WORKSPACE_BYTES: usize = 64 << 20;
+pub(super) const WORKSPACE_BYTES: usize = 64 << 20;
 
 /// CUBLAS_OP_T, which cudarc's bindings have beside another library.
 const TRANSPOSED: i32 = 1;
@@ -21,6 +21,7 @@ const TRANSPOSED: i32 = 1;
 pub(crate) struct Handle {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
+    workspace_bytes: usize,
     stream: Arc<Stream>,
 }
 
@@ -56,12 +57,12 @@ unsafe impl Send for Descriptor {}
 unsafe impl Send for Layout {}
 
 impl Handle {
-    /// The library has been loaded.
-    pub(crate) fn new(stream: &Arc<Stream>) -> Result<Handle> {
+    /// With so many bytes for algorithms to work in; the library has been loaded.
+    pub(crate) fn new(stream: &Arc<Stream>, workspace_bytes: usize) -> Result<Handle> {
         stream.bind("start cublasLt")?;
-        let workspace = stream.allocate("workspace of cublasLt", WORKSPACE_BYTES)?;
+        let workspace = stream.allocate("workspace of cublasLt", workspace_bytes)?;
         let handle = result::create_handle().map_err(|error| failed(stream, "start cublasLt", error))?;
-        Ok(Handle { handle, workspace, stream: Arc::clone(stream) })
+        Ok(Handle { handle, workspace, workspace_bytes, stream: Arc::clone(stream) })
     }
 
     /// The library's version, such as 130100.
@@ -70,13 +71,13 @@ impl Handle {
         unsafe { sys::cublasLtGetVersion() }
     }
 
-    /// What the heuristics hold to be fastest, best first; nothing where the library has no algorithm.
-    pub(crate) fn candidates(&self, shape: &Shape) -> Result<Vec<Algorithm>> {
+    /// What the heuristics hold to be fastest, best first and so many at most; nothing where the library has no algorithm.
+    pub(crate) fn candidates(&self, shape: &Shape, most: usize) -> Result<Vec<Algorithm>> {
         const OP: &str = "ask cublasLt";
         self.stream.bind(OP)?;
-        let preference = Preference::new().map_err(|error| failed(&self.stream, OP, error))?;
-        let mut found =
-            vec![std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed(); MOST_CANDIDATES];
+        let preference =
+            Preference::new(self.workspace_bytes).map_err(|error| failed(&self.stream, OP, error))?;
+        let mut found = vec![std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed(); most];
         let mut count = 0;
         // SAFETY: all descriptors live, and there is room for as many results as are asked for.
         let status = unsafe {
@@ -88,7 +89,7 @@ impl Handle {
                 shape.out.0,
                 shape.out.0,
                 preference.0,
-                MOST_CANDIDATES as i32,
+                most as i32,
                 found.as_mut_ptr().cast(),
                 &mut count,
             )
@@ -101,7 +102,7 @@ impl Handle {
         let found = found[..count as usize].iter().map(|result| unsafe { result.assume_init() });
         let is_good = |result: &sys::cublasLtMatmulHeuristicResult_t| {
             result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
-                && result.workspaceSize <= WORKSPACE_BYTES
+                && result.workspaceSize <= self.workspace_bytes
         };
         Ok(found.filter(is_good).map(|result| Algorithm(result.algo.data)).collect())
     }
@@ -123,7 +124,7 @@ impl Handle {
                 result.as_mut_ptr(),
             );
             status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
-                && result.assume_init().workspaceSize <= WORKSPACE_BYTES
+                && result.assume_init().workspaceSize <= self.workspace_bytes
         }
     }
 
@@ -163,7 +164,7 @@ impl Handle {
                 shape.out.0,
                 &algorithm,
                 pointer(self.workspace.start()),
-                WORKSPACE_BYTES,
+                self.workspace_bytes,
                 self.stream.handle().cast(),
             )
         }
@@ -272,10 +273,10 @@ impl Drop for Layout {
 }
 
 impl Preference {
-    fn new() -> std::result::Result<Preference, result::CublasError> {
+    fn new(workspace_bytes: usize) -> std::result::Result<Preference, result::CublasError> {
         let preference = Preference(result::create_matmul_pref()?);
         let attribute = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let bytes = WORKSPACE_BYTES as u64;
+        let bytes = workspace_bytes as u64;
         // SAFETY: the preference lives, and the value is copied.
         unsafe {
             result::set_matmul_pref_attribute(

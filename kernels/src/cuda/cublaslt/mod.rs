@@ -19,7 +19,7 @@ use super::gpu::Gpu;
 use super::stream::{Memory, Stream};
 use super::{libraries, locked};
 use crate::error::Result;
-use calls::{Handle, Shape};
+use calls::{Handle, Shape, WORKSPACE_BYTES};
 use file::{Owner, Plans};
 use plan::{Algorithm, Choice, Key};
 
@@ -27,6 +27,11 @@ pub(crate) use plan::{Kind, cuts};
 
 /// Runs of a candidate that are timed together, after one that is not.
 const TIMED_RUNS: u32 = 4;
+
+/// Workspaces that a survey has tried, from none to more than any algorithm is known to use.
+const SURVEYED_MIB: [usize; 6] = [0, 4, 32, 64, 128, 256];
+/// Most algorithms of a survey with each of them.
+const SURVEYED_CANDIDATES: usize = 128;
 
 /// cuBLASLt on one device.
 #[derive(Debug)]
@@ -73,7 +78,7 @@ impl CublasLt {
         folder: Option<&Path>,
     ) -> Result<CublasLt> {
         libraries::CUBLASLT.load(libraries)?;
-        let handle = Handle::new(stream)?;
+        let handle = Handle::new(stream, WORKSPACE_BYTES)?;
         let owner = Owner { library: handle.version(), device: gpu.name.clone() };
         let plans = folder.map_or_else(Plans::new, |folder| owner.load(folder));
         let known = Known { plans, shapes: HashMap::new(), scratch: Memory::none(stream) };
@@ -133,11 +138,11 @@ impl CublasLt {
             let algorithm = choice.algorithm;
             return Ok(Some(Prepared { shape, algorithm }));
         }
-        let candidates = self.handle.candidates(&shape)?;
+        let candidates = self.handle.candidates(&shape, plan::MOST_CANDIDATES)?;
         // SAFETY: the caller vouches for the arrays.
-        let times = candidates
-            .iter()
-            .map(|&algorithm| unsafe { self.time(&mut known.scratch, &shape, product, key.adds, algorithm) });
+        let times = candidates.iter().map(|&algorithm| unsafe {
+            self.time(&self.handle, &mut known.scratch, &shape, product, key.adds, algorithm)
+        });
         let times = times.collect::<Result<Vec<_>>>()?;
         let Some(best) = plan::fastest(&times) else { return Ok(None) };
         let algorithm = candidates[best];
@@ -149,12 +154,32 @@ impl CublasLt {
         Ok(Some(Prepared { shape, algorithm }))
     }
 
+    /// The fastest of all algorithms that the library's heuristics name for a product of bf16, with workspaces of
+    /// [`SURVEYED_MIB`]: its microseconds, and how many were timed. Nothing where there is none.
+    ///
+    /// # Safety
+    /// As of [`CublasLt::run`].
+    pub(crate) unsafe fn survey(&self, product: &Product) -> Result<Option<(f64, usize)>> {
+        let Some(shape) = self.handle.shape(Kind::Bf16, product)? else { return Ok(None) };
+        let mut scratch = Memory::none(&self.stream);
+        let mut times = Vec::new();
+        for mib in SURVEYED_MIB {
+            let handle = Handle::new(&self.stream, mib << 20)?;
+            for algorithm in handle.candidates(&shape, SURVEYED_CANDIDATES)? {
+                // SAFETY: the caller vouches for the arrays.
+                times.extend(unsafe { self.time(&handle, &mut scratch, &shape, product, false, algorithm) }?);
+            }
+        }
+        Ok(times.iter().copied().reduce(f64::min).map(|best| (best, times.len())))
+    }
+
     /// Microseconds of a candidate, or nothing where the library refuses to start it.
     ///
     /// # Safety
     /// As of [`CublasLt::run`].
     unsafe fn time(
         &self,
+        handle: &Handle,
         scratch: &mut Memory,
         shape: &Shape,
         product: &Product,
@@ -165,7 +190,7 @@ impl CublasLt {
         scratch.reserve(OP, product.rows * product.out_stride * size_of::<f32>())?;
         let product = Product { out: scratch.start(), ..*product };
         // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
-        let run = || unsafe { self.handle.multiply(OP, shape, &product, adds, algorithm) };
+        let run = || unsafe { handle.multiply(OP, shape, &product, adds, algorithm) };
         if run().is_err() {
             return Ok(None);
         }

@@ -12,6 +12,8 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 using Status = int;
+// A preference without a size of the workspace: the backend always says one, none at all among them.
+constexpr uint64_t UNSET = ~uint64_t(0);
 constexpr Status SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15;
 
 namespace {
@@ -115,7 +117,7 @@ API Status cublasLtMatmulDescSetAttribute(void* product, int attribute, const vo
 }
 API Status cublasLtMatmulDescDestroy(void* product) { return delete static_cast<Descriptor*>(product), SUCCESS; }
 
-API Status cublasLtMatmulPreferenceCreate(void** preference) { return *preference = new Preference{0}, SUCCESS; }
+API Status cublasLtMatmulPreferenceCreate(void** preference) { return *preference = new Preference{UNSET}, SUCCESS; }
 API Status cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const void* value, size_t bytes) {
     if (attribute != 1 || bytes != sizeof(uint64_t)) return INVALID_VALUE; // Most bytes of the workspace.
     return std::memcpy(&static_cast<Preference*>(preference)->workspace_bytes, value, bytes), SUCCESS;
@@ -125,7 +127,7 @@ API Status cublasLtMatmulPreferenceDestroy(void* preference) { return delete sta
 API Status cublasLtMatmulAlgoGetHeuristic(void*, void* product, void* a, void* b, void* c, void* d, void* preference, int most,
                                           Heuristic* results, int* count) {
     *count = 0;
-    if (c != d || static_cast<Preference*>(preference)->workspace_bytes == 0) return INVALID_VALUE;
+    if (c != d || static_cast<Preference*>(preference)->workspace_bytes == UNSET) return INVALID_VALUE;
     if (!is_known(*static_cast<Descriptor*>(product), *static_cast<Layout*>(a), *static_cast<Layout*>(b), *static_cast<Layout*>(d))) {
         return NOT_SUPPORTED;
     }

@@ -233,7 +233,7 @@ impl Question {
         kept: &Kept,
         endless: &[StageLayout],
     ) -> Option<Vec<StageLayout>> {
-        let fits = |stages: &Vec<StageLayout>| gpus.num_pages(stages).is_ok();
+        let fits = |stages: &Vec<StageLayout>| self.fit(stages);
         let mut best = Some(endless.to_vec()).filter(fits);
         if best.as_ref().is_some_and(|stages| self.sequences(stages) == self.max_sequences) {
             return best;
@@ -310,6 +310,11 @@ impl Question {
         self.own.seats.iter().enumerate().all(|(entry, seat)| entry == *seat)
     }
 
+    /// Whether GPUs have room for such stages.
+    fn fit(&self, stages: &[StageLayout]) -> bool {
+        self.gpus.as_ref().is_none_or(|gpus| gpus.num_pages(stages).is_ok())
+    }
+
     /// The best cut with one stage for each device, of whole blocks or where that is faster with FFNs that are cut. Whoever
     /// names a device several times has whole blocks.
     fn one_each(&self, wish: Wish<'_>) -> Result<Option<Vec<StageLayout>>> {
@@ -328,6 +333,8 @@ impl Question {
         let whole = stages.map(|stages| self.whole(&stages));
         let may_cut = self.may_cut() && self.is_once() && num_stages > 1;
         let cut = if may_cut { self.least_bottleneck(&[1], None, true, num_stages, wish) } else { None };
+        // The plan's own bytes are short of what caches are rounded up to.
+        let cut = cut.filter(|cut| wish.rooms.is_none() || self.fit(cut));
         let is_faster = |cut: &Vec<StageLayout>| {
             whole.as_ref().is_none_or(|whole| self.slowest(whole) > BETTER_LAYOUT * self.slowest(cut))
         };

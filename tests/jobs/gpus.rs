@@ -143,32 +143,28 @@ fn a_gpu_with_less_memory_has_fewer_blocks() {
     let job = both_gpus(job().emulated_gpus(2))
         .set("model.max_context_tokens=64")
         .set("pipeline.micro_batch_tokens=16");
-    let first_stage = |bytes: &str| {
+    let blocks_there = |bytes: &str| {
         let output = on(&job, &[("EMULATED_GPUS", "2"), ("EMULATED_BYTES", bytes)]);
         if output.status.code() != Some(0) {
             return Err(stderr(&output));
         }
         let plan = &crate::harness::read_json(&job.out().join("manifest.json"))["plan"];
-        let blocks = plan["stages"][0]["blocks"][1].as_u64().unwrap();
         std::fs::remove_dir_all(job.out()).unwrap();
-        Ok(blocks)
+        let stages = plan["stages"].as_array().unwrap();
+        let there = stages.iter().filter(|stage| stage["device"] == "cuda:0");
+        let blocks =
+            |stage: &Value| stage["blocks"][1].as_u64().unwrap() - stage["blocks"][0].as_u64().unwrap();
+        Ok(there.map(blocks).sum::<u64>())
     };
-    let usual = first_stage("2000000000").unwrap();
-    let mut fewest = usual;
-    let refused =
-        (1..=8).rev().map(|mb| first_stage(&format!("{},2000000000", mb * 2_000_000))).find_map(|found| {
-            match found {
-                Ok(blocks) => {
-                    assert!(blocks <= fewest, "{blocks} blocks beside less memory, {fewest} beside more");
-                    fewest = blocks;
-                    None
-                }
-                Err(error) => Some(error),
-            }
-        });
-    assert!(fewest < usual, "{fewest} of {usual} blocks");
-    let refused = refused.expect("2 MB are too little");
-    assert!(refused.contains(" on cuda:0") && refused.contains(" of its memory are free"), "{refused}");
+    let mut blocks = Vec::new();
+    for mb in [2000, 16, 14, 12, 10, 8, 6, 4, 2] {
+        blocks.push(blocks_there(&format!("{mb}000000,2000000000")).unwrap());
+    }
+    assert!(blocks.is_sorted_by(|more, less| less <= more), "{blocks:?} blocks beside less and less memory");
+    assert!(blocks.iter().any(|&some| 0 < some && some < blocks[0]), "{blocks:?}");
+    assert_eq!(blocks.last(), Some(&0), "{blocks:?}");
+    let refused = blocks_there("2000000,2000000").unwrap_err();
+    assert!(refused.contains(" on cuda:") && refused.contains(" of its memory are free"), "{refused}");
 }
 
 /// All that a step works in is made before the first: what another program takes then is not missed.

@@ -114,7 +114,8 @@ pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
         let is_dear = Some(&entry["shape"]) == dear;
         set(&mut entry["points"], if is_dear { 0.01 } else { 0.001 });
     }
-    for entry in profile["shared"].as_array_mut().into_iter().flatten() {
+    let shared = profile.get_mut("shared").and_then(Value::as_array_mut);
+    for entry in shared.into_iter().flatten() {
         set(&mut entry["head"], 1e-9);
         for half in entry["halves"].as_array_mut().unwrap() {
             let is_by_sequences = half["half"].get("attention_by_sequences").is_some();

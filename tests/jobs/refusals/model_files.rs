@@ -203,19 +203,19 @@ const TEXT: &[Case] = &[
     case(
         "a tokenizer.json of an unknown model",
         |w| w.json("model/tokenizer.json", |t| t["model"]["type"] = json!("Magic")),
-        "error: FOLDER/model/tokenizer.json: data did not match any variant of untagged enum ModelUntagged at line 1 column 14614",
+        "error: FOLDER/model/tokenizer.json: data did not match any variant of untagged enum ModelUntagged at line 1 column 15051",
     ),
     case(
         "a tokenizer.json whose merges are unknown",
         |w| w.json("model/tokenizer.json", |t| t["model"]["merges"] = json!([["zz", "qq"]])),
-        "error: FOLDER/model/tokenizer.json: Token `zz` out of vocabulary at line 1 column 8577",
+        "error: FOLDER/model/tokenizer.json: Token `zz` out of vocabulary at line 1 column 9014",
     ),
     case(
         "a tokenizer.json with a broken pattern",
         |w| {
             w.json("model/tokenizer.json", |t| t["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false}))
         },
-        "error: FOLDER/model/tokenizer.json: Parsing error at position 1: Opening parenthesis without closing parenthesis at line 1 column 14761",
+        "error: FOLDER/model/tokenizer.json: Parsing error at position 1: Opening parenthesis without closing parenthesis at line 1 column 796",
     ),
     case(
         "a tokenizer.json nested 100,000 deep",

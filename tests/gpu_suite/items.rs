@@ -106,7 +106,7 @@ pub(crate) fn all(setting: &Setting) -> Items {
             move |setting: &Setting| collectives(check, setting),
         ));
     }
-    let bar = "the bf16 bound of 0.08";
+    let bar = "the bf16 bound of 0.08 of a deviation of the logits";
     items.push(Item::new("Logits", "Abacus against plain loops in f32", bar, [5, 60], logits::measure));
     let mut models = models::of(setting).into_iter().map(model);
     items.extend(models.next());

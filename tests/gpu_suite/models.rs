@@ -155,6 +155,16 @@ pub(crate) fn device(setting: &Setting) -> Device {
     }
 }
 
+/// The same as jobs have it unless they say otherwise: a row's bits do not depend on its batch.
+pub(crate) fn device_of_jobs(setting: &Setting) -> Device {
+    match device(setting) {
+        Device::Cuda { index, libraries, cubins, has_graphs, .. } => {
+            Device::Cuda { index, libraries, cubins, is_deterministic: true, has_graphs }
+        }
+        other => other,
+    }
+}
+
 /// Some of Super's blocks, which fit twice.
 pub(crate) fn for_steps(setting: &Setting) -> Measured {
     Measured {

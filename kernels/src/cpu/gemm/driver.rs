@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod blocks;
+mod deal;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::Registers;
@@ -10,7 +11,7 @@ use super::integers::Integers;
 use super::operand::REGISTER_ROWS;
 use super::operand::{Operand, OperandWriter};
 use super::pack::{PackedMatrix, padded_terms, terms_per_word};
-use super::plan::{Plan, Shape, Unit, is_unpacked, share, tile_bytes};
+use super::plan::{Plan, Shape, Unit, is_unpacked, tile_bytes};
 use super::scales::{AddGroup, Finish};
 use super::scratch::with_sums;
 use super::tile::{Kernel, Tile};
@@ -19,8 +20,8 @@ use crate::backend::WeightType;
 use crate::cpu::lanes::at_level;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
+use deal::deal;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// x, as a product reads it.
 #[derive(Clone, Copy)]
@@ -580,47 +581,6 @@ impl Product<'_, 2> {
             });
         });
     }
-}
-
-/// Most threads that a product is dealt out to.
-const MAX_SHARES: usize = 256;
-
-/// A share's next unit, on a cache line of its own.
-#[repr(align(64))]
-struct Next(AtomicUsize);
-
-/// Runs units on so many threads, each with what `begin` makes. A thread has a run of neighbouring units, and when it is
-/// through with them helps the others, from their next unit on.
-fn deal<R>(
-    pool: &ThreadPool,
-    num_units: usize,
-    num_shares: usize,
-    begin: impl Fn() -> R + Sync,
-    run: impl Fn(usize) + Sync,
-) {
-    let num_shares = num_shares.min(num_units).min(MAX_SHARES);
-    if num_shares <= 1 {
-        let _registers = begin();
-        (0..num_units).for_each(run);
-        return;
-    }
-    let next: [Next; MAX_SHARES] = std::array::from_fn(|i| {
-        Next(AtomicUsize::new(if i < num_shares { share(num_units, num_shares, i).start } else { 0 }))
-    });
-    pool.for_each(num_shares, |own| {
-        let _registers = begin();
-        for victim in (own..num_shares).chain(0..own) {
-            let end = share(num_units, num_shares, victim).end;
-            loop {
-                // Relaxed: the counter orders nothing but itself, and the pool orders the rest.
-                let idx = next[victim].0.fetch_add(1, Ordering::Relaxed);
-                if idx >= end {
-                    break;
-                }
-                run(idx);
-            }
-        }
-    });
 }
 
 impl<const N: usize> Product<'_, N> {

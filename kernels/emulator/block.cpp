@@ -2,8 +2,9 @@
 
 #include <csetjmp>
 #include <map>
-#include <sys/mman.h>
+#include <numeric>
 #include <string>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -13,9 +14,11 @@ namespace emulated {
 namespace {
 
 constexpr size_t STACK_BYTES = 256 << 10;
-constexpr unsigned WARP = 32;
-// Most words that a lane gives to its warp at once.
-constexpr unsigned EXCHANGED = 6;
+constexpr unsigned WARP = 32, MOST_THREADS = 1024;
+// Most words that a lane gives to its warp at once: three fragments of a product.
+constexpr unsigned EXCHANGED = 10;
+// Why a thread does not run.
+constexpr unsigned char FOR_BLOCK = 1, FOR_WARP = 2, DONE = 4;
 
 struct Copy {
     unsigned char* to;
@@ -23,30 +26,34 @@ struct Copy {
     bool is_there;
 };
 
+// Begun once and never left: threads of one block after the other.
 struct Fiber {
-    ucontext_t context;
     jmp_buf state;
-    bool has_begun, is_done, waits_for_block, waits_for_warp;
+    bool has_begun;
     Dim3 idx;
-    // Groups of copies that have not arrived, the last one still open.
-    std::vector<std::vector<Copy>> copies;
+    // What has not arrived, in the order in which it was asked for, and how many of them each closed group has.
+    std::vector<Copy> copies;
+    std::vector<size_t> groups;
+    size_t num_grouped;
 };
 
 struct Warp {
-    uint32_t words[WARP * EXCHANGED];
-    unsigned num_waiting, count;
+    // What is given, and what was given before that: it is read until all give again.
+    uint32_t words[2][WARP * EXCHANGED];
+    unsigned given, num_waiting, count;
+    Together together;
 };
 
 // Never destroyed: threads of a program that ends may still be at work.
 std::vector<Fiber>& fibers = *new std::vector<Fiber>();
+std::vector<unsigned char>& waits = *new std::vector<unsigned char>();
 std::vector<Warp>& warps = *new std::vector<Warp>();
 std::vector<unsigned char>& shared = *new std::vector<unsigned char>();
 unsigned char* shared_start;
 unsigned running, num_threads, num_waiting_for_block, num_done;
-bool block_says, block_said;
+bool is_backwards, block_says, block_said;
 const std::function<void()>* the_call;
-jmp_buf scheduler;
-ucontext_t scheduler_context;
+jmp_buf block_is_done;
 unsigned char* stacks;
 
 [[noreturn]] void fail(const char* why) {
@@ -54,56 +61,59 @@ unsigned char* stacks;
     std::abort();
 }
 
-// Back to the scheduler, and here again when it is this fiber's turn.
+[[noreturn]] void begin();
+
+// The fiber that runs from now on.
+[[noreturn]] void resume() {
+    Fiber& fiber = fibers[running];
+    threadIdx = fiber.idx;
+    if (fiber.has_begun) _longjmp(fiber.state, 1);
+    fiber.has_begun = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + running * STACK_BYTES;
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, begin, 0);
+    setcontext(&context);
+    fail("a thread does not begin");
+}
+
+// The next thread that waits for nothing, or the end of the block.
+[[noreturn]] void go_on() {
+    if (num_done == num_threads) _longjmp(block_is_done, 1);
+    for (unsigned turn = 0; turn < num_threads; turn++) {
+        // From the last thread to the first in every second launch: no order of threads may matter.
+        if (is_backwards) running = running == 0 ? num_threads - 1 : running - 1;
+        else running = running == num_threads - 1 ? 0 : running + 1;
+        if (!waits[running]) resume();
+    }
+    fail("threads wait for others that have ended, or that wait elsewhere");
+}
+
+// Lets others go on, and comes back when it is this fiber's turn.
 void yield() {
-    if (_setjmp(fibers[running].state) == 0) _longjmp(scheduler, 1);
+    if (_setjmp(fibers[running].state) == 0) go_on();
 }
 
 void begin() {
-    (*the_call)();
-    Fiber& fiber = fibers[running];
-    for (const auto& group : fiber.copies) {
-        if (!group.empty()) fail("a thread ended with copies under way");
+    while (true) {
+        (*the_call)();
+        if (!fibers[running].copies.empty()) fail("a thread ended with copies under way");
+        fibers[running].groups.clear();
+        waits[running] = DONE;
+        num_done++;
+        yield();
     }
-    fiber.is_done = true;
-    num_done++;
-    _longjmp(scheduler, 1);
 }
 
-void run(unsigned index) {
-    running = index;
-    Fiber& fiber = fibers[index];
-    threadIdx = fiber.idx;
-    if (_setjmp(scheduler) != 0) return;
-    if (fiber.has_begun) _longjmp(fiber.state, 1);
-    fiber.has_begun = true;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks + index * STACK_BYTES;
-    fiber.context.uc_stack.ss_size = STACK_BYTES;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, begin, 0);
-    swapcontext(&scheduler_context, &fiber.context);
-}
-
-void run_block(unsigned launch) {
-    for (unsigned i = 0; i < num_threads; i++) {
-        Fiber& fiber = fibers[i];
-        fiber.has_begun = fiber.is_done = fiber.waits_for_block = fiber.waits_for_warp = false;
-        fiber.idx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        fiber.copies.assign(1, {});
-    }
+void run_block() {
+    std::fill(waits.begin(), waits.end(), 0);
     for (Warp& warp : warps) warp.num_waiting = 0;
     num_waiting_for_block = num_done = 0;
     block_says = false;
-    while (num_done < num_threads) {
-        bool has_run = false;
-        for (unsigned turn = 0; turn < num_threads; turn++) {
-            // From the last thread to the first in every second launch: no order of threads may matter.
-            unsigned i = launch % 2 ? num_threads - 1 - turn : turn;
-            while (!fibers[i].is_done && !fibers[i].waits_for_block && !fibers[i].waits_for_warp) run(i), has_run = true;
-        }
-        if (!has_run) fail("threads wait for others that have ended, or that wait elsewhere");
-    }
+    running = is_backwards ? num_threads - 1 : 0;
+    if (_setjmp(block_is_done) == 0) resume();
 }
 
 }  // namespace
@@ -112,35 +122,33 @@ unsigned char* dynamic_shared() { return shared_start; }
 
 bool block_barrier(bool says) {
     block_says |= says;
-    fibers[running].waits_for_block = true;
+    waits[running] = FOR_BLOCK;
     if (++num_waiting_for_block == num_threads) {
         num_waiting_for_block = 0;
         block_said = block_says;
         block_says = false;
-        for (unsigned i = 0; i < num_threads; i++) fibers[i].waits_for_block = false;
+        std::fill(waits.begin(), waits.end(), 0);
     }
-    while (fibers[running].waits_for_block) yield();
+    while (waits[running]) yield();
     return block_said;
 }
 
-const uint32_t* exchange(const uint32_t* words, unsigned count) {
+const uint32_t* exchange(const uint32_t* words, unsigned count, Together together) {
     Warp& warp = warps[running / WARP];
     unsigned first = running / WARP * WARP;
-    // What was exchanged before has been read by all, who have come here since. So two exchanges take turns in memory.
-    static auto& seen = *new std::vector<std::vector<uint32_t>>();
-    seen.resize(std::max(seen.size(), warps.size()));
     if (count > EXCHANGED) fail("too much is exchanged");
-    if (warp.num_waiting == 0) warp.count = count;
-    if (warp.count != count) fail("lanes of a warp do unlike things");
-    std::memcpy(warp.words + (running - first) * count, words, count * sizeof(uint32_t));
-    fibers[running].waits_for_warp = true;
+    if (warp.num_waiting == 0) warp.count = count, warp.together = together;
+    if (warp.count != count || warp.together != together) fail("lanes of a warp do unlike things");
+    std::memcpy(warp.words[warp.given] + (running - first) * count, words, count * sizeof(uint32_t));
+    waits[running] = FOR_WARP;
     if (++warp.num_waiting == WARP) {
         warp.num_waiting = 0;
-        seen[running / WARP].assign(warp.words, warp.words + WARP * count);
-        for (unsigned i = first; i < first + WARP; i++) fibers[i].waits_for_warp = false;
+        if (together) together(warp.words[warp.given]);
+        warp.given = 1 - warp.given;
+        std::fill_n(waits.begin() + first, WARP, 0);
     }
-    while (fibers[running].waits_for_warp) yield();
-    return seen[running / WARP].data();
+    while (waits[running]) yield();
+    return warp.words[1 - warp.given];
 }
 
 void begin_copy(void* to, const void* from, bool is_there) {
@@ -148,20 +156,27 @@ void begin_copy(void* to, const void* from, bool is_there) {
     if (address % 16 != 0) fail("a copy of 16 bytes is not aligned");
     auto* target = static_cast<unsigned char*>(to);
     if (target < shared_start || target + 16 > shared.data() + shared.size()) fail("a copy goes beyond the block's memory");
-    fibers[running].copies.back().push_back({target, static_cast<const unsigned char*>(from), is_there});
+    fibers[running].copies.push_back({target, static_cast<const unsigned char*>(from), is_there});
 }
 
-void close_copies() { fibers[running].copies.emplace_back(); }
+void close_copies() {
+    Fiber& fiber = fibers[running];
+    fiber.groups.push_back(fiber.copies.size() - fiber.num_grouped);
+    fiber.num_grouped = fiber.copies.size();
+}
 
 void await_copies(unsigned pending) {
-    auto& copies = fibers[running].copies;
-    while (copies.size() > pending + 1) {
-        for (const Copy& copy : copies.front()) {
-            if (copy.is_there) std::memcpy(copy.to, copy.from, 16);
-            else std::memset(copy.to, 0, 16);
-        }
-        copies.erase(copies.begin());
+    Fiber& fiber = fibers[running];
+    size_t num_groups = fiber.groups.size() > pending ? fiber.groups.size() - pending : 0;
+    size_t num_copies = std::accumulate(fiber.groups.begin(), fiber.groups.begin() + num_groups, size_t(0));
+    for (size_t i = 0; i < num_copies; i++) {
+        const Copy& copy = fiber.copies[i];
+        if (copy.is_there) std::memcpy(copy.to, copy.from, 16);
+        else std::memset(copy.to, 0, 16);
     }
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + num_copies);
+    fiber.groups.erase(fiber.groups.begin(), fiber.groups.begin() + num_groups);
+    fiber.num_grouped -= num_copies;
 }
 
 std::multimap<std::string, Kernel>& kernels() {
@@ -182,18 +197,23 @@ const Kernel* find_kernel(const char* name, unsigned head_dim) {
 void run_grid(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned shared_bytes, const std::function<void()>& call) {
     static unsigned launches = 0;
     num_threads = block.x * block.y * block.z;
-    if (num_threads == 0 || num_threads > kernel.max_threads) fail("a block of more threads than the kernel is for");
+    if (num_threads == 0 || num_threads > std::min(kernel.max_threads, MOST_THREADS)) fail("a block of more threads than the kernel is for");
     if (num_threads % WARP != 0) fail("a block of no whole warps");
     if (grid.y > 65535 || grid.z > 65535) fail("a grid is too large");
     if (!stacks) {
-        void* memory = mmap(nullptr, 1024 * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void* memory = mmap(nullptr, MOST_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) fail("no memory for stacks");
         stacks = static_cast<unsigned char*>(memory);
     }
-    fibers.resize(num_threads);
+    // As many as there are stacks, whose addresses they keep.
+    fibers.resize(MOST_THREADS);
+    waits.resize(num_threads);
     warps.resize(num_threads / WARP);
+    for (unsigned i = 0; i < num_threads; i++) {
+        fibers[i].idx = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    }
     the_call = &call, gridDim = grid, blockDim = block;
-    launches++;
+    is_backwards = ++launches % 2 == 1;
     for (unsigned z = 0; z < grid.z; z++) {
         for (unsigned y = 0; y < grid.y; y++) {
             for (unsigned x = 0; x < grid.x; x++) {
@@ -201,7 +221,7 @@ void run_grid(const Kernel& kernel, Dim3 grid, Dim3 block, unsigned shared_bytes
                 shared.assign(shared_bytes + 128, 0xff);
                 uintptr_t start = reinterpret_cast<uintptr_t>(shared.data());
                 shared_start = shared.data() + (128 - start % 128) % 128;
-                run_block(launches);
+                run_block();
             }
         }
     }

@@ -22,6 +22,7 @@ kernel() { # kernel FILE THREADS [HEAD_DIM KERNELS]
 compile block block.cpp
 compile driver driver.cpp
 compile queues queues.cpp
+compile tensor_cores tensor_cores.cpp -O3
 compile collective kernel.cpp -include device.h '-DSOURCE="../cu/collective.cu"' '-DKERNELS=K(sum_ranks) K(place_columns)' -DMAX_THREADS=256
 for file in add embed gather rope; do kernel $file 256; done
 compile rms_norm kernel.cpp -include device.h '-DSOURCE="../cu/rms_norm.cu"' '-DKERNELS=K(rms_norm) K(rms_norm_fp8)' -DMAX_THREADS=256

@@ -1,12 +1,14 @@
 // A libcublasLt for the emulator's memory: what the CUDA backend calls of it, by plain loops, queued as a kernel is.
 //
 // It has several algorithms, which sum in unlike orders, as those of the library do. One is offered and then refuses to start.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "queues.h"
 
@@ -151,14 +153,22 @@ static void multiply(const Descriptor& descriptor, const Layout& left, const voi
     bool is_fp8 = left.type == E4M3;
     auto number = is_fp8 ? fp8_at : bf16_at;
     // The last algorithm has four sums that take turns.
-    uint64_t num_sums = id == NUM_ALGORITHMS ? 4 : 1;
+    uint64_t num_sums = id == NUM_ALGORITHMS ? 4 : 1, rows = out.rows, depth = left.rows;
+    // Sums of all rows side by side, from numbers that lie so.
+    std::vector<float> numbers(depth * rows), sums(4 * rows);
+    for (uint64_t row = 0; row < rows; row++) {
+        for (uint64_t k = 0; k < depth; k++) numbers[k * rows + row] = number(a, row * left.stride + k);
+    }
     for (uint64_t column = 0; column < out.cols; column++) {
-        for (uint64_t row = 0; row < out.rows; row++) {
-            float sums[4] = {};
-            for (uint64_t k = 0; k < left.rows; k++) {
-                sums[k % num_sums] += number(a, row * left.stride + k) * number(b, column * right.stride + k);
-            }
-            float sum = alpha * ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (uint64_t k = 0; k < depth; k++) {
+            float* sum = sums.data() + k % num_sums * rows;
+            const float* of_rows = numbers.data() + k * rows;
+            float by = number(b, column * right.stride + k);
+            for (uint64_t row = 0; row < rows; row++) sum[row] += of_rows[row] * by;
+        }
+        for (uint64_t row = 0; row < rows; row++) {
+            float sum = alpha * ((sums[row] + sums[rows + row]) + (sums[2 * rows + row] + sums[3 * rows + row]));
             if (is_fp8) sum *= descriptor.a_scales[row] * descriptor.b_scales[column];
             uint64_t at = column * out.stride + row;
             // What is multiplied with nothing is not read.

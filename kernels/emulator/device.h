@@ -30,8 +30,13 @@ namespace emulated {
 unsigned char* dynamic_shared();
 // Waits for all threads of the block; whether any of them says so.
 bool block_barrier(bool says);
-// Gives each lane's words to all others of its warp: `all` is [32][count], and stands until the warp's next exchange.
-const uint32_t* exchange(const uint32_t* words, unsigned count);
+// Gives each lane's words to all others of its warp: `all` is [32][count], and stands until the warp's next exchange. What
+// the warp does together is done to it first, once.
+using Together = void (*)(uint32_t* all);
+const uint32_t* exchange(const uint32_t* words, unsigned count, Together together = nullptr);
+// c += a · b of all lanes' fragments: words 0 to 3 of a lane are c, 4 to 7 a, 8 and 9 b.
+void multiply_bf16(uint32_t* all);
+void multiply_fp8(uint32_t* all);
 // An asynchronous copy, and the ends of groups.
 void begin_copy(void* to, const void* from, bool is_there);
 void close_copies();
@@ -96,53 +101,18 @@ static inline float shuffle_xor(float value, unsigned mask) {
 // The operations of mma.cuh, whose fragments are described there.
 namespace emulated {
 
-inline float bf16_at(unsigned pair, unsigned index) { return f32_of_bits(pair >> (16 * index) << 16); }
+inline void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Together together) {
+    const unsigned mine[10] = {bits_of_f32(c[0]), bits_of_f32(c[1]), bits_of_f32(c[2]), bits_of_f32(c[3]), a[0], a[1], a[2], a[3], b0, b1};
+    std::memcpy(c, exchange(mine, 10, together) + threadIdx.x % 32 * 10, sizeof(c));
+}
 
 }  // namespace emulated
 
 static inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    const uint32_t* all = emulated::exchange(mine, 6);
-    for (unsigned i = 0; i < 4; i++) {
-        unsigned row = g + i / 2 * 8, col = 2 * t + i % 2;
-        float sum = c[i];
-        for (unsigned k = 0; k < 16; k++) {
-            // Of A the lane 4 * (row % 8) + k % 8 / 2 has it, of B the lane 4 * col + k % 8 / 2.
-            unsigned x = all[(row % 8 * 4 + k % 8 / 2) * 6 + row / 8 + k / 8 * 2];
-            unsigned y = all[(col * 4 + k % 8 / 2) * 6 + 4 + k / 8];
-            sum += emulated::bf16_at(x, k % 2) * emulated::bf16_at(y, k % 2);
-        }
-        c[i] = sum;
-    }
+    emulated::multiply(c, a, b0, b1, emulated::multiply_bf16);
 }
-
-namespace emulated {
-
-inline float fp8_of(unsigned code) {
-    unsigned exponent = code >> 3 & 15, fraction = code & 7;
-    if ((code & 0x7f) == 0x7f) return f32_of_bits(0x7fc00000u);
-    float value = exponent == 0 ? std::ldexp(float(fraction), -9) : std::ldexp(float(8 + fraction), int(exponent) - 10);
-    return code & 0x80 ? -value : value;
-}
-
-}  // namespace emulated
-
 static inline void mma_fp8(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-    const uint32_t* all = emulated::exchange(mine, 6);
-    for (unsigned i = 0; i < 4; i++) {
-        unsigned row = g + i / 2 * 8, col = 2 * t + i % 2;
-        float sum = c[i];
-        for (unsigned k = 0; k < 32; k++) {
-            // Of A the lane 4 * (row % 8) + k % 16 / 4 has it, of B the lane 4 * col + k % 16 / 4.
-            unsigned x = all[(row % 8 * 4 + k % 16 / 4) * 6 + row / 8 + k / 16 * 2];
-            unsigned y = all[(col * 4 + k % 16 / 4) * 6 + 4 + k / 16];
-            sum += emulated::fp8_of(x >> (k % 4 * 8) & 0xff) * emulated::fp8_of(y >> (k % 4 * 8) & 0xff);
-        }
-        c[i] = sum;
-    }
+    emulated::multiply(c, a, b0, b1, emulated::multiply_fp8);
 }
 
 static inline void load_matrices(unsigned (&out)[4], const unsigned short* row) {

@@ -2,7 +2,7 @@
 
 use kernels::{Choice, ChoiceScratch, Chosen, Edit, Edits, LogitStats, RowEdits, choose_row};
 
-use crate::battery::device::{Check, Device, Readable, every_weight_device};
+use crate::battery::device::{Check, Device, Readable, every_device};
 use crate::battery::random::Random;
 
 const GREEDY: Choice =
@@ -150,7 +150,7 @@ impl Check for Edited {
 
 #[test]
 fn every_backend_edits_rows_as_the_twin_does() {
-    every_weight_device(&Edited(SMALL));
+    every_device(&Edited(SMALL));
 }
 
 /// From one token to a number that is no multiple of a block, and beyond 16 bits.
@@ -160,7 +160,7 @@ pub(crate) const LARGE: &[usize] = &[128_256];
 
 #[test]
 fn every_backend_draws_the_twins_tokens() {
-    every_weight_device(&Vocabularies(SMALL));
+    every_device(&Vocabularies(SMALL));
 }
 
 pub(crate) struct NotFinite;
@@ -185,7 +185,7 @@ impl Check for NotFinite {
 
 #[test]
 fn rows_that_are_not_finite_say_so_and_spoil_no_other() {
-    every_weight_device(&NotFinite);
+    every_device(&NotFinite);
 }
 
 pub(crate) struct Refused;
@@ -227,5 +227,5 @@ impl Check for Refused {
 
 #[test]
 fn choices_that_mean_nothing_are_refused() {
-    every_weight_device(&Refused);
+    every_device(&Refused);
 }

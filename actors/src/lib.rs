@@ -6,6 +6,7 @@
 //! its sum where it stands.
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod answer;
 mod clock;
 mod device_thread;

@@ -343,14 +343,17 @@ impl Message<Tokens> for PipelineActor {
         let began = Instant::now();
         self.ends_in_a_row = 0;
         self.tell_convicted();
-        self.clock.add_sampled(output.slices.iter().filter(|slice| slice.token.is_some()).count());
+        let mut num_sampled = 0;
         for slice in &output.slices {
-            if let Some(token) = slice.token
-                && let Some(Client { sampled: Some(sampled), .. }) = self.clients.get(&slice.sequence)
-            {
-                is_delivered(sampled.tell(Sampled(token)).try_send());
+            // What was computed in vain, ahead of a sequence's end, has nobody who waits for it.
+            if let (Some(token), Some(client)) = (slice.token, self.clients.get(&slice.sequence)) {
+                num_sampled += 1;
+                if let Some(sampled) = &client.sampled {
+                    is_delivered(sampled.tell(Sampled(token)).try_send());
+                }
             }
         }
+        self.clock.add_sampled(num_sampled);
         let grown: Vec<(SequenceId, TokenId)> =
             (output.slices.iter()).filter_map(|slice| Some((slice.sequence, slice.token?))).collect();
         let clients = &mut self.clients;

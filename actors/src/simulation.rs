@@ -138,6 +138,7 @@ impl Job {
             page_tokens,
             context_tokens: CONTEXT,
             efficient_tokens: 1,
+            feeds_back: random.is_one_in(2),
         };
         Job {
             folder,
@@ -277,6 +278,8 @@ struct Replica {
     /// What each sequence is, and how many of its tokens were sent to be kept.
     sequences: BTreeMap<SequenceId, (u64, usize)>,
     in_flight: VecDeque<MicroBatch>,
+    /// What the last micro-batch that came back has drawn: the one behind it may begin with that.
+    drawn: Vec<Option<TokenId>>,
 }
 
 impl<'a> Run<'a> {
@@ -288,7 +291,12 @@ impl<'a> Run<'a> {
         let reader = Reader::open(&job.folder.join("input.jsonl"), preparer, None).expect("the input");
         let replica = |_: &usize| {
             let scheduler = Scheduler::new(job.options.clone());
-            Some(Replica { scheduler, sequences: BTreeMap::new(), in_flight: VecDeque::new() })
+            Some(Replica {
+                scheduler,
+                sequences: BTreeMap::new(),
+                in_flight: VecDeque::new(),
+                drawn: Vec::new(),
+            })
         };
         let rooms = Rooms::new(job.windows.iter().copied());
         Run {
@@ -375,17 +383,22 @@ impl<'a> Run<'a> {
         }
         let replica = self.replica(at);
         let batch = replica.in_flight.pop_front().expect("one is in flight");
+        let drawn = std::mem::take(&mut replica.drawn);
         let answer = |slice: &Slice| SliceOutput {
             sequence: slice.sequence,
             token: slice.sample.then(|| {
-                let last = slice.tokens.last().expect("a slice has tokens");
-                token_after(*last, slice.first_position as usize + slice.tokens.len())
+                let last = match slice.fed_back {
+                    Some(fed_back) => drawn[fed_back.slice].expect("it was drawn before"),
+                    None => *slice.tokens.last().expect("a slice has tokens"),
+                };
+                token_after(last, slice.first_position as usize + slice.tokens.len())
             }),
             logprobs: None,
             prompt_logprobs: Vec::new(),
             failure: None,
         };
         let output = MicroBatchOutput { id: batch.id, slices: batch.slices.iter().map(answer).collect() };
+        replica.drawn = output.slices.iter().map(|slice| slice.token).collect();
         let completions = replica.scheduler.complete(output, |_, _| false);
         self.completed(at, completions);
         let every = self.job.checkpoint_tokens;

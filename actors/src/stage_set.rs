@@ -25,6 +25,8 @@ pub(crate) struct StageSet {
     /// The number by which the job knows the first of them.
     first_stage: usize,
     loads: Vec<StageLoad>,
+    /// Whether it is one stage alone, which is a step ahead of its answers.
+    feeds_back: bool,
     clocks: Vec<Arc<StageClock>>,
     seats: Vec<Seat>,
     lost: Lost,
@@ -90,12 +92,14 @@ impl StageSet {
     pub(crate) async fn start(
         first_stage: usize,
         loads: Vec<StageLoad>,
+        feeds_back: bool,
         pipeline: &ActorRef<PipelineActor>,
         clock: &Arc<PipelineClock>,
     ) -> Result<Self> {
         let new_clock = |index| Arc::new(StageClock::new(first_stage + index, Arc::clone(clock)));
         let clocks = (0..loads.len()).map(new_clock).collect();
-        let mut stages = StageSet { first_stage, loads, clocks, seats: Vec::new(), lost: Lost::default() };
+        let (seats, lost) = (Vec::new(), Lost::default());
+        let mut stages = StageSet { first_stage, loads, feeds_back, clocks, seats, lost };
         // From the last stage to the first: each is given the way to the next.
         let mut next = None;
         for index in (0..stages.len()).rev() {
@@ -144,6 +148,7 @@ impl StageSet {
         let source = match &self.loads[index] {
             StageLoad::Thread(load) => StageSource::Thread {
                 load: Arc::clone(load),
+                feeds_back: self.feeds_back,
                 next: match next {
                     Some(seat) => Next::Stage(Box::new(InProcess { seat, hops: Some(hops) })),
                     None => Next::Pipeline(Box::new(tokens)),

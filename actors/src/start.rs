@@ -183,7 +183,10 @@ pub(crate) async fn start_stages(
     let mailbox_size = pipeline::mailbox_size(loads.len(), window);
     let prepared = PreparedActor::<PipelineActor>::new(mailbox::bounded(mailbox_size));
     let pipeline = prepared.actor_ref().clone();
-    let stages = StageSet::start(first_stage, loads, &pipeline, &clock).await?;
+    let feeds_back = scheduler.feeds_back && loads.len() == 1;
+    let is_thread = |load: &StageLoad| matches!(load, StageLoad::Thread(_));
+    assert!(!feeds_back || loads.iter().all(is_thread), "tokens are not fed back over processes");
+    let stages = StageSet::start(first_stage, loads, feeds_back, &pipeline, &clock).await?;
     let stage_clocks = stages.clocks();
     prepared.spawn(PipelineArgs { options: scheduler, stages, step_timeout, clock: Arc::clone(&clock) });
     Ok(Pipeline { actor: pipeline, stage_clocks, collective_clocks: Vec::new(), clock, parts, window })

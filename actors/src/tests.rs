@@ -1,14 +1,14 @@
 //! Whole pipelines of probe stages: what the actors do when a stage works, fails, or is in the way.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::slice::from_ref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
-use scheduler::{Failure, MicroBatch, MicroBatchOutput, Slice, SliceOutput, Span};
-use stages::{Activations, Stage, StageOutput};
+use scheduler::{Failure, MicroBatch, MicroBatchId, MicroBatchOutput, Slice, SliceOutput, Span};
+use stages::{Activations, Arrival, Stage, StageOutput};
 
 use crate::clock::StageParts;
 use crate::error::Error;
@@ -29,9 +29,52 @@ struct Probe {
     steps: Arc<AtomicUsize>,
     trouble: Trouble,
     step_time: Duration,
+    /// Micro-batches that were queued, and their answers, up to the last one that was collected.
+    queued: VecDeque<(MicroBatchId, MicroBatchOutput)>,
+    num_collected: usize,
+    /// When the last one will have been computed.
+    done: Instant,
+    calls: Calls,
 }
 
+/// What a probe was asked for: `true` for a micro-batch that was queued, `false` for one that was collected.
+type Calls = Arc<Mutex<Vec<(bool, MicroBatchId)>>>;
+
 impl Stage for Probe {
+    fn queue(&mut self, batch: &Arc<MicroBatch>) -> stages::Result<Arrival> {
+        let mut known = MicroBatch::clone(batch);
+        for slice in &mut known.slices {
+            if let Some(fed_back) = slice.fed_back {
+                let (id, output) = self.queued.back().expect("another was queued before");
+                assert_eq!(*id, fed_back.micro_batch, "tokens are those of the micro-batch before");
+                slice.tokens[0] = output.slices[fed_back.slice].token.unwrap_or_default();
+            }
+        }
+        // As a device: it is at it from now on, or from when it is done with the one before.
+        let step_time = std::mem::take(&mut self.step_time);
+        let StageOutput::Tokens(output) = self.step(&known, None)? else { panic!("the last stage draws") };
+        self.step_time = step_time;
+        let done = self.done.max(Instant::now()) + step_time;
+        self.done = done;
+        self.calls.lock().unwrap().push((true, batch.id));
+        self.queued.push_back((batch.id, output));
+        Ok(Arrival::when(move || {
+            std::thread::sleep(done.saturating_duration_since(Instant::now()));
+            Ok(())
+        }))
+    }
+
+    fn collect(&mut self) -> stages::Result<MicroBatchOutput> {
+        // The last one is kept: the next may begin with its tokens.
+        if self.num_collected > 0 {
+            self.queued.pop_front();
+        }
+        self.num_collected = 1;
+        let (id, output) = self.queued.front().expect("a micro-batch was queued").clone();
+        self.calls.lock().unwrap().push((false, id));
+        Ok(output)
+    }
+
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
         assert_eq!(input.is_none(), self.is_first, "only the first stage is given no activations");
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
@@ -78,6 +121,8 @@ struct World {
     most_loads: usize,
     step_time: Duration,
     step_timeout: Duration,
+    feeds_back: bool,
+    calls: Calls,
 }
 
 impl World {
@@ -89,7 +134,14 @@ impl World {
             most_loads: usize::MAX,
             step_time: Duration::ZERO,
             step_timeout: Duration::from_secs(60),
+            feeds_back: false,
+            calls: Calls::default(),
         }
+    }
+
+    /// A lone stage whose tokens are fed back.
+    fn feeding_back() -> Self {
+        World { feeds_back: true, ..World::new(1) }
     }
 
     /// `trouble` is told stage, step and micro-batch before each step.
@@ -98,7 +150,8 @@ impl World {
     }
 
     async fn start(&self) -> Pipeline {
-        self.start_with(options(self.num_stages)).await
+        let feeds_back = self.feeds_back;
+        self.start_with(scheduler::Options { feeds_back, ..options(self.num_stages) }).await
     }
 
     async fn start_with(&self, options: scheduler::Options) -> Pipeline {
@@ -106,11 +159,23 @@ impl World {
             let (is_first, is_last) = (index == 0, index + 1 == self.num_stages);
             let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
             let (loads, most_loads) = (Arc::clone(&self.loads), self.most_loads);
-            let trouble = Arc::clone(&self.trouble);
+            let (trouble, calls) = (Arc::clone(&self.trouble), Arc::clone(&self.calls));
             StageLoad::Thread(Arc::new(move || {
                 assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
-                let (steps, trouble) = (Arc::clone(&steps), Arc::clone(&trouble));
-                Ok(Box::new(Probe { index, is_first, is_last, steps, trouble, step_time }) as Box<dyn Stage>)
+                let (steps, trouble, calls) = (Arc::clone(&steps), Arc::clone(&trouble), Arc::clone(&calls));
+                let (queued, num_collected) = (VecDeque::new(), 0);
+                Ok(Box::new(Probe {
+                    index,
+                    is_first,
+                    is_last,
+                    steps,
+                    trouble,
+                    step_time,
+                    queued,
+                    num_collected,
+                    done: Instant::now(),
+                    calls,
+                }) as Box<dyn Stage>)
             }))
         };
         let parts = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }.into()).collect();
@@ -133,6 +198,7 @@ fn options(num_stages: usize) -> scheduler::Options {
         page_tokens: 8,
         context_tokens: 64,
         efficient_tokens: 1,
+        feeds_back: false,
     }
 }
 
@@ -224,6 +290,56 @@ async fn every_row_comes_back_once_over_any_number_of_stages() {
             assert!(line.contains(&format!(r#""custom_id":"{i}""#)), "line {i} is {line}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lone_stage_that_feeds_back_is_given_the_next_micro_batch_before_its_answer_is_known() {
+    let expected = undisturbed(100).await;
+    let files = Files::with_rows(100);
+    let world = World { step_time: Duration::from_millis(4), ..World::feeding_back() };
+    let outcome = run(&world, &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_same(&files.output_lines(), &expected);
+    let order = std::mem::take(&mut *world.calls.lock().unwrap());
+    let next = |id: MicroBatchId| MicroBatchId(id.0 + 1);
+    let is_before = |first, second| {
+        let at = |what| order.iter().position(|event| *event == what);
+        at(first).zip(at(second)).is_some_and(|(first, second)| first < second)
+    };
+    let collected: Vec<MicroBatchId> =
+        order.iter().filter(|(is_queued, _)| !is_queued).map(|(_, id)| *id).collect();
+    assert!(collected.is_sorted(), "answers come back in the order of issue");
+    let ahead = collected.iter().filter(|id| is_before((true, next(**id)), (false, **id))).count();
+    // Where rows come late, a micro-batch may find none behind it.
+    assert!(ahead * 4 > collected.len() * 3, "{ahead} of {} had the next one behind them", collected.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lone_stage_that_feeds_back_and_panics_now_and_then_costs_no_row_and_no_byte() {
+    let expected = undisturbed(200).await;
+    let files = Files::with_rows(200);
+    let world = World::feeding_back().with(move |_, step, _| {
+        let (window, place) = (step / 20, step % 20);
+        assert!(window >= 20 || place != 7 * window % 20, "a planted panic");
+    });
+    let outcome = run(&world, &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_same(&files.output_lines(), &expected);
+    assert!(world.loads.load(Ordering::SeqCst) > 10, "it was started again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_row_that_ends_a_stage_which_feeds_back_is_set_apart() {
+    let prompts = || (0..60).map(|i| vec![if i == 23 { DEADLY } else { 1 + i % 80 }, 7]);
+    let files = Files::with_prompts(prompts());
+    let world = World::feeding_back().with(|_, _, batch| {
+        let end = |slice: &Slice| slice.first_position as usize + slice.tokens.len();
+        let is_deadly = |slice: &Slice| slice.request.prompt[0] == DEADLY && end(slice) > 4;
+        assert!(!batch.slices.iter().any(is_deadly), "a planted panic");
+    });
+    let outcome = run(&world, &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_eq!((outcome.written.output_lines, outcome.written.error_lines), (59, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]

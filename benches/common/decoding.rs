@@ -28,6 +28,7 @@ impl Decoding {
             score: Vec::new(),
             counts: None,
             mask: None,
+            fed_back: None,
             request: Arc::new(Request {
                 key: RequestKey(row as u128),
                 prompt: vec![0],

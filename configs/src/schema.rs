@@ -106,6 +106,9 @@ pub struct Pipeline {
     /// Whether a GPU's decode steps are captured once and launched as a whole.
     #[serde(deserialize_with = "read::flag")]
     pub cuda_graphs: bool,
+    /// Whether a GPU that is a pipeline of its own begins with a step before the tokens of the one before have come back.
+    #[serde(deserialize_with = "read::flag")]
+    pub token_feedback: bool,
     /// A stage that takes longer than this for one micro-batch is held to hang, and is started again.
     #[serde(deserialize_with = "read::positive")]
     pub step_timeout_seconds: usize,
@@ -137,6 +140,7 @@ impl Default for Pipeline {
             kv_cache_dtype: KvCacheDtype::Auto,
             deterministic: true, // A row's answer depends on the row alone, unless somebody gives that up.
             cuda_graphs: true,
+            token_feedback: true,
             step_timeout_seconds: 600, // A micro-batch of a model that a CPU can hardly run takes a minute or two.
         }
     }

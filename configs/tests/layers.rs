@@ -287,6 +287,7 @@ kv_cache_tokens = "auto"
 kv_cache_dtype = "auto"
 deterministic = true
 cuda_graphs = true
+token_feedback = true
 step_timeout_seconds = 600
 
 [job]

@@ -209,18 +209,25 @@ struct Row {
     }
 };
 
-// `stats` is logit_stats.cu's, [rows, 3]; `out` is [rows, width]: token, logit, then pairs of them.
+// `stats` is logit_stats.cu's, [rows, 3]; `out` is [rows, width]: token, logit, then pairs of them. The token also goes to `tokens`,
+// where there are any.
 KERNEL(THREADS)
-choose(u32* out, float* logits, const u32* stats, const Choice* choices, Edit* edits, const u32* masks, u32 vocabulary, u32 width) {
+choose(u32* out, float* logits, const u32* stats, const Choice* choices, Edit* edits, const u32* masks, u32 vocabulary, u32 width,
+       u32* tokens) {
     __shared__ u64 bins[WARPS * BINS];
     const Choice choice = choices[blockIdx.x];
     u32 argmax = stats[u64(blockIdx.x) * 3];
     float max = f32_of_bits(stats[u64(blockIdx.x) * 3 + 1]);
     Row row = {logits + u64(blockIdx.x) * vocabulary, vocabulary, max, choice.temperature, bins};
     u32* answer = out + u64(blockIdx.x) * width;
+    auto say = [&](u32 token, float logit) {
+        if (threadIdx.x != 0) return;
+        answer[0] = token, answer[1] = bits_of_f32(logit);
+        if (tokens) tokens[blockIdx.x] = token;
+    };
     // Of a row that is not finite nothing can be drawn, and its statistics say so.
     if (!(max - max == 0.0f)) {
-        if (threadIdx.x == 0) answer[0] = NO_TOKEN, answer[1] = bits_of_f32(max);
+        say(NO_TOKEN, max);
         return;
     }
     if (choice.top > 0) row.largest(choice.top, answer + 2);
@@ -235,12 +242,12 @@ choose(u32* out, float* logits, const u32* stats, const Choice* choices, Edit* e
         token = row.nth_of(0, largest, [&](u32 i) { return row.logit_key(i); });
         row.max = Row::logit_of(largest);
         if (!(row.max - row.max == 0.0f)) {
-            if (threadIdx.x == 0) answer[0] = NO_TOKEN, answer[1] = bits_of_f32(max);
+            say(NO_TOKEN, max);
             return;
         }
     }
     if (choice.given == NO_TOKEN && choice.temperature != 0.0f) token = row.draw(choice);
-    if (threadIdx.x == 0) answer[0] = token, answer[1] = bits_of_f32(row.logits[token]);
+    say(token, row.logits[token]);
     __syncthreads();
     for (u32 i = threadIdx.x; i < count; i += THREADS)
         if (own[i].token == token) answer[1] = bits_of_f32(own[i].before);

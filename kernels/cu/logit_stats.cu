@@ -1,5 +1,7 @@
 // The largest logit of a row, its index, and ln Σ exp(logit - largest). A block takes a row.
 //
+// The index also goes to `tokens`, where there are any.
+//
 // Of equal ones the lowest index counts. A NaN is taken for the largest, so that it cannot pass unseen.
 #include "num.cuh"
 
@@ -20,7 +22,7 @@ DEVICE bool is_first(float a, u32 i, float b, u32 j) {
     return a > b || (a == b && i < j);
 }
 
-KERNEL(THREADS) logit_stats(Stats* out, const float* logits, u32 cols) {
+KERNEL(THREADS) logit_stats(Stats* out, const float* logits, u32 cols, u32* tokens) {
     __shared__ float scratch[THREADS / WARP];
     __shared__ u32 indices[THREADS / WARP];
     __shared__ float sums[THREADS / WARP];
@@ -45,5 +47,8 @@ KERNEL(THREADS) logit_stats(Stats* out, const float* logits, u32 cols) {
     float sum = 0.0f;
     for (u32 i = threadIdx.x; i < cols; i += THREADS) sum += expf(row[i] - max);
     sum = block_sum<THREADS>(sum, sums);
-    if (threadIdx.x == 0) out[blockIdx.x] = Stats{argmax, max, logf(sum)};
+    if (threadIdx.x == 0) {
+        out[blockIdx.x] = Stats{argmax, max, logf(sum)};
+        if (tokens) tokens[blockIdx.x] = argmax;
+    }
 }

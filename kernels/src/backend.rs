@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
 use crate::cuda::Parcel;
+use crate::draws::{Arrival, Drawn, Draws, FedTokens};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
 use crate::tensor_view::{TensorView, ViewDtype};
@@ -447,5 +448,66 @@ pub trait Backend: Send + Sync + 'static {
         out.clear();
         out.extend(stats.iter().map(|stats| Largest { index: stats.argmax, value: stats.max }));
         Ok(())
+    }
+
+    // ---- Answers that the host may wait for later. In the order of `open_draws`, any of the three that follow, and `close_draws`.
+
+    /// What a step draws, for up to so many rows.
+    fn draws(&self, _rows: usize) -> Result<Draws> {
+        Ok(Draws::default())
+    }
+
+    /// Forgets what was drawn before, and makes room for so many rows.
+    fn open_draws(&self, draws: &mut Draws, _rows: usize) -> Result<()> {
+        draws.drawn.clear();
+        Ok(())
+    }
+
+    /// As [`Backend::choose`], whose answers go behind those of `draws`.
+    fn choose_into(
+        &self,
+        logits: &mut Self::Array,
+        choices: &[Choice],
+        edits: &Edits,
+        scratch: &mut ChoiceScratch,
+        draws: &mut Draws,
+    ) -> Result<()> {
+        self.choose(logits, choices, edits, scratch, &mut draws.chosen)?;
+        draws.drawn.extend(draws.chosen.drain(..).map(Drawn::Chosen));
+        Ok(())
+    }
+
+    /// As [`Backend::matmul_argmax`], whose answers go behind those of `draws`.
+    fn matmul_argmax_into(
+        &self,
+        x: &Self::Operand,
+        w: &Self::Matrix,
+        scratch: &mut Self::Array,
+        draws: &mut Draws,
+    ) -> Result<()> {
+        self.matmul_argmax(x, w, scratch, &mut draws.largest)?;
+        draws.drawn.extend(draws.largest.drain(..).map(Drawn::Largest));
+        Ok(())
+    }
+
+    /// The step asks for no more; when its answers are there.
+    fn close_draws(&self, _draws: &mut Draws) -> Result<Arrival> {
+        Ok(Arrival::default())
+    }
+
+    /// All answers in the order of asking; waits for them where they are not there yet.
+    fn read_draws<'a>(&self, draws: &'a mut Draws) -> Result<&'a [Drawn]> {
+        Ok(&draws.drawn)
+    }
+
+    /// As [`Backend::embed`] of tokens some of which another step has drawn, whose answers need not be there: this step is queued behind
+    /// it.
+    fn embed_fed(&self, table: &Self::Matrix, fed: FedTokens<'_>, out: &mut Self::Array) -> Result<()> {
+        let FedTokens { tokens, fed, draws } = fed;
+        let mut tokens = tokens.to_vec();
+        for &(row, place) in fed {
+            tokens[row as usize] = draws.drawn[place as usize].token().unwrap_or(0);
+        }
+        self.embed(table, &tokens, out)
     }
 }

@@ -11,6 +11,7 @@ mod choice;
 mod collective;
 mod cpu;
 mod cuda;
+mod draws;
 mod dtype;
 mod error;
 mod fp8;
@@ -35,6 +36,7 @@ pub use cuda::{Compiled, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_work_by
 pub use cuda::{
     Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,
 };
+pub use draws::{Arrival, Drawn, Draws, FedTokens};
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;
 pub use random_tensor::RandomTensor;

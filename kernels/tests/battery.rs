@@ -12,6 +12,7 @@ mod battery {
     pub(crate) mod choose;
     pub(crate) mod cuda;
     pub(crate) mod device;
+    pub(crate) mod draws;
     pub(crate) mod embed_gather;
     pub(crate) mod exact;
     pub(crate) mod logit_stats;

@@ -27,7 +27,7 @@ pub use error::Error;
 pub use load::Load;
 pub use mask::TokenMask;
 pub use micro_batch::{
-    Failure, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, SliceTokens,
+    Failure, FedBack, MicroBatch, MicroBatchId, MicroBatchOutput, PageIdx, Slice, SliceOutput, SliceTokens,
     TokenLogprobs,
 };
 pub use options::Options;

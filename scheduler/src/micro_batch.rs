@@ -38,6 +38,8 @@ pub struct Slice {
     pub first_position: u32,
     /// Tokens to compute, never empty.
     pub tokens: SliceTokens,
+    /// Where the only one of `tokens` is still to be drawn: who draws it. What stands in its place is of no meaning.
+    pub fed_back: Option<FedBack>,
     /// Pages that hold positions `0 .. first_position + tokens.len()`, in order; page `i` holds
     /// positions `i * page_tokens ..`. Shared with the sequence, whose pages change only once in `page_tokens`.
     pub pages: Arc<Vec<PageIdx>>,
@@ -53,6 +55,15 @@ pub struct Slice {
     pub mask: Option<TokenMask>,
     /// The request, for its sampling parameters and its key.
     pub request: Arc<Request>,
+}
+
+/// The token that a slice of the micro-batch before draws.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FedBack {
+    /// The micro-batch, which was issued and had not come back when this was.
+    pub micro_batch: MicroBatchId,
+    /// Index of the slice in it; it is of the same sequence.
+    pub slice: usize,
 }
 
 impl MicroBatch {
@@ -215,6 +226,7 @@ mod tests {
                 first_position: 10,
                 score: tokens[1..].to_vec(),
                 tokens,
+                fed_back: None,
                 pages: Arc::new(vec![0]),
                 sample: true,
                 counts: None,

@@ -20,13 +20,18 @@ pub struct Options {
     pub context_tokens: usize,
     /// A micro-batch below this many tokens leaves the device waiting for its own memory.
     pub efficient_tokens: usize,
+    /// Whether a lone stage takes a token that it draws from where it has drawn it: decode steps are then issued before
+    /// anybody knows the tokens that they begin with. Of no meaning where there are several stages.
+    pub feeds_back: bool,
 }
 
 impl Options {
     /// Micro-batches in flight when there is work enough. Fewer starve a stage; more only hold pages longer.
     pub const fn max_in_flight(&self) -> usize {
         if self.num_stages == 1 {
-            return 1; // A lone stage has nobody to hand over to: one micro-batch holds all that is ready.
+            // A lone stage has nobody to hand over to: one micro-batch holds all that is ready. The next one, with the
+            // tokens that this one draws, waits behind it where they need not come here first.
+            return if self.feeds_back { 2 } else { 1 };
         }
         let mut sum = 0;
         sum += self.num_stages; // One computing in every stage.

@@ -101,6 +101,12 @@ impl Sampling {
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
+
+    /// Whether a token can be drawn before it is known which one was drawn last: neither penalties nor a guide ask for it. What
+    /// ends the sequence is another matter, and told afterwards.
+    pub fn draws_ahead(&self) -> bool {
+        !self.has_penalties() && self.guide.is_none()
+    }
 }
 
 /// One tokenized request.

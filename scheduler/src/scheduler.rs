@@ -46,6 +46,8 @@ pub struct Scheduler {
     in_flight: VecDeque<InFlight>,
     decodes_in_flight: usize,
     tokens_in_flight: usize,
+    /// Running sequences that do not run ahead.
+    num_in_step: usize,
     /// Ended without a micro-batch, to be fetched by `drain_finished`.
     finished: Vec<Completion>,
     next_sequence: SequenceId,
@@ -107,6 +109,7 @@ impl Scheduler {
             in_flight: VecDeque::new(),
             decodes_in_flight: 0,
             tokens_in_flight: 0,
+            num_in_step: 0,
             finished: vec![],
             next_sequence: SequenceId(0),
             next_micro_batch: MicroBatchId(0),
@@ -129,7 +132,8 @@ impl Scheduler {
         self.options.check(&request)?;
         let id = self.next_sequence;
         self.next_sequence.0 += 1;
-        let mut sequence = Sequence::new(id, request, so_far);
+        let feeds_back = self.options.feeds_back && self.options.num_stages == 1;
+        let mut sequence = Sequence::new(id, request, so_far, feeds_back);
         if sequence.max_positions() == 0 {
             self.finished.push(sequence.completion(Ok(FinishReason::Length)));
         } else {
@@ -187,7 +191,7 @@ impl Scheduler {
             return None;
         }
         match sequence.answer(asked, output, stops) {
-            Progress::Prefilled => {}
+            Progress::GoesOn => {}
             Progress::Ready => self.ready.push_back(seat),
             Progress::Ended(outcome) => return Some(self.end(seat, outcome)),
         }
@@ -257,7 +261,7 @@ impl Scheduler {
     /// Takes a running sequence's pages; it waits to be computed again. What it has in flight is lost.
     fn preempt(&mut self, seat: Seat) {
         self.unqueue(seat);
-        let mut sequence = self.running.leave(seat);
+        let mut sequence = self.leave(seat);
         self.pages.give_back(&sequence.preempt());
         self.waiting.insert(sequence.id, sequence);
     }
@@ -345,8 +349,14 @@ impl Scheduler {
     }
 
     fn release(&mut self, seat: Seat) {
-        let sequence = self.running.leave(seat);
+        let sequence = self.leave(seat);
         self.pages.give_back(&sequence.pages);
+    }
+
+    fn leave(&mut self, seat: Seat) -> Sequence {
+        let sequence = self.running.leave(seat);
+        self.num_in_step -= usize::from(!sequence.runs_ahead());
+        sequence
     }
 
     /// What a sequence in prefill has still to issue.
@@ -393,6 +403,8 @@ impl Scheduler {
             "{} sequences run, at most {max_sequences}",
             self.running.len()
         );
+        let num_in_step = self.running.oldest_first().filter(|sequence| !sequence.runs_ahead()).count();
+        assert_eq!(self.num_in_step, num_in_step, "sequences in step counted and running");
         let (num_in_flight, most) = (self.in_flight.len(), self.options.max_in_flight());
         assert!(num_in_flight <= most, "{num_in_flight} micro-batches in flight, at most {most}");
     }

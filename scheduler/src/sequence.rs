@@ -3,15 +3,15 @@
 //! It never chooses. The scheduler decides when it is admitted, how many positions go next and
 //! whose pages they use; this module says what that slice holds and what its answer means. It
 //! keeps three promises: positions are issued in order and without a gap, at most one slice that
-//! samples is in flight, and no token and no score is reported twice, however often the sequence
-//! is preempted and computed again.
+//! samples is in flight, or two where the second begins with the token of the first, and no token and no
+//! score is reported twice, however often the sequence is preempted and computed again.
 
 use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::counts::{self, TokenCount};
-use crate::micro_batch::{Failure, PageIdx, Slice, SliceOutput, SliceTokens, TokenLogprobs};
+use crate::micro_batch::{Failure, FedBack, PageIdx, Slice, SliceOutput, SliceTokens, TokenLogprobs};
 use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
 
 /// Where a sequence stands.
@@ -21,7 +21,7 @@ pub(crate) enum Phase {
     Waiting,
     /// Positions are to be issued until every token it has is computed.
     Prefilling,
-    /// One token, the last, is to be computed.
+    /// One token, the last, is to be computed; where it runs ahead it may still be in flight.
     Ready,
     /// All has been issued and the last slice is in flight.
     Stepping,
@@ -32,8 +32,8 @@ pub(crate) enum Phase {
 /// What an answer means for the sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// A chunk of prefill is done and more follow.
-    Prefilled,
+    /// More is in flight, or stands in a queue already.
+    GoesOn,
     /// It has a new token and wants its next step.
     Ready,
     /// It has ended.
@@ -58,6 +58,11 @@ pub(crate) struct Sequence {
     /// Of the positions, how many were computed before the last preemption.
     num_lost: usize,
     slices_in_flight: usize,
+    /// Whether it is fed back: its next slice may be issued with a token that is in flight.
+    runs_ahead: bool,
+    /// Slices in flight that sample, and the newest of them.
+    num_drawing: usize,
+    drawn_by: Option<FedBack>,
     /// Slices in flight share them.
     pub(crate) pages: Arc<Vec<PageIdx>>,
     generated: Generated,
@@ -66,10 +71,14 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(id: SequenceId, request: Arc<Request>, so_far: Generated) -> Self {
+    /// One that is fed back where its request allows it and `feeds_back` is true.
+    pub(crate) fn new(id: SequenceId, request: Arc<Request>, so_far: Generated, feeds_back: bool) -> Self {
         assert!(request.goes_on_from(&so_far), "{id:?} cannot go on from {so_far:?}");
         Self {
             id,
+            runs_ahead: feeds_back && request.sampling.draws_ahead(),
+            num_drawing: 0,
+            drawn_by: None,
             request,
             phase: Phase::Waiting,
             num_issued: 0,
@@ -93,6 +102,11 @@ impl Sequence {
         self.slices_in_flight > 0
     }
 
+    /// Whether its slices may be issued with tokens that are in flight.
+    pub(crate) fn runs_ahead(&self) -> bool {
+        self.runs_ahead
+    }
+
     pub(crate) fn generated(&self) -> &Generated {
         &self.generated
     }
@@ -101,9 +115,14 @@ impl Sequence {
         self.request.max_positions()
     }
 
-    /// Positions that the tokens known so far allow to compute.
+    /// Positions that the tokens known so far allow to compute, and the next one in flight where it is fed back.
     pub(crate) fn end(&self) -> usize {
-        self.max_positions().min(self.request.prompt.len() + self.generated.tokens.len())
+        self.max_positions().min(self.num_known() + usize::from(self.runs_ahead && self.num_drawing > 0))
+    }
+
+    /// Tokens of the prompt and those that came back.
+    fn num_known(&self) -> usize {
+        self.request.prompt.len() + self.generated.tokens.len()
     }
 
     /// Positions still to be issued.
@@ -122,7 +141,7 @@ impl Sequence {
     /// where a stage has ended does it have any.
     pub(crate) fn preempt(&mut self) -> Arc<Vec<PageIdx>> {
         self.phase = Phase::Waiting;
-        self.slices_in_flight = 0;
+        (self.slices_in_flight, self.num_drawing, self.drawn_by) = (0, 0, None);
         self.num_lost = self.num_lost.max(self.num_issued);
         self.num_issued = 0;
         mem::take(&mut self.pages)
@@ -141,10 +160,10 @@ impl Sequence {
         len
     }
 
-    // ## Prefilling => (Prefilling | Stepping)
-    // ## Ready => Stepping
-    /// The slice of the next `num_tokens` positions, for which the pages are there.
-    pub(crate) fn issue(&mut self, num_tokens: usize) -> Slice {
+    // ## Prefilling => (Prefilling | Ready | Stepping)
+    // ## Ready => (Ready | Stepping)
+    /// The slice of the next `num_tokens` positions, for which the pages are there; `here` is its place.
+    pub(crate) fn issue(&mut self, num_tokens: usize, here: FedBack) -> Slice {
         let range = self.num_issued..self.num_issued + num_tokens;
         assert!(
             matches!(self.phase, Phase::Prefilling | Phase::Ready)
@@ -157,15 +176,21 @@ impl Sequence {
         );
         self.num_issued = range.end;
         self.slices_in_flight += 1;
-        if self.num_left() == 0 {
-            self.phase = Phase::Stepping;
+        let fed_back = if range.start == self.num_known() { self.drawn_by } else { None };
+        let is_last = self.num_left() == 0;
+        let sample = is_last && self.request.sampling.max_tokens > 0;
+        if sample {
+            (self.num_drawing, self.drawn_by) = (self.num_drawing + 1, Some(here));
         }
-        let sample = self.num_left() == 0 && self.request.sampling.max_tokens > 0;
+        if is_last {
+            self.phase = if self.num_left() > 0 { Phase::Ready } else { Phase::Stepping };
+        }
         Slice {
             sequence: self.id,
             first_position: range.start as u32, // The context fits u32, which `Options` checks.
             score: self.scores_in(range.clone()),
-            tokens: self.tokens_in(range),
+            tokens: if fed_back.is_some() { SliceTokens::from_elem(0, 1) } else { self.tokens_in(range) },
+            fed_back,
             pages: self.pages.clone(),
             sample,
             counts: if sample { self.counts() } else { None },
@@ -187,6 +212,7 @@ impl Sequence {
         stops: impl FnMut(SequenceId, TokenId) -> bool,
     ) -> Progress {
         self.slices_in_flight -= 1;
+        self.num_drawing -= usize::from(asked.sample);
         if let Some(failure) = output.failure {
             return Progress::Ended(Err(failure));
         }
@@ -202,11 +228,11 @@ impl Sequence {
             None if self.phase == Phase::Stepping && !self.is_in_flight() => {
                 Progress::Ended(Ok(FinishReason::Length))
             }
-            None => Progress::Prefilled,
+            None => Progress::GoesOn,
         }
     }
 
-    // ## Stepping => Ready
+    // ## (Ready | Stepping) => (Ready | Stepping)
     fn append(
         &mut self,
         token: TokenId,
@@ -214,11 +240,12 @@ impl Sequence {
         mut stops: impl FnMut(SequenceId, TokenId) -> bool,
     ) -> Progress {
         assert!(
-            self.phase == Phase::Stepping && !self.is_in_flight(),
-            "{:?} got a token while {:?} with {} slices in flight",
+            matches!(self.phase, Phase::Ready | Phase::Stepping) && self.slices_in_flight == self.num_drawing,
+            "{:?} got a token while {:?} with {} slices in flight, of which {} draw",
             self.id,
             self.phase,
-            self.slices_in_flight
+            self.slices_in_flight,
+            self.num_drawing
         );
         self.generated.tokens.push(token);
         if let Some(counts) = &mut self.counts {
@@ -239,6 +266,8 @@ impl Sequence {
             Progress::Ended(Ok(FinishReason::Stop))
         } else if num_generated == sampling.max_tokens as usize {
             Progress::Ended(Ok(FinishReason::Length))
+        } else if self.phase == Phase::Ready || self.num_left() == 0 {
+            Progress::GoesOn
         } else {
             self.phase = Phase::Ready;
             Progress::Ready
@@ -311,10 +340,12 @@ impl Sequence {
             num_issued.div_ceil(page_tokens),
             "{id:?}: {num_pages} pages for {num_issued} positions"
         );
+        let is_ahead = self.num_drawing > 0;
+        assert!(self.num_drawing <= 1 + usize::from(self.runs_ahead), "{id:?}: {} draw", self.num_drawing);
         let is_right = match phase {
             Phase::Waiting => *num_issued == 0 && slices_in_flight == 0,
             Phase::Prefilling => *num_issued < end,
-            Phase::Ready => num_issued + 1 == end && slices_in_flight == 0,
+            Phase::Ready => num_issued + 1 == end && is_ahead == (slices_in_flight > 0),
             Phase::Stepping => *num_issued == end && slices_in_flight > 0,
             Phase::Draining => slices_in_flight > 0,
         };

@@ -6,6 +6,9 @@
 //! carry every decode and leave the other stages idle until it came back. As every sequence
 //! returns to one queue, a micro-batch that has become too large sheds its excess to the next one
 //! within a round. Nothing here remembers anything.
+//!
+//! A lone stage shares nothing out: a micro-batch takes all that can go, and so does the one behind it, where sequences
+//! run ahead of their tokens.
 
 use crate::options::Options;
 
@@ -18,6 +21,8 @@ pub(crate) struct AtHand {
     pub(crate) decoding: usize,
     /// Tokens that could go now: a decode step of each ready sequence and all admitted prefill.
     pub(crate) tokens_at_hand: usize,
+    /// Whether sequences in flight may go again, where tokens are fed back.
+    pub(crate) runs_ahead: bool,
 }
 
 /// The most that the next micro-batch takes.
@@ -33,6 +38,12 @@ pub(crate) struct Share {
 pub(crate) fn next_share(options: &Options, work: AtHand) -> Option<Share> {
     if work.tokens_at_hand == 0 {
         return None;
+    }
+    if options.num_stages == 1 {
+        let most = if options.feeds_back && work.runs_ahead { options.max_in_flight() } else { 1 };
+        let tokens = work.tokens_at_hand.min(options.micro_batch_tokens);
+        return (work.micro_batches_in_flight < most)
+            .then_some(Share { decodes: work.decoding.min(tokens), tokens });
     }
     let total = work.tokens_in_flight + work.tokens_at_hand;
     // A token budget below the efficient size says that the user wants them that small.
@@ -58,6 +69,7 @@ mod tests {
             page_tokens: 16,
             context_tokens: 2048,
             efficient_tokens: 16,
+            feeds_back: false,
         }
     }
 
@@ -68,6 +80,7 @@ mod tests {
             tokens_in_flight,
             decoding: tokens_in_flight + ready,
             tokens_at_hand: ready + prefill,
+            runs_ahead: true,
         };
         next_share(&options(num_stages), work)
     }
@@ -84,6 +97,21 @@ mod tests {
     fn a_single_stage_has_one_micro_batch_with_all_that_is_ready() {
         assert_eq!(share(1, &[], 64, 100), Some(Share { decodes: 64, tokens: 164 }));
         assert_eq!(share(1, &[64], 4, 0), None);
+    }
+
+    #[test]
+    fn a_single_stage_that_feeds_back_has_another_behind_it_where_all_may_run_ahead() {
+        let options = Options { feeds_back: true, ..options(1) };
+        let work = |micro_batches_in_flight, runs_ahead| AtHand {
+            micro_batches_in_flight,
+            tokens_in_flight: 64 * micro_batches_in_flight,
+            decoding: 64 * (1 + micro_batches_in_flight),
+            tokens_at_hand: 64,
+            runs_ahead,
+        };
+        let all = Some(Share { decodes: 64, tokens: 64 });
+        assert_eq!([0, 1, 2].map(|flying| next_share(&options, work(flying, true))), [all, all, None]);
+        assert_eq!([0, 1].map(|flying| next_share(&options, work(flying, false))), [all, None]);
     }
 
     #[test]

@@ -38,6 +38,11 @@ impl Trials {
         self.groups.front().is_none_or(|group| group.contains(&id))
     }
 
+    /// Whether anybody is on trial.
+    pub(crate) fn are_under_way(&self) -> bool {
+        !self.groups.is_empty()
+    }
+
     /// A stage has ended over a micro-batch of these sequences, each up to that many positions. The one
     /// that is convicted, if so.
     pub(crate) fn blame(&mut self, fatal: &[(SequenceId, usize)]) -> Option<SequenceId> {

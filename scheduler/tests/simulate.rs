@@ -22,6 +22,7 @@ fn options(num_stages: usize) -> Options {
         page_tokens: 4,
         context_tokens: 400,
         efficient_tokens: 1,
+        feeds_back: false,
     }
 }
 
@@ -243,6 +244,7 @@ impl Case {
             page_tokens,
             context_tokens: 30,
             efficient_tokens: 1 + random.below(3) as usize,
+            feeds_back: false,
         };
         let rows = (0..random.below(25))
             .map(|_| Lengths {

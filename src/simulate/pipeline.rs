@@ -45,6 +45,7 @@ pub(super) fn options(
         page_tokens: PAGE_TOKENS,
         context_tokens,
         efficient_tokens: CPU_EFFICIENT_TOKENS,
+        feeds_back: false,
     };
     Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
 }

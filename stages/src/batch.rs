@@ -3,7 +3,7 @@
 //! The lists are filled anew for every micro-batch and keep their memory, so that the steady state allocates nothing.
 
 use kernels::AttentionSlice;
-use scheduler::{MicroBatch, TokenId};
+use scheduler::{FedBack, MicroBatch, TokenId};
 
 use crate::ranks::RankStep;
 
@@ -11,6 +11,7 @@ use crate::ranks::RankStep;
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
     tokens: Vec<TokenId>,
+    fed: Vec<(u32, u32)>,
     positions: Vec<u32>,
     sequences: Vec<u64>,
     /// Those beyond `num_slices` wait with their memory for a micro-batch of more.
@@ -18,10 +19,19 @@ pub(crate) struct Batch {
     num_slices: usize,
 }
 
+/// A token that is fed back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fed {
+    Known(TokenId),
+    /// The place of its answer among those of the step before.
+    Drawn(u32),
+}
+
 impl Batch {
-    /// Takes on a micro-batch.
-    pub(crate) fn assign(&mut self, batch: &MicroBatch) {
+    /// Takes on a micro-batch; `find` says of a token that is fed back what it is, or which of another step's answers.
+    pub(crate) fn assign(&mut self, batch: &MicroBatch, find: impl Fn(FedBack) -> Fed) {
         self.tokens.clear();
+        self.fed.clear();
         self.make_room(batch.slices.len());
         self.sequences.extend(batch.slices.iter().map(|slice| slice.sequence.0));
         for (slice, out) in batch.slices.iter().zip(&mut self.slices) {
@@ -31,7 +41,14 @@ impl Batch {
             out.first_position = first_position as usize;
             out.pages.clear();
             out.pages.extend_from_slice(&slice.pages);
-            self.tokens.extend_from_slice(&slice.tokens);
+            match slice.fed_back.map(&find) {
+                None => self.tokens.extend_from_slice(&slice.tokens),
+                Some(Fed::Known(token)) => self.tokens.push(token),
+                Some(Fed::Drawn(place)) => {
+                    self.fed.push((self.tokens.len() as u32, place));
+                    self.tokens.push(0);
+                }
+            }
             self.positions.extend(first_position..first_position + num_rows as u32);
         }
     }
@@ -78,6 +95,11 @@ impl Batch {
     /// Tokens to embed, a row each.
     pub(crate) fn tokens(&self) -> &[TokenId] {
         &self.tokens
+    }
+
+    /// Rows whose token is an answer of the step before instead, and which of them.
+    pub(crate) fn fed(&self) -> &[(u32, u32)] {
+        &self.fed
     }
 
     /// The rows' positions in their sequences.

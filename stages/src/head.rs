@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use kernels::{Axis, Backend, Choice, ChoiceScratch, Chosen, Largest};
+use kernels::{Arrival, Axis, Backend, Choice, ChoiceScratch, Chosen, Drawn, Draws, Largest};
 use scheduler::{Failure, MicroBatch, MicroBatchOutput, Request, Slice, SliceOutput, TokenId, TokenLogprobs};
 
 use crate::edits::{EditWork, is_edited};
@@ -34,7 +34,6 @@ pub(crate) type Others<'a, A> = (&'a mut Ranks<A>, bool);
 
 /// Arrays that every micro-batch reuses.
 pub(crate) struct HeadWork<B: Backend> {
-    wanted: Vec<WantedRow>,
     /// Indices of rows that go through the head together, the rows, and their norm.
     row_ids: Vec<u32>,
     rows: B::Array,
@@ -46,14 +45,12 @@ pub(crate) struct HeadWork<B: Backend> {
     largest: Vec<Largest>,
     choices: Vec<Choice>,
     edits: EditWork,
-    chosen: Vec<Chosen>,
     choosing: ChoiceScratch,
 }
 
 impl<B: Backend> HeadWork<B> {
     pub(crate) fn new(backend: &B) -> Self {
         HeadWork {
-            wanted: Vec::new(),
             row_ids: Vec::new(),
             rows: backend.array(),
             normed: backend.operand(),
@@ -63,49 +60,104 @@ impl<B: Backend> HeadWork<B> {
             largest: Vec::new(),
             choices: Vec::new(),
             edits: EditWork::default(),
-            chosen: Vec::new(),
             choosing: ChoiceScratch::default(),
         }
     }
 }
 
+/// What was asked of a step, and where its answers come in.
+#[derive(Default)]
+pub(crate) struct Asked {
+    wanted: Vec<WantedRow>,
+    /// For each slice the place of its draw among the answers.
+    places: Vec<u32>,
+    draws: Draws,
+    arrival: Arrival,
+}
+
+impl Asked {
+    /// With room for answers to so many rows.
+    pub(crate) fn new<B: Backend>(backend: &B, rows: usize) -> Result<Self> {
+        Ok(Asked { draws: backend.draws(rows)?, ..Asked::default() })
+    }
+
+    /// Whatever a micro-batch wants, of which nothing has been asked yet.
+    fn list(&mut self, batch: &MicroBatch) {
+        list_wanted(batch, &mut self.wanted);
+        sort_wanted(&mut self.wanted);
+        self.places.clear();
+        self.places.resize(batch.slices.len(), u32::MAX);
+        for (place, wanted) in (0..).zip(&self.wanted) {
+            if matches!(wanted.want, Want::Draw) {
+                self.places[wanted.slice] = place;
+            }
+        }
+    }
+
+    /// The place of a slice's draw among the answers.
+    pub(crate) fn place(&self, slice: usize) -> u32 {
+        self.places[slice]
+    }
+
+    pub(crate) fn draws(&self) -> &Draws {
+        &self.draws
+    }
+
+    /// When the answers are there.
+    pub(crate) fn arrival(&self) -> Arrival {
+        self.arrival.clone()
+    }
+
+    /// The answers, which are waited for.
+    pub(crate) fn answer<B: Backend>(&mut self, backend: &B, batch: &MicroBatch) -> Result<MicroBatchOutput> {
+        let mut outputs: Vec<SliceOutput> = batch.slices.iter().map(no_output).collect();
+        for (wanted, drawn) in self.wanted.iter().zip(backend.read_draws(&mut self.draws)?) {
+            let output = &mut outputs[wanted.slice];
+            match drawn {
+                Drawn::Largest(largest) => wanted.take_largest(*largest, output),
+                Drawn::Chosen(chosen) => wanted.take_chosen(chosen, &batch.slices[wanted.slice], output),
+            }
+        }
+        Ok(MicroBatchOutput { id: batch.id, slices: outputs })
+    }
+}
+
 impl<B: Backend> Head<B> {
-    /// Answers a micro-batch, of which `x: [tokens, hidden]` is the residual stream.
+    /// Asks what a micro-batch wants, of which `x: [tokens, hidden]` is the residual stream.
     pub(crate) fn run(
         &self,
-        backend: &B,
-        eps: f32,
+        (backend, eps): (&B, f32),
         batch: &MicroBatch,
         x: &B::Array,
         others: Option<Others<'_, B::Array>>,
         work: &mut HeadWork<B>,
-    ) -> Result<MicroBatchOutput> {
+        asked: &mut Asked,
+    ) -> Result<()> {
         let mut others = others.filter(|_| self.first_token.is_some());
-        let mut outputs: Vec<SliceOutput> = batch.slices.iter().map(no_output).collect();
-        let mut wanted = std::mem::take(&mut work.wanted);
-        list_wanted(batch, &mut wanted);
-        sort_wanted(&mut wanted);
+        asked.list(batch);
+        let Asked { wanted, draws, arrival, .. } = asked;
+        backend.open_draws(draws, wanted.len())?;
         let num_read = wanted.partition_point(|wanted| wanted.reads_logits);
         let (read, greedy) = wanted.split_at(num_read);
         for wanted in read.chunks(LOGIT_ROWS) {
             work.take_rows(wanted.iter().map(|wanted| wanted.row));
             self.logits(backend, eps, x, &mut others, work)?;
             work.take_choices(wanted, batch);
-            let HeadWork { logits, choices, edits, choosing, chosen, .. } = &mut *work;
-            backend.choose(logits, choices, &edits.all, choosing, chosen)?;
-            for (wanted, chosen) in wanted.iter().zip(work.chosen.drain(..)) {
-                wanted.take_chosen(chosen, &batch.slices[wanted.slice], &mut outputs[wanted.slice]);
-            }
+            let HeadWork { logits, choices, edits, choosing, .. } = &mut *work;
+            backend.choose_into(logits, choices, &edits.all, choosing, draws)?;
         }
         if !greedy.is_empty() {
             work.take_rows(greedy.iter().map(|wanted| wanted.row));
-            self.largest(backend, eps, x, &mut others, work)?;
-            for (wanted, &largest) in greedy.iter().zip(&work.largest) {
-                wanted.take_largest(largest, &mut outputs[wanted.slice]);
+            if others.is_some() {
+                self.largest(backend, eps, x, &mut others, work)?;
+                draws.add_largest(&work.largest);
+            } else {
+                self.normed_rows(backend, eps, x, &mut others, work)?;
+                backend.matmul_argmax_into(&work.normed, &self.matrix, &mut work.logits, draws)?;
             }
         }
-        work.wanted = wanted;
-        Ok(MicroBatchOutput { id: batch.id, slices: outputs })
+        *arrival = backend.close_draws(draws)?;
+        Ok(())
     }
 
     /// What a rank beside the first does for the answer to a micro-batch.
@@ -350,7 +402,7 @@ impl WantedRow {
     }
 
     /// Answers with what was chosen.
-    fn take_chosen(&self, chosen: Chosen, slice: &Slice, output: &mut SliceOutput) {
+    fn take_chosen(&self, chosen: &Chosen, slice: &Slice, output: &mut SliceOutput) {
         let position = self.position;
         if !(chosen.stats.max.is_finite() && chosen.stats.log_sum_exp.is_finite()) {
             return self.fail(output, Failure::NonFiniteLogits { position });
@@ -370,13 +422,13 @@ impl WantedRow {
 }
 
 /// Log-probabilities, the model's own: before temperature, and before anything was edited.
-fn logprobs(token: TokenId, chosen: Chosen) -> TokenLogprobs {
+fn logprobs(token: TokenId, chosen: &Chosen) -> TokenLogprobs {
     let Chosen { token: _, logit, stats, top } = chosen;
     let logprob = |logit: f32| logit - stats.max - stats.log_sum_exp;
     TokenLogprobs {
         token,
-        logprob: logprob(logit),
-        top: top.into_iter().map(|(token, logit)| (token, logprob(logit))).collect(),
+        logprob: logprob(*logit),
+        top: top.iter().map(|&(token, logit)| (token, logprob(logit))).collect(),
     }
 }
 

@@ -1,9 +1,12 @@
 //! A stage as its actor sees it: a span of blocks on some device, one micro-batch at a time.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::{Cpu, CpuOptions, Cuda, CudaOptions, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType};
+use kernels::{
+    Arrival, Cpu, CpuOptions, Cuda, CudaOptions, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType,
+};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
@@ -120,6 +123,32 @@ pub trait Stage: Send {
     /// As of [`Stage::step`].
     fn finish(&mut self) -> Result<Option<Duration>> {
         Ok(None)
+    }
+
+    /// Of a stage that is the whole model, on one device: begins with a micro-batch, some tokens of which may be those that the one before
+    /// draws, and says when its answer will be there. A device goes on with it by itself; a host has computed it when this returns.
+    ///
+    /// # Errors
+    /// As of [`Stage::step`]; what was queued before may have been the reason, which [`Stage::collect`] then says too.
+    ///
+    /// # Panics
+    /// Where it is another stage.
+    fn queue(&mut self, batch: &Arc<MicroBatch>) -> Result<Arrival> {
+        panic!(
+            "{:?} was queued on a stage that takes no step before it has given the last one's answer",
+            batch.id
+        )
+    }
+
+    /// The answer to the oldest micro-batch that was queued and not collected; waits for it.
+    ///
+    /// # Errors
+    /// As of [`Stage::step`].
+    ///
+    /// # Panics
+    /// Where there is none.
+    fn collect(&mut self) -> Result<MicroBatchOutput> {
+        panic!("nothing was queued")
     }
 }
 

@@ -1,4 +1,5 @@
-//! Stages on GPUs of the emulator: what they take of its memory, and that a step is the same whether it is captured or not.
+//! Stages on GPUs of the emulator: what they take of its memory, and that a step is the same whether it is captured or not, and
+//! whether its tokens come from the host or from the step before. The last is so on any device.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -6,8 +7,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use scheduler::{
-    MicroBatch, MicroBatchId, MicroBatchOutput, Request, RequestKey, Sampling, SequenceId, Slice,
-    SliceTokens, Span,
+    Completion, Generated, MicroBatch, MicroBatchId, MicroBatchOutput, Request, RequestKey, Sampling,
+    Scheduler, SequenceId, Slice, SliceTokens, Span,
 };
 use stages::{
     Activations, Device, Dtypes, Gpu, GpuMemory, KvDtype, Model, PAGE_TOKENS, Part, RankPlace, Sharing,
@@ -100,6 +101,7 @@ fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBa
             score,
             counts: None,
             mask: None,
+            fed_back: None,
             request: Arc::new(request),
         }
     };
@@ -214,6 +216,114 @@ fn captured_steps_have_the_bits_of_others() {
     }
 }
 
+/// Prompts of some lengths, and every way to be answered that does not ask for the tokens before. They end by a token in six, or
+/// by their length.
+fn requests(model: &Model) -> Vec<Request> {
+    let vocab = model.config.dims.vocab as u32;
+    let request = |row: u32| {
+        let mut sampling = Sampling::greedy(3 + row * 5 % 7);
+        sampling.stop_token_ids = (0..vocab).filter(|token| (token + row).is_multiple_of(6)).collect();
+        if !row.is_multiple_of(4) {
+            (sampling.temperature, sampling.seed) = (1.5, 3);
+        }
+        match row % 5 {
+            1 => sampling.min_tokens = 4,
+            2 => sampling.logprobs = Some(2),
+            3 => sampling.logit_bias = (0..20).map(|token| (token, 3.0)).collect(),
+            4 => sampling.prompt_logprobs = true,
+            _ => {}
+        }
+        let prompt = (0..1 + row * 13 % 30).map(|at| (row * 131 + at * 37 + 5) % vocab).collect();
+        Request { key: RequestKey(u128::from(row)), prompt, sampling: Arc::new(sampling), sample: 0 }
+    };
+    (0..10).map(request).collect()
+}
+
+/// How a job went on one stage.
+struct Played {
+    completions: Vec<String>,
+    num_fed_back: usize,
+    num_decoded: u64,
+}
+
+/// Plays all requests, a step ahead of the answers or not.
+fn play(model: &Model, stage: &mut dyn Stage, feeds_back: bool) -> Played {
+    let mut scheduler = Scheduler::new(scheduler::Options {
+        num_stages: 1,
+        micro_batch_tokens: LARGEST.rows,
+        max_sequences: SEQUENCES / 2,
+        num_pages: SEQUENCES * PAGES_OF_SEQUENCE,
+        page_tokens: PAGE_TOKENS,
+        context_tokens: CONTEXT,
+        efficient_tokens: 1,
+        feeds_back,
+    });
+    for request in requests(model) {
+        scheduler.submit(Arc::new(request), Generated::default()).unwrap();
+    }
+    let (mut completions, mut num_fed_back, mut in_flight) = (Vec::<Completion>::new(), 0, 0);
+    loop {
+        let mut stepped = None;
+        while let Some(batch) = scheduler.next_micro_batch() {
+            num_fed_back += batch.slices.iter().filter(|slice| slice.fed_back.is_some()).count();
+            in_flight += 1;
+            match feeds_back {
+                true => drop(stage.queue(&Arc::new(batch)).unwrap()),
+                false => stepped = Some(step_alone(stage, &batch)),
+            }
+        }
+        if in_flight == 0 {
+            break;
+        }
+        in_flight -= 1;
+        let output = stepped.unwrap_or_else(|| stage.collect().unwrap());
+        completions.extend(scheduler.complete(output, |_, _| false));
+        scheduler.check_integrity();
+    }
+    completions.sort_by_key(|completion| completion.sequence);
+    Played {
+        completions: completions
+            .iter()
+            .map(|done| format!("{:?} {:?}", done.outcome, done.generated))
+            .collect(),
+        num_fed_back,
+        num_decoded: scheduler.stats().decode_tokens,
+    }
+}
+
+fn step_alone(stage: &mut dyn Stage, batch: &MicroBatch) -> MicroBatchOutput {
+    match stage.step(batch, None).unwrap() {
+        StageOutput::Tokens(output) => output,
+        StageOutput::Activations(_) => panic!("the last stage gives tokens"),
+    }
+}
+
+/// Every answer's bits, on the emulator with graphs and without, and on processors.
+#[test]
+fn tokens_that_are_fed_back_on_the_device_change_no_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = small(folder.path(), false);
+    let cpu = Device::Cpu { cores: Vec::new(), threads: 2, simd: stages::Simd::detect() };
+    for (device, weights) in [
+        (Device::Reference, WeightType::Bf16),
+        (cpu, WeightType::Bf16),
+        (device(true, true), WeightType::Bf16),
+        (device(true, false), WeightType::Fp8),
+    ] {
+        let what = format!("{device:?} in {}", weights.name());
+        let part = parts(&model, 1)[0];
+        let mut stage = load(&model, &device, dtypes(weights), options(part, Some(LARGEST))).unwrap();
+        let in_step = play(&model, &mut *stage, false);
+        let ahead = play(&model, &mut *stage, true);
+        assert_eq!((in_step.num_fed_back, in_step.completions.len()), (0, requests(&model).len()), "{what}");
+        assert!(ahead.num_fed_back > 20, "{what}: {} fed back", ahead.num_fed_back);
+        assert!(ahead.num_decoded > in_step.num_decoded, "{what}: some rows end while they run ahead");
+        for (row, (in_step, ahead)) in in_step.completions.iter().zip(&ahead.completions).enumerate() {
+            assert_eq!(in_step, ahead, "{what}: row {row}");
+        }
+    }
+}
+
 /// Whole model and halves of it, each with its share of what was asked for.
 #[test]
 fn stages_take_no_more_of_a_gpu_than_was_planned() {
@@ -248,7 +358,23 @@ fn answers() {
         .collect();
     let free = free_bytes();
     for batch in micro_batches(&model) {
-        println!("{:?}", step(&mut stages, &batch));
+        println!("answer: {:?}", step(&mut stages, &batch));
+    }
+    println!("grown by {}", free - free_bytes());
+}
+
+/// The same of rows whose tokens are fed back.
+#[test]
+#[ignore = "a part of a_step_without_room_that_is_fed_back_does_too"]
+#[allow(clippy::print_stdout, reason = "what it prints is what the other test compares")]
+fn answers_ahead() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = small(folder.path(), false);
+    let options = options(parts(&model, 1)[0], None);
+    let mut stage = load(&model, &device(true, true), dtypes(WeightType::Bf16), options).unwrap();
+    let free = free_bytes();
+    for completion in play(&model, &mut *stage, true).completions {
+        println!("answer: {completion}");
     }
     println!("grown by {}", free - free_bytes());
 }
@@ -256,18 +382,29 @@ fn answers() {
 /// Where nobody said how large steps would be: another program takes what they would need.
 #[test]
 fn a_step_without_room_goes_in_halves_to_the_same_answers() {
+    assert_same_without_room("answers", 10);
+}
+
+/// Each half is waited for, and so are the tokens that it begins with.
+#[test]
+fn a_step_without_room_that_is_fed_back_does_too() {
+    assert_same_without_room("answers_ahead", 10);
+}
+
+/// The same of so many lines of another test, with memory enough and with little of it.
+fn assert_same_without_room(test: &str, count: usize) {
     let answers = |machine: &[(&str, &str)]| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "answers", "--ignored", "--nocapture"]).envs(machine.iter().copied());
+        command.args(["--exact", test, "--ignored", "--nocapture"]).envs(machine.iter().copied());
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     };
     let outputs = |text: &str| {
-        text.lines().filter(|line| line.contains("MicroBatchOutput")).map(str::to_owned).collect::<Vec<_>>()
+        text.lines().filter(|line| line.starts_with("answer: ")).map(str::to_owned).collect::<Vec<_>>()
     };
     let plain = answers(&[]);
-    assert_eq!(outputs(&plain).len(), 10);
+    assert_eq!(outputs(&plain).len(), count);
     let grown = plain.lines().find_map(|line| line.strip_prefix("grown by ")).unwrap();
     assert!(grown.parse::<u64>().unwrap() > 2 * LEFT, "{grown}");
     // Weights are made by 32 launches, and the first micro-batch by more than the rest.

@@ -189,6 +189,7 @@ fn run(folder: &Path, device: &Device, weights: WeightType) -> Vec<f32> {
         score: tokens,
         counts: None,
         mask: None,
+        fed_back: None,
         request: Arc::new(Request {
             key: RequestKey(0),
             prompt: vec![0],

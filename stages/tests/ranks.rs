@@ -144,6 +144,7 @@ fn micro_batches(vocab: u32) -> Vec<MicroBatch> {
             score,
             counts: None,
             mask: None,
+            fed_back: None,
             request: Arc::new(request),
         }
     };

@@ -16,6 +16,8 @@ pub(crate) mod collective;
 pub(crate) mod cuda;
 #[path = "../../kernels/tests/battery/device.rs"]
 pub(crate) mod device;
+#[path = "../../kernels/tests/battery/draws.rs"]
+pub(crate) mod draws;
 #[path = "../../kernels/tests/battery/embed_gather.rs"]
 pub(crate) mod embed_gather;
 #[path = "../../kernels/tests/battery/exact.rs"]

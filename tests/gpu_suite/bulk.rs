@@ -7,11 +7,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use scheduler::{Generated, Load, Request, RequestKey, Sampling, Scheduler, Span};
 use stages::cost::{Balance, Estimator, NumberTypes, pieces};
 use stages::profile::Ceilings;
-use stages::{Dtypes, PAGE_TOKENS, Sharing, SpanOptions, Stage, StageOutput, StepSize};
+use stages::{Dtypes, PAGE_TOKENS, Sharing, SpanOptions, Stage, StepSize};
 
 use crate::items::Setting;
 use crate::models::{self, Measured};
@@ -55,6 +55,7 @@ impl Job {
             page_tokens: PAGE_TOKENS,
             context_tokens: self.context_tokens(),
             efficient_tokens: 1,
+            feeds_back: true,
         })
     }
 
@@ -75,13 +76,18 @@ impl Job {
         for row in 0..self.rows {
             scheduler.submit(Arc::new(self.request(row, vocab)), Generated::default())?;
         }
-        let (begun, mut loads, mut ended) = (Instant::now(), Vec::new(), 0);
-        while let Some(batch) = scheduler.next_micro_batch() {
-            loads.push(batch.load());
-            let StageOutput::Tokens(output) = stage.step(&batch, None)? else {
-                bail!("the only stage hands activations over");
-            };
-            ended += scheduler.complete(output, |_, _| false).len();
+        let (begun, mut loads, mut ended, mut in_flight) = (Instant::now(), Vec::new(), 0, 0);
+        loop {
+            while let Some(batch) = scheduler.next_micro_batch() {
+                loads.push(batch.load());
+                stage.queue(&Arc::new(batch))?;
+                in_flight += 1;
+            }
+            if in_flight == 0 {
+                break;
+            }
+            ended += scheduler.complete(stage.collect()?, |_, _| false).len();
+            in_flight -= 1;
         }
         let seconds = begun.elapsed().as_secs_f64();
         ensure!(ended == self.rows, "{ended} rows of {} came to their end", self.rows);
@@ -98,7 +104,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let before = Ceilings::measure(&device, dtypes)?;
     let context_tokens = job.context_tokens();
     let (rows, sequences) = (job.micro_batch_tokens, job.rows);
-    let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 1 });
+    let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 2 });
     let options = SpanOptions { part, num_pages: job.num_pages(), context_tokens, largest_step };
     let mut stage = stages::load(&model, &device, dtypes, options)?;
     // Arrays find their sizes, and products their algorithms.

@@ -66,6 +66,7 @@ fn logprobs(model: &Model, device: &Device, dtypes: Dtypes, tokens: usize) -> Re
         score: prompt[1..].to_vec(),
         counts: None,
         mask: None,
+        fed_back: None,
         request: Arc::new(Request {
             key: RequestKey(0),
             prompt: prompt.clone(),

@@ -3,6 +3,7 @@
 //! The same micro-batches go through all blocks as one stage, and as two on threads of their own that hand over on the device, as
 //! a pipeline of one process does. Times are of a steady state: one micro-batch more than stages is under way.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
@@ -41,6 +42,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let device = models::device(setting);
     let (one, processor) = one_stage(&model, &device, &work)?;
     let (plain, of_plain) = one_stage(&model, &without_graphs(&device), &work)?;
+    let (ahead, of_ahead) = ahead(&model, &device, &work)?;
     let two = two_stages(&model, &device, &work)?;
     let time = |seconds: f64, processor: f64| {
         let (ms, share) = (processor * 1e3, 100.0 * processor / seconds);
@@ -49,6 +51,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     Ok(vec![
         format!("one stage, {} rows at {} tokens: {}", work.rows, work.context, time(one, processor)),
         format!("the same without graphs: {}", time(plain, of_plain)),
+        format!("the same, each queued before the last one's answer: {}", time(ahead, of_ahead)),
         format!("two stages: {:.2} ms a micro-batch, {:.3} of one stage's", two * 1e3, two / one),
     ])
 }
@@ -92,6 +95,24 @@ fn one_stage(model: &Model, device: &Device, work: &Work) -> Result<(f64, f64)> 
         stage.step(&batch, None)?;
         stage.finish()?;
     }
+    let count = work.timed as f64;
+    Ok((begun.elapsed().as_secs_f64() / count, (processor_seconds()? - before) / count))
+}
+
+/// The same where a step is queued before the answer to the one before is there.
+fn ahead(model: &Model, device: &Device, work: &Work) -> Result<(f64, f64)> {
+    let end = model.config.blocks.len();
+    let mut stage = load(model, device, Span { start: 0, end }, work)?;
+    let batch = Arc::new(micro_batch(model, work));
+    stage.queue(&batch)?;
+    let mut step = || -> Result<()> {
+        stage.queue(&batch)?;
+        stage.collect()?;
+        Ok(())
+    };
+    (0..=work.timed / 4).try_for_each(|_| step())?;
+    let (begun, before) = (Instant::now(), processor_seconds()?);
+    (0..work.timed).try_for_each(|_| step())?;
     let count = work.timed as f64;
     Ok((begun.elapsed().as_secs_f64() / count, (processor_seconds()? - before) / count))
 }

@@ -61,6 +61,30 @@ fn answers_of_a_gpu_do_not_depend_on_how_the_job_is_run() {
     );
 }
 
+/// Rows that end by a stop token or by their length, at steps of their own; and the same with one that must know its tokens among them.
+#[test]
+fn answers_of_a_gpu_are_the_same_where_its_tokens_are_fed_back() {
+    let lines = |feeds_back: bool, penalty: f64| {
+        let mut job = Job::on("hetero-0-bf16")
+            .set("pipeline.devices=[\"cuda:0\"]")
+            .set("pipeline.max_sequences=4")
+            .set(format!("pipeline.token_feedback={feeds_back}"))
+            .emulated();
+        for i in 0..5 {
+            let prompt: Vec<usize> = (0..4 + 9 * i).map(|k| 5 + (k * 7 + i * 31) % 200).collect();
+            let stops: Vec<usize> = (0..200).filter(|token| (token + i) % 6 == 0).collect();
+            let body = json!({
+                "prompt": prompt, "max_tokens": 6, "temperature": i % 2, "seed": i, "ignore_eos": true,
+                "stop_token_ids": stops, "presence_penalty": if i == 3 { penalty } else { 0.0 },
+            });
+            job = job.completion(&format!("row-{i}"), body);
+        }
+        job.run().ok().sorted_lines()
+    };
+    assert_eq!(lines(true, 0.0), lines(false, 0.0));
+    assert_eq!(lines(true, 0.5), lines(false, 0.5));
+}
+
 fn text(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))

@@ -72,7 +72,9 @@ fn values_of(frame: &Frame, bytes: &[u8], num_arrays: u64) -> Option<Option<Acti
 }
 
 fn add_slice(words: &mut Words, slice: &Slice) {
-    let Slice { sequence, first_position, tokens, pages, sample, score, counts, mask, request } = slice;
+    let Slice { sequence, first_position, tokens, fed_back, pages, sample, score, counts, mask, request } =
+        slice;
+    assert!(fed_back.is_none(), "{sequence:?}: tokens that are fed back do not leave their stage");
     words.add(sequence.0);
     words.add(u64::from(*first_position));
     words.add_list(tokens);
@@ -104,6 +106,7 @@ fn read_slice(words: &mut ReadWords<'_>) -> Option<Slice> {
         sequence: SequenceId(words.word()?),
         first_position: words.u32()?,
         tokens: words.list(ReadWords::u32)?.into(),
+        fed_back: None,
         pages: Arc::new(words.list(ReadWords::u32)?),
         sample: words.flag()?,
         score: words.list(ReadWords::u32)?,
@@ -231,6 +234,7 @@ pub(super) mod tests {
             sequence: SequenceId(sequence),
             first_position: 7,
             tokens: tokens.into(),
+            fed_back: None,
             pages: Arc::new(vec![4, 9]),
             sample: score.is_empty(),
             score: score.to_vec(),

@@ -2,6 +2,7 @@
 //! logits.
 
 use super::arrays::CudaArray;
+use super::stream::Argument;
 use super::stream::Memory;
 use super::{Cuda, Workspace, locked, row_grid, u32_of};
 use crate::backend::LogitStats;
@@ -32,7 +33,7 @@ pub(super) struct ChoiceWork {
     asked: Memory,
     edits: Memory,
     masks: Memory,
-    answers: Memory,
+    pub(super) answers: Memory,
     host_asked: Vec<Asked>,
     host_edits: Vec<AskedEdit>,
     host_answers: Vec<u32>,
@@ -71,15 +72,34 @@ impl Cuda {
         changes: &Edits,
         out: &mut Vec<Chosen>,
     ) -> Result<()> {
+        out.clear();
+        let width = self.ask_choices(logits, choices, changes, NO_TOKENS)?;
+        let mut workspace = locked(&self.workspace);
+        let Workspace { stats, host_stats, choices: ChoiceWork { answers, host_answers, .. }, .. } =
+            &mut *workspace;
+        host_stats.resize(logits.rows, [0; 3]);
+        host_answers.resize(logits.rows * width, 0);
+        self.stream.download(OP, stats, host_stats)?;
+        self.stream.download(OP, answers, host_answers)?;
+        let rows = host_stats.iter().zip(host_answers.chunks_exact(width)).zip(choices);
+        out.extend(rows.map(|((stats, answer), choice)| chosen(*stats, answer, choice, logits.cols)));
+        Ok(())
+    }
+
+    /// Queues what chooses a token from each row: its statistics and its answer then lie in the workspace, and its token also at `tokens`, where
+    /// that is anywhere. Words of an answer.
+    pub(super) fn ask_choices(
+        &self,
+        logits: &mut CudaArray,
+        choices: &[Choice],
+        changes: &Edits,
+        tokens: Argument,
+    ) -> Result<usize> {
         check::logits(logits.cols)?;
         check::choices(choices, changes, logits.rows, logits.cols)?;
-        out.clear();
-        if choices.is_empty() {
-            return Ok(());
-        }
         let mut workspace = locked(&self.workspace);
-        let Workspace { stats, host_stats, choices: work, .. } = &mut *workspace;
-        let ChoiceWork { asked, edits, masks, answers, host_asked, host_edits, host_answers } = work;
+        let Workspace { stats, choices: work, .. } = &mut *workspace;
+        let ChoiceWork { asked, edits, masks, answers, host_asked, host_edits, .. } = work;
         host_asked.clear();
         host_asked.extend(choices.iter().enumerate().map(|(row, choice)| words(choice, changes, row)));
         host_edits.clear();
@@ -93,11 +113,12 @@ impl Cuda {
         edits.reserve(OP, room(size_of_val(&host_edits[..])))?;
         masks.reserve(OP, room(size_of_val(&changes.masks[..])))?;
         answers.reserve(OP, logits.rows * width * size_of::<u32>())?;
-        self.stream.upload(OP, bytemuck::cast_slice(host_asked), asked, 0)?;
-        self.stream.upload(OP, bytemuck::cast_slice(host_edits), edits, 0)?;
-        self.stream.upload(OP, bytemuck::cast_slice(&changes.masks), masks, 0)?;
+        let outbox = &mut locked(&self.tables).outbox;
+        outbox.send(&self.stream, OP, bytemuck::cast_slice(host_asked), asked)?;
+        outbox.send(&self.stream, OP, bytemuck::cast_slice(host_edits), edits)?;
+        outbox.send(&self.stream, OP, bytemuck::cast_slice(&changes.masks), masks)?;
         let (grid, cols) = (row_grid(logits.rows, THREADS), u32_of(logits.cols));
-        let arguments = [stats.start(), logits.memory.start(), cols];
+        let arguments = [stats.start(), logits.memory.start(), cols, NO_TOKENS];
         // SAFETY: there is room for the statistics of each row.
         unsafe { self.stream.launch(OP, &self.kernels.logit_stats, grid, &arguments) }?;
         let arguments = [
@@ -109,19 +130,17 @@ impl Cuda {
             masks.start(),
             cols,
             u32_of(width),
+            tokens,
         ];
         // SAFETY: each row has its statistics, its choice of a token of the vocabulary, and room for as many pairs as any
-        // asks for; its edits and its mask were sent, and are of the vocabulary.
+        // asks for; its edits and its mask were sent, and are of the vocabulary; `tokens` has room for a token of each row, or is nowhere.
         unsafe { self.stream.launch(OP, &self.kernels.choose, grid, &arguments) }?;
-        host_stats.resize(logits.rows, [0; 3]);
-        host_answers.resize(logits.rows * width, 0);
-        self.stream.download(OP, stats, host_stats)?;
-        self.stream.download(OP, answers, host_answers)?;
-        let rows = host_stats.iter().zip(host_answers.chunks_exact(width)).zip(choices);
-        out.extend(rows.map(|((stats, answer), choice)| chosen(*stats, answer, choice, logits.cols)));
-        Ok(())
+        Ok(width)
     }
 }
+
+/// Tokens are wanted nowhere but among the answers.
+pub(super) const NO_TOKENS: Argument = Argument::Pointer(0);
 
 fn words(choice: &Choice, changes: &Edits, row: usize) -> Asked {
     let Choice { given, temperature, top_k, top_p, min_p, uniform, top } = *choice;
@@ -146,7 +165,7 @@ fn edit_words(edit: &Edit) -> AskedEdit {
     [edit.token, edit.scale.to_bits(), edit.shift.to_bits(), 0]
 }
 
-fn chosen(
+pub(super) fn chosen(
     [argmax, max, log_sum_exp]: [u32; 3],
     answer: &[u32],
     choice: &Choice,

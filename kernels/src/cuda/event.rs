@@ -25,11 +25,14 @@ impl Event {
     /// One of a queue that says when it was, where it `is_timed`.
     pub(crate) fn new(op: &'static str, stream: &Arc<Stream>, is_timed: bool) -> Result<Event> {
         stream.bind(op)?;
-        let flags = match is_timed {
-            true => sys::CUevent_flags::CU_EVENT_DEFAULT,
-            false => sys::CUevent_flags::CU_EVENT_DISABLE_TIMING,
-        };
-        let event = result::event::create(flags).map_err(|error| stream.failed(op, error))?;
+        let timing = if is_timed { 0 } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32 };
+        // Who waits for it sleeps meanwhile: of events the driver asks again and again unless each is told otherwise.
+        let flags = timing | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: the context is the thread's, and the driver writes a handle, which is destroyed in `drop`.
+        unsafe { sys::cuEventCreate(&mut event, flags) }
+            .result()
+            .map_err(|error| stream.failed(op, error))?;
         Ok(Event { event, stream: Arc::clone(stream) })
     }
 

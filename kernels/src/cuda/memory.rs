@@ -2,6 +2,7 @@
 
 use super::attention::{AttentionKernels, Plan};
 use super::choices::ChoiceWork;
+use super::draws::CudaDraws;
 use super::operations::swiglu_columns;
 use super::stream::Memory;
 use super::tables::Tables;
@@ -19,8 +20,8 @@ pub fn cuda_allocated_bytes(bytes: u64) -> u64 {
 /// Memory that operations keep for themselves, for steps of up to this size. Parts of contexts that are split, where
 /// bits may depend on the batch, come on top: for 256 rows of 8 KV heads of 128 on 132 multiprocessors 21 MB.
 pub fn cuda_work_bytes(size: &WorkSize) -> u64 {
-    let Bytes { gate, product, stats, choices, tables, parcel } = Bytes::of(size, Cuda::FFN_COLUMNS);
-    let pieces = [gate, gate, product, stats].into_iter().chain(choices).chain(tables);
+    let Bytes { gate, product, stats, draws, choices, tables, parcel } = Bytes::of(size, Cuda::FFN_COLUMNS);
+    let pieces = [gate, gate, product, stats, draws, draws].into_iter().chain(choices).chain(tables);
     let parcels = std::iter::repeat_n(parcel, size.parcels);
     pieces.chain(parcels).filter(|&bytes| bytes > 0).map(|bytes| cuda_allocated_bytes(bytes as u64)).sum()
 }
@@ -36,6 +37,8 @@ struct Bytes {
     /// A product that is summed apart.
     product: usize,
     stats: usize,
+    /// Tokens that a step draws, which are kept for two of them.
+    draws: usize,
     choices: [usize; 2],
     tables: [usize; 7],
     /// An array that waits for the next stage.
@@ -51,6 +54,7 @@ impl Bytes {
             gate: (1..=rows).map(gate).max().unwrap_or(0) * size_of::<f32>(),
             product: if ffn > ffn_columns { rows * hidden * size_of::<f32>() } else { 0 },
             stats: logit_rows * size_of::<[u32; 3]>(),
+            draws: CudaDraws::bytes(logit_rows),
             choices: ChoiceWork::bytes(choice_rows),
             tables: Tables::words(size).map(|words| words * size_of::<u32>()),
             parcel: rows * hidden * size_of::<f32>(),
@@ -84,7 +88,8 @@ impl Cuda {
             maxima.reserve(OP, partials * size_of::<f32>())?;
             sums.reserve(OP, partials * size_of::<f32>())?;
         }
-        locked(&self.tables).reserve(size)?;
+        let [asked, _] = ChoiceWork::bytes(size.logit_rows);
+        locked(&self.tables).reserve(&self.stream, size, asked)?;
         self.parcels.reserve(&self.stream, size.parcels, parcel)?;
         locked(&self.graphs).begin(if self.options.has_graphs { size.rows } else { 0 });
         Ok(())

@@ -12,6 +12,7 @@ mod attention;
 mod ceilings;
 mod choices;
 mod cublaslt;
+mod draws;
 mod event;
 mod fp8;
 mod gemm;
@@ -36,6 +37,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
+pub(crate) use draws::CudaDraws;
 pub use gpu::Gpu;
 pub use memory::{cuda_allocated_bytes, cuda_work_bytes};
 pub use nccl::NcclRank;

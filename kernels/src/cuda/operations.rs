@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, PlanShape, TILE_QUERIES};
+use super::choices::NO_TOKENS;
 use super::fp8::Fp8Kernels;
 use super::gemm::Onto;
 use super::graphs::Graphs;
@@ -13,6 +14,7 @@ use super::weights::Origin;
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
 use crate::backend::{AttentionSlice, Backend, DecodeStep, LogitStats, PAGE_TOKENS, RopeTable, WorkSize};
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
+use crate::draws::{Arrival, Drawn, Draws, FedTokens};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
 use crate::tensor_view::TensorView;
@@ -159,12 +161,11 @@ impl Backend for Cuda {
     fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {
         const OP: &str = "embed";
         check::all_below(OP, "token", tokens, table.rows)?;
-        out.reshape(tokens.len(), table.cols)?;
-        let tokens_at = locked(&self.tables).tokens.put(&self.stream, OP, tokens)?;
-        let (numbers, stride) = table.table();
-        let arguments = [out.memory.start(), numbers.start(), tokens_at, u32_of(table.cols), u32_of(stride)];
-        // SAFETY: every token is a row of the table, and out has a row for each.
-        unsafe { self.stream.launch(OP, &self.kernels.embed, row_grid(tokens.len(), 256), &arguments) }
+        self.embed_words(table, tokens, NO_TOKENS, out)
+    }
+
+    fn embed_fed(&self, table: &CudaMatrix, fed: FedTokens<'_>, out: &mut CudaArray) -> Result<()> {
+        self.embed_with(table, fed, out)
     }
 
     fn rms_norm(&self, x: &CudaArray, weight: &CudaVector, eps: f32, out: &mut CudaOperand) -> Result<()> {
@@ -405,7 +406,7 @@ impl Backend for Cuda {
         const OP: &str = "gather";
         check::all_below(OP, "row", rows, x.rows)?;
         out.reshape(rows.len(), x.cols)?;
-        let rows_at = locked(&self.tables).gathered.put(&self.stream, OP, rows)?;
+        let rows_at = locked(&self.tables).put_gathered(&self.stream, OP, rows)?;
         let arguments = [out.memory.start(), x.memory.start(), rows_at, u32_of(x.cols)];
         // SAFETY: every row is one of x, and out has a row for each.
         unsafe { self.stream.launch(OP, &self.kernels.gather, row_grid(rows.len(), 256), &arguments) }
@@ -413,13 +414,9 @@ impl Backend for Cuda {
 
     fn logit_stats(&self, logits: &CudaArray, out: &mut Vec<LogitStats>) -> Result<()> {
         const OP: &str = "logit_stats";
-        check::logits(logits.cols)?;
+        self.ask_stats(OP, logits, NO_TOKENS)?;
         let mut workspace = locked(&self.workspace);
         let Workspace { stats, host_stats, .. } = &mut *workspace;
-        stats.reserve(OP, logits.rows * size_of::<[u32; 3]>())?;
-        let arguments = [stats.start(), logits.memory.start(), u32_of(logits.cols)];
-        // SAFETY: there is room for the statistics of each row.
-        unsafe { self.stream.launch(OP, &self.kernels.logit_stats, row_grid(logits.rows, 512), &arguments) }?;
         host_stats.resize(logits.rows, [0; 3]);
         self.stream.download(OP, stats, host_stats)?;
         out.clear();
@@ -441,9 +438,74 @@ impl Backend for Cuda {
     ) -> Result<()> {
         self.choose_rows(logits, choices, edits, out)
     }
+
+    fn draws(&self, rows: usize) -> Result<Draws> {
+        self.new_draws(rows)
+    }
+
+    fn open_draws(&self, draws: &mut Draws, rows: usize) -> Result<()> {
+        self.begin_draws(draws, rows)
+    }
+
+    fn choose_into(
+        &self,
+        logits: &mut CudaArray,
+        choices: &[Choice],
+        edits: &Edits,
+        _scratch: &mut ChoiceScratch,
+        draws: &mut Draws,
+    ) -> Result<()> {
+        self.choose_rows_into(logits, choices, edits, draws)
+    }
+
+    fn matmul_argmax_into(
+        &self,
+        x: &CudaOperand,
+        w: &CudaMatrix,
+        scratch: &mut CudaArray,
+        draws: &mut Draws,
+    ) -> Result<()> {
+        self.largest_into(x, w, scratch, draws)
+    }
+
+    fn close_draws(&self, draws: &mut Draws) -> Result<Arrival> {
+        self.end_draws(draws)
+    }
+
+    fn read_draws<'a>(&self, draws: &'a mut Draws) -> Result<&'a [Drawn]> {
+        self.drawn(draws)
+    }
 }
 
 impl Cuda {
+    /// Queues `out[t]`, row by row, of tokens that have been checked; those that are fed back are places at `fed`.
+    pub(super) fn embed_words(
+        &self,
+        table: &CudaMatrix,
+        words: &[u32],
+        fed: Argument,
+        out: &mut CudaArray,
+    ) -> Result<()> {
+        const OP: &str = "embed";
+        out.reshape(words.len(), table.cols)?;
+        let tokens_at = locked(&self.tables).put_tokens(&self.stream, OP, words)?;
+        let (numbers, stride) = table.table();
+        let (cols, stride) = (u32_of(table.cols), u32_of(stride));
+        let arguments = [out.memory.start(), numbers.start(), tokens_at, fed, cols, stride];
+        // SAFETY: every token is a row of the table, as what draws gives no other, and out has a row for each.
+        unsafe { self.stream.launch(OP, &self.kernels.embed, row_grid(words.len(), 256), &arguments) }
+    }
+
+    /// Queues the statistics of rows into the workspace, and the tokens of the largest logits to `tokens`, where that is anywhere.
+    pub(super) fn ask_stats(&self, op: &'static str, logits: &CudaArray, tokens: Argument) -> Result<()> {
+        check::logits(logits.cols)?;
+        let stats = &mut locked(&self.workspace).stats;
+        stats.reserve(op, logits.rows * size_of::<[u32; 3]>())?;
+        let arguments = [stats.start(), logits.memory.start(), u32_of(logits.cols), tokens];
+        // SAFETY: there is room for the statistics of each row, and for its token where these go anywhere.
+        unsafe { self.stream.launch(op, &self.kernels.logit_stats, row_grid(logits.rows, 512), &arguments) }
+    }
+
     /// Rows of the step that runs beyond those that were asked for.
     fn padding(&self) -> usize {
         locked(&self.graphs).padding()

@@ -1,5 +1,6 @@
 //! The way of weights to a device: through two pinned buffers, so that one is filled while the other is copied.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::result;
@@ -21,21 +22,25 @@ pub(crate) struct Staging {
     next: usize,
 }
 
-/// Memory of the host that a device copies from by itself.
+/// Memory of the host that a device copies from and to by itself.
 #[derive(Debug)]
-struct Pinned {
+pub(super) struct Pinned {
     start: *mut u8,
-    /// Behind the last copy from it.
+    bytes: usize,
+    /// Behind the last copy from it or to it.
     copied: Event,
     stream: Arc<Stream>,
 }
 
 // SAFETY: the memory is owned.
 unsafe impl Send for Pinned {}
+// SAFETY: what is shared only reads.
+unsafe impl Sync for Pinned {}
 
 impl Staging {
     pub(crate) fn new(stream: &Arc<Stream>) -> Result<Staging> {
-        Ok(Staging { buffers: [Pinned::new(stream)?, Pinned::new(stream)?], next: 0 })
+        let buffer = || Pinned::new(stream, BUFFER_BYTES);
+        Ok(Staging { buffers: [buffer()?, buffer()?], next: 0 })
     }
 
     /// Queues a matrix in bf16 or f32, with rows padded by zeros to `stride` numbers, behind `at` numbers. The view has been
@@ -134,14 +139,65 @@ fn each<T>(row: &TensorView<'_>, out: &mut [T], mut put: impl FnMut(&mut T, f32)
 }
 
 impl Pinned {
-    fn new(stream: &Arc<Stream>) -> Result<Pinned> {
+    /// So many bytes, and at least one.
+    pub(super) fn new(stream: &Arc<Stream>, bytes: usize) -> Result<Pinned> {
         const OP: &str = "pin memory";
         stream.bind(OP)?;
         let copied = Event::new(OP, stream, false)?;
         // SAFETY: it is freed in `drop`. Without the flag for combined writes, so that it may be read too.
         let start =
-            unsafe { result::malloc_host(BUFFER_BYTES, 0) }.map_err(|error| stream.failed(OP, error))?;
-        Ok(Pinned { start: start.cast(), copied, stream: Arc::clone(stream) })
+            unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(|error| stream.failed(OP, error))?;
+        Ok(Pinned { start: start.cast(), bytes, copied, stream: Arc::clone(stream) })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Some of it, to which no copy is under way.
+    pub(super) fn content(&self, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
+        // SAFETY: the memory is that large, as asserted, and initialised by the system where it was never written.
+        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
+    }
+
+    /// Some of it, to be written: no copy from there or to there is under way.
+    pub(super) fn content_mut(&mut self, range: Range<usize>) -> &mut [u8] {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} of {} bytes", self.bytes);
+        // SAFETY: as of `content`, and it is borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// Queues a copy from the start of a device's memory to here.
+    pub(super) fn fetch(&mut self, op: &'static str, from: &Memory, at: usize, bytes: usize) -> Result<()> {
+        let stream = Arc::clone(&self.stream);
+        let to = self.content_mut(at..at + bytes);
+        // SAFETY: the memory is freed only behind the event, and who reads it waits for the copy.
+        unsafe { stream.fetch(op, from, to) }?;
+        self.copied.record(op)
+    }
+
+    /// Queues a copy of some bytes, which are put here first.
+    pub(super) fn pass_on(
+        &mut self,
+        op: &'static str,
+        bytes: &[u8],
+        at: usize,
+        to: &mut Memory,
+    ) -> Result<()> {
+        let range = at..at + bytes.len();
+        self.content_mut(range.clone()).copy_from_slice(bytes);
+        self.stream.upload(op, self.content(range), to, 0)
+    }
+
+    /// Marks a moment behind all copies so far, for [`Pinned::settle`].
+    pub(super) fn mark(&self, op: &'static str) -> Result<()> {
+        self.copied.record(op)
+    }
+
+    /// Waits for copies up to the last mark.
+    pub(super) fn settle(&self) -> Result<()> {
+        self.wait()
     }
 
     /// So many numbers to be written, when the last copy from here is done.

@@ -196,6 +196,21 @@ impl Stream {
         self.wait(op)
     }
 
+    /// Queues a copy to memory of the host, which is pinned where this shall not wait for it.
+    ///
+    /// # Safety
+    /// What `to` points to is there and read by nobody until the copy is done.
+    pub(crate) unsafe fn fetch(&self, op: &'static str, from: &Memory, to: &mut [u8]) -> Result<()> {
+        assert!(to.len() <= from.bytes, "{op}: {} bytes of {}", to.len(), from.bytes);
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.bind(op)?;
+        // SAFETY: there is as much, as asserted; the caller vouches for the rest.
+        unsafe { result::memcpy_dtoh_async(to, from.pointer, self.stream) }
+            .map_err(|error| failed(self.index, op, error))
+    }
+
     /// Queues a copy of so many bytes from memory of this device or of another one, which no other queue writes to meanwhile.
     pub(crate) fn copy(&self, op: &'static str, from: &Memory, to: &mut Memory, bytes: usize) -> Result<()> {
         assert!(bytes <= from.bytes && bytes <= to.bytes, "{op}: {bytes} of {} to {}", from.bytes, to.bytes);
@@ -334,6 +349,11 @@ impl Memory {
     /// Where it begins, and so many bytes later.
     pub(crate) fn at(&self, byte: usize) -> Argument {
         Argument::Pointer(self.pointer + byte as u64)
+    }
+
+    /// Whose it is.
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
+        &self.stream
     }
 
     /// Where it begins.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::attention::Plan;
 use super::attention::{ROW_WORDS, TILE_WORDS};
+use super::staging::Pinned;
 use super::stream::{Argument, Memory, Stream};
 use crate::backend::{AttentionSlice, PAGE_TOKENS, WorkSize};
 use crate::error::Result;
@@ -20,13 +21,54 @@ pub(crate) struct Table {
 /// Every table.
 #[derive(Debug)]
 pub(crate) struct Tables {
-    pub(crate) tokens: Table,
-    pub(crate) gathered: Table,
-    pub(crate) positions: Table,
-    pub(crate) places: Table,
-    pub(crate) tiles: Table,
-    pub(crate) rows: Table,
-    pub(crate) pages: Table,
+    tokens: Table,
+    gathered: Table,
+    positions: Table,
+    places: Table,
+    tiles: Table,
+    rows: Table,
+    pages: Table,
+    pub(crate) outbox: Outbox,
+}
+
+/// What is on its way to the device, by pinned memory: other memory the driver may only take when all is done that was queued before,
+/// and the host is to go ahead. Two buffers take turns, each filled with the tables of a step and more; so the one that is turned to
+/// was copied from long ago.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    /// None before anybody said how much a step sends.
+    buffers: Option<[Pinned; 2]>,
+    next: usize,
+    used: usize,
+}
+
+impl Outbox {
+    fn reserve(&mut self, stream: &Arc<Stream>, bytes: usize) -> Result<()> {
+        let buffer = || Pinned::new(stream, bytes);
+        *self = Outbox { buffers: Some([buffer()?, buffer()?]), ..Outbox::default() };
+        Ok(())
+    }
+
+    /// Queues a copy to the start of a device's memory.
+    pub(crate) fn send(
+        &mut self,
+        stream: &Stream,
+        op: &'static str,
+        bytes: &[u8],
+        to: &mut Memory,
+    ) -> Result<()> {
+        let Some(buffers) = self.buffers.as_mut().filter(|buffers| bytes.len() <= buffers[0].bytes()) else {
+            return stream.upload(op, bytes, to, 0);
+        };
+        if self.used + bytes.len() > buffers[self.next].bytes() {
+            buffers[self.next].mark(op)?;
+            (self.next, self.used) = (1 - self.next, 0);
+            buffers[self.next].settle()?;
+        }
+        buffers[self.next].pass_on(op, bytes, self.used, to)?;
+        self.used += bytes.len().next_multiple_of(16);
+        Ok(())
+    }
 }
 
 impl Tables {
@@ -40,6 +82,7 @@ impl Tables {
             tiles: table(),
             rows: table(),
             pages: table(),
+            outbox: Outbox::default(),
         }
     }
 }
@@ -54,9 +97,11 @@ impl Tables {
         [rows, rows, rows, rows, TILE_WORDS * rows, ROW_WORDS * rows, pages]
     }
 
-    /// Makes room for those of a step.
-    pub(crate) fn reserve(&mut self, size: &WorkSize) -> Result<()> {
-        let Tables { tokens, gathered, positions, places, tiles, rows, pages } = self;
+    /// Makes room for those of a step, and for `others`, bytes of what else it sends.
+    pub(crate) fn reserve(&mut self, stream: &Arc<Stream>, size: &WorkSize, others: usize) -> Result<()> {
+        let Tables { tokens, gathered, positions, places, tiles, rows, pages, outbox } = self;
+        let words: usize = Tables::words(size).iter().sum();
+        outbox.reserve(stream, 2 * (words * size_of::<u32>() + others))?;
         let tables = [tokens, gathered, positions, places, tiles, rows, pages];
         tables.into_iter().zip(Tables::words(size)).try_for_each(|(table, words)| {
             table.sent.clear();
@@ -67,6 +112,26 @@ impl Tables {
 }
 
 impl Tables {
+    /// Tokens of a step's rows, or where they are found.
+    pub(crate) fn put_tokens(
+        &mut self,
+        stream: &Stream,
+        op: &'static str,
+        tokens: &[u32],
+    ) -> Result<Argument> {
+        self.tokens.put(stream, &mut self.outbox, op, tokens)
+    }
+
+    /// Rows of an array.
+    pub(crate) fn put_gathered(
+        &mut self,
+        stream: &Stream,
+        op: &'static str,
+        rows: &[u32],
+    ) -> Result<Argument> {
+        self.gathered.put(stream, &mut self.outbox, op, rows)
+    }
+
     /// Positions of a step's rows, 0 for so many more that nobody asked for.
     pub(crate) fn put_positions(
         &mut self,
@@ -76,10 +141,10 @@ impl Tables {
         padding: usize,
     ) -> Result<Argument> {
         if padding == 0 {
-            return self.positions.put(stream, op, positions);
+            return self.positions.put(stream, &mut self.outbox, op, positions);
         }
         let all: Vec<u32> = positions.iter().copied().chain(std::iter::repeat_n(0, padding)).collect();
-        self.positions.put(stream, op, &all)
+        self.positions.put(stream, &mut self.outbox, op, &all)
     }
 
     /// Where keys and values of a step's rows belong, nowhere for so many more.
@@ -92,7 +157,7 @@ impl Tables {
     ) -> Result<Argument> {
         let mut all = places(slices);
         all.extend(std::iter::repeat_n(NOWHERE, padding));
-        self.places.put(stream, op, &all)
+        self.places.put(stream, &mut self.outbox, op, &all)
     }
 
     /// What attention is shared out into: pages, tiles and rows.
@@ -103,9 +168,9 @@ impl Tables {
         plan: &Plan,
     ) -> Result<[Argument; 3]> {
         Ok([
-            self.pages.put(stream, op, &plan.pages)?,
-            self.tiles.put(stream, op, &plan.tiles)?,
-            self.rows.put(stream, op, &plan.rows)?,
+            self.pages.put(stream, &mut self.outbox, op, &plan.pages)?,
+            self.tiles.put(stream, &mut self.outbox, op, &plan.tiles)?,
+            self.rows.put(stream, &mut self.outbox, op, &plan.rows)?,
         ])
     }
 }
@@ -124,11 +189,17 @@ fn places(slices: &[AttentionSlice]) -> Vec<u32> {
 
 impl Table {
     /// Sends these words, unless they are there.
-    pub(crate) fn put(&mut self, stream: &Stream, op: &'static str, words: &[u32]) -> Result<Argument> {
+    fn put(
+        &mut self,
+        stream: &Stream,
+        outbox: &mut Outbox,
+        op: &'static str,
+        words: &[u32],
+    ) -> Result<Argument> {
         if self.sent != words {
             self.sent.clear();
             self.memory.reserve(op, size_of_val(words))?;
-            stream.upload(op, bytemuck::cast_slice(words), &mut self.memory, 0)?;
+            outbox.send(stream, op, bytemuck::cast_slice(words), &mut self.memory)?;
             self.sent.extend_from_slice(words);
         }
         Ok(self.memory.start())

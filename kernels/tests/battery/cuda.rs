@@ -11,8 +11,8 @@ use kernels::{
 
 use crate::battery::device::{Check, Device, Readable};
 use crate::battery::{
-    attend, attention, attention_invariants, checkpoints, choose, embed_gather, logit_stats, long_context,
-    matmul, matmul_argmax, refusals, rms_norm, rope, row_invariants, swiglu,
+    attend, attention, attention_invariants, checkpoints, choose, draws, embed_gather, logit_stats,
+    long_context, matmul, matmul_argmax, refusals, rms_norm, rope, row_invariants, swiglu,
 };
 
 impl Readable for Cuda {
@@ -171,6 +171,7 @@ checks! {
     what_a_checkpoint_has_quantised_is_multiplied_as_it_is: checkpoints::Quantized, PRODUCTS;
     random_matrices_are_the_host_s: checkpoints::Seeded, FIXED_SUMS;
     integers_with_zeros_of_their_own_are_too: checkpoints::Skew, PRODUCTS;
+    a_step_begins_with_the_tokens_of_the_one_before: draws::Ahead, BOTH;
     embed_and_gather_copy_rows: embed_gather::Copies, DETERMINISTIC;
     every_token_is_the_twins: choose::Vocabularies(choose::SMALL), DETERMINISTIC;
     a_large_vocabulary_has_the_twins_tokens_too: choose::Vocabularies(choose::LARGE), DETERMINISTIC;

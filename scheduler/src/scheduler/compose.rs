@@ -4,15 +4,20 @@
 //! oldest sequence first. A slice takes its pages when it is made. Where none is free the newest
 //! sequence that is newer than the one in need, and has nothing in flight, gives up all of its own
 //! and waits to be computed again; where there is none such, the slice waits for completions.
+//!
+//! A lone stage that feeds tokens back has a second micro-batch behind the one that it computes, with the same sequences,
+//! before the tokens are known that they begin with. A sequence that turns out to have ended was then computed in
+//! vain, once. All of them run ahead or none does: where some must wait for their tokens, as penalties and guides ask
+//! for, micro-batches would be torn apart into those that wait and those that need not.
 
 use std::sync::Arc;
 
 use crate::backlog::Need;
-use crate::micro_batch::{MicroBatch, Slice};
+use crate::micro_batch::{FedBack, MicroBatch, Slice};
 use crate::request::SequenceId;
 use crate::running::Seat;
 use crate::scheduler::{InFlight, Part, Scheduler};
-use crate::sequence::{Asked, Sequence};
+use crate::sequence::{Asked, Phase, Sequence};
 use crate::share::{AtHand, next_share};
 
 /// A micro-batch in the making.
@@ -20,6 +25,8 @@ use crate::share::{AtHand, next_share};
 struct Draft {
     slices: Vec<Slice>,
     parts: Vec<Part>,
+    /// Those of them that may be in the next one too.
+    ready: Vec<Seat>,
     /// No sequence newer than this one can be preempted any more.
     last_refuge: Option<SequenceId>,
 }
@@ -58,6 +65,7 @@ impl Scheduler {
             let mut sequence = self.waiting.remove(&id).expect("a sequence waits");
             sequence.admit();
             let need = self.need(&sequence);
+            self.num_in_step += usize::from(!sequence.runs_ahead());
             let seat = self.running.enter(sequence);
             self.backlog.enter(id, seat, need);
         }
@@ -108,14 +116,21 @@ impl Scheduler {
             tokens_in_flight: self.tokens_in_flight,
             decoding: self.ready.len() + self.decodes_in_flight,
             tokens_at_hand: self.ready.len() + self.backlog.need().tokens,
+            runs_ahead: self.num_in_step == 0 && !self.trials.are_under_way(),
         }
     }
 
-    /// Adds the next step of up to `most` ready sequences, passing over those that get no page.
+    /// Adds the next step of up to `most` ready sequences, passing over those that get no page. Where one of them finds nobody to
+    /// take a page from, those newer than it that run ahead come home first, so that they can give theirs.
     fn add_decodes(&mut self, draft: &mut Draft, most: usize) {
         let mut place = 0;
         while draft.slices.len() < most && place < self.ready.len() {
             let seat = self.ready[place];
+            let sequence = &self.running[seat];
+            if sequence.is_in_flight() && draft.last_refuge.is_some_and(|needy| needy < sequence.id) {
+                place += 1;
+                continue;
+            }
             let num_tokens = self.provide_pages(draft, seat, 1);
             if self.ready.get(place) != Some(&seat) {
                 // Preempting for its page took others out of the queue before it.
@@ -150,7 +165,7 @@ impl Scheduler {
             room -= num_tokens;
             let sequence = &self.running[seat];
             self.backlog.meet(Need { tokens: num_tokens, pages: sequence.pages.len() - num_held });
-            if sequence.num_left() == 0 {
+            if sequence.phase() != Phase::Prefilling {
                 self.backlog.leave(id, Need::default());
             }
         }
@@ -195,7 +210,11 @@ impl Scheduler {
         } else {
             self.stats.prefill_tokens += num_tokens as u64;
         }
-        let slice = sequence.issue(num_tokens);
+        let here = FedBack { micro_batch: self.next_micro_batch, slice: draft.slices.len() };
+        let slice = sequence.issue(num_tokens, here);
+        if sequence.phase() == Phase::Ready {
+            draft.ready.push(seat);
+        }
         let asked = Asked { num_tokens, num_scores: slice.score.len(), sample: slice.sample };
         let end = slice.first_position as usize + num_tokens;
         draft.parts.push(Part { seat, end, asked, is_decode });
@@ -207,6 +226,7 @@ impl Scheduler {
     fn send(&mut self, draft: Draft) -> MicroBatch {
         let id = self.next_micro_batch;
         self.next_micro_batch.0 += 1;
+        self.ready.extend(draft.ready);
         self.in_flight.push_back(InFlight { id, parts: draft.parts });
         MicroBatch { id, slices: draft.slices }
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use crate::world::{STOP_TOKEN, World, deadly, max_tokens, poison, prompt, with};
 use scheduler::{
-    Error, Failure, FinishReason, Generated, LONE_DEATHS, MicroBatchId, MicroBatchOutput, Options, Request,
-    Scheduler, SequenceId,
+    Error, Failure, FedBack, FinishReason, Generated, LONE_DEATHS, MicroBatchId, MicroBatchOutput, Options,
+    Request, Scheduler, SequenceId,
 };
 
 // Admission.
@@ -162,6 +162,87 @@ fn a_single_stage_has_one_micro_batch_in_flight() {
     world.fill();
     assert_eq!(world.sizes(), [120]);
     world.run_to_the_end();
+}
+
+// Tokens that are fed back.
+
+#[test]
+fn a_micro_batch_is_issued_before_the_tokens_are_known_that_it_begins_with() {
+    let mut world = World::new().feeding_back();
+    let ids = [world.submit(prompt(3)), world.submit(prompt(1))];
+    world.fill();
+    assert_eq!(world.sizes(), [4, 2], "prompts, and the next step behind them");
+    let fed_back = |world: &World, at: usize| -> Vec<Option<FedBack>> {
+        world.in_flight[at].slices.iter().map(|slice| slice.fed_back).collect()
+    };
+    let drawn_by =
+        |micro_batch| [0, 1].map(|slice| Some(FedBack { micro_batch: MicroBatchId(micro_batch), slice }));
+    assert_eq!((fed_back(&world, 0), fed_back(&world, 1)), (vec![None; 2], drawn_by(0).to_vec()));
+    for step in 1..3 {
+        world.complete();
+        world.fill();
+        assert_eq!((world.sizes(), fed_back(&world, 1)), (vec![2, 2], drawn_by(step).to_vec()));
+    }
+    world.complete();
+    world.fill();
+    assert_eq!(world.sizes(), [2], "the fourth token is the last, which is known ahead");
+    world.complete();
+    assert!(ids.iter().all(|id| world.completions[id].generated.tokens.len() == 4));
+    assert_eq!(world.scheduler.stats().decode_tokens, 6, "nothing was computed in vain");
+}
+
+#[test]
+fn what_follows_a_stop_token_is_computed_once_in_vain() {
+    let mut world = World::new().feeding_back();
+    let until_token = |sampling: &mut scheduler::Sampling| {
+        (sampling.max_tokens, sampling.stop_token_ids) = (4000, vec![STOP_TOKEN]);
+    };
+    let id = world.submit(with(prompt(3), until_token));
+    while world.completions.is_empty() {
+        world.step();
+        world.scheduler.check_integrity();
+    }
+    let num_tokens = world.completions[&id].generated.tokens.len() as u64;
+    assert!(num_tokens > 2, "it ends while it runs ahead");
+    assert_eq!((world.sizes(), world.running()), (vec![1], vec![id]), "it is drained");
+    world.run_to_the_end();
+    assert_eq!(world.scheduler.stats().decode_tokens, num_tokens, "one more than is needed");
+}
+
+#[test]
+fn where_a_row_must_know_its_tokens_none_runs_ahead() {
+    let mut world = World::new().feeding_back();
+    let ahead = world.submit(max_tokens(prompt(1), 20));
+    world.fill();
+    assert_eq!(world.sizes(), [1, 1]);
+    let bound = world.submit(with(prompt(1), |sampling| sampling.presence_penalty = 0.5));
+    for _ in 0..2 {
+        world.step();
+    }
+    while !world.completions.contains_key(&bound) {
+        world.fill();
+        assert_eq!(world.sizes(), [2], "both, and nothing behind them");
+        world.complete();
+    }
+    world.step();
+    world.fill();
+    assert_eq!(world.slices_of(ahead).len(), 2, "alone it runs ahead again");
+    world.run_to_the_end();
+}
+
+#[test]
+fn sequences_that_run_ahead_come_home_to_give_their_pages_to_an_older_one() {
+    let mut world = World::new().pages(8).page_tokens(2).feeding_back();
+    let old = world.submit(max_tokens(prompt(4), 12));
+    let new = world.submit(max_tokens(prompt(4), 12));
+    while world.preempted().is_empty() {
+        world.step();
+        world.scheduler.check_integrity();
+    }
+    assert_eq!((world.preempted(), world.running()), (&[new][..], vec![old]));
+    assert!(!world.completions.contains_key(&old), "it did not wait for the other one's end");
+    world.run_to_the_end();
+    assert_eq!(world.preempted(), [new]);
 }
 
 // Pages.

@@ -4,9 +4,9 @@
 
 use std::ops::Range;
 
-use scheduler::MicroBatch;
+use scheduler::{MicroBatch, Options};
 
-use crate::world::{Random, World, deadly};
+use crate::world::{Random, World, deadly, with};
 
 /// What may come in between.
 #[derive(Clone, Copy, PartialEq)]
@@ -18,14 +18,23 @@ enum Trouble {
 }
 
 /// Submits, sends, completes and sometimes troubles in an order drawn from `random`, then runs out.
-fn play(random: &mut Random, trouble: Trouble) -> World {
-    let mut world = World::of(random.options());
+fn play(random: &mut Random, trouble: Trouble, feeds_back: bool) -> World {
+    let options = random.options();
+    let num_stages = if feeds_back { 1 } else { options.num_stages };
+    let mut world = World::of(Options { num_stages, feeds_back, ..options });
+    // With some that must wait for their tokens none runs ahead.
+    let all_run_ahead = feeds_back && !random.once_in(4);
     let mut num_left = 10 + random.below(40);
     let mut submitted = vec![];
     while num_left > 0 {
         match random.below(8) {
             0..=1 => {
                 let mut request = random.request();
+                if all_run_ahead {
+                    request = with(request, |sampling| {
+                        (sampling.presence_penalty, sampling.repetition_penalty) = (0.0, 1.0);
+                    });
+                }
                 if trouble == Trouble::Ends && random.below(8) == 0 {
                     request.key = deadly(random.below(request.max_positions().max(1)));
                 }
@@ -54,21 +63,33 @@ fn play(random: &mut Random, trouble: Trouble) -> World {
     world
 }
 
-fn play_seeds(seeds: Range<u64>, trouble: Trouble) -> (u64, u64) {
-    let (mut preemptions, mut recomputed_tokens) = (0, 0);
+/// What there was to see of all of them.
+#[derive(Default)]
+struct Seen {
+    preemptions: u64,
+    recomputed_tokens: u64,
+    num_fed_back: usize,
+}
+
+fn play_seeds(seeds: Range<u64>, trouble: Trouble, feeds_back: bool) -> Seen {
+    let mut seen = Seen::default();
     for seed in seeds {
         // The seed of a failure is the last line of its output.
-        let result = std::panic::catch_unwind(|| play(&mut Random(seed), trouble).scheduler.stats());
-        let stats = result.unwrap_or_else(|_| panic!("seed {seed}"));
-        preemptions += stats.preemptions;
-        recomputed_tokens += stats.recomputed_tokens;
+        let result = std::panic::catch_unwind(|| {
+            let world = play(&mut Random(seed), trouble, feeds_back);
+            (world.scheduler.stats(), world.num_fed_back)
+        });
+        let (stats, num_fed_back) = result.unwrap_or_else(|_| panic!("seed {seed}"));
+        seen.preemptions += stats.preemptions;
+        seen.recomputed_tokens += stats.recomputed_tokens;
+        seen.num_fed_back += num_fed_back;
     }
-    (preemptions, recomputed_tokens)
+    seen
 }
 
 #[test]
 fn every_request_gets_what_a_plain_loop_gives_whatever_the_pipeline() {
-    let (preemptions, recomputed_tokens) = play_seeds(0..3000, Trouble::None);
+    let Seen { preemptions, recomputed_tokens, .. } = play_seeds(0..3000, Trouble::None, false);
     // Else these seeds would not show what they are here to show.
     assert!(
         preemptions > 1000 && recomputed_tokens > 10_000,
@@ -78,10 +99,22 @@ fn every_request_gets_what_a_plain_loop_gives_whatever_the_pipeline() {
 
 #[test]
 fn a_cancelled_sequence_leaves_no_trace() {
-    play_seeds(100_000..101_000, Trouble::Cancels);
+    play_seeds(100_000..101_000, Trouble::Cancels, false);
 }
 
 #[test]
 fn stages_that_end_cost_no_row_but_those_that_end_them() {
-    play_seeds(200_000..203_000, Trouble::Ends);
+    play_seeds(200_000..203_000, Trouble::Ends, false);
+}
+
+#[test]
+fn tokens_that_are_fed_back_change_no_answer() {
+    let seen = play_seeds(300_000..303_000, Trouble::None, true);
+    let Seen { preemptions, num_fed_back, .. } = seen;
+    assert!(
+        preemptions > 1000 && num_fed_back > 50_000,
+        "{preemptions} preemptions, {num_fed_back} fed back"
+    );
+    play_seeds(400_000..401_000, Trouble::Cancels, true);
+    play_seeds(500_000..503_000, Trouble::Ends, true);
 }

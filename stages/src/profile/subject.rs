@@ -207,6 +207,7 @@ fn slice(idx: usize, first_position: usize, tokens: usize, pages: Vec<PageIdx>, 
         score: Vec::new(),
         counts: None,
         mask: None,
+        fed_back: None,
         request: request(),
     }
 }

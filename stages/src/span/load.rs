@@ -7,6 +7,7 @@ use kernels::{Backend, ViewDtype};
 
 use super::attention::{AttentionOnDevice, Gqa, Linear};
 use super::ffn::{Cut, FfnOnDevice, SwiGlu};
+use super::queue::Queue;
 use super::{BlockOnDevice, SpanOptions, SpanStage, Work};
 use crate::batch::Batch;
 use crate::block::{Attention, Block, Ffn};
@@ -53,6 +54,10 @@ impl<B: Backend> SpanStage<B> {
             work.reserve(&backend, &WorkShapes::of(config, part, (place, &loader.sharing), step))?;
         }
         let (has_halved, was_given_early) = (false, false);
+        let mut queue = Queue::default();
+        if let (Some(_), Some(step)) = (&head, largest_step) {
+            queue.reserve(&backend, step.drawn_rows())?;
+        }
         Ok(SpanStage {
             eps,
             hidden,
@@ -65,6 +70,7 @@ impl<B: Backend> SpanStage<B> {
             ranks,
             has_halved,
             was_given_early,
+            queue,
             work,
             backend,
         })

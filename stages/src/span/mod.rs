@@ -11,16 +11,17 @@
 mod attention;
 mod ffn;
 mod load;
+mod queue;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::{Backend, DecodeStep};
-use scheduler::MicroBatch;
+use kernels::{Arrival, Backend, DecodeStep, FedTokens};
+use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::batch::Batch;
 use crate::error::Result;
-use crate::head::{Head, HeadWork};
+use crate::head::{Asked, Head, HeadWork};
 use crate::memory::StepSize;
 use crate::part::Part;
 use crate::ranks::{RankStep, Ranks};
@@ -29,6 +30,7 @@ use crate::work_shapes::WorkShapes;
 
 use attention::AttentionOnDevice;
 use ffn::FfnOnDevice;
+use queue::Queue;
 
 /// How much of a model a stage holds, and how much it must be ready for.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +61,7 @@ pub(crate) struct SpanStage<B: Backend> {
     has_halved: bool,
     /// Whether the last step was given activations that are on a device.
     was_given_early: bool,
+    queue: Queue,
     work: Work<B>,
 }
 
@@ -246,8 +249,13 @@ impl<B: Backend> SpanStage<B> {
     /// Takes what comes in: tokens, or the activations of the stage before.
     fn take(&mut self, input: Option<&Activations>) -> Result<()> {
         match (&self.embedding, input) {
-            (Some(table), None) => {
+            (Some(table), None) if self.batch.fed().is_empty() => {
                 self.backend.embed(table, self.batch.tokens(), &mut self.work.x)?;
+            }
+            (Some(table), None) => {
+                let (tokens, fed) = (self.batch.tokens(), self.batch.fed());
+                let fed = FedTokens { tokens, fed, draws: self.queue.last_draws() };
+                self.backend.embed_fed(table, fed, &mut self.work.x)?;
             }
             (None, Some(Activations { values, sums, hidden })) => {
                 let backend = &self.backend;
@@ -285,18 +293,32 @@ impl<B: Backend> SpanStage<B> {
 impl<B: Backend> SpanStage<B> {
     /// A micro-batch as a whole.
     fn whole_step(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
-        self.batch.assign(batch);
+        if self.head.is_none() {
+            self.compute(batch, input)?;
+            return self.activations().map(StageOutput::Activations);
+        }
+        let mut asked = self.queue.spare(&self.backend)?;
+        self.ask(batch, input, &mut asked)?;
+        let output = asked.answer(&self.backend, batch)?;
+        self.queue.put_back(asked);
+        Ok(StageOutput::Tokens(output))
+    }
+
+    /// The blocks of a micro-batch, and in the last stage what it asks of their result.
+    fn ask(&mut self, batch: &MicroBatch, input: Option<&Activations>, asked: &mut Asked) -> Result<()> {
+        let is_everywhere = self.compute(batch, input)?;
+        let head = self.head.as_ref().expect("the last stage has a head");
+        let Work { x, head: work, .. } = &mut self.work;
+        let ranks = self.ranks.as_mut().map(|ranks| (ranks, is_everywhere));
+        head.run((&self.backend, self.eps), batch, x, ranks, work, asked)
+    }
+
+    /// The blocks of a micro-batch. Whether all ranks have their result.
+    fn compute(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<bool> {
+        self.batch.assign(batch, |fed_back| self.queue.find(fed_back));
         self.take(input)?;
         self.backend.begin_step()?;
-        let is_everywhere = self.run_blocks()?;
-        match &self.head {
-            Some(head) => {
-                let Work { x, head: work, .. } = &mut self.work;
-                let ranks = self.ranks.as_mut().map(|ranks| (ranks, is_everywhere));
-                Ok(StageOutput::Tokens(head.run(&self.backend, self.eps, batch, x, ranks, work)?))
-            }
-            None => self.activations().map(StageOutput::Activations),
-        }
+        self.run_blocks()
     }
 
     /// A micro-batch; where the device has no room for it, its halves one after the other, and theirs.
@@ -334,6 +356,14 @@ impl<B: Backend> Stage for SpanStage<B> {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
         self.was_given_early = input.as_ref().is_some_and(Activations::are_on_a_device);
         self.step_in_parts(batch, input.as_ref())
+    }
+
+    fn queue(&mut self, batch: &Arc<MicroBatch>) -> Result<Arrival> {
+        self.queue_step(batch)
+    }
+
+    fn collect(&mut self) -> Result<MicroBatchOutput> {
+        self.queue.collect(&self.backend)
     }
 
     fn finish(&mut self) -> Result<Option<Duration>> {

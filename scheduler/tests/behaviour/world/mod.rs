@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use scheduler::{
-    Completion, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler, SequenceId,
-    Slice,
+    Completion, FedBack, MicroBatch, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler,
+    SequenceId, Slice, TokenId,
 };
 
 pub(crate) use model::{Cache, Expected, STOP_TOKEN, deadly, is_deadly, poison, stops_text};
@@ -46,6 +46,10 @@ pub(crate) struct World {
     /// The first stage computes when a micro-batch is sent, the last one when it comes back.
     first_stage: Cache,
     last_stage: Cache,
+    /// What the first stage would draw, if it were the last, for each micro-batch in flight.
+    drawn: VecDeque<Vec<Option<TokenId>>>,
+    /// Slices that were issued before their token had come back.
+    pub(crate) num_fed_back: usize,
     /// Where the next slice of a sequence must start, for those that have begun.
     next_position: BTreeMap<SequenceId, usize>,
     /// Tokens for which a verdict on stop strings was asked.
@@ -67,6 +71,7 @@ impl World {
             page_tokens: 16,
             context_tokens: 8192,
             efficient_tokens: 1,
+            feeds_back: false,
         })
     }
 
@@ -78,6 +83,8 @@ impl World {
             requests: BTreeMap::new(),
             first_stage: Cache::new(&options),
             last_stage: Cache::new(&options),
+            drawn: VecDeque::new(),
+            num_fed_back: 0,
             next_position: BTreeMap::new(),
             num_judged: BTreeMap::new(),
             preempted: vec![],
@@ -111,6 +118,11 @@ impl World {
         Self::of(Options { efficient_tokens, ..self.options })
     }
 
+    /// Its stage is given tokens that it has drawn before the scheduler knows of them.
+    pub(crate) fn feeding_back(self) -> Self {
+        Self::of(Options { feeds_back: true, ..self.options })
+    }
+
     pub(crate) fn submit(&mut self, request: Request) -> SequenceId {
         self.submit_after(0, request)
     }
@@ -142,12 +154,12 @@ impl World {
             self.preempted.push(id);
             self.next_position.remove(&id);
         }
-        let micro_batch = micro_batch?;
+        let mut micro_batch = micro_batch?;
         self.check(&micro_batch);
+        micro_batch.slices.iter_mut().for_each(|slice| self.feed_back(slice));
         let summary = micro_batch.slices.iter().map(|slice| (slice.sequence, slice.tokens.len())).collect();
-        for slice in &micro_batch.slices {
-            self.first_stage.compute(slice);
-        }
+        let drawn = micro_batch.slices.iter().map(|slice| self.first_stage.compute(slice).token).collect();
+        self.drawn.push_back(drawn);
         self.in_flight.push_back(micro_batch);
         Some(summary)
     }
@@ -161,6 +173,7 @@ impl World {
     pub(crate) fn end_stage(&mut self, index: usize) {
         let fatal = self.in_flight[index].id;
         self.in_flight.clear();
+        self.drawn.clear();
         self.next_position.clear();
         self.num_ends += 1;
         let convicted = self.scheduler.stage_ended(Some(fatal));
@@ -174,6 +187,7 @@ impl World {
             return self.end_stage(0);
         }
         let micro_batch = self.in_flight.pop_front().expect("a micro-batch is in flight");
+        self.drawn.pop_front();
         let slices = micro_batch.slices.iter().map(|slice| self.last_stage.compute(slice)).collect();
         let output = MicroBatchOutput { id: micro_batch.id, slices };
         let (requests, num_judged) = (&self.requests, &mut self.num_judged);
@@ -281,9 +295,25 @@ impl World {
             .map(|s| s.sequence)
             .collect();
         for slice in &micro_batch.slices {
-            assert!(!sampling.contains(&slice.sequence), "{:?} goes on without its token", slice.sequence);
+            let is_ahead = sampling.contains(&slice.sequence);
+            assert_eq!(is_ahead, slice.fed_back.is_some(), "{:?} goes on without its token", slice.sequence);
             self.check_slice(slice);
         }
+    }
+
+    /// Puts the token of a slice in its place that was still to be drawn, as a stage does.
+    fn feed_back(&mut self, slice: &mut Slice) {
+        let Some(FedBack { micro_batch, slice: index }) = slice.fed_back else { return };
+        let (source, drawn) = (self.in_flight.back().unwrap(), self.drawn.back().unwrap());
+        assert_eq!(
+            (micro_batch, slice.sequence),
+            (source.id, source.slices[index].sequence),
+            "it was drawn by the micro-batch before"
+        );
+        assert_eq!(slice.tokens.len(), 1, "{:?}: a token is fed back alone", slice.sequence);
+        // A row that has failed draws nothing; what comes of it now is dropped.
+        slice.tokens[0] = drawn[index].unwrap_or_default();
+        self.num_fed_back += 1;
     }
 
     fn check_slice(&mut self, slice: &Slice) {

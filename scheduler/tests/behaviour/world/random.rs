@@ -58,6 +58,7 @@ impl Random {
             page_tokens,
             context_tokens: 64,
             efficient_tokens: [1, 4, 16][self.below(3)],
+            feeds_back: false,
         }
     }
 }

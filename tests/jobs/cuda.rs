@@ -85,6 +85,24 @@ fn answers_of_a_gpu_are_the_same_where_its_tokens_are_fed_back() {
     assert_eq!(lines(true, 0.5), lines(false, 0.5));
 }
 
+/// The host is a step behind: a micro-batch waits for the device while another one is computed, unless that is not wanted.
+#[test]
+fn a_lone_gpu_has_a_step_behind_the_one_that_it_computes() {
+    for feeds_back in [true, false] {
+        let body = json!({"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": true});
+        let job = Job::on("hetero-0-bf16")
+            .set("pipeline.devices=[\"cuda:0\"]")
+            .set(format!("pipeline.token_feedback={feeds_back}"))
+            .emulated()
+            .completion("row", body);
+        let output = job.command().env("SPANWISE_LOG", "actors=debug").env("NO_COLOR", "1").output().unwrap();
+        let (_, stderr) = text(&output);
+        assert_eq!(output.status.code(), Some(0), "{stderr}");
+        let num_behind = stderr.lines().filter(|line| line.contains("behind=1")).count();
+        assert_eq!(num_behind > 0, feeds_back, "{stderr}");
+    }
+}
+
 fn text(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))

@@ -59,6 +59,28 @@ impl MappedFile {
             unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()).ok() };
         }
     }
+
+    /// Takes the whole pages inside of a range away, for good: a read of one of their bytes ends the process, as one of a file that
+    /// was cut does. So a test sees who reads what. Returns how many bytes that are.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    ///
+    /// # Panics
+    /// When the range is not inside of the file.
+    #[cfg(unix)]
+    pub fn forbid(&self, range: Range<usize>) -> std::io::Result<usize> {
+        let bytes = &self.bytes()[range];
+        let page = rustix::param::page_size();
+        let start = bytes.as_ptr().addr().next_multiple_of(page) - bytes.as_ptr().addr();
+        let length = bytes.len().saturating_sub(start) / page * page;
+        if length > 0 {
+            let first = bytes[start..].as_ptr().cast_mut().cast();
+            // SAFETY: the pages lie inside of the mapping, which nobody writes; who reads them is ended and sees nothing else.
+            unsafe { rustix::mm::mprotect(first, length, rustix::mm::MprotectFlags::empty())? };
+        }
+        Ok(length)
+    }
 }
 
 #[cfg(test)]
@@ -102,6 +124,24 @@ mod tests {
         assert!(resident_bytes(&file) <= 1 << 19, "{} bytes", resident_bytes(&file));
         assert_eq!(file.bytes(), content);
         file.release(7..7);
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    /// The system refuses to write out what it may not read, where a read by ourselves would end the test.
+    #[cfg(unix)]
+    #[test]
+    fn what_is_forbidden_cannot_be_read_and_all_else_can() {
+        use std::io::Write;
+        let path = std::env::temp_dir().join(format!("spanwise-forbidden-{}", std::process::id()));
+        let page = rustix::param::page_size();
+        std::fs::write(&path, vec![7; 4 * page]).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        assert_eq!(file.forbid(page - 1..3 * page + 1).unwrap(), 2 * page);
+        assert_eq!(file.forbid(5..page - 5).unwrap(), 0, "no whole page");
+        let sink = tempfile::tempfile().unwrap();
+        let is_read = |at: usize| (&sink).write(&file.bytes()[at..][..1]).is_ok();
+        let found = [0, page - 1, page, 2 * page, 3 * page - 1, 3 * page, 4 * page - 1].map(is_read);
+        assert_eq!(found, [true, true, false, false, false, true, true]);
         std::fs::remove_file(&path).unwrap();
     }
 

@@ -92,6 +92,13 @@ impl Checkpoint {
         self.shards[tensor.shard].file.release(tensor.bytes.clone());
     }
 
+    /// Takes bytes of a tensor away; see [`MappedFile::forbid`].
+    #[cfg(test)]
+    pub(crate) fn forbid(&self, tensor: &Tensor, range: std::ops::Range<usize>) -> usize {
+        let start = tensor.bytes.start;
+        self.shards[tensor.shard].file.forbid(start + range.start..start + range.end).unwrap()
+    }
+
     /// The raw headers of all shards, in the order of file names.
     pub fn headers(&self) -> impl Iterator<Item = &[u8]> {
         self.shards.iter().map(|shard| &shard.file.bytes()[..shard.header_bytes])

@@ -12,6 +12,8 @@ mod attention;
 mod ffn;
 mod load;
 mod queue;
+#[cfg(test)]
+mod shard_reads;
 
 use std::sync::Arc;
 use std::time::Duration;

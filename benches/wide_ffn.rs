@@ -63,8 +63,9 @@ fn main() -> Result<()> {
         points.iter().find(|point| point.tokens == ROWS).map(|point| point.seconds.median * 1e6)
     };
     println!(
-        "[{ROWS}, {HIDDEN}] in f32 between two ranks: all-reduce {:.1} us, broadcast {:.1} us",
+        "[{ROWS}, {HIDDEN}] in f32 between two ranks: all-reduce {:.1} us, all-gather of columns {:.1} us, broadcast {:.1} us",
         at_rows(&ranks.all_reduce).context("so many rows are profiled")?,
+        at_rows(&ranks.all_gather).context("so many rows are profiled")?,
         at_rows(&ranks.broadcast).context("so many rows are profiled")?
     );
     let costs = Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, NO_TIME)?;

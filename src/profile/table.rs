@@ -134,6 +134,7 @@ fn shared_lines(config: &ModelConfig, entry: &SharedEntry, shown: &[usize]) -> V
         .collect();
     lines.push(line("head and greedy draw".to_owned(), 1, 0, entry.head.get(Neighbours::Busy)));
     lines.push(line("all-reduce".to_owned(), 1, 0, &entry.all_reduce));
+    lines.push(line("all-gather".to_owned(), 1, 0, &entry.all_gather));
     lines.push(line("broadcast".to_owned(), 1, 0, &entry.broadcast));
     lines
 }

@@ -96,7 +96,7 @@ impl RankPlace {
     pub const ALONE: RankPlace = RankPlace { rank: 0, num_ranks: 1 };
 
     /// Its share of `count` units.
-    fn share(self, count: usize) -> Range<usize> {
+    pub(crate) fn share(self, count: usize) -> Range<usize> {
         let RankPlace { rank, num_ranks } = self;
         count * rank / num_ranks..count * (rank + 1) / num_ranks
     }

@@ -100,6 +100,7 @@ fn shared_profile() -> Profile {
     let entry = SharedEntry {
         ranks: 2,
         all_reduce: points(&[(1, 0.0625), (8, 0.5)]),
+        all_gather: points(&[(1, 0.015625), (8, 0.125)]),
         broadcast: points(&[(1, 0.03125), (8, 0.25)]),
         head: curve(&[(1, 0.75), (8, 5.0)]),
         halves: Missing::all_of(&config(), &[2]).halves.iter().map(half).collect(),
@@ -183,6 +184,23 @@ fn a_stage_of_two_devices_takes_what_its_halves_were_measured_to_take() {
     assert_eq!(parted.cut_seconds(), 0.5);
 }
 
+/// Columns of linear matrices, whose half was not measured: their share of the block, and what puts them side by side.
+#[test]
+fn a_linear_half_that_was_not_measured_is_charged_with_an_all_gather() {
+    let text = CONFIG
+        .replace(r#""hidden_size": 64"#, r#""hidden_size": 128"#)
+        .replace(r#"{"intermediate_size": 256}"#, r#"{"replace_with_linear": true}"#);
+    let config = ModelConfig::parse(Path::new("config.json"), &text).unwrap();
+    let mut profile = shared_profile();
+    let shape = BlockShape::from(config.blocks[1]);
+    profile.blocks.push(BlockEntry { shape, ..profile.blocks[0].clone() });
+    let costs = Measured::new(&config, &profile, Neighbours::Idle, TYPES, NO_TIME).unwrap();
+    let load = decode(8.0, 64.0);
+    let seconds =
+        |ranks| costs.rank_costs(&pieces(&config, None), ranks, load).without_extras().seconds(1..2);
+    assert_eq!((seconds(1), seconds(2)), (4.0, 2.0 + 0.125));
+}
+
 #[test]
 fn a_job_keeps_its_sharing_of_attention_where_another_would_be_faster() {
     let costs = measured(&shared_profile());
@@ -251,8 +269,15 @@ fn profiles_of_other_versions_are_stale_and_what_is_no_profile_is_damaged() {
     let own = format!("\"program\": {:?}", env!("CARGO_PKG_VERSION"));
     let stale = after(&|text| text.replace(&own, "\"program\": \"0.0.1\""));
     assert!(matches!(&stale, Stored::Stale(why) if why.contains("0.0.1")), "{stale:?}");
-    let stale = after(&|text| text.replace("\"format\": 2", "\"format\": 99"));
-    assert!(matches!(&stale, Stored::Stale(why) if why.contains("99")), "{stale:?}");
+    // The one before had no all-gathers.
+    for other in [2, 99] {
+        let [present, other] = [FORMAT, other].map(|format| format!("\"format\": {format}"));
+        let stale = after(&|text| text.replace(&present, &other));
+        assert!(
+            matches!(&stale, Stored::Stale(why) if why.contains(&other.replace("\"format\":", "format"))),
+            "{stale:?}"
+        );
+    }
     for (edit, words) in [
         ((|text: &str| text[..text.len() / 2].to_owned()) as fn(&str) -> String, "not JSON"),
         (|_| "[]".to_owned(), "no format"),
@@ -326,7 +351,8 @@ fn every_distinct_block_is_measured_alone_and_beside_others() {
     let shared = profile.shared(2).unwrap();
     assert_eq!(shared.halves.len(), 4);
     let curves = shared.halves.iter().map(|half| &half.points.busy);
-    for points in curves.chain([&shared.all_reduce, &shared.broadcast, &shared.head.busy]) {
+    let meetings = [&shared.all_reduce, &shared.all_gather, &shared.broadcast];
+    for points in curves.chain(meetings).chain([&shared.head.busy]) {
         let tokens: Vec<usize> = points.iter().map(|point| point.tokens).collect();
         assert_eq!(tokens, [1, 2, 4, 6]);
         assert!(points.iter().all(|point| point.seconds.median > 0.0 && point.seconds.repeats >= 2));

@@ -38,6 +38,7 @@ pub struct Measured {
 struct SharedCurves {
     ranks: usize,
     all_reduce: Curve,
+    all_gather: Curve,
     broadcast: Curve,
     head: Curve,
     halves: Vec<(Half, Curve)>,
@@ -111,6 +112,7 @@ impl Measured {
         let shared = profile.shared.iter().map(|entry| SharedCurves {
             ranks: entry.ranks,
             all_reduce: by_tokens(&entry.all_reduce),
+            all_gather: by_tokens(&entry.all_gather),
             broadcast: by_tokens(&entry.broadcast),
             head: by_tokens(entry.head.get(neighbours)),
             halves: (entry.halves.iter())
@@ -261,8 +263,8 @@ impl Measured {
     fn meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
         match (meeting, self.shared(ranks)) {
             (Meeting::Sum, Some(shared)) => shared.all_reduce.at(load.tokens()),
-            // To put parts side by side takes no longer than to hand all of it to everybody.
-            (Meeting::Copy | Meeting::Gather, Some(shared)) => shared.broadcast.at(load.tokens()),
+            (Meeting::Gather, Some(shared)) => shared.all_gather.at(load.tokens()),
+            (Meeting::Copy, Some(shared)) => shared.broadcast.at(load.tokens()),
             _ => meeting.seconds(self.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks),
         }
     }

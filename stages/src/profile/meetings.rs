@@ -1,12 +1,13 @@
-//! What ranks of a stage take to tell each other the residual stream, with nothing between two calls.
+//! What ranks of a stage take to tell each other the residual stream, or their columns of it, with nothing between two calls.
 
 use std::time::{Duration, Instant};
 
-use kernels::{Array, Collective, ThreadRank, thread_ranks};
+use kernels::{Array, Axis, Collective, ThreadRank, thread_ranks};
 
 use super::measure::Effort;
 use super::points::Seconds;
 use crate::error::Result;
+use crate::shard::RankPlace;
 use crate::stage::{self, Device, Dtypes};
 
 /// A call that takes longer than this is none that anybody would plan with.
@@ -18,6 +19,7 @@ const MAX_CALLS: usize = 200;
 /// The times of one kind of call, for each number of rows.
 pub(super) struct Times {
     pub(super) all_reduce: Vec<Seconds>,
+    pub(super) all_gather: Vec<Seconds>,
     pub(super) broadcast: Vec<Seconds>,
 }
 
@@ -60,9 +62,17 @@ fn on_device(
     };
     let mut all_reduce = |rows| repeat(&mut rank, rows, hidden, effort, |rank, x| rank.all_reduce(x));
     let all_reduce = rows.iter().map(|rows| all_reduce(*rows)).collect::<Result<_>>()?;
+    // A rank's columns of what a linear half gives.
+    let place = RankPlace { rank: rank.rank(), num_ranks: rank.num_ranks() };
+    let columns = place.columns(0..hidden).unwrap_or_else(|| place.share(hidden)).len();
+    let mut all_gather = |rows| {
+        let part = array(rows, columns);
+        repeat(&mut rank, rows, hidden, effort, |rank, x| rank.all_gather(Axis::Columns, &part, x))
+    };
+    let all_gather = rows.iter().map(|rows| all_gather(*rows)).collect::<Result<_>>()?;
     let mut broadcast = |rows| repeat(&mut rank, rows, hidden, effort, |rank, x| rank.broadcast(0, x));
     let broadcast = rows.iter().map(|rows| broadcast(*rows)).collect::<Result<_>>()?;
-    Ok(Times { all_reduce, broadcast })
+    Ok(Times { all_reduce, all_gather, broadcast })
 }
 
 /// Times of one call. The first rank tells the others how often it comes.

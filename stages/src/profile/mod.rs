@@ -41,7 +41,7 @@ pub(crate) use subject::SHORT_CONTEXT;
 pub use throughput::{Rate, Throughput, ThroughputOptions, throughput};
 
 /// The format of the file, which grows with each change of what is measured or how.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// What was measured on one device for models of the same dimensions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -121,6 +121,8 @@ pub struct SharedEntry {
     pub ranks: usize,
     /// To add up the residual stream over all ranks, by its tokens.
     pub all_reduce: Vec<TokenPoint>,
+    /// To put the ranks' columns of it side by side on all of them.
+    pub all_gather: Vec<TokenPoint>,
     /// To give all ranks the first one's.
     pub broadcast: Vec<TokenPoint>,
     /// Last norm, output matrix and greedy draws, by rows of logits.
@@ -216,6 +218,11 @@ impl SharedEntry {
     /// All that has a curve for idle and for busy neighbours.
     fn curves(&self) -> impl Iterator<Item = &Both<Vec<TokenPoint>>> {
         self.halves.iter().map(|half| &half.points).chain([&self.head])
+    }
+
+    /// What ranks tell each other with nothing between two calls.
+    fn meetings(&self) -> [&Vec<TokenPoint>; 3] {
+        [&self.all_reduce, &self.all_gather, &self.broadcast]
     }
 }
 

@@ -19,7 +19,8 @@ impl Bench<'_> {
         let broadcast = self.meeting_points(&times.broadcast);
         let head = self.shared_head(ranks, hop, &broadcast)?;
         let all_reduce = self.meeting_points(&times.all_reduce);
-        Ok(SharedEntry { ranks, all_reduce, broadcast, head, halves: Vec::new() })
+        let all_gather = self.meeting_points(&times.all_gather);
+        Ok(SharedEntry { ranks, all_reduce, all_gather, broadcast, head, halves: Vec::new() })
     }
 
     fn meeting_points(&self, times: &[Seconds]) -> Vec<TokenPoint> {

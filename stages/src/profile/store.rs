@@ -106,7 +106,7 @@ fn check(profile: &Profile) -> std::result::Result<(), String> {
     let of_blocks = profile.blocks.iter().map(|entry| &entry.points);
     let curves =
         extras.into_iter().chain(of_blocks).chain(profile.shared.iter().flat_map(SharedEntry::curves));
-    let meetings = profile.shared.iter().flat_map(|entry| [&entry.all_reduce, &entry.broadcast]);
+    let meetings = profile.shared.iter().flat_map(SharedEntry::meetings);
     for points in curves.flat_map(|curve| [&curve.alone, &curve.busy]).chain(meetings) {
         let are_in_order = points.is_sorted_by(|a, b| a.tokens < b.tokens) && !points.is_empty();
         let are_times = points.iter().all(|p| p.seconds.median.is_finite() && p.seconds.median >= 0.0);

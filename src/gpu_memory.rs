@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use anyhow::{Result, bail};
-use configs::{KvCacheTokens, Pipeline};
+use configs::{KvCacheTokens, Pipeline, StagesRunIn};
 use scheduler::Span;
 use stages::{Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, Sharing, StepSize};
 
@@ -50,13 +50,17 @@ impl Question {
         gpus::check_alike(pipeline)?;
         let (rows, sequences) = (pipeline.micro_batch_tokens, sequences_per_replica(pipeline));
         let micro_batches = scheduler::in_flight(pipeline.devices_per_replica() as u64) as usize;
+        let arrivals = match pipeline.stages_run_in {
+            StagesRunIn::Processes => micro_batches,
+            StagesRunIn::Threads => 0,
+        };
         Ok(Question {
             config: config.clone(),
             dtypes,
             indices: pipeline.devices.iter().map(|device| device.index).collect(),
             replicas: pipeline.replicas,
             free_bytes: gpus::free_bytes(pipeline)?,
-            step: StepSize { rows, sequences, context_tokens, micro_batches },
+            step: StepSize { rows, sequences, context_tokens, micro_batches, arrivals },
             wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
         })
     }

@@ -334,13 +334,6 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
 fn check_layout(pipeline: &configs::Pipeline) -> Result<()> {
     let is_twice = |index: usize| pipeline.devices[..index].contains(&pipeline.devices[index]);
     let twice = (0..pipeline.devices.len()).find(|index| is_twice(*index));
-    if pipeline.stages_run_in == configs::StagesRunIn::Processes && gpus::are_meant(pipeline)? {
-        bail!(
-            "[pipeline] stages_run_in: found \"processes\" with {}, expected \"threads\": GPUs hand activations over in one process\n\
-             hint: the ranks of a stage may be processes on GPUs too: [pipeline] ranks = \"processes\"",
-            pipeline.devices[0]
-        );
-    }
     match (layout::widths(pipeline), twice) {
         (Some(widths), Some(index)) => bail!(
             "[pipeline] tensor_parallel: found {widths:?} with {} named twice, expected devices that are named once",

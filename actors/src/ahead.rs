@@ -74,6 +74,7 @@ impl<'a, W: Witness + 'static> Ahead<'a, W> {
                     flush.answer();
                 }
                 Next::Work(Work::Join(_)) => unreachable!("a lone stage has none after it"),
+                Next::Work(Work::Lost) => unreachable!("a stage in this process knows what is lost"),
                 Next::Arrival => self.collect()?,
                 Next::End => return Ok(()),
             }

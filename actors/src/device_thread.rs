@@ -176,6 +176,7 @@ impl<W: Witness + 'static> DeviceThread<W> {
                     continue;
                 }
                 Work::Join(_) => unreachable!("a stage in this process finds the next one by its seat"),
+                Work::Lost => unreachable!("a stage in this process knows what is lost"),
             };
             let micro_batch = step.batch.id;
             if self.lost.contains(micro_batch) {
@@ -211,7 +212,11 @@ impl<W: Witness + 'static> DeviceThread<W> {
             (StageOutput::Activations(activations), Next::Stage(link)) if activations.are_on_a_device() => {
                 link.push(batch, Some(activations));
                 let device_time = self.guarded(|| stage.finish())?;
-                self.witness.hands_on(&work, device_time);
+                // What it waited for may have come to nothing.
+                match self.lost.contains(work.micro_batch) {
+                    true => self.witness.computes_in_vain(),
+                    false => self.witness.hands_on(&work, device_time),
+                }
             }
             (output, next) => {
                 let device_time = self.guarded(|| stage.finish())?;

@@ -222,7 +222,7 @@ impl PipelineActor {
             // So many rows side by side may end a stage, or it may be broken.
             self.probe = self.scheduler.probe(probe()).ok();
         }
-        self.stages.lost().all_before(self.scheduler.next_micro_batch_id());
+        self.stages.lose_all_before(self.scheduler.next_micro_batch_id()).await;
         self.clock.flow().set(Flow::Idle);
         self.stages.restart(stage, pipeline).await?;
         // Where another stage has ended meanwhile, word of that is on its way.

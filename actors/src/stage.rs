@@ -29,6 +29,7 @@ pub(crate) const fn mailbox_size(num_stages: usize) -> usize {
     sum += 1; // Word from the device thread that it failed.
     sum += 1; // A flush.
     sum += 2; // Where the next stage is, at the start and after a stage was started again.
+    sum += 1; // Word of what is lost.
     sum
 }
 
@@ -89,11 +90,15 @@ impl Flush {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Join(pub(crate) SocketAddr);
 
+/// More is lost than a stage's process knows of.
+pub(crate) struct MoreIsLost;
+
 /// What the device thread is given, in the order of arrival.
 pub(crate) enum Work {
     Step(Step),
     Flush(Flush),
     Join(Join),
+    Lost,
 }
 
 /// The device thread has ended.
@@ -163,6 +168,14 @@ impl Message<Join> for StageActor {
 
     async fn handle(&mut self, join: Join, _: &mut Context<Self, ()>) {
         self.give(Work::Join(join));
+    }
+}
+
+impl Message<MoreIsLost> for StageActor {
+    type Reply = ();
+
+    async fn handle(&mut self, _: MoreIsLost, _: &mut Context<Self, ()>) {
+        self.give(Work::Lost);
     }
 }
 

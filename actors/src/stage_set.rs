@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::link::InProcess;
 use crate::pipeline::PipelineActor;
 use crate::processes::{ProcessArgs, ProcessEnds};
-use crate::stage::{self, Flush, Join, StageActor, StageArgs, StageSource};
+use crate::stage::{self, Flush, Join, MoreIsLost, StageActor, StageArgs, StageSource};
 
 /// All stages of one pipeline.
 pub(crate) struct StageSet {
@@ -203,6 +203,17 @@ impl StageSet {
 
     pub(crate) fn lost(&self) -> &Lost {
         &self.lost
+    }
+
+    /// Says at once that micro-batches before this one are lost, also to stages in processes: a GPU may wait for what a stage that
+    /// is gone has not sent, and may not go on before that is known.
+    pub(crate) async fn lose_all_before(&self, next: MicroBatchId) {
+        self.lost.all_before(next);
+        if self.are_processes() {
+            for seat in &self.seats {
+                let _ = seat.incumbent().actor.tell(MoreIsLost).await; // It may be the one that has ended.
+            }
+        }
     }
 
     pub(crate) fn clocks(&self) -> Vec<Arc<StageClock>> {

@@ -140,6 +140,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         sequences: scheduler.max_sequences,
         context_tokens: scheduler.context_tokens,
         micro_batches: scheduler.max_in_flight(),
+        arrivals: if run_in == StageHome::Processes { scheduler.max_in_flight() } else { 0 },
     };
     let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;

@@ -4,21 +4,27 @@
 //! taken up; who has none waits on a thread of its own, for no longer than its patience, so that no stage ever waits to send. A
 //! receiver says of each micro-batch that it has arrived whole, which is the time of a hop. What was damaged on the way ends the
 //! receiver's stage; where one end is gone, what was under way is lost, and whoever starts that stage again knows.
+//!
+//! Between two GPUs activations do not pass here: the sender's greeting names a group of NCCL's, in which both ends meet, and a frame
+//! says what is to come by it. A sender whose receiver is gone leaves the group at once. A receiver whose sender is gone has queues
+//! that wait for numbers, and lets them go on only when all that came by this connection is known to be lost.
 
 mod wire;
 
 use std::collections::VecDeque;
 use std::io::{self, BufReader, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use scheduler::MicroBatch;
-use stages::{Activations, Frame};
+use scheduler::{MicroBatch, MicroBatchId};
+use stages::{Activations, Frame, Gate, GroupExit, GroupId, NcclReceiver, Rows};
 
+use self::wire::{Content, Moved};
 use crate::link::Link;
 use crate::stage::{Step, Work};
+use crate::stage_set::Lost;
 
 /// Whoever connects and does not greet within this is none of ours.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -31,14 +37,25 @@ const STEP: u32 = 2;
 const ARRIVED: u32 = 3;
 const TAKEN: u32 = 4;
 
+/// How often a receiver looks whether what a sender that is gone has sent is lost.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
 /// Hears of each micro-batch that has arrived: bytes on the way, and the time since it was pushed.
 pub(crate) type OnHop = Arc<dyn Fn(u64, Duration) + Send + Sync>;
+
+/// Hears why an end is of no more use, once.
+pub(crate) type OnFailure = Arc<dyn Fn(String) + Send + Sync>;
+
+/// The way that a stage's device has to those of other processes, if it has one, once the stage is loaded.
+pub(crate) type OwnGate = Arc<OnceLock<Gate>>;
 
 /// A sender's end, which may be joined to another receiver at any time.
 #[derive(Clone)]
 pub(crate) struct TcpLink {
     way: Arc<Mutex<Option<Way>>>,
+    gate: OwnGate,
     on_hop: OnHop,
+    on_failure: OnFailure,
     /// Micro-batches that can be under way to a stage, those that are lost among them.
     room: usize,
     patience: Duration,
@@ -61,8 +78,19 @@ type UnderWay = Arc<Mutex<VecDeque<(Instant, u64)>>>;
 
 impl TcpLink {
     /// Joined to nobody yet. Of two full mailboxes what one has may be lost.
-    pub(crate) fn new(mailbox_size: usize, patience: Duration, on_hop: OnHop) -> Self {
-        TcpLink { way: Arc::default(), on_hop, room: 2 * mailbox_size, patience }
+    pub(crate) fn new(
+        mailbox_size: usize,
+        patience: Duration,
+        gate: OwnGate,
+        on_hop: OnHop,
+        on_failure: OnFailure,
+    ) -> Self {
+        TcpLink { way: Arc::default(), gate, on_hop, on_failure, room: 2 * mailbox_size, patience }
+    }
+
+    /// The way to the first stage, by which come no activations.
+    pub(crate) fn of_pipeline(mailbox_size: usize, patience: Duration) -> Self {
+        TcpLink::new(mailbox_size, patience, OwnGate::default(), Arc::new(|_, _| {}), Arc::new(|_| {}))
     }
 
     /// Joins it to the receiver of such a group at an address. Who was joined to it before is left.
@@ -73,7 +101,11 @@ impl TcpLink {
         *lock(&self.way) = None;
         let mut stream = TcpStream::connect_timeout(&address, self.patience)?;
         set_up(&stream, self.patience)?;
-        Frame { kind: HELLO, sequence: group, shape: [0, 0] }.write(&mut stream, &[])?;
+        let gate = self.gate.get();
+        // Where there is no NCCL, numbers go through the host.
+        let of_gpus = gate.and_then(|gate| gate.new_group().ok().map(|id| (gate.clone(), id)));
+        let greeting = of_gpus.as_ref().map_or_else(Vec::new, |(gate, id)| wire::greeting(gate.device(), id));
+        Frame { kind: HELLO, sequence: group, shape: [0, 0] }.write(&mut stream, &greeting)?;
         let welcome = Frame::read(&mut stream, &mut Vec::new())?;
         if welcome.kind != HELLO || welcome.sequence != group {
             return Err(io::Error::new(ErrorKind::InvalidData, "somebody else is there"));
@@ -81,7 +113,11 @@ impl TcpLink {
         let (credits, granted) = bounded(usize::try_from(welcome.shape[0]).unwrap_or(0));
         while credits.try_send(()).is_ok() {}
         let (steps, pushed) = bounded(self.room);
-        let under_way = UnderWay::default();
+        let (under_way, exit) = (UnderWay::default(), GroupExit::default());
+        let is_accepted = welcome.shape[1] == 1;
+        if gate.is_some() {
+            tracing::info!(%address, by_nccl = is_accepted, "joined");
+        }
         let ends = (stream.try_clone()?, stream.try_clone()?);
         ends.1.set_read_timeout(None)?; // Credits come when there is something to do.
         let sender = SendingEnd {
@@ -89,10 +125,17 @@ impl TcpLink {
             granted,
             under_way: Arc::clone(&under_way),
             patience: self.patience,
+            gate: gate.cloned(),
+            of_gpus: of_gpus.filter(|_| is_accepted),
+            exit: exit.clone(),
+            on_failure: Arc::clone(&self.on_failure),
         };
         spawn("link-out", move || sender.run(&pushed));
         let on_hop = Arc::clone(&self.on_hop);
-        spawn("link-back", move || hear(ends.1, &credits, &under_way, &*on_hop));
+        spawn("link-back", move || {
+            hear(ends.1, &credits, &under_way, &*on_hop);
+            exit.leave(); // Nobody receives any more what is queued.
+        });
         *lock(&self.way) = Some(Way { steps, stream });
         Ok(())
     }
@@ -115,24 +158,58 @@ struct SendingEnd {
     granted: Receiver<()>,
     under_way: UnderWay,
     patience: Duration,
+    /// Where activations are on a GPU.
+    gate: Option<Gate>,
+    /// The group that the other end has accepted to meet in.
+    of_gpus: Option<(Gate, GroupId)>,
+    exit: GroupExit,
+    on_failure: OnFailure,
 }
 
 impl SendingEnd {
     /// Ends when there is nobody to push any more, or the other end takes nothing for too long.
     fn run(mut self, pushed: &Receiver<(Instant, Arc<MicroBatch>, Option<Activations>)>) {
+        // Where the other end is gone meanwhile, that is no failure of this one.
+        if let Err(error) = self.send_all(pushed)
+            && !self.exit.has_left()
+            && !is_closed(&self.stream)
+        {
+            (self.on_failure)(error.to_string());
+        }
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    fn send_all(
+        &mut self,
+        pushed: &Receiver<(Instant, Arc<MicroBatch>, Option<Activations>)>,
+    ) -> stages::Result<()> {
+        let meet = |(gate, id): &(Gate, GroupId)| gate.sender(&self.exit, *id);
+        let mut gpu = self.of_gpus.as_ref().map(meet).transpose()?;
         for (since, batch, activations) in pushed {
             if self.granted.recv_timeout(self.patience).is_err() {
                 break;
             }
-            let (frame, body) = wire::encode(&batch, activations.as_ref());
-            drop(activations);
-            let bytes = (stages::FRAME_HEADER_BYTES + body.len()) as u64;
+            let mut parcels = Vec::new();
+            let content = match activations {
+                None => Content::Nothing,
+                Some(Activations { values: Rows::Device(values), sums, hidden }) if gpu.is_some() => {
+                    parcels.push(values);
+                    parcels.extend(sums.and_then(Rows::into_parcel));
+                    Content::Moved(Moved { arrays: parcels.len(), rows: batch.num_tokens(), hidden })
+                }
+                Some(activations) => Content::Here(activations.into_host(self.gate.as_ref())?),
+            };
+            let (frame, body) = wire::encode(&batch, &content);
+            let bytes = (stages::FRAME_HEADER_BYTES + body.len()) as u64 + content.moved_bytes();
             lock(&self.under_way).push_back((since, bytes));
             if frame.write(&mut self.stream, &body).is_err() {
                 break;
             }
+            if let Some(gpu) = gpu.as_mut().filter(|_| !parcels.is_empty()) {
+                gpu.send(&parcels.iter().collect::<Vec<_>>())?;
+            }
         }
-        let _ = self.stream.shutdown(Shutdown::Both);
+        Ok(())
     }
 }
 
@@ -177,8 +254,18 @@ pub(crate) struct TcpInlet {
     pub(crate) patience: Duration,
     /// Where they go.
     pub(crate) work: Sender<Work>,
-    /// Hears of what was damaged on the way, once.
-    pub(crate) on_damage: Box<dyn Fn(String) + Send + Sync>,
+    pub(crate) gate: OwnGate,
+    /// What is lost, as soon as it is known to be.
+    pub(crate) lost: Lost,
+    /// Hears of what was damaged on the way.
+    pub(crate) on_damage: OnFailure,
+}
+
+/// A connection that has been greeted.
+struct Greeted {
+    stream: TcpStream,
+    /// Where GPUs meet.
+    of_gpus: Option<(Gate, GroupId)>,
 }
 
 impl TcpInlet {
@@ -189,7 +276,7 @@ impl TcpInlet {
             let mut present: Option<TcpStream> = None;
             for stream in listener.incoming().flatten() {
                 let Ok(greeted) = inlet.greet(stream) else { continue }; // None of ours.
-                let Ok(own) = greeted.try_clone() else { continue };
+                let Ok(own) = greeted.stream.try_clone() else { continue };
                 if let Some(before) = present.replace(own) {
                     let _ = before.shutdown(Shutdown::Both);
                 }
@@ -199,21 +286,45 @@ impl TcpInlet {
         });
     }
 
-    fn greet(&self, mut stream: TcpStream) -> io::Result<TcpStream> {
+    fn greet(&self, mut stream: TcpStream) -> io::Result<Greeted> {
         set_up(&stream, GREETING_TIMEOUT)?;
-        let hello = Frame::read(&mut stream, &mut Vec::new())?;
+        let mut body = Vec::new();
+        let hello = Frame::read(&mut stream, &mut body)?;
         if hello.kind != HELLO || hello.sequence != self.group {
             return Err(ErrorKind::InvalidData.into());
         }
-        let welcome = Frame { kind: HELLO, sequence: self.group, shape: [self.credits as u64, 0] };
+        // Within a GPU numbers go through the host, too: NCCL joins one GPU with others.
+        let meets = |gate: &Gate| {
+            let (device, id) = wire::read_greeting(&body)?;
+            (device != gate.device() && gate.has_nccl()).then(|| (gate.clone(), id))
+        };
+        let of_gpus = self.gate.get().and_then(meets);
+        let shape = [self.credits as u64, u64::from(of_gpus.is_some())];
+        let welcome = Frame { kind: HELLO, sequence: self.group, shape };
         welcome.write(&mut stream, &[])?;
         stream.set_read_timeout(None)?; // Micro-batches come when there is something to do.
         stream.set_write_timeout(Some(self.patience))?;
-        Ok(stream)
+        Ok(Greeted { stream, of_gpus })
     }
 
     /// Takes micro-batches until the sender is gone.
-    fn take(&self, stream: TcpStream) {
+    fn take(&self, Greeted { stream, of_gpus }: Greeted) {
+        let exit = GroupExit::default();
+        let mut gpu = match of_gpus.map(|(gate, id)| gate.receiver(&exit, id)).transpose() {
+            Ok(gpu) => gpu,
+            Err(_) if is_closed(&stream) => return,
+            Err(error) => return (self.on_damage)(error.to_string()),
+        };
+        let mut last = None;
+        self.take_all(stream, &mut gpu, &mut last);
+        // What is queued to come may not go on with numbers that are none, as long as anybody may want what comes of it.
+        while last.is_some_and(|last| !self.lost.contains(last)) {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        exit.leave();
+    }
+
+    fn take_all(&self, stream: TcpStream, gpu: &mut Option<NcclReceiver>, last: &mut Option<MicroBatchId>) {
         let Ok(back) = stream.try_clone() else { return };
         let (mut stream, back) = (BufReader::new(stream), Arc::new(Mutex::new(back)));
         let mut body = Vec::new();
@@ -226,8 +337,22 @@ impl TcpInlet {
                 Err(_) => return,
             };
             let step = if frame.kind == STEP { wire::decode(&frame, &body) } else { None };
-            let Some((batch, input)) = step else {
+            let Some((batch, content)) = step else {
                 return (self.on_damage)("a frame that is no micro-batch".to_owned());
+            };
+            *last = Some(batch.id);
+            let input = match (content, &mut *gpu) {
+                (Content::Nothing, _) => None,
+                (Content::Here(activations), _) => Some(activations),
+                (Content::Moved(Moved { arrays, rows, hidden }), Some(gpu)) => {
+                    match gpu.receive(arrays, rows, hidden) {
+                        Ok(parcels) => Activations::on_a_device(parcels, hidden),
+                        Err(error) => return (self.on_damage)(error.to_string()),
+                    }
+                }
+                (Content::Moved(_), None) => {
+                    return (self.on_damage)("a micro-batch by a way that there is none of".to_owned());
+                }
             };
             let arrived = Frame { kind: ARRIVED, sequence: frame.sequence, shape: [0, 0] };
             if arrived.write(&mut *lock(&back), &[]).is_err() {
@@ -239,6 +364,13 @@ impl TcpInlet {
             }
         }
     }
+}
+
+/// Whether the other end is gone.
+fn is_closed(stream: &TcpStream) -> bool {
+    let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
+    let is_there = matches!(&looked, Ok(1..)) || looked.is_err_and(|e| e.kind() == ErrorKind::WouldBlock);
+    !is_there
 }
 
 fn set_up(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
@@ -274,8 +406,9 @@ mod tests {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let ((work, taken), (damage, damaged)) = (unbounded(), unbounded());
-        let on_damage = Box::new(move |message| drop(damage.send(message)));
-        TcpInlet { group: GROUP, credits, patience: PATIENCE, work, on_damage }.listen(listener);
+        let on_damage: OnFailure = Arc::new(move |message| drop(damage.send(message)));
+        let (gate, lost) = (OwnGate::default(), Lost::default());
+        TcpInlet { group: GROUP, credits, patience: PATIENCE, work, gate, lost, on_damage }.listen(listener);
         (taken, damaged, address)
     }
 
@@ -284,13 +417,13 @@ mod tests {
         let on_hop: OnHop = Arc::new(move |bytes, time| {
             let _ = hops.send((bytes, time));
         });
-        (TcpLink::new(3, patience, on_hop), heard)
+        (TcpLink::new(3, patience, OwnGate::default(), on_hop, Arc::new(|_| {})), heard)
     }
 
     fn taken(work: &Receiver<Work>) -> Step {
         match work.recv_timeout(PATIENCE).expect("a micro-batch comes") {
             Work::Step(step) => step,
-            Work::Flush(_) | Work::Join(_) => panic!("no micro-batch"),
+            Work::Flush(_) | Work::Join(_) | Work::Lost => panic!("no micro-batch"),
         }
     }
 
@@ -353,7 +486,7 @@ mod tests {
         assert!(stranger.join(address, GROUP + 1).is_err());
         let mut stream = TcpStream::connect(address).unwrap();
         Frame { kind: HELLO, sequence: GROUP, shape: [0, 0] }.write(&mut stream, &[]).unwrap();
-        let (frame, body) = wire::encode(&batch(1), None);
+        let (frame, body) = wire::encode(&batch(1), &Content::Nothing);
         let mut bytes = Vec::new();
         frame.write(&mut bytes, &body).unwrap();
         let last = bytes.len() - 1;

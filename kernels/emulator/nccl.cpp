@@ -1,37 +1,82 @@
-// A libnccl for the emulator's memory: ranks are threads of one process, and a group of moves is a piece of its stream's work.
+// A libnccl for the emulator's memory, whose ranks are threads of one process or of several: a group is a folder, and what is sent
+// is a file in it until it is received. A group of moves is a piece of its stream's work.
 //
-// What is sent waits in a box of its sender and receiver, so that nobody waits but for what it receives. A stream that waits for a
-// rank that has left fails, and would wait for ever with the library: a test that does this ends.
-#include <condition_variable>
+// Nobody waits but for what it receives; and who waits for a rank that is gone does so for ever, as with the library, until it
+// leaves the group itself. Streams go on by themselves, some time, as soon as a process has a group: those of another process may
+// wait for them.
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <deque>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
+#include <string>
+#include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include "queues.h"
 
 #define API extern "C" __attribute__((visibility("default")))
+namespace fs = std::filesystem;
 using Status = int;
 using emulated::Outcome;
-constexpr Status SUCCESS = 0, UNHANDLED_CUDA_ERROR = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5;
+constexpr Status SUCCESS = 0, UNHANDLED_CUDA_ERROR = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, IN_PROGRESS = 7;
 constexpr int FLOAT32 = 7;
 
 namespace {
 
-struct Group {
-    int num_ranks, num_here = 0;
-    std::set<int> gone;
-    // By sender and receiver.
-    std::map<std::pair<int, int>, std::deque<std::vector<float>>> boxes;
+const std::string PREFIX = "emulated-nccl-";
+
+struct UniqueId {
+    char bytes[128];
+};
+
+// As of version 2.14.
+struct Config {
+    size_t size;
+    unsigned magic, version;
+    int blocking;
+};
+
+// A rank's place in a group.
+struct Place {
+    fs::path folder;
+    int rank, num_ranks;
+    // Numbers of moves so far, by the other rank.
+    std::map<int, size_t> sent, received;
+    std::atomic<bool> is_complete{false}, is_under_way{false}, has_left{false};
+
+    fs::path file(const std::string& what, int number) const { return folder / (what + "-" + std::to_string(number)); }
+    fs::path message(int from, int to, size_t number) const {
+        return folder / (std::to_string(from) + "-" + std::to_string(to) + "-" + std::to_string(number));
+    }
+    bool all(const std::string& what) const {
+        for (int other = 0; other < num_ranks; other++) {
+            if (!fs::exists(file(what, other))) return false;
+        }
+        return true;
+    }
+    // Also for a process that ends without a word, and then while others of its threads are at work.
+    void leave() {
+        if (has_left.exchange(true)) return;
+        std::ofstream(file("gone", rank)).flush();
+        // The last one takes all of it along; so may several at once.
+        std::error_code ignored;
+        if (all("gone")) fs::remove_all(folder, ignored);
+    }
 };
 
 struct Communicator {
-    std::shared_ptr<Group> group;
-    int rank;
+    std::shared_ptr<Place> place;
 };
 
 // Numbers that go to a peer, or come from it.
@@ -45,91 +90,135 @@ struct Move {
 // Moves of one rank that go on beside each other.
 struct Moves {
     void* stream;
-    std::shared_ptr<Group> group;
-    int rank;
+    std::shared_ptr<Place> place;
     std::vector<Move> moves;
 
     Outcome run(bool& has_sent) const;
 };
 
-struct UniqueId {
-    char bytes[128];
-};
-
-// Never destroyed: threads of a program that ends may still be at work. Who holds it calls nothing of libcuda.
-std::mutex& lock = *new std::mutex();
-std::condition_variable& changed = *new std::condition_variable();
-std::map<uint64_t, std::shared_ptr<Group>>& groups = *new std::map<uint64_t, std::shared_ptr<Group>>();
-uint64_t num_groups = 0;
-
 thread_local int depth = 0;
 thread_local std::vector<Moves> open;
 
 bool is_known(const Communicator* communicator, int type, int peer) {
-    return communicator && type == FLOAT32 && peer >= 0 && peer < communicator->group->num_ranks;
+    return communicator && type == FLOAT32 && peer >= 0 && peer < communicator->place->num_ranks;
 }
 
+// Runs alone: libcuda's lock is held. Who holds it calls nothing of libcuda.
 Outcome Moves::run(bool& has_sent) const {
-    std::lock_guard<std::mutex> guard(lock);
     // What a rank has queued ends with its own leaving.
-    if (group->gone.count(rank)) return Outcome::Done;
+    if (place->has_left) return Outcome::Done;
+    int rank = place->rank;
     for (const Move& move : moves) {
-        if (!has_sent && !move.is_receipt) group->boxes[{rank, move.peer}].emplace_back(move.at, move.at + move.count);
+        if (has_sent || move.is_receipt) continue;
+        fs::path at = place->message(rank, move.peer, place->sent[move.peer]++), unfinished = at;
+        unfinished += ".part";
+        std::ofstream(unfinished, std::ios::binary).write(reinterpret_cast<const char*>(move.at), move.count * sizeof(float));
+        std::error_code ignored; // The other ranks may have left, and taken the folder along.
+        fs::rename(unfinished, at, ignored);
     }
     has_sent = true;
     std::map<int, size_t> wanted;
     for (const Move& move : moves) wanted[move.peer] += move.is_receipt;
     for (auto [peer, count] : wanted) {
-        if (group->boxes[{peer, rank}].size() < count) return group->gone.count(peer) ? Outcome::Failed : Outcome::Waits;
+        // They come in order.
+        if (count > 0 && !fs::exists(place->message(peer, rank, place->received[peer] + count - 1))) return Outcome::Waits;
     }
     for (const Move& move : moves) {
         if (!move.is_receipt) continue;
-        auto& box = group->boxes[{move.peer, rank}];
-        if (box.front().size() != move.count) return Outcome::Failed;
-        if (move.count > 0) std::memcpy(move.at, box.front().data(), move.count * sizeof(float));
-        box.pop_front();
+        fs::path at = place->message(move.peer, rank, place->received[move.peer]++);
+        if (fs::file_size(at) != move.count * sizeof(float)) return Outcome::Failed;
+        std::ifstream(at, std::ios::binary).read(reinterpret_cast<char*>(move.at), move.count * sizeof(float));
+        fs::remove(at);
     }
     return Outcome::Done;
 }
 
 Status add(Communicator* communicator, void* stream, Move move) {
     for (Moves& moves : open) {
-        if (moves.stream == stream && moves.group == communicator->group) return moves.moves.push_back(move), SUCCESS;
+        if (moves.stream == stream && moves.place == communicator->place) return moves.moves.push_back(move), SUCCESS;
     }
-    open.push_back({stream, communicator->group, communicator->rank, {move}});
+    open.push_back({stream, communicator->place, {move}});
     return SUCCESS;
+}
+
+fs::path folder_of_groups() { return fs::is_directory("/dev/shm") ? "/dev/shm" : fs::temp_directory_path(); }
+
+// Folders that processes have left behind that were killed.
+void sweep() {
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator(folder_of_groups(), ignored)) {
+        std::string name = entry.path().filename();
+        int process = 0;
+        if (name.rfind(PREFIX, 0) == 0) std::sscanf(name.c_str() + PREFIX.size(), "%d-", &process);
+        if (process > 0 && kill(process, 0) != 0 && errno == ESRCH) fs::remove_all(entry.path(), ignored);
+    }
+}
+
+// All that a process has had. Never destroyed.
+std::mutex& places_lock = *new std::mutex();
+std::vector<std::weak_ptr<Place>>& places = *new std::vector<std::weak_ptr<Place>>();
+
+void leave_all() {
+    std::lock_guard<std::mutex> guard(places_lock);
+    for (auto& place : places) {
+        if (auto still = place.lock()) still->leave();
+    }
+}
+
+// From now on streams go on by themselves.
+void begin(const std::shared_ptr<Place>& place) {
+    std::lock_guard<std::mutex> guard(places_lock);
+    places.push_back(place);
+    static std::once_flag begun;
+    std::call_once(begun, [] {
+        std::atexit(leave_all);
+        std::thread([] {
+            for (;;) {
+                emulated_go_on();
+                std::this_thread::sleep_for(std::chrono::microseconds(200));
+            }
+        }).detach();
+    });
 }
 
 }  // namespace
 
 API Status ncclGetUniqueId(UniqueId* id) {
-    std::lock_guard<std::mutex> guard(lock);
-    uint64_t number = ++num_groups;
+    static std::atomic<unsigned> count{0};
+    sweep();
+    std::string name = PREFIX + std::to_string(getpid()) + "-" + std::to_string(count++);
     std::memset(id, 0, sizeof(*id));
-    return std::memcpy(id, &number, sizeof(number)), SUCCESS;
+    std::strncpy(id->bytes, (folder_of_groups() / name).c_str(), sizeof(id->bytes) - 1);
+    return SUCCESS;
 }
 
-API Status ncclCommInitRank(Communicator** communicator, int num_ranks, UniqueId id, int rank) {
-    uint64_t number;
-    std::memcpy(&number, &id, sizeof(number));
-    std::unique_lock<std::mutex> guard(lock);
-    if (number == 0 || number > num_groups || rank < 0 || rank >= num_ranks) return INVALID_ARGUMENT;
-    auto& group = groups[number];
-    if (!group) group = std::make_shared<Group>(Group{num_ranks});
-    if (group->num_ranks != num_ranks) return INVALID_ARGUMENT;
-    *communicator = new Communicator{group, rank};
-    if (++group->num_here == num_ranks) changed.notify_all();
-    auto joined = group;
-    changed.wait(guard, [&] { return joined->num_here == num_ranks; });
-    groups.erase(number);
+// Comes back at once: whether all are there is said by ncclCommGetAsyncError.
+API Status ncclCommInitRankConfig(Communicator** communicator, int num_ranks, UniqueId id, int rank, const Config* config) {
+    if (config->magic != 0xcafebeef || config->version < 21400 || config->size < sizeof(Config) || config->blocking != 0) {
+        return INVALID_ARGUMENT;
+    }
+    fs::path folder(std::string(id.bytes, strnlen(id.bytes, sizeof(id.bytes))));
+    if (folder.filename().string().rfind(PREFIX, 0) != 0 || rank < 0 || rank >= num_ranks) return INVALID_ARGUMENT;
+    auto place = std::make_shared<Place>();
+    place->folder = folder, place->rank = rank, place->num_ranks = num_ranks;
+    std::error_code exists;
+    fs::create_directory(folder, exists);
+    if (fs::exists(place->file("rank", rank))) return INVALID_USAGE;
+    std::ofstream(place->file("rank", rank)).flush();
+    *communicator = new Communicator{place};
+    begin(place);
+    return IN_PROGRESS;
+}
+
+API Status ncclCommGetAsyncError(Communicator* communicator, Status* state) {
+    Place& place = *communicator->place;
+    if (!place.is_complete) place.is_complete = place.all("rank");
+    *state = place.is_complete ? SUCCESS : IN_PROGRESS;
     return SUCCESS;
 }
 
 API Status ncclCommAbort(Communicator* communicator) {
-    {
-        std::lock_guard<std::mutex> guard(lock);
-        communicator->group->gone.insert(communicator->rank);
-    }
+    communicator->place->leave();
     emulated_wake();
     return delete communicator, SUCCESS;
 }
@@ -141,11 +230,14 @@ API Status ncclGroupEnd() {
     if (--depth > 0) return SUCCESS;
     std::vector<Moves> ended;
     ended.swap(open);
+    Status status = SUCCESS;
     for (const Moves& moves : ended) {
         int queued = emulated_queue(moves.stream, [moves, has_sent = false]() mutable { return moves.run(has_sent); });
         if (queued != 0) return UNHANDLED_CUDA_ERROR;
+        // The first time there is no way to the others yet.
+        if (!moves.place->is_under_way.exchange(true)) status = IN_PROGRESS;
     }
-    return SUCCESS;
+    return status;
 }
 
 API Status ncclSend(float* from, size_t count, int type, int peer, Communicator* communicator, void* stream) {

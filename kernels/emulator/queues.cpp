@@ -136,6 +136,11 @@ API void emulated_wake() {
     wake();
 }
 
+API void emulated_go_on() {
+    LOCKED;
+    for (unsigned steps = draw(8); steps > 0 && advance_another(nullptr); steps--) {}
+}
+
 bool is_captured(void* stream) { return static_cast<Stream*>(stream)->capture != nullptr; }
 
 Result drain(Guard& guard, void* handle) {

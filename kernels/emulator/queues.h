@@ -22,3 +22,6 @@ extern "C" __attribute__((visibility("default"))) int emulated_queue(void* strea
 
 // Something has happened that work may have waited for.
 extern "C" __attribute__((visibility("default"))) void emulated_wake();
+
+// Does some of what streams have to do, as a device does that nobody waits for.
+extern "C" __attribute__((visibility("default"))) void emulated_go_on();

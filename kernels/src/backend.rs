@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
-use crate::cuda::Parcel;
+use crate::cuda::{Gate, Parcel};
 use crate::draws::{Arrival, Drawn, Draws, FedTokens};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
@@ -183,6 +183,8 @@ pub struct WorkSize {
     pub choice_rows: usize,
     /// Arrays of all rows that wait for the next stage at once.
     pub parcels: usize,
+    /// Arrays of all rows that have come from a stage in another process and wait for this one at once.
+    pub arrivals: usize,
 }
 
 /// A device: its arrays and the operations of a decoder block.
@@ -271,6 +273,11 @@ pub trait Backend: Send + Sync + 'static {
     fn take_over(&self, parcel: &Parcel, out: &mut Self::Array) -> Result<()> {
         let (rows, cols) = parcel.shape();
         self.upload(&parcel.values()?, rows, cols, out)
+    }
+
+    /// The device's way to those of other processes, where it has one that is not through the host.
+    fn gate(&self) -> Option<Gate> {
+        None
     }
 
     /// Rows that the arrays of a step of so many rows shall have for [`Backend::repeat`].

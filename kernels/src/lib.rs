@@ -36,6 +36,7 @@ pub use cuda::{Compiled, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_work_by
 pub use cuda::{
     Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,
 };
+pub use cuda::{Gate, GroupExit, GroupId, NcclReceiver, NcclSender};
 pub use draws::{Arrival, Drawn, Draws, FedTokens};
 pub use error::{Error, Result};
 pub use mapped_file::MappedFile;

@@ -21,6 +21,8 @@ pub struct StepSize {
     pub context_tokens: usize,
     /// Micro-batches in flight, all of which may wait for the next stage.
     pub micro_batches: usize,
+    /// Micro-batches that may wait for this stage on its own device: all in flight where stages are processes, none else.
+    pub arrivals: usize,
 }
 
 impl StepSize {
@@ -214,7 +216,8 @@ mod tests {
 
     use super::*;
 
-    const STEP: StepSize = StepSize { rows: 512, sequences: 256, context_tokens: 4096, micro_batches: 3 };
+    const STEP: StepSize =
+        StepSize { rows: 512, sequences: 256, context_tokens: 4096, micro_batches: 3, arrivals: 0 };
 
     fn config(name: &str) -> ModelConfig {
         ModelConfig::read(&Path::new("../configs/models").join(name)).unwrap()
@@ -256,6 +259,26 @@ mod tests {
         assert_eq!(front.weight_bytes + back.weight_bytes, whole.weight_bytes + angles);
         assert_eq!(front.page_bytes + back.page_bytes, whole.page_bytes);
         assert!(front.work_bytes < whole.work_bytes && back.work_bytes <= whole.work_bytes);
+    }
+
+    #[test]
+    fn stages_in_processes_have_room_for_what_comes_in() {
+        let config = config("Llama-3_3-Nemotron-Super-49B-v1");
+        let apart = StepSize { arrivals: STEP.micro_batches, ..STEP };
+        let work = |start, end, place: RankPlace, step| {
+            let part = Span { start, end }.into();
+            GpuMemory::of(&config, part, (place, &Sharing::default()), BF16, step).work_bytes
+        };
+        let array = numbers(STEP.rows, config.dims.hidden);
+        for (start, end, place, arrivals) in [
+            (0, 30, RankPlace::ALONE, 0),
+            (30, 40, RankPlace::ALONE, 3),
+            (30, 40, RankPlace { rank: 0, num_ranks: 2 }, 3),
+            (30, 40, RankPlace { rank: 1, num_ranks: 2 }, 0),
+        ] {
+            let more = work(start, end, place, apart) - work(start, end, place, STEP);
+            assert_eq!(more, arrivals * array, "[{start}, {end}) {place:?}");
+        }
     }
 
     #[test]

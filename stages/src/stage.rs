@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kernels::{
-    Arrival, Cpu, CpuOptions, Cuda, CudaOptions, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType,
+    Arrival, Cpu, CpuOptions, Cuda, CudaOptions, Gate, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType,
 };
 use scheduler::{MicroBatch, MicroBatchOutput};
 
@@ -41,6 +41,14 @@ impl From<Vec<f32>> for Rows {
 }
 
 impl Rows {
+    /// Those that are on a device.
+    pub fn into_parcel(self) -> Option<Parcel> {
+        match self {
+            Rows::Host(_) => None,
+            Rows::Device(parcel) => Some(parcel),
+        }
+    }
+
     fn into_host(self) -> Result<Vec<f32>> {
         match self {
             Rows::Host(values) => Ok(values),
@@ -53,6 +61,27 @@ impl Activations {
     /// Whether they are on a device, and there perhaps not computed yet.
     pub fn are_on_a_device(&self) -> bool {
         matches!(self.values, Rows::Device(_))
+    }
+
+    /// Parcels that come from another device: the residual stream, and sums beside it if there are two. Nothing where there is none.
+    pub fn on_a_device(parcels: Vec<Parcel>, hidden: usize) -> Option<Activations> {
+        let mut parcels = parcels.into_iter().map(Rows::Device);
+        parcels.next().map(|values| Activations { values, sums: parcels.next(), hidden })
+    }
+
+    /// The same on the host; what is on a device is brought there by its gate, from any thread.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub fn into_host(self, gate: Option<&Gate>) -> Result<Activations> {
+        let bring = |rows: Rows| -> Result<Rows> {
+            match (&rows, gate) {
+                (Rows::Device(parcel), Some(gate)) => Ok(gate.download(parcel)?.into()),
+                _ => Ok(rows),
+            }
+        };
+        let sums = self.sums.map(bring).transpose()?;
+        Ok(Activations { values: bring(self.values)?, sums, hidden: self.hidden })
     }
 
     /// Those of the first rows, and those of the rest.
@@ -123,6 +152,11 @@ pub trait Stage: Send {
     /// As of [`Stage::step`].
     fn finish(&mut self) -> Result<Option<Duration>> {
         Ok(None)
+    }
+
+    /// Its device's way to those of other processes, where it has one that is not through the host.
+    fn gate(&self) -> Option<Gate> {
+        None
     }
 
     /// Of a stage that is the whole model, on one device: begins with a micro-batch, some tokens of which may be those that the one before

@@ -63,6 +63,7 @@ impl WorkShapes {
         let is_cut = part.first_column > 0 || part.end_column.is_some();
         let drawn = if is_last { step.drawn_rows() } else { 0 };
         let handed_over = if part.end_column.is_some() { 2 } else { 1 };
+        let taken_over = if part.first_column > 0 { 2 } else { 1 };
         let of = |is_there: bool, rows: usize, cols: usize| if is_there { [rows, cols] } else { [0, 0] };
         WorkShapes {
             x: [rows, hidden],
@@ -86,6 +87,7 @@ impl WorkShapes {
                 logit_rows: drawn,
                 choice_rows: drawn.min(LOGIT_ROWS),
                 parcels: if is_last || place.rank > 0 { 0 } else { step.micro_batches * handed_over },
+                arrivals: if part.is_first() || place.rank > 0 { 0 } else { step.arrivals * taken_over },
             },
         }
     }

@@ -22,7 +22,7 @@ use small_model::{CONTEXT, small};
 const PAGES_OF_SEQUENCE: usize = CONTEXT / PAGE_TOKENS;
 const SEQUENCES: usize = 8;
 const LARGEST: StepSize =
-    StepSize { rows: 40, sequences: SEQUENCES, context_tokens: CONTEXT, micro_batches: 3 };
+    StepSize { rows: 40, sequences: SEQUENCES, context_tokens: CONTEXT, micro_batches: 3, arrivals: 0 };
 
 /// Where `cargo xtask emulator` puts it.
 fn emulator() -> PathBuf {

@@ -104,7 +104,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let before = Ceilings::measure(&device, dtypes)?;
     let context_tokens = job.context_tokens();
     let (rows, sequences) = (job.micro_batch_tokens, job.rows);
-    let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 2 });
+    let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 2, arrivals: 0 });
     let options = SpanOptions { part, num_pages: job.num_pages(), context_tokens, largest_step };
     let mut stage = stages::load(&model, &device, dtypes, options)?;
     // Arrays find their sizes, and products their algorithms.

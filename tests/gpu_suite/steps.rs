@@ -71,6 +71,7 @@ fn load(model: &Model, device: &Device, blocks: Span, work: &Work) -> Result<Box
         sequences: work.rows,
         context_tokens: work.context,
         micro_batches: IN_FLIGHT,
+        arrivals: 0,
     };
     let options = SpanOptions {
         part: blocks.into(),

@@ -154,19 +154,6 @@ fn gpus_that_share_a_stage_write_the_same_bytes_every_time() {
     assert_eq!(one, lines("[\"cuda:1\",\"cuda:0\"]"), "whichever GPU is which rank");
 }
 
-/// Activations go from GPU to GPU within a process.
-#[test]
-fn stages_of_gpus_in_processes_are_refused_by_the_key() {
-    let job = Job::on("tied")
-        .line("{}")
-        .set("pipeline.devices=[\"cuda:0\"]")
-        .set("pipeline.stages_run_in=processes")
-        .emulated();
-    let (_, stderr) = text(&job.run_once(&[]));
-    let error = "[pipeline] stages_run_in: found \"processes\" with cuda:0, expected \"threads\"";
-    assert!(stderr.contains(error), "{stderr}");
-}
-
 #[test]
 fn gpus_do_not_share_narrow_weights() {
     for dtype in ["int4-weight", "fp8"] {

@@ -147,8 +147,11 @@ impl Job {
         let plain = self.command();
         let mut command = Command::new(plain.get_program());
         command.args(["--faults", faults]).args(plain.get_args());
-        for (name, _) in plain.get_envs() {
-            command.env_remove(name);
+        for (name, value) in plain.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
         }
         command
     }

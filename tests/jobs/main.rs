@@ -11,6 +11,7 @@ mod commands;
 mod crashes;
 mod cuda;
 mod disturbed;
+mod gpu_processes;
 mod gpus;
 mod guided;
 mod harness;

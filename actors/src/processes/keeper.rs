@@ -12,7 +12,7 @@ use scheduler::MicroBatchId;
 use stages::Frame;
 use tokio::sync::oneshot;
 
-use super::wire::{End, FLUSH, JOIN, Order, Word};
+use super::wire::{End, FLUSH, JOIN, LOST, Order, Word};
 use super::{ProcessArgs, ProcessEnds};
 use crate::device_thread::{Here, WayBack, Witness};
 use crate::error::{Error, Result};
@@ -62,7 +62,7 @@ impl Keeper {
         thread.expect("the system starts a thread");
 
         let loaded = loaded.recv().unwrap_or(Err(Error::Ended("a stage's process")));
-        let link = TcpLink::new(mailbox_size(args.num_stages), args.ranks.patience, Arc::new(|_, _| {}));
+        let link = TcpLink::of_pipeline(mailbox_size(args.num_stages), args.ranks.patience);
         let joined = loaded.and_then(|address| match is_first {
             true => link.join(address, group).map_err(|e| Error::Load { stage, message: e.to_string() }),
             false => Ok(()),
@@ -80,6 +80,7 @@ impl Keeper {
                     lock(&flushes).push_back(flush);
                     process.tell(FLUSH, lost.next(), &[]);
                 }
+                Work::Lost => process.tell(LOST, lost.next(), &[]),
                 Work::Join(Join(address)) => process.tell(JOIN, lost.next(), address.to_string().as_bytes()),
             }
         }

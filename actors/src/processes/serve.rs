@@ -9,13 +9,13 @@ use crossbeam::channel::{Sender, bounded};
 use scheduler::{MicroBatchId, MicroBatchOutput};
 use stages::{CollectiveClock, CollectiveTimes, Frame};
 
-use super::wire::{End, FLUSH, JOIN, Order, Word};
+use super::wire::{End, FLUSH, JOIN, LOST, Order, Word};
 use crate::clock::StepWork;
 use crate::device_thread::{DeviceThread, LoadStage, Next, WayBack, Witness};
 use crate::ranks::{Done, RankHome, RanksArgs, Watch};
 use crate::stage::{Flush, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
-use crate::tcp_link::{TcpInlet, TcpLink};
+use crate::tcp_link::{OnFailure, OwnGate, TcpInlet, TcpLink};
 
 /// How often a process says that it is there: many times within the shortest step timeout, a second.
 const BEAT_EVERY: Duration = Duration::from_millis(100);
@@ -50,6 +50,15 @@ impl Voice {
 
     fn end(&self, end: End) {
         self.say(&Word::End(end));
+    }
+
+    /// What ends the process where something of the stage's ways is of no more use.
+    fn failure(&self, what: String) -> OnFailure {
+        let voice = self.clone();
+        Arc::new(move |message| {
+            voice.end(End { message: format!("{what}: {message}"), is_panic: false, micro_batch: None });
+            std::process::exit(1)
+        })
     }
 
     /// What says each step of a rank.
@@ -125,7 +134,8 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
     let (work, orders) = bounded(2 * size);
     let hops = voice.clone();
     let on_hop = Arc::new(move |bytes, time| hops.say(&Word::Hop { bytes, time }));
-    let link = TcpLink::new(size, order.span.patience, on_hop);
+    let (gate, to_next) = (OwnGate::default(), voice.failure(format!("the way to stage {}", stage + 1)));
+    let link = TcpLink::new(size, order.span.patience, Arc::clone(&gate), on_hop, to_next);
     let lost = Lost::default();
     lost.all_before(MicroBatchId(order.lost_before));
     let listening =
@@ -135,21 +145,23 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
 
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| e.to_string())?;
     let port = listener.local_addr().map_err(|e| e.to_string())?.port();
-    let (damaged, before) = (voice.clone(), stage.saturating_sub(1));
-    let on_damage = move |message: String| {
-        let message = format!("what came from stage {before}: {message}");
-        damaged.end(End { message, is_panic: false, micro_batch: None });
-        std::process::exit(1)
-    };
+    let on_damage = voice.failure(format!("what came from stage {}", stage.saturating_sub(1)));
     let (group, patience) = (order.span.group, order.span.patience);
-    TcpInlet { group, credits: size, patience, work, on_damage: Box::new(on_damage) }.listen(listener);
+    let inlet =
+        TcpInlet { group, credits: size, patience, work, gate: gate.clone(), lost: lost.clone(), on_damage };
+    inlet.listen(listener);
 
     let watch =
         Watch::from_afar(stage, order.devices.len(), order.tells_rank_steps.then(|| voice.of_ranks()));
     let collectives = watch.clocks().to_vec();
     let args = ranks(&order, watch)?;
     let is_last = args.options.part.is_last(&args.model.config);
-    let load: LoadStage = Arc::new(move || args.load());
+    // Neighbours are told of each other when both are loaded.
+    let load: LoadStage = Arc::new(move || {
+        let stage = args.load()?;
+        stage.gate().into_iter().for_each(|own| drop(gate.set(own)));
+        Ok(stage)
+    });
     let next = if is_last { Next::Pipeline(Box::new(voice.clone())) } else { Next::Stage(Box::new(link)) };
     let told = Mutex::new(vec![CollectiveTimes::default(); collectives.len()]);
     let witness = Far { voice: voice.clone(), collectives, told };
@@ -210,6 +222,7 @@ impl Listening {
                         self.join(address, voice);
                     }
                 }
+                LOST => {}
                 _ => break,
             }
         }

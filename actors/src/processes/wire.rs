@@ -65,6 +65,8 @@ impl Order {
 /// What a process is told after its order, by the kind of a frame.
 pub(super) const FLUSH: u32 = 1;
 pub(super) const JOIN: u32 = 2;
+/// No more than what each of them says: which micro-batches are lost.
+pub(super) const LOST: u32 = 3;
 
 /// What a process says.
 #[derive(Debug, Clone)]

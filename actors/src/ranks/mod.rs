@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use scheduler::MicroBatch;
-use stages::{Activations, Device, Dtypes, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput};
+use stages::{Activations, Device, Dtypes, Gate, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput};
 
 pub(crate) use order::SpanOrder;
 #[cfg(test)]
@@ -142,6 +142,10 @@ impl Stage for RankedStage {
 
     fn finish(&mut self) -> stages::Result<Option<Duration>> {
         self.first.finish()
+    }
+
+    fn gate(&self) -> Option<Gate> {
+        self.first.gate()
     }
 }
 

@@ -48,8 +48,8 @@ impl SpanOrder {
 
     pub(crate) fn json(&self) -> Value {
         let SpanOptions { part, num_pages, context_tokens, largest_step } = self.options;
-        let largest_step =
-            largest_step.map(|step| [step.rows, step.sequences, step.context_tokens, step.micro_batches]);
+        let largest_step = largest_step
+            .map(|step| [step.rows, step.sequences, step.context_tokens, step.micro_batches, step.arrivals]);
         json!({
             "stage": self.stage, "group": self.group, "patience_ms": self.patience.as_millis() as u64,
             "model": self.model, "random_weights": self.random_weights, "identity": self.identity,
@@ -78,10 +78,10 @@ impl SpanOrder {
         let largest_step = match &order["largest_step"] {
             Value::Null => None,
             step => {
-                let [rows, sequences, context_tokens, micro_batches] = wire::list(step)?[..] else {
+                let [rows, sequences, context_tokens, micro_batches, arrivals] = wire::list(step)?[..] else {
                     return None;
                 };
-                Some(StepSize { rows, sequences, context_tokens, micro_batches })
+                Some(StepSize { rows, sequences, context_tokens, micro_batches, arrivals })
             }
         };
         Some(SpanOrder {
@@ -151,6 +151,7 @@ pub(crate) mod tests {
                     sequences: 6,
                     context_tokens: 7,
                     micro_batches: 8,
+                    arrivals: 9,
                 }),
             },
             sharing: Sharing::by_sequences([4, 6]),

@@ -1,11 +1,11 @@
-//! A micro-batch and its activations as a frame.
+//! A micro-batch and its activations as a frame, and what two ends that have GPUs say of them when they meet.
 
 use std::sync::Arc;
 
 use scheduler::{
     MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, TokenCount, TokenMask,
 };
-use stages::{Activations, Frame, Rows};
+use stages::{Activations, Frame, GroupId, Rows};
 
 use super::STEP;
 use crate::wire::{ReadWords, Words, add_values, values};
@@ -14,61 +14,122 @@ use crate::wire::{ReadWords, Words, add_values, values};
 const NONE: u64 = 0;
 const VALUES: u64 = 1;
 const VALUES_AND_SUMS: u64 = 2;
+/// And how many come by another way.
+const MOVED_VALUES: u64 = 3;
+const MOVED_VALUES_AND_SUMS: u64 = 4;
 
 /// What comes along of a slice's mask.
 const NO_MASK: u64 = 0;
 const MASK_FAILED: u64 = 1;
 const MASK: u64 = 2;
 
-/// The frame, whose shape is that of the activations, and its body: words, and then the numbers of the activations.
-pub(super) fn encode(batch: &MicroBatch, activations: Option<&Activations>) -> (Frame, Vec<u8>) {
+/// What a micro-batch has beside it.
+#[derive(Debug, Clone)]
+pub(super) enum Content {
+    Nothing,
+    /// Activations on the host.
+    Here(Activations),
+    /// Activations that go from GPU to GPU.
+    Moved(Moved),
+}
+
+/// How many arrays go from GPU to GPU, the residual stream and sums beside it, and their shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Moved {
+    pub(super) arrays: usize,
+    pub(super) rows: usize,
+    pub(super) hidden: usize,
+}
+
+impl Content {
+    /// Bytes that do not pass with the frame.
+    pub(super) fn moved_bytes(&self) -> u64 {
+        match self {
+            Content::Nothing | Content::Here(_) => 0,
+            Content::Moved(Moved { arrays, rows, hidden }) => {
+                (arrays * rows * hidden * size_of::<f32>()) as u64
+            }
+        }
+    }
+
+    /// What of it there is, and its shape.
+    fn kind(&self, num_tokens: usize) -> (u64, [usize; 2]) {
+        match self {
+            Content::Nothing => (NONE, [0, 0]),
+            Content::Here(Activations { sums: None, hidden, .. }) => (VALUES, [num_tokens, *hidden]),
+            Content::Here(Activations { sums: Some(_), hidden, .. }) => {
+                (VALUES_AND_SUMS, [num_tokens, *hidden])
+            }
+            Content::Moved(Moved { arrays: 1, rows, hidden }) => (MOVED_VALUES, [*rows, *hidden]),
+            Content::Moved(Moved { rows, hidden, .. }) => (MOVED_VALUES_AND_SUMS, [*rows, *hidden]),
+        }
+    }
+}
+
+/// What a sender says of its GPU: which it is, and the group where it may be met.
+pub(super) fn greeting(device: usize, group: &GroupId) -> Vec<u8> {
     let mut words = Words::default();
-    words.add(match activations {
-        None => NONE,
-        Some(Activations { sums: None, .. }) => VALUES,
-        Some(Activations { sums: Some(_), .. }) => VALUES_AND_SUMS,
-    });
+    words.add(device as u64);
+    let mut bytes = words.into_bytes();
+    bytes.extend(group);
+    bytes
+}
+
+/// What such a greeting says; nothing where a sender has no GPU.
+pub(super) fn read_greeting(bytes: &[u8]) -> Option<(usize, GroupId)> {
+    let mut words = ReadWords::new(bytes);
+    let device = words.size()?;
+    Some((device, words.rest().try_into().ok()?))
+}
+
+/// The frame, whose shape is that of the activations, and its body: words, and then the numbers of activations on the host.
+pub(super) fn encode(batch: &MicroBatch, content: &Content) -> (Frame, Vec<u8>) {
+    let mut words = Words::default();
+    let (kind, shape) = content.kind(batch.num_tokens());
+    words.add(kind);
     words.add(batch.slices.len() as u64);
     batch.slices.iter().for_each(|slice| add_slice(&mut words, slice));
     let mut body = words.into_bytes();
-    let mut shape = [0, 0];
-    if let Some(Activations { values, sums, hidden }) = activations {
-        shape = [batch.num_tokens(), *hidden].map(|size| size as u64);
+    if let Content::Here(Activations { values, sums, .. }) = content {
         add_values(&mut body, on_host(values));
         sums.iter().for_each(|sums| add_values(&mut body, on_host(sums)));
     }
-    (Frame { kind: STEP, sequence: batch.id.0, shape }, body)
+    (Frame { kind: STEP, sequence: batch.id.0, shape: shape.map(|size| size as u64) }, body)
 }
 
 fn on_host(rows: &Rows) -> &[f32] {
     match rows {
         Rows::Host(values) => values,
-        Rows::Device(_) => unreachable!("stages on GPUs are in one process: no job is let have others"),
+        Rows::Device(_) => unreachable!("what is sent with its frame has been brought to the host"),
     }
 }
 
 /// What such a frame was made of; nothing where it is another.
-pub(super) fn decode(frame: &Frame, body: &[u8]) -> Option<(MicroBatch, Option<Activations>)> {
+pub(super) fn decode(frame: &Frame, body: &[u8]) -> Option<(MicroBatch, Content)> {
     let mut words = ReadWords::new(body);
-    let num_arrays = words.word()?;
+    let kind = words.word()?;
     let batch = MicroBatch { id: MicroBatchId(frame.sequence), slices: words.list(read_slice)? };
-    let numbers = values_of(frame, words.rest(), num_arrays)?;
-    Some((batch, numbers))
+    let content = content_of(frame, &batch, words.rest(), kind)?;
+    Some((batch, content))
 }
 
-fn values_of(frame: &Frame, bytes: &[u8], num_arrays: u64) -> Option<Option<Activations>> {
+fn content_of(frame: &Frame, batch: &MicroBatch, bytes: &[u8], kind: u64) -> Option<Content> {
     let [rows, hidden] = [usize::try_from(frame.shape[0]).ok()?, usize::try_from(frame.shape[1]).ok()?];
     let array_bytes = rows.checked_mul(hidden)?.checked_mul(size_of::<f32>())?;
-    let arrays = usize::try_from(num_arrays).ok()?;
-    if num_arrays > VALUES_AND_SUMS || array_bytes.checked_mul(arrays)? != bytes.len() {
-        return None;
-    }
-    if num_arrays == NONE {
-        return Some(None);
-    }
-    let (first, second) = bytes.split_at(array_bytes);
-    let sums = (num_arrays == VALUES_AND_SUMS).then(|| values(second).into());
-    Some(Some(Activations { values: values(first).into(), sums, hidden }))
+    let (arrays_here, content) = match kind {
+        NONE => (0, Content::Nothing),
+        VALUES | VALUES_AND_SUMS => {
+            let (first, second) = bytes.split_at_checked(array_bytes)?;
+            let sums = (kind == VALUES_AND_SUMS).then(|| values(second).into());
+            (kind as usize, Content::Here(Activations { values: values(first).into(), sums, hidden }))
+        }
+        MOVED_VALUES | MOVED_VALUES_AND_SUMS if rows == batch.num_tokens() => {
+            let arrays = (kind - MOVED_VALUES + VALUES) as usize;
+            (0, Content::Moved(Moved { arrays, rows, hidden }))
+        }
+        _ => return None,
+    };
+    (array_bytes.checked_mul(arrays_here)? == bytes.len()).then_some(content)
 }
 
 fn add_slice(words: &mut Words, slice: &Slice) {
@@ -262,10 +323,13 @@ pub(super) mod tests {
 
     #[test]
     fn frames_come_back_as_they_were_made_and_nothing_shorter_passes_for_one() {
-        for (id, activations) in (6..).zip([None, Some(activations(3, false)), Some(activations(2, true))]) {
-            let (frame, body) = encode(&batch(id), activations.as_ref());
+        let moved = |arrays| Content::Moved(Moved { arrays, rows: 6, hidden: 1 << 20 });
+        let here = |hidden, has_sums| Content::Here(activations(hidden, has_sums));
+        for (id, content) in (6..).zip([Content::Nothing, here(3, false), here(2, true), moved(1), moved(2)])
+        {
+            let (frame, body) = encode(&batch(id), &content);
             let back = decode(&frame, &body).expect("a micro-batch");
-            assert_eq!(format!("{back:?}"), format!("{:?}", (batch(id), activations)));
+            assert_eq!(format!("{back:?}"), format!("{:?}", (batch(id), content)));
             for length in 0..body.len() {
                 assert!(decode(&frame, &body[..length]).is_none(), "{length} bytes");
             }
@@ -273,12 +337,19 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_greeting_names_a_gpu_and_a_group_or_nothing() {
+        let group: GroupId = std::array::from_fn(|byte| byte as u8 + 100);
+        let said = greeting(5, &group);
+        assert_eq!(read_greeting(&said), Some((5, group)));
+        assert!(read_greeting(&[]).is_none() && read_greeting(&said[..said.len() - 1]).is_none());
+    }
+
+    #[test]
     fn bits_that_are_no_numbers_come_over_too() {
         let values = [f32::NAN, f32::NEG_INFINITY, -0.0, f32::from_bits(1), f32::MAX, 0.5];
         let sent = Activations { values: values.to_vec().into(), sums: None, hidden: 1 };
-        let (frame, body) = encode(&batch(0), Some(&sent));
-        let (_, back) = decode(&frame, &body).unwrap();
-        let back = back.unwrap();
+        let (frame, body) = encode(&batch(0), &Content::Here(sent));
+        let Some((_, Content::Here(back))) = decode(&frame, &body) else { panic!("they came with it") };
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(on_host(&back.values)), bits(&values));
     }

@@ -69,7 +69,7 @@ impl Cuda {
             from.reserve("measure", bytes)?;
             to.reserve("measure", bytes)?;
             self.stream.clear("measure", &mut from)?;
-            let seconds = self.best_of(|| self.stream.copy("measure", &from, &mut to, bytes))?;
+            let seconds = self.best_of(|| self.stream.copy("measure", &from, &to, bytes))?;
             best = f64::max(best, 2.0 * bytes as f64 / seconds);
             if seconds >= ENOUGH_SECONDS {
                 break;

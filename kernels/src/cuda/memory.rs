@@ -22,7 +22,7 @@ pub fn cuda_allocated_bytes(bytes: u64) -> u64 {
 pub fn cuda_work_bytes(size: &WorkSize) -> u64 {
     let Bytes { gate, product, stats, draws, choices, tables, parcel } = Bytes::of(size, Cuda::FFN_COLUMNS);
     let pieces = [gate, gate, product, stats, draws, draws].into_iter().chain(choices).chain(tables);
-    let parcels = std::iter::repeat_n(parcel, size.parcels);
+    let parcels = std::iter::repeat_n(parcel, size.parcels + size.arrivals);
     pieces.chain(parcels).filter(|&bytes| bytes > 0).map(|bytes| cuda_allocated_bytes(bytes as u64)).sum()
 }
 
@@ -91,6 +91,7 @@ impl Cuda {
         let [asked, _] = ChoiceWork::bytes(size.logit_rows);
         locked(&self.tables).reserve(&self.stream, size, asked)?;
         self.parcels.reserve(&self.stream, size.parcels, parcel)?;
+        self.arrived.reserve(&self.arrivals, size.arrivals, parcel)?;
         locked(&self.graphs).begin(if self.options.has_graphs { size.rows } else { 0 });
         Ok(())
     }

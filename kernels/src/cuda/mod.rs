@@ -40,7 +40,7 @@ pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, Cuda
 pub(crate) use draws::CudaDraws;
 pub use gpu::Gpu;
 pub use memory::{cuda_allocated_bytes, cuda_work_bytes};
-pub use nccl::NcclRank;
+pub use nccl::{Gate, GroupExit, GroupId, NcclRank, NcclReceiver, NcclSender};
 pub use packed::pack_cubins;
 pub use parcels::Parcel;
 pub use program::{Compiled, Source};
@@ -94,6 +94,9 @@ pub struct Cuda {
     workspace: Mutex<Workspace>,
     graphs: Mutex<Graphs>,
     parcels: Arc<Parcels>,
+    /// What has come from other processes, or is yet to come, by a queue of its own.
+    arrived: Arc<Parcels>,
+    arrivals: Arc<Stream>,
     step: StepClock,
     /// A product before it is added.
     product: Mutex<Memory>,
@@ -224,6 +227,8 @@ impl Cuda {
             workspace: Mutex::new(Workspace::new(&stream)),
             graphs: Mutex::default(),
             parcels: Arc::default(),
+            arrived: Arc::default(),
+            arrivals: Stream::open(device)?,
             step: StepClock::new(&stream)?,
             copies: Stream::open(device)?,
             product: Mutex::new(Memory::none(&stream)),

@@ -8,6 +8,7 @@ use super::choices::NO_TOKENS;
 use super::fp8::Fp8Kernels;
 use super::gemm::Onto;
 use super::graphs::Graphs;
+use super::nccl::Gate;
 use super::parcels::Parcel;
 use super::stream::{Argument, Grid, Memory};
 use super::weights::Origin;
@@ -132,6 +133,10 @@ impl Backend for Cuda {
 
     fn take_over(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
         self.unpack(parcel, out)
+    }
+
+    fn gate(&self) -> Option<Gate> {
+        Some(self.open_gate())
     }
 
     fn padded_rows(&self, rows: usize) -> usize {

@@ -1,10 +1,12 @@
-//! Activations on their way from one stage to the next, which never leave the devices.
+//! Activations on their way from one stage to the next of a process, which never leave the devices. To and from other processes
+//! parcels go by NCCL (`nccl/gate.rs`).
 //!
 //! A parcel is a copy, for the stage that hands it over goes on with its own array. The next stage copies it to its device, from
 //! the same GPU or over the link between two, by a queue of its own for that. No host waits: an event says when a parcel is
 //! there, and another one when it was taken, before which its memory is not used again. In the steady state nothing is
 //! allocated.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -14,15 +16,15 @@ use super::stream::{Memory, Stream};
 use super::{Cuda, locked};
 use crate::error::Result;
 
-const OP: &str = "hand over";
+pub(super) const OP: &str = "hand over";
 
 /// An array that was handed over, f32 `[rows, cols]`, or will have been when its device has computed it.
 #[derive(Debug, Clone)]
 pub struct Parcel(Arc<Content>);
 
-/// Memory that no parcel is in.
+/// Memory that no parcel is in. The one that has been so for longest is used first: what it held is the first to have been taken.
 #[derive(Debug, Default)]
-pub(super) struct Parcels(Mutex<Vec<Slot>>);
+pub(super) struct Parcels(Mutex<VecDeque<Slot>>);
 
 /// Memory for a parcel.
 #[derive(Debug)]
@@ -75,14 +77,20 @@ impl Parcels {
     pub(super) fn reserve(&self, stream: &Arc<Stream>, count: usize, bytes: usize) -> Result<()> {
         let mut free = locked(&self.0);
         while free.len() < count {
-            free.push(Slot::new(stream)?);
+            free.push_back(Slot::new(stream)?);
         }
         free.iter_mut().try_for_each(|slot| slot.memory.reserve(OP, bytes))
     }
 
-    fn slot(&self, stream: &Arc<Stream>) -> Result<Slot> {
-        let free = locked(&self.0).pop();
-        free.map_or_else(|| Slot::new(stream), Ok)
+    /// A parcel that a queue has yet to fill: its memory, behind all that still reads what was in it last.
+    pub(super) fn parcel(self: &Arc<Self>, stream: &Arc<Stream>, rows: usize, cols: usize) -> Result<Parcel> {
+        let free = locked(&self.0).pop_front();
+        let mut slot = free.map_or_else(|| Slot::new(stream), Ok)?;
+        for taken in locked(&slot.taken).drain(..) {
+            taken.hold(OP, stream)?;
+        }
+        slot.memory.reserve(OP, rows * cols * size_of::<f32>())?;
+        Ok(Parcel(Arc::new(Content { rows, cols, slot: Some(slot), home: Arc::clone(self) })))
     }
 }
 
@@ -102,6 +110,20 @@ impl Parcel {
         (self.0.rows, self.0.cols)
     }
 
+    pub(super) fn memory(&self) -> &Memory {
+        &self.slot().memory
+    }
+
+    /// Behind what fills it.
+    pub(super) fn ready(&self) -> &Event {
+        &self.slot().ready
+    }
+
+    /// Its memory is not used again before this event.
+    pub(super) fn taken_at(&self, event: &Arc<Event>) {
+        locked(&self.slot().taken).push(Arc::clone(event));
+    }
+
     fn slot(&self) -> &Slot {
         self.0.slot.as_ref().expect("it is there until the parcel is dropped")
     }
@@ -114,31 +136,23 @@ impl Parcel {
 impl Cuda {
     /// Queues a copy of an array.
     pub(super) fn pack(&self, x: &CudaArray) -> Result<Parcel> {
-        let mut slot = self.parcels.slot(&self.stream)?;
-        // Its last content may still be under way to others.
-        for taken in locked(&slot.taken).drain(..) {
-            taken.hold(OP, &self.stream)?;
-        }
-        let bytes = x.rows * x.cols * size_of::<f32>();
-        slot.memory.reserve(OP, bytes)?;
-        self.stream.copy(OP, &x.memory, &mut slot.memory, bytes)?;
-        slot.ready.record(OP)?;
-        let home = Arc::clone(&self.parcels);
-        Ok(Parcel(Arc::new(Content { rows: x.rows, cols: x.cols, slot: Some(slot), home })))
+        let parcel = self.parcels.parcel(&self.stream, x.rows, x.cols)?;
+        self.stream.copy(OP, &x.memory, parcel.memory(), parcel.bytes())?;
+        parcel.ready().record(OP)?;
+        Ok(parcel)
     }
 
     /// Queues a copy of what a stage before has handed over, behind its being there and behind all that works with `out`.
     pub(super) fn unpack(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
         out.reshape(parcel.0.rows, parcel.0.cols)?;
-        let Slot { memory, ready, taken } = parcel.slot();
-        ready.hold(OP, &self.copies)?;
+        parcel.ready().hold(OP, &self.copies)?;
         self.step.free.record(OP)?;
         self.step.free.hold(OP, &self.copies)?;
-        self.copies.copy(OP, memory, &mut out.memory, parcel.bytes())?;
+        self.copies.copy(OP, parcel.memory(), &out.memory, parcel.bytes())?;
         let copied = Arc::new(Event::new(OP, &self.copies, false)?);
         copied.record(OP)?;
         copied.hold(OP, &self.stream)?;
-        locked(taken).push(copied);
+        parcel.taken_at(&copied);
         Ok(())
     }
 }

@@ -212,7 +212,7 @@ impl Stream {
     }
 
     /// Queues a copy of so many bytes from memory of this device or of another one, which no other queue writes to meanwhile.
-    pub(crate) fn copy(&self, op: &'static str, from: &Memory, to: &mut Memory, bytes: usize) -> Result<()> {
+    pub(crate) fn copy(&self, op: &'static str, from: &Memory, to: &Memory, bytes: usize) -> Result<()> {
         assert!(bytes <= from.bytes && bytes <= to.bytes, "{op}: {bytes} of {} to {}", from.bytes, to.bytes);
         if bytes == 0 {
             return Ok(());

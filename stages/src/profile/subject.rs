@@ -79,7 +79,7 @@ impl Subject {
     ) -> Self {
         let part = Span { start: 0, end: model.config.blocks.len() }.into();
         let rows = rows.max(FILL_TOKENS);
-        let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 1 });
+        let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 1, arrivals: 0 });
         let options = SpanOptions { part, num_pages, context_tokens, largest_step };
         Subject { model: model.clone(), options, sharing: Sharing::default() }
     }

@@ -18,7 +18,7 @@ mod shard_reads;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::{Arrival, Backend, DecodeStep, FedTokens};
+use kernels::{Arrival, Backend, DecodeStep, FedTokens, Gate};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::batch::Batch;
@@ -371,6 +371,10 @@ impl<B: Backend> Stage for SpanStage<B> {
     fn finish(&mut self) -> Result<Option<Duration>> {
         let time = self.backend.finish_step()?;
         Ok(time.filter(|_| self.was_given_early))
+    }
+
+    fn gate(&self) -> Option<Gate> {
+        self.backend.gate()
     }
 }
 

@@ -2,18 +2,25 @@
 //!
 //! Symbols are looked up here and not by cudarc, which does not try `libnccl.so.2`, the one name that packages have.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_uint, c_void};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
 
-use super::super::libraries;
 use super::super::stream::{Argument, Stream};
+use super::super::{libraries, locked};
 use crate::error::{Error, Result};
 
 /// What a rank tells the others so that they find each other: `NCCL_UNIQUE_ID_BYTES`.
-pub(super) type GroupId = [u8; 128];
+pub type GroupId = [u8; 128];
+
+/// How long ranks wait for each other before they have met. The library takes some seconds where it has many ways to try.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often a rank looks whether what it has begun is under way.
+const LOOK_EVERY: Duration = Duration::from_micros(50);
 
 type Transfer =
     unsafe extern "C" fn(*mut c_void, usize, ncclDataType_t, c_int, ncclComm_t, cudaStream_t) -> ncclResult_t;
@@ -22,12 +29,31 @@ type Transfer =
 #[derive(Debug, Clone, Copy)]
 struct Functions {
     get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> ncclResult_t,
-    comm_init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> ncclResult_t,
+    comm_init_rank:
+        unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut Config) -> ncclResult_t,
+    comm_get_error: unsafe extern "C" fn(ncclComm_t, *mut ncclResult_t) -> ncclResult_t,
     comm_abort: unsafe extern "C" fn(ncclComm_t) -> ncclResult_t,
     group_start: unsafe extern "C" fn() -> ncclResult_t,
     group_end: unsafe extern "C" fn() -> ncclResult_t,
     send: Transfer,
     recv: Transfer,
+}
+
+/// `ncclConfig_t` as version 2.14 has it, the first that has one; later ones take what it lacks for not said.
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: c_uint,
+    version: c_uint,
+    blocking: c_int,
+    padding: c_int,
+}
+
+impl Config {
+    /// Calls come back at once and go on by themselves: whoever waits for another rank can be called off.
+    fn of_calls_that_do_not_wait() -> Config {
+        Config { size: size_of::<Config>(), magic: 0xcafe_beef, version: 21_400, blocking: 0, padding: 0 }
+    }
 }
 
 /// The library, loaded.
@@ -38,12 +64,73 @@ pub(super) struct Nccl(Functions);
 #[derive(Debug)]
 pub(super) struct Communicator {
     nccl: Nccl,
-    comm: ncclComm_t,
+    exit: GroupExit,
     stream: Arc<Stream>,
 }
 
-// SAFETY: NCCL asks that a communicator's calls follow each other, from whatever thread; they need `&mut`.
-unsafe impl Send for Communicator {}
+/// The way out of a group, for any thread and at any time, also before it has been joined: who waits for another rank waits no
+/// longer then, on the host as on the device, where queues go on with whatever numbers are there.
+#[derive(Debug, Clone, Default)]
+pub struct GroupExit(Arc<Mutex<Place>>);
+
+#[derive(Debug, Default)]
+enum Place {
+    #[default]
+    Outside,
+    Inside(Nccl, ncclComm_t, Arc<Stream>),
+    Left,
+}
+
+// SAFETY: NCCL asks that a communicator's calls follow each other, from whatever thread; they are made under a lock.
+unsafe impl Send for Place {}
+
+impl GroupExit {
+    /// Leaves the group, and ends what is under way.
+    pub fn leave(&self) {
+        let place = std::mem::replace(&mut *locked(&self.0), Place::Left);
+        if let Place::Inside(nccl, comm, stream) = place
+            && stream.bind("leave a group").is_ok()
+        {
+            // SAFETY: it was joined once, and is not used any more.
+            let _ = unsafe { (nccl.0.comm_abort)(comm) };
+        }
+    }
+
+    /// Whether it was left.
+    pub fn has_left(&self) -> bool {
+        matches!(*locked(&self.0), Place::Left)
+    }
+
+    /// Calls something of the group that does not wait.
+    fn call(
+        &self,
+        stream: &Stream,
+        op: &'static str,
+        call: impl FnOnce(ncclComm_t) -> ncclResult_t,
+    ) -> Result<()> {
+        match &*locked(&self.0) {
+            Place::Inside(_, comm, _) => check(stream, op, call(*comm)),
+            Place::Outside | Place::Left => Err(failed(stream, op, "the group was left".to_owned())),
+        }
+    }
+
+    /// Waits until what was begun is under way.
+    fn settle(&self, nccl: Nccl, stream: &Stream, op: &'static str) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let mut state = ncclResult_t::ncclInProgress;
+            // SAFETY: the library writes a number.
+            self.call(stream, op, |comm| unsafe { (nccl.0.comm_get_error)(comm, &mut state) })?;
+            if state != ncclResult_t::ncclInProgress {
+                return check(stream, op, state);
+            }
+            if begun.elapsed() > PATIENCE {
+                return Err(failed(stream, op, format!("another rank did not come within {PATIENCE:?}")));
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+}
 
 /// Numbers in f32 on their way to or from another rank.
 #[derive(Debug, Clone, Copy)]
@@ -67,11 +154,12 @@ impl Nccl {
     /// It is nowhere, or so old that it lacks a function.
     pub(super) fn load(first: Option<&Path>) -> Result<Nccl> {
         let library = libraries::NCCL.load(first)?;
-        // SAFETY: the types are those of NCCL's header since version 2.7.
+        // SAFETY: the types are those of NCCL's header since version 2.14.
         unsafe {
             Ok(Nccl(Functions {
                 get_unique_id: function(library, "ncclGetUniqueId")?,
-                comm_init_rank: function(library, "ncclCommInitRank")?,
+                comm_init_rank: function(library, "ncclCommInitRankConfig")?,
+                comm_get_error: function(library, "ncclCommGetAsyncError")?,
                 comm_abort: function(library, "ncclCommAbort")?,
                 group_start: function(library, "ncclGroupStart")?,
                 group_end: function(library, "ncclGroupEnd")?,
@@ -89,23 +177,33 @@ impl Nccl {
         Ok(id.internal.map(|byte| byte as u8))
     }
 
-    /// Takes a place in a group; waits until all have come.
+    /// Takes a place in a group; waits until all have come, or `exit` is taken.
     pub(super) fn join(
         self,
         stream: &Arc<Stream>,
+        exit: &GroupExit,
         group: GroupId,
-        rank: usize,
-        num_ranks: usize,
+        [rank, num_ranks]: [usize; 2],
     ) -> Result<Communicator> {
         const OP: &str = "join a group";
         stream.bind(OP)?;
         let id = ncclUniqueId { internal: group.map(|byte| byte as _) };
         let mut comm = std::ptr::null_mut();
-        // SAFETY: the id is a group's, and the device is the thread's.
-        check(stream, OP, unsafe {
-            (self.0.comm_init_rank)(&mut comm, num_ranks as c_int, id, rank as c_int)
-        })?;
-        Ok(Communicator { nccl: self, comm, stream: Arc::clone(stream) })
+        let mut config = Config::of_calls_that_do_not_wait();
+        {
+            let mut place = locked(&exit.0);
+            if !matches!(*place, Place::Outside) {
+                return Err(failed(stream, OP, "the group was left".to_owned()));
+            }
+            // SAFETY: the id is a group's, and the device is the thread's.
+            check(stream, OP, unsafe {
+                (self.0.comm_init_rank)(&mut comm, num_ranks as c_int, id, rank as c_int, &mut config)
+            })?;
+            *place = Place::Inside(self, comm, Arc::clone(stream));
+        }
+        let communicator = Communicator { nccl: self, exit: exit.clone(), stream: Arc::clone(stream) };
+        exit.settle(self, stream, OP)?;
+        Ok(communicator)
     }
 }
 
@@ -118,7 +216,7 @@ unsafe fn function<T: Copy>(library: &libloading::Library, name: &str) -> Result
     match unsafe { library.get::<T>(name.as_bytes()) } {
         Ok(symbol) => Ok(*symbol),
         Err(_) => Err(Error::NoCuda(format!(
-            "libnccl has no {name}: found a version before 2.7, expected a later one"
+            "libnccl has no {name}: found a version before 2.14, expected a later one"
         ))),
     }
 }
@@ -128,56 +226,64 @@ impl Communicator {
     ///
     /// # Safety
     /// Each place is of this device and as large, and every peer queues the move's other end.
-    pub(super) unsafe fn queue(&mut self, op: &'static str, moves: &[Move]) -> Result<()> {
+    pub(super) unsafe fn queue(&self, op: &'static str, moves: &[Move]) -> Result<()> {
         let Functions { group_start, group_end, send, recv, .. } = self.nccl.0;
         self.stream.bind(op)?;
-        // SAFETY: the group is ended below, whatever becomes of its calls.
-        check(&self.stream, op, unsafe { group_start() })?;
-        let queued = moves.iter().filter(|part| part.numbers > 0).try_for_each(|part| {
-            let Argument::Pointer(at) = part.at else { unreachable!("{:?} is no pointer", part.at) };
-            let transfer = if part.direction == Direction::To { send } else { recv };
-            let (peer, stream) = (part.peer as c_int, self.stream.handle().cast());
-            // SAFETY: the caller vouches for the place and for the peer.
-            let status = unsafe {
-                transfer(
-                    at as *mut c_void,
-                    part.numbers,
-                    ncclDataType_t::ncclFloat32,
-                    peer,
-                    self.comm,
-                    stream,
-                )
-            };
-            check(&self.stream, op, status)
-        });
-        // SAFETY: it was started above.
-        let ended = check(&self.stream, op, unsafe { group_end() });
-        queued.and(ended)
+        let queue = |comm: ncclComm_t| {
+            // SAFETY: the group is ended below, whatever becomes of its calls.
+            let started = unsafe { group_start() };
+            if !is_fine(started) {
+                return started;
+            }
+            let mut moved = ncclResult_t::ncclSuccess;
+            for part in moves.iter().filter(|part| part.numbers > 0) {
+                let Argument::Pointer(at) = part.at else { unreachable!("{:?} is no pointer", part.at) };
+                let transfer = if part.direction == Direction::To { send } else { recv };
+                let (at, peer, stream) = (at as *mut c_void, part.peer as c_int, self.stream.handle().cast());
+                // SAFETY: the caller vouches for the place and for the peer.
+                moved =
+                    unsafe { transfer(at, part.numbers, ncclDataType_t::ncclFloat32, peer, comm, stream) };
+                if !is_fine(moved) {
+                    break;
+                }
+            }
+            // SAFETY: it was started above.
+            let ended = unsafe { group_end() };
+            if is_fine(moved) { ended } else { moved }
+        };
+        self.exit.call(&self.stream, op, queue)?;
+        // Two ranks that meet for the first time have yet to find a way to each other.
+        self.exit.settle(self.nccl, &self.stream, op)
     }
 
     /// Leaves the group at once, and ends what is under way.
-    pub(super) fn abort(&mut self) {
-        let comm = std::mem::replace(&mut self.comm, std::ptr::null_mut());
-        if !comm.is_null() && self.stream.bind("leave a group").is_ok() {
-            // SAFETY: it was joined once, and is not used any more.
-            let _ = unsafe { (self.nccl.0.comm_abort)(comm) };
-        }
+    pub(super) fn abort(&self) {
+        self.exit.leave();
     }
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
         // What this rank has queued is the others' too; after a failure there is nobody any more who waits for it.
-        if !self.comm.is_null() {
+        if !self.exit.has_left() {
             let _ = self.stream.wait("leave a group");
         }
-        self.abort();
+        self.exit.leave();
     }
 }
 
+/// Whether a call was taken; what it has begun may be under way yet.
+fn is_fine(status: ncclResult_t) -> bool {
+    matches!(status, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress)
+}
+
 fn check(stream: &Stream, op: &'static str, status: ncclResult_t) -> Result<()> {
-    match status {
-        ncclResult_t::ncclSuccess => Ok(()),
-        other => Err(Error::Cuda { device: stream.index(), op, message: format!("NCCL: {other:?}") }),
+    match is_fine(status) {
+        true => Ok(()),
+        false => Err(failed(stream, op, format!("{status:?}"))),
     }
+}
+
+fn failed(stream: &Stream, op: &'static str, what: String) -> Error {
+    Error::Cuda { device: stream.index(), op, message: format!("NCCL: {what}") }
 }

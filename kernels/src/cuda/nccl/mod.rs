@@ -1,4 +1,4 @@
-//! Ranks that are GPUs, joined by NCCL.
+//! GPUs that are joined by NCCL: the ranks of a stage, and stages that are processes of their own (`gate.rs`).
 //!
 //! NCCL moves numbers and adds none, so that sums have the order of ranks here too: every rank collects its share of the
 //! numbers from all others, adds them up with a kernel of ours, and hands the sums round. That moves as much as a ring does.
@@ -9,10 +9,14 @@
 //! watchdog's to find.
 
 mod calls;
+mod gate;
 
 use std::sync::Arc;
 
-use calls::{Communicator, Direction, GroupId, Move, Nccl};
+use calls::{Communicator, Direction, Move, Nccl};
+
+pub use calls::{GroupExit, GroupId};
+pub use gate::{Gate, NcclReceiver, NcclSender};
 
 use super::arrays::CudaArray;
 use super::program;
@@ -70,7 +74,8 @@ impl NcclRank {
         control.broadcast(0, &mut id)?;
         let mut group: GroupId = [0; 128];
         group.iter_mut().zip(id.values()).for_each(|(byte, &number)| *byte = number as u8);
-        let communicator = nccl.join(stream, group, control.rank(), control.num_ranks())?;
+        let place = [control.rank(), control.num_ranks()];
+        let communicator = nccl.join(stream, &GroupExit::default(), group, place)?;
         let cubin = program::COLLECTIVE.cubin(cuda.options.cubins.as_deref(), &cuda.gpu.architecture(), 0)?;
         let module = Arc::new(stream.module(&cubin)?);
         Ok(NcclRank {

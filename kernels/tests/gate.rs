@@ -1,0 +1,177 @@
+//! The way from GPU to GPU between processes, both ends of it in one here: what comes over, and that nobody is held for ever.
+//! Between two processes it is tested by whole jobs.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kernels::{
+    Backend, Cuda, CudaArray, CudaOptions, Gate, GroupExit, KvDtype, NcclReceiver, NcclSender, Parcel,
+    WeightType,
+};
+
+fn emulator() -> PathBuf {
+    let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
+    assert!(libraries.join("libnccl.so.2").is_file(), "libnccl.so.2 is missing\nhint: cargo xtask emulator");
+    libraries
+}
+
+fn cuda() -> Cuda {
+    Cuda::new(CudaOptions {
+        device: 0,
+        weights: WeightType::Bf16,
+        kv: KvDtype::Bf16,
+        is_deterministic: true,
+        has_graphs: false,
+        ffn_columns: Cuda::FFN_COLUMNS,
+        libraries: Some(emulator()),
+        cubins: None,
+    })
+    .unwrap()
+}
+
+fn gate(cuda: &Cuda) -> Gate {
+    let gate = cuda.gate().expect("a GPU has one");
+    assert!(gate.has_nccl());
+    gate
+}
+
+/// Both ends of a group.
+fn joined(from: &Cuda, to: &Cuda) -> ((NcclSender, GroupExit), (NcclReceiver, GroupExit)) {
+    let id = gate(from).new_group().unwrap();
+    let (sends, receives) = (GroupExit::default(), GroupExit::default());
+    let sender = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| gate(from).sender(&sends, id).unwrap());
+        (gate(to).receiver(&receives, id).unwrap(), sender.join().unwrap())
+    });
+    ((sender.1, sends), (sender.0, receives))
+}
+
+fn array(cuda: &Cuda, rows: usize, cols: usize, values: &[f32]) -> CudaArray {
+    let mut array = cuda.array();
+    cuda.upload(values, rows, cols, &mut array).unwrap();
+    array
+}
+
+fn numbers(seed: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i * 7919 + seed * 104_729) % 10_007) as f32 - 5e3).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// What is taken over of a parcel.
+fn taken(cuda: &Cuda, parcel: &Parcel) -> Vec<f32> {
+    let (mut out, mut values) = (cuda.array(), Vec::new());
+    cuda.take_over(parcel, &mut out).unwrap();
+    cuda.download(&out, &mut values).unwrap();
+    values
+}
+
+/// The sender goes on with its arrays at once, and the receiver's memory is used again and again.
+#[test]
+fn parcels_come_over_bit_for_bit_and_in_order_alone_and_by_twos() {
+    let (from, to) = (cuda(), cuda());
+    let ((mut sender, _), (mut receiver, _)) = joined(&from, &to);
+    let shapes = [[1, 8], [33, 64], [0, 8], [257, 129], [2, 3]];
+    for (round, [rows, cols]) in shapes.into_iter().cycle().take(4 * shapes.len()).enumerate() {
+        let count = 1 + round % 2;
+        let sent: Vec<Vec<f32>> = (0..count).map(|k| numbers(2 * round + k, rows * cols)).collect();
+        let parcels: Vec<Parcel> = (sent.iter())
+            .map(|values| {
+                let mut x = array(&from, rows, cols, values);
+                let parcel = from.hand_over(&x).unwrap().unwrap();
+                from.upload(&vec![f32::NAN; rows * cols], rows, cols, &mut x).unwrap();
+                parcel
+            })
+            .collect();
+        let received = match round % 3 {
+            // Whichever is first.
+            0 => {
+                let received = receiver.receive(count, rows, cols).unwrap();
+                sender.send(&parcels.iter().collect::<Vec<_>>()).unwrap();
+                received
+            }
+            _ => {
+                sender.send(&parcels.iter().collect::<Vec<_>>()).unwrap();
+                receiver.receive(count, rows, cols).unwrap()
+            }
+        };
+        drop(parcels);
+        for (parcel, values) in received.iter().zip(&sent) {
+            assert_eq!(parcel.shape(), (rows, cols));
+            assert!(bits(&taken(&to, parcel)) == bits(values), "round {round}, [{rows}, {cols}]");
+        }
+    }
+}
+
+#[test]
+fn a_parcel_is_brought_to_the_host_beside_all_that_its_device_does() {
+    let cuda = cuda();
+    let values = numbers(3, 40 * 64);
+    let parcel = cuda.hand_over(&array(&cuda, 40, 64, &values)).unwrap().unwrap();
+    assert_eq!(bits(&gate(&cuda).download(&parcel).unwrap()), bits(&values));
+}
+
+/// Runs something on a thread of its own; whether it has ended by itself within a while, and the thread.
+fn ends(run: impl FnOnce() + Send + 'static) -> (bool, std::thread::JoinHandle<()>) {
+    let thread = std::thread::spawn(run);
+    let begun = Instant::now();
+    while !thread.is_finished() && begun.elapsed() < Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    (thread.is_finished(), thread)
+}
+
+#[test]
+fn who_waits_for_one_that_is_gone_waits_until_the_group_is_left_and_meets_the_next_one_in_another() {
+    let (from, to) = (Arc::new(cuda()), Arc::new(cuda()));
+    let ((sender, _), (mut receiver, exit)) = joined(&from, &to);
+    let mut parcels = receiver.receive(1, 4, 8).unwrap();
+    drop(sender);
+    let (parcel, device) = (parcels.remove(0), Arc::clone(&to));
+    let (has_ended, waiting) = ends(move || drop(taken(&device, &parcel)));
+    assert!(!has_ended, "it went on with numbers that nobody has sent");
+    exit.leave();
+    waiting.join().unwrap();
+    assert!(exit.has_left() && receiver.receive(1, 4, 8).is_err());
+
+    let ((mut sender, _), (mut receiver, _)) = joined(&from, &to);
+    let values = numbers(1, 32);
+    sender.send(&[&from.hand_over(&array(&from, 4, 8, &values)).unwrap().unwrap()]).unwrap();
+    assert_eq!(bits(&taken(&to, &receiver.receive(1, 4, 8).unwrap()[0])), bits(&values));
+}
+
+/// A sender's memory is used again only when what it held was received, or never will be.
+#[test]
+fn what_nobody_receives_holds_its_sender_until_that_leaves() {
+    let (from, to) = (Arc::new(cuda()), cuda());
+    let ((mut sender, exit), (receiver, _)) = joined(&from, &to);
+    let parcel = from.hand_over(&array(&from, 4, 8, &numbers(1, 32))).unwrap().unwrap();
+    sender.send(&[&parcel]).unwrap();
+    drop(parcel);
+    drop(receiver);
+    exit.leave();
+    assert!(sender.send(&[]).is_err());
+    let (has_ended, thread) = ends(move || {
+        let parcel = from.hand_over(&array(&from, 4, 8, &numbers(2, 32))).unwrap().unwrap();
+        assert_eq!(bits(&parcel.values().unwrap()), bits(&numbers(2, 32)));
+    });
+    assert!(has_ended, "its memory is held by whom nobody hears");
+    thread.join().unwrap();
+}
+
+#[test]
+fn who_waits_for_another_to_join_can_be_called_off() {
+    let cuda = cuda();
+    let (gate, exit) = (gate(&cuda), GroupExit::default());
+    let id = gate.new_group().unwrap();
+    let (own_gate, own_exit) = (gate.clone(), exit.clone());
+    let (has_ended, waiting) = ends(move || assert!(own_gate.receiver(&own_exit, id).is_err()));
+    assert!(!has_ended, "it joined a group of nobody else");
+    exit.leave();
+    waiting.join().unwrap();
+    // And who was called off before never begins.
+    assert!(gate.sender(&exit, id).is_err());
+}

@@ -43,6 +43,12 @@ impl Quantizer {
         Quantizer::int8(largest(values).abs())
     }
 
+    /// What a number is multiplied with and rounded, for its integer of 8 bits.
+    #[inline(always)]
+    pub(crate) fn inverse(self) -> f32 {
+        self.inverse
+    }
+
     /// To E4M3, of some numbers.
     pub(crate) fn fp8_of(values: &[f32]) -> Quantizer {
         Quantizer::new(largest(values).abs(), fp8::LARGEST, fp8::LARGEST)

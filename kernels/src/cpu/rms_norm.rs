@@ -25,7 +25,7 @@ pub(crate) fn rms_norm(
 ) -> Result<()> {
     check::shape("rms_norm", "weight", [weight.len()], [x.cols()])?;
     out.reset(x.rows(), x.cols());
-    let writer = out.writer();
+    let writer = out.row_writer();
     for_each_chunk(pool, x.rows(), x.cols(), |rows| {
         at_level(simd, NormRows { x, weight, eps, rows, writer })
     });
@@ -56,6 +56,7 @@ impl Kernel for NormRows<'_> {
                     scale_into::<L>(x, weight, scale, &mut buffer);
                     self.writer.write(t, chunk * CHUNK, &buffer[..x.len()]);
                 }
+                self.writer.finish_row(t);
             }
         }
     }

@@ -76,6 +76,12 @@ pub(crate) fn has_vnni() -> bool {
     std::arch::is_x86_feature_detected!("avx512vnni")
 }
 
+/// Whether there is `VPERMB`, which puts bytes anywhere. No level needs it.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_vbmi() -> bool {
+    std::arch::is_x86_feature_detected!("avx512vbmi")
+}
+
 /// AMX, with the system's leave to use its registers: a process has to ask for them.
 #[cfg(target_arch = "x86_64")]
 fn has_amx() -> bool {

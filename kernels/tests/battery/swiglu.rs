@@ -5,8 +5,18 @@ use crate::battery::exact::{Bounded, assert_within, dot};
 use crate::battery::random::Random;
 
 /// `[rows, in, width]`
-const SHAPES: [[usize; 3]; 7] =
-    [[1, 1, 1], [1, 64, 130], [2, 9, 63], [7, 33, 65], [13, 100, 200], [65, 129, 17], [64, 96, 192]];
+const SHAPES: [[usize; 3]; 9] = [
+    [1, 1, 1],
+    [1, 64, 130],
+    [2, 9, 63],
+    [7, 33, 65],
+    [13, 100, 200],
+    [65, 129, 17],
+    [64, 96, 192],
+    // Inputs that are walked in parts of a block that shares a scale, and of several.
+    [40, 1400, 34],
+    [34, 4200, 33],
+];
 
 pub(crate) struct Swiglu;
 

@@ -99,7 +99,7 @@ pub(crate) fn attention(
     let group = check_attention(q, cache, slices)?;
     out.reset(q.rows(), q.cols());
     let queries = Queries { q: SharedRows::read_only(q), group, new: None };
-    attend_slices(simd, pool, &queries, cache, slices, out.writer());
+    attend_slices(simd, pool, &queries, cache, slices, out);
     Ok(())
 }
 
@@ -139,7 +139,7 @@ pub(crate) fn attend_new(
     let new = NewEntries { k: SharedRows::of(k), v: SharedRows::read_only(v), angles: Some(angles) };
     kv_cache::append_slices(simd, pool, cache, new, slices, |slice| slice.num_rows > 1);
     let queries = Queries { q: SharedRows::of(q), group, new: Some(new) };
-    attend_slices(simd, pool, &queries, cache, slices, out.writer());
+    attend_slices(simd, pool, &queries, cache, slices, out);
     Ok(())
 }
 
@@ -158,7 +158,7 @@ fn attend_slices(
     queries: &Queries<'_>,
     cache: &KvCache,
     slices: &[AttentionSlice],
-    writer: OperandWriter<'_>,
+    out: &mut Operand,
 ) {
     let &Queries { q, group, new } = queries;
     TILES.with_borrow_mut(|tiles| {
@@ -169,6 +169,9 @@ fn attend_slices(
         let shape = Shape { group, kv_heads: cache.kv_heads(), threads: pool.num_threads(), most_shared };
         plan(slices, shape, tiles);
         let tiles = &*tiles;
+        // Rows that decode are the work of one tile, which then has whole rows.
+        let has_rows = tiles.iter().all(|tile| tile.num_heads as usize == cache.kv_heads());
+        let writer = if has_rows { out.row_writer() } else { out.writer() };
         let run = (tiles.len() / (RUNS_PER_THREAD * pool.num_threads())).max(1);
         pool.for_each(tiles.len().div_ceil(run), |task| {
             let run = task * run..tiles.len().min((task + 1) * run);
@@ -201,6 +204,12 @@ fn attend_slices(
                             scratch,
                         },
                     );
+                    if has_rows {
+                        let first = slice.first_row + tile.first as usize;
+                        // SAFETY: the tile is this thread's, and has written its rows.
+                        (first..first + tile.num_positions as usize)
+                            .for_each(|row| unsafe { writer.finish_row(row) });
+                    }
                 }
             });
         });

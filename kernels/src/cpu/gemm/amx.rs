@@ -111,6 +111,11 @@ struct Block {
     prefetch_fours: usize,
     /// Bytes from stream to stream.
     prefetch_stream: usize,
+    /// Two lines of so many rows are asked for in every step, to be written, from here on: where results go.
+    own: *const u8,
+    own_rows: usize,
+    /// Bytes from row to row.
+    own_stride: usize,
 }
 
 /// `c = [init +] a · b` for one or two registers of rows.
@@ -169,6 +174,16 @@ macro_rules! multiply {
                     "dec {x}",
                     "jnz 5b",
                     "6:",
+                    "mov {x}, [{block} + {own_rows}]",
+                    "test {x}, {x}",
+                    "jz 9f",
+                    "8:",
+                    "prefetchw [{own}]",
+                    "prefetchw [{own} + 64]",
+                    "add {own}, [{block} + {own_stride}]",
+                    "dec {x}",
+                    "jnz 8b",
+                    "9:",
                     "dec {steps}",
                     "jnz 4b",
                     "7:",
@@ -191,6 +206,9 @@ macro_rules! multiply {
                     prefetch = inout(reg) block.prefetch => _,
                     fours = in(reg) block.prefetch_fours,
                     stream = in(reg) block.prefetch_stream,
+                    own = inout(reg) block.own => _,
+                    own_rows = const offset_of!(Block, own_rows),
+                    own_stride = const offset_of!(Block, own_stride),
                     x = out(reg) _,
                     y = out(reg) _,
                     init = const offset_of!(Block, init),
@@ -243,6 +261,16 @@ macro_rules! multiply {
                     "dec {x}",
                     "jnz 5b",
                     "6:",
+                    "mov {x}, [{block} + {own_rows}]",
+                    "test {x}, {x}",
+                    "jz 9f",
+                    "8:",
+                    "prefetchw [{own}]",
+                    "prefetchw [{own} + 64]",
+                    "add {own}, [{block} + {own_stride}]",
+                    "dec {x}",
+                    "jnz 8b",
+                    "9:",
                     "dec {steps}",
                     "jnz 4b",
                     "7:",
@@ -259,6 +287,9 @@ macro_rules! multiply {
                     prefetch = inout(reg) block.prefetch => _,
                     fours = in(reg) block.prefetch_fours,
                     stream = in(reg) block.prefetch_stream,
+                    own = inout(reg) block.own => _,
+                    own_rows = const offset_of!(Block, own_rows),
+                    own_stride = const offset_of!(Block, own_stride),
                     x = out(reg) _,
                     y = out(reg) _,
                     init = const offset_of!(Block, init),
@@ -287,9 +318,7 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
     for first in (0..tile.rows).step_by(BLOCK_ROWS) {
         let rows = BLOCK_ROWS.min(tile.rows - first);
         let mut block = Block::new(tile, first, steps, &prefetch);
-        if !tile.init.is_null() {
-            block.init = tile.init.wrapping_add(first * BLOCK_COLS).cast();
-        }
+        block.init = tile.init_of(first).cast();
         let multiply = if rows > ROWS { two_of_bf16 } else { one_of_bf16 };
         // Registers are stored whole.
         let fits = rows == BLOCK_ROWS || rows == tile.register_rows;
@@ -299,6 +328,10 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
             let c = tile.c.add(first * tile.c_stride);
             if fits && !tile.is_added {
                 (block.c, block.c_stride) = (c.cast(), tile.c_stride * 4);
+                if tile.c_stride > BLOCK_COLS {
+                    let stride = tile.c_stride * 4;
+                    block.ask_for(&Results { start: tile.c.cast_const().cast(), stride }, first);
+                }
                 multiply(&block);
                 continue;
             }
@@ -315,22 +348,26 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 /// # Safety
 /// As of [`tile_bf16`].
 pub(super) unsafe fn tile_int8(tile: &Tile) {
+    if !tile.integers.is_open {
+        // SAFETY: the caller's.
+        return unsafe {
+            for_each_block(tile, WeightType::Int8, &Results::NOWHERE, |first, rows, sums| {
+                let c = tile.c.wrapping_add(first * tile.c_stride);
+                match sums {
+                    Sums::F32(sums) => copy(sums, c, tile.c_stride, rows, false),
+                    Sums::I32(sums) => add_integers(sums, tile, first, std::ptr::null(), c, tile.c_stride),
+                }
+            });
+        };
+    }
     let steps = tile.k / ROW_BYTES;
     let prefetch = Prefetch::new(tile, steps);
     for first in (0..tile.rows).step_by(BLOCK_ROWS) {
-        let rows = BLOCK_ROWS.min(tile.rows - first);
-        let mut buffer = MaybeUninit::<Buffer>::uninit();
         let mut block = Block::new(tile, first, steps, &prefetch);
-        block.c = buffer.as_mut_ptr().cast();
-        // The same for every row.
-        (block.init, block.init_stride) = (tile.bias.cast(), 0);
-        let multiply = if rows > ROWS { two_of_integers } else { one_of_integers };
-        let init = if tile.init.is_null() { tile.init } else { tile.init.wrapping_add(first * BLOCK_COLS) };
-        // SAFETY: the caller vouches for what is read and for the tile's rows; the buffer holds a whole block.
-        unsafe {
-            multiply(&block);
-            add_integers(block.c.cast(), tile, first, init, tile.c.add(first * tile.c_stride), tile.c_stride);
-        }
+        block.start_integers(tile, first);
+        block.c = tile.integers.sums.wrapping_add(first * BLOCK_COLS).cast();
+        // SAFETY: the caller vouches for what is read, and for room for whole registers of sums.
+        unsafe { if tile.rows - first > ROWS { two_of_integers(&block) } else { one_of_integers(&block) } }
     }
 }
 
@@ -344,43 +381,75 @@ pub(super) enum Sums {
 
 /// Calls `take(first row of the tile, rows, sums)` for every block of a tile, whose destination is not looked at.
 ///
+/// A block's sums are taken after the products of the next one have been given out: what is done to them does not wait for
+/// those, and fills the time that they take.
+///
 /// # Safety
-/// As of [`tile_bf16`]; `kind` is bf16 or int8.
-pub(super) unsafe fn for_each_block(tile: &Tile, kind: WeightType, take: impl Fn(usize, usize, Sums)) {
+/// As of [`tile_bf16`]; `kind` is bf16 or int8. Of integers the tile is the last of its block of K.
+pub(super) unsafe fn for_each_block(
+    tile: &Tile,
+    kind: WeightType,
+    results: &Results,
+    take: impl Fn(usize, usize, Sums),
+) {
     let is_integers = kind == WeightType::Int8;
     let steps = tile.k * if is_integers { 1 } else { 2 } / ROW_BYTES;
     let prefetch = Prefetch::new(tile, steps);
-    let mut buffer = MaybeUninit::<Buffer>::uninit();
-    let sums = buffer.as_mut_ptr().cast::<f32>();
-    for first in (0..tile.rows).step_by(BLOCK_ROWS) {
+    let mut buffers = [const { MaybeUninit::<Buffer>::uninit() }; 2];
+    let finish = |first: usize, rows: usize, sums: *mut f32| {
+        let init = tile.init_of(first);
+        if !is_integers {
+            return take(first, rows, Sums::F32(sums));
+        }
+        if init.is_null() {
+            return take(first, rows, Sums::I32(sums.cast()));
+        }
+        // SAFETY: the caller vouches for the tile; the buffer holds a whole block.
+        unsafe { add_integers(sums.cast(), tile, first, init, sums, BLOCK_COLS) };
+        take(first, rows, Sums::F32(sums));
+    };
+    let mut waiting = None;
+    for (i, first) in (0..tile.rows).step_by(BLOCK_ROWS).enumerate() {
         let rows = BLOCK_ROWS.min(tile.rows - first);
+        let sums = buffers[i % 2].as_mut_ptr().cast::<f32>();
         let mut block = Block::new(tile, first, steps, &prefetch);
         block.c = sums.cast();
-        let init = if tile.init.is_null() { tile.init } else { tile.init.wrapping_add(first * BLOCK_COLS) };
+        block.ask_for(results, first);
         // SAFETY: the caller vouches for what is read; the buffer holds a whole block.
         unsafe {
             if is_integers {
-                (block.init, block.init_stride) = (tile.bias.cast(), 0);
-                if rows > ROWS {
-                    two_of_integers(&block)
-                } else {
-                    one_of_integers(&block)
-                }
-                if init.is_null() {
-                    take(first, rows, Sums::I32(sums.cast()));
-                    continue;
-                }
-                add_integers(sums.cast(), tile, first, init, sums, BLOCK_COLS);
+                block.start_integers(tile, first);
+                if rows > ROWS { two_of_integers(&block) } else { one_of_integers(&block) }
             } else {
-                block.init = init.cast();
+                block.init = tile.init_of(first).cast();
                 if rows > ROWS { two_of_bf16(&block) } else { one_of_bf16(&block) }
             }
         }
-        take(first, rows, Sums::F32(sums));
+        if let Some((first, rows, sums)) = waiting.replace((first, rows, sums)) {
+            finish(first, rows, sums);
+        }
+    }
+    if let Some((first, rows, sums)) = waiting {
+        finish(first, rows, sums);
+    }
+}
+
+impl Tile {
+    /// The sums over earlier chunks of rows from `first` on.
+    fn init_of(&self, first: usize) -> *const f32 {
+        if self.init.is_null() { self.init } else { self.init.wrapping_add(first * BLOCK_COLS) }
     }
 }
 
 impl Block {
+    /// What sums of integers of a tile's rows from `first` on start from.
+    fn start_integers(&mut self, tile: &Tile, first: usize) {
+        (self.init, self.init_stride) = match tile.integers.is_begun {
+            true => (tile.integers.sums.wrapping_add(first * BLOCK_COLS).cast_const().cast(), STRIP_BYTES),
+            false => (tile.bias.cast(), 0), // The same for every row.
+        };
+    }
+
     /// A tile's rows from `first` on, with sums that start from zero and destination rows of a strip.
     fn new(tile: &Tile, first: usize, steps: usize, prefetch: &Prefetch) -> Self {
         let (prefetch_stream, (prefetch, prefetch_fours)) =
@@ -397,8 +466,37 @@ impl Block {
             prefetch,
             prefetch_fours,
             prefetch_stream,
+            own: std::ptr::null(),
+            own_rows: 0,
+            own_stride: 0,
         }
     }
+
+    /// Asks for the two lines of 32 results of each row from `first` on.
+    ///
+    /// Such a line was last in another core's cache, mostly: to write to it takes it from there, one store after another
+    /// unless it has been asked for.
+    fn ask_for(&mut self, results: &Results, first: usize) {
+        if results.start.is_null() {
+            return;
+        }
+        self.own = results.start.wrapping_add(first * results.stride);
+        self.own_rows = BLOCK_ROWS.div_ceil(self.steps.max(1));
+        self.own_stride = results.stride;
+    }
+}
+
+/// Where the results of a tile's rows go, as far as cache lines are concerned.
+pub(super) struct Results {
+    /// The first row's; null where nothing is to be asked for.
+    pub(super) start: *const u8,
+    /// Bytes from row to row.
+    pub(super) stride: usize,
+}
+
+impl Results {
+    /// No lines are asked for.
+    pub(super) const NOWHERE: Self = Self { start: std::ptr::null(), stride: 0 };
 }
 
 /// How a tile's blocks share what is to be prefetched.

@@ -12,9 +12,10 @@ use super::operand::REGISTER_ROWS;
 use super::operand::{Operand, OperandWriter};
 use super::pack::{PackedMatrix, padded_terms, terms_per_word};
 use super::plan::{Plan, Shape, Unit, is_unpacked, tile_bytes};
+use super::quantized::BLOCK;
 use super::scales::{AddGroup, Finish};
 use super::scratch::with_sums;
-use super::tile::{Kernel, Tile};
+use super::tile::{Kernel, OpenBlock, Tile};
 use super::unpack::{Unpack, Unpacked, unpack_fn};
 use crate::backend::WeightType;
 use crate::cpu::lanes::at_level;
@@ -133,12 +134,15 @@ impl<'a, const N: usize> Product<'a, N> {
             let (first, k) = self.chunk(chunk);
             let b = self.piece(m, piece).wrapping_add(first * term_bytes);
             let (next, in_unit) = self.next_sweep(unit, m, chunk, piece);
-            let (cols, bias) = (plan.cols(piece).len(), self.bias(m, piece, chunk));
+            let cols = plan.cols(piece).len();
+            let (block, is_begun, is_open) = self.place_in_block(chunk);
+            let bias = self.bias(m, piece, block);
             let is_last = chunk + 1 == plan.num_chunks;
             for index in unit.tiles.clone() {
                 let rows = plan.rows(index);
+                let place = self.place(unit, piece, index);
                 // SAFETY: the caller vouches for the scratch.
-                let sums = unsafe { scratch.add(self.place(unit, piece, index)) };
+                let (sums, integers) = unsafe { (scratch.add(place), self.integers(scratch, place)) };
                 let (place, places) = match unit.sweep {
                     Some(sweep) if !in_unit => sweep,
                     _ => (index - unit.tiles.start, unit.tiles.len()),
@@ -154,9 +158,10 @@ impl<'a, const N: usize> Product<'a, N> {
                     register_rows: self.register_rows(),
                     cols,
                     bias,
-                    scales: self.block_scales(m, piece, chunk),
-                    row_scales: self.row_scales(rows.start, chunk),
-                    init: if chunk > 0 || self.is_begun { sums } else { std::ptr::null() },
+                    integers: OpenBlock { sums: integers, is_begun, is_open },
+                    scales: self.block_scales(m, piece, block),
+                    row_scales: self.row_scales(rows.start, block),
+                    init: if self.has_sums_before(chunk) { sums } else { std::ptr::null() },
                     c: sums,
                     c_stride: geometry.strip,
                     is_added: false,
@@ -180,9 +185,43 @@ impl<'a, const N: usize> Product<'a, N> {
         idx * self.kernel.geometry.sums()
     }
 
-    /// Numbers of the sums of a unit by one matrix, and of a tile's over a group of K.
+    /// Numbers of the sums of a unit by one matrix, and of a tile's over a group of K or of all tiles' over a part of a block.
     fn unit_sums(&self) -> usize {
-        (self.plan.unit_tiles() + 1) * self.kernel.geometry.sums()
+        let sums = self.plan.unit_tiles() * self.kernel.geometry.sums();
+        sums + if self.kind == WeightType::Int8 { sums } else { self.kernel.geometry.sums() }
+    }
+
+    /// The sums in integers of the tile at a place of the scratch: behind all of those in f32.
+    ///
+    /// # Safety
+    /// The scratch has room for the unit's tiles.
+    unsafe fn integers(&self, scratch: *mut f32, place: usize) -> *mut i32 {
+        match self.kind {
+            // SAFETY: `unit_sums` counts them.
+            WeightType::Int8 => unsafe {
+                scratch.add(self.plan.unit_tiles() * self.kernel.geometry.sums() + place).cast()
+            },
+            _ => std::ptr::null_mut(),
+        }
+    }
+
+    /// The block of K that a chunk of integers is in, whether a chunk before is, and whether one after is.
+    fn place_in_block(&self, chunk: usize) -> (usize, bool, bool) {
+        if self.kind != WeightType::Int8 {
+            return (0, false, false);
+        }
+        let (first, k) = self.chunk(chunk);
+        let ends = (first + k).is_multiple_of(BLOCK) || first + k == self.padded_k();
+        (first / BLOCK, !first.is_multiple_of(BLOCK), !ends)
+    }
+
+    /// Whether the scratch holds sums of earlier terms when a chunk begins; of integers, of earlier blocks.
+    fn has_sums_before(&self, chunk: usize) -> bool {
+        let is_first = match self.kind {
+            WeightType::Int8 => self.place_in_block(chunk).0 == 0,
+            _ => chunk == 0,
+        };
+        !is_first || self.is_begun
     }
 
     /// The same where weights are unpacked: chunk by chunk, for all tiles of the unit; the sums go to `scratch`.
@@ -225,6 +264,7 @@ impl<'a, const N: usize> Product<'a, N> {
                     register_rows: self.register_rows(),
                     cols,
                     bias: std::ptr::null(),
+                    integers: OpenBlock::NONE,
                     scales: std::ptr::null(),
                     row_scales: std::ptr::null(),
                     init: if has_groups || is_first { std::ptr::null() } else { sums },

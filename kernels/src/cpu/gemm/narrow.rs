@@ -49,6 +49,7 @@ pub(super) unsafe fn in_pieces(tile: &Tile, dtype: Dtype, width: usize, micro: T
                     rows: tile.rows,
                     cols: width,
                     bias: tile.bias,
+                    integers: tile.integers,
                     scales: tile.scales,
                     row_scales: tile.row_scales,
                     init: if init.is_null() { init } else { init.add(col) },

@@ -1,8 +1,8 @@
 //! Matrix product inputs: activations in the number type that products read.
 
-use super::integers::Integers;
+use super::integers::{IntegerWriter, Integers};
 use super::round::{bf16_to_f32, round_row};
-use crate::backend::Dtype;
+use crate::backend::{Dtype, WeightType};
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use std::marker::PhantomData;
@@ -29,15 +29,30 @@ pub(crate) struct Operand {
     cols: usize,
     row_bytes: usize,
     lines: Vec<Line>,
-    /// The same rows for products in integers: made by the first of them and kept until the operand is written
-    /// again, so that q, k and v, or gate and up, share them.
+    /// Whether products in integers read it.
+    is_for_integers: bool,
+    /// The same rows for those: made row by row as the operand is written, or by the first of them, and kept until the
+    /// operand is written again, so that q, k and v, or gate and up, share them.
     integers: Mutex<Integers>,
 }
 
 impl Operand {
     /// An empty operand.
     pub(crate) fn new(dtype: Dtype) -> Self {
-        Self { dtype, rows: 0, cols: 0, row_bytes: 0, lines: Vec::new(), integers: Mutex::default() }
+        Self {
+            dtype,
+            rows: 0,
+            cols: 0,
+            row_bytes: 0,
+            lines: Vec::new(),
+            is_for_integers: false,
+            integers: Mutex::default(),
+        }
+    }
+
+    /// An empty operand of products with weights of a type.
+    pub(crate) fn beside(weights: WeightType) -> Self {
+        Self { is_for_integers: weights == WeightType::Int8, ..Self::new(weights.operands()) }
     }
 
     /// Set the shape. The padding is zero afterwards; the contents are whatever was there, and every
@@ -107,6 +122,10 @@ impl Operand {
     /// A handle through which several threads write disjoint parts.
     pub(crate) fn writer(&mut self) -> OperandWriter<'_> {
         self.forget_integers();
+        self.bare_writer()
+    }
+
+    fn bare_writer(&mut self) -> OperandWriter<'_> {
         OperandWriter {
             base: self.lines.as_mut_ptr().cast(),
             row_bytes: self.row_bytes,
@@ -114,8 +133,22 @@ impl Operand {
             cols: self.cols,
             dtype: self.dtype,
             simd: Simd::detect(),
+            integers: None,
             operand: PhantomData,
         }
+    }
+
+    /// The same for whoever has whole rows, and finishes each before the operand is read: rows are quantised while they
+    /// are in a core's nearest cache.
+    pub(crate) fn row_writer(&mut self) -> OperandWriter<'_> {
+        self.forget_integers();
+        let (rows, cols) = (self.rows, self.cols);
+        let integers = self.is_for_integers.then(|| {
+            let kept = self.integers.get_mut().unwrap_or_else(PoisonError::into_inner);
+            kept.is_current = true;
+            kept.writer(rows, cols)
+        });
+        OperandWriter { integers, ..self.bare_writer() }
     }
 
     /// A row of a bf16 operand, without the padding.
@@ -169,8 +202,10 @@ pub(crate) struct OperandWriter<'a> {
     rows: usize,
     cols: usize,
     dtype: Dtype,
-    /// For rounding only, which gives the same bits at every level.
+    /// For rounding and quantising only, which give the same bits at every level.
     simd: Simd,
+    /// Where finished rows go as integers.
+    integers: Option<IntegerWriter>,
     operand: PhantomData<&'a mut Operand>,
 }
 
@@ -210,6 +245,21 @@ impl OperandWriter<'_> {
 }
 
 impl OperandWriter<'_> {
+    /// Quantises a row that has been written, if it is to be, see [`Operand::row_writer`].
+    ///
+    /// # Safety
+    /// The row lies inside the operand, and no other thread writes it or finishes it at the same time.
+    #[inline]
+    pub(crate) unsafe fn finish_row(&self, row: usize) {
+        if let Some(integers) = &self.integers {
+            // SAFETY: the caller's; an operand for integers is of bf16.
+            unsafe {
+                let x = std::slice::from_raw_parts(self.base.add(row * self.row_bytes).cast(), self.cols);
+                integers.take(self.simd, row, x);
+            }
+        }
+    }
+
     /// Where a number of a bf16 operand is written.
     ///
     /// # Safety

@@ -88,6 +88,8 @@ pub(super) const fn is_unpacked(kind: WeightType) -> bool {
 const fn fixed_chunk(kind: WeightType, geometry: Geometry) -> Option<usize> {
     match kind {
         WeightType::F32 | WeightType::Bf16 => None,
+        // AMX takes sums of integers up again, as it does those of bf16.
+        WeightType::Int8 if geometry.is_amx => None,
         WeightType::Int8 => Some(BLOCK),
         WeightType::Fp8 | WeightType::Int8Weight => Some(unpacked_terms(geometry.strip)),
         WeightType::Int4Weight => Some(GROUP),
@@ -150,9 +152,15 @@ impl Plan {
             true => AMX_SWEEP_BYTES,
             false => SWEEP_BYTES,
         };
-        let num_chunks = (shape.k * term_bytes).div_ceil(sweep_bytes).max(1);
-        let even_chunk = shape.k.div_ceil(num_chunks).next_multiple_of(geometry.step);
-        let chunk = fixed_chunk(shape.kind, geometry).unwrap_or(even_chunk);
+        let even_chunk = |k: usize| {
+            let num_chunks = (k * term_bytes).div_ceil(sweep_bytes).max(1);
+            k.div_ceil(num_chunks).next_multiple_of(geometry.step)
+        };
+        let chunk = fixed_chunk(shape.kind, geometry).unwrap_or_else(|| match shape.kind {
+            // Parts of whole blocks; the last block may have fewer.
+            WeightType::Int8 => even_chunk(shape.k.min(BLOCK)),
+            _ => even_chunk(shape.k),
+        });
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.
@@ -342,9 +350,7 @@ mod tests {
             let geometry = Geometry::new(simd, kind);
             let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, geometry, 2);
             let term_bytes = geometry.strip * tile_bytes(kind);
-            // In integers a block of K is what it is.
-            let is_short = geometry.is_amx && kind != WeightType::Int8;
-            let most = if is_short { AMX_SWEEP_BYTES } else { SWEEP_BYTES };
+            let most = if geometry.is_amx { AMX_SWEEP_BYTES } else { SWEEP_BYTES };
             assert!(plan.chunk * term_bytes <= most + geometry.step * term_bytes, "{plan:?}");
         }
     }

@@ -89,6 +89,22 @@ impl Geometry {
     }
 }
 
+/// Sums in integers over a part of a block of K, without scales. Only AMX cuts blocks.
+#[derive(Clone, Copy)]
+pub(super) struct OpenBlock {
+    /// `[rows, strip]`, with room for whole registers of rows; not looked at where the tile has all of its block.
+    pub(super) sums: *mut i32,
+    /// Whether they hold the sums over the block's earlier terms, and the bias with them.
+    pub(super) is_begun: bool,
+    /// Whether the tile's sums go there, for a later one to go on with, and not to the destination.
+    pub(super) is_open: bool,
+}
+
+impl OpenBlock {
+    /// Of a tile that has all of its block.
+    pub(super) const NONE: Self = Self { sums: std::ptr::null_mut(), is_begun: false, is_open: false };
+}
+
 /// One call of a kernel: `c = [init +] a · b`, or `c += [init +] a · b`.
 ///
 /// In integers it is `c = [init +] f32(bias + a · b) · (row_scales · scales)`, where `a` is without a sign, and nothing is
@@ -109,9 +125,11 @@ pub(super) struct Tile {
     pub(super) register_rows: usize,
     /// 16, 32 or 64.
     pub(super) cols: usize,
-    /// For products in integers, what the sums over the chunk start from, `[cols]`; otherwise not looked at.
+    /// For products in integers, what the sums over a block of K start from, `[cols]`; otherwise not looked at.
     pub(super) bias: *const i32,
-    /// For those, what the sums over the chunk are multiplied with: the columns' factors, `[cols]`,
+    /// For those, where in its block the chunk is.
+    pub(super) integers: OpenBlock,
+    /// For those, what the sums over the block are multiplied with: the columns' factors, `[cols]`,
     pub(super) scales: *const f32,
     /// and the rows', `[rows]`.
     pub(super) row_scales: *const f32,

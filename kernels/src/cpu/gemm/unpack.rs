@@ -6,6 +6,8 @@
 use super::tile::NR;
 use crate::backend::WeightType;
 use crate::cpu::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::has_vbmi;
 
 /// Terms that are unpacked at a time, at most, by the columns that lie side by side.
 ///
@@ -46,6 +48,9 @@ pub(super) fn unpack_fn(simd: Simd, kind: WeightType) -> UnpackFn {
     match (simd, is_int4) {
         #[cfg(target_arch = "x86_64")]
         (Simd::Avx512 | Simd::Amx, true) => x86::int4_avx512,
+        #[cfg(target_arch = "x86_64")]
+        // Every processor with AMX has VBMI, but nothing says that it must.
+        (Simd::Amx, false) if has_vbmi() => x86::int8_vbmi,
         #[cfg(target_arch = "x86_64")]
         (Simd::Avx512 | Simd::Amx, false) => x86::int8_avx512,
         #[cfg(target_arch = "x86_64")]
@@ -148,6 +153,38 @@ mod x86 {
                         out.add(chunk.strip).cast(),
                         _mm512_permutex2var_epi16(even, upper, odd),
                     );
+                }
+            }
+        }
+    }
+
+    /// The same with each byte put under its exponent by one instruction, and pairs made by a shift and a mask.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    pub(super) unsafe fn int8_vbmi(chunk: &Unpack) {
+        const LOWEST: u64 = 0x1111_1111_1111_1111;
+        const ODD: u32 = 0xaaaa_aaaa;
+        let flip = _mm512_set1_epi8(-128);
+        let (exponent, offset) = (_mm512_set1_epi32(0x4b00_0000), _mm512_set1_ps(8_388_736.0));
+        // Byte `i` of every word.
+        let places: [__m512i; 4] = std::array::from_fn(|i| {
+            let first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+            _mm512_add_epi32(first, _mm512_set1_epi32(i as i32))
+        });
+        let number = |words, place| {
+            let bits = _mm512_mask_permutexvar_epi8(exponent, LOWEST, place, words);
+            _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(bits), offset))
+        };
+        let pair = |even, odd| _mm512_mask_blend_epi16(ODD, _mm512_srli_epi32::<16>(even), odd);
+        // SAFETY: the caller vouches for the chunk's pointers, two pairs to a word.
+        unsafe {
+            for word in 0..chunk.terms / 4 {
+                for first in (0..chunk.cols).step_by(LANES) {
+                    let words = _mm512_loadu_si512(chunk.words.add(word * chunk.strip + first).cast());
+                    let words = _mm512_xor_si512(words, flip);
+                    let [a, b, c, d] = places.map(|place| number(words, place));
+                    let out = chunk.out.add(word * 2 * chunk.strip + first);
+                    _mm512_storeu_si512(out.cast(), pair(a, b));
+                    _mm512_storeu_si512(out.add(chunk.strip).cast(), pair(c, d));
                 }
             }
         }

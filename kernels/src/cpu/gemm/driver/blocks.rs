@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::{Output, Product};
-use crate::cpu::gemm::amx::{self, BLOCK_COLS, Sums};
+use crate::cpu::gemm::amx::{self, BLOCK_COLS, Results, Sums};
 use crate::cpu::gemm::operand::OperandWriter;
 use crate::cpu::gemm::plan::Unit;
 use crate::cpu::gemm::scratch::with_sums;
@@ -25,16 +25,24 @@ struct Block {
 }
 
 impl<const N: usize> Product<'_, N> {
-    /// Calls `take` with the sums of every block of a unit by matrix `m`, integers without their scales.
+    /// Calls `take` with the sums of every block of a unit by matrix `m`, integers without their scales; they will go to
+    /// `results(row, piece)`.
     ///
     /// # Safety
     /// `scratch` has room for the unit's tiles, and the level is AMX with weights that are read where they lie.
-    unsafe fn sweep_blocks(&self, unit: &Unit, m: usize, scratch: *mut f32, take: impl Fn(Block)) {
+    unsafe fn sweep_blocks(
+        &self,
+        unit: &Unit,
+        m: usize,
+        scratch: *mut f32,
+        results: impl Fn(usize, usize) -> Results,
+        take: impl Fn(Block),
+    ) {
         // SAFETY: the caller's; the tiles are those of a sweep.
         unsafe {
             self.sweep_with(unit, m, scratch, |tile, piece, index| {
                 let start = self.plan.rows(index).start;
-                amx::for_each_block(tile, self.kind, |first, rows, sums| {
+                amx::for_each_block(tile, self.kind, &results(start, piece), |first, rows, sums| {
                     take(Block { sums, piece, first_row: start + first, rows });
                 });
             });
@@ -74,7 +82,11 @@ impl Product<'_, 1> {
             // SAFETY: the scratch has a place for every tile of a unit; a block's valid columns lie in `out`, and are this
             // unit's alone.
             unsafe {
-                self.sweep_blocks(unit, 0, scratch, |block| {
+                let results = |row, piece| {
+                    let start = out.at(row * n + self.plan.cols(piece).start).cast_const().cast();
+                    Results { start, stride: n * 4 }
+                };
+                self.sweep_blocks(unit, 0, scratch, results, |block| {
                     let first_col = self.plan.cols(block.piece).start;
                     let to = Rows { at: out.at(block.first_row * n + first_col), step: n };
                     let factor = self.factor(0, &block, block.sums);
@@ -95,13 +107,21 @@ impl Product<'_, 2> {
                 // and valid columns lie inside of `out` and are this unit's alone.
                 unsafe {
                     self.sweep_to_scratch(&unit, 0, scratch);
-                    self.sweep_blocks(&unit, 1, for_up, |block| {
-                        let gates = scratch.add(self.place_of(&unit, &block)).cast_const();
-                        let factors =
-                            [self.factor(0, &block, Sums::F32(gates)), self.factor(1, &block, block.sums)];
-                        let to = |row| out.bf16_at(row, self.plan.cols(block.piece).start);
-                        gate_rows(&factors, |row| self.row_scale(row), &block, to);
-                    });
+                    self.sweep_blocks(
+                        &unit,
+                        1,
+                        for_up,
+                        |_, _| Results::NOWHERE,
+                        |block| {
+                            let gates = scratch.add(self.place_of(&unit, &block)).cast_const();
+                            let factors = [
+                                self.factor(0, &block, Sums::F32(gates)),
+                                self.factor(1, &block, block.sums),
+                            ];
+                            let to = |row| out.bf16_at(row, self.plan.cols(block.piece).start);
+                            gate_rows(&factors, |row| self.row_scale(row), &block, to);
+                        },
+                    );
                 }
             });
         });

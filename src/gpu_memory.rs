@@ -33,6 +33,8 @@ pub(crate) struct Question {
     /// By the GPU's index.
     free_bytes: BTreeMap<usize, u64>,
     step: StepSize,
+    /// Most of a GPU, where contexts are split over them.
+    multiprocessors: Option<usize>,
     wanted: WantedTokens,
 }
 
@@ -61,6 +63,9 @@ impl Question {
             replicas: pipeline.replicas,
             free_bytes: gpus::free_bytes(pipeline)?,
             step: StepSize { rows, sequences, context_tokens, micro_batches, arrivals },
+            multiprocessors: (!pipeline.deterministic)
+                .then(|| gpus::multiprocessors(pipeline))
+                .transpose()?,
             wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
         })
     }
@@ -78,8 +83,7 @@ impl Question {
                     let is_here = |(_, other): &(usize, &usize)| **other == index;
                     for (rank, _) in indices[ranks.clone()].iter().enumerate().filter(is_here) {
                         let place = RankPlace { rank, num_ranks: ranks.len() };
-                        memory +=
-                            GpuMemory::of(&self.config, *part, (place, sharing), self.dtypes, self.step);
+                        memory += self.memory(*part, (place, sharing), self.step);
                         parts.push(*part);
                     }
                 }
@@ -110,9 +114,12 @@ impl Question {
 
     /// What blocks take, were they a GPU's only stage, with angles for so many positions.
     fn alone(&self, blocks: Span, context_tokens: usize) -> GpuMemory {
-        let (place, step) =
-            ((RankPlace::ALONE, &Sharing::default()), StepSize { context_tokens, ..self.step });
-        GpuMemory::of(&self.config, blocks.into(), place, self.dtypes, step)
+        let step = StepSize { context_tokens, ..self.step };
+        self.memory(blocks.into(), (RankPlace::ALONE, &Sharing::default()), step)
+    }
+
+    fn memory(&self, part: Part, shard: (RankPlace, &Sharing), step: StepSize) -> GpuMemory {
+        GpuMemory::of(&self.config, part, shard, self.dtypes, (step, self.multiprocessors))
     }
 
     /// The same with nothing taken off.

@@ -25,6 +25,15 @@ pub(crate) fn free_bytes(pipeline: &configs::Pipeline) -> Result<BTreeMap<usize,
     named.into_iter().map(|index| Ok((index, gpu(index)?.free_bytes()?))).collect()
 }
 
+/// Multiprocessors of a pipeline's largest GPU.
+///
+/// # Errors
+/// One that is not there, and why.
+pub(crate) fn multiprocessors(pipeline: &configs::Pipeline) -> Result<usize> {
+    let each = pipeline.devices.iter().map(|device| Ok(gpu(device.index)?.multiprocessors as usize));
+    each.collect::<Result<Vec<_>>>().map(|each| each.into_iter().max().unwrap_or(0))
+}
+
 /// The GPUs that a pipeline names, each of them once, as the devices of stages.
 pub(crate) fn distinct(pipeline: &configs::Pipeline) -> Vec<Device> {
     let mut named: Vec<usize> = Vec::new();

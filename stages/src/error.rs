@@ -84,12 +84,26 @@ pub enum Error {
         /// What it said, or what others saw of it.
         message: String,
     },
+    /// A device has no room for the smallest step there is.
+    #[error(
+        "a step of one token: {0}, with all given back that larger steps had\n\
+         hint: another program has taken memory of this GPU since the model was loaded"
+    )]
+    NoRoomForOneToken(kernels::Error),
     /// A device refused.
     #[error(transparent)]
     Device(#[from] kernels::Error),
 }
 
 impl Error {
+    /// What a device's lack of room means where nothing smaller can be asked of it.
+    pub(crate) fn of_one_token(self) -> Error {
+        match self {
+            Error::Device(error @ kernels::Error::OutOfMemory { .. }) => Error::NoRoomForOneToken(error),
+            other => other,
+        }
+    }
+
     /// Whether a device has no room for what it was asked, and might have for less.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, Error::Device(kernels::Error::OutOfMemory { .. }))

@@ -46,13 +46,14 @@ pub struct GpuMemory {
 }
 
 impl GpuMemory {
-    /// That of a part, or of a rank's shard of it.
+    /// That of a part, or of a rank's shard of it. Where bits may depend on the batch, contexts are split over the GPU's
+    /// multiprocessors, of which there are so many.
     pub fn of(
         config: &ModelConfig,
         part: Part,
         (place, sharing): (RankPlace, &Sharing),
         Dtypes { weights, kv }: Dtypes,
-        step: StepSize,
+        (step, multiprocessors): (StepSize, Option<usize>),
     ) -> GpuMemory {
         let dims = config.dims;
         let mut memory = GpuMemory::default();
@@ -83,7 +84,8 @@ impl GpuMemory {
         if memory.num_caches > 0 {
             memory.weight_bytes += 2 * numbers(step.context_tokens, dims.head_dim / 2);
         }
-        memory.work_bytes = work_bytes(&WorkShapes::of(config, part, (place, sharing), step), weights);
+        let shapes = WorkShapes::of(config, part, (place, sharing), step);
+        memory.work_bytes = work_bytes(&shapes, weights, multiprocessors);
         if place.num_ranks > 1 {
             memory.work_bytes += collective_bytes(config, part, place, step);
         }
@@ -170,7 +172,7 @@ impl std::ops::AddAssign for GpuMemory {
 }
 
 /// The arrays of `span::Work` and `head::HeadWork`, and what operations keep.
-fn work_bytes(shapes: &WorkShapes, weights: WeightType) -> u64 {
+fn work_bytes(shapes: &WorkShapes, weights: WeightType, multiprocessors: Option<usize>) -> u64 {
     let numbers = |[rows, cols]: [usize; 2]| if rows * cols == 0 { 0 } else { numbers(rows, cols) };
     let operand = |[rows, cols]: [usize; 2]| {
         if rows * cols == 0 { 0 } else { matrix(rows, cols) + codes(weights, rows, cols) }
@@ -179,7 +181,7 @@ fn work_bytes(shapes: &WorkShapes, weights: WeightType) -> u64 {
     let mut sum = 0;
     sum += [x, q, kv, kv, added, sums, head_rows, logits].map(|&shape| numbers(shape)).iter().sum::<u64>();
     sum += [normed, inner, head_normed].map(|&shape| operand(shape)).iter().sum::<u64>();
-    sum + cuda_work_bytes(kept)
+    sum + cuda_work_bytes(kept, multiprocessors)
 }
 
 /// What ranks work in beside that: what the others have sent of a half's result, and of logits.
@@ -227,7 +229,7 @@ mod tests {
 
     fn of_rank(config: &ModelConfig, start: usize, end: usize, place: RankPlace) -> GpuMemory {
         let part = Span { start, end }.into();
-        GpuMemory::of(config, part, (place, &Sharing::default()), BF16, STEP)
+        GpuMemory::of(config, part, (place, &Sharing::default()), BF16, (STEP, None))
     }
 
     fn of(config: &ModelConfig, start: usize, end: usize) -> GpuMemory {
@@ -267,7 +269,7 @@ mod tests {
         let apart = StepSize { arrivals: STEP.micro_batches, ..STEP };
         let work = |start, end, place: RankPlace, step| {
             let part = Span { start, end }.into();
-            GpuMemory::of(&config, part, (place, &Sharing::default()), BF16, step).work_bytes
+            GpuMemory::of(&config, part, (place, &Sharing::default()), BF16, (step, None)).work_bytes
         };
         let array = numbers(STEP.rows, config.dims.hidden);
         for (start, end, place, arrivals) in [
@@ -302,7 +304,7 @@ mod tests {
         let part: Part = Span { start: 0, end: config.blocks.len() }.into();
         let pages = |kv| {
             let place = (RankPlace::ALONE, &Sharing::default());
-            GpuMemory::of(&config, part, place, Dtypes { kv, ..BF16 }, STEP).pages_in(140 << 30)
+            GpuMemory::of(&config, part, place, Dtypes { kv, ..BF16 }, (STEP, None)).pages_in(140 << 30)
         };
         let (bf16, fp8) = (pages(KvDtype::Bf16), pages(KvDtype::Fp8));
         // A byte for each head of 128 beside its 128.

@@ -2,6 +2,7 @@
 
 use super::attention::{AttentionKernels, Plan};
 use super::choices::ChoiceWork;
+use super::cublaslt::WORKSPACE_BYTES;
 use super::draws::CudaDraws;
 use super::operations::swiglu_columns;
 use super::stream::Memory;
@@ -17,13 +18,21 @@ pub fn cuda_allocated_bytes(bytes: u64) -> u64 {
     bytes.max(1).next_multiple_of(granule)
 }
 
-/// Memory that operations keep for themselves, for steps of up to this size. Parts of contexts that are split, where
-/// bits may depend on the batch, come on top: for 256 rows of 8 KV heads of 128 on 132 multiprocessors 21 MB.
-pub fn cuda_work_bytes(size: &WorkSize) -> u64 {
-    let Bytes { gate, product, stats, draws, choices, tables, parcel } = Bytes::of(size, Cuda::FFN_COLUMNS);
-    let pieces = [gate, gate, product, stats, draws, draws].into_iter().chain(choices).chain(tables);
+/// Memory that operations keep for themselves, for steps of up to this size. Where bits may depend on the batch, contexts are
+/// split over a GPU's multiprocessors, of which there are so many, and cuBLASLt has a workspace.
+pub fn cuda_work_bytes(size: &WorkSize, multiprocessors: Option<usize>) -> u64 {
+    let Bytes { gate, product, stats, draws, choices, tables, partials, parcel } =
+        Bytes::of(size, Cuda::FFN_COLUMNS, multiprocessors);
+    let pieces =
+        [gate, gate, product, stats, draws, draws].into_iter().chain(choices).chain(tables).chain(partials);
     let parcels = std::iter::repeat_n(parcel, size.parcels + size.arrivals);
-    pieces.chain(parcels).filter(|&bytes| bytes > 0).map(|bytes| cuda_allocated_bytes(bytes as u64)).sum()
+    let library = multiprocessors.map(|_| WORKSPACE_BYTES);
+    pieces
+        .chain(parcels)
+        .chain(library)
+        .filter(|&bytes| bytes > 0)
+        .map(|bytes| cuda_allocated_bytes(bytes as u64))
+        .sum()
 }
 
 const PIECE_BYTES: u64 = 512;
@@ -41,13 +50,18 @@ struct Bytes {
     draws: usize,
     choices: [usize; 2],
     tables: [usize; 7],
+    /// Of parts of contexts the sums of weights times values, the largest scores, and the sums of weights.
+    partials: [usize; 3],
     /// An array that waits for the next stage.
     parcel: usize,
 }
 
 impl Bytes {
-    fn of(size: &WorkSize, ffn_columns: usize) -> Bytes {
+    fn of(size: &WorkSize, ffn_columns: usize, multiprocessors: Option<usize>) -> Bytes {
         let WorkSize { rows, hidden, ffn, logit_rows, choice_rows, .. } = *size;
+        let split = multiprocessors.filter(|_| size.kv_heads > 0);
+        let partials =
+            split.map_or(0, |over| Plan::most_partials(rows.min(size.sequences), size.kv_heads, over));
         // With more rows at once fewer columns are, by whole 64: the most is not always that of the most rows.
         let gate = |rows: usize| rows * swiglu_columns(rows, ffn, ffn_columns);
         Bytes {
@@ -57,6 +71,8 @@ impl Bytes {
             draws: CudaDraws::bytes(logit_rows),
             choices: ChoiceWork::bytes(choice_rows),
             tables: Tables::words(size).map(|words| words * size_of::<u32>()),
+            partials: [AttentionKernels::padded(size.head_dim), 1, 1]
+                .map(|numbers| partials * numbers * size_of::<f32>()),
             parcel: rows * hidden * size_of::<f32>(),
         }
     }
@@ -68,8 +84,10 @@ impl Cuda {
         const OP: &str = "work of a step";
         *locked(&self.staging) = None;
         *locked(&self.source) = Memory::none(&self.stream);
-        let Bytes { gate, product, stats: stat_bytes, parcel, .. } =
-            Bytes::of(size, self.options.ffn_columns);
+        let may_split = !self.options.is_deterministic;
+        let multiprocessors = may_split.then_some(self.gpu.multiprocessors as usize);
+        let Bytes { gate, product, stats: stat_bytes, partials, parcel, .. } =
+            Bytes::of(size, self.options.ffn_columns, multiprocessors);
         let mut workspace = locked(&self.workspace);
         let Workspace { gate: gates, up, partial, maxima, sums, stats, choices, .. } = &mut *workspace;
         gates.reserve(OP, gate)?;
@@ -79,15 +97,10 @@ impl Cuda {
         if self.library.is_none() {
             locked(&self.product).reserve(OP, product)?;
         }
-        if !self.options.is_deterministic && size.kv_heads > 0 {
-            let rows = size.rows.min(size.sequences);
-            let multiprocessors = self.gpu.multiprocessors as usize;
-            let partials = Plan::most_partials(rows, size.kv_heads, multiprocessors);
-            let padded = AttentionKernels::padded(size.head_dim);
-            partial.reserve(OP, partials * padded * size_of::<f32>())?;
-            maxima.reserve(OP, partials * size_of::<f32>())?;
-            sums.reserve(OP, partials * size_of::<f32>())?;
-        }
+        [partial, maxima, sums]
+            .into_iter()
+            .zip(partials)
+            .try_for_each(|(memory, bytes)| memory.reserve(OP, bytes))?;
         let [asked, _] = ChoiceWork::bytes(size.logit_rows);
         locked(&self.tables).reserve(&self.stream, size, asked)?;
         self.parcels.reserve(&self.stream, size.parcels, parcel)?;
@@ -109,8 +122,9 @@ mod tests {
 
     #[test]
     fn a_swiglu_takes_most_where_its_columns_are_just_not_cut() {
-        let gate =
-            |rows, ffn| Bytes::of(&WorkSize { rows, ffn, ..WorkSize::default() }, Cuda::FFN_COLUMNS).gate;
+        let gate = |rows, ffn| {
+            Bytes::of(&WorkSize { rows, ffn, ..WorkSize::default() }, Cuda::FFN_COLUMNS, None).gate
+        };
         // 512 rows of Ultra's widest FFN: products of 53,248 columns, 52 blocks each.
         assert_eq!(gate(512, 425_984), 52 * (2 << 20));
         // 630 rows have all 53,248 columns at once, and 3,000 have 11,136, which is less in all.
@@ -118,5 +132,23 @@ mod tests {
         assert!(gate(3000, 425_984) >= gate(630, 425_984));
         assert!(3000 * swiglu_columns(3000, 425_984, Cuda::FFN_COLUMNS) * 4 < gate(630, 425_984));
         assert_eq!(gate(3000, 0), 0);
+    }
+
+    #[test]
+    fn parts_of_contexts_take_memory_where_they_are_split() {
+        let size = WorkSize {
+            rows: 512,
+            sequences: 256,
+            context_tokens: 4096,
+            kv_heads: 8,
+            head_dim: 128,
+            ..WorkSize::default()
+        };
+        // 132 multiprocessors have 528 parts beside one for each of 256 rows' 8 heads, of 16 query heads and 128 numbers each.
+        let found = cuda_work_bytes(&size, Some(132)) - cuda_work_bytes(&size, None);
+        let parts = (528 + 256 * 8) * 16 * 4;
+        let partials: u64 = [128 * parts, parts, parts].map(cuda_allocated_bytes).iter().sum();
+        assert_eq!(found, partials + WORKSPACE_BYTES as u64);
+        assert_eq!(Bytes::of(&size, Cuda::FFN_COLUMNS, None).partials, [0; 3]);
     }
 }

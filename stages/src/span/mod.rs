@@ -22,7 +22,7 @@ use kernels::{Arrival, Backend, DecodeStep, FedTokens, Gate};
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::batch::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::head::{Asked, Head, HeadWork};
 use crate::memory::StepSize;
 use crate::part::Part;
@@ -323,7 +323,8 @@ impl<B: Backend> SpanStage<B> {
         self.run_blocks()
     }
 
-    /// A micro-batch; where the device has no room for it, its halves one after the other, and theirs.
+    /// A micro-batch; where the device has no room for it, its halves one after the other, and theirs. A token alone is tried once
+    /// more when all has been given back that larger steps had.
     ///
     /// Rows do not depend on what stands beside them, and a key that is written twice is the same key: so what comes of it has
     /// the same bits. To send sequences back to wait would help nobody: their pages are memory that the cache keeps.
@@ -332,8 +333,8 @@ impl<B: Backend> SpanStage<B> {
             Err(error) if error.is_out_of_memory() && self.ranks.is_none() => error,
             done => return done,
         };
-        let Some((front, back)) = batch.halves() else { return Err(error) };
-        if !std::mem::replace(&mut self.has_halved, true) {
+        let halves = batch.halves();
+        if halves.is_some() && !std::mem::replace(&mut self.has_halved, true) {
             let tokens = batch.num_tokens();
             tracing::warn!(
                 "{error}: the step of {tokens} tokens goes in halves, and later ones where they must"
@@ -342,6 +343,9 @@ impl<B: Backend> SpanStage<B> {
         // What has grown for larger steps than these goes first.
         self.work = Work::new(&self.backend);
         self.backend.free_workspace();
+        let Some((front, back)) = halves else {
+            return self.whole_step(batch, input).map_err(Error::of_one_token);
+        };
         let (for_front, for_back) = match input {
             Some(input) => {
                 let (front, back) = input.split(front.num_tokens())?;

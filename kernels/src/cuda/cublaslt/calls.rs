@@ -11,7 +11,7 @@ use crate::cuda::stream::{Argument, Memory, Stream};
 use crate::error::{Error, Result};
 
 /// Memory that an algorithm may work in: what NVIDIA recommends for Hopper is 32 MiB.
-pub(super) const WORKSPACE_BYTES: usize = 64 << 20;
+pub(crate) const WORKSPACE_BYTES: usize = 64 << 20;
 
 /// CUBLAS_OP_T, which cudarc's bindings have beside another library.
 const TRANSPOSED: i32 = 1;

@@ -19,10 +19,11 @@ use super::gpu::Gpu;
 use super::stream::{Memory, Stream};
 use super::{libraries, locked};
 use crate::error::Result;
-use calls::{Handle, Shape, WORKSPACE_BYTES};
+use calls::{Handle, Shape};
 use file::{Owner, Plans};
 use plan::{Algorithm, Choice, Key};
 
+pub(crate) use calls::WORKSPACE_BYTES;
 pub(crate) use plan::{Kind, cuts};
 
 /// Runs of a candidate that are timed together, after one that is not.

@@ -126,7 +126,7 @@ impl<'a> Estimator<'a> {
     fn piece(&self, shape: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> Piece {
         let parts = Parts::of(self.config, shape, ranks, sharing.of(shape.block));
         let bytes = parts.weight_bytes(self.types);
-        let kv_bytes_per_token = self.types.kv.bytes(parts.attention.kv_values);
+        let kv_bytes_per_token = self.types.kv.kv_bytes(parts.attention.kv_values, self.config.dims.head_dim);
         Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
     }
 
@@ -178,7 +178,8 @@ impl<'a> Estimator<'a> {
         let attended = |tokens: f64, context: f64| tokens * context * rank.flops_per_context_token;
         // By sequences a rank reads all keys and values of its rows, of which it keeps them.
         let kv_values = rank.kv_values * if rank.by_sequences { ranks as u64 } else { 1 };
-        let kv_bytes = load.decode_tokens * load.decode_context * self.types.kv.bytes(kv_values) as f64;
+        let kept = self.types.kv.kv_bytes(kv_values, self.config.dims.head_dim) as f64;
+        let kv_bytes = load.decode_tokens * load.decode_context * kept;
         let mut sum = self.product_seconds(rank.matrix_params, load.tokens());
         sum += self.roofline.attention_seconds(attended(load.decode_tokens, load.decode_context), kv_bytes);
         sum += self.roofline.attention_seconds(attended(load.prefill_tokens, load.prefill_context), 0.0);
@@ -317,6 +318,22 @@ mod tests {
             assert_eq!(costs.weight_bytes(0..pieces.len()), 2 * config.params());
             assert_eq!(costs.kv_bytes_per_token(0..pieces.len()), 262_144);
             assert_eq!(pieces.iter().filter(|piece| piece.ends_block).count(), config.blocks.len());
+        }
+    }
+
+    /// As `KvDtype::head_bytes` counts what a cache has.
+    #[test]
+    fn keys_and_values_in_fp8_have_a_scale_for_each_head_of_each_token() {
+        let config = ultra();
+        let pieces = pieces(&config, None);
+        for kv in [kernels::KvDtype::F32, kernels::KvDtype::Bf16, kernels::KvDtype::Fp8] {
+            let types = NumberTypes { kv: kv.into(), ..BF16 };
+            let estimator = Estimator { types, ..estimator(&config, Balance::Roofline) };
+            let costs = estimator.rank_costs(&pieces, 1, decode(1.0, 1.0));
+            // 64 blocks with keys and values of 8 heads.
+            let heads = 64 * 2 * 8;
+            let expected = heads * kv.head_bytes(config.dims.head_dim) as u64;
+            assert_eq!(costs.kv_bytes_per_token(0..pieces.len()), expected, "{kv:?}");
         }
     }
 

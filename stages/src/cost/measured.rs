@@ -256,7 +256,7 @@ impl Measured {
         Piece {
             seconds: self.seconds(piece, parts, ranks, load),
             weight_bytes: parts.weight_bytes(self.types),
-            kv_bytes_per_token: self.types.kv.bytes(parts.attention.kv_values),
+            kv_bytes_per_token: self.types.kv.kv_bytes(parts.attention.kv_values, self.config.dims.head_dim),
         }
     }
 

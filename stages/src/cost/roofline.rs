@@ -113,6 +113,12 @@ impl NumberType {
         }
     }
 
+    /// The same of keys and values, of heads of this width: in fp8 a head has a scale of a byte, for each of both and each token.
+    pub(crate) fn kv_bytes(self, numbers: u64, head_dim: usize) -> u64 {
+        let scales = if self == Self::Fp8 { numbers / head_dim as u64 } else { 0 };
+        self.bytes(numbers) + scales
+    }
+
     /// The type of what stays wider where blocks are narrow: embedding, output matrix and norms.
     pub(crate) fn at_least_bf16(self) -> Self {
         match self {

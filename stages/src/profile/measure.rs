@@ -325,7 +325,8 @@ impl Bench<'_> {
     }
 
     fn kv_bytes_per_token(&self, attention: Attention) -> u64 {
-        NumberType::from(self.options.dtypes.kv).bytes(attention.kv_values_per_token(self.model.config.dims))
+        let dims = self.model.config.dims;
+        NumberType::from(self.options.dtypes.kv).kv_bytes(attention.kv_values_per_token(dims), dims.head_dim)
     }
 
     /// Enough that keys and values are read from memory, as weights are.

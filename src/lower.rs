@@ -110,7 +110,7 @@ pub(crate) fn pipeline(
     machine: &Machine,
 ) -> Result<Unplaced> {
     check(pipeline)?;
-    let dtypes = dtypes(model, pipeline);
+    let dtypes = dtypes(model, pipeline, config);
     let groups = device_groups(pipeline, machine)?;
     let devices = pipeline.devices.iter().map(|device| groups[device.index].clone()).collect();
 
@@ -222,7 +222,8 @@ fn architectures(options: &PipelineOptions) -> Result<String> {
     Ok(names.into_iter().collect::<Vec<_>>().join(", "))
 }
 
-fn weights(dtype: configs::Dtype) -> WeightType {
+/// The type of weights that a job names.
+pub(crate) fn weights(dtype: configs::Dtype) -> WeightType {
     match dtype {
         configs::Dtype::Bf16 => WeightType::Bf16,
         configs::Dtype::F32 => WeightType::F32,
@@ -233,14 +234,38 @@ fn weights(dtype: configs::Dtype) -> WeightType {
     }
 }
 
-/// The number types of a job.
-pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline) -> Dtypes {
-    let kv = match pipeline.kv_cache_dtype.beside(model.dtype) {
+/// The number types of a job. A checkpoint that asks for keys and values in fp8 has them so where nobody says otherwise.
+pub(crate) fn dtypes(model: &configs::Model, pipeline: &configs::Pipeline, config: &ModelConfig) -> Dtypes {
+    let asked = match follows_checkpoint(model, pipeline, config) {
+        true => configs::KvCacheDtype::Fp8,
+        false => pipeline.kv_cache_dtype,
+    };
+    let kv = match asked.beside(model.dtype) {
         configs::KvCacheDtype::F32 => KvDtype::F32,
         configs::KvCacheDtype::Bf16 | configs::KvCacheDtype::Auto => KvDtype::Bf16,
         configs::KvCacheDtype::Fp8 => KvDtype::Fp8,
     };
     Dtypes { weights: weights(model.dtype), kv }
+}
+
+/// Whether keys and values are in fp8 because the checkpoint says so, and the job nothing. Weights in f32 are asked for by whoever
+/// wants exact numbers.
+fn follows_checkpoint(model: &configs::Model, pipeline: &configs::Pipeline, config: &ModelConfig) -> bool {
+    config.asks_for_fp8_kv
+        && pipeline.kv_cache_dtype == configs::KvCacheDtype::Auto
+        && model.dtype != configs::Dtype::F32
+}
+
+/// What the user should know whose checkpoint decides how keys and values are kept.
+pub(crate) fn kv_of_checkpoint(
+    model: &configs::Model,
+    pipeline: &configs::Pipeline,
+    config: &ModelConfig,
+) -> Option<&'static str> {
+    follows_checkpoint(model, pipeline, config).then_some(
+        "keys and values are in fp8, as the checkpoint asks for, with scales of our own: [pipeline] kv_cache_dtype = \"bf16\" \
+         keeps them wider",
+    )
 }
 
 /// What the user should know whose checkpoint is narrow and is widened.
@@ -426,6 +451,25 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checkpoint_says_how_keys_and_values_are_kept_where_the_job_does_not() {
+        let path = std::path::Path::new("configs/models/Llama-3_3-Nemotron-Super-49B-v1");
+        let plain = ModelConfig::read(path).unwrap();
+        let config = |asks_for_fp8_kv| ModelConfig { asks_for_fp8_kv, ..plain.clone() };
+        let kv = |dtype, kv_cache_dtype, asks| {
+            let model = configs::Model { dtype, ..configs::Model::default() };
+            let pipeline = configs::Pipeline { kv_cache_dtype, ..configs::Pipeline::default() };
+            let told = kv_of_checkpoint(&model, &pipeline, &config(asks));
+            (dtypes(&model, &pipeline, &config(asks)).kv, told.is_some())
+        };
+        use configs::{Dtype, KvCacheDtype};
+        assert_eq!(kv(Dtype::Bf16, KvCacheDtype::Auto, true), (KvDtype::Fp8, true));
+        assert_eq!(kv(Dtype::Int4Weight, KvCacheDtype::Auto, true), (KvDtype::Fp8, true));
+        assert_eq!(kv(Dtype::F32, KvCacheDtype::Auto, true), (KvDtype::F32, false));
+        assert_eq!(kv(Dtype::Bf16, KvCacheDtype::Bf16, true), (KvDtype::Bf16, false));
+        assert_eq!(kv(Dtype::Bf16, KvCacheDtype::Auto, false), (KvDtype::Bf16, false));
+    }
 
     #[test]
     fn whoever_widens_a_narrow_checkpoint_is_told_the_key() {

@@ -105,7 +105,7 @@ pub(crate) struct Occasion {
 /// Stages or devices that are wrong.
 pub(crate) fn check(job: &JobFile, model: &Model) -> Result<()> {
     lower::check(&job.pipeline)?;
-    let weights = lower::dtypes(&job.model, &job.pipeline).weights;
+    let weights = lower::weights(job.model.dtype);
     layout::check_shared(&job.pipeline, weights)?;
     layout::given(&job.pipeline, weights, &model.config).map(drop)
 }
@@ -121,7 +121,7 @@ pub(crate) fn place(
     gpus: Option<gpu_memory::Question>,
 ) -> Result<Placement> {
     let pipeline = &job.pipeline;
-    let weights = lower::dtypes(&job.model, pipeline).weights;
+    let weights = lower::weights(job.model.dtype);
     let given = layout::given(pipeline, weights, &model.config)?;
     let kept =
         first_run::kept(pipeline, &model.config, occasion.first_run.as_deref(), occasion.accept_numerics)?;

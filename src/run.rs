@@ -81,6 +81,8 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let widened = lower::widened(model.narrow(), &job.model, &job.pipeline)?;
     widened.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    let kv = lower::kv_of_checkpoint(&job.model, &job.pipeline, &model.config);
+    kv.iter().for_each(|note| say(&format!("note: {note}")));
     placement::check(job, &model)?;
     let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
     let Files { text, reader, folder, settings, created } =

@@ -36,7 +36,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
     let index = pipeline.devices.first().map_or(0, |device| device.index);
     let options = ThroughputOptions {
         device: lower::device_groups(&pipeline, &machine)?.swap_remove(index),
-        dtypes: lower::dtypes(&files, &pipeline),
+        dtypes: lower::dtypes(&files, &pipeline, &model.config),
         context_tokens,
         micro_batch_tokens: pipeline.micro_batch_tokens,
         batches: args.batches.clone(),

@@ -125,10 +125,11 @@ pub(crate) fn setting(
     let mix = work.lengths.mix(lengths).context("nothing is generated")?;
     let replicas = job.pipeline.replicas;
     check_tokens_in_flight(&plan, mix.kv_tokens_per_row)?;
+    let types = number_types(args.dtype, job, &config);
     Ok(Setting {
         config,
         catalog: catalog.with_price(plan.price_per_hour),
-        types: number_types(args.dtype, job),
+        types,
         is_kv_type_given: job.pipeline.kv_cache_dtype != KvCacheDtype::Auto,
         mix,
         lengths,
@@ -169,7 +170,7 @@ pub(crate) fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> 
             setting.devices
         );
     }
-    let own = number_types(None, job);
+    let own = number_types(None, job, &setting.config);
     if setting.types != own {
         bail!("--cost measured: found --dtype, expected the job's own type");
     }
@@ -196,8 +197,9 @@ pub(crate) fn measured(args: &SettingArgs, job: &JobFile, setting: &Setting) -> 
     }
 }
 
-/// `--dtype`, or the job's own; keys and values follow narrow weights unless the job names their type.
-fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
+/// `--dtype`, or the job's own; keys and values follow narrow weights, and a checkpoint that asks for fp8, unless the job names their
+/// type.
+fn number_types(dtype: Option<PlanDtype>, job: &JobFile, config: &ModelConfig) -> NumberTypes {
     let own = |dtype| match dtype {
         configs::Dtype::Bf16 => NumberType::Bf16,
         configs::Dtype::F32 => NumberType::F32,
@@ -220,6 +222,7 @@ fn number_types(dtype: Option<PlanDtype>, job: &JobFile) -> NumberTypes {
         KvCacheDtype::F32 => NumberType::F32,
         KvCacheDtype::Bf16 => NumberType::Bf16,
         KvCacheDtype::Fp8 => NumberType::Fp8,
+        KvCacheDtype::Auto if config.asks_for_fp8_kv && weights != NumberType::F32 => NumberType::Fp8,
         // What jobs run with beside fp8.
         KvCacheDtype::Auto if dtype.is_none() && weights == NumberType::Fp8 => NumberType::Bf16,
         KvCacheDtype::Auto => kv_type(weights),

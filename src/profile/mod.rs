@@ -78,7 +78,7 @@ pub(crate) fn options(
     Ok(MeasureOptions {
         widths: widths(pipeline, &model.config, devices.len()),
         devices,
-        dtypes: lower::dtypes(files, pipeline),
+        dtypes: lower::dtypes(files, pipeline, &model.config),
         context_tokens: lower::context_tokens(files, &model.config)?,
         micro_batch_tokens: pipeline.micro_batch_tokens,
         free_bytes,

@@ -32,6 +32,8 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<u32>,
+    /// The checkpoint asks for keys and values in fp8.
+    pub asks_for_fp8_kv: bool,
 }
 
 /// Bounds beside [`MAX_COUNT`], and for the same reason.
@@ -97,6 +99,7 @@ impl ModelConfig {
             rope: rope(&top)?,
             max_position_embeddings,
             eos_token_ids: eos_token_ids(&top, dims.vocab)?,
+            asks_for_fp8_kv: crate::quantization_config::asks_for_fp8_kv(&top)?,
         })
     }
 

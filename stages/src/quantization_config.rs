@@ -27,6 +27,18 @@ pub(crate) fn check(top: &Fields<'_>) -> Result<()> {
     }
 }
 
+/// Whether a checkpoint asks for keys and values in fp8: compressed-tensors and newer exports of ModelOpt by a `kv_cache_scheme`
+/// of its numbers, older ones by name.
+pub(crate) fn asks_for_fp8_kv(top: &Fields<'_>) -> Result<bool> {
+    let Some(value) = top.value(KEY) else { return Ok(false) };
+    let fields = top.object(KEY, value)?;
+    let is_named = fields.value("kv_cache_quant_algo").is_some_and(|algo| algo == "FP8");
+    let Some(scheme) = fields.value("kv_cache_scheme") else { return Ok(is_named) };
+    let scheme = fields.object("kv_cache_scheme", scheme)?;
+    let is = |key: &str, wanted: Value| scheme.value(key).is_some_and(|found| *found == wanted);
+    Ok(is_named || (is("num_bits", 8.into()) && is("type", "float".into())))
+}
+
 fn compressed_tensors(fields: &Fields<'_>) -> Result<()> {
     const FORMATS: &str = "\"pack-quantized\" or \"float-quantized\"";
     let expected = match text(fields, "format", FORMATS)? {

@@ -296,3 +296,22 @@ fn what_is_wrong_with_quantised_tensors_is_said_by_name() {
         "tensor model.layers.0.self_attn.q_proj.weight is missing, expected shape [128, 128]"
     );
 }
+
+#[test]
+fn a_checkpoint_says_whether_its_keys_and_values_are_meant_to_be_in_fp8() {
+    let folder = tempfile::tempdir().unwrap();
+    let asks = |kind: Kind, key: &str, value: serde_json::Value| {
+        let mut quantization = config(kind);
+        quantization[key] = value;
+        write(folder.path(), &BTreeMap::new(), quantization);
+        stages::ModelConfig::read(folder.path()).unwrap().asks_for_fp8_kv
+    };
+    let scheme = |num_bits: u32, kind: &str| json!({"num_bits": num_bits, "type": kind, "dynamic": false});
+    assert!(asks(Kind::Fp8Rows, "kv_cache_scheme", scheme(8, "float")));
+    assert!(asks(Kind::Fp8Tensor, "kv_cache_scheme", scheme(8, "float")));
+    assert!(asks(Kind::Fp8Tensor, "kv_cache_quant_algo", json!("FP8")));
+    assert!(!asks(Kind::Fp8Rows, "kv_cache_scheme", scheme(8, "int")));
+    assert!(!asks(Kind::Fp8Rows, "kv_cache_scheme", scheme(4, "float")));
+    assert!(!asks(Kind::Fp8Tensor, "kv_cache_quant_algo", json!(null)));
+    assert!(!asks(Kind::Int4, "kv_cache_scheme", json!(null)));
+}

@@ -17,8 +17,8 @@ from pathlib import Path
 import nvidia
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
-# Padded to multiples of 16 as the backend pads them: our tiny models' width, SmolLM2's 64 and Nemotron's 128.
-HEAD_DIMS = [16, 32, 64, 80, 96, 128]
+# HEAD_DIMS of kernels/src/cuda/packed.rs.
+HEAD_DIMS = [16, 32, 48, 64, 80, 96, 112, 128, 256]
 PTXAS_KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"

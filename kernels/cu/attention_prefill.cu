@@ -9,6 +9,9 @@ constexpr u32 THREADS = 128;
 constexpr u32 QUERIES = THREADS / WARP * 16;
 // Pages under way at once.
 constexpr u32 STAGES = 2;
+// Keys of a page that are scored together: of wide heads half of them, for sums of weights times values take half of a thread's
+// registers then.
+constexpr u32 KEYS = HEAD_DIM > 128 ? PAGE / 2 : PAGE;
 
 // Rows of a sequence that a block takes: PrefillTile of attention.rs.
 struct Tile {
@@ -24,17 +27,18 @@ DEVICE bool is_no_number(u32 pair) {
     return (pair & 0x7f80u) == 0x7f80u || (pair & 0x7f800000u) == 0x7f800000u;
 }
 
-// Makes entries of a tile zero, from `first` on.
+// Makes KEYS entries of a tile zero, from `first` on.
 DEVICE void forget_from(bf16* tile, u32 first) {
-    for (u32 i = threadIdx.x; i < (PAGE - first) * HEAD_DIM; i += THREADS) {
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < (KEYS - first) * HEAD_DIM; i += THREADS) {
         tile[(first + i / HEAD_DIM) * STRIDE + i % HEAD_DIM] = 0;
     }
 }
 
-// Whether some entry of a tile is no number or infinite; the same for all threads.
+// Whether some of KEYS entries of a tile is no number or infinite; the same for all threads.
 DEVICE bool has_no_number(const bf16* tile) {
     bool found = false;
-    for (u32 i = threadIdx.x; i < PAGE * HEAD_DIM / 2; i += THREADS) {
+    for (u32 i = threadIdx.x; i < KEYS * HEAD_DIM / 2; i += THREADS) {
         u32 entry = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2) * 2;
         found |= is_no_number(*reinterpret_cast<const u32*>(tile + entry * STRIDE + d));
     }
@@ -131,33 +135,37 @@ DEVICE void prefill(unsigned char* memory, bf16* out, const float* q, const type
         await_copies<1>();
         __syncthreads();
         Entries::unpack(memory, page, min_of(PAGE, last_position + 1 - page * PAGE));
-        const bf16* page_keys = Entries::tile(memory, page);
-        bf16* page_values = Entries::tile(memory, page) + PAGE * STRIDE;
-        float scores[PAGE / 8][4];
-        score(scores, query, page_keys, lane);
+#pragma unroll 1
+        for (u32 part = 0; part < PAGE; part += KEYS) {
+            const bf16* keys = Entries::tile(memory, page) + part * STRIDE;
+            bf16* values = Entries::tile(memory, page) + (PAGE + part) * STRIDE;
+            u32 position = page * PAGE + part;
+            float scores[KEYS / 8][4];
+            score(scores, query, keys, lane);
 #pragma unroll
-        for (u32 n = 0; n < PAGE / 8; n++) {
+            for (u32 n = 0; n < KEYS / 8; n++) {
 #pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                u32 position = page * PAGE + n * 8 + lane % 4 * 2 + i % 2;
-                scores[n][i] = position <= last[i / 2] ? scores[n][i] * scale : minus_infinity();
+                for (u32 i = 0; i < 4; i++) {
+                    bool is_seen = position + n * 8 + lane % 4 * 2 + i % 2 <= last[i / 2];
+                    scores[n][i] = is_seen ? scores[n][i] * scale : minus_infinity();
+                }
             }
-        }
-        softmax.weigh(scores);
-        u32 weights[PAGE / 16][4];
-        pack_weights(weights, scores);
-        // A weight of zero times what is no number is no number: where a row may not see a value that is none, rows take
-        // their turns from the last to the first, and forget what they may not see.
-        bool hides = tile.num_rows > 1 && page * PAGE + PAGE - 1 > tile.first_position;
-        bool in_turns = hides && has_no_number(page_values);
-        for (u32 turn = in_turns ? tile.num_rows : 1; turn-- > 0;) {
-            if (in_turns) {
-                u32 end = tile.first_position + turn + 1;
-                __syncthreads();
-                forget_from(page_values, end <= page * PAGE ? 0 : min_of(PAGE, end - page * PAGE));
-                __syncthreads();
+            softmax.weigh(scores);
+            u32 weights[KEYS / 16][4];
+            pack_weights(weights, scores);
+            // A weight of zero times what is no number is no number: where a row may not see a value that is none, rows take
+            // their turns from the last to the first, and forget what they may not see.
+            bool hides = tile.num_rows > 1 && position + KEYS - 1 > tile.first_position;
+            bool in_turns = hides && has_no_number(values);
+            for (u32 turn = in_turns ? tile.num_rows : 1; turn-- > 0;) {
+                if (in_turns) {
+                    u32 end = tile.first_position + turn + 1;
+                    __syncthreads();
+                    forget_from(values, end <= position ? 0 : min_of(KEYS, end - position));
+                    __syncthreads();
+                }
+                add_values(softmax.out, weights, values, lane, [&](u32 half) { return !in_turns || rows[half] == turn; });
             }
-            add_values(softmax.out, weights, page_values, lane, [&](u32 half) { return !in_turns || rows[half] == turn; });
         }
         __syncthreads(); // Nobody reads this page any more when it is written over.
     }

@@ -123,6 +123,8 @@ impl<'a, W: Witness + 'static> Ahead<'a, W> {
                 while !self.queued.is_empty() {
                     self.collect()?;
                 }
+                // It is at work until the stage is freed, which the watchdog looks after.
+                thread.witness.begins(batch.id);
                 Err(ended(error, batch.id))
             }
         }

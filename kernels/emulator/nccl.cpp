@@ -36,6 +36,12 @@ namespace {
 
 const std::string PREFIX = "emulated-nccl-";
 
+// Folders may go at any time, with a rank that leaves or a process that sweeps: nothing here throws for that.
+bool is_there(const fs::path& path) {
+    std::error_code gone;
+    return fs::exists(path, gone);
+}
+
 struct UniqueId {
     char bytes[128];
 };
@@ -61,7 +67,7 @@ struct Place {
     }
     bool all(const std::string& what) const {
         for (int other = 0; other < num_ranks; other++) {
-            if (!fs::exists(file(what, other))) return false;
+            if (!is_there(file(what, other))) return false;
         }
         return true;
     }
@@ -121,14 +127,15 @@ Outcome Moves::run(bool& has_sent) const {
     for (const Move& move : moves) wanted[move.peer] += move.is_receipt;
     for (auto [peer, count] : wanted) {
         // They come in order.
-        if (count > 0 && !fs::exists(place->message(peer, rank, place->received[peer] + count - 1))) return Outcome::Waits;
+        if (count > 0 && !is_there(place->message(peer, rank, place->received[peer] + count - 1))) return Outcome::Waits;
     }
     for (const Move& move : moves) {
         if (!move.is_receipt) continue;
         fs::path at = place->message(move.peer, rank, place->received[move.peer]++);
-        if (fs::file_size(at) != move.count * sizeof(float)) return Outcome::Failed;
+        std::error_code gone; // By another thread that left, or a process that swept.
+        if (fs::file_size(at, gone) != move.count * sizeof(float)) return gone ? Outcome::Waits : Outcome::Failed;
         std::ifstream(at, std::ios::binary).read(reinterpret_cast<char*>(move.at), move.count * sizeof(float));
-        fs::remove(at);
+        fs::remove(at, gone);
     }
     return Outcome::Done;
 }
@@ -146,11 +153,12 @@ fs::path folder_of_groups() { return fs::is_directory("/dev/shm") ? "/dev/shm" :
 // Folders that processes have left behind that were killed.
 void sweep() {
     std::error_code ignored;
-    for (const auto& entry : fs::directory_iterator(folder_of_groups(), ignored)) {
-        std::string name = entry.path().filename();
+    for (fs::directory_iterator at(folder_of_groups(), ignored), end; at != end && !ignored; at.increment(ignored)) {
+        std::string name = at->path().filename();
         int process = 0;
         if (name.rfind(PREFIX, 0) == 0) std::sscanf(name.c_str() + PREFIX.size(), "%d-", &process);
-        if (process > 0 && kill(process, 0) != 0 && errno == ESRCH) fs::remove_all(entry.path(), ignored);
+        std::error_code gone;
+        if (process > 0 && kill(process, 0) != 0 && errno == ESRCH) fs::remove_all(at->path(), gone);
     }
 }
 
@@ -163,6 +171,7 @@ void leave_all() {
     for (auto& place : places) {
         if (auto still = place.lock()) still->leave();
     }
+    sweep();
 }
 
 // From now on streams go on by themselves.
@@ -203,7 +212,7 @@ API Status ncclCommInitRankConfig(Communicator** communicator, int num_ranks, Un
     place->folder = folder, place->rank = rank, place->num_ranks = num_ranks;
     std::error_code exists;
     fs::create_directory(folder, exists);
-    if (fs::exists(place->file("rank", rank))) return INVALID_USAGE;
+    if (is_there(place->file("rank", rank))) return INVALID_USAGE;
     std::ofstream(place->file("rank", rank)).flush();
     *communicator = new Communicator{place};
     begin(place);

@@ -114,11 +114,16 @@ fn a_parcel_is_brought_to_the_host_beside_all_that_its_device_does() {
     assert_eq!(bits(&gate(&cuda).download(&parcel).unwrap()), bits(&values));
 }
 
-/// Runs something on a thread of its own; whether it has ended by itself within a while, and the thread.
-fn ends(run: impl FnOnce() + Send + 'static) -> (bool, std::thread::JoinHandle<()>) {
+/// For what must not end by itself.
+const A_WHILE: Duration = Duration::from_millis(300);
+/// For what must, on a machine that has much else to do.
+const LONG: Duration = Duration::from_secs(30);
+
+/// Runs something on a thread of its own; whether it has ended by itself within a time, and the thread.
+fn ends(within: Duration, run: impl FnOnce() + Send + 'static) -> (bool, std::thread::JoinHandle<()>) {
     let thread = std::thread::spawn(run);
     let begun = Instant::now();
-    while !thread.is_finished() && begun.elapsed() < Duration::from_millis(300) {
+    while !thread.is_finished() && begun.elapsed() < within {
         std::thread::sleep(Duration::from_millis(5));
     }
     (thread.is_finished(), thread)
@@ -131,7 +136,7 @@ fn who_waits_for_one_that_is_gone_waits_until_the_group_is_left_and_meets_the_ne
     let mut parcels = receiver.receive(1, 4, 8).unwrap();
     drop(sender);
     let (parcel, device) = (parcels.remove(0), Arc::clone(&to));
-    let (has_ended, waiting) = ends(move || drop(taken(&device, &parcel)));
+    let (has_ended, waiting) = ends(A_WHILE, move || drop(taken(&device, &parcel)));
     assert!(!has_ended, "it went on with numbers that nobody has sent");
     exit.leave();
     waiting.join().unwrap();
@@ -154,7 +159,7 @@ fn what_nobody_receives_holds_its_sender_until_that_leaves() {
     drop(receiver);
     exit.leave();
     assert!(sender.send(&[]).is_err());
-    let (has_ended, thread) = ends(move || {
+    let (has_ended, thread) = ends(LONG, move || {
         let parcel = from.hand_over(&array(&from, 4, 8, &numbers(2, 32))).unwrap().unwrap();
         assert_eq!(bits(&parcel.values().unwrap()), bits(&numbers(2, 32)));
     });
@@ -168,7 +173,7 @@ fn who_waits_for_another_to_join_can_be_called_off() {
     let (gate, exit) = (gate(&cuda), GroupExit::default());
     let id = gate.new_group().unwrap();
     let (own_gate, own_exit) = (gate.clone(), exit.clone());
-    let (has_ended, waiting) = ends(move || assert!(own_gate.receiver(&own_exit, id).is_err()));
+    let (has_ended, waiting) = ends(A_WHILE, move || assert!(own_gate.receiver(&own_exit, id).is_err()));
     assert!(!has_ended, "it joined a group of nobody else");
     exit.leave();
     waiting.join().unwrap();

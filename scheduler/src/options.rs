@@ -26,6 +26,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// Micro-batches that may be in flight now: a lone stage has a second one only of sequences that run ahead of their tokens.
+    pub(crate) const fn most_in_flight(&self, runs_ahead: bool) -> usize {
+        if self.num_stages == 1 && !runs_ahead { 1 } else { self.max_in_flight() }
+    }
+
     /// Micro-batches in flight when there is work enough. Fewer starve a stage; more only hold pages longer.
     pub const fn max_in_flight(&self) -> usize {
         if self.num_stages == 1 {

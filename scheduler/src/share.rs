@@ -40,7 +40,7 @@ pub(crate) fn next_share(options: &Options, work: AtHand) -> Option<Share> {
         return None;
     }
     if options.num_stages == 1 {
-        let most = if options.feeds_back && work.runs_ahead { options.max_in_flight() } else { 1 };
+        let most = options.most_in_flight(work.runs_ahead);
         let tokens = work.tokens_at_hand.min(options.micro_batch_tokens);
         return (work.micro_batches_in_flight < most)
             .then_some(Share { decodes: work.decoding.min(tokens), tokens });

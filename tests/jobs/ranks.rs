@@ -62,6 +62,32 @@ fn every_model_agrees_with_the_reference_where_its_widest_ffn_is_cut_between_sta
     assert!(num_cut > MODELS.len() / 2, "{num_cut} of {} models have an FFN to cut", MODELS.len());
 }
 
+/// As the two above, for all blocks of Ultra: two KV heads shared by up to four ranks, and its widest FFN cut.
+#[test]
+fn a_scaled_down_ultra_agrees_with_the_reference_shared_cut_and_both() {
+    const ULTRA: &str = "scaled-ultra";
+    let reference = read_json(&fixture(ULTRA).join("reference.json"));
+    let (block, width) = widest(ULTRA);
+    let cut = format!("{block}:{}", (width / 3).next_multiple_of(stages::SUM_CUT));
+    let end = stages::ModelConfig::read(&fixture(ULTRA)).unwrap().blocks.len();
+    let cut = format!("pipeline.stages=[[0, \"{cut}\"], [\"{cut}\", {end}]]");
+    let whole = format!("pipeline.stages=[[0, {end}]]");
+    let layouts = [
+        (&[1][..], &whole),
+        (&[2], &whole),
+        (&[3], &whole),
+        (&[4], &whole),
+        (&[1, 1], &cut),
+        (&[2, 3], &cut),
+    ];
+    for (widths, stages) in layouts {
+        let [devices, widths_set] = sets(widths);
+        let difference =
+            largest_difference(ULTRA, &reference, &[&devices, &widths_set, stages, "model.dtype=f32"]);
+        assert!(difference <= F32_BOUND, "{widths:?}, {stages}: off by {difference:.2e}");
+    }
+}
+
 /// The block of a model whose FFN is widest, and its width.
 fn widest(model: &str) -> (usize, usize) {
     widest_of(&stages::ModelConfig::read(&fixture(model)).unwrap()).expect("an FFN")

@@ -12,6 +12,7 @@ const MADE_FROM: &[&str] = &[
     "tests/fixtures/make_fixtures.py",
     "tests/reference/make_tiny_decilm.py",
     "tests/reference/decilm_reference.py",
+    "configs/models/Llama-3_1-Nemotron-Ultra-253B-v1/config.json",
     "tools/requirements.txt",
 ];
 

@@ -197,13 +197,13 @@ impl Pinned {
 
     /// Waits for copies up to the last mark.
     pub(super) fn settle(&self) -> Result<()> {
-        self.wait()
+        self.copied.wait("wait for copies")
     }
 
     /// So many numbers to be written, when the last copy from here is done.
     fn fill<T: Element>(&mut self, numbers: usize) -> Result<&mut [T]> {
         assert!(numbers * size_of::<T>() <= BUFFER_BYTES, "{numbers} numbers for a buffer");
-        self.wait()?;
+        self.settle()?;
         // SAFETY: the buffer is that large and aligned to a page, any bits are a number, and nothing else reads or
         // writes it: the copy from it is done. What was never written is of no value, but initialised by the system.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.start.cast(), numbers) })
@@ -216,15 +216,12 @@ impl Pinned {
         self.stream.upload(OP, bytes, to, at)?;
         self.copied.record(OP)
     }
-
-    fn wait(&self) -> Result<()> {
-        self.copied.wait("send weights")
-    }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.wait().is_ok() {
+        // What was passed on since the last mark too.
+        if self.mark("free pinned memory").and_then(|()| self.settle()).is_ok() {
             // SAFETY: no copy from here is under way, and it was made in `new`.
             let _ = unsafe { result::free_host(self.start.cast()) };
         }

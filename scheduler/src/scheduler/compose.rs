@@ -116,8 +116,13 @@ impl Scheduler {
             tokens_in_flight: self.tokens_in_flight,
             decoding: self.ready.len() + self.decodes_in_flight,
             tokens_at_hand: self.ready.len() + self.backlog.need().tokens,
-            runs_ahead: self.num_in_step == 0 && !self.trials.are_under_way(),
+            runs_ahead: self.runs_ahead(),
         }
+    }
+
+    /// Whether no running sequence must know its tokens before its next step.
+    pub(super) fn runs_ahead(&self) -> bool {
+        self.num_in_step == 0 && !self.trials.are_under_way()
     }
 
     /// Adds the next step of up to `most` ready sequences, passing over those that get no page. Where one of them finds nobody to

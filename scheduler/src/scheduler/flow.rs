@@ -21,7 +21,8 @@ pub enum Flow {
 impl Scheduler {
     /// Why no more micro-batches are in flight. To be asked when [`Self::next_micro_batch`] has said none.
     pub fn flow(&self) -> Flow {
-        if self.in_flight.len() == self.options.max_in_flight() {
+        // One more than may be now are in flight where they ran ahead until a sequence came that does not.
+        if self.in_flight.len() >= self.options.most_in_flight(self.runs_ahead()) {
             return Flow::Steady;
         }
         match self.next_waiting() {

@@ -161,6 +161,10 @@ impl Plan {
             WeightType::Int8 => even_chunk(shape.k.min(BLOCK)),
             _ => even_chunk(shape.k),
         });
+        debug_assert!(
+            shape.kind != WeightType::Int8 || shape.k <= BLOCK || BLOCK.is_multiple_of(chunk),
+            "a chunk of {chunk} has parts of two blocks, whose scales differ"
+        );
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.

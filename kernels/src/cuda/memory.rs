@@ -68,7 +68,8 @@ impl Bytes {
             gate: (1..=rows).map(gate).max().unwrap_or(0) * size_of::<f32>(),
             product: if ffn > ffn_columns { rows * hidden * size_of::<f32>() } else { 0 },
             stats: logit_rows * size_of::<[u32; 3]>(),
-            draws: CudaDraws::bytes(logit_rows),
+            // A scored prompt asks for all of its rows.
+            draws: if logit_rows > 0 { CudaDraws::bytes(rows) } else { 0 },
             choices: ChoiceWork::bytes(choice_rows),
             tables: Tables::words(size).map(|words| words * size_of::<u32>()),
             partials: [AttentionKernels::padded(size.head_dim), 1, 1]

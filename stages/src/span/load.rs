@@ -56,7 +56,7 @@ impl<B: Backend> SpanStage<B> {
         let (has_halved, was_given_early) = (false, false);
         let mut queue = Queue::default();
         if let (Some(_), Some(step)) = (&head, largest_step) {
-            queue.reserve(&backend, step.drawn_rows())?;
+            queue.reserve(&backend, step.rows)?;
         }
         Ok(SpanStage {
             eps,

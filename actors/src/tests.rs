@@ -1,281 +1,22 @@
 //! Whole pipelines of probe stages: what the actors do when a stage works, fails, or is in the way.
 
-use std::collections::{HashMap, VecDeque};
+mod probes;
+
+use std::collections::HashMap;
 use std::slice::from_ref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
-use scheduler::{Failure, MicroBatch, MicroBatchId, MicroBatchOutput, Slice, SliceOutput, Span};
-use stages::{Activations, Arrival, Stage, StageOutput};
+use scheduler::{MicroBatchId, Slice, Span};
 
 use crate::clock::StageParts;
 use crate::error::Error;
 use crate::job::threads::catch;
-use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
+use crate::job::{JobOptions, run_job};
 use crate::stage_set::StageLoad;
 use crate::start::{Limits, Pipeline, StageLoads, start_stages};
-
-/// What may go wrong before a step, told the stage, its step and the micro-batch.
-type Trouble = Arc<dyn Fn(usize, usize, &MicroBatch) + Send + Sync>;
-
-/// A stage that passes a number on instead of activations, or makes a token of it.
-struct Probe {
-    index: usize,
-    is_first: bool,
-    is_last: bool,
-    /// Of all lives of the stage.
-    steps: Arc<AtomicUsize>,
-    trouble: Trouble,
-    step_time: Duration,
-    /// Micro-batches that were queued, and their answers, up to the last one that was collected.
-    queued: VecDeque<(MicroBatchId, MicroBatchOutput)>,
-    num_collected: usize,
-    /// When the last one will have been computed.
-    done: Instant,
-    calls: Calls,
-}
-
-/// What a probe was asked for: `true` for a micro-batch that was queued, `false` for one that was collected.
-type Calls = Arc<Mutex<Vec<(bool, MicroBatchId)>>>;
-
-impl Stage for Probe {
-    fn queue(&mut self, batch: &Arc<MicroBatch>) -> stages::Result<Arrival> {
-        let mut known = MicroBatch::clone(batch);
-        for slice in &mut known.slices {
-            if let Some(fed_back) = slice.fed_back {
-                let (id, output) = self.queued.back().expect("another was queued before");
-                assert_eq!(*id, fed_back.micro_batch, "tokens are those of the micro-batch before");
-                slice.tokens[0] = output.slices[fed_back.slice].token.unwrap_or_default();
-            }
-        }
-        // As a device: it is at it from now on, or from when it is done with the one before.
-        let step_time = std::mem::take(&mut self.step_time);
-        let StageOutput::Tokens(output) = self.step(&known, None)? else { panic!("the last stage draws") };
-        self.step_time = step_time;
-        let done = self.done.max(Instant::now()) + step_time;
-        self.done = done;
-        self.calls.lock().unwrap().push((true, batch.id));
-        self.queued.push_back((batch.id, output));
-        Ok(Arrival::when(move || {
-            std::thread::sleep(done.saturating_duration_since(Instant::now()));
-            Ok(())
-        }))
-    }
-
-    fn collect(&mut self) -> stages::Result<MicroBatchOutput> {
-        // The last one is kept: the next may begin with its tokens.
-        if self.num_collected > 0 {
-            self.queued.pop_front();
-        }
-        self.num_collected = 1;
-        let (id, output) = self.queued.front().expect("a micro-batch was queued").clone();
-        self.calls.lock().unwrap().push((false, id));
-        Ok(output)
-    }
-
-    fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
-        assert_eq!(input.is_none(), self.is_first, "only the first stage is given no activations");
-        let step = self.steps.fetch_add(1, Ordering::SeqCst);
-        (self.trouble)(self.index, step, batch);
-        std::thread::sleep(self.step_time);
-        if !self.is_last {
-            return Ok(StageOutput::Activations(Activations {
-                values: vec![0.0; batch.num_tokens()].into(),
-                sums: None,
-                hidden: 1,
-            }));
-        }
-        let answer = |slice: &Slice| SliceOutput {
-            sequence: slice.sequence,
-            // Any function of the last token and its position will do: a chunk has the same as a step.
-            token: slice.sample.then(|| {
-                let last = slice.tokens.last().expect("a slice has tokens");
-                (last * 31 + slice.first_position + slice.tokens.len() as u32) % 90 + 5
-            }),
-            logprobs: None,
-            prompt_logprobs: Vec::new(),
-            failure: (slice.request.prompt[0] == NOT_FINITE)
-                .then_some(Failure::NonFiniteLogits { position: slice.first_position }),
-        };
-        Ok(StageOutput::Tokens(MicroBatchOutput {
-            id: batch.id,
-            slices: batch.slices.iter().map(answer).collect(),
-        }))
-    }
-}
-
-/// A prompt that begins with it has logits that are not finite.
-const NOT_FINITE: u32 = 95;
-
-/// A prompt that begins with it ends its stage, where a test wants that.
-const DEADLY: u32 = 96;
-
-/// A pipeline of probes under construction.
-struct World {
-    num_stages: usize,
-    /// What may go wrong in each step of a stage.
-    trouble: Trouble,
-    loads: Arc<AtomicUsize>,
-    most_loads: usize,
-    step_time: Duration,
-    step_timeout: Duration,
-    feeds_back: bool,
-    calls: Calls,
-}
-
-impl World {
-    fn new(num_stages: usize) -> Self {
-        World {
-            num_stages,
-            trouble: Arc::new(|_, _, _| {}),
-            loads: Arc::default(),
-            most_loads: usize::MAX,
-            step_time: Duration::ZERO,
-            step_timeout: Duration::from_secs(60),
-            feeds_back: false,
-            calls: Calls::default(),
-        }
-    }
-
-    /// A lone stage whose tokens are fed back.
-    fn feeding_back() -> Self {
-        World { feeds_back: true, ..World::new(1) }
-    }
-
-    /// `trouble` is told stage, step and micro-batch before each step.
-    fn with(self, trouble: impl Fn(usize, usize, &MicroBatch) + Send + Sync + 'static) -> Self {
-        World { trouble: Arc::new(trouble), ..self }
-    }
-
-    async fn start(&self) -> Pipeline {
-        let feeds_back = self.feeds_back;
-        self.start_with(scheduler::Options { feeds_back, ..options(self.num_stages) }).await
-    }
-
-    async fn start_with(&self, options: scheduler::Options) -> Pipeline {
-        let load = |index: usize| -> StageLoad {
-            let (is_first, is_last) = (index == 0, index + 1 == self.num_stages);
-            let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
-            let (loads, most_loads) = (Arc::clone(&self.loads), self.most_loads);
-            let (trouble, calls) = (Arc::clone(&self.trouble), Arc::clone(&self.calls));
-            StageLoad::Thread(Arc::new(move || {
-                assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
-                let (steps, trouble, calls) = (Arc::clone(&steps), Arc::clone(&trouble), Arc::clone(&calls));
-                let (queued, num_collected) = (VecDeque::new(), 0);
-                Ok(Box::new(Probe {
-                    index,
-                    is_first,
-                    is_last,
-                    steps,
-                    trouble,
-                    step_time,
-                    queued,
-                    num_collected,
-                    done: Instant::now(),
-                    calls,
-                }) as Box<dyn Stage>)
-            }))
-        };
-        let parts = (0..self.num_stages).map(|i| Span { start: i, end: i + 1 }.into()).collect();
-        let loads = (0..self.num_stages).map(load).collect();
-        let limits = Limits { window: WINDOW, step_timeout: self.step_timeout };
-        start_stages(StageLoads { first_stage: 0, loads, parts }, options, limits, None)
-            .await
-            .expect("probes load")
-    }
-}
-
-const WINDOW: usize = 8;
-
-fn options(num_stages: usize) -> scheduler::Options {
-    scheduler::Options {
-        num_stages,
-        micro_batch_tokens: 16,
-        max_sequences: 4,
-        num_pages: 16,
-        page_tokens: 8,
-        context_tokens: 64,
-        efficient_tokens: 1,
-        feeds_back: false,
-    }
-}
-
-/// A job of so many rows of token ids, in a folder of its own.
-struct Files {
-    folder: tempfile::TempDir,
-}
-
-impl Files {
-    fn with_rows(rows: usize) -> Self {
-        Self::with_prompts((0..rows as u32).map(|i| vec![1 + i % 80, 7]))
-    }
-
-    fn with_prompts(prompts: impl Iterator<Item = Vec<u32>>) -> Self {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        let line = |(i, prompt): (usize, Vec<u32>)| {
-            let body = format!(r#"{{"prompt": {prompt:?}, "max_tokens": 9}}"#);
-            format!(r#"{{"custom_id": "{i}", "method": "POST", "url": "/v1/completions", "body": {body}}}"#)
-        };
-        let lines: Vec<String> = prompts.enumerate().map(line).collect();
-        std::fs::write(folder.path().join("input.jsonl"), lines.join("\n")).expect("write the input");
-        Files { folder }
-    }
-
-    fn options(&self, num_stages: usize) -> JobOptions {
-        let empty = self.folder.path().join("model");
-        std::fs::create_dir_all(&empty).expect("make a folder");
-        let text = ModelTextOptions { vocab_size: 100, eos_token_ids: vec![], unix_seconds: 0 };
-        let text = ModelText::open(&empty, &text).expect("a model without text files");
-        let rows = RowOptions {
-            model_identity: "probe".into(),
-            prompt: None,
-            grader: None,
-            sampling: SamplingOptions::default(),
-            seed: 0,
-            max_context_tokens: 64,
-        };
-        let preparer = Preparer::new(Arc::new(text), rows).expect("plain options");
-        let output = OutputFolder::open(&self.folder.path().join("out"), false).expect("an output folder");
-        let begun = output.begin(Order::Input, &preparer.settings(), 0, false);
-        let (writer, finished) = begun.expect("a folder of the same job");
-        let input = self.folder.path().join("input.jsonl");
-        JobOptions {
-            guides: None,
-            reader: Reader::open(&input, preparer, None).expect("the input").after(finished),
-            writer,
-            tokenizer: None,
-            created: 0,
-            limits: options(num_stages),
-            max_error_rate: 1.0,
-            checkpoint_tokens: 4,
-            progress: Arc::new(JobProgress::default()),
-        }
-    }
-
-    fn output_lines(&self) -> Vec<String> {
-        let text = std::fs::read_to_string(self.folder.path().join("out/output.jsonl")).expect("output");
-        text.lines().map(str::to_owned).collect()
-    }
-}
-
-/// Runs a job on a pipeline of each world.
-async fn run_on_replicas(worlds: &[World], files: &Files) -> JobOutcome {
-    let mut pipelines = Vec::new();
-    for world in worlds {
-        pipelines.push(world.start().await);
-    }
-    let options = files.options(worlds[0].num_stages);
-    run_job(&pipelines, options, std::future::pending()).await.expect("the job ends in order")
-}
-
-async fn run(world: &World, files: &Files) -> JobOutcome {
-    let pipeline = world.start().await;
-    run_job(from_ref(&pipeline), files.options(world.num_stages), std::future::pending())
-        .await
-        .expect("the job ends in order")
-}
+use probes::*;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_row_comes_back_once_over_any_number_of_stages() {
@@ -296,7 +37,7 @@ async fn every_row_comes_back_once_over_any_number_of_stages() {
 async fn a_lone_stage_that_feeds_back_is_given_the_next_micro_batch_before_its_answer_is_known() {
     let expected = undisturbed(100).await;
     let files = Files::with_rows(100);
-    let world = World { step_time: Duration::from_millis(4), ..World::feeding_back() };
+    let world = World { step_time: Duration::from_millis(10), ..World::feeding_back() };
     let outcome = run(&world, &files).await;
     assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
     assert_same(&files.output_lines(), &expected);
@@ -310,8 +51,8 @@ async fn a_lone_stage_that_feeds_back_is_given_the_next_micro_batch_before_its_a
         order.iter().filter(|(is_queued, _)| !is_queued).map(|(_, id)| *id).collect();
     assert!(collected.is_sorted(), "answers come back in the order of issue");
     let ahead = collected.iter().filter(|id| is_before((true, next(**id)), (false, **id))).count();
-    // Where rows come late, or the machine has much else to do, a micro-batch may find none behind it.
-    assert!(ahead * 4 > collected.len(), "{ahead} of {} had the next one behind them", collected.len());
+    // Where rows come late, a micro-batch may find none behind it.
+    assert!(ahead * 4 > collected.len() * 3, "{ahead} of {} had the next one behind them", collected.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -93,8 +93,8 @@ fn append(so_far: &mut Generated, first: usize, more: Generated) {
     }
 }
 
-/// A token with its log-probability, and the most likely ones. Tuples, for wincode's derived code would
-/// be unsafe code of ours.
+/// A token with its log-probability, and the most likely ones. Tuples, for the code that wincode
+/// derives is none that this crate allows.
 type Score = (TokenId, f32, Vec<(TokenId, f32)>);
 
 /// Tokens, their scores, and those of the prompt.

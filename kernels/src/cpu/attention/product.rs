@@ -95,14 +95,16 @@ unsafe fn product_tile<L: Lanes, T: Terms<L>, const R: usize, const C: usize>(
                 (0..C * L::LANES).step_by(LINE_WORDS).for_each(|word| L::prefetch(ahead.wrapping_add(word)));
                 ahead = ahead.wrapping_add(product.stride);
             }
-            let mut entries = [T::entries(at); C];
-            for (c, entries) in entries.iter_mut().enumerate().skip(1) {
-                *entries = T::entries(at.add(c * L::LANES));
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let factor = T::factor(product.factors.add(r * product.factor_stride), step);
-                for (sum, &entries) in sums.iter_mut().zip(&entries) {
-                    *sum = T::mul_add(entries, factor, *sum);
+            for part in 0..T::PARTS {
+                let mut entries = [T::entries(at, part); C];
+                for (c, entries) in entries.iter_mut().enumerate().skip(1) {
+                    *entries = T::entries(at.add(c * L::LANES), part);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let factor = T::factor(product.factors.add(r * product.factor_stride), step, part);
+                    for (sum, &entries) in sums.iter_mut().zip(&entries) {
+                        *sum = T::mul_add(entries, factor, *sum);
+                    }
                 }
             }
             at = at.wrapping_add(product.stride);

@@ -11,6 +11,8 @@ mod x86;
 
 use crate::cpu::simd::Simd;
 use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::upper_halves;
 
 /// Work that is generic over the level.
 pub(crate) trait Kernel {
@@ -91,15 +93,18 @@ pub(crate) trait Lanes: Copy {
 pub(crate) trait Terms<L: Lanes> {
     /// Terms in a word.
     const TERMS: usize;
+    /// Parts of a step, one after the other: each takes entries and factors of its own, where the registers have no room for
+    /// those of all terms.
+    const PARTS: usize;
     /// A register of words.
     type Entries: Copy;
     /// The factors of a word, the same for every lane.
     type Factor: Copy;
 
-    /// Loads `LANES` words.
-    unsafe fn entries(at: *const u32) -> Self::Entries;
-    /// The factors of step `step`, as `store_factors` has put them.
-    unsafe fn factor(at: *const f32, step: usize) -> Self::Factor;
+    /// Loads a part of `LANES` words.
+    unsafe fn entries(at: *const u32, part: usize) -> Self::Entries;
+    /// The factors of a part of step `step`, as `store_factors` has put them.
+    unsafe fn factor(at: *const f32, step: usize, part: usize) -> Self::Factor;
     /// `sum + entries · factor`.
     unsafe fn mul_add(entries: Self::Entries, factor: Self::Factor, sum: L) -> L;
     /// Puts `LANES` factors down as the terms from `term` (a multiple of `LANES`) on, and returns them as they
@@ -112,17 +117,18 @@ pub(crate) struct F32Terms;
 
 impl<L: Lanes> Terms<L> for F32Terms {
     const TERMS: usize = 1;
+    const PARTS: usize = 1;
     type Entries = L;
     type Factor = L;
 
     #[inline(always)]
-    unsafe fn entries(at: *const u32) -> L {
+    unsafe fn entries(at: *const u32, _: usize) -> L {
         // SAFETY: the caller's.
         unsafe { L::load(at.cast()) }
     }
 
     #[inline(always)]
-    unsafe fn factor(at: *const f32, step: usize) -> L {
+    unsafe fn factor(at: *const f32, step: usize, _: usize) -> L {
         // SAFETY: the caller's.
         unsafe { L::splat(*at.add(step)) }
     }

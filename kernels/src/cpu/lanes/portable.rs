@@ -119,17 +119,18 @@ pub(crate) struct PortablePairs;
 
 impl Terms<Portable> for PortablePairs {
     const TERMS: usize = 2;
+    const PARTS: usize = 1;
     type Entries = [u32; 8];
     type Factor = (f32, f32);
 
     #[inline(always)]
-    unsafe fn entries(at: *const u32) -> [u32; 8] {
+    unsafe fn entries(at: *const u32, _: usize) -> [u32; 8] {
         // SAFETY: the caller's.
         unsafe { at.cast::<[u32; 8]>().read_unaligned() }
     }
 
     #[inline(always)]
-    unsafe fn factor(at: *const f32, step: usize) -> (f32, f32) {
+    unsafe fn factor(at: *const f32, step: usize, _: usize) -> (f32, f32) {
         // SAFETY: the caller's.
         unsafe { (*at.add(2 * step), *at.add(2 * step + 1)) }
     }

@@ -133,16 +133,17 @@ pub(crate) struct Avx512Pairs;
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one sentence above holds for all of them")]
 impl Terms<__m512> for Avx512Pairs {
     const TERMS: usize = 2;
+    const PARTS: usize = 1;
     type Entries = __m512bh;
     type Factor = __m512bh;
 
     #[inline(always)]
-    unsafe fn entries(at: *const u32) -> __m512bh {
+    unsafe fn entries(at: *const u32, _: usize) -> __m512bh {
         unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast())) }
     }
 
     #[inline(always)]
-    unsafe fn factor(at: *const f32, step: usize) -> __m512bh {
+    unsafe fn factor(at: *const f32, step: usize, _: usize) -> __m512bh {
         unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*at.add(step).cast::<i32>())) }
     }
 
@@ -165,8 +166,8 @@ impl Terms<__m512> for Avx512Pairs {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one sentence above holds for all of them")]
 impl Lanes for __m256 {
     const LANES: usize = 8;
-    // 4 * 2 registers of sums, 4 of widened entries, 2 of factors: 14 of 16.
-    const TILE_ROWS: usize = 4;
+    // 6 * 2 registers of sums, 2 of widened entries, 1 of factors: 15 of 16.
+    const TILE_ROWS: usize = 6;
     const TILE_COLS: usize = 2;
     type Bf16Terms = Avx2Pairs;
 
@@ -278,6 +279,19 @@ unsafe fn lanes_below(n: usize) -> __m256i {
     }
 }
 
+/// Ones in the upper half of every word, as the compiler does not know: else it makes of the mask a blend with zeros,
+/// which takes the units of the products on processors where a mask may take others.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(crate) fn upper_halves() -> __m256i {
+    let mut mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+    // SAFETY: a comment changes nothing.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(ymm_reg) mask, options(pure, nomem, nostack, preserves_flags));
+    }
+    mask
+}
+
 /// Pairs of bf16, widened by shifts; factors are rounded to bf16 and kept as f32.
 pub(crate) struct Avx2Pairs;
 
@@ -285,26 +299,31 @@ pub(crate) struct Avx2Pairs;
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one sentence above holds for all of them")]
 impl Terms<__m256> for Avx2Pairs {
     const TERMS: usize = 2;
-    type Entries = (__m256, __m256);
-    type Factor = (__m256, __m256);
+    const PARTS: usize = 2;
+    type Entries = __m256;
+    type Factor = __m256;
 
     #[inline(always)]
-    unsafe fn entries(at: *const u32) -> (__m256, __m256) {
+    unsafe fn entries(at: *const u32, part: usize) -> __m256 {
         unsafe {
-            let words = _mm256_loadu_si256(at.cast());
-            let upper = _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000_u32 as i32));
-            (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)), _mm256_castsi256_ps(upper))
+            if part == 0 {
+                return _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(at.cast())));
+            }
+            // As if it were another address, so that the words are read again instead of kept: they would be registers too many.
+            let mut again = at;
+            std::arch::asm!("/* {0} */", inout(reg) again, options(nomem, nostack, preserves_flags));
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(again.cast()), upper_halves()))
         }
     }
 
     #[inline(always)]
-    unsafe fn factor(at: *const f32, step: usize) -> (__m256, __m256) {
-        unsafe { (_mm256_set1_ps(*at.add(2 * step)), _mm256_set1_ps(*at.add(2 * step + 1))) }
+    unsafe fn factor(at: *const f32, step: usize, part: usize) -> __m256 {
+        unsafe { _mm256_set1_ps(*at.add(2 * step + part)) }
     }
 
     #[inline(always)]
-    unsafe fn mul_add(entries: (__m256, __m256), factor: (__m256, __m256), sum: __m256) -> __m256 {
-        unsafe { _mm256_fmadd_ps(entries.1, factor.1, _mm256_fmadd_ps(entries.0, factor.0, sum)) }
+    unsafe fn mul_add(entries: __m256, factor: __m256, sum: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(entries, factor, sum) }
     }
 
     #[inline(always)]

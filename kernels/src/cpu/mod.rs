@@ -170,7 +170,7 @@ impl Backend for Cpu {
     }
 
     fn operand(&self) -> CpuOperand {
-        CpuOperand(Operand::beside(self.weights))
+        CpuOperand(Operand::beside(self.simd, self.weights))
     }
 
     fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {

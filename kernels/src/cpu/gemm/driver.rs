@@ -3,6 +3,8 @@
 #[cfg(target_arch = "x86_64")]
 mod blocks;
 mod deal;
+#[cfg(target_arch = "x86_64")]
+mod widened;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::Registers;
@@ -11,7 +13,7 @@ use super::integers::Integers;
 use super::operand::REGISTER_ROWS;
 use super::operand::{Operand, OperandWriter};
 use super::pack::{PackedMatrix, padded_terms, terms_per_word};
-use super::plan::{Plan, Shape, Unit, is_unpacked, tile_bytes};
+use super::plan::{Plan, Reading, Shape, Unit};
 use super::quantized::BLOCK;
 use super::scales::{AddGroup, Finish};
 use super::scratch::with_sums;
@@ -24,6 +26,9 @@ use crate::cpu::simd::Simd;
 use deal::deal;
 use std::mem::MaybeUninit;
 
+/// Groups that a single tile of AVX2 is to ask for ahead: 32 lines of 16 columns, which a core waits for at a time.
+const LINES_AHEAD: usize = 32;
+
 /// x, as a product reads it.
 #[derive(Clone, Copy)]
 pub(super) struct Input<'a> {
@@ -33,6 +38,11 @@ pub(super) struct Input<'a> {
 }
 
 impl Input<'_> {
+    /// Bytes of a number.
+    fn number_bytes(&self) -> usize {
+        if self.integers.is_some() { 1 } else { self.numbers.number_bytes() }
+    }
+
     /// First byte of the first row, and bytes from row to row.
     fn rows(&self) -> (*const u8, usize) {
         match self.integers {
@@ -107,6 +117,10 @@ impl<'a, const N: usize> Product<'a, N> {
     ) {
         // SAFETY: the caller's.
         unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if self.plan.reading == Reading::Widened {
+                return self.sweep_widened(unit, m, scratch, destination);
+            }
             self.sweep_with(unit, m, scratch, |tile, piece, index| {
                 let Destination { c, c_stride, is_added } = destination(piece, index);
                 (self.kernel.tile)(&Tile { c, c_stride, is_added, ..*tile });
@@ -127,12 +141,11 @@ impl<'a, const N: usize> Product<'a, N> {
         last: impl Fn(&Tile, usize, usize),
     ) {
         let (plan, geometry) = (&self.plan, &self.kernel.geometry);
-        let term_bytes = geometry.strip * tile_bytes(self.kind);
         for (chunk, piece) in
             (0..plan.num_chunks).flat_map(|chunk| unit.pieces.clone().map(move |p| (chunk, p)))
         {
             let (first, k) = self.chunk(chunk);
-            let b = self.piece(m, piece).wrapping_add(first * term_bytes);
+            let b = self.piece(m, piece).wrapping_add(self.bytes_of(first));
             let (next, in_unit) = self.next_sweep(unit, m, chunk, piece);
             let cols = plan.cols(piece).len();
             let (block, is_begun, is_open) = self.place_in_block(chunk);
@@ -240,11 +253,10 @@ impl<'a, const N: usize> Product<'a, N> {
         for (chunk, piece) in chunks.flat_map(|chunk| unit.pieces.clone().map(move |piece| (chunk, piece))) {
             let (first, k) = self.chunk(chunk);
             let cols = self.plan.cols(piece).len();
-            let words =
-                self.piece(m, piece).wrapping_add(first / terms_per_word(self.kind) * geometry.strip * 4);
+            let words = self.piece(m, piece).wrapping_add(self.bytes_of(first));
             // In AMX what is unpacked next comes from memory while the tiles are multiplied; they take no notice
             // of memory themselves.
-            let next = words.wrapping_add(k / terms_per_word(self.kind) * geometry.strip * 4);
+            let next = words.wrapping_add(self.bytes_of(k));
             let step_words = geometry.step / terms_per_word(self.kind) * geometry.strip;
             let step_groups = if geometry.is_amx { step_words * 4 / geometry.prefetch_bytes } else { 0 };
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
@@ -297,7 +309,12 @@ impl<'a, const N: usize> Product<'a, N> {
     /// x from a row and a term on, and bytes from row to row.
     fn rows_of_x(&self, row: usize, term: usize) -> (*const u8, usize) {
         let (start, row_bytes) = self.x.rows();
-        (start.wrapping_add(row * row_bytes + term * tile_bytes(self.kind)), row_bytes)
+        (start.wrapping_add(row * row_bytes + term * self.x.number_bytes()), row_bytes)
+    }
+
+    /// Bytes of so many terms of a strip.
+    fn bytes_of(&self, terms: usize) -> usize {
+        terms / terms_per_word(self.kind) * self.kernel.geometry.strip * size_of::<u32>()
     }
 
     /// A piece's scales for all of K, or for a group of it.
@@ -313,11 +330,11 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
-    /// What a piece's sums over a block of K are multiplied with beside the rows' scales.
+    /// What a piece's sums over a block of K are multiplied with beside the rows' scales, or over groups of K from a first one on.
     fn block_scales(&self, m: usize, piece: usize, block: usize) -> *const f32 {
-        match self.x.integers {
-            Some(_) => self.scales(m, piece, block),
-            None => std::ptr::null(),
+        match self.kind {
+            WeightType::Int8 | WeightType::Int4Weight => self.scales(m, piece, block),
+            _ => std::ptr::null(),
         }
     }
 
@@ -353,12 +370,10 @@ impl<'a, const N: usize> Product<'a, N> {
         let c_stride = self.kernel.geometry.strip;
         // SAFETY: the caller vouches for the scratch, which has a place for every tile.
         unsafe {
-            match is_unpacked(self.kind) {
-                true => self.sweep_unpacked(unit, m, scratch),
-                false => self.sweep(unit, m, scratch, |piece, tile| Destination {
-                    c: scratch.add(self.place(unit, piece, tile)),
-                    c_stride,
-                    is_added: false,
+            match self.plan.reading {
+                Reading::Unpacked => self.sweep_unpacked(unit, m, scratch),
+                Reading::Panels | Reading::Widened => self.sweep(unit, m, scratch, |piece, tile| {
+                    Destination { c: scratch.add(self.place(unit, piece, tile)), c_stride, is_added: false }
                 }),
             }
         }
@@ -385,8 +400,7 @@ impl<'a, const N: usize> Product<'a, N> {
             return (next_unit(m), false);
         }
         let at = |piece, chunk: usize| {
-            let bytes = chunk * self.plan.chunk * self.kernel.geometry.strip * tile_bytes(self.kind);
-            Some(self.piece(m, piece).wrapping_add(bytes))
+            Some(self.piece(m, piece).wrapping_add(self.bytes_of(chunk * self.plan.chunk)))
         };
         let next = if piece + 1 < unit.pieces.end {
             at(piece + 1, chunk)
@@ -415,14 +429,19 @@ impl<'a, const N: usize> Product<'a, N> {
         places: usize,
     ) -> (*const u8, usize) {
         let geometry = &self.kernel.geometry;
-        let step_groups = geometry.step * geometry.strip * tile_bytes(self.kind) / geometry.prefetch_bytes;
+        let step_groups = self.bytes_of(geometry.step) / geometry.prefetch_bytes;
         if geometry.is_amx {
             // The first tile sees to it with its blocks of rows; a single block leaves it to the processor, too.
             let next = next.filter(|_| place == 0 && !self.is_one_block());
             return next.map_or((b, 0), |next| (next, step_groups));
         }
         if places == 1 {
-            return (b, 0);
+            // In AVX2 a single tile reads every fourth line, and then the next ones: no stream to the processor.
+            let is_stream = !geometry.widens || self.x.numbers.rows() == 1;
+            return (
+                b.wrapping_add(LINES_AHEAD * geometry.prefetch_bytes),
+                if is_stream { 0 } else { step_groups },
+            );
         }
         let groups = step_groups.div_ceil(places);
         match next {
@@ -590,7 +609,7 @@ impl Product<'_, 2> {
     /// `out = silu(x · gateᵀ) ∘ (x · upᵀ)`, where the weights are gate and up; `out: [rows, n]`.
     pub(super) fn write_swiglu(&self, pool: &ThreadPool, out: OperandWriter<'_>) {
         #[cfg(target_arch = "x86_64")]
-        if self.kernel.geometry.is_amx && !is_unpacked(self.kind) {
+        if self.kernel.geometry.is_amx && self.plan.reading == Reading::Panels {
             return self.write_swiglu_blocks(pool, out);
         }
         self.for_each_unit(pool, |unit| {

@@ -4,7 +4,7 @@
 //! a sign, and sums start from minus OFFSET times the weights' sum, which takes it off again; so they are exact.
 //! A block with a NaN or an infinity has the scale NaN, so that all results of its row are NaN.
 
-use super::operand::{LINE_BYTES, Line, Operand, REGISTER_ROWS, padded_row_bytes};
+use super::operand::{Bf16Row, LINE_BYTES, Line, Operand, REGISTER_ROWS, padded_row_bytes};
 use super::quantized::{BLOCK, OFFSET, num_blocks};
 use super::round::bf16_to_f32;
 use crate::cpu::pool::ThreadPool;
@@ -81,17 +81,31 @@ unsafe impl Send for IntegerWriter {}
 unsafe impl Sync for IntegerWriter {}
 
 impl IntegerWriter {
-    /// Quantises a row, `x: [cols]` in bf16.
+    /// Quantises a row, `x: [cols]`.
     ///
     /// # Safety
     /// The integers are borrowed, row and columns are those of their shape, and nobody else has the row.
     #[inline]
-    pub(super) unsafe fn take(&self, simd: Simd, row: usize, x: &[u16]) {
+    pub(super) unsafe fn take(&self, simd: Simd, row: usize, x: Bf16Row<'_>) {
+        match x {
+            // SAFETY: the caller's.
+            Bf16Row::Narrow(x) => unsafe { self.take_with(row, x, |x, bytes| quantize(simd, x, bytes)) },
+            // SAFETY: as above.
+            Bf16Row::Wide(x) => unsafe { self.take_with(row, x, |x, bytes| quantize_wide(simd, x, bytes)) },
+        }
+    }
+
+    /// The same by `quantize`, which returns the scale of a block of the row.
+    ///
+    /// # Safety
+    /// As [`IntegerWriter::take`].
+    #[inline(always)]
+    unsafe fn take_with<T>(&self, row: usize, x: &[T], quantize: impl Fn(&[T], &mut [u8]) -> f32) {
         debug_assert!(row < self.rows && x.len() <= self.row_bytes, "row {row} of {}", self.rows);
         // SAFETY: the caller's.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.bytes.add(row * self.row_bytes), x.len()) };
         for (block, (x, bytes)) in x.chunks(BLOCK).zip(bytes.chunks_mut(BLOCK)).enumerate() {
-            let scale = quantize(simd, x, bytes);
+            let scale = quantize(x, bytes);
             // SAFETY: there is a scale for every block and row.
             unsafe { self.scales.add(block * self.rows + row).write(scale) }
         }
@@ -107,18 +121,28 @@ fn quantize(simd: Simd, x: &[u16], out: &mut [u8]) -> f32 {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { quantize_avx2(x, out) },
-        _ => quantize_each(x, out),
+        _ => quantize_each(x, bf16_to_f32, out),
+    }
+}
+
+/// The same of bf16 in f32.
+fn quantize_wide(simd: Simd, x: &[f32], out: &mut [u8]) -> f32 {
+    match simd {
+        // SAFETY: callers pass a level that this processor has.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx2 => unsafe { quantize_wide_avx2(x, out) },
+        _ => quantize_each(x, |value| value, out),
     }
 }
 
 /// The loops that the compiler vectorises with the features of the function they are inlined into.
 #[inline(always)]
-fn quantize_each(x: &[u16], out: &mut [u8]) -> f32 {
+fn quantize_each<T: Copy>(x: &[T], value: impl Fn(T) -> f32, out: &mut [u8]) -> f32 {
     // Magnitudes are ordered as their bits are, NaN above all.
-    let largest = x.iter().fold(0, |largest: u16, &bits| largest.max(bits & 0x7fff));
-    let quantizer = Quantizer::int8(bf16_to_f32(largest));
-    for (out, &bits) in out.iter_mut().zip(x) {
-        *out = quantizer.quantize(bf16_to_f32(bits)).cast_unsigned() ^ OFFSET;
+    let largest = x.iter().fold(0, |largest: u32, &x| largest.max(value(x).to_bits() & 0x7fff_ffff));
+    let quantizer = Quantizer::int8(f32::from_bits(largest));
+    for (out, &x) in out.iter_mut().zip(x) {
+        *out = quantizer.quantize(value(x)).cast_unsigned() ^ OFFSET;
     }
     quantizer.scale
 }
@@ -172,7 +196,13 @@ fn quantize_avx512(x: &[u16], out: &mut [u8]) -> f32 {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn quantize_avx2(x: &[u16], out: &mut [u8]) -> f32 {
-    quantize_each(x, out)
+    quantize_each(x, bf16_to_f32, out)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn quantize_wide_avx2(x: &[f32], out: &mut [u8]) -> f32 {
+    quantize_each(x, |value| value, out)
 }
 
 const _: () = assert!(OFFSET == 1 << 7, "adding it is flipping the upper bit");
@@ -189,11 +219,15 @@ mod tests {
                 let number = |k: usize| ((k * 37 + i) as f32 * 0.61).sin() * scale;
                 let x: Vec<u16> = (0..len).map(|k| f32_to_bf16(number(k))).collect();
                 let mut expected = vec![0; len];
-                let expected_scale = quantize_each(&x, &mut expected);
+                let expected_scale = quantize_each(&x, bf16_to_f32, &mut expected);
+                let wide: Vec<f32> = x.iter().map(|&bits| bf16_to_f32(bits)).collect();
                 for simd in Simd::ALL.into_iter().filter(|simd| simd.is_available()) {
                     let mut found = vec![0; len];
                     assert_eq!(quantize(simd, &x, &mut found), expected_scale, "{}", simd.name());
                     assert_eq!(found, expected, "{} {len} {scale}", simd.name());
+                    found.fill(0);
+                    assert_eq!(quantize_wide(simd, &wide, &mut found), expected_scale, "{}", simd.name());
+                    assert_eq!(found, expected, "{} {len} {scale}, wide", simd.name());
                 }
             }
         }

@@ -1,13 +1,13 @@
 //! Matrix products of activations with packed weights.
 //!
-//! * `operand`: x, row-major, in the number type of the product, `integers`: x quantised; `pack`: w, in panels,
-//!   in the memory of `arena`, `quantized`: narrow weights;
+//! * `operand`: x, row-major, in the number type of the product, or in f32 at levels that multiply bf16 as such, `integers`: x
+//!   quantised; `pack`: w, in panels, in the memory of `arena`, `quantized`: narrow weights;
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool, with `scratch` for sums
 //!   that wait;
 //! * `unpack` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
 //! * `argmax`: the largest sum of a row, where no other is wanted;
 //! * `tile`: what a SIMD level computes in registers; `amx`, `avx512`, `avx2`, `portable` (`narrow` serves the
-//!   latter two);
+//!   latter two); in AVX2 many rows share what `driver/widened` makes of weights;
 //! * `ceiling`: what the machine can do at most, to measure products against.
 //!
 //! An element of the result is the sum over K in order, in one f32 chain that starts at zero. So it depends

@@ -1,7 +1,7 @@
 //! Matrix product inputs: activations in the number type that products read.
 
 use super::integers::{IntegerWriter, Integers};
-use super::round::{bf16_to_f32, round_row};
+use super::round::{bf16_to_f32, round_row, round_wide};
 use crate::backend::{Dtype, WeightType};
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
@@ -23,8 +23,12 @@ pub(super) const REGISTER_ROWS: usize = 16;
 /// Every row starts on a cache line and is padded with zeros to whole lines, so that the kernels need no tail in
 /// K. There is memory for whole registers of [`REGISTER_ROWS`] rows, of which those beyond the last hold anything.
 /// Memory is kept when it shrinks.
+///
+/// Levels without a product of bf16 multiply in f32. For them bf16 is *wide*: rounded as ever, and kept in f32, so that nothing
+/// is to be widened between products.
 pub(crate) struct Operand {
     dtype: Dtype,
+    is_wide: bool,
     rows: usize,
     cols: usize,
     row_bytes: usize,
@@ -37,22 +41,20 @@ pub(crate) struct Operand {
 }
 
 impl Operand {
-    /// An empty operand.
-    pub(crate) fn new(dtype: Dtype) -> Self {
+    /// An empty operand of products with weights of a type, at a level.
+    pub(crate) fn beside(simd: Simd, weights: WeightType) -> Self {
+        let dtype = weights.operands();
+        let is_for_integers = weights == WeightType::Int8;
         Self {
             dtype,
+            is_wide: dtype == Dtype::Bf16 && simd < Simd::Avx512,
             rows: 0,
             cols: 0,
             row_bytes: 0,
             lines: Vec::new(),
-            is_for_integers: false,
+            is_for_integers,
             integers: Mutex::default(),
         }
-    }
-
-    /// An empty operand of products with weights of a type.
-    pub(crate) fn beside(weights: WeightType) -> Self {
-        Self { is_for_integers: weights == WeightType::Int8, ..Self::new(weights.operands()) }
     }
 
     /// Set the shape. The padding is zero afterwards; the contents are whatever was there, and every
@@ -61,13 +63,14 @@ impl Operand {
         self.forget_integers();
         self.rows = rows;
         self.cols = cols;
-        self.row_bytes = padded_row_bytes(cols, dtype_bytes(self.dtype));
+        let number_bytes = self.number_bytes();
+        let padded_cols = cols.next_multiple_of(LINE_BYTES / dtype_bytes(self.dtype));
+        self.row_bytes = padded_row_bytes(padded_cols, number_bytes);
         let num_lines = rows.next_multiple_of(REGISTER_ROWS) * self.row_bytes / LINE_BYTES;
         if num_lines > self.lines.len() {
             self.lines.resize(num_lines, Line([0; LINE_BYTES]));
         }
-        let used = cols * dtype_bytes(self.dtype);
-        let (padding, row_bytes) = (used..used.next_multiple_of(LINE_BYTES), self.row_bytes);
+        let (padding, row_bytes) = (cols * number_bytes..padded_cols * number_bytes, self.row_bytes);
         if !padding.is_empty() {
             self.bytes_mut().chunks_exact_mut(row_bytes).for_each(|row| row[padding.clone()].fill(0));
         }
@@ -88,6 +91,11 @@ impl Operand {
         self.dtype
     }
 
+    /// Bytes of a number in memory.
+    pub(super) fn number_bytes(&self) -> usize {
+        if self.is_wide { size_of::<f32>() } else { dtype_bytes(self.dtype) }
+    }
+
     /// Write a row, `values: [cols]`, rounding to nearest even for bf16.
     #[cfg(test)]
     pub(crate) fn set_row(&mut self, row: usize, values: &[f32]) {
@@ -106,12 +114,12 @@ impl Operand {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
         let bytes = &self.bytes()[row * self.row_bytes..];
         match self.dtype {
-            Dtype::F32 => {
+            _ if self.number_bytes() == size_of::<f32>() => {
                 for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
                     *out = f32::from_ne_bytes(*bytes);
                 }
             }
-            Dtype::Bf16 => {
+            _ => {
                 for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
                     *out = bf16_to_f32(u16::from_ne_bytes(*bytes));
                 }
@@ -132,6 +140,7 @@ impl Operand {
             rows: self.rows,
             cols: self.cols,
             dtype: self.dtype,
+            is_wide: self.is_wide,
             simd: Simd::detect(),
             integers: None,
             operand: PhantomData,
@@ -152,10 +161,13 @@ impl Operand {
     }
 
     /// A row of a bf16 operand, without the padding.
-    pub(super) fn bf16_row(&self, row: usize) -> &[u16] {
+    pub(super) fn bf16_row(&self, row: usize) -> Bf16Row<'_> {
         assert!(self.dtype == Dtype::Bf16 && row < self.rows, "row {row} of {:?}", self.dtype);
-        let bytes = &self.bytes()[row * self.row_bytes..][..self.cols * 2];
-        bytemuck::cast_slice(bytes)
+        let bytes = &self.bytes()[row * self.row_bytes..][..self.cols * self.number_bytes()];
+        match self.is_wide {
+            true => Bf16Row::Wide(bytemuck::cast_slice(bytes)),
+            false => Bf16Row::Narrow(bytemuck::cast_slice(bytes)),
+        }
     }
 
     /// Its rows as integers.
@@ -194,6 +206,13 @@ impl Operand {
     }
 }
 
+/// A row in bf16, as an operand keeps it.
+#[derive(Clone, Copy)]
+pub(super) enum Bf16Row<'a> {
+    Narrow(&'a [u16]),
+    Wide(&'a [f32]),
+}
+
 /// Writes parts of an [`Operand`] from several threads at once.
 #[derive(Clone, Copy)]
 pub(crate) struct OperandWriter<'a> {
@@ -202,6 +221,7 @@ pub(crate) struct OperandWriter<'a> {
     rows: usize,
     cols: usize,
     dtype: Dtype,
+    is_wide: bool,
     /// For rounding and quantising only, which give the same bits at every level.
     simd: Simd,
     /// Where finished rows go as integers.
@@ -233,9 +253,13 @@ impl OperandWriter<'_> {
         // SAFETY: the caller keeps the range inside the row and to itself; rows are aligned to cache lines,
         // so that elements are aligned, and every bit pattern is a valid number.
         unsafe {
-            let at = self.base.add(row * self.row_bytes + col * dtype_bytes(self.dtype));
+            let number_bytes = if self.is_wide { size_of::<f32>() } else { dtype_bytes(self.dtype) };
+            let at = self.base.add(row * self.row_bytes + col * number_bytes);
             match self.dtype {
                 Dtype::F32 => at.cast::<f32>().copy_from_nonoverlapping(values.as_ptr(), values.len()),
+                Dtype::Bf16 if self.is_wide => {
+                    round_wide(self.simd, values, std::slice::from_raw_parts_mut(at.cast(), values.len()));
+                }
                 Dtype::Bf16 => {
                     round_row(self.simd, values, std::slice::from_raw_parts_mut(at.cast(), values.len()));
                 }
@@ -254,19 +278,26 @@ impl OperandWriter<'_> {
         if let Some(integers) = &self.integers {
             // SAFETY: the caller's; an operand for integers is of bf16.
             unsafe {
-                let x = std::slice::from_raw_parts(self.base.add(row * self.row_bytes).cast(), self.cols);
+                let x = self.base.add(row * self.row_bytes);
+                let x = match self.is_wide {
+                    true => Bf16Row::Wide(std::slice::from_raw_parts(x.cast(), self.cols)),
+                    false => Bf16Row::Narrow(std::slice::from_raw_parts(x.cast(), self.cols)),
+                };
                 integers.take(self.simd, row, x);
             }
         }
     }
 
-    /// Where a number of a bf16 operand is written.
+    /// Where a number of a bf16 operand that is not wide is written.
     ///
     /// # Safety
     /// Row and column lie inside the operand.
     #[inline]
     pub(super) unsafe fn bf16_at(&self, row: usize, col: usize) -> *mut u16 {
-        debug_assert!(self.dtype == Dtype::Bf16 && row < self.rows && col < self.cols, "[{row}, {col}]");
+        debug_assert!(
+            self.dtype == Dtype::Bf16 && !self.is_wide && row < self.rows && col < self.cols,
+            "[{row}, {col}]"
+        );
         // SAFETY: the caller's.
         unsafe { self.base.add(row * self.row_bytes + col * 2).cast() }
     }
@@ -293,29 +324,32 @@ mod tests {
 
     #[test]
     fn rows_come_back_rounded() {
-        let mut operand = Operand::new(Dtype::Bf16);
-        operand.reset(2, 3);
-        operand.set_row(0, &[1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
-        operand.set_row(1, &[f32::NAN, f32::INFINITY, -f32::MAX]);
-        let mut row = [0.0; 3];
-        operand.copy_row(0, &mut row);
-        assert_eq!(row, [1.0, 1.0, 1.0 + 4.0 / 256.0]); // Halfway cases go to the even neighbour.
-        operand.copy_row(1, &mut row);
-        assert!(row[0].is_nan());
-        assert_eq!(row[1..], [f32::INFINITY, f32::NEG_INFINITY]);
+        for simd in Simd::ALL {
+            let mut operand = Operand::beside(simd, WeightType::Bf16);
+            operand.reset(2, 3);
+            operand.set_row(0, &[1.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0]);
+            operand.set_row(1, &[f32::NAN, f32::INFINITY, -f32::MAX]);
+            let mut row = [0.0; 3];
+            operand.copy_row(0, &mut row);
+            assert_eq!(row, [1.0, 1.0, 1.0 + 4.0 / 256.0]); // Halfway cases go to the even neighbour.
+            operand.copy_row(1, &mut row);
+            assert!(row[0].is_nan());
+            assert_eq!(row[1..], [f32::INFINITY, f32::NEG_INFINITY]);
+        }
     }
 
     #[test]
     fn padding_is_zero_after_every_reset() {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let mut operand = Operand::new(dtype);
+        let weights = [WeightType::F32, WeightType::Bf16];
+        for (weights, simd) in weights.into_iter().flat_map(|weights| Simd::ALL.map(|simd| (weights, simd))) {
+            let mut operand = Operand::beside(simd, weights);
             operand.reset(4, 40);
             (0..4).for_each(|row| operand.set_row(row, &[7.0; 40]));
             for cols in [1, 3, 17, 33] {
                 operand.reset(3, cols);
                 (0..3).for_each(|row| operand.set_row(row, &vec![7.0; cols]));
                 // To look at the padding.
-                operand.cols = cols.next_multiple_of(LINE_BYTES / dtype_bytes(dtype));
+                operand.cols = cols.next_multiple_of(LINE_BYTES / dtype_bytes(weights.operands()));
                 for row in 0..3 {
                     let mut values = vec![0.0; operand.cols];
                     operand.copy_row(row, &mut values);
@@ -328,7 +362,7 @@ mod tests {
 
     #[test]
     fn memory_is_kept_when_it_shrinks() {
-        let mut operand = Operand::new(Dtype::Bf16);
+        let mut operand = Operand::beside(Simd::detect(), WeightType::Bf16);
         operand.reset(100, 64);
         let before = operand.as_ptr();
         operand.reset(3, 64);

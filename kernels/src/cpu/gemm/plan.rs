@@ -11,7 +11,7 @@
 use super::pack::PanelLayout;
 use super::quantized::{BLOCK, GROUP};
 use super::tile::{Geometry, NR};
-use super::unpack::unpacked_terms;
+use super::unpack::{WIDENED_TERMS, unpacked_terms};
 use crate::backend::WeightType;
 use std::ops::Range;
 
@@ -79,18 +79,42 @@ pub(super) const fn tile_bytes(kind: WeightType) -> usize {
     }
 }
 
-/// Whether weights are unpacked for the tiles, and not read where they lie.
-pub(super) const fn is_unpacked(kind: WeightType) -> bool {
-    matches!(kind, WeightType::Int8Weight | WeightType::Int4Weight)
+/// How tiles come by their weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// They read panels.
+    Panels,
+    /// Narrow weights are unpacked to bf16 for a group of tiles.
+    Unpacked,
+    /// Chunks of weights of any type are widened to f32 for a group of tiles, if these are enough.
+    Widened,
+}
+
+impl Reading {
+    fn new(kind: WeightType, geometry: &Geometry, num_tiles: usize) -> Self {
+        let is_narrow = matches!(kind, WeightType::Int8Weight | WeightType::Int4Weight);
+        match geometry.widens {
+            true if num_tiles > 1 => Self::Widened,
+            false if is_narrow => Self::Unpacked,
+            _ => Self::Panels,
+        }
+    }
 }
 
 /// Terms of a chunk where the number type fixes them; results of the other types do not depend on it.
-const fn fixed_chunk(kind: WeightType, geometry: Geometry) -> Option<usize> {
-    match kind {
+fn fixed_chunk(shape: &Shape, geometry: &Geometry, reading: Reading) -> Option<usize> {
+    match shape.kind {
+        _ if reading == Reading::Widened => {
+            // As even as whole groups of K allow.
+            let num_chunks = shape.k.div_ceil(WIDENED_TERMS).max(1);
+            Some(shape.k.div_ceil(num_chunks).next_multiple_of(GROUP))
+        }
         WeightType::F32 | WeightType::Bf16 => None,
         // AMX takes sums of integers up again, as it does those of bf16.
         WeightType::Int8 if geometry.is_amx => None,
         WeightType::Int8 => Some(BLOCK),
+        // Where tiles read narrow weights, they are few, and have all of K.
+        _ if reading == Reading::Panels => Some(shape.k),
         WeightType::Fp8 | WeightType::Int8Weight => Some(unpacked_terms(geometry.strip)),
         WeightType::Int4Weight => Some(GROUP),
     }
@@ -100,6 +124,7 @@ const fn fixed_chunk(kind: WeightType, geometry: Geometry) -> Option<usize> {
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
     shape: Shape,
+    pub(super) reading: Reading,
     geometry: Geometry,
     num_tiles: usize,
     /// Rows of every tile but the last, in AMX; otherwise they are dealt out evenly.
@@ -156,7 +181,8 @@ impl Plan {
             let num_chunks = (k * term_bytes).div_ceil(sweep_bytes).max(1);
             k.div_ceil(num_chunks).next_multiple_of(geometry.step)
         };
-        let chunk = fixed_chunk(shape.kind, geometry).unwrap_or_else(|| match shape.kind {
+        let reading = Reading::new(shape.kind, &geometry, num_tiles);
+        let chunk = fixed_chunk(&shape, &geometry, reading).unwrap_or_else(|| match shape.kind {
             // Parts of whole blocks; the last block may have fewer.
             WeightType::Int8 => even_chunk(shape.k.min(BLOCK)),
             _ => even_chunk(shape.k),
@@ -168,10 +194,12 @@ impl Plan {
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.
-        let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES && !is_unpacked(shape.kind);
-        let has_tile_units = fits || (geometry.is_amx && !is_unpacked(shape.kind));
-        let num_groups = if has_tile_units { num_tiles } else { num_tiles.div_ceil(GROUP_TILES) };
-        let tile_bytes = tile_rows * shape.k * number_bytes;
+        let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES;
+        let has_tile_units = (fits || geometry.is_amx) && reading == Reading::Panels;
+        let num_groups = if has_tile_units { num_tiles } else { num_tiles.div_ceil(geometry.group_tiles) };
+        // Where weights are widened, x is in f32.
+        let input_bytes = if geometry.widens { size_of::<f32>() } else { number_bytes };
+        let tile_bytes = tile_rows * shape.k * input_bytes;
         let max_block_tiles = match geometry.is_amx {
             true => (AMX_BLOCK_BYTES / tile_bytes.max(1)).max(1),
             false => (BLOCK_BYTES / tile_bytes.max(1)).max(MIN_BLOCK_TILES),
@@ -203,6 +231,7 @@ impl Plan {
         }
         Self {
             shape,
+            reading,
             geometry,
             num_tiles,
             tile_rows,
@@ -290,7 +319,11 @@ mod tests {
     use crate::cpu::simd::Simd;
 
     /// Levels that differ in their tiles, with the types of weights.
-    const LEVELS: [(Simd, WeightType); 9] = [
+    const LEVELS: [(Simd, WeightType); 13] = [
+        (Simd::Avx2, WeightType::Bf16),
+        (Simd::Avx2, WeightType::Int8),
+        (Simd::Avx2, WeightType::Int8Weight),
+        (Simd::Avx2, WeightType::Int4Weight),
         (Simd::Avx512, WeightType::F32),
         (Simd::Avx512, WeightType::Bf16),
         (Simd::Avx512, WeightType::Int8),
@@ -320,7 +353,7 @@ mod tests {
                     let padded = n.next_multiple_of(NR);
                     let mut seen = vec![0; rows * padded];
                     for unit in (0..plan.num_units()).map(|i| plan.unit(i)) {
-                        assert!((1..=GROUP_TILES).contains(&unit.tiles.len()), "{plan:?} {unit:?}");
+                        assert!((1..=geometry.group_tiles).contains(&unit.tiles.len()), "{plan:?} {unit:?}");
                         assert!(
                             unit.tiles.len() * unit.pieces.len() <= plan.unit_tiles(),
                             "{plan:?} {unit:?}"

@@ -8,7 +8,6 @@ use super::narrow::in_pieces;
 use super::quantized::OFFSET;
 use super::round::bf16_to_f32;
 use super::tile::{GROUP_BYTES, NR, PIECE_COLS, Tile};
-use crate::backend::Dtype;
 use crate::cpu::exp::exp_f32;
 
 /// Rows computed together: 2 · 16 sums are 8 of the 16 registers that every x86-64 has.
@@ -20,7 +19,7 @@ const ROWS: usize = 2;
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_bf16(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads bf16 panels.
-    unsafe { in_pieces(tile, Dtype::Bf16, PIECE_COLS, piece::<true>) }
+    unsafe { in_pieces(tile, 2, PIECE_COLS, piece::<true>) }
 }
 
 /// An f32 tile.
@@ -29,7 +28,7 @@ pub(super) unsafe fn tile_bf16(tile: &Tile) {
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_f32(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads f32 panels.
-    unsafe { in_pieces(tile, Dtype::F32, PIECE_COLS, piece::<false>) }
+    unsafe { in_pieces(tile, 1, PIECE_COLS, piece::<false>) }
 }
 
 /// A tile in integers of 8 bits. x has its sign back, so that sums start from zero instead of the bias.

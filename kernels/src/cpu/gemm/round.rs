@@ -36,12 +36,38 @@ pub(super) fn round_row(simd: Simd, values: &[f32], out: &mut [u16]) {
     }
 }
 
+/// The same, with the results in f32.
+#[inline]
+pub(super) fn round_wide(simd: Simd, values: &[f32], out: &mut [f32]) {
+    debug_assert_eq!(values.len(), out.len());
+    match simd {
+        // SAFETY: callers pass a level that this processor has.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx2 => unsafe { round_wide_avx2(values, out) },
+        _ => round_each_wide(values, out),
+    }
+}
+
 /// The loop that the compiler vectorises with the features of the function it is inlined into.
 #[inline(always)]
 fn round_each(values: &[f32], out: &mut [u16]) {
     for (out, &value) in out.iter_mut().zip(values) {
         *out = f32_to_bf16(value);
     }
+}
+
+/// Alike.
+#[inline(always)]
+fn round_each_wide(values: &[f32], out: &mut [f32]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = bf16_to_f32(f32_to_bf16(value));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn round_wide_avx2(values: &[f32], out: &mut [f32]) {
+    round_each_wide(values, out);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -68,11 +94,14 @@ mod tests {
             .chain((0..65536u32).map(|high| f32::from_bits(high << 16 | 0x8000)))
             .collect();
         let expected: Vec<u16> = values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
-        let mut found = vec![0; values.len()];
+        let (mut found, mut wide) = (vec![0; values.len()], vec![0.0; values.len()]);
         for simd in Simd::ALL {
             if simd.is_available() {
                 round_row(simd, &values, &mut found);
                 assert!(found == expected, "{}", simd.name());
+                round_wide(simd, &values, &mut wide);
+                let is_same = |(wide, &bits): (&f32, &u16)| wide.to_bits() == u32::from(bits) << 16;
+                assert!(wide.iter().zip(&expected).all(is_same), "{}", simd.name());
             }
         }
     }

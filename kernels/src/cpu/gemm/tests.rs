@@ -32,8 +32,8 @@ fn pack(simd: Simd, values: &[f32], rows: usize, cols: usize, kind: WeightType) 
     PackedMatrix::pack(simd, view, kind, &pool(1)).unwrap()
 }
 
-fn operand(values: &[f32], rows: usize, cols: usize, kind: WeightType) -> Operand {
-    let mut x = Operand::new(kind.operands());
+fn operand(simd: Simd, values: &[f32], rows: usize, cols: usize, kind: WeightType) -> Operand {
+    let mut x = Operand::beside(simd, kind);
     x.reset(rows, cols);
     (0..rows).for_each(|row| x.set_row(row, &values[row * cols..][..cols]));
     x
@@ -101,7 +101,7 @@ fn products_agree_with_f64_for_odd_shapes() {
                 for k in [1, 2, 3, 5, 7, 8, 9, 17, 64, 65, 130, 257] {
                     let w = pack(simd, &random(n * k, 1), n, k, kind);
                     for rows in [1, 2, 3, 5, 6, 7, 13, 17] {
-                        let x = operand(&random(rows * k, 2), rows, k, kind);
+                        let x = operand(simd, &random(rows * k, 2), rows, k, kind);
                         let mut out = vec![f32::NAN; rows * n];
                         matmul(simd, &pool, &x, &w, &mut out, false);
                         let what = format!("{} {kind:?} [{rows}, {k}] [{n}, {k}]", simd.name());
@@ -120,7 +120,7 @@ fn products_agree_with_f64_when_k_is_walked_in_chunks() {
         for simd in levels() {
             for (rows, n, k) in [(1, 65, 2049), (7, 64, 4096), (65, 130, 5000), (50, 33, 6145)] {
                 let w = pack(simd, &random(n * k, 3), n, k, kind);
-                let x = operand(&random(rows * k, 4), rows, k, kind);
+                let x = operand(simd, &random(rows * k, 4), rows, k, kind);
                 let mut out = vec![f32::NAN; rows * n];
                 matmul(simd, &pool, &x, &w, &mut out, false);
                 let what = format!("{} {kind:?} [{rows}, {k}] [{n}, {k}]", simd.name());
@@ -141,16 +141,16 @@ fn a_row_has_the_same_bits_in_any_company() {
                 let rows_step = if k > 2000 { 61 } else { 1 };
                 let w = pack(simd, &random(n * k, 5), n, k, kind);
                 let values = random(ROWS * k, 6);
-                let all = operand(&values, ROWS, k, kind);
+                let all = operand(simd, &values, ROWS, k, kind);
                 let mut expected = vec![0.0; ROWS * n];
                 for row in 0..ROWS {
-                    let x = operand(&values[row * k..][..k], 1, k, kind);
+                    let x = operand(simd, &values[row * k..][..k], 1, k, kind);
                     matmul(simd, &one, &x, &w, &mut expected[row * n..][..n], false);
                 }
                 let mut out = vec![0.0; ROWS * n];
                 matmul(simd, &two, &all, &w, &mut out, false);
                 assert!(bits(&out) == bits(&expected), "{} {kind:?} k = {k}: all rows", simd.name());
-                let mut x = Operand::new(kind.operands());
+                let mut x = Operand::beside(simd, kind);
                 for rows in (1..=200).step_by(rows_step).chain([255, 511, 1000]) {
                     let first = ROWS - rows; // So that a row's place in its tile changes.
                     x.reset(rows, k);
@@ -176,10 +176,10 @@ fn every_number_of_rows_up_to_1024_gives_the_bits_of_one() {
             let values = random(ROWS * k, 8);
             let mut expected = vec![0.0; ROWS * n];
             for row in 0..ROWS {
-                let x = operand(&values[row * k..][..k], 1, k, kind);
+                let x = operand(simd, &values[row * k..][..k], 1, k, kind);
                 matmul(simd, &pool, &x, &w, &mut expected[row * n..][..n], false);
             }
-            let mut x = Operand::new(kind.operands());
+            let mut x = Operand::beside(simd, kind);
             let mut out = vec![0.0; ROWS * n];
             for rows in 1..=ROWS {
                 x.reset(rows, k);
@@ -202,10 +202,10 @@ fn units_of_several_panels_give_the_bits_of_one_row() {
         let w = pack(simd, &random(n * k, 26), n, k, kind);
         let values = random(rows * k, 27);
         let mut out = vec![0.0; rows * n];
-        matmul(simd, &pool, &operand(&values, rows, k, kind), &w, &mut out, false);
+        matmul(simd, &pool, &operand(simd, &values, rows, k, kind), &w, &mut out, false);
         let mut alone = vec![0.0; n];
         for row in 0..rows {
-            let x = operand(&values[row * k..][..k], 1, k, kind);
+            let x = operand(simd, &values[row * k..][..k], 1, k, kind);
             matmul(simd, &pool, &x, &w, &mut alone, false);
             assert!(bits(&alone) == bits(&out[row * n..][..n]), "{} row {row}", simd.name());
         }
@@ -219,7 +219,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
         for simd in levels() {
             for (rows, n, k) in [(1, 1000, 300), (4, 576, 576), (70, 192, 576), (13, 100, 5000)] {
                 let w = pack(simd, &random(n * k, 9), n, k, kind);
-                let x = operand(&random(rows * k, 10), rows, k, kind);
+                let x = operand(simd, &random(rows * k, 10), rows, k, kind);
                 let results = pools.each_ref().map(|pool| {
                     let mut out = vec![0.5; rows * n];
                     matmul(simd, pool, &x, &w, &mut out, true);
@@ -238,7 +238,7 @@ fn accumulate_adds_the_finished_product() {
         for simd in levels() {
             for (rows, n, k) in [(1, 70, 9), (9, 64, 64), (20, 100, 3000)] {
                 let w = pack(simd, &random(n * k, 11), n, k, kind);
-                let x = operand(&random(rows * k, 12), rows, k, kind);
+                let x = operand(simd, &random(rows * k, 12), rows, k, kind);
                 let before = random(rows * n, 13);
                 let (mut product, mut sum) = (vec![0.0; rows * n], before.clone());
                 matmul(simd, &pool, &x, &w, &mut product, false);
@@ -262,8 +262,8 @@ fn swiglu_agrees_with_f64() {
                 let scale = 8.0 / (k as f32).sqrt();
                 let gate = random(n * k, 14).iter().map(|g| g * scale).collect::<Vec<_>>();
                 let (gate, up) = (pack(simd, &gate, n, k, kind), pack(simd, &random(n * k, 15), n, k, kind));
-                let x = operand(&random(rows * k, 16), rows, k, kind);
-                let mut out = Operand::new(kind.operands());
+                let x = operand(simd, &random(rows * k, 16), rows, k, kind);
+                let mut out = Operand::beside(simd, kind);
                 swiglu(simd, &pool, &x, &gate, &up, &mut out);
                 assert_eq!((out.rows(), out.cols()), (rows, n));
                 let (g, u) = (plain_product(&x, &gate), plain_product(&x, &up));
@@ -297,11 +297,11 @@ fn swiglu_gives_a_row_the_same_bits_in_any_company() {
                 let (gate, up) =
                     (pack(simd, &random(n * k, 17), n, k, kind), pack(simd, &random(n * k, 18), n, k, kind));
                 let values = random(rows * k, 19);
-                let mut all = Operand::new(kind.operands());
-                swiglu(simd, &three, &operand(&values, rows, k, kind), &gate, &up, &mut all);
-                let mut single = Operand::new(kind.operands());
+                let mut all = Operand::beside(simd, kind);
+                swiglu(simd, &three, &operand(simd, &values, rows, k, kind), &gate, &up, &mut all);
+                let mut single = Operand::beside(simd, kind);
                 for row in 0..rows {
-                    let x = operand(&values[row * k..][..k], 1, k, kind);
+                    let x = operand(simd, &values[row * k..][..k], 1, k, kind);
                     swiglu(simd, &one, &x, &gate, &up, &mut single);
                     assert!(bits(&row_of(&single, 0)) == bits(&row_of(&all, row)), "{}", simd.name());
                 }
@@ -318,12 +318,12 @@ fn zeros_and_large_values_come_through() {
         for simd in levels() {
             let w = pack(simd, &random(n * k, 20), n, k, kind);
             let mut out = vec![f32::NAN; rows * n];
-            matmul(simd, &pool, &operand(&vec![0.0; rows * k], rows, k, kind), &w, &mut out, false);
+            matmul(simd, &pool, &operand(simd, &vec![0.0; rows * k], rows, k, kind), &w, &mut out, false);
             assert!(out.iter().all(|&v| v == 0.0));
 
             // 2¹⁰⁰ · 2²⁰ is finite, 2¹⁰⁰ · 2⁶⁰ is not.
             let w = pack(simd, &vec![2f32.powi(20); n * k], n, k, kind);
-            let x = operand(&vec![2f32.powi(100); rows * k], rows, k, kind);
+            let x = operand(simd, &vec![2f32.powi(100); rows * k], rows, k, kind);
             matmul(simd, &pool, &x, &w, &mut out, false);
             let product = 30.0 * 2f32.powi(120);
             // 2²⁰ and 2¹⁰⁰ are no multiples of their scales, of which each may be off by half a unit.
@@ -346,7 +346,7 @@ fn a_row_that_is_not_finite_spoils_no_other() {
             let mut values = random(rows * k, 22);
             values[k] = f32::NAN;
             values[2 * k + 1] = f32::INFINITY;
-            let x = operand(&values, rows, k, kind);
+            let x = operand(simd, &values, rows, k, kind);
             let mut out = vec![0.0; rows * n];
             matmul(simd, &pool, &x, &w, &mut out, false);
             for (row, out) in out.chunks(n).enumerate() {
@@ -359,9 +359,9 @@ fn a_row_that_is_not_finite_spoils_no_other() {
                 }
             }
             // And an operand that held NaN in a wider shape has zeros in its padding again.
-            let mut h = Operand::new(kind.operands());
+            let mut h = Operand::beside(simd, kind);
             swiglu(simd, &pool, &x, &w, &w, &mut h);
-            swiglu(simd, &pool, &operand(&values[3 * k..], 5, k, kind), &w, &w, &mut h);
+            swiglu(simd, &pool, &operand(simd, &values[3 * k..], 5, k, kind), &w, &w, &mut h);
             let down = pack(simd, &random(3 * n, 23), 3, n, kind);
             let mut out = vec![0.0; 5 * 3];
             matmul(simd, &pool, &h, &down, &mut out, false);
@@ -377,12 +377,12 @@ fn empty_shapes_are_no_trouble() {
         for simd in levels() {
             let w = pack(simd, &[], 3, 0, kind);
             let mut out = vec![1.0; 6];
-            matmul(simd, &pool, &operand(&[], 2, 0, kind), &w, &mut out, false);
+            matmul(simd, &pool, &operand(simd, &[], 2, 0, kind), &w, &mut out, false);
             assert_eq!(out, [0.0; 6]);
             let w = pack(simd, &[1.0; 6], 3, 2, kind);
-            matmul(simd, &pool, &operand(&[], 0, 2, kind), &w, &mut [], false);
+            matmul(simd, &pool, &operand(simd, &[], 0, 2, kind), &w, &mut [], false);
             let w = pack(simd, &[], 0, 2, kind);
-            matmul(simd, &pool, &operand(&[1.0; 4], 2, 2, kind), &w, &mut [], false);
+            matmul(simd, &pool, &operand(simd, &[1.0; 4], 2, 2, kind), &w, &mut [], false);
         }
     }
 }
@@ -391,7 +391,7 @@ fn empty_shapes_are_no_trouble() {
 fn integers_give_the_same_bits_at_every_level() {
     let pool = pool(2);
     for (rows, n, k) in [(1, 70, 9), (7, 130, 4096), (13, 66, 5000), (3, 64, 9000), (0, 5, 7)] {
-        let x = operand(&random(rows * k, 25), rows, k, WeightType::Int8);
+        let x = operand(Simd::detect(), &random(rows * k, 25), rows, k, WeightType::Int8);
         let mut first = None;
         for simd in levels() {
             let w = pack(simd, &random(n * k, 24), n, k, WeightType::Int8);
@@ -411,7 +411,7 @@ fn integers_do_not_overflow_for_any_k() {
     for simd in levels() {
         for sign in [1.0, -1.0] {
             let w = pack(simd, &vec![sign; n * k], n, k, WeightType::Int8);
-            let x = operand(&vec![3.0; k], 1, k, WeightType::Int8);
+            let x = operand(simd, &vec![3.0; k], 1, k, WeightType::Int8);
             let mut out = vec![0.0; n];
             matmul(simd, &pool, &x, &w, &mut out, false);
             let expected = 3.0 * sign * k as f32;
@@ -429,7 +429,7 @@ fn integers_do_not_overflow_for_any_k() {
 fn an_operand_that_is_written_again_is_quantised_again() {
     let pool = pool(2);
     let w = pack(Simd::detect(), &[1.0; 3 * 10], 3, 10, WeightType::Int8);
-    let mut x = operand(&[1.0; 20], 2, 10, WeightType::Int8);
+    let mut x = operand(Simd::detect(), &[1.0; 20], 2, 10, WeightType::Int8);
     let mut out = vec![0.0; 6];
     for value in [1.0f32, -2.0, 0.5] {
         (0..2).for_each(|row| x.set_row(row, &[value; 10]));

@@ -8,7 +8,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::operand::LINE_BYTES;
 #[cfg(target_arch = "x86_64")]
-use super::plan::tile_bytes;
+use super::plan::{GROUP_TILES, tile_bytes};
 use crate::backend::WeightType;
 use crate::cpu::simd::Simd;
 #[cfg(target_arch = "x86_64")]
@@ -50,6 +50,10 @@ pub(super) struct Geometry {
     pub(super) step: usize,
     /// Bytes of a group, or of four lines, that a tile prefetches at once.
     pub(super) prefetch_bytes: usize,
+    /// Most tiles of a unit: chunk by chunk of K, they share what is unpacked.
+    pub(super) group_tiles: usize,
+    /// Whether x is in f32, and weights of a chunk of K are widened to that for a group of tiles, and not in each.
+    pub(super) widens: bool,
     /// Whether tiles are registers of AMX.
     pub(super) is_amx: bool,
 }
@@ -69,18 +73,29 @@ impl Geometry {
                 narrowest: super::amx::BLOCK_COLS,
                 step: LINE_BYTES / tile_bytes(kind),
                 prefetch_bytes: 256,
+                group_tiles: GROUP_TILES,
+                widens: false,
                 is_amx: true,
             };
         }
-        let _ = (simd, kind);
-        Self {
+        let below_amx = Self {
             rows: MR,
             strip: NR,
             narrowest: PIECE_COLS,
             step: KR,
             prefetch_bytes: GROUP_BYTES,
+            group_tiles: GROUP_TILES,
+            widens: false,
             is_amx: false,
+        };
+        #[cfg(target_arch = "x86_64")]
+        if simd == Simd::Avx2
+            && matches!(kind, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight)
+        {
+            return Self { group_tiles: super::avx2::GROUP_TILES, widens: true, ..below_amx };
         }
+        let _ = (simd, kind);
+        below_amx
     }
 
     /// Numbers of a tile's sums.
@@ -115,7 +130,8 @@ pub(super) struct Tile {
     pub(super) a: *const u8,
     /// Bytes from row to row of x.
     pub(super) a_stride: usize,
-    /// The panel from the first k of the chunk and the first column of the piece on, aligned to 64 bytes.
+    /// The panel, or what of it was unpacked, from the first k of the chunk and the first column of the piece on, aligned to
+    /// 64 bytes.
     pub(super) b: *const u8,
     /// Terms of the sums, a multiple of the geometry's step.
     pub(super) k: usize,
@@ -146,6 +162,16 @@ pub(super) struct Tile {
     /// Groups, in AMX fours of lines by all blocks of rows together (one of each of four streams), to prefetch from there on for every step of the
     /// loop.
     pub(super) prefetch_groups: usize,
+}
+
+impl Tile {
+    /// The same from another column on: what lies column by column is moved, but for the panel.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    pub(super) fn of_columns(&self, first: usize) -> Self {
+        let moved = |at: *const f32| if at.is_null() { at } else { at.wrapping_add(first) };
+        Self { scales: moved(self.scales), init: moved(self.init), c: self.c.wrapping_add(first), ..*self }
+    }
 }
 
 /// Computes a tile.
@@ -213,10 +239,10 @@ fn avx512_tile(kind: WeightType) -> TileFn {
 fn avx2_tile(kind: WeightType) -> TileFn {
     match kind {
         WeightType::F32 => super::avx2::tile_f32,
-        WeightType::Bf16 | WeightType::Fp8 | WeightType::Int8Weight | WeightType::Int4Weight => {
-            super::avx2::tile_bf16
-        }
+        WeightType::Bf16 | WeightType::Fp8 => super::avx2::tile_bf16,
         WeightType::Int8 => super::avx2::tile_int8,
+        WeightType::Int8Weight => super::avx2::tile_int8_weight,
+        WeightType::Int4Weight => super::avx2::tile_int4_weight,
     }
 }
 

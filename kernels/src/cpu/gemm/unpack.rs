@@ -4,6 +4,8 @@
 //! Scales are applied to sums, so that no weight is rounded.
 
 use super::tile::NR;
+#[cfg(target_arch = "x86_64")]
+use super::tile::PIECE_COLS;
 use crate::backend::WeightType;
 use crate::cpu::simd::Simd;
 #[cfg(target_arch = "x86_64")]
@@ -22,6 +24,16 @@ pub(super) const fn unpacked_terms(strip: usize) -> usize {
 #[repr(C, align(64))]
 pub(super) struct Unpacked(pub(super) [u32; unpacked_terms(NR / 2) / 2 * NR / 2]);
 
+/// Terms that are widened to f32 at a time, at most: 16 columns of 288 are 18 KiB, and 6 rows of x beside them 7 KiB of an
+/// L1 cache of 32 KiB. Groups of K are whole.
+pub(super) const WIDENED_TERMS: usize = 288;
+
+/// Some columns of a chunk in f32.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Widened(pub(super) [f32; WIDENED_TERMS * PIECE_COLS]);
+
 /// What to unpack, and where to.
 pub(super) struct Unpack {
     /// The piece's words from the chunk's first on, `strip` words from one to the next.
@@ -32,7 +44,8 @@ pub(super) struct Unpack {
     pub(super) terms: usize,
     /// 16, 32 or 64.
     pub(super) cols: usize,
-    /// `[terms / 2][strip]` pairs, of which `cols` of each strip are written.
+    /// `[terms / 2][strip]` pairs, of which `cols` of each strip are written; `[terms][cols]` numbers in f32 where they are
+    /// widened.
     pub(super) out: *mut u32,
 }
 
@@ -53,10 +66,6 @@ pub(super) fn unpack_fn(simd: Simd, kind: WeightType) -> UnpackFn {
         (Simd::Amx, false) if has_vbmi() => x86::int8_vbmi,
         #[cfg(target_arch = "x86_64")]
         (Simd::Avx512 | Simd::Amx, false) => x86::int8_avx512,
-        #[cfg(target_arch = "x86_64")]
-        (Simd::Avx2, true) => x86::int4_avx2,
-        #[cfg(target_arch = "x86_64")]
-        (Simd::Avx2, false) => x86::int8_avx2,
         (_, true) => unpack::<8, 4>,
         (_, false) => unpack::<4, 2>,
     }
@@ -110,7 +119,7 @@ fn join(even: f32, odd: f32) -> u32 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, Unpack, unpack};
+    use super::{LANES, Unpack};
     use std::arch::x86_64::*;
 
     /// Where `VPERMT2W` finds the upper halves of two registers, in turn.
@@ -188,18 +197,6 @@ mod x86 {
                 }
             }
         }
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn int8_avx2(chunk: &Unpack) {
-        // SAFETY: the caller's.
-        unsafe { unpack::<4, 2>(chunk) }
-    }
-
-    #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn int4_avx2(chunk: &Unpack) {
-        // SAFETY: the caller's.
-        unsafe { unpack::<8, 4>(chunk) }
     }
 
     /// The integers 0 ..= 7 and -8 ..= -1 in bf16, twice: `VPERMW` looks at five bits of an index, of which the

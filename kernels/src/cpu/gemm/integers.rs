@@ -130,7 +130,7 @@ fn quantize_wide(simd: Simd, x: &[f32], out: &mut [u8]) -> f32 {
     match simd {
         // SAFETY: callers pass a level that this processor has.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx2 => unsafe { quantize_wide_avx2(x, out) },
+        Simd::Avx2 | Simd::Avx512 | Simd::Amx => unsafe { quantize_wide_avx2(x, out) },
         _ => quantize_each(x, |value| value, out),
     }
 }

@@ -43,7 +43,7 @@ pub(super) fn round_wide(simd: Simd, values: &[f32], out: &mut [f32]) {
     match simd {
         // SAFETY: callers pass a level that this processor has.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx2 => unsafe { round_wide_avx2(values, out) },
+        Simd::Avx2 | Simd::Avx512 | Simd::Amx => unsafe { round_wide_avx2(values, out) },
         _ => round_each_wide(values, out),
     }
 }

@@ -303,6 +303,7 @@ impl Terms<__m256> for Avx2Pairs {
     type Entries = __m256;
     type Factor = __m256;
 
+    #[allow(clippy::pointers_in_nomem_asm_block, reason = "a comment looks at no memory")]
     #[inline(always)]
     unsafe fn entries(at: *const u32, part: usize) -> __m256 {
         unsafe {

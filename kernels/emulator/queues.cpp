@@ -166,7 +166,8 @@ bool may_wait() {
     return may;
 }
 
-API Result cuStreamCreate(void** stream, unsigned) {
+// What has priority may come first, as anything may.
+API Result cuStreamCreateWithPriority(void** stream, unsigned, int) {
     LOCKED;
     if (!current) return INVALID_CONTEXT;
     streams.push_back(new Stream{current, {}, nullptr, false});

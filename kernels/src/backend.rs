@@ -10,6 +10,7 @@
 //! * **Accumulation is f32**, whatever the weights are. The residual stream is f32.
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
@@ -331,6 +332,20 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `out = x · wᵀ`; `x: [T, in]`, `w: [n, in]`, `out: [T, n]`.
     fn matmul(&self, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Array) -> Result<()>;
+
+    /// [`Backend::matmul`] of rows in `pieces`, which follow each other from the first row to the last. `told` hears of each in order, when
+    /// it is computed or queued: what a device that works beside the host is then given to do with it may run before the next ones.
+    fn matmul_in_pieces<E: From<Error>>(
+        &self,
+        x: &Self::Operand,
+        w: &Self::Matrix,
+        out: &mut Self::Array,
+        pieces: &[Range<usize>],
+        mut told: impl FnMut(&Self::Array, Range<usize>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        self.matmul(x, w, out)?;
+        pieces.iter().try_for_each(|piece| told(out, piece.clone()))
+    }
 
     /// [`Backend::matmul`] by each of some matrices of [`Backend::matrix`]: q, k and v of the same rows.
     fn matmul_each<const N: usize>(

@@ -32,7 +32,9 @@ pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, Threa
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
-pub use cuda::{Compiled, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_work_bytes, pack_cubins};
+pub use cuda::{
+    Compiled, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_sum_bytes, cuda_work_bytes, pack_cubins,
+};
 pub use cuda::{
     Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,
 };

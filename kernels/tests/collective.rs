@@ -2,6 +2,7 @@
 //! one of them dies, hangs or disagrees.
 
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -29,8 +30,9 @@ pub(crate) type Check = fn(&Groups<'_>);
 
 /// All checks, for a program that has no test harness: what each is called, and the check of what makes groups.
 #[allow(dead_code, reason = "tests have a function each")]
-pub(crate) const CHECKS: [(&str, Check); 6] = [
+pub(crate) const CHECKS: [(&str, Check); 7] = [
     ("sums_are_added_in_the_order_of_ranks_at_every_call", sums),
+    ("sums_that_are_begun_in_pieces_are_the_same", pieces),
     ("parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks", parts),
     ("everyone_has_what_the_root_had", roots),
     ("a_rank_that_dies_ends_the_calls_of_all_others_at_once", deaths),
@@ -106,6 +108,22 @@ impl Collective<Array> for OnGpu {
     fn all_reduce(&mut self, x: &mut Array) -> Result<()> {
         self.upload(x)?;
         self.rank.all_reduce(&mut self.x)?;
+        self.download(false, x)
+    }
+
+    fn pieces(&self, rows: usize) -> Vec<Range<usize>> {
+        self.rank.pieces(rows)
+    }
+
+    fn begin_all_reduce(&mut self, x: &Array, piece: Range<usize>) -> Result<()> {
+        if piece.start == 0 {
+            self.upload(x)?;
+        }
+        self.rank.begin_all_reduce(&self.x, piece)
+    }
+
+    fn finish_all_reduce(&mut self, x: &mut Array) -> Result<()> {
+        self.rank.finish_all_reduce(&mut self.x)?;
         self.download(false, x)
     }
 
@@ -209,15 +227,20 @@ fn bits(values: &[f32]) -> Vec<u32> {
 /// `[rows, cols]`: nothing, one number, odd ones, more than a rank sums for itself, more than a socket's buffer.
 const SHAPES: [[usize; 2]; 7] = [[0, 8], [1, 1], [3, 5], [1, 512], [64, 512], [33, 1037], [257, 4096]];
 
+/// The sum of all ranks' numbers, in the order of ranks.
+fn summed(num_ranks: usize, round: usize, len: usize) -> Vec<f32> {
+    let mut sum = numbers(0, round, len);
+    for other in 1..num_ranks {
+        sum.iter_mut().zip(numbers(other, round, len)).for_each(|(sum, term)| *sum += term);
+    }
+    sum
+}
+
 fn sums(groups: &Groups<'_>) {
     every_group(groups, |mut rank, what| {
         for (round, [rows, cols]) in SHAPES.into_iter().cycle().take(3 * SHAPES.len()).enumerate() {
             let len = rows * cols;
-            let mut expected = numbers(0, round, len);
-            for other in 1..rank.num_ranks() {
-                let terms = numbers(other, round, len);
-                expected.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
-            }
+            let expected = summed(rank.num_ranks(), round, len);
             let mut x = array(rows, cols, &numbers(rank.rank(), round, len));
             rank.all_reduce(&mut x).unwrap();
             assert_eq!((x.rows(), x.cols()), (rows, cols), "{what}");
@@ -229,6 +252,36 @@ fn sums(groups: &Groups<'_>) {
 #[test]
 fn sums_are_added_in_the_order_of_ranks_at_every_call() {
     everywhere(sums);
+}
+
+/// As [`SHAPES`], with more rows than GPUs sum at once.
+const TALL: [[usize; 2]; 7] = [[0, 8], [1, 1], [33, 1037], [511, 3], [512, 100], [1030, 37], [600, 512]];
+
+fn pieces(groups: &Groups<'_>) {
+    every_group(groups, |mut rank, what| {
+        for (round, [rows, cols]) in TALL.into_iter().cycle().take(3 * TALL.len()).enumerate() {
+            let len = rows * cols;
+            let mut x = array(rows, cols, &numbers(rank.rank(), round, len));
+            let pieces = rank.pieces(rows);
+            let end = pieces.iter().try_fold(0, |end, piece| (piece.start == end).then_some(piece.end));
+            assert_eq!(end, Some(rows), "{what}: {pieces:?}");
+            for piece in pieces {
+                rank.begin_all_reduce(&x, piece).unwrap();
+            }
+            rank.finish_all_reduce(&mut x).unwrap();
+            let expected = summed(rank.num_ranks(), round, len);
+            assert_eq!((x.rows(), x.cols()), (rows, cols), "{what}");
+            assert!(bits(x.values()) == bits(&expected), "{what}, [{rows}, {cols}]");
+            // What comes next follows them.
+            rank.broadcast(0, &mut x).unwrap();
+            assert!(bits(x.values()) == bits(&expected), "{what}, [{rows}, {cols}] handed round");
+        }
+    });
+}
+
+#[test]
+fn sums_that_are_begun_in_pieces_are_the_same() {
+    everywhere(pieces);
 }
 
 fn parts(groups: &Groups<'_>) {
@@ -358,11 +411,17 @@ fn a_rank_that_hangs_ends_the_calls_of_all_others_when_their_patience_does() {
 }
 
 fn disagreements(groups: &Groups<'_>) {
-    let calls: [fn(&mut Rank) -> Result<()>; 2] = [
+    let calls: [fn(&mut Rank) -> Result<()>; 3] = [
         |rank| rank.all_reduce(&mut array(2, 2 + rank.rank() % 2, &vec![0.0; 4 + 2 * (rank.rank() % 2)])),
         |rank| match rank.rank() {
             0 => rank.broadcast(0, &mut array(1, 1, &[0.0])),
             _ => rank.all_reduce(&mut array(1, 1, &[0.0])),
+        },
+        |rank| {
+            let rows = 600 + rank.rank() % 2;
+            let mut x = array(rows, 1, &vec![0.0; rows]);
+            rank.pieces(rows).into_iter().try_for_each(|piece| rank.begin_all_reduce(&x, piece))?;
+            rank.finish_all_reduce(&mut x)
         },
     ];
     let Groups { name, make, most } = groups;

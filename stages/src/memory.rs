@@ -1,6 +1,8 @@
 //! What a part of a model takes of a GPU's memory: arithmetic of shapes alone, so that it is known before anything is loaded.
 
-use kernels::{CudaKvCache, CudaMatrix, KvDtype, WeightType, cuda_allocated_bytes, cuda_work_bytes};
+use kernels::{
+    CudaKvCache, CudaMatrix, KvDtype, WeightType, cuda_allocated_bytes, cuda_sum_bytes, cuda_work_bytes,
+};
 
 use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
@@ -189,7 +191,7 @@ fn collective_bytes(config: &ModelConfig, part: Part, place: RankPlace, step: St
     let Dims { hidden, vocab, .. } = config.dims;
     let drawn = if part.is_last(config) { step.drawn_rows() } else { 0 };
     let logits = if place.rank == 0 { vocab } else { 0 } + vocab.div_ceil(place.num_ranks);
-    numbers(step.rows, hidden) + numbers(drawn, logits)
+    cuda_sum_bytes(step.rows * hidden, place.num_ranks) + numbers(drawn, logits)
 }
 
 /// f32 numbers of some rows and columns.

@@ -3,6 +3,7 @@
 //! The first rank is the stage as the pipeline sees it; the others follow it through each micro-batch. They learn of it
 //! by a [`RankStep`] and of activations by the collective, and hand nothing on.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -167,9 +168,24 @@ impl<A> Ranks<A> {
         self.place.rank == 0
     }
 
-    /// `x` of `numbers` becomes the sum over all ranks.
-    pub(crate) fn all_reduce(&mut self, x: &mut A, numbers: usize) -> Result<()> {
-        self.timed(numbers, |collective| collective.all_reduce(x))
+    /// Makes room for sums of so many rows and columns.
+    pub(crate) fn reserve(&mut self, [rows, cols]: [usize; 2]) -> Result<()> {
+        Ok(self.collective.reserve(rows * cols)?)
+    }
+
+    /// Rows in the pieces whose sums are begun one by one.
+    pub(crate) fn pieces(&self, rows: usize) -> Vec<Range<usize>> {
+        self.collective.pieces(rows)
+    }
+
+    /// A piece of `x` is computed.
+    pub(crate) fn begin_all_reduce(&mut self, x: &A, piece: Range<usize>) -> Result<()> {
+        Ok(self.collective.begin_all_reduce(x, piece)?)
+    }
+
+    /// `x` of `numbers`, all of whose pieces were begun, becomes the sum over all ranks.
+    pub(crate) fn finish_all_reduce(&mut self, x: &mut A, numbers: usize) -> Result<()> {
+        self.timed(numbers, |collective| collective.finish_all_reduce(x))
     }
 
     /// `out` of `numbers` becomes the parts of all ranks.

@@ -16,6 +16,8 @@ mod meeting;
 mod tcp;
 mod threads;
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 
 pub use frame::{FRAME_HEADER_BYTES, Frame};
@@ -45,6 +47,37 @@ pub trait Collective<A>: Send {
     /// Shapes that are not equal; a rank that is gone or does not come; a group that has ended before.
     fn all_reduce(&mut self, x: &mut A) -> Result<()>;
 
+    /// Makes room for sums of arrays of so many numbers, where a device's memory is slow to give.
+    ///
+    /// # Errors
+    /// There is no such room.
+    fn reserve(&mut self, _numbers: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// An array's rows in the pieces that [`Collective::begin_all_reduce`] is told of, in order: several where this rank sums some
+    /// while it computes others. They follow from the number of rows, so that all ranks have the same.
+    fn pieces(&self, rows: usize) -> Vec<Range<usize>> {
+        std::iter::once(0..rows).collect()
+    }
+
+    /// Says that a piece of `x`, which has its shape, is computed, or will be when all that is queued has run: what is queued
+    /// from now on leaves it alone, and may run beside its sums.
+    ///
+    /// # Errors
+    /// What the device refuses. No rank waits for another here.
+    fn begin_all_reduce(&mut self, _x: &A, _piece: Range<usize>) -> Result<()> {
+        Ok(())
+    }
+
+    /// As [`Collective::all_reduce`], to the bit, of an array all of whose pieces were begun.
+    ///
+    /// # Errors
+    /// As for [`Collective::all_reduce`].
+    fn finish_all_reduce(&mut self, x: &mut A) -> Result<()> {
+        self.all_reduce(x)
+    }
+
     /// `out` becomes the parts of all ranks, in their order. They are equal in the other direction, and may be empty.
     ///
     /// # Errors
@@ -73,6 +106,7 @@ pub(crate) enum Op {
     GatherRows = 3,
     GatherColumns = 4,
     Broadcast = 5,
+    AllReducePieces = 6,
 }
 
 impl Op {
@@ -86,7 +120,7 @@ impl Op {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Op::Hello => "hello",
-            Op::AllReduce => "all_reduce",
+            Op::AllReduce | Op::AllReducePieces => "all_reduce",
             Op::GatherRows | Op::GatherColumns => "all_gather",
             Op::Broadcast => "broadcast",
         }

@@ -40,7 +40,7 @@ pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, Cuda
 pub(crate) use draws::CudaDraws;
 pub use gpu::Gpu;
 pub use memory::{cuda_allocated_bytes, cuda_work_bytes};
-pub use nccl::{Gate, GroupExit, GroupId, NcclRank, NcclReceiver, NcclSender};
+pub use nccl::{Gate, GroupExit, GroupId, NcclRank, NcclReceiver, NcclSender, cuda_sum_bytes};
 pub use packed::pack_cubins;
 pub use parcels::Parcel;
 pub use program::{Compiled, Source};

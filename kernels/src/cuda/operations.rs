@@ -1,5 +1,6 @@
 //! The operations of the contract: what each checks, and which kernels it queues.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
@@ -201,6 +202,26 @@ impl Backend for Cuda {
         self.multiply_all("matmul", x, w, out, Onto::Nothing)
     }
 
+    fn matmul_in_pieces<E: From<Error>>(
+        &self,
+        x: &CudaOperand,
+        w: &CudaMatrix,
+        out: &mut CudaArray,
+        pieces: &[Range<usize>],
+        mut told: impl FnMut(&CudaArray, Range<usize>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        const OP: &str = "matmul";
+        check::shape(OP, "x's columns", [x.cols], [w.cols])?;
+        let end = pieces.iter().try_fold(0, |end, piece| (piece.start == end).then_some(piece.end));
+        assert_eq!(end, Some(x.rows), "{pieces:?} follow each other over all rows");
+        out.reshape(x.rows, w.rows)?;
+        for piece in pieces {
+            self.multiply_rows(OP, x, piece.clone(), w, out)?;
+            told(out, piece.clone())?;
+        }
+        Ok(())
+    }
+
     fn matmul_add(&self, x: &CudaOperand, w: &CudaMatrix, out: &mut CudaArray) -> Result<()> {
         check::shape("matmul_add", "x's columns", [x.cols], [w.cols])?;
         check::shape("matmul_add", "out", [out.rows, out.cols], [x.rows, w.rows])?;
@@ -239,7 +260,7 @@ impl Backend for Cuda {
             let width = columns.min(gate.rows - first);
             for (matrix, product) in [(gate, &mut *gates), (up, &mut *ups)] {
                 product.reserve(OP, x.rows * width * size_of::<f32>())?;
-                self.multiply(OP, x, matrix, first..first + width, product, Onto::Nothing)?;
+                self.multiply(OP, (x, 0..x.rows), (matrix, first..first + width), product, Onto::Nothing)?;
             }
             if let (Some(Fp8Kernels { swiglu, .. }), true) = (&self.fp8, width == gate.rows) {
                 let [codes, scales] = out.codes_with_room()?;

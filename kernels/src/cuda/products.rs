@@ -23,32 +23,44 @@ impl Cuda {
         out: &CudaArray,
         onto: Onto,
     ) -> Result<()> {
-        self.multiply(op, x, w, 0..w.rows, &out.memory, onto)
+        self.multiply(op, (x, 0..x.rows), (w, 0..w.rows), &out.memory, onto)
     }
 
-    /// Queues a product with some rows of `w`, into an array of as many columns.
-    pub(super) fn multiply(
+    /// The same of some rows of `x`, to the same rows of `out`. Of our own kernels, they have the bits of the whole.
+    pub(super) fn multiply_rows(
         &self,
         op: &'static str,
         x: &CudaOperand,
+        rows: Range<usize>,
         w: &CudaMatrix,
-        cols: Range<usize>,
+        out: &CudaArray,
+    ) -> Result<()> {
+        self.multiply(op, (x, rows), (w, 0..w.rows), &out.memory, Onto::Nothing)
+    }
+
+    /// Queues a product of some rows of `x` with some of `w`, to the same rows of an array of as many columns.
+    pub(super) fn multiply(
+        &self,
+        op: &'static str,
+        (x, rows): (&CudaOperand, Range<usize>),
+        (w, cols): (&CudaMatrix, Range<usize>),
         out: &Memory,
         onto: Onto,
     ) -> Result<()> {
         let chunked = match &w.form {
             Form::Bf16(chunked) => chunked,
-            Form::Fp8(fp8) => return self.multiply_fp8(op, x, (w, fp8), cols, out, onto),
+            Form::Fp8(fp8) => return self.multiply_fp8(op, (x, rows), (w, fp8, cols), out, onto),
             Form::Int4(int4) => {
                 let kernels = self.int4.as_ref().expect("the matrix was made by them");
-                let x = (x.memory.start(), x.rows, x.stride());
-                return kernels.multiply(op, x, int4, cols, out.start(), onto);
+                let first = x.memory.at(rows.start * x.stride() * size_of::<u16>());
+                let out = out.at(rows.start * cols.len() * size_of::<f32>());
+                return kernels.multiply(op, (first, rows.len(), x.stride()), int4, cols, out, onto);
             }
         };
         let chunks = || arrays::chunks(w.rows, w.cols, chunked.chunk);
         let num_chunks = chunks().count();
         if onto == Onto::Product && num_chunks > 1 && self.library.is_none() {
-            return self.multiply_apart(op, x, w, cols, out);
+            return self.multiply_apart(op, (x, rows), (w, cols), out);
         }
         for (index, chunk) in chunks().enumerate() {
             let product = Product {
@@ -63,6 +75,7 @@ impl Cuda {
                 out_stride: cols.len(),
                 scales: None,
             };
+            let product = product.part(rows.clone(), 0..cols.len());
             self.multiply_chunk(op, &product, if index == 0 { onto } else { Onto::Sums })?;
         }
         Ok(())
@@ -104,9 +117,8 @@ impl Cuda {
     fn multiply_fp8(
         &self,
         op: &'static str,
-        x: &CudaOperand,
-        (w, weights): (&CudaMatrix, &Fp8),
-        cols: Range<usize>,
+        (x, rows): (&CudaOperand, Range<usize>),
+        (w, weights, cols): (&CudaMatrix, &Fp8, Range<usize>),
         out: &Memory,
         onto: Onto,
     ) -> Result<()> {
@@ -126,6 +138,7 @@ impl Cuda {
                 out_stride: cols.len(),
                 scales: Some([x_scales.start(), weights.scales.at(cols.start * size_of::<f32>())]),
             };
+            let product = product.part(rows.clone(), 0..cols.len());
             self.multiply_chunk(op, &product, if index == 0 { onto } else { Onto::Sums })?;
         }
         Ok(())
@@ -135,17 +148,16 @@ impl Cuda {
     fn multiply_apart(
         &self,
         op: &'static str,
-        x: &CudaOperand,
-        w: &CudaMatrix,
-        cols: Range<usize>,
+        (x, rows): (&CudaOperand, Range<usize>),
+        (w, cols): (&CudaMatrix, Range<usize>),
         out: &Memory,
     ) -> Result<()> {
-        let count = x.rows * cols.len();
+        let (first, count) = (rows.start * cols.len() * size_of::<f32>(), rows.len() * cols.len());
         let mut scratch = locked(&self.product);
-        scratch.reserve(op, count * size_of::<f32>())?;
-        self.multiply(op, x, w, cols, &scratch, Onto::Nothing)?;
+        scratch.reserve(op, x.rows * cols.len() * size_of::<f32>())?;
+        self.multiply(op, (x, rows), (w, cols), &scratch, Onto::Nothing)?;
         let grid: Grid = flat_grid(count);
-        let arguments = [out.start(), scratch.start(), Argument::U64(count as u64)];
+        let arguments = [out.at(first), scratch.at(first), Argument::U64(count as u64)];
         // SAFETY: both have as many numbers.
         unsafe { self.stream.launch(op, &self.kernels.add, grid, &arguments) }
     }

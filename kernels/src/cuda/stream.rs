@@ -56,6 +56,16 @@ const MOST_ARGUMENTS: usize = 16;
 impl Stream {
     /// Opens a device; the driver is running.
     pub(crate) fn open(index: usize) -> Result<Arc<Stream>> {
+        Stream::open_with(index, 0)
+    }
+
+    /// As [`Stream::open`]; of what waits for room on the device, this queue's work comes before that of others.
+    pub(crate) fn open_urgent(index: usize) -> Result<Arc<Stream>> {
+        Stream::open_with(index, -1)
+    }
+
+    /// Lower priorities come first, and those that the device does not have are taken for the nearest that it has.
+    fn open_with(index: usize, priority: i32) -> Result<Arc<Stream>> {
         let what = |error| failed(index, "open", error);
         let device = result::device::get(index as i32).map_err(what)?;
         // Who waits for the device sleeps meanwhile. By itself the driver keeps asking, which takes a core for each stage.
@@ -73,7 +83,8 @@ impl Stream {
             changes: AtomicU64::new(0),
         };
         stream.bind("open")?;
-        stream.stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(what)?;
+        let kind = result::stream::StreamKind::NonBlocking;
+        stream.stream = result::stream::create_with_priority(kind, priority).map_err(what)?;
         Ok(Arc::new(stream))
     }
 

@@ -1,6 +1,8 @@
-//! Operations that stand for several others have their bits: `attend` and `matmul_each`.
+//! Operations that stand for several others have their bits: `attend`, `matmul_each` and `matmul_in_pieces`.
 
-use kernels::{AttentionSlice, PAGE_TOKENS, RopeTable};
+use std::ops::Range;
+
+use kernels::{AttentionSlice, PAGE_TOKENS, Result, RopeTable};
 
 use crate::battery::device::{Check, Device, Readable, bits, every_device, every_weight_device};
 use crate::battery::random::Random;
@@ -107,6 +109,51 @@ impl Check for MatmulEach {
             }
         }
     }
+}
+
+pub(crate) struct MatmulInPieces;
+
+impl Check for MatmulInPieces {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        let backend = &device.backend;
+        let mut random = Random::new(23);
+        let cut = |ends: &[usize]| {
+            let starts = std::iter::once(0).chain(ends.iter().copied());
+            starts.zip(ends).map(|(start, &end)| start..end).collect::<Vec<Range<usize>>>()
+        };
+        for (ends, outputs, inputs) in [
+            (vec![1], 65, 96),
+            (vec![16, 17, 70], 130, 257),
+            (vec![0], 5, 8),
+            (vec![128, 256, 300], 192, 64),
+            (vec![3, 3, 9], 7, 1),
+        ] {
+            let (rows, pieces) = (*ends.last().unwrap(), cut(&ends));
+            let what = format!("{}, {pieces:?} of [{inputs}, {outputs}]", device.name());
+            let (x, _) = device.operand(&random.values(rows * inputs), inputs);
+            let matrix = device.matrix(&random.values(outputs * inputs), outputs, inputs);
+            let (mut expected, mut found, mut told) = (backend.array(), backend.array(), Vec::new());
+            backend.matmul(&x, &matrix, &mut expected).unwrap();
+            let expected = bits(&device.values(&expected));
+            let told_of = |found: &B::Array, piece: Range<usize>| -> Result<()> {
+                let numbers = piece.start * outputs..piece.end * outputs;
+                assert!(
+                    bits(&device.values(found))[numbers.clone()] == expected[numbers],
+                    "{what}: {piece:?}"
+                );
+                told.push(piece);
+                Ok(())
+            };
+            backend.matmul_in_pieces(&x, &matrix, &mut found, &pieces, told_of).unwrap();
+            assert_eq!(told, pieces, "{what}");
+            assert!(bits(&device.values(&found)) == expected, "{what}");
+        }
+    }
+}
+
+#[test]
+fn products_in_pieces_have_the_bits_of_one() {
+    every_weight_device(&MatmulInPieces);
 }
 
 #[test]

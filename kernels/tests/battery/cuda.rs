@@ -163,6 +163,7 @@ macro_rules! checks {
 checks! {
     attending_at_once_has_the_bits_of_its_parts: attend::Attend, FIXED_CACHES;
     products_at_once_have_the_bits_of_each: attend::MatmulEach, FIXED_SUMS;
+    products_in_pieces_have_the_bits_of_one: attend::MatmulInPieces, FIXED_SUMS;
     attention_is_the_softmax_mean_of_the_values: attention::Attention::default(), CACHES;
     equal_values_come_out_whatever_the_scores_are: attention::Extremes, CACHES;
     a_prompt_in_chunks_on_other_pages_gives_the_same_bits: attention_invariants::Chunks, FIXED_CACHES;

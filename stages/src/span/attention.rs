@@ -54,11 +54,13 @@ impl<B: Backend> AttentionOnDevice<B> {
                 match gqa {
                     Some(gqa) => {
                         gqa.inner(pass)?;
-                        pass.backend.matmul(&pass.work.inner, &gqa.o, &mut pass.work.added)?;
+                        pass.sum_products(&gqa.o)?;
                     }
-                    None => pass.add_nothing()?,
+                    None => {
+                        pass.add_nothing()?;
+                        pass.sum_added()?;
+                    }
                 }
-                pass.sum_added()?;
                 pass.backend.add(&pass.work.added, &mut pass.work.x)?;
             }
             AttentionOnDevice::Sequences(gqa) => gqa.run_sequences(pass)?,

@@ -88,15 +88,15 @@ impl<B: Backend> SwiGlu<B> {
         pass.share_x()?;
         self.inner(pass)?;
         let goes_on = cut.goes_on && pass.is_first_rank();
-        let (backend, work) = (pass.backend, &mut *pass.work);
         if goes_on {
+            let work = &mut *pass.work;
             std::mem::swap(&mut work.added, &mut work.sums);
-            backend.matmul_onto(&work.inner, &self.down, &mut work.added)?;
+            pass.backend.matmul_onto(&work.inner, &self.down, &mut work.added)?;
+            pass.sum_added()?;
         } else {
-            backend.matmul(&work.inner, &self.down, &mut work.added)?;
+            pass.sum_products(&self.down)?;
         }
-        pass.sum_added()?;
-        let work = &mut *pass.work;
+        let (backend, work) = (pass.backend, &mut *pass.work);
         match cut.is_open {
             true => std::mem::swap(&mut work.added, &mut work.sums),
             false => backend.add(&work.added, &mut work.x)?,

@@ -29,7 +29,7 @@ impl<B: Backend> SpanStage<B> {
         backend: B,
         model: &Model,
         options: SpanOptions,
-        ranks: Option<Ranks<B::Array>>,
+        mut ranks: Option<Ranks<B::Array>>,
     ) -> Result<Self> {
         let SpanOptions { part, num_pages, context_tokens, largest_step } = options;
         let config = &model.config;
@@ -51,7 +51,9 @@ impl<B: Backend> SpanStage<B> {
         let (eps, hidden) = (config.rms_norm_eps, config.dims.hidden);
         let (mut work, batch) = (Work::new(&backend), Batch::default());
         if let Some(step) = largest_step {
-            work.reserve(&backend, &WorkShapes::of(config, part, (place, &loader.sharing), step))?;
+            let shapes = WorkShapes::of(config, part, (place, &loader.sharing), step);
+            work.reserve(&backend, &shapes)?;
+            ranks.iter_mut().try_for_each(|ranks| ranks.reserve(shapes.added))?;
         }
         let (has_halved, was_given_early) = (false, false);
         let mut queue = Queue::default();

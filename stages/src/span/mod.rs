@@ -187,9 +187,23 @@ impl<B: Backend> Pass<'_, B> {
 
     /// `work.added` becomes the sum over all ranks.
     fn sum_added(&mut self) -> Result<()> {
-        let numbers = self.numbers();
+        let (rows, numbers) = (self.batch.num_rows(), self.numbers());
         let ranks = self.ranks.as_mut().expect("sums are of several ranks");
-        ranks.all_reduce(&mut self.work.added, numbers)
+        for piece in ranks.pieces(rows) {
+            ranks.begin_all_reduce(&self.work.added, piece)?;
+        }
+        ranks.finish_all_reduce(&mut self.work.added, numbers)
+    }
+
+    /// The same of what `work.inner` and this rank's part of a matrix give: some rows may be summed while the next are multiplied.
+    fn sum_products(&mut self, w: &B::Matrix) -> Result<()> {
+        let (rows, numbers) = (self.batch.num_rows(), self.numbers());
+        let ranks = self.ranks.as_mut().expect("sums are of several ranks");
+        let Work { inner, added, .. } = &mut *self.work;
+        let pieces = ranks.pieces(rows);
+        let begin = |added: &B::Array, piece| ranks.begin_all_reduce(added, piece);
+        self.backend.matmul_in_pieces(inner, w, added, &pieces, begin)?;
+        ranks.finish_all_reduce(added, numbers)
     }
 }
 

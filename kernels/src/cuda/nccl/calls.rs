@@ -223,12 +223,13 @@ unsafe fn function<T: Copy>(library: &libloading::Library, name: &str) -> Result
 
 impl Communicator {
     /// Queues moves as one group, so that none waits for another; those between two ranks follow each other as they stand.
+    /// Where calls go to several queues, events have what is moved follow in their order.
     ///
     /// # Safety
     /// Each place is of this device and as large, and every peer queues the move's other end.
-    pub(super) unsafe fn queue(&self, op: &'static str, moves: &[Move]) -> Result<()> {
+    pub(super) unsafe fn queue(&self, op: &'static str, stream: &Stream, moves: &[Move]) -> Result<()> {
         let Functions { group_start, group_end, send, recv, .. } = self.nccl.0;
-        self.stream.bind(op)?;
+        stream.bind(op)?;
         let queue = |comm: ncclComm_t| {
             // SAFETY: the group is ended below, whatever becomes of its calls.
             let started = unsafe { group_start() };
@@ -239,7 +240,7 @@ impl Communicator {
             for part in moves.iter().filter(|part| part.numbers > 0) {
                 let Argument::Pointer(at) = part.at else { unreachable!("{:?} is no pointer", part.at) };
                 let transfer = if part.direction == Direction::To { send } else { recv };
-                let (at, peer, stream) = (at as *mut c_void, part.peer as c_int, self.stream.handle().cast());
+                let (at, peer, stream) = (at as *mut c_void, part.peer as c_int, stream.handle().cast());
                 // SAFETY: the caller vouches for the place and for the peer.
                 moved =
                     unsafe { transfer(at, part.numbers, ncclDataType_t::ncclFloat32, peer, comm, stream) };
@@ -251,9 +252,9 @@ impl Communicator {
             let ended = unsafe { group_end() };
             if is_fine(moved) { ended } else { moved }
         };
-        self.exit.call(&self.stream, op, queue)?;
+        self.exit.call(stream, op, queue)?;
         // Two ranks that meet for the first time have yet to find a way to each other.
-        self.exit.settle(self.nccl, &self.stream, op)
+        self.exit.settle(self.nccl, stream, op)
     }
 
     /// Leaves the group at once, and ends what is under way.

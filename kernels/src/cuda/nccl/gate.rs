@@ -118,7 +118,7 @@ impl NcclSender {
         }
         // SAFETY: the places are whole parcels, whose memory is not used again before the event below; the other end receives
         // as many numbers, which it was told.
-        unsafe { self.communicator.queue(OP, &moves) }?;
+        unsafe { self.communicator.queue(OP, &self.stream, &moves) }?;
         let sent = Arc::new(Event::new(OP, &self.stream, false)?);
         sent.record(OP)?;
         parcels.iter().for_each(|parcel| parcel.taken_at(&sent));
@@ -157,7 +157,7 @@ impl NcclReceiver {
         let moves: Vec<Move> = parcels.iter().map(from).collect();
         // SAFETY: the places are whole parcels of memory that nobody uses before they are ready; the other end has said that it
         // sends as many numbers.
-        unsafe { self.communicator.queue(OP, &moves) }?;
+        unsafe { self.communicator.queue(OP, arrivals, &moves) }?;
         parcels.iter().try_for_each(|parcel| parcel.ready().record(OP))?;
         Ok(parcels)
     }

@@ -7,18 +7,24 @@
 //! late or at another operation is found, before anything is queued that would wait for it on the device. A rank that dies
 //! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs, and is the
 //! watchdog's to find.
+//!
+//! Sums of many rows are made in pieces, on a queue of their own: those of the first rows while the next are computed (`beside.rs`).
 
+mod beside;
 mod calls;
 mod gate;
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use beside::Beside;
 use calls::{Communicator, Direction, Move, Nccl};
 
 pub use calls::{GroupExit, GroupId};
 pub use gate::{Gate, NcclReceiver, NcclSender};
 
 use super::arrays::CudaArray;
+use super::memory::cuda_allocated_bytes;
 use super::program;
 use super::stream::{Argument, Grid, Kernel, Memory, Stream};
 use super::{Cuda, flat_grid, u32_of};
@@ -42,6 +48,7 @@ pub struct NcclRank {
     /// What the others have sent.
     parts: Memory,
     moves: Vec<Move>,
+    beside: Beside,
     stream: Arc<Stream>,
 }
 
@@ -85,6 +92,7 @@ impl NcclRank {
             place_columns: module.kernel("place_columns", 0)?,
             parts: Memory::none(stream),
             moves: Vec::new(),
+            beside: Beside::new(stream)?,
             stream: Arc::clone(stream),
         })
     }
@@ -95,6 +103,15 @@ impl NcclRank {
         agreed.map_err(|message| self.fail(op, message))
     }
 
+    /// The same of an operation on arrays of one shape.
+    fn agree_on_shape(&mut self, op: Op, shape: [usize; 2]) -> Result<()> {
+        let shapes = self.agree(op, shape)?;
+        match shapes.iter().position(|other| *other != shapes[0]) {
+            Some(other) => Err(self.fail(op, format!("rank {other} has another shape"))),
+            None => Ok(()),
+        }
+    }
+
     fn fail(&mut self, op: Op, message: String) -> Error {
         self.communicator.abort();
         self.agreement.end = Some(message.clone());
@@ -103,9 +120,14 @@ impl NcclRank {
 
     /// Queues moves between this rank and others. The caller vouches for what [`Communicator::queue`] asks for.
     fn queue(&mut self, op: Op) -> Result<()> {
+        let stream = Arc::clone(&self.stream);
+        self.queue_on(&stream, op)
+    }
+
+    fn queue_on(&mut self, stream: &Stream, op: Op) -> Result<()> {
         // SAFETY: all ranks have agreed on the operation and on shapes, from which each end of a move follows; places are
         // inside of arrays that hold their shape.
-        let queued = unsafe { self.communicator.queue(op.name(), &self.moves) };
+        let queued = unsafe { self.communicator.queue(op.name(), stream, &self.moves) };
         self.moves.clear();
         queued.map_err(|error| self.fail(op, error.to_string()))
     }
@@ -117,6 +139,37 @@ impl NcclRank {
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let own = self.rank();
         (0..self.num_ranks()).filter(move |rank| *rank != own)
+    }
+
+    /// Queues sums of some rows, for which there is room and on which all ranks have agreed.
+    fn sum(&mut self, stream: &Stream, x: &CudaArray, rows: Range<usize>) -> Result<()> {
+        let (op, own, num_ranks) = (Op::AllReduce, self.rank(), self.num_ranks());
+        let at = |number: usize| x.memory.at((rows.start * x.cols + number) * NUMBER);
+        let count = rows.len() * x.cols;
+        let share = share(count, num_ranks);
+        let first = |rank: usize| (rank * share).min(count);
+        let numbers = |rank: usize| first(rank + 1) - first(rank);
+        for peer in self.others() {
+            self.push(Direction::To, peer, at(first(peer)), numbers(peer));
+            let at = self.parts.at(peer * share * NUMBER);
+            self.push(Direction::From, peer, at, numbers(own));
+        }
+        self.queue_on(stream, op)?;
+        let arguments = [
+            at(first(own)),
+            self.parts.start(),
+            Argument::U64(share as u64),
+            u32_of(num_ranks),
+            u32_of(own),
+            Argument::U64(numbers(own) as u64),
+        ];
+        // SAFETY: the share lies inside of `x`, and the parts hold one of each rank.
+        unsafe { stream.launch(op.name(), &self.sum_ranks, flat_grid(numbers(own)), &arguments) }?;
+        for peer in self.others() {
+            self.push(Direction::To, peer, at(first(own)), numbers(own));
+            self.push(Direction::From, peer, at(first(peer)), numbers(peer));
+        }
+        self.queue_on(stream, op)
     }
 
     /// Collects the parts of all ranks on those that `receives` says.
@@ -197,38 +250,42 @@ impl Collective<CudaArray> for NcclRank {
     }
 
     fn all_reduce(&mut self, x: &mut CudaArray) -> Result<()> {
-        let (op, own, num_ranks) = (Op::AllReduce, self.rank(), self.num_ranks());
-        let shapes = self.agree(op, [x.rows, x.cols])?;
-        if let Some(other) = shapes.iter().position(|shape| *shape != shapes[0]) {
-            return Err(self.fail(op, format!("rank {other} has another shape")));
+        self.reserve(x.rows * x.cols)?;
+        self.agree_on_shape(Op::AllReduce, [x.rows, x.cols])?;
+        let stream = Arc::clone(&self.stream);
+        self.sum(&stream, x, 0..x.rows)
+    }
+
+    fn reserve(&mut self, numbers: usize) -> Result<()> {
+        let num_ranks = self.num_ranks();
+        self.parts.reserve("sums of ranks", num_ranks * share(numbers, num_ranks) * NUMBER)
+    }
+
+    fn pieces(&self, rows: usize) -> Vec<Range<usize>> {
+        beside::pieces(rows)
+    }
+
+    fn begin_all_reduce(&mut self, x: &CudaArray, piece: Range<usize>) -> Result<()> {
+        // What is whole is summed at the end, on the queue by which it is computed.
+        if piece.len() == x.rows { Ok(()) } else { self.beside.mark(piece, &self.stream) }
+    }
+
+    fn finish_all_reduce(&mut self, x: &mut CudaArray) -> Result<()> {
+        let marks = self.beside.take_marks();
+        if marks.is_empty() {
+            return self.all_reduce(x);
         }
-        let count = x.rows * x.cols;
-        let share = count.div_ceil(num_ranks).next_multiple_of(SHARE);
-        let first = |rank: usize| (rank * share).min(count);
-        let numbers = |rank: usize| first(rank + 1) - first(rank);
-        let made_room = self.parts.reserve(op.name(), num_ranks * share * NUMBER);
-        made_room.map_err(|error| self.fail(op, error.to_string()))?;
-        for peer in self.others() {
-            self.push(Direction::To, peer, x.memory.at(first(peer) * NUMBER), numbers(peer));
-            let at = self.parts.at(peer * share * NUMBER);
-            self.push(Direction::From, peer, at, numbers(own));
+        assert_eq!(marks.last().map(|mark| mark.rows.end), Some(x.rows), "all pieces were begun");
+        // Now, and not while sums are under way in it: what computes has waited for those before, and the other queue has not.
+        let largest = marks.iter().map(|mark| mark.rows.len()).max().unwrap_or(0);
+        self.reserve(largest * x.cols)?;
+        self.agree_on_shape(Op::AllReducePieces, [x.rows, x.cols])?;
+        let stream = Arc::clone(&self.beside.stream);
+        for mark in &marks {
+            mark.hold(&stream)?;
+            self.sum(&stream, x, mark.rows.clone())?;
         }
-        self.queue(op)?;
-        let arguments = [
-            x.memory.at(first(own) * NUMBER),
-            self.parts.start(),
-            Argument::U64(share as u64),
-            u32_of(num_ranks),
-            u32_of(own),
-            Argument::U64(numbers(own) as u64),
-        ];
-        // SAFETY: the share lies inside of `x`, and the parts hold one of each rank.
-        unsafe { self.stream.launch(op.name(), &self.sum_ranks, flat_grid(numbers(own)), &arguments) }?;
-        for peer in self.others() {
-            self.push(Direction::To, peer, x.memory.at(first(own) * NUMBER), numbers(own));
-            self.push(Direction::From, peer, x.memory.at(first(peer) * NUMBER), numbers(peer));
-        }
-        self.queue(op)
+        self.beside.close(marks, &self.stream)
     }
 
     fn all_gather(&mut self, axis: Axis, part: &CudaArray, out: &mut CudaArray) -> Result<()> {
@@ -272,6 +329,23 @@ impl Agreement {
             Some(other) => Err(format!("rank {other} is at another operation")),
             None => Ok(calls.map(|call| [call[1] as usize, call[2] as usize]).collect()),
         }
+    }
+}
+
+/// Numbers of a rank's share of a sum.
+fn share(numbers: usize, num_ranks: usize) -> usize {
+    numbers.div_ceil(num_ranks).next_multiple_of(SHARE)
+}
+
+/// Memory of a GPU in which so many ranks sum arrays of so many numbers, in bytes.
+pub fn cuda_sum_bytes(numbers: usize, num_ranks: usize) -> u64 {
+    cuda_allocated_bytes((num_ranks * share(numbers, num_ranks) * NUMBER) as u64)
+}
+
+impl Drop for NcclRank {
+    fn drop(&mut self) {
+        // Arrays that are summed may be freed next. Where the group was left nobody is waited for.
+        let _ = self.beside.stream.wait("leave a group");
     }
 }
 

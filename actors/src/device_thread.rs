@@ -152,10 +152,14 @@ impl<W: Witness + 'static> DeviceThread<W> {
             return;
         }
         self.witness.rests();
-        let ended = match &self.next {
+        let work = || match &self.next {
             Next::Pipeline(pipeline) if self.feeds_back => Ahead::new(&self, &**pipeline, &mut *stage).run(),
             _ => self.steps(&mut *stage),
         };
+        // A device's panics are told with their micro-batch, see `guarded`; any other is a bug that must not go unheard either.
+        let ended = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+            Err(Error::Panic { stage: self.index, message: panic_message(&*panic) }.into())
+        });
         if let Err(end) = ended {
             self.witness.computes_in_vain();
             // Freed before another takes its place: a device may not hold two. Whatever comes of that,
@@ -245,6 +249,75 @@ impl<W: Witness + 'static> DeviceThread<W> {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(error)) => Err(Error::Step { stage, message: with_causes(&error) }),
             Err(panic) => Err(Error::Panic { stage, message: panic_message(&*panic) }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use crossbeam::channel::unbounded;
+    use stages::{Activations, Arrival};
+
+    use super::*;
+
+    /// Keeps why a stage has ended.
+    struct Ends(Arc<Mutex<Vec<String>>>);
+
+    impl Witness for Ends {
+        fn begins(&self, _: MicroBatchId) {}
+        fn hands_on(&self, _: &StepWork, _: Option<Duration>) {}
+        fn computes_in_vain(&self) {}
+        fn rests(&self) {}
+        fn ends(&self, end: StageEnd) {
+            self.0.lock().unwrap().push(end.error.to_string());
+        }
+    }
+
+    /// A pipeline that cannot be told anything.
+    struct Broken;
+
+    impl WayBack for Broken {
+        fn bring(&self, output: MicroBatchOutput) {
+            panic!("{:?} came back", output.id);
+        }
+    }
+
+    struct Idle;
+
+    impl Stage for Idle {
+        fn step(&mut self, batch: &MicroBatch, _: Option<Activations>) -> stages::Result<StageOutput> {
+            Ok(StageOutput::Tokens(MicroBatchOutput { id: batch.id, slices: Vec::new() }))
+        }
+
+        fn queue(&mut self, _: &Arc<MicroBatch>) -> stages::Result<Arrival> {
+            Ok(Arrival::default())
+        }
+
+        fn collect(&mut self) -> stages::Result<MicroBatchOutput> {
+            Ok(MicroBatchOutput { id: MicroBatchId(7), slices: Vec::new() })
+        }
+    }
+
+    #[test]
+    fn a_panic_beside_the_device_s_work_ends_the_stage_and_is_told() {
+        for feeds_back in [false, true] {
+            let (sender, work) = unbounded();
+            let batch = Arc::new(MicroBatch { id: MicroBatchId(7), slices: Vec::new() });
+            sender.send(Work::Step(Step { batch, input: None, credit: None })).ok().unwrap();
+            let ends = Arc::default();
+            let thread = DeviceThread {
+                index: 3,
+                work,
+                next: Next::Pipeline(Box::new(Broken)),
+                witness: Ends(Arc::clone(&ends)),
+                lost: Lost::default(),
+                feeds_back,
+            };
+            let load: LoadStage = Arc::new(|| Ok(Box::new(Idle)));
+            thread.run(&load, |loaded| loaded.is_ok());
+            assert_eq!(*ends.lock().unwrap(), ["stage 3 panicked: MicroBatchId(7) came back"]);
         }
     }
 }

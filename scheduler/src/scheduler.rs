@@ -213,17 +213,25 @@ impl Scheduler {
     /// be answered, and every running sequence waits to be computed again. Returns the sequence that has
     /// ended stages before and is now held to be the reason, with [`Failure::EndsStage`].
     ///
+    /// A device that is a step ahead of its answers may have failed at a later micro-batch than the one whose answer is waited for:
+    /// whoever is in any from `fatal` on is a suspect then.
+    ///
     /// See `trials` for how it is found. Answers to lost micro-batches must not be shown to
     /// [`Self::complete`]; those that are issued from now on have ids from [`Self::next_micro_batch_id`].
     pub fn stage_ended(&mut self, fatal: Option<MicroBatchId>) -> Option<Completion> {
         let lost = mem::take(&mut self.in_flight);
-        let fatal: Vec<(SequenceId, usize)> = (lost.iter())
-            .filter(|micro_batch| Some(micro_batch.id) == fatal)
-            .flat_map(|micro_batch| &micro_batch.parts)
-            .map(|part| (&self.running[part.seat], part.end))
-            .filter(|(sequence, _)| sequence.phase() != Phase::Draining)
-            .map(|(sequence, end)| (sequence.id, end))
-            .collect();
+        let is_ahead = self.options.feeds_back;
+        let is_fatal = |id: MicroBatchId| fatal.is_some_and(|fatal| id == fatal || is_ahead && id > fatal);
+        let mut until = BTreeMap::<SequenceId, usize>::new();
+        let parts = lost.iter().filter(|lost| is_fatal(lost.id)).flat_map(|lost| &lost.parts);
+        for part in parts {
+            let sequence = &self.running[part.seat];
+            if sequence.phase() != Phase::Draining {
+                let end = until.entry(sequence.id).or_default();
+                *end = part.end.max(*end);
+            }
+        }
+        let fatal: Vec<(SequenceId, usize)> = until.into_iter().collect();
         (self.decodes_in_flight, self.tokens_in_flight) = (0, 0);
         for seat in self.running.seats() {
             match self.running[seat].phase() {

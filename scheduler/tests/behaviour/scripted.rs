@@ -426,6 +426,12 @@ fn a_pipeline_without_pages_is_a_bug() {
 
 // Stages that end.
 
+/// Sequences that were held to have ended a stage.
+fn convicted(world: &World) -> Vec<SequenceId> {
+    let ended = world.completions.iter().filter(|(_, done)| done.outcome == Err(Failure::EndsStage));
+    ended.map(|(&id, _)| id).collect()
+}
+
 #[test]
 fn a_sequence_that_ends_its_stage_is_found_by_halving() {
     let mut world = World::new();
@@ -433,17 +439,26 @@ fn a_sequence_that_ends_its_stage_is_found_by_halving() {
     let culprit = world.submit(Request { key: deadly(4), ..prompt(3) });
     world.submit_many(23, &prompt(3));
     world.run_to_the_end();
-    let failed: Vec<SequenceId> = (world.completions.iter())
-        .filter(|(_, completion)| completion.outcome == Err(Failure::EndsStage))
-        .map(|(&id, _)| id)
-        .collect();
-    assert_eq!(failed, [culprit]);
+    assert_eq!(convicted(&world), [culprit]);
     let mut most = 0;
     most += 1; // All 64 become suspects.
     most += 1; // They end it again, and are halved,
     most += 6; // six times,
     most += LONE_DEATHS as usize - 1; // and one alone ends it again.
     assert!(world.num_ends <= most, "{} ends", world.num_ends);
+}
+
+/// Where only the oldest were suspected it would be cleared each time, and its neighbours tried in its place.
+#[test]
+fn a_sequence_that_ends_its_stage_a_step_ahead_is_found_too() {
+    for position in [0, 3, 4] {
+        let mut world = World::new().feeding_back();
+        world.submit_many(20, &prompt(3));
+        let culprit = world.submit(Request { key: deadly(position), ..prompt(3) });
+        world.submit_many(11, &prompt(3));
+        world.run_to_the_end();
+        assert_eq!(convicted(&world), [culprit], "deadly at {position}");
+    }
 }
 
 #[test]

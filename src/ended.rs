@@ -105,7 +105,7 @@ impl Ended<'_> {
                 device: device_names(&self.loaded.job.pipeline, replica, layout),
                 part: layout.part,
                 ranks: layout.devices.len(),
-                by_sequences: layout.sharing.sequence_blocks().len(),
+                sharing: layout.sharing.clone(),
                 collectives: collectives(replica, index % num_stages),
                 times: times.clone(),
                 predicted: hindsight.predicted[index],

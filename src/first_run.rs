@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use configs::{DeviceKind, Pipeline, Stages, TensorParallel};
 use jobs::StageShape;
 use scheduler::Span;
-use stages::{ModelConfig, Part, Sharing};
+use stages::{Exceptions, ModelConfig, Part, Sharing};
 
 use crate::layout::{self, StageLayout};
 
@@ -51,7 +51,7 @@ pub(crate) fn kept(
     match what_differs(pipeline, taken) {
         None => {
             let mut stages = layout::stages(parts, Some(&widths));
-            share_attention(&mut stages, first, |_| Sharing::default());
+            share_blocks(&mut stages, first, |_| Sharing::default());
             Ok(Kept::Stages(stages))
         }
         Some(_) if accepts => Ok(Kept::Nothing),
@@ -77,8 +77,8 @@ fn what_differs(pipeline: &Pipeline, taken: usize) -> Option<String> {
     }
 }
 
-/// Decides how ranks share attention: as in the `first` run, in stages that were there just so; in others as `planned`.
-pub(crate) fn share_attention(
+/// Decides how ranks share blocks: as in the `first` run, in stages that were there just so; in others as `planned`.
+pub(crate) fn share_blocks(
     stages: &mut [StageLayout],
     first: &[StageShape],
     planned: impl Fn(&StageLayout) -> Sharing,
@@ -86,7 +86,7 @@ pub(crate) fn share_attention(
     for stage in stages.iter_mut().filter(|stage| stage.devices.len() > 1) {
         let is_same = |shape: &&StageShape| part(shape) == stage.part && shape.ranks == stage.devices.len();
         stage.sharing = match first.iter().find(is_same) {
-            Some(shape) => Sharing::by_sequences(shape.by_sequences.iter().copied()),
+            Some(shape) => sharing(shape),
             None => planned(stage),
         };
     }
@@ -96,15 +96,26 @@ pub(crate) fn share_attention(
 pub(crate) fn shapes(stages: &[StageLayout]) -> Vec<StageShape> {
     let shape = |stage: &StageLayout| {
         let Part { blocks, first_column, end_column } = stage.part;
+        let exceptions = stage.sharing.exceptions();
         StageShape {
             blocks: [blocks.start, blocks.end],
             first_column,
             end_column,
             ranks: stage.devices.len(),
-            by_sequences: stage.sharing.sequence_blocks().to_vec(),
+            by_sequences: exceptions.attention_by_sequences,
+            attention_on_first_rank: exceptions.attention_on_first_rank,
+            ffn_on_first_rank: exceptions.ffn_on_first_rank,
         }
     };
     stages.iter().map(shape).collect()
+}
+
+fn sharing(shape: &StageShape) -> Sharing {
+    Sharing::from(Exceptions {
+        attention_by_sequences: shape.by_sequences.clone(),
+        attention_on_first_rank: shape.attention_on_first_rank.clone(),
+        ffn_on_first_rank: shape.ffn_on_first_rank.clone(),
+    })
 }
 
 fn part(shape: &StageShape) -> Part {
@@ -129,7 +140,15 @@ mod tests {
     }
 
     fn stage(blocks: [usize; 2], ranks: usize) -> StageShape {
-        StageShape { blocks, first_column: 0, end_column: None, ranks, by_sequences: vec![] }
+        StageShape {
+            blocks,
+            first_column: 0,
+            end_column: None,
+            ranks,
+            by_sequences: vec![],
+            attention_on_first_rank: vec![],
+            ffn_on_first_rank: vec![],
+        }
     }
 
     fn ask(pipeline: &Pipeline, first: Option<&[StageShape]>, accepts: bool) -> Result<Kept> {
@@ -138,7 +157,13 @@ mod tests {
 
     #[test]
     fn stages_that_were_shared_come_back_as_they_were() {
-        let first = [StageShape { by_sequences: vec![4, 9], ..stage([0, 30], 2) }, stage([30, 81], 1)];
+        let shared = StageShape {
+            by_sequences: vec![4, 9],
+            attention_on_first_rank: vec![5],
+            ffn_on_first_rank: vec![4, 7],
+            ..stage([0, 30], 2)
+        };
+        let first = [shared, stage([30, 81], 1)];
         for tensor_parallel in [TensorParallel::Auto, TensorParallel::Widths(vec![2, 1])] {
             let found = ask(&pipeline(&[0, 1, 2], tensor_parallel), Some(&first), false).unwrap();
             let Kept::Stages(stages) = found else { panic!("{found:?}") };

@@ -21,7 +21,7 @@ pub(crate) struct StageWork {
     pub(crate) pieces: Span,
     /// How many devices share it.
     pub(crate) ranks: usize,
-    /// How they share attention.
+    /// How they share its blocks.
     pub(crate) sharing: Sharing,
     /// Time in the micro-batches of `loads`.
     pub(crate) seconds: f64,

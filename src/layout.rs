@@ -14,7 +14,7 @@ pub(crate) struct StageLayout {
     pub(crate) part: Part,
     /// Its ranks' devices, by their place among those of a replica in `[pipeline] devices`.
     pub(crate) devices: Range<usize>,
-    /// How its ranks share attention.
+    /// How its ranks share its blocks.
     pub(crate) sharing: Sharing,
 }
 

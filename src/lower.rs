@@ -8,7 +8,7 @@ use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
 use anyhow::{Result, bail};
 use configs::KvCacheTokens;
 use jobs::NumericProfile;
-use stages::{Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
+use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
 use crate::layout::{self, StageLayout};
 
@@ -193,11 +193,14 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> Result<NumericProfil
     let shared: Vec<String> = (options.stages.iter())
         .filter(|stage| stage.devices.len() > 1)
         .map(|stage| {
-            let by_sequences = match stage.sharing.sequence_blocks() {
-                [] => String::new(),
-                blocks => format!(" with attention of {blocks:?} by sequences"),
+            let exceptions = stage.sharing.exceptions();
+            let alike =
+                exceptions.alike().map(|Alike { half, how, blocks }| format!("{half} of {blocks:?} {how}"));
+            let with = match alike.collect::<Vec<_>>().join(" and ") {
+                none if none.is_empty() => none,
+                some => format!(" with {some}"),
             };
-            format!("{} on {}{by_sequences}", stage.part, stage.devices.len())
+            format!("{} on {}{with}", stage.part, stage.devices.len())
         })
         .collect();
     Ok(NumericProfile {

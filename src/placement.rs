@@ -15,7 +15,7 @@ use anyhow::Result;
 use configs::JobFile;
 use jobs::StageShape;
 use scheduler::Span;
-use stages::cost::{Basis, Load, PieceShape};
+use stages::cost::{Basis, Load};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
 use stages::{Model, Part};
 
@@ -74,15 +74,17 @@ impl Source {
         }
     }
 
-    /// Where the costs of pieces come from for such micro-batches, on one of so many ranks.
-    fn of(setting: &Setting, pieces: &[PieceShape], ranks: usize, loads: &[Load]) -> Self {
-        match &setting.measured {
-            Some(measured) => {
-                let basis = loads.iter().map(|load| measured.basis(pieces, ranks, *load)).max();
-                Self::Measured(basis.unwrap_or(Basis::Measured))
-            }
-            None => Self::Estimate,
-        }
+    /// Where the costs of stages come from for such micro-batches, the least sure of them.
+    fn of(setting: &Setting, stages: &[StageLayout], loads: &[Load]) -> Self {
+        let Some(measured) = &setting.measured else { return Self::Estimate };
+        let parts: Vec<Part> = stages.iter().map(|stage| stage.part).collect();
+        let (pieces, spans) = layout::pieces_of(&setting.config, &parts);
+        let of_stage = |(stage, span): (&StageLayout, &Span)| {
+            let (pieces, ranks) = (&pieces[span.range()], stage.devices.len());
+            loads.iter().map(|load| measured.basis(pieces, ranks, &stage.sharing, *load)).max()
+        };
+        let basis = stages.iter().zip(&spans).filter_map(of_stage).max();
+        Self::Measured(basis.unwrap_or(Basis::Measured))
     }
 }
 
@@ -155,7 +157,7 @@ pub(crate) fn place(
     };
     let load = question.load(&stages);
     let first = occasion.first_run.as_deref().unwrap_or_default();
-    first_run::share_attention(&mut stages, first, |stage| question.sharing(stage, load));
+    first_run::share_blocks(&mut stages, first, |stage| question.sharing(stage, load));
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();
@@ -189,8 +191,7 @@ impl Placement {
         let costs = |seats: &[usize]| -> Vec<_> { seats.iter().map(|seat| &*models[each[*seat]]).collect() };
         let loads = replicas.iter().flatten().flat_map(|stage| &stage.loads);
         let loads: Vec<Load> = loads.map(|loads| loads.load).collect();
-        let ranks = self.stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1);
-        let source = Source::of(&self.setting, &pieces, ranks, &loads);
+        let source = Source::of(&self.setting, &self.stages, &loads);
         let costs: Vec<Vec<_>> = self.seats.iter().map(|seats| costs(seats)).collect();
         let mut hindsight = Hindsight::of_replicas(&costs, &pieces, &replicas, &self.seats);
         hindsight.better = hindsight.better.filter(|better| self.fits(&better.spans));

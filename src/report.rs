@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use actors::{HopTimes, StageParts, StageTimes};
 use jobs::{RankRecord, Score, Scores, StageRecord};
-use stages::{CollectiveTimes, Part};
+use stages::{Alike, CollectiveTimes, Part, Sharing};
 
 use crate::hindsight::BetterCut;
 use crate::layout::ranges;
@@ -57,8 +57,8 @@ pub(crate) struct StageLine {
     pub(crate) part: Part,
     /// How many devices share it.
     pub(crate) ranks: usize,
-    /// Blocks whose attention these share by sequences.
-    pub(crate) by_sequences: usize,
+    /// How these share its blocks.
+    pub(crate) sharing: Sharing,
     /// What each rank spent on collectives, the first one first.
     pub(crate) collectives: Vec<CollectiveTimes>,
     pub(crate) times: StageTimes,
@@ -124,12 +124,7 @@ impl StageLine {
                     format!("{percent:.1} % ({} MB)", megabytes(times.bytes))
                 };
                 let shares = self.collectives.iter().map(share).collect::<Vec<_>>().join(", ");
-                let by_sequences = match self.by_sequences {
-                    0 => String::new(),
-                    1 => " (attention of 1 block by sequences)".to_owned(),
-                    blocks => format!(" (attention of {blocks} blocks by sequences)"),
-                };
-                format!(", {ranks} ranks{by_sequences}: in collectives {shares} of it")
+                format!(", {ranks} ranks{}: in collectives {shares} of it", exceptions(&self.sharing))
             }
         };
         let HopTimes { hops, bytes, time } = self.times.hops;
@@ -241,6 +236,19 @@ impl Report {
 }
 
 /// The shares of a stage's wall time: how busy it was, and whatever else there was of it.
+/// Such as ` (attention of 2 blocks by sequences)`, where ranks do not share all by heads and by columns.
+fn exceptions(sharing: &Sharing) -> String {
+    let exceptions = sharing.exceptions();
+    let alike = exceptions.alike().map(|Alike { half, how, blocks }| match blocks.len() {
+        1 => format!("{half} of 1 block {how}"),
+        count => format!("{half} of {count} blocks {how}"),
+    });
+    match alike.collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => none,
+        some => format!(" ({some})"),
+    }
+}
+
 fn parts(parts: &StageParts, predicted: &str) -> String {
     let wall = parts.wall().as_secs_f64();
     let share = |time: Duration| if wall > 0.0 { 100.0 * time.as_secs_f64() / wall } else { 0.0 };

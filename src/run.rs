@@ -311,6 +311,7 @@ fn plan(job: &JobFile, replicas: &[PipelineOptions], placement: &Placement) -> s
                 Device::Reference | Device::Cuda { .. } => 1,
             };
             let Part { blocks, first_column, end_column } = stage.part;
+            let exceptions = layout.sharing.exceptions();
             json!({
                 "replica": replica,
                 "device": device_names(&job.pipeline, replica, layout),
@@ -318,7 +319,9 @@ fn plan(job: &JobFile, replicas: &[PipelineOptions], placement: &Placement) -> s
                 "first_column": first_column,
                 "end_column": end_column,
                 "ranks": stage.devices.len(),
-                "attention_by_sequences": layout.sharing.sequence_blocks(),
+                "attention_by_sequences": exceptions.attention_by_sequences,
+                "attention_on_first_rank": exceptions.attention_on_first_rank,
+                "ffn_on_first_rank": exceptions.ffn_on_first_rank,
                 "threads": threads,
                 "predicted_seconds": seconds,
             })

@@ -35,7 +35,7 @@ pub use schema::{
 };
 pub use types::{
     ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Place,
-    Profile, Ranks, Simd, Stages, StagesRunIn, TENSOR_PARALLEL_WIDTHS, TensorParallel,
+    Profile, Ranks, Simd, SplitBlocks, Stages, StagesRunIn, TENSOR_PARALLEL_WIDTHS, TensorParallel,
 };
 pub use whole::Purpose;
 

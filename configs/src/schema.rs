@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::devices::DeviceList;
 use crate::read;
 use crate::types::{
-    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Ranks, Simd, Stages,
-    StagesRunIn, TensorParallel,
+    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Ranks, Simd, SplitBlocks,
+    Stages, StagesRunIn, TensorParallel,
 };
 
 /// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
@@ -82,6 +82,8 @@ pub struct Pipeline {
     pub stages: Stages,
     /// Devices that share each stage's matrices.
     pub tensor_parallel: TensorParallel,
+    /// Which blocks the devices of a stage share.
+    pub split_blocks: SplitBlocks,
     /// Where the stages run.
     pub stages_run_in: StagesRunIn,
     /// Where the ranks of a stage run that has several devices.
@@ -130,6 +132,7 @@ impl Default for Pipeline {
             simd: Simd::Auto,
             stages: Stages::Auto,
             tensor_parallel: TensorParallel::Auto,
+            split_blocks: SplitBlocks::Auto,
             stages_run_in: StagesRunIn::Threads,
             ranks: Ranks::Threads,
             column_cuts: ColumnCuts::Auto,

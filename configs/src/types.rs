@@ -147,6 +147,16 @@ words! {
 }
 
 words! {
+    /// Which blocks the devices of a stage share.
+    SplitBlocks, r#""auto" or "all""#, {
+        /// Each half of each block as a plan finds it fastest.
+        Auto = "auto",
+        /// All that are wide enough, by heads and by columns.
+        All = "all",
+    }
+}
+
+words! {
     /// Whether stages are cut by what was measured on the device.
     Profile, r#""auto" or "off""#, {
         /// Where there is a profile.

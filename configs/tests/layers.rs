@@ -277,6 +277,7 @@ replicas = 1
 simd = "auto"
 stages = "auto"
 tensor_parallel = "auto"
+split_blocks = "auto"
 stages_run_in = "threads"
 ranks = "threads"
 column_cuts = "auto"

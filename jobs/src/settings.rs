@@ -43,6 +43,12 @@ pub struct StageShape {
     /// Blocks whose attention these share by sequences.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub by_sequences: Vec<usize>,
+    /// Blocks whose attention the first of them has alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attention_on_first_rank: Vec<usize>,
+    /// The same of their FFNs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ffn_on_first_rank: Vec<usize>,
 }
 
 impl Settings {
@@ -110,6 +116,17 @@ fn show(value: Option<&Value>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn stages_of_earlier_journals_share_all_that_they_do_not_name() {
+        let read = |text: &str| serde_json::from_str::<StageShape>(text).unwrap();
+        let earlier =
+            read(r#"{"blocks":[0,9],"first_column":0,"end_column":null,"ranks":2,"by_sequences":[4]}"#);
+        assert_eq!(earlier.by_sequences, [4]);
+        assert!(earlier.attention_on_first_rank.is_empty() && earlier.ffn_on_first_rank.is_empty());
+        let now = StageShape { attention_on_first_rank: vec![1], ffn_on_first_rank: vec![2, 3], ..earlier };
+        assert_eq!(read(&serde_json::to_string(&now).unwrap()), now);
+    }
 
     #[test]
     fn a_change_is_named_with_both_values() {

@@ -132,6 +132,7 @@ impl Question {
             work: Arc::new(Work { lengths, ..Work::default() }),
             replicas: if own.list.group(pipeline.replicas).is_some() { pipeline.replicas } else { 1 },
             tensor_parallel: pipeline.tensor_parallel.clone(),
+            split_blocks: pipeline.split_blocks,
             column_cuts: match layout::sum_cut(options.dtypes.weights, pipeline).is_some()
                 && runs::COLUMN_CUTS
             {
@@ -180,9 +181,7 @@ impl Question {
     }
 
     pub(super) fn source(&self, stages: &[StageLayout]) -> Source {
-        let (pieces, _) = layout::pieces_of(&self.setting.config, &parts(stages));
-        let ranks = stages.iter().map(|stage| stage.devices.len()).max().unwrap_or(1);
-        Source::of(&self.setting, &pieces, ranks, &[self.load(stages)])
+        Source::of(&self.setting, stages, &[self.load(stages)])
     }
 
     /// The place of each device of a replica among the setting's.
@@ -198,7 +197,7 @@ impl Question {
     }
 
     pub(super) fn announcement(&self, planned: &[StageLayout], profile_command: &str) -> String {
-        let (stages, source) = (described(planned), self.source(planned));
+        let (stages, source) = (described(planned), self.source(&self.with_sharing(planned)));
         let measure = match source {
             Source::Measured(_) => String::new(),
             Source::Estimate => format!(" ({profile_command} measures)"),
@@ -378,7 +377,7 @@ impl Question {
         Some(planned(&pieces, &least_bottleneck(&problem, wish.kv_tokens, problem.devices.len())?))
     }
 
-    /// What each stage takes, with attention shared as it says.
+    /// What each stage takes, with blocks shared as it says.
     pub(super) fn seconds(&self, stages: &[StageLayout]) -> Vec<f64> {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts(stages));
@@ -390,22 +389,28 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// How the ranks of a stage share attention in such a micro-batch.
+    /// How the ranks of a stage share blocks for such a micro-batch.
     pub(super) fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
         let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
-        costs.sharing(&pieces, stage.devices.len(), load)
+        self.setting.sharing(&*costs, &pieces, stage.devices.len(), load)
     }
 
-    /// What the slowest device takes for all of its stages, those of all replicas, with attention shared as is fastest.
+    /// Stages whose ranks share blocks as is fastest.
+    fn with_sharing(&self, stages: &[StageLayout]) -> Vec<StageLayout> {
+        let load = self.load(stages);
+        let shared = |stage: &StageLayout| match stage.devices.len() {
+            1 => stage.clone(),
+            _ => StageLayout { sharing: self.sharing(stage, load), ..stage.clone() },
+        };
+        stages.iter().map(shared).collect()
+    }
+
+    /// What the slowest device takes for all of its stages, those of all replicas, with blocks shared as is fastest.
     fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
-        let (mut planned, load) = (stages.to_vec(), self.load(stages));
-        for stage in planned.iter_mut().filter(|stage| stage.devices.len() > 1) {
-            stage.sharing = self.sharing(stage, load);
-        }
-        let seconds = self.seconds(&planned);
+        let seconds = self.seconds(&self.with_sharing(stages));
         for seats in (0..self.replicas).map(|replica| self.seats_of(replica)) {
             for (stage, seconds) in stages.iter().zip(&seconds) {
                 for seat in &seats[stage.devices.clone()] {

@@ -141,6 +141,7 @@ pub(crate) fn setting(
         devices,
         rooms: None,
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
+        split_blocks: job.pipeline.split_blocks,
         column_cuts: job.pipeline.column_cuts,
         balance,
         measured: None,

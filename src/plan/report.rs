@@ -5,8 +5,8 @@ use std::ops::Range;
 use configs::DeviceSpec;
 use scheduler::PlannedStage;
 use serde::Serialize;
-use stages::Ffn;
 use stages::cost::{Balance, Basis, Measured, PieceShape};
+use stages::{Exceptions, Ffn};
 
 use crate::plan::answer::{self, Answer, Layout, Other};
 use crate::plan::missing::Missing;
@@ -78,8 +78,9 @@ pub(crate) struct StagePart {
     #[serde(rename = "virtual")]
     pub(crate) pass: usize,
     pub(crate) tensor_parallel: usize,
-    /// Blocks whose attention the devices share by sequences.
-    pub(crate) attention_by_sequences: Vec<usize>,
+    /// Blocks that the devices do not share by heads and by columns.
+    #[serde(flatten)]
+    pub(crate) exceptions: Exceptions,
     pub(crate) params: u64,
     pub(crate) weight_bytes: u64,
     pub(crate) kv_bytes_per_token: u64,
@@ -268,7 +269,8 @@ fn basis(setting: &Setting, measured: &Measured, answer: &Answer) -> Basis {
     let load = setting.load(answer.plan.case.rows);
     let stages = answer.plan.stages.iter();
     let of_stage = |stage: &PlannedStage| {
-        measured.basis(&answer.pieces[stage.pieces.clone()], stage.devices.len(), load)
+        let (pieces, ranks) = (&answer.pieces[stage.pieces.clone()], stage.devices.len());
+        measured.basis(pieces, ranks, &setting.sharing(measured, pieces, ranks, load), load)
     };
     stages.map(of_stage).max().unwrap_or(Basis::Measured)
 }
@@ -297,7 +299,7 @@ impl StagePart {
         let (first, last) = (&shapes[0], &shapes[shapes.len() - 1]);
         let slot = |block: usize| setting.config.blocks[block].slot;
         let load = setting.load(plan.case.rows);
-        let sharing = setting.cost_model(spec).sharing(shapes, stage.devices.len(), load);
+        let sharing = setting.sharing(&*setting.cost_model(spec), shapes, stage.devices.len(), load);
 
         let weights = costs.weight_bytes(stage.pieces.clone());
         let kv_bytes_per_token = costs.kv_bytes_per_token(stage.pieces.clone());
@@ -312,7 +314,7 @@ impl StagePart {
             devices: device_names(setting, stage.devices.clone()),
             pass: plan.stages[..index].iter().filter(|before| before.devices == stage.devices).count(),
             tensor_parallel: stage.devices.len(),
-            attention_by_sequences: sharing.sequence_blocks().to_vec(),
+            exceptions: sharing.exceptions(),
             params: params(setting, answer, &stage.pieces),
             weight_bytes: weights * ranks,
             kv_bytes_per_token: kv_bytes_per_token * ranks,
@@ -386,7 +388,7 @@ fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedS
     let load = setting.load(answer.plan.case.rows);
     let shapes = &answer.pieces;
     let (ranks, costs) = (stage.devices.len(), setting.cost_model(spec));
-    let sharing = costs.sharing(shapes, ranks, load);
+    let sharing = setting.sharing(&*costs, shapes, ranks, load);
     let ms = |load| {
         let costs = costs.shared_costs(shapes, ranks, &sharing, load);
         costs.seconds(stage.pieces.clone()) * 1e3

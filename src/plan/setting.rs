@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use configs::{ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, TENSOR_PARALLEL_WIDTHS, TensorParallel};
+use configs::{
+    ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, SplitBlocks, TENSOR_PARALLEL_WIDTHS, TensorParallel,
+};
 use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
 use stages::cost::{
     Balance, Channel, CostModel, Estimator, Load, Measured, NumberType, NumberTypes, PieceShape, Roofline,
     activation_bytes, hop_bytes, pieces,
 };
-use stages::{INT8_BLOCK, ModelConfig, SUM_CUT};
+use stages::{INT8_BLOCK, ModelConfig, SUM_CUT, Sharing};
 
 use crate::cli::LengthsArg;
 use crate::plan::input::Work;
@@ -53,6 +55,7 @@ pub(crate) struct Setting {
     /// How often the job has its own stages; 1 where the devices are not so many groups that are alike.
     pub(crate) replicas: usize,
     pub(crate) tensor_parallel: TensorParallel,
+    pub(crate) split_blocks: SplitBlocks,
     pub(crate) column_cuts: ColumnCuts,
     pub(crate) balance: Balance,
     /// What takes the roofline's place.
@@ -290,9 +293,27 @@ impl Setting {
         width: usize,
         load: Load,
     ) -> RankCosts {
+        let of = |costs: &dyn CostModel| {
+            let sharing = self.sharing(costs, pieces, width, load);
+            costs.shared_costs(pieces, width, &sharing, load)
+        };
         match (&self.measured, balance) {
-            (Some(measured), Balance::Roofline) => measured.rank_costs(pieces, width, load),
-            _ => self.estimator(spec, balance).rank_costs(pieces, width, load),
+            (Some(measured), Balance::Roofline) => of(measured),
+            _ => of(&self.estimator(spec, balance)),
+        }
+    }
+
+    /// How the devices of a stage of `width` share its blocks, which is for costs to say unless the job says it.
+    pub(crate) fn sharing(
+        &self,
+        costs: &dyn CostModel,
+        pieces: &[PieceShape],
+        width: usize,
+        load: Load,
+    ) -> Sharing {
+        match self.split_blocks {
+            SplitBlocks::Auto => costs.sharing(pieces, width, load),
+            SplitBlocks::All => Sharing::default(),
         }
     }
 

@@ -1,5 +1,7 @@
 //! A plan as people read it.
 
+use stages::Alike;
+
 use crate::cli::LengthsArg;
 use crate::plan::missing::{Missing, Nearest};
 use crate::plan::report::{Found, Report, StagePart};
@@ -229,10 +231,12 @@ fn stage_lines(idx: usize, stage: &StagePart) -> Vec<String> {
     lines.extend(stage.columns.iter().map(|cut| {
         format!("      of block {} columns [{}, {}) of {}", cut.block, cut.start, cut.end, cut.of)
     }));
-    if !stage.attention_by_sequences.is_empty() {
-        let blocks = &stage.attention_by_sequences;
-        lines.push(format!("      attention of blocks {blocks:?} shared by sequences"));
-    }
+    lines.extend(
+        stage
+            .exceptions
+            .alike()
+            .map(|Alike { half, how, blocks }| format!("      {half} of blocks {blocks:?} {how}")),
+    );
     lines
 }
 

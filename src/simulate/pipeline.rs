@@ -2,8 +2,8 @@
 
 use anyhow::{Result, bail};
 use scheduler::{Load, Options, PlannedStage, Simulation, VirtualStage, in_flight};
-use stages::PAGE_TOKENS;
 use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
+use stages::{PAGE_TOKENS, Sharing};
 
 use crate::lower::{CPU_EFFICIENT_TOKENS, window};
 use crate::plan::answer::{self, Layout};
@@ -64,7 +64,7 @@ pub(super) fn simulation<'a>(
     Simulation { options, stages, window, max_tokens }
 }
 
-/// A stage whose ranks share attention as is fastest for the plan's micro-batch, `load`.
+/// A stage whose ranks share blocks as is fastest for the plan's micro-batch, `load`.
 fn virtual_stage<'a>(
     setting: &'a Setting,
     pieces: &'a [PieceShape],
@@ -72,12 +72,13 @@ fn virtual_stage<'a>(
     load: Load,
 ) -> VirtualStage<'a> {
     if let Some(measured) = &setting.measured {
-        return measured_stage(measured, pieces, stage, load);
+        let sharing = setting.sharing(measured, &pieces[stage.pieces.clone()], stage.devices.len(), load);
+        return measured_stage(measured, pieces, stage, sharing);
     }
     let kind = setting.kind_of_each()[stage.devices.start];
     let estimator = setting.estimator(setting.kinds()[kind], Balance::Roofline);
     let ranks = stage.devices.len();
-    let sharing = estimator.sharing(&pieces[stage.pieces.clone()], ranks, load);
+    let sharing = setting.sharing(&estimator, &pieces[stage.pieces.clone()], ranks, load);
     let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), ranks, &sharing);
     let links = setting.links_after(stage.devices.end - 1);
     // As the planner has it: nothing is charged for tokens on their way back, and twice the bytes for a cut FFN.
@@ -99,11 +100,10 @@ fn measured_stage<'a>(
     measured: &'a Measured,
     pieces: &'a [PieceShape],
     stage: &PlannedStage,
-    load: Load,
+    sharing: Sharing,
 ) -> VirtualStage<'a> {
     let (range, ranks) = (stage.pieces.clone(), stage.devices.len());
     let num_hops = usize::from(range.start > 0) + usize::from(range.end < pieces.len());
-    let sharing = measured.sharing(&pieces[range.clone()], ranks, load);
     let seconds = move |load: Load| {
         let hops = num_hops as f64 / 2.0 * measured.hop_seconds(load);
         measured.shared_costs(pieces, ranks, &sharing, load).seconds(range.clone()) + hops

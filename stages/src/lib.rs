@@ -23,6 +23,7 @@ pub mod random;
 mod ranks;
 mod rope;
 mod shard;
+mod sharing;
 mod span;
 mod stage;
 mod tensors;
@@ -42,7 +43,8 @@ pub use model::{Model, Narrow, Warnings};
 pub use part::Part;
 pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep, RankSteps, rank_steps};
 pub use rope::Rope;
-pub use shard::{AttentionSharing, RankPlace, Sharing};
+pub use shard::RankPlace;
+pub use sharing::{Alike, AttentionSharing, BlockSharing, Exceptions, FfnSharing, Sharing};
 pub use span::SpanOptions;
 pub use stage::{
     Activations, Device, Dtypes, Follower, Rows, Stage, StageOutput, load, load_first_rank, load_follower,

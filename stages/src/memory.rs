@@ -8,7 +8,8 @@ use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
 use crate::head::LOGIT_ROWS;
 use crate::part::Part;
-use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
+use crate::shard::{AttentionShard, FfnShard, RankPlace};
+use crate::sharing::Sharing;
 use crate::stage::Dtypes;
 use crate::work_shapes::WorkShapes;
 
@@ -60,16 +61,16 @@ impl GpuMemory {
         let dims = config.dims;
         let mut memory = GpuMemory::default();
         for index in part.blocks.range() {
-            let block = config.blocks[index];
+            let (block, sharing) = (config.blocks[index], sharing.of(index));
             if part.has_attention(index) {
-                let shard = place.attention(block.attention, dims, sharing.of(index));
+                let shard = place.attention(block.attention, dims, sharing.attention);
                 memory.add_attention(block, dims, (place, shard), (weights, kv));
             }
             let width = match block.ffn {
                 Ffn::SwiGlu { width } => width,
                 Ffn::Linear | Ffn::None => 0,
             };
-            let shard = place.ffn(block.ffn, dims, part.columns(index, width));
+            let shard = place.ffn(block.ffn, dims, part.columns(index, width), sharing.ffn);
             memory.add_ffn(block, dims, (place, shard), weights);
         }
         let is_first = place.rank == 0;

@@ -14,7 +14,8 @@ use scheduler::MicroBatch;
 
 use crate::error::Result;
 use crate::head::wanted_rows;
-use crate::shard::{RankPlace, Sharing};
+use crate::shard::RankPlace;
+use crate::sharing::Sharing;
 
 /// What a rank beside the first must know of a micro-batch.
 #[derive(Debug, Clone, Default)]
@@ -87,11 +88,11 @@ impl Iterator for RankSteps {
     }
 }
 
-/// A rank's way to the others, with host arrays; and how they share attention.
+/// A rank's way to the others, with host arrays; and how they share blocks.
 pub struct RankGroup {
     /// The way.
     pub collective: Box<dyn Collective<Array>>,
-    /// How attention is shared, the same on every rank.
+    /// How blocks are shared, the same on every rank.
     pub sharing: Sharing,
     /// Where its time is told.
     pub clock: Arc<CollectiveClock>,

@@ -1,13 +1,14 @@
 //! Which part of each block a rank of a stage has: arithmetic of shapes alone, the same on every rank.
 //!
 //! Shares are whole units, as equal as they get: [`SUM_CUT`] columns of an FFN or of a linear half, heads of attention.
-//! What has fewer units than there are ranks is not worth sharing and runs on the first rank.
+//! What has fewer units than there are ranks runs on the first rank whatever a [`Sharing`](crate::Sharing) says of it.
 
 use std::ops::Range;
 
 use kernels::SUM_CUT;
 
 use crate::block::{Attention, Dims, Ffn};
+use crate::sharing::{AttentionSharing, FfnSharing};
 
 /// One of the ranks of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,46 +17,6 @@ pub struct RankPlace {
     pub rank: usize,
     /// How many there are.
     pub num_ranks: usize,
-}
-
-/// How the ranks of a stage share the attention of each block: by heads but where it is said to be by sequences.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Sharing {
-    by_sequences: Vec<usize>,
-}
-
-impl Sharing {
-    /// By sequences in these blocks, by heads in all others.
-    pub fn by_sequences(blocks: impl IntoIterator<Item = usize>) -> Self {
-        let mut by_sequences: Vec<usize> = blocks.into_iter().collect();
-        by_sequences.sort_unstable();
-        by_sequences.dedup();
-        Sharing { by_sequences }
-    }
-
-    /// The blocks whose attention is shared by sequences, in order.
-    pub fn sequence_blocks(&self) -> &[usize] {
-        &self.by_sequences
-    }
-
-    /// How a block's is.
-    pub(crate) fn of(&self, block: usize) -> AttentionSharing {
-        match self.by_sequences.binary_search(&block) {
-            Ok(_) => AttentionSharing::Sequences,
-            Err(_) => AttentionSharing::Heads,
-        }
-    }
-}
-
-/// How ranks share a block's grouped-query attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum AttentionSharing {
-    /// Each rank has some heads of every sequence. Where there are fewer KV heads than ranks, several have a copy of
-    /// one, and some of its query heads.
-    #[default]
-    Heads,
-    /// Each rank has all heads of some sequences: weights are there on every rank, keys and values once.
-    Sequences,
 }
 
 /// A rank's part of an attention half.
@@ -123,12 +84,13 @@ impl RankPlace {
             (Attention::Gqa { .. }, AttentionSharing::Sequences) if self.num_ranks > 1 => {
                 AttentionShard::Sequences
             }
+            (Attention::None, _) => AttentionShard::None,
+            (_, AttentionSharing::FirstRank) => AttentionShard::FirstRank,
             (Attention::Gqa { .. }, _) if dims.heads < self.num_ranks => AttentionShard::FirstRank,
             (Attention::Gqa { kv_heads }, _) => self.heads(dims.heads, kv_heads),
             (Attention::Linear, _) => {
                 self.columns(0..dims.hidden).map_or(AttentionShard::FirstRank, AttentionShard::Columns)
             }
-            (Attention::None, _) => AttentionShard::None,
         }
     }
 
@@ -149,16 +111,17 @@ impl RankPlace {
     }
 
     /// Its part of an FFN half, of which the stage has these columns of a SwiGLU.
-    pub(crate) fn ffn(self, ffn: Ffn, dims: Dims, columns: Range<usize>) -> FfnShard {
-        match ffn {
-            Ffn::SwiGlu { .. } => {
-                self.columns(columns.clone()).map_or(FfnShard::FirstRank(columns), FfnShard::Inner)
-            }
-            Ffn::Linear => {
-                self.columns(0..dims.hidden).map_or(FfnShard::FirstRank(0..dims.hidden), FfnShard::Columns)
-            }
-            Ffn::None => FfnShard::None,
-        }
+    pub(crate) fn ffn(self, ffn: Ffn, dims: Dims, columns: Range<usize>, sharing: FfnSharing) -> FfnShard {
+        let (columns, part): (_, fn(_) -> _) = match ffn {
+            Ffn::SwiGlu { .. } => (columns, FfnShard::Inner),
+            Ffn::Linear => (0..dims.hidden, FfnShard::Columns),
+            Ffn::None => return FfnShard::None,
+        };
+        let own = match sharing {
+            FfnSharing::Columns => self.columns(columns.clone()),
+            FfnSharing::FirstRank => None,
+        };
+        own.map_or(FfnShard::FirstRank(columns), part)
     }
 }
 
@@ -216,7 +179,7 @@ mod tests {
     #[test]
     fn what_is_too_small_to_share_runs_on_the_first_rank() {
         let place = RankPlace { rank: 1, num_ranks: 3 };
-        let narrow = place.ffn(Ffn::SwiGlu { width: 128 }, DIMS, 0..128);
+        let narrow = place.ffn(Ffn::SwiGlu { width: 128 }, DIMS, 0..128, FfnSharing::Columns);
         assert_eq!(narrow, FfnShard::FirstRank(0..128));
         let few = Dims { heads: 2, hidden: 128, ..DIMS };
         let gqa = Attention::Gqa { kv_heads: 1 };
@@ -226,5 +189,23 @@ mod tests {
             AttentionShard::FirstRank
         );
         assert_eq!(place.attention(gqa, few, AttentionSharing::Sequences), AttentionShard::Sequences);
+    }
+
+    #[test]
+    fn what_a_sharing_leaves_to_the_first_rank_is_nowhere_else() {
+        for place in ranks(3) {
+            let wide = place.ffn(Ffn::SwiGlu { width: 4096 }, DIMS, 64..4096, FfnSharing::FirstRank);
+            assert_eq!(wide, FfnShard::FirstRank(64..4096));
+            let linear = place.ffn(Ffn::Linear, DIMS, 0..0, FfnSharing::FirstRank);
+            assert_eq!(linear, FfnShard::FirstRank(0..512));
+            for attention in [Attention::Gqa { kv_heads: 8 }, Attention::Linear] {
+                let shard = place.attention(attention, DIMS, AttentionSharing::FirstRank);
+                assert_eq!(shard, AttentionShard::FirstRank);
+            }
+            assert_eq!(
+                place.attention(Attention::None, DIMS, AttentionSharing::FirstRank),
+                AttentionShard::None
+            );
+        }
     }
 }

@@ -7,7 +7,8 @@ use crate::config::ModelConfig;
 use crate::head::LOGIT_ROWS;
 use crate::memory::StepSize;
 use crate::part::Part;
-use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
+use crate::shard::{AttentionShard, FfnShard, RankPlace};
+use crate::sharing::Sharing;
 
 /// Rows and columns of each array of `span::Work` and `head::HeadWork`, zeros for what is not needed. What ranks put together
 /// from columns, or from rows of their own sequences, is not among them: it grows with the steps.
@@ -40,9 +41,9 @@ impl WorkShapes {
         let (hidden, rows, is_last) = (dims.hidden, step.rows, part.is_last(config));
         let (mut query, mut kv_heads, mut ffn) = (0, 0, 0);
         for index in part.blocks.range() {
-            let block = config.blocks[index];
+            let (block, sharing) = (config.blocks[index], sharing.of(index));
             if let (true, Attention::Gqa { kv_heads: all }) = (part.has_attention(index), block.attention) {
-                let heads = match place.attention(block.attention, dims, sharing.of(index)) {
+                let heads = match place.attention(block.attention, dims, sharing.attention) {
                     AttentionShard::Heads { query, kv } => (query.len(), kv.len()),
                     AttentionShard::FirstRank if place.rank > 0 => (0, 0),
                     _ => (dims.heads, all),
@@ -51,7 +52,7 @@ impl WorkShapes {
                 kv_heads = kv_heads.max(heads.1);
             }
             if let Ffn::SwiGlu { width } = block.ffn {
-                ffn = ffn.max(match place.ffn(block.ffn, dims, part.columns(index, width)) {
+                ffn = ffn.max(match place.ffn(block.ffn, dims, part.columns(index, width), sharing.ffn) {
                     FfnShard::FirstRank(_) if place.rank > 0 => 0,
                     FfnShard::Inner(columns) | FfnShard::Columns(columns) | FfnShard::FirstRank(columns) => {
                         columns.len()

@@ -10,7 +10,8 @@ use stages::profile::{
     Stored, TokenPoint, measure,
 };
 use stages::{
-    Device, Dtypes, KvDtype, Model, ModelConfig, SUM_CUT, Sharing, Simd, WeightType, available_cores,
+    BlockSharing, Device, Dtypes, Exceptions, FfnSharing, KvDtype, Model, ModelConfig, SUM_CUT, Sharing,
+    Simd, WeightType, available_cores,
 };
 
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
@@ -126,8 +127,8 @@ fn costs_are_the_measured_ones_where_there_are_any() {
     assert_eq!(rank.without_extras().seconds(1..2), 1.0);
     assert_eq!(rank.seconds(0..3), 0.25 + 2.0 + 1.0 + 2.0 + 2.0);
     assert_eq!(rank.weight_bytes(0..3), 2 * config().params());
-    assert_eq!(costs.basis(&pieces, 1, decode(1.0, 64.0)), Basis::Measured);
-    assert!(costs.is_measured_at(&pieces, 1, decode(8.0, 256.0)));
+    assert_eq!(costs.basis(&pieces, 1, &Sharing::default(), decode(1.0, 64.0)), Basis::Measured);
+    assert_eq!(costs.basis(&pieces, 1, &Sharing::default(), decode(8.0, 256.0)), Basis::Measured);
 }
 
 #[test]
@@ -139,9 +140,9 @@ fn costs_say_where_they_go_beyond_what_was_measured() {
         (decode(16.0, 64.0), Basis::Extrapolated),
         (decode(8.0, 512.0), Basis::Extrapolated),
     ] {
-        assert_eq!(costs.basis(&whole, 1, load), basis, "{load:?}");
+        assert_eq!(costs.basis(&whole, 1, &Sharing::default(), load), basis, "{load:?}");
     }
-    assert_eq!(costs.basis(&whole, 2, decode(8.0, 64.0)), Basis::Scaled);
+    assert_eq!(costs.basis(&whole, 2, &Sharing::default(), decode(8.0, 64.0)), Basis::Scaled);
     let halves = costs.rank_costs(&whole, 2, decode(8.0, 64.0));
     let alone = costs.rank_costs(&whole, 1, decode(8.0, 64.0));
     let ratio = halves.without_extras().seconds(0..3) / alone.without_extras().seconds(0..3);
@@ -162,7 +163,7 @@ fn a_stage_of_two_devices_takes_what_its_halves_were_measured_to_take() {
     let (whole, load) = (pieces(&config, None), decode(8.0, 64.0));
     // By sequences it would take four times as long, and twice where each rank has half of eight rows.
     assert_eq!(costs.sharing(&whole, 2, load), Sharing::default());
-    assert_eq!(costs.basis(&whole, 2, load), Basis::Measured);
+    assert_eq!(costs.basis(&whole, 2, &Sharing::default(), load), Basis::Measured);
     let rank = costs.rank_costs(&whole, 2, load);
     let alone = rank.without_extras();
     // 1.0 and 2.0 of the halves with what ranks tell each other, and half of eight times 0.5 for the context.
@@ -203,17 +204,59 @@ fn a_linear_half_that_was_not_measured_is_charged_with_an_all_gather() {
 
 #[test]
 fn a_job_keeps_its_sharing_of_attention_where_another_would_be_faster() {
-    let costs = measured(&shared_profile());
+    // A block takes as long for a token as for eight, so that nothing is left to the first rank.
+    let mut profile = shared_profile();
+    profile.blocks.iter_mut().for_each(|entry| entry.points = curve(&[(1, 4.0), (8, 4.0)]));
+    let costs = measured(&profile);
     let pieces = pieces(&config(), None);
     let (one, many) = (decode(1.0, 4.5), decode(8.0, 4.5));
     let of_one = costs.sharing(&pieces, 2, one);
     assert_eq!(
-        (of_one.sequence_blocks(), costs.sharing(&pieces, 2, many)),
-        (&[0, 2][..], Sharing::default())
+        (of_one.exceptions().attention_by_sequences, costs.sharing(&pieces, 2, many)),
+        (vec![0, 2], Sharing::default())
     );
     let seconds = |sharing: &Sharing| costs.shared_costs(&pieces, 2, sharing, many).seconds(0..3);
     assert!(seconds(&of_one) > seconds(&Sharing::default()));
     assert_eq!(costs.rank_costs(&pieces, 2, many).seconds(0..3), seconds(&Sharing::default()));
+}
+
+/// Of one token, what ranks tell each other is most of what halves take.
+#[test]
+fn halves_are_left_to_the_first_rank_where_that_was_measured_to_be_faster() {
+    let costs = measured(&shared_profile());
+    let (pieces, load) = (pieces(&config(), None), decode(1.0, 4.5));
+    let sharing = costs.sharing(&pieces, 2, load);
+    let expected = Exceptions {
+        attention_on_first_rank: vec![0, 2],
+        ffn_on_first_rank: vec![0, 2],
+        ..Exceptions::default()
+    };
+    assert_eq!(sharing.exceptions(), expected);
+    // Two halves that make up a block, and a broadcast after each; and an FFN that is as fast on two ranks.
+    let seconds = costs.shared_costs(&pieces, 2, &sharing, load);
+    let seconds = |piece: usize| seconds.without_extras().seconds(piece..piece + 1);
+    assert!((seconds(0) - (0.5 + 2.0 * 0.03125)).abs() < 1e-12, "{}", seconds(0));
+    assert_eq!(seconds(1), 0.5);
+    assert_eq!(costs.basis(&pieces, 2, &sharing, load), Basis::Scaled);
+    // All weights of these halves are on the first rank, and all keys and values.
+    let bytes = |ranks, sharing: &Sharing| {
+        let costs = costs.shared_costs(&pieces, ranks, sharing, load);
+        (costs.without_extras().weight_bytes(0..1), costs.kv_bytes_per_token(0..1))
+    };
+    assert_eq!(bytes(2, &sharing), bytes(1, &Sharing::default()));
+}
+
+/// A half that makes up its block was measured with it.
+#[test]
+fn a_whole_block_on_the_first_rank_is_as_sure_as_on_one_device() {
+    let costs = measured(&shared_profile());
+    let pieces = pieces(&config(), None);
+    let ffn = BlockSharing { ffn: FfnSharing::FirstRank, ..BlockSharing::default() };
+    let basis = |block: usize| {
+        let sharing = Sharing::uniform([block], ffn);
+        costs.basis(&pieces[block..block + 1], 2, &sharing, decode(8.0, 64.0))
+    };
+    assert_eq!((basis(0), basis(1)), (Basis::Scaled, Basis::Measured));
 }
 
 #[test]

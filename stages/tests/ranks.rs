@@ -13,9 +13,9 @@ use scheduler::{
 };
 use serde_json::{Value, json};
 use stages::{
-    AttentionSharing, CollectiveClock, Device, Dtypes, Follower, INT8_BLOCK, KvDtype, Model, PAGE_TOKENS,
-    Part, RankGroup, RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage, StageOutput, WeightType, load,
-    load_first_rank, load_follower, thread_ranks,
+    AttentionSharing, BlockSharing, CollectiveClock, Device, Dtypes, FfnSharing, Follower, INT8_BLOCK,
+    KvDtype, Model, PAGE_TOKENS, Part, RankGroup, RankStep, SUM_CUT, Sharing, Simd, SpanOptions, Stage,
+    StageOutput, WeightType, load, load_first_rank, load_follower, thread_ranks,
 };
 
 mod small_model;
@@ -27,12 +27,48 @@ const BF16: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 const NUM_PAGES: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A stage of a layout: its blocks, its ranks, how they share attention.
+/// A stage of a layout: its blocks, its ranks, how they share these.
 #[derive(Clone, Copy)]
 struct StageOf {
     part: Part,
     num_ranks: usize,
-    sharing: AttentionSharing,
+    way: Way,
+}
+
+/// How ranks share the blocks of a stage.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// All in one way.
+    Alike(AttentionSharing, FfnSharing),
+    /// Each in another way than those beside it; of six blocks each has every way for one of the numbers from 0 to 5.
+    Mixed(usize),
+}
+
+const SHARED: Way = Way::Alike(AttentionSharing::Heads, FfnSharing::Columns);
+const BY_SEQUENCES: Way = Way::Alike(AttentionSharing::Sequences, FfnSharing::Columns);
+const ON_FIRST_RANK: Way = Way::Alike(AttentionSharing::FirstRank, FfnSharing::FirstRank);
+
+impl Way {
+    fn of(self, block: usize) -> BlockSharing {
+        use AttentionSharing::{Heads, Sequences};
+        use FfnSharing::Columns;
+        let (attention, ffn) = match self {
+            Way::Alike(attention, ffn) => (attention, ffn),
+            Way::Mixed(number) => [
+                (Heads, FfnSharing::FirstRank),
+                (AttentionSharing::FirstRank, FfnSharing::FirstRank),
+                (AttentionSharing::FirstRank, Columns),
+                (Sequences, FfnSharing::FirstRank),
+                (Heads, Columns),
+                (Sequences, Columns),
+            ][(block + number) % 6],
+        };
+        BlockSharing { attention, ffn }
+    }
+
+    fn sharing(self, part: Part) -> Sharing {
+        part.blocks.range().map(|block| (block, self.of(block))).collect()
+    }
 }
 
 fn alone(part: Part) -> StageOf {
@@ -40,7 +76,7 @@ fn alone(part: Part) -> StageOf {
 }
 
 fn ranks(part: Part, num_ranks: usize) -> StageOf {
-    StageOf { part, num_ranks, sharing: AttentionSharing::Heads }
+    StageOf { part, num_ranks, way: SHARED }
 }
 
 fn whole(model: &Model) -> Part {
@@ -87,10 +123,7 @@ impl Running {
             let stage = load(model, device, dtypes, options).unwrap();
             return Running { stage, draws, followers: Vec::new() };
         }
-        let sharing = match of.sharing {
-            AttentionSharing::Heads => Sharing::default(),
-            AttentionSharing::Sequences => Sharing::by_sequences(of.part.blocks.range()),
-        };
+        let sharing = of.way.sharing(of.part);
         let group = |rank| RankGroup {
             collective: Box::new(rank),
             sharing: sharing.clone(),
@@ -211,7 +244,7 @@ const F32_BOUND: f32 = 2e-5;
 /// later halves carry on. A dozen halves of random weights, whose logits have a deviation of 1.
 const BF16_BOUND: f32 = 0.05;
 
-const SHARINGS: [AttentionSharing; 2] = [AttentionSharing::Heads, AttentionSharing::Sequences];
+const WAYS: [Way; 4] = [SHARED, BY_SEQUENCES, ON_FIRST_RANK, Way::Mixed(0)];
 
 #[test]
 fn stages_of_one_to_four_ranks_agree_with_the_stage_that_has_everything() {
@@ -232,13 +265,13 @@ fn stages_of_one_to_four_ranks_agree_with_the_stage_that_has_everything() {
                 [Span { start: 0, end }, Span { start: end, end: num_blocks }].map(Part::from)
             };
             for num_ranks in 1..=4 {
-                for sharing in SHARINGS {
-                    let layout = [StageOf { part: whole(&model), num_ranks, sharing }];
+                for way in WAYS {
+                    let layout = [StageOf { part: whole(&model), num_ranks, way }];
                     let found = run(&model, &device, dtypes, &layout);
                     let off = difference(&found, &expected);
                     assert!(
                         off <= bound,
-                        "{num_ranks} ranks, {sharing:?}, {device:?} {dtypes:?}: off by {off:e}"
+                        "{num_ranks} ranks, {way:?}, {device:?} {dtypes:?}: off by {off:e}"
                     );
                     assert_eq!(
                         bits(&run(&model, &device, dtypes, &layout)),
@@ -260,6 +293,41 @@ fn stages_of_one_to_four_ranks_agree_with_the_stage_that_has_everything() {
                 assert!(off <= bound, "two stages, {num_ranks} ranks: off by {off:e}");
             }
         }
+    }
+}
+
+#[test]
+fn every_half_agrees_in_every_way_beside_halves_that_are_shared_in_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = small(folder.path(), false);
+    let device = cpu(Simd::detect());
+    let expected = run(&model, &device, F32, &[alone(whole(&model))]);
+    for num_ranks in 2..=4 {
+        for way in (0..6).map(Way::Mixed) {
+            let layout = [StageOf { part: whole(&model), num_ranks, way }];
+            let off = difference(&run(&model, &device, F32, &layout), &expected);
+            assert!(off <= F32_BOUND, "{num_ranks} ranks, {way:?}: off by {off:e}");
+        }
+    }
+    // What the first rank does alone, it does as the only one.
+    let layout = [StageOf { part: whole(&model), num_ranks: 3, way: ON_FIRST_RANK }];
+    assert_eq!(bits(&run(&model, &device, F32, &layout)), bits(&expected));
+}
+
+#[test]
+fn a_cut_ffn_may_be_the_first_ranks_on_either_side_of_the_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = small(folder.path(), false);
+    let device = cpu(Simd::detect());
+    let expected = run(&model, &device, F32, &[alone(whole(&model))]);
+    let [front, back] = parted(&model, (3, 448));
+    for [front_way, back_way] in
+        [[ON_FIRST_RANK, SHARED], [SHARED, ON_FIRST_RANK], [ON_FIRST_RANK, ON_FIRST_RANK]]
+    {
+        let stage = |part, num_ranks, way| StageOf { part, num_ranks, way };
+        let layout = [stage(front, 2, front_way), stage(back, 3, back_way)];
+        let off = difference(&run(&model, &device, F32, &layout), &expected);
+        assert!(off <= F32_BOUND, "{front_way:?}, {back_way:?}: off by {off:e}");
     }
 }
 

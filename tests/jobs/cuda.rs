@@ -127,7 +127,8 @@ fn models_on_gpus_that_share_a_stage_stay_within_the_bf16_bound() {
         let job = Job::on(model)
             .emulated_gpus(num_gpus)
             .set(format!("pipeline.devices={devices}"))
-            .set(format!("pipeline.tensor_parallel={widths}"));
+            .set(format!("pipeline.tensor_parallel={widths}"))
+            .set("pipeline.split_blocks=all");
         let difference = largest_difference_of(job, &reference);
         assert!(difference <= BF16_BOUND, "{model} on {widths}: off by {difference:.2e}");
     }
@@ -139,7 +140,8 @@ fn gpus_that_share_a_stage_write_the_same_bytes_every_time() {
         let mut job = Job::on("hetero-0-bf16")
             .emulated_gpus(2)
             .set(format!("pipeline.devices={devices}"))
-            .set("pipeline.tensor_parallel=[2]");
+            .set("pipeline.tensor_parallel=[2]")
+            .set("pipeline.split_blocks=all");
         for i in 0..4 {
             let prompt: Vec<usize> = (0..4 + 25 * i).map(|k| 5 + (k * 7 + i * 31) % 200).collect();
             let body = json!({"prompt": prompt, "max_tokens": 4, "temperature": i % 2, "seed": i, "ignore_eos": true});

@@ -131,7 +131,7 @@ fn a_stage_of_a_gpu_that_dies_or_hangs_is_started_again_and_meets_its_neighbours
 fn ranks_of_gpus_in_processes_write_the_same_bytes_as_on_threads() {
     let shared = job(&THREE[..2]).set("pipeline.tensor_parallel=[2]");
     let second = job(&THREE).set("pipeline.tensor_parallel=[1,2]").set("pipeline.stages=[[0,4],[4,11]]");
-    for threads in [shared, second] {
+    for threads in [shared, second].map(|job| job.set("pipeline.split_blocks=all")) {
         let expected = run(&threads).0;
         for sets in [
             &["pipeline.ranks=processes"][..],
@@ -148,7 +148,10 @@ fn ranks_of_gpus_in_processes_write_the_same_bytes_as_on_threads() {
 
 #[test]
 fn a_rank_of_a_gpu_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() {
-    let undisturbed = job(&THREE).set("pipeline.tensor_parallel=[1,2]").set("pipeline.stages=[[0,4],[4,11]]");
+    let undisturbed = job(&THREE)
+        .set("pipeline.tensor_parallel=[1,2]")
+        .set("pipeline.split_blocks=all")
+        .set("pipeline.stages=[[0,4],[4,11]]");
     let expected = run(&undisturbed).0;
     for (fault, stages) in [
         ("stage1.1@12:kill", "threads"),

@@ -5,8 +5,8 @@ use std::process::Output;
 use serde_json::{Value, json};
 
 use crate::disturbed::{assert_done, assert_refused, lines, row, stderr};
-use crate::harness::{Job, read_json};
-use crate::profile::{World, even_costs};
+use crate::harness::{Job, fixture, read_json};
+use crate::profile::{MODEL, World, even_costs};
 
 /// Micro-batches have room for all rows.
 const SETS: [&str; 3] = [
@@ -164,10 +164,13 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     assert!(!shared.as_array().unwrap().is_empty(), "no block is shared by sequences");
     assert!(numerics.contains("by sequences"), "{numerics}");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(said.contains("by sequences): "), "{said}");
+    assert!(said.contains("ranks (attention of ") && said.contains(" by sequences"), "{said}");
     let processes = job.anew().set("pipeline.ranks=processes");
     done(world.run_job(&processes, &[]));
     assert!(all_lines(&processes) == all_lines(&undisturbed), "processes as threads");
+    let all = job.anew().set("pipeline.split_blocks=all");
+    done(world.run_job(&all, &[]));
+    assert_eq!(blocks(&all).0, json!([]), "where the job says that all is split");
     done(world.run_job(&job, &["--limit", "8"]));
 
     price_attention(&world, false);
@@ -177,4 +180,85 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     done(world.run_job(&job, &[]));
     assert_eq!(blocks(&job).0, shared, "the job that was begun");
     assert!(all_lines(&job) == all_lines(&undisturbed));
+}
+
+/// Prices FFNs that ranks share, where one device has them for next to nothing.
+fn price_shared_ffns(world: &World, seconds: f64) {
+    world.measure();
+    world.edit(|profile| {
+        even_costs(profile, None);
+        let shared = profile["shared"].as_array_mut().unwrap().iter_mut();
+        for half in shared.flat_map(|entry| entry["halves"].as_array_mut().unwrap()) {
+            if half["half"].get("ffn").is_some() {
+                let all = half["points"].as_object_mut().unwrap().values_mut();
+                for point in all.flat_map(|points| points.as_array_mut().unwrap()) {
+                    for key in ["median", "lower", "upper"] {
+                        point["seconds"][key] = json!(seconds);
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
+    let world = World::with(&[SETS[0], SETS[1], SETS[2], "pipeline.tensor_parallel=[2]"]);
+    let job = world.job.anew().over((0..20).map(row));
+    let plan = |job: &Job| {
+        let manifest = read_json(&job.out().join("manifest.json"));
+        let numerics = manifest["numeric_profile"]["tensor_parallel_stages"].to_string();
+        (manifest["plan"]["stages"][0]["ffn_on_first_rank"].clone(), numerics)
+    };
+    price_shared_ffns(&world, 1.0);
+    let undisturbed = job.anew();
+    let output = world.run_job(&undisturbed, &[]);
+    assert_done(&output);
+    let (first_ranks, numerics) = plan(&undisturbed);
+    let ffns = config().blocks.iter().filter(|block| block.ffn != stages::Ffn::None).count();
+    assert_eq!(first_ranks.as_array().map(Vec::len), Some(ffns), "{first_ranks}");
+    assert!(numerics.contains("FFN of [") && numerics.contains("] on the first rank"), "{numerics}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains(&format!("FFN of {ffns} blocks on the first rank): ")), "{said}");
+    let processes = job.anew().set("pipeline.ranks=processes");
+    done(world.run_job(&processes, &[]));
+    assert!(all_lines(&processes) == all_lines(&undisturbed), "processes as threads");
+    done(world.run_job(&job, &["--limit", "8"]));
+
+    price_shared_ffns(&world, 1e-9);
+    let shared = job.anew();
+    done(world.run_job(&shared, &[]));
+    assert_eq!(plan(&shared).0, json!([]), "a new job");
+    done(world.run_job(&job, &[]));
+    assert_eq!(plan(&job).0, first_ranks, "the job that was begun");
+    assert!(all_lines(&job) == all_lines(&undisturbed));
+}
+
+#[test]
+fn plans_name_the_halves_that_stay_on_the_first_device() {
+    let world = World::with(&[SETS[0], SETS[1], SETS[2], "pipeline.tensor_parallel=[2]"]);
+    price_shared_ffns(&world, 1.0);
+    let planned = |args: &[&str]| {
+        let output = world.ask("plan", &[&["--format", "json"], args].concat());
+        let plan: Value = serde_json::from_slice(&output.stdout).expect("a plan");
+        plan["stages"][0].clone()
+    };
+    let stage = planned(&[]);
+    let ffns = (config().blocks.iter().enumerate())
+        .filter(|(_, block)| block.ffn != stages::Ffn::None)
+        .map(|(index, _)| index)
+        .collect::<Vec<_>>();
+    assert_eq!(stage["ffn_on_first_rank"], json!(ffns));
+    let table = world.ask("plan", &[]).stdout;
+    let line = format!("FFN of blocks {ffns:?} on the first rank");
+    assert!(String::from_utf8_lossy(&table).contains(&line), "{}", String::from_utf8_lossy(&table));
+    // The first of them has all of their weights.
+    let all = planned(&["--set", "pipeline.split_blocks=all"]);
+    assert_eq!(all["ffn_on_first_rank"], json!([]));
+    let weights = |stage: &Value| stage["memory"]["weights"].as_u64().unwrap();
+    assert!(weights(&stage) > weights(&all), "{stage} {all}");
+}
+
+fn config() -> stages::ModelConfig {
+    stages::ModelConfig::read(&fixture(MODEL)).unwrap()
 }

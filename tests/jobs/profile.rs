@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Job, fixture, read_json, spanwise};
 
-const MODEL: &str = "hetero-0-bf16";
+pub(crate) const MODEL: &str = "hetero-0-bf16";
 /// One device for each stage: these tests are about where stages are cut.
 const SETS: [&str; 4] = [
     "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
@@ -76,6 +76,18 @@ impl World {
     /// Runs a job by what the store has.
     pub(crate) fn run_job(&self, job: &Job, args: &[&str]) -> Output {
         job.command().env("SPANWISE_PROFILES", self.store.path()).args(args).output().unwrap()
+    }
+
+    /// What a plan or a simulation of the job says by what the store has, for short rows.
+    pub(crate) fn ask(&self, what: &str, args: &[&str]) -> Output {
+        let run = self.job.command();
+        let mut command = spanwise();
+        command.env("SPANWISE_PROFILES", self.store.path()).arg(what).arg(run.get_args().nth(1).unwrap());
+        command.args(["--cost", "measured"]).args(args);
+        for set in self.sets.iter().chain(&["plan.prompt_tokens=8", "plan.output_tokens=8"]) {
+            command.args(["--set", set]);
+        }
+        command.output().unwrap()
     }
 
     /// Runs the job anew; its plan by the manifest, and what it said.
@@ -286,20 +298,9 @@ fn without_a_profile_that_holds_a_run_goes_by_an_estimate() {
 
 #[test]
 fn plans_and_simulations_by_measured_costs_are_no_estimates_and_need_them() {
-    let lengths = ["plan.prompt_tokens=8", "plan.output_tokens=8"];
-    let ask = |what: &str, world: &World, args: &[&str]| {
-        let run = world.job.command();
-        let mut command = spanwise();
-        command.env("SPANWISE_PROFILES", world.store.path()).arg(what).arg(run.get_args().nth(1).unwrap());
-        command.args(["--cost", "measured", "--format", "json"]).args(args);
-        for set in SETS.iter().chain(&lengths) {
-            command.args(["--set", set]);
-        }
-        command.output().unwrap()
-    };
     let measured = World::measured();
     for what in ["plan", "simulate"] {
-        let output = ask(what, &measured, &[]);
+        let output = measured.ask(what, &["--format", "json"]);
         let report: Value = serde_json::from_slice(&output.stdout)
             .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
         assert_eq!(report["estimate"], false, "{what}");
@@ -315,7 +316,7 @@ fn plans_and_simulations_by_measured_costs_are_no_estimates_and_need_them() {
     ];
     for (args, words) in refusals {
         for what in ["plan", "simulate"] {
-            let output = ask(what, &absent, &args);
+            let output = absent.ask(what, &args);
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.code() == Some(2) && stderr.contains(words), "{what} {args:?}: {stderr}");
         }

@@ -9,14 +9,18 @@ use crate::disturbed::{MODEL, assert_as_run_of, assert_done, row, stderr, stdout
 use crate::harness::{Done, Job, fixture, read_json};
 use crate::logits::{F32_BOUND, MODELS, largest_difference};
 
-/// So many devices, shared out to stages of these widths.
+/// So many devices, shared out to stages of these widths, which share all of their blocks.
 fn layout(job: Job, widths: &[usize]) -> Job {
     sets(widths).into_iter().fold(job, |job, set| job.set(set))
 }
 
-fn sets(widths: &[usize]) -> [String; 2] {
+fn sets(widths: &[usize]) -> [String; 3] {
     let devices: Vec<String> = (0..widths.iter().sum()).map(|device| format!("cpu:{device}")).collect();
-    [format!("pipeline.devices={devices:?}"), format!("pipeline.tensor_parallel={widths:?}")]
+    [
+        format!("pipeline.devices={devices:?}"),
+        format!("pipeline.tensor_parallel={widths:?}"),
+        "pipeline.split_blocks=all".to_owned(),
+    ]
 }
 
 fn rows(count: usize) -> Vec<String> {
@@ -32,10 +36,16 @@ fn every_model_agrees_with_the_reference_on_stages_of_several_devices() {
             if widths.len() > num_blocks {
                 continue;
             }
-            let [devices, widths_set] = sets(widths);
-            let sets = [devices.as_str(), &widths_set, "model.dtype=f32"];
-            let difference = largest_difference(model, &reference, &sets);
-            assert!(difference <= F32_BOUND, "{model} on {widths:?}: off by {difference:.2e}");
+            let [devices, widths_set, all] = sets(widths);
+            // And with the halves that the plan finds faster so left to the first rank, or shared by sequences.
+            for split in [&all, "pipeline.split_blocks=auto"] {
+                let sets = [devices.as_str(), &widths_set, split, "model.dtype=f32"];
+                let difference = largest_difference(model, &reference, &sets);
+                assert!(
+                    difference <= F32_BOUND,
+                    "{model} on {widths:?} with {split}: off by {difference:.2e}"
+                );
+            }
         }
     }
 }
@@ -51,11 +61,11 @@ fn every_model_agrees_with_the_reference_where_its_widest_ffn_is_cut_between_sta
         };
         let column = (width / 2).next_multiple_of(stages::SUM_CUT);
         let (place, end) = (format!("{block}:{column}"), config.blocks.len());
-        let [devices, widths] = sets(&[2, 2]);
+        let [devices, widths, split] = sets(&[2, 2]);
         let stages = format!("pipeline.stages=[[0, \"{place}\"], [\"{place}\", {end}]]");
         let reference = read_json(&fixture(model).join("reference.json"));
         let difference =
-            largest_difference(model, &reference, &[&devices, &widths, &stages, "model.dtype=f32"]);
+            largest_difference(model, &reference, &[&devices, &widths, &split, &stages, "model.dtype=f32"]);
         assert!(difference <= F32_BOUND, "{model} cut at {place} of {width}: off by {difference:.2e}");
         num_cut += 1;
     }
@@ -81,9 +91,9 @@ fn a_scaled_down_ultra_agrees_with_the_reference_shared_cut_and_both() {
         (&[2, 3], &cut),
     ];
     for (widths, stages) in layouts {
-        let [devices, widths_set] = sets(widths);
-        let difference =
-            largest_difference(ULTRA, &reference, &[&devices, &widths_set, stages, "model.dtype=f32"]);
+        let [devices, widths_set, split] = sets(widths);
+        let sets = [&devices, &widths_set, &split, stages, "model.dtype=f32"];
+        let difference = largest_difference(ULTRA, &reference, &sets);
         assert!(difference <= F32_BOUND, "{widths:?}, {stages}: off by {difference:.2e}");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use scheduler::Span;
 use serde_json::{Value, json};
-use stages::{Dtypes, KvDtype, Model, Part, Sharing, SpanOptions, StepSize, WeightType};
+use stages::{Dtypes, Exceptions, KvDtype, Model, Part, Sharing, SpanOptions, StepSize, WeightType};
 
 use super::RanksArgs;
 use crate::error::with_causes;
@@ -57,7 +57,7 @@ impl SpanOrder {
             "blocks": [part.blocks.start, part.blocks.end], "first_column": part.first_column,
             "end_column": part.end_column, "num_pages": num_pages, "context_tokens": context_tokens,
             "largest_step": largest_step,
-            "by_sequences": self.sharing.sequence_blocks(), "faults": self.faults,
+            "sharing": self.sharing.exceptions(), "faults": self.faults,
         })
     }
 
@@ -98,7 +98,7 @@ impl SpanOrder {
                 context_tokens: size("context_tokens")?,
                 largest_step,
             },
-            sharing: Sharing::by_sequences(wire::list(&order["by_sequences"])?),
+            sharing: serde_json::from_value::<Exceptions>(order["sharing"].clone()).ok()?.into(),
             faults: text("faults"),
         })
     }
@@ -154,7 +154,11 @@ pub(crate) mod tests {
                     arrivals: 9,
                 }),
             },
-            sharing: Sharing::by_sequences([4, 6]),
+            sharing: Sharing::from(Exceptions {
+                attention_by_sequences: vec![4, 6],
+                attention_on_first_rank: vec![5],
+                ffn_on_first_rank: vec![6],
+            }),
             faults: Some("stage3@3:kill".to_owned()),
         }
     }

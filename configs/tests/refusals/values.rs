@@ -118,6 +118,20 @@ pipeline.simd: expected "auto", "amx", "avx512", "avx2", "portable" or "referenc
 7 | simd = "AVX2"
   |        ^^^^^^"#,
         );
+    case("blocks that are split in no way")
+        .more(
+            r#"
+[pipeline]
+split_blocks = "off""#,
+        )
+        .says(
+            r#"
+pipeline.split_blocks: expected "auto" or "all", found "off"
+ --> job.toml:7:16
+  |
+7 | split_blocks = "off"
+  |                ^^^^^"#,
+        );
     case("an order that is none")
         .more(
             r#"

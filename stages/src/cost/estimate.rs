@@ -13,7 +13,7 @@ use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{NumberTypes, Roofline};
 use crate::block::{Dims, Ffn};
 use crate::config::ModelConfig;
-use crate::shard::Sharing;
+use crate::sharing::Sharing;
 
 /// What a plan balances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +101,7 @@ impl<'a> Estimator<'a> {
         (2.0 * matrix_params as f64 + attention_flops) / self.roofline.flops_per_second
     }
 
-    /// One stage's time under any load, for whoever asks it for thousands of micro-batches. Its ranks share attention in one
+    /// One stage's time under any load, for whoever asks it for thousands of micro-batches. Its ranks share blocks in one
     /// way for all of them.
     pub fn stage_seconds(
         &self,

@@ -2,7 +2,8 @@
 //!
 //! Between measured points costs lie on straight lines; beyond the last they go on. Stages of several ranks were measured half
 //! block by half block, with what ranks tell each other; what their longer contexts take is a share of what it is on one device.
-//! Some columns of an FFN, and ranks of a number that was not measured, are a share of the whole, by its weights.
+//! Some columns of an FFN, and ranks of a number that was not measured, are a share of the whole, by its weights; so is a half that
+//! the first rank has alone by choice.
 //! [`Measured::basis`] says which of these a load needs. It refuses to guess: a profile without one of the model's blocks makes no
 //! costs.
 
@@ -16,8 +17,10 @@ use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{Channel, NumberTypes};
 use crate::block::{Attention, Block, Ffn};
 use crate::config::ModelConfig;
-use crate::profile::{ContextPoint, Half, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, TokenPoint};
-use crate::shard::{AttentionSharing, Sharing};
+use crate::profile::{
+    ContextPoint, Half, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, SharedHalf, TokenPoint,
+};
+use crate::sharing::Sharing;
 
 /// Costs of one model on a device that was measured.
 #[derive(Debug, Clone)]
@@ -132,9 +135,8 @@ impl Measured {
     }
 
     /// Where costs for a load come from, the least sure of all pieces counted.
-    pub fn basis(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Basis {
-        let sharing = self.sharing(pieces, ranks, load);
-        let of_piece = |piece: &PieceShape| self.piece_basis(piece, ranks, &sharing, load);
+    pub fn basis(&self, pieces: &[PieceShape], ranks: usize, sharing: &Sharing, load: Load) -> Basis {
+        let of_piece = |piece: &PieceShape| self.piece_basis(piece, ranks, sharing, load);
         let head = self.shared(ranks).map_or(&self.head, |shared| &shared.head);
         let of_head = if load.logit_rows > 0.0 { head.basis(load.logit_rows) } else { Basis::Measured };
         pieces.iter().map(of_piece).chain([of_head]).max().unwrap_or(Basis::Measured)
@@ -150,13 +152,16 @@ impl Measured {
         if ranks == 1 {
             return whole;
         }
-        let attention = attention_half(block.attention, sharing.of(piece.block));
-        let halves = [attention, (block.ffn != Ffn::None).then_some(Half::Ffn(block.ffn))];
-        let of_half = |half: Half| match self.half(ranks, half) {
-            Some(curve) => curve.basis(load.tokens()),
-            None => Basis::Scaled,
+        let Parts { attention, ffn, .. } = Parts::of(&self.config, piece, ranks, sharing.of(piece.block));
+        let all = matrix_params(block, &self.config);
+        let halves = [(attention_half(block.attention, attention), attention), (ffn_half(block.ffn), ffn)];
+        let of_half = |(half, rank): (Option<Half>, Rank)| match self.half(ranks, half?, rank) {
+            Some(curve) => Some(curve.basis(load.tokens())),
+            // The block, as one device has it.
+            None if rank.matrix_params as f64 == all => None,
+            None => Some(Basis::Scaled),
         };
-        halves.into_iter().flatten().map(of_half).chain([whole]).max().unwrap_or(whole)
+        halves.into_iter().filter_map(of_half).chain([whole]).max().unwrap_or(whole)
     }
 
     /// The curves of stages of so many ranks, where they were measured.
@@ -164,15 +169,15 @@ impl Measured {
         self.shared.iter().find(|shared| shared.ranks == ranks)
     }
 
-    /// The curve of a half on so many ranks, where it was measured.
-    fn half(&self, ranks: usize, half: Half) -> Option<&Curve> {
+    /// The curve of a half on so many ranks, where it was measured as they have it: on the first rank alone was only what is too
+    /// narrow for all.
+    fn half(&self, ranks: usize, half: Half, rank: Rank) -> Option<&Curve> {
+        let is_of_first_rank = rank.meeting == Meeting::Copy;
+        if is_of_first_rank && !(SharedHalf { ranks, half }).is_of_first_rank(self.config.dims) {
+            return None;
+        }
         let halves = &self.shared(ranks)?.halves;
         halves.iter().find(|(other, _)| *other == half).map(|(_, curve)| curve)
-    }
-
-    /// Whether every cost for a load was measured at that very point.
-    pub fn is_measured_at(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> bool {
-        self.basis(pieces, ranks, load) == Basis::Measured
     }
 
     /// The quartiles of what all blocks take for a load, as shares of the median: by their times at almost no context.
@@ -203,9 +208,8 @@ impl Measured {
     fn attention_seconds(&self, block: usize, rank: Rank, ranks: usize, load: Load) -> f64 {
         let attention = self.config.blocks[block].attention;
         let own = rank.load(load, ranks);
-        let sharing = if rank.by_sequences { AttentionSharing::Sequences } else { AttentionSharing::Heads };
-        let half = attention_half(attention, sharing).filter(|_| rank.matrix_params > 0);
-        let mut sum = match half.and_then(|half| self.half(ranks, half)) {
+        let half = attention_half(attention, rank).filter(|_| rank.matrix_params > 0);
+        let mut sum = match half.and_then(|half| self.half(ranks, half, rank)) {
             // It was measured with as many rows on each rank, and is as long as the busiest one's.
             Some(curve) if rank.by_sequences => curve.at(own.tokens() * ranks as f64),
             Some(curve) => curve.at(load.tokens()) + self.handed_on_seconds(rank, ranks, load),
@@ -230,7 +234,7 @@ impl Measured {
             return 0.0;
         }
         let meeting = if ends_block { self.meeting_seconds(rank.meeting, ranks, load) } else { 0.0 };
-        let Some(curve) = self.half(ranks, Half::Ffn(ffn)) else {
+        let Some(curve) = self.half(ranks, Half::Ffn(ffn), rank) else {
             return self.base_seconds(piece.block, rank, load) + meeting;
         };
         let is_whole = ends_block && piece.columns.as_ref().is_none_or(|columns| columns.start == 0);
@@ -308,12 +312,17 @@ impl CostModel for Measured {
 }
 
 /// How a block's attention half is called in a profile of shared stages, if there is one.
-fn attention_half(attention: Attention, sharing: AttentionSharing) -> Option<Half> {
-    match (attention, sharing) {
-        (Attention::None, _) => None,
-        (Attention::Gqa { .. }, AttentionSharing::Sequences) => Some(Half::AttentionBySequences(attention)),
-        (Attention::Gqa { .. } | Attention::Linear, _) => Some(Half::Attention(attention)),
+fn attention_half(attention: Attention, rank: Rank) -> Option<Half> {
+    match attention {
+        Attention::None => None,
+        Attention::Gqa { .. } if rank.by_sequences => Some(Half::AttentionBySequences(attention)),
+        Attention::Gqa { .. } | Attention::Linear => Some(Half::Attention(attention)),
     }
+}
+
+/// The same of an FFN half.
+fn ffn_half(ffn: Ffn) -> Option<Half> {
+    (ffn != Ffn::None).then_some(Half::Ffn(ffn))
 }
 
 fn matrix_params(block: Block, config: &ModelConfig) -> f64 {

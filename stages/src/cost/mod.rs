@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use scheduler::RankCosts;
 
-use crate::shard::Sharing;
+use crate::sharing::Sharing;
 
 pub use curve::Basis;
 pub use estimate::{Balance, Estimator, StageSeconds, activation_bytes, hop_bytes};
@@ -26,13 +26,13 @@ pub use scheduler::Load;
 
 /// Where the costs of a model on a device come from.
 pub trait CostModel {
-    /// Costs of all pieces on one rank of a stage of `ranks` that share attention so, for one micro-batch.
+    /// Costs of all pieces on one rank of a stage of `ranks` that share blocks so, for one micro-batch.
     fn shared_costs(&self, pieces: &[PieceShape], ranks: usize, sharing: &Sharing, load: Load) -> RankCosts;
 
-    /// Blocks whose attention is faster where `ranks` share it by sequences than by heads.
+    /// How `ranks` share each half of each block where each is as fast as it gets for this micro-batch.
     fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing;
 
-    /// Costs where `ranks` share attention as is fastest for this micro-batch: what a plan for it has. A job keeps one
+    /// Costs where `ranks` share blocks as is fastest for this micro-batch: what a plan for it has. A job keeps one
     /// sharing for all of its micro-batches.
     fn rank_costs(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> RankCosts {
         self.shared_costs(pieces, ranks, &self.sharing(pieces, ranks, load), load)

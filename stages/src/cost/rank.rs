@@ -10,7 +10,8 @@ use super::pieces::PieceShape;
 use super::roofline::{Channel, NumberTypes};
 use crate::block::{Attention, Dims, Ffn};
 use crate::config::ModelConfig;
-use crate::shard::{AttentionShard, AttentionSharing, RankPlace, Sharing};
+use crate::shard::{AttentionShard, RankPlace};
+use crate::sharing::{AttentionSharing, BlockSharing, FfnSharing, Sharing};
 
 /// One rank's part of a piece. Pieces of equal parts take equally long.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -21,29 +22,26 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Of the busiest of `ranks`, which share attention in one way.
-    pub(super) fn of(
-        config: &ModelConfig,
-        shape: &PieceShape,
-        ranks: usize,
-        sharing: AttentionSharing,
-    ) -> Self {
+    /// Of the busiest of `ranks`, which share the block in one way.
+    pub(super) fn of(config: &ModelConfig, shape: &PieceShape, ranks: usize, sharing: BlockSharing) -> Self {
         let block = config.blocks[shape.block];
         let dims = config.dims;
         let has_attention = shape.columns.as_ref().is_none_or(|columns| columns.start == 0);
         let attention = match has_attention {
-            true => rank_attention(block.attention, dims, ranks, sharing),
+            true => rank_attention(block.attention, dims, ranks, sharing.attention),
             false => Rank::NONE,
         };
         let ffn = match (&shape.columns, block.ffn) {
-            (Some(columns), _) => columns_of(columns, shape.ends_block, dims, ranks),
-            (None, Ffn::Linear) => linear(dims, ranks),
+            (Some(columns), _) => columns_of((columns, shape.ends_block), dims, ranks, sharing.ffn),
+            (None, Ffn::Linear) => linear(dims, ranks, sharing.ffn == FfnSharing::FirstRank),
             (None, _) => Rank::NONE,
         };
         Parts { attention, ffn, ends_block: shape.ends_block }
     }
 
-    /// Blocks whose attention `ranks` should share by sequences: where `seconds` says that this is faster than by heads.
+    /// How `ranks` should share each block: each half as `seconds` says that it is fastest, and by heads and columns where
+    /// nothing else is faster. Halves of the first rank that follow one another need one broadcast together and are charged
+    /// with one each: where that decides, ranks share.
     pub(super) fn sharing(
         config: &ModelConfig,
         pieces: &[PieceShape],
@@ -53,12 +51,34 @@ impl Parts {
         if ranks == 1 {
             return Sharing::default();
         }
-        let is_faster = |shape: &&PieceShape| {
-            let [by_heads, by_sequences] = [AttentionSharing::Heads, AttentionSharing::Sequences]
-                .map(|sharing| Parts::of(config, shape, ranks, sharing));
-            by_heads.attention.kv_values > 0 && seconds(shape, by_sequences) < seconds(shape, by_heads)
+        let of_block = |pieces: &[PieceShape]| {
+            let seconds = |pieces: &[PieceShape], sharing| {
+                let of_piece = |shape| seconds(shape, Parts::of(config, shape, ranks, sharing));
+                pieces.iter().map(of_piece).sum()
+            };
+            let mut sharing = BlockSharing::default();
+            // If there is attention, the first piece has it.
+            sharing.attention = fastest(
+                [AttentionSharing::Heads, AttentionSharing::Sequences, AttentionSharing::FirstRank],
+                |attention| seconds(&pieces[..1], BlockSharing { attention, ..sharing }),
+            );
+            sharing.ffn = fastest([FfnSharing::Columns, FfnSharing::FirstRank], |ffn| {
+                seconds(pieces, BlockSharing { ffn, ..sharing })
+            });
+            (pieces[0].block, Parts::of(config, &pieces[0], ranks, sharing).as_it_comes(sharing))
         };
-        Sharing::by_sequences(pieces.iter().filter(is_faster).map(|shape| shape.block))
+        pieces.chunk_by(|one, other| one.block == other.block).map(of_block).collect()
+    }
+
+    /// A way to share these parts as it comes out: what is too narrow to be shared is the first rank's.
+    fn as_it_comes(self, mut sharing: BlockSharing) -> BlockSharing {
+        if self.attention.meeting == Meeting::Copy {
+            sharing.attention = AttentionSharing::FirstRank;
+        }
+        if self.ffn.meeting == Meeting::Copy {
+            sharing.ffn = FfnSharing::FirstRank;
+        }
+        sharing
     }
 
     pub(super) fn matrix_params(self) -> u64 {
@@ -71,6 +91,12 @@ impl Parts {
         bytes += types.table().bytes(self.attention.norm_params + self.ffn.norm_params);
         bytes
     }
+}
+
+/// The way that takes the fewest seconds, the first of those that take as few.
+fn fastest<W: Copy>(ways: impl IntoIterator<Item = W>, seconds: impl Fn(W) -> f64) -> W {
+    let timed = ways.into_iter().map(|way| (way, seconds(way)));
+    timed.min_by(|(_, one), (_, other)| one.total_cmp(other)).expect("there is a way").0
 }
 
 /// Numbers of a rank's part of the output matrix.
@@ -183,7 +209,10 @@ fn meeting(ranks: usize, meeting: Meeting) -> Meeting {
 /// of one. By sequences each rank has all weights, and keys and values of its own rows.
 fn rank_attention(attention: Attention, dims: Dims, ranks: usize, sharing: AttentionSharing) -> Rank {
     let Attention::Gqa { kv_heads } = attention else {
-        return if attention == Attention::Linear { linear(dims, ranks) } else { Rank::NONE };
+        return match attention {
+            Attention::Linear => linear(dims, ranks, sharing == AttentionSharing::FirstRank),
+            _ => Rank::NONE,
+        };
     };
     let part = |heads: usize, kv_heads: usize, how| {
         let part = Attention::Gqa { kv_heads };
@@ -218,12 +247,20 @@ fn rank_attention(attention: Attention, dims: Dims, ranks: usize, sharing: Atten
 
 /// Some columns of an FFN; only its first piece brings the norm along. A whole FFN is shared in the units that ranks
 /// share, or is the first rank's; of pieces of one each rank has a part, and all of them together come to its own.
-fn columns_of(columns: &Range<usize>, ends_block: bool, dims: Dims, ranks: usize) -> Rank {
+fn columns_of(
+    (columns, ends_block): (&Range<usize>, bool),
+    dims: Dims,
+    ranks: usize,
+    sharing: FfnSharing,
+) -> Rank {
     let is_whole = columns.start == 0 && ends_block;
-    let (most, how) = match most_columns(columns.clone(), ranks) {
-        Some(most) if is_whole => (most, Meeting::Sum),
-        None if is_whole => (columns.len(), Meeting::Copy),
-        _ => (columns.end.div_ceil(ranks) - columns.start.div_ceil(ranks), Meeting::Sum),
+    let (most, how) = match (sharing, most_columns(columns.clone(), ranks)) {
+        (FfnSharing::FirstRank, _) => (columns.len(), Meeting::Copy),
+        (FfnSharing::Columns, Some(most)) if is_whole => (most, Meeting::Sum),
+        (FfnSharing::Columns, None) if is_whole => (columns.len(), Meeting::Copy),
+        (FfnSharing::Columns, _) => {
+            (columns.end.div_ceil(ranks) - columns.start.div_ceil(ranks), Meeting::Sum)
+        }
     };
     Rank {
         matrix_params: 3 * (most * dims.hidden) as u64,
@@ -233,9 +270,9 @@ fn columns_of(columns: &Range<usize>, ends_block: bool, dims: Dims, ranks: usize
     }
 }
 
-fn linear(dims: Dims, ranks: usize) -> Rank {
+fn linear(dims: Dims, ranks: usize, is_of_first_rank: bool) -> Rank {
     let hidden = dims.hidden;
-    let (most, how) = match most_columns(0..hidden, ranks) {
+    let (most, how) = match most_columns(0..hidden, ranks).filter(|_| !is_of_first_rank) {
         Some(most) => (most, Meeting::Gather),
         None => (hidden, Meeting::Copy),
     };
@@ -264,10 +301,10 @@ mod tests {
         assert_eq!(three.kv_values, 2 * 3 * 16);
         assert_eq!(three.flops_per_context_token, (4 * 12 * 16) as f64);
         // Too narrow for three: the first rank's, in a copy.
-        let narrow = columns_of(&(0..128), true, DIMS, 3);
+        let narrow = columns_of((&(0..128), true), DIMS, 3, FfnSharing::Columns);
         assert_eq!((narrow.matrix_params, narrow.meeting), (3 * 128 * 512, Meeting::Copy));
         // 1,000 columns are 16 units, the last of 40; of three ranks the last has 6 of them.
-        assert_eq!(columns_of(&(0..1000), true, DIMS, 3).matrix_params, 3 * 360 * 512);
+        assert_eq!(columns_of((&(0..1000), true), DIMS, 3, FfnSharing::Columns).matrix_params, 3 * 360 * 512);
     }
 
     #[test]

@@ -30,7 +30,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::block::{Attention, Block, Dims, Ffn};
 use crate::config::ModelConfig;
-use crate::shard::{AttentionShard, AttentionSharing, FfnShard, RankPlace};
+use crate::shard::{AttentionShard, FfnShard, RankPlace};
+use crate::sharing::{AttentionSharing, FfnSharing};
 
 pub use ceilings::Ceilings;
 pub use key::{DeviceKey, ProfileKey};
@@ -237,7 +238,7 @@ impl SharedHalf {
             Half::AttentionBySequences(_) => false,
             Half::Ffn(ffn) => {
                 let columns = 0..if let Ffn::SwiGlu { width } = ffn { width } else { 0 };
-                matches!(place.ffn(ffn, dims, columns), FfnShard::FirstRank(_))
+                matches!(place.ffn(ffn, dims, columns, FfnSharing::Columns), FfnShard::FirstRank(_))
             }
         }
     }

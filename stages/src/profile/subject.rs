@@ -10,7 +10,7 @@ use scheduler::{
 use crate::block::{Attention, Block, Ffn};
 use crate::memory::StepSize;
 use crate::model::Model;
-use crate::shard::Sharing;
+use crate::sharing::{AttentionSharing, BlockSharing, Sharing};
 use crate::span::SpanOptions;
 use crate::stage::Activations;
 
@@ -105,7 +105,8 @@ impl Subject {
 
     /// The same whose attention is shared by sequences.
     pub(super) fn by_sequences(self) -> Self {
-        let sharing = Sharing::by_sequences(self.options.part.blocks.range());
+        let by_sequences = BlockSharing { attention: AttentionSharing::Sequences, ..Default::default() };
+        let sharing = Sharing::uniform(self.options.part.blocks.range(), by_sequences);
         Subject { sharing, ..self }
     }
 }

@@ -17,7 +17,7 @@ use super::subject::{self, Pages, Step, Subject};
 use crate::cost::{Balance, Estimator, NumberType, NumberTypes, pieces};
 use crate::error::Result;
 use crate::model::Model;
-use crate::shard::Sharing;
+use crate::sharing::Sharing;
 use crate::stage::{Device, Dtypes};
 
 /// Pages that rows share, at most: many times what any cache holds of a small model.

@@ -41,6 +41,16 @@ pub(super) struct Linear<B: Backend> {
 }
 
 impl<B: Backend> AttentionOnDevice<B> {
+    /// Whether keys and values are here.
+    pub(super) fn has_cache(&self) -> bool {
+        match self {
+            AttentionOnDevice::Gqa(_) | AttentionOnDevice::Sequences(_) => true,
+            AttentionOnDevice::Heads(gqa) => gqa.is_some(),
+            AttentionOnDevice::Linear(_) | AttentionOnDevice::LinearColumns(_) => false,
+            AttentionOnDevice::Elsewhere | AttentionOnDevice::None => false,
+        }
+    }
+
     /// Adds the half's result to `work.x`, on every rank that has it.
     pub(super) fn run(&mut self, pass: &mut Pass<'_, B>) -> Result<()> {
         match self {

@@ -16,7 +16,8 @@ use crate::head::Head;
 use crate::model::Model;
 use crate::part::Part;
 use crate::ranks::Ranks;
-use crate::shard::{AttentionShard, FfnShard, RankPlace, Sharing};
+use crate::shard::{AttentionShard, FfnShard, RankPlace};
+use crate::sharing::Sharing;
 use crate::tensors::{self, slot_tensor};
 use crate::work_shapes::WorkShapes;
 
@@ -40,12 +41,9 @@ impl<B: Backend> SpanStage<B> {
         let head = loader.head(embedding.as_ref())?;
         let embedding = embedding.filter(|_| part.is_first());
         let indices = part.blocks.range();
-        let blocks = indices.map(|index| loader.block(index)).collect::<Result<Vec<_>>>()?;
-        let has_attention = |index: usize| {
-            let attention = config.blocks[index].attention;
-            matches!(attention, Attention::Gqa { .. }) && part.has_attention(index)
-        };
-        let rope = (part.blocks.range().any(has_attention))
+        let blocks: Vec<BlockOnDevice<B>> =
+            indices.map(|index| loader.block(index)).collect::<Result<_>>()?;
+        let rope = (blocks.iter().any(|block| block.attention.has_cache()))
             .then(|| backend.rope_table(config.rope.table(config.dims.head_dim, context_tokens)))
             .transpose()?;
         let (eps, hidden) = (config.rms_norm_eps, config.dims.hidden);
@@ -186,7 +184,8 @@ impl<B: Backend> Loader<'_, B> {
             Attention::Linear | Attention::None => 0,
         };
         let all = || (0..dims.heads, 0..kv_heads);
-        Ok(match (block.attention, self.place.attention(block.attention, dims, self.sharing.of(index))) {
+        let sharing = self.sharing.of(index).attention;
+        Ok(match (block.attention, self.place.attention(block.attention, dims, sharing)) {
             (Attention::None, _) | (_, AttentionShard::None) => AttentionOnDevice::None,
             (_, AttentionShard::FirstRank) if !first => AttentionOnDevice::Elsewhere,
             (Attention::Gqa { .. }, AttentionShard::Heads { query, kv }) if self.place.num_ranks > 1 => {
@@ -250,7 +249,8 @@ impl<B: Backend> Loader<'_, B> {
         let columns = self.part.columns(index, width);
         let cut = Cut { goes_on: columns.start > 0, is_open: columns.end < width };
         let is_shared = self.place.num_ranks > 1;
-        Ok(match (block.ffn, self.place.ffn(block.ffn, self.model.config.dims, columns)) {
+        let (dims, sharing) = (self.model.config.dims, self.sharing.of(index).ffn);
+        Ok(match (block.ffn, self.place.ffn(block.ffn, dims, columns, sharing)) {
             (Ffn::None, _) | (_, FfnShard::None) => FfnOnDevice::None,
             (_, FfnShard::FirstRank(_)) if !self.is_first_rank() => FfnOnDevice::Elsewhere,
             (Ffn::SwiGlu { .. }, FfnShard::Inner(columns)) if is_shared => {
@@ -261,7 +261,7 @@ impl<B: Backend> Loader<'_, B> {
                 FfnShard::Inner(columns) | FfnShard::FirstRank(columns) | FfnShard::Columns(columns),
             ) => FfnOnDevice::SwiGlu(self.swiglu(block.slot, width, columns)?, cut),
             (Ffn::Linear, FfnShard::Inner(rows) | FfnShard::FirstRank(rows) | FfnShard::Columns(rows)) => {
-                let is_part = rows.len() < self.model.config.dims.hidden;
+                let is_part = rows.len() < dims.hidden;
                 let linear = self.linear(block.slot, "post_attention_layernorm", "mlp.linear_mlp", rows)?;
                 match is_part {
                     true => FfnOnDevice::LinearColumns(linear),

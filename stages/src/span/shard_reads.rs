@@ -21,7 +21,8 @@ use crate::block::{Attention, Ffn};
 use crate::model::Model;
 use crate::part::Part;
 use crate::ranks::{CollectiveClock, RankGroup, RankStep};
-use crate::shard::{AttentionShard, AttentionSharing, FfnShard, RankPlace, Sharing};
+use crate::shard::{AttentionShard, FfnShard, RankPlace};
+use crate::sharing::{AttentionSharing, BlockSharing, FfnSharing, Sharing};
 use crate::stage::{Device, Dtypes, StageOutput, load, load_first_rank, load_follower};
 use crate::tensors::{self, model_tensors, slot_tensor};
 use crate::weights::Weights;
@@ -72,20 +73,27 @@ fn write_model(folder: &Path) {
 type Shard = (Range<usize>, Range<usize>);
 
 /// What a rank has of each tensor of a part; nothing of all others.
-fn shards(model: &Model, part: Part, place: RankPlace, sharing: AttentionSharing) -> BTreeMap<String, Shard> {
+fn shards(model: &Model, part: Part, place: RankPlace, sharing: &Sharing) -> BTreeMap<String, Shard> {
     let config = &model.config;
     let (dims, all) = (config.dims, 0..HIDDEN);
     let mut shards = BTreeMap::new();
     for index in part.blocks.range() {
-        let block = config.blocks[index];
+        let (block, sharing) = (config.blocks[index], sharing.of(index));
+        let is_elsewhere = |is_first_ranks: bool| is_first_ranks && place.num_ranks > 1 && place.rank > 0;
         let mut add = |name: &str, shard: Shard| shards.insert(slot_tensor(block.slot, name), shard);
         let is_gqa = matches!(block.attention, Attention::Gqa { .. });
-        if part.has_attention(index) && block.attention != Attention::None {
+        let is_there = !is_elsewhere(sharing.attention == AttentionSharing::FirstRank);
+        if is_there && part.has_attention(index) && block.attention != Attention::None {
             add("input_layernorm", (0..1, all.clone()));
             let kv_heads = if let Attention::Gqa { kv_heads } = block.attention { kv_heads } else { 0 };
-            let (query, kv) = match place.attention(block.attention, dims, sharing) {
+            let (query, kv) = match place.attention(block.attention, dims, sharing.attention) {
                 AttentionShard::Heads { query, kv } => (query, kv),
                 AttentionShard::Sequences => (0..HEADS, 0..kv_heads),
+                AttentionShard::FirstRank if is_gqa => (0..HEADS, 0..kv_heads),
+                AttentionShard::FirstRank => {
+                    add("self_attn.linear_attn", (all.clone(), all.clone()));
+                    (0..0, 0..0)
+                }
                 AttentionShard::Columns(rows) => {
                     add("self_attn.linear_attn", (rows, all.clone()));
                     (0..0, 0..0)
@@ -100,15 +108,18 @@ fn shards(model: &Model, part: Part, place: RankPlace, sharing: AttentionSharing
                 add("self_attn.o_proj", (all.clone(), numbers(&query)));
             }
         }
+        if is_elsewhere(sharing.ffn == FfnSharing::FirstRank) {
+            continue;
+        }
         add("post_attention_layernorm", (0..1, all.clone()));
         let width = if let Ffn::SwiGlu { width } = block.ffn { width } else { 0 };
-        match (block.ffn, place.ffn(block.ffn, dims, part.columns(index, width))) {
-            (Ffn::SwiGlu { .. }, FfnShard::Inner(columns)) => {
+        match (block.ffn, place.ffn(block.ffn, dims, part.columns(index, width), sharing.ffn)) {
+            (Ffn::SwiGlu { .. }, FfnShard::Inner(columns) | FfnShard::FirstRank(columns)) => {
                 add("mlp.gate_proj", (columns.clone(), all.clone()));
                 add("mlp.up_proj", (columns.clone(), all.clone()));
                 add("mlp.down_proj", (all.clone(), columns));
             }
-            (Ffn::Linear, FfnShard::Columns(rows)) => {
+            (Ffn::Linear, FfnShard::Columns(rows) | FfnShard::FirstRank(rows)) => {
                 add("mlp.linear_mlp", (rows, all.clone()));
             }
             other => panic!("{other:?}"),
@@ -126,7 +137,7 @@ fn shards(model: &Model, part: Part, place: RankPlace, sharing: AttentionSharing
 }
 
 /// The model with all bytes taken away that are not a rank's, as far as they are whole pages.
-fn with_shards_alone(folder: &Path, part: Part, place: RankPlace, sharing: AttentionSharing) -> Model {
+fn with_shards_alone(folder: &Path, part: Part, place: RankPlace, sharing: &Sharing) -> Model {
     let (model, _) = Model::open(folder, false).unwrap();
     let shards = shards(&model, part, place, sharing);
     let Weights::Checkpoint(checkpoint) = &model.weights else { panic!("it has a checkpoint") };
@@ -171,7 +182,7 @@ fn micro_batch() -> MicroBatch {
 fn logprobs(
     parts: &[Part],
     num_ranks: usize,
-    sharing: AttentionSharing,
+    sharing: &Sharing,
     open: impl Fn(Part, RankPlace) -> Model,
 ) -> Vec<u32> {
     const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
@@ -182,10 +193,7 @@ fn logprobs(
         let model = |rank| open(part, RankPlace { rank, num_ranks });
         let group = |collective| RankGroup {
             collective: Box::new(collective),
-            sharing: match sharing {
-                AttentionSharing::Heads => Sharing::default(),
-                AttentionSharing::Sequences => Sharing::by_sequences(part.blocks.range()),
-            },
+            sharing: sharing.clone(),
             clock: Arc::new(CollectiveClock::default()),
         };
         let mut ranks = thread_ranks(num_ranks, Duration::from_secs(60)).into_iter();
@@ -220,6 +228,24 @@ fn logprobs(
     panic!("the last stage draws")
 }
 
+/// By heads and columns; by sequences; on the first rank alone; and some of each.
+fn sharings() -> Vec<Sharing> {
+    let of = |attention, ffn| BlockSharing { attention, ffn };
+    let by_sequences = of(AttentionSharing::Sequences, FfnSharing::Columns);
+    let on_first_rank = of(AttentionSharing::FirstRank, FfnSharing::FirstRank);
+    let mixed = [
+        of(AttentionSharing::FirstRank, FfnSharing::Columns),
+        of(AttentionSharing::Heads, FfnSharing::FirstRank),
+        of(AttentionSharing::Sequences, FfnSharing::FirstRank),
+    ];
+    vec![
+        Sharing::default(),
+        Sharing::uniform(0..3, by_sequences),
+        Sharing::uniform(0..3, on_first_rank),
+        mixed.into_iter().enumerate().collect(),
+    ]
+}
+
 #[test]
 fn a_rank_reads_its_shard_of_the_tensors_and_no_page_beside_it() {
     let folder = tempfile::tempdir().unwrap();
@@ -232,7 +258,7 @@ fn a_rank_reads_its_shard_of_the_tensors_and_no_page_beside_it() {
     ];
     for parts in [&[whole][..], &cut] {
         for num_ranks in 1..=4 {
-            for sharing in [AttentionSharing::Heads, AttentionSharing::Sequences] {
+            for sharing in &sharings() {
                 let open = |_, _| Model::open(folder.path(), false).unwrap().0;
                 let expected = logprobs(parts, num_ranks, sharing, open);
                 let found = logprobs(parts, num_ranks, sharing, |part, place| {

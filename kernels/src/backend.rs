@@ -182,6 +182,8 @@ pub struct WorkSize {
     pub logit_rows: usize,
     /// Of these, rows that are chosen from at once.
     pub choice_rows: usize,
+    /// Columns of logits.
+    pub vocab: usize,
     /// Arrays of all rows that wait for the next stage at once.
     pub parcels: usize,
     /// Arrays of all rows that have come from a stage in another process and wait for this one at once.

@@ -79,10 +79,15 @@ impl Edits {
         self.rows.push(EditsEnd { edits: self.edits.len(), masks: self.masks.len() });
     }
 
+    /// Where a row's begin, which is where those of the row before end.
+    pub(crate) fn begin(&self, row: usize) -> EditsEnd {
+        let before = row.min(self.rows.len()).checked_sub(1);
+        before.map_or(EditsEnd::default(), |before| self.rows[before])
+    }
+
     /// Those of a row.
     pub(crate) fn row(&self, row: usize) -> RowEdits<'_> {
-        let Some(end) = self.rows.get(row) else { return RowEdits::default() };
-        let begin = row.checked_sub(1).map_or(EditsEnd::default(), |before| self.rows[before]);
+        let (begin, end) = (self.begin(row), self.begin(row + 1));
         let mask = &self.masks[begin.masks..end.masks];
         RowEdits {
             edits: &self.edits[begin.edits..end.edits],

@@ -252,8 +252,9 @@ impl<B: Backend> Head<B> {
 impl<B: Backend> HeadWork<B> {
     /// Makes room for steps of up to these shapes.
     pub(crate) fn reserve(&mut self, backend: &B, shapes: &WorkShapes) -> Result<()> {
-        let WorkShapes { head_rows, head_normed, logits, .. } = *shapes;
+        let WorkShapes { head_rows, head_normed, logits, logit_part, .. } = *shapes;
         backend.reserve(&mut self.rows, head_rows[0], head_rows[1])?;
+        backend.reserve(&mut self.part, logit_part[0], logit_part[1])?;
         backend.reserve_operand(&mut self.normed, head_normed[0], head_normed[1])?;
         Ok(backend.reserve(&mut self.logits, logits[0], logits[1])?)
     }

@@ -89,8 +89,8 @@ impl GpuMemory {
         }
         let shapes = WorkShapes::of(config, part, (place, sharing), step);
         memory.work_bytes = work_bytes(&shapes, weights, multiprocessors);
-        if place.num_ranks > 1 {
-            memory.work_bytes += collective_bytes(config, part, place, step);
+        if shapes.told > 0 {
+            memory.work_bytes += cuda_sum_bytes(shapes.told, place.num_ranks);
         }
         memory
     }
@@ -180,19 +180,13 @@ fn work_bytes(shapes: &WorkShapes, weights: WeightType, multiprocessors: Option<
     let operand = |[rows, cols]: [usize; 2]| {
         if rows * cols == 0 { 0 } else { matrix(rows, cols) + codes(weights, rows, cols) }
     };
-    let WorkShapes { x, normed, q, kv, inner, added, sums, head_rows, head_normed, logits, kept } = shapes;
+    let WorkShapes { x, normed, q, kv, inner, added, gathered, own_rows, sums, .. } = *shapes;
+    let WorkShapes { head_rows, head_normed, logits, logit_part, .. } = *shapes;
     let mut sum = 0;
-    sum += [x, q, kv, kv, added, sums, head_rows, logits].map(|&shape| numbers(shape)).iter().sum::<u64>();
-    sum += [normed, inner, head_normed].map(|&shape| operand(shape)).iter().sum::<u64>();
-    sum + cuda_work_bytes(kept, multiprocessors)
-}
-
-/// What ranks work in beside that: what the others have sent of a half's result, and of logits.
-fn collective_bytes(config: &ModelConfig, part: Part, place: RankPlace, step: StepSize) -> u64 {
-    let Dims { hidden, vocab, .. } = config.dims;
-    let drawn = if part.is_last(config) { step.drawn_rows() } else { 0 };
-    let logits = if place.rank == 0 { vocab } else { 0 } + vocab.div_ceil(place.num_ranks);
-    cuda_sum_bytes(step.rows * hidden, place.num_ranks) + numbers(drawn, logits)
+    sum += [x, q, kv, kv, added, gathered, own_rows, sums].map(numbers).iter().sum::<u64>();
+    sum += [head_rows, logits, logit_part].map(numbers).iter().sum::<u64>();
+    sum += [normed, inner, head_normed].map(operand).iter().sum::<u64>();
+    sum + cuda_work_bytes(&shapes.kept, multiprocessors)
 }
 
 /// f32 numbers of some rows and columns.

@@ -169,9 +169,9 @@ impl<A> Ranks<A> {
         self.place.rank == 0
     }
 
-    /// Makes room for sums of so many rows and columns.
-    pub(crate) fn reserve(&mut self, [rows, cols]: [usize; 2]) -> Result<()> {
-        Ok(self.collective.reserve(rows * cols)?)
+    /// Makes room for what the others send of arrays of up to so many numbers.
+    pub(crate) fn reserve(&mut self, numbers: usize) -> Result<()> {
+        Ok(self.collective.reserve(numbers)?)
     }
 
     /// Rows in the pieces whose sums are begun one by one.

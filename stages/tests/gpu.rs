@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use scheduler::{
     Completion, Generated, MicroBatch, MicroBatchId, MicroBatchOutput, Request, RequestKey, Sampling,
-    Scheduler, SequenceId, Slice, SliceTokens, Span,
+    Scheduler, SequenceId, Slice, SliceTokens, Span, TokenCount, TokenMask,
 };
 use stages::{
     Activations, Device, Dtypes, Gpu, GpuMemory, KvDtype, Model, PAGE_TOKENS, Part, RankPlace, Sharing,
@@ -66,6 +66,8 @@ enum Asks {
     Drawn,
     /// Log-probabilities of its prompt and of what is drawn, with those of the twenty likeliest tokens.
     Logprobs,
+    /// With a penalty for most tokens of the vocabulary, a bias and a mask.
+    Edited,
 }
 
 fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBatch {
@@ -74,13 +76,20 @@ fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBa
     let slice = |(sequence, positions, asks): &(usize, Range<usize>, Asks)| {
         let tokens: SliceTokens = positions.clone().map(|position| token(*sequence, position)).collect();
         let mut sampling = Sampling::greedy(4);
-        let mut score = Vec::new();
+        let (mut score, mut counts, mut mask) = (Vec::new(), None, None);
         match asks {
             Asks::Nothing | Asks::Greedy => {}
             Asks::Drawn => (sampling.temperature, sampling.seed) = (0.9, 7),
             Asks::Logprobs => {
                 (sampling.logprobs, sampling.prompt_logprobs) = (Some(20), true);
                 score = positions.clone().skip(1).map(|position| token(*sequence, position)).collect();
+            }
+            Asks::Edited => {
+                (sampling.repetition_penalty, sampling.logit_bias) = (1.5, vec![(3, 2.0)]);
+                let tokens =
+                    (0..vocab as u32 - 7).map(|token| TokenCount { token, generated: 1, in_prompt: false });
+                counts = Some(Arc::new(tokens.collect()));
+                mask = Some(TokenMask::known(Some(vec![0x7777_7777; vocab.div_ceil(32)])));
             }
         }
         let num_pages = positions.end.div_ceil(PAGE_TOKENS);
@@ -99,8 +108,8 @@ fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBa
             ),
             sample: !matches!(asks, Asks::Nothing),
             score,
-            counts: None,
-            mask: None,
+            counts,
+            mask,
             fed_back: None,
             request: Arc::new(request),
         }
@@ -110,17 +119,17 @@ fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBa
 
 /// Prompts in chunks of many sizes, all that there is to ask for, and rows that decode alone and together.
 fn micro_batches(model: &Model) -> Vec<MicroBatch> {
-    use Asks::{Drawn, Greedy, Logprobs, Nothing};
+    use Asks::{Drawn, Edited, Greedy, Logprobs, Nothing};
     let batch = |slices: &[(usize, Range<usize>, Asks)]| micro_batch(model, slices);
     let mut batches = vec![
         batch(&[(0, 0..40, Nothing)]),
         batch(&[(0, 40..67, Nothing)]),
         batch(&[(1, 0..14, Logprobs), (2, 0..26, Logprobs)]),
-        batch(&[(3, 0..1, Greedy), (4, 0..30, Drawn), (0, 67..68, Greedy)]),
+        batch(&[(3, 0..1, Edited), (4, 0..30, Drawn), (0, 67..68, Greedy)]),
         batch(&[(5, 0..9, Greedy), (6, 0..5, Drawn), (7, 0..2, Logprobs)]),
     ];
     let lengths = [68, 14, 26, 1, 30, 9, 5, 2];
-    let asks = [Greedy, Logprobs, Drawn, Greedy, Greedy, Drawn, Greedy, Greedy];
+    let asks = [Greedy, Logprobs, Edited, Edited, Greedy, Drawn, Edited, Greedy];
     for rows in [8, 1, 3, 8, 5] {
         let first = batches.len();
         let row = |sequence: usize| {

@@ -7,7 +7,7 @@ use super::arrays::{CudaArray, CudaMatrix, CudaOperand};
 use super::choices::{self, ChoiceWork};
 use super::event::Event;
 use super::staging::Pinned;
-use super::stream::{Argument, Memory};
+use super::stream::Memory;
 use super::{Cuda, Workspace, locked};
 use crate::backend::{Backend, Largest};
 use crate::check;
@@ -66,10 +66,10 @@ impl CudaDraws {
         rows * size_of::<u32>()
     }
 
-    /// Where the tokens of the next rows go.
-    fn next_tokens(&self, rows: usize) -> Argument {
+    /// Where the tokens of the next rows go, behind so many others.
+    fn next_tokens(&self, rows: usize) -> (&Memory, usize) {
         assert!(self.rows + rows <= self.room, "{} and {rows} rows in room for {}", self.rows, self.room);
-        self.tokens.at(CudaDraws::bytes(self.rows))
+        (&self.tokens, self.rows)
     }
 
     /// Queues a copy of so many bytes to the host. Where it goes there.
@@ -125,7 +125,7 @@ impl Cuda {
     pub(super) fn new_draws(&self, rows: usize) -> Result<Draws> {
         let mut tokens = Memory::none(&self.stream);
         tokens.reserve(OP, CudaDraws::bytes(rows))?;
-        let [_, answers] = ChoiceWork::bytes(rows.max(1));
+        let answers = ChoiceWork::answer_bytes(rows.max(1));
         let host = Pinned::new(&self.stream, answers + rows * size_of::<Stats>())?;
         let there = Arc::new(Event::new(OP, &self.stream, false)?);
         let device = CudaDraws { tokens, host, used: 0, rows: 0, room: rows, parts: Vec::new(), there };
@@ -152,7 +152,7 @@ impl Cuda {
         if asked.is_empty() {
             return Ok(());
         }
-        let width = self.ask_choices(logits, asked, edits, draws.next_tokens(logits.rows))?;
+        let width = self.ask_choices(logits, asked, edits, Some(draws.next_tokens(logits.rows)))?;
         let workspace = locked(&self.workspace);
         let Workspace { stats, choices: ChoiceWork { answers, .. }, .. } = &*workspace;
         let (rows, vocabulary) = (logits.rows, logits.cols);
@@ -176,7 +176,8 @@ impl Cuda {
         if scratch.rows == 0 {
             return Ok(());
         }
-        self.ask_stats(OP, scratch, draws.next_tokens(scratch.rows))?;
+        let (tokens, first) = draws.next_tokens(scratch.rows);
+        self.ask_stats(OP, scratch, tokens.at(CudaDraws::bytes(first)))?;
         let rows = scratch.rows;
         let stats_at = draws.fetch(&locked(&self.workspace).stats, rows * size_of::<Stats>())?;
         draws.rows += rows;

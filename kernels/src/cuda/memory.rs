@@ -48,7 +48,7 @@ struct Bytes {
     stats: usize,
     /// Tokens that a step draws, which are kept for two of them.
     draws: usize,
-    choices: [usize; 2],
+    choices: [usize; 4],
     tables: [usize; 7],
     /// Of parts of contexts the sums of weights times values, the largest scores, and the sums of weights.
     partials: [usize; 3],
@@ -58,7 +58,7 @@ struct Bytes {
 
 impl Bytes {
     fn of(size: &WorkSize, ffn_columns: usize, multiprocessors: Option<usize>) -> Bytes {
-        let WorkSize { rows, hidden, ffn, logit_rows, choice_rows, .. } = *size;
+        let WorkSize { rows, hidden, ffn, logit_rows, choice_rows, vocab, .. } = *size;
         let split = multiprocessors.filter(|_| size.kv_heads > 0);
         let partials =
             split.map_or(0, |over| Plan::most_partials(rows.min(size.sequences), size.kv_heads, over));
@@ -70,7 +70,7 @@ impl Bytes {
             stats: logit_rows * size_of::<[u32; 3]>(),
             // A scored prompt asks for all of its rows.
             draws: if logit_rows > 0 { CudaDraws::bytes(rows) } else { 0 },
-            choices: ChoiceWork::bytes(choice_rows),
+            choices: ChoiceWork::bytes(choice_rows, vocab),
             tables: Tables::words(size).map(|words| words * size_of::<u32>()),
             partials: [AttentionKernels::padded(size.head_dim), 1, 1]
                 .map(|numbers| partials * numbers * size_of::<f32>()),
@@ -94,7 +94,7 @@ impl Cuda {
         gates.reserve(OP, gate)?;
         up.reserve(OP, gate)?;
         stats.reserve(OP, stat_bytes)?;
-        choices.reserve(size.choice_rows)?;
+        choices.reserve(size.choice_rows, size.vocab)?;
         if self.library.is_none() {
             locked(&self.product).reserve(OP, product)?;
         }
@@ -102,8 +102,7 @@ impl Cuda {
             .into_iter()
             .zip(partials)
             .try_for_each(|(memory, bytes)| memory.reserve(OP, bytes))?;
-        let [asked, _] = ChoiceWork::bytes(size.logit_rows);
-        locked(&self.tables).reserve(&self.stream, size, asked)?;
+        locked(&self.tables).reserve(&self.stream, size, ChoiceWork::asked_bytes(size.logit_rows))?;
         self.parcels.reserve(&self.stream, size.parcels, parcel)?;
         self.arrived.reserve(&self.arrivals, size.arrivals, parcel)?;
         locked(&self.graphs).begin(if self.options.has_graphs { size.rows } else { 0 });

@@ -51,7 +51,7 @@ impl<B: Backend> SpanStage<B> {
         if let Some(step) = largest_step {
             let shapes = WorkShapes::of(config, part, (place, &loader.sharing), step);
             work.reserve(&backend, &shapes)?;
-            ranks.iter_mut().try_for_each(|ranks| ranks.reserve(shapes.added))?;
+            ranks.iter_mut().try_for_each(|ranks| ranks.reserve(shapes.told))?;
         }
         let (has_halved, was_given_early) = (false, false);
         let mut queue = Queue::default();

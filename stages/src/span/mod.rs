@@ -128,13 +128,15 @@ impl<B: Backend> Work<B> {
 
     /// Makes room for steps of up to these shapes, also in what the backend keeps.
     fn reserve(&mut self, backend: &B, shapes: &WorkShapes) -> Result<()> {
-        let WorkShapes { x, normed, q, kv, inner, added, sums, .. } = *shapes;
+        let WorkShapes { x, normed, q, kv, inner, added, gathered, own_rows, sums, .. } = *shapes;
         let arrays = [
             (&mut self.x, x),
             (&mut self.q, q),
             (&mut self.k, kv),
             (&mut self.v, kv),
             (&mut self.added, added),
+            (&mut self.gathered, gathered),
+            (&mut self.rows, own_rows),
             (&mut self.sums, sums),
         ];
         for (array, [rows, cols]) in arrays {

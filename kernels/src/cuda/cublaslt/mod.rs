@@ -18,7 +18,7 @@ use super::gemm::Product;
 use super::gpu::Gpu;
 use super::stream::{Memory, Stream};
 use super::{libraries, locked};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use calls::{Handle, Shape};
 use file::{Owner, Plans};
 use plan::{Algorithm, Choice, Key};
@@ -59,6 +59,8 @@ struct Exact {
     rows: usize,
     strides: [usize; 3],
 }
+
+const TIME: &str = "time a product";
 
 /// A shape and its algorithm.
 #[derive(Debug)]
@@ -140,6 +142,12 @@ impl CublasLt {
             return Ok(Some(Prepared { shape, algorithm }));
         }
         let candidates = self.handle.candidates(&shape, plan::MOST_CANDIDATES)?;
+        if let Err(error) = known.scratch.reserve(TIME, product.rows * product.out_stride * size_of::<f32>())
+        {
+            // The library's own first choice has to do, which is kept nowhere.
+            let first = candidates.first().filter(|_| matches!(error, Error::OutOfMemory { .. }));
+            return first.map(|&algorithm| Some(Prepared { shape, algorithm })).ok_or(error);
+        }
         // SAFETY: the caller vouches for the arrays.
         let times = candidates.iter().map(|&algorithm| unsafe {
             self.time(&self.handle, &mut known.scratch, &shape, product, key.adds, algorithm)
@@ -187,20 +195,19 @@ impl CublasLt {
         adds: bool,
         algorithm: Algorithm,
     ) -> Result<Option<f64>> {
-        const OP: &str = "time a product";
-        scratch.reserve(OP, product.rows * product.out_stride * size_of::<f32>())?;
+        scratch.reserve(TIME, product.rows * product.out_stride * size_of::<f32>())?;
         let product = Product { out: scratch.start(), ..*product };
         // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
-        let run = || unsafe { handle.multiply(OP, shape, &product, adds, algorithm) };
+        let run = || unsafe { handle.multiply(TIME, shape, &product, adds, algorithm) };
         if run().is_err() {
             return Ok(None);
         }
-        self.stream.wait(OP)?;
+        self.stream.wait(TIME)?;
         let start = Instant::now();
         for _ in 0..TIMED_RUNS {
             run()?;
         }
-        self.stream.wait(OP)?;
+        self.stream.wait(TIME)?;
         Ok(Some(start.elapsed().as_secs_f64() * 1e6 / f64::from(TIMED_RUNS)))
     }
 }

@@ -285,8 +285,7 @@ pub(crate) fn widened(
     };
     let are_gpus = gpus::are_meant(pipeline)?;
     let (what, kept) = match stored {
-        Narrow::Int4 { has_zeros: true } if !are_gpus => ("4 bits", "\"int8-weight\" has half of that"),
-        Narrow::Int4 { .. } => ("4 bits", "\"int4-weight\" keeps them as they are"),
+        Narrow::Int4 => ("4 bits", "\"int4-weight\" keeps them as they are"),
         Narrow::Fp8 if are_gpus => ("fp8", "\"fp8\" keeps them as they are"),
         Narrow::Fp8 => ("fp8", "\"int8-weight\" has half of that"),
     };
@@ -483,14 +482,13 @@ mod tests {
         };
         let cpu = [configs::Device::cpu(0)];
         let gpu = [configs::Device { kind: configs::DeviceKind::Cuda, index: 0 }];
-        let int4 = |has_zeros| Some(Narrow::Int4 { has_zeros });
         assert_eq!(
-            told(int4(false), configs::Dtype::Bf16, &cpu).unwrap(),
+            told(Some(Narrow::Int4), configs::Dtype::Bf16, &cpu).unwrap(),
             "the checkpoint's weights are in 4 bits, and [model] dtype = \"bf16\" widens them in memory: \"int4-weight\" \
              keeps them as they are"
         );
-        assert!(told(int4(true), configs::Dtype::Bf16, &cpu).unwrap().contains("\"int8-weight\""));
-        assert!(told(int4(true), configs::Dtype::F32, &gpu).unwrap().contains("\"int4-weight\""));
+        assert!(told(Some(Narrow::Int4), configs::Dtype::F32, &gpu).unwrap().contains("\"int4-weight\""));
+        assert!(told(Some(Narrow::Fp8), configs::Dtype::Bf16, &cpu).unwrap().contains("\"int8-weight\""));
         assert!(told(Some(Narrow::Fp8), configs::Dtype::Bf16, &gpu).unwrap().contains("\"fp8\" keeps"));
         assert_eq!(told(Some(Narrow::Fp8), configs::Dtype::Fp8, &gpu), None);
         assert_eq!(told(None, configs::Dtype::Bf16, &gpu), None);

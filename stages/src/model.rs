@@ -81,10 +81,7 @@ impl Model {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Narrow {
     /// Integers of 4 bits.
-    Int4 {
-        /// Whether they are around zeros of their own.
-        has_zeros: bool,
-    },
+    Int4,
     /// E4M3.
     Fp8,
 }
@@ -95,7 +92,7 @@ impl Model {
         let Weights::Checkpoint(checkpoint) = &self.weights else { return None };
         let has = |ending: &str| checkpoint.iter().any(|(name, _)| name.ends_with(ending));
         if has(".weight_packed") {
-            return Some(Narrow::Int4 { has_zeros: has(".weight_zero_point") });
+            return Some(Narrow::Int4);
         }
         let is_fp8 = |tensor: &Tensor| tensor.dtype == safetensors::Dtype::F8_E4M3;
         checkpoint.iter().any(|(_, tensor)| is_fp8(tensor)).then_some(Narrow::Fp8)

@@ -70,7 +70,8 @@ pub(crate) fn model_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// Memory that a model's weights take on a CPU, in bytes: scales and padding counted.
+/// Memory that a model's weights take on a CPU, in bytes: scales and padding counted. Zeros that a checkpoint of 4 bits may have
+/// take a fortieth more.
 pub fn weight_bytes(config: &ModelConfig, weights: WeightType) -> u64 {
     let table = weights.operands().into();
     (model_tensors(config).iter())

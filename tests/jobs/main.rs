@@ -22,6 +22,7 @@ mod plan;
 mod plan_input;
 mod processes;
 mod profile;
+mod quantised;
 mod ranks;
 mod refusals;
 mod replicas;

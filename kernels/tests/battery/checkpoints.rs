@@ -177,15 +177,17 @@ impl Check for Quantized {
     }
 }
 
-/// Integers with zeros of their own, which not every device can keep.
+/// Integers with zeros of their own.
 pub(crate) struct Skew;
 
 impl Check for Skew {
     fn check<B: Readable>(&self, device: &Device<B>) {
         let mut random = Random::new(12);
         for [rows, inputs, outputs] in SHAPES {
-            let stored = Stored::int4(&mut random, [outputs, inputs], 128, ViewDtype::Bf16, true);
-            check_stored(device, &mut random, rows, &stored);
+            for group in [128, inputs.next_multiple_of(128)] {
+                let stored = Stored::int4(&mut random, [outputs, inputs], group, ViewDtype::Bf16, true);
+                check_stored(device, &mut random, rows, &stored);
+            }
         }
     }
 }
@@ -193,6 +195,7 @@ impl Check for Skew {
 #[test]
 fn what_a_checkpoint_has_quantised_is_multiplied_as_it_is() {
     every_weight_device(&Quantized);
+    every_weight_device(&Skew);
     Quantized.check(&reference_with_long_groups());
     Skew.check(&reference_with_long_groups());
 }
@@ -207,12 +210,14 @@ impl Check for Refused {
         }
         let mut random = Random::new(13);
         let refusal = |stored: &Stored| device.backend.matrix(stored.view()).err().unwrap().to_string();
-        let skew = Stored::int4(&mut random, [5, 256], 128, ViewDtype::Bf16, true);
-        assert!(
-            refusal(&skew).starts_with("weights of 4 bits: found zero points, expected none but groups of")
-        );
-        let short = Stored::int4(&mut random, [5, 256], 16, ViewDtype::Bf16, false);
-        assert!(refusal(&short).starts_with("weights of 4 bits: found groups of 16, expected"));
+        for has_zeros in [false, true] {
+            let short = Stored::int4(&mut random, [5, 256], 16, ViewDtype::Bf16, has_zeros);
+            let error = refusal(&short);
+            assert!(
+                error.starts_with("weights of 4 bits: found groups of 16, expected groups of whole 32"),
+                "{error}"
+            );
+        }
     }
 }
 

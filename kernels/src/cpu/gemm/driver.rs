@@ -17,8 +17,9 @@ use super::plan::{Plan, Reading, Shape, Unit};
 use super::quantized::BLOCK;
 use super::scales::{AddGroup, Finish};
 use super::scratch::with_sums;
-use super::tile::{Kernel, OpenBlock, Tile};
+use super::tile::{Kernel, NR, OpenBlock, Tile};
 use super::unpack::{Unpack, Unpacked, unpack_fn};
+use super::zeros::TakeOff;
 use crate::backend::WeightType;
 use crate::cpu::lanes::at_level;
 use crate::cpu::pool::ThreadPool;
@@ -99,7 +100,8 @@ impl<'a, const N: usize> Product<'a, N> {
             kind,
             num_matrices: N,
         };
-        let kernel = Kernel::new(simd, kind);
+        let has_zeros = weights.iter().any(|w| w.has_zeros());
+        let kernel = if has_zeros { Kernel::with_zeros(simd) } else { Kernel::new(simd, kind) };
         let plan = Plan::new(shape, kernel.geometry, pool.num_threads());
         Self { simd, kernel, plan, x, kind, weights, is_begun: false }
     }
@@ -259,8 +261,14 @@ impl<'a, const N: usize> Product<'a, N> {
             let next = words.wrapping_add(self.bytes_of(k));
             let step_words = geometry.step / terms_per_word(self.kind) * geometry.strip;
             let step_groups = if geometry.is_amx { step_words * 4 / geometry.prefetch_bytes } else { 0 };
+            let to_unpack = Unpack { words: words.cast(), strip: geometry.strip, terms: k, cols, out: b };
             // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
-            unsafe { unpack(&Unpack { words: words.cast(), strip: geometry.strip, terms: k, cols, out: b }) };
+            unsafe { unpack(&to_unpack) };
+            let column = self.plan.cols(piece).start;
+            if let Some(zeros) = self.weights[m].panel_zeros(column / NR) {
+                // A chunk is a group.
+                at_level(self.simd, TakeOff::new(zeros, column % NR, chunk, &to_unpack));
+            }
             let is_first = chunk == 0 && !self.is_begun;
             for tile in unit.tiles.clone() {
                 let rows = self.plan.rows(tile);

@@ -4,7 +4,7 @@
 //!   quantised; `pack`: w, in panels, in the memory of `arena`, `quantized`: narrow weights;
 //! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool, with `scratch` for sums
 //!   that wait;
-//! * `unpack` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
+//! * `unpack`, `zeros` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
 //! * `argmax`: the largest sum of a row, where no other is wanted;
 //! * `tile`: what a SIMD level computes in registers; `amx`, `avx512`, `avx2`, `portable` (`narrow` serves the
 //!   latter two); in AVX2 many rows share what `driver/widened` makes of weights;
@@ -44,6 +44,7 @@ mod scratch;
 mod tests;
 mod tile;
 mod unpack;
+mod zeros;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::Registers;

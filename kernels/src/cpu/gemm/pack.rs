@@ -19,6 +19,7 @@ use super::plan::tile_bytes;
 use super::quantized::{self, pack_quantized};
 use super::round::{bf16_to_f32, f32_to_bf16};
 use super::tile::{GROUP_BYTES, Geometry, NR};
+use super::zeros;
 use crate::backend::{Dtype, WeightType};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
@@ -33,6 +34,9 @@ pub(crate) struct PackedMatrix {
     cols: usize,
     kind: WeightType,
     strip: usize,
+    /// Words of a panel's zeros, none where integers are around 8 or are none.
+    zero_words: usize,
+    /// The panels, and behind them their zeros.
     panels: Piece,
 }
 
@@ -124,7 +128,8 @@ impl PackedMatrix {
         quantized::check(&view, kind)?;
         let (layout, strip) = (PanelLayout::new(kind, view.cols), Geometry::new(simd, kind).strip);
         let (num_panels, panel_bytes) = (view.rows.div_ceil(NR), layout.bytes());
-        let bytes = num_panels * panel_bytes;
+        let zero_words = zeros::panel_words(&view, kind);
+        let bytes = num_panels * (panel_bytes + zero_words * WORD_BYTES);
         let mut panels = Piece::new(bytes)
             .map_err(|e| Error::Unsupported(format!("allocate {bytes} bytes for a weight matrix: {e}")))?;
         if bytes > 0 {
@@ -132,12 +137,7 @@ impl PackedMatrix {
             pool.for_each(num_panels, |panel| {
                 // SAFETY: every panel is one task's alone, lies inside the mapping, is aligned to its
                 // groups of 256 bytes, and any bytes are valid numbers.
-                let out = unsafe {
-                    std::slice::from_raw_parts_mut(
-                        base.start(panel * panel_bytes).cast::<u32>(),
-                        panel_bytes / 4,
-                    )
-                };
+                let out = unsafe { base.words(panel * panel_bytes, panel_bytes / WORD_BYTES) };
                 match kind {
                     WeightType::F32 | WeightType::Bf16 if view.dtype.has_scales() => {
                         pack_narrow(view, kind.operands(), panel * NR, layout.strips(strip), out);
@@ -146,9 +146,14 @@ impl PackedMatrix {
                     WeightType::Bf16 => pack_panel(view, Dtype::Bf16, panel * NR, layout.strips(strip), out),
                     _ => pack_quantized(view, kind, panel * NR, layout.strips(strip), out),
                 }
+                if zero_words > 0 {
+                    let first = num_panels * panel_bytes + panel * zero_words * WORD_BYTES;
+                    // SAFETY: as of the panel.
+                    zeros::pack_zeros(&view, panel * NR, unsafe { base.words(first, zero_words) });
+                }
             });
         }
-        Ok(Self { rows: view.rows, cols: view.cols, kind, strip, panels })
+        Ok(Self { rows: view.rows, cols: view.cols, kind, strip, zero_words, panels })
     }
 
     /// Rows of the matrix, n: the features that a product writes.
@@ -193,7 +198,9 @@ impl PackedMatrix {
                 let numbers: Vec<u32> = numbers.collect();
                 let scale = |i| f32::from_bits(word((layout.numbers + i) * NR + row % NR));
                 let scales: Vec<f32> = (0..layout.scales).map(scale).collect();
-                quantized::copy_row(self.kind, &numbers, &scales, out);
+                let panel = self.panel_zeros(row / NR);
+                let zero = |group| panel.map_or(0.0, |panel| zeros::zero(panel, row % NR, group));
+                quantized::copy_row(self.kind, &numbers, &scales, zero, out);
             }
         }
     }
@@ -201,6 +208,18 @@ impl PackedMatrix {
     /// First byte of the first panel.
     pub(super) fn as_ptr(&self) -> *const u8 {
         self.panels.as_ptr()
+    }
+
+    /// Whether its integers have zeros of their own.
+    pub(super) fn has_zeros(&self) -> bool {
+        self.zero_words > 0
+    }
+
+    /// A panel's zeros, where its integers have some of their own.
+    pub(super) fn panel_zeros(&self, panel: usize) -> Option<&[u32]> {
+        let first = self.rows.div_ceil(NR) * self.layout().bytes() + panel * self.zero_words * WORD_BYTES;
+        let bytes = || &self.panels.bytes()[first..][..self.zero_words * WORD_BYTES];
+        self.has_zeros().then(|| bytemuck::cast_slice(bytes()))
     }
 
     /// How its panels are made.
@@ -217,10 +236,18 @@ struct Panels(*mut u8);
 unsafe impl Sync for Panels {}
 
 impl Panels {
-    fn start(&self, offset: usize) -> *mut u8 {
-        self.0.wrapping_add(offset)
+    /// So many words from a byte on.
+    ///
+    /// # Safety
+    /// They lie inside of the mapping, and nobody else uses them.
+    unsafe fn words<'a>(&self, first: usize, count: usize) -> &'a mut [u32] {
+        // SAFETY: the caller's; the mapping and all that lies in it are aligned to words, any bits of which are valid.
+        unsafe { std::slice::from_raw_parts_mut(self.0.wrapping_add(first).cast::<u32>(), count) }
     }
 }
+
+/// Bytes of a word.
+const WORD_BYTES: usize = size_of::<u32>();
 
 /// Fill one panel with the rows from `first_row` on; `out` is zero where nothing is written.
 fn pack_panel(view: TensorView<'_>, dtype: Dtype, first_row: usize, strips: Strips, out: &mut [u32]) {

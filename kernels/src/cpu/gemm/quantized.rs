@@ -4,7 +4,8 @@
 //! * 8 bits: `[k / 4][NR][4]`, as `VPDPBUSD` takes them; then a scale for each column; for products in integers
 //!   scales for every [`BLOCK`] of K, and then what each column's sums over it start from, see `integers`;
 //! * 4 bits: `[k / 8][NR][2][4]`, the even k in the lower half of a word and the odd ones in the upper half, so
-//!   that a table look-up makes pairs of bf16 of all columns at once; then a scale for each group of K and column.
+//!   that a table look-up makes pairs of bf16 of all columns at once; then a scale for each group of K and column. Zeros other
+//!   than 8 of a checkpoint's integers lie elsewhere, see `zeros`.
 
 use super::pack::{ColumnPlace, PanelLayout, Strips};
 use super::tile::NR;
@@ -49,21 +50,20 @@ const fn terms_per_scale(kind: WeightType, cols: usize) -> usize {
 /// Integers of 4 bits of a checkpoint are kept as they are, so they must be such as are kept here.
 ///
 /// # Errors
-/// Zeros of their own, groups that are no multiple of ours or begin elsewhere.
+/// Groups that are no multiple of ours or begin elsewhere.
 pub(super) fn check(view: &TensorView<'_>, kind: WeightType) -> Result<()> {
     let (ViewDtype::Int4, WeightType::Int4Weight, Some(scales)) = (view.dtype, kind, &view.scales) else {
         return Ok(());
     };
-    let what = match scales.zeros {
-        Some(_) => "zero points".to_owned(),
-        None if scales.group < view.cols && !scales.group.is_multiple_of(GROUP) => {
-            format!("groups of {}", scales.group)
-        }
-        None if !scales.first[1].is_multiple_of(GROUP) => format!("columns from {} on", scales.first[1]),
-        None => return Ok(()),
+    let what = if scales.group < view.cols && !scales.group.is_multiple_of(GROUP) {
+        format!("groups of {}", scales.group)
+    } else if !scales.first[1].is_multiple_of(GROUP) {
+        format!("columns from {} on", scales.first[1])
+    } else {
+        return Ok(());
     };
     Err(Error::Unsupported(format!(
-        "weights of 4 bits: found {what}, expected none but groups of whole {GROUP} inputs around zero\n\
+        "weights of 4 bits: found {what}, expected groups of whole {GROUP} inputs\n\
          hint: [model] dtype = \"bf16\" or \"int8-weight\" takes them"
     )))
 }
@@ -144,12 +144,18 @@ const fn nibble_shift(i: usize) -> usize {
     i % 2 * 16 + i / 2 * 4
 }
 
-/// A column's numbers, integer times scale, from its words and scales.
-pub(super) fn copy_row(kind: WeightType, words: &[u32], scales: &[f32], out: &mut [f32]) {
+/// A column's numbers, integer times scale, from its words and scales, and what is taken off the integers of each group of 4 bits.
+pub(super) fn copy_row(
+    kind: WeightType,
+    words: &[u32],
+    scales: &[f32],
+    zero: impl Fn(usize) -> f32,
+    out: &mut [f32],
+) {
     if kind == WeightType::Int4Weight {
         for (i, out) in out.iter_mut().enumerate() {
             let integer = (words[i / 8] << (28 - nibble_shift(i % 8))).cast_signed() >> 28;
-            *out = integer as f32 * scales[i / GROUP];
+            *out = (integer as f32 - zero(i / GROUP)) * scales[i / GROUP];
         }
     } else {
         let per_scale = terms_per_scale(kind, out.len());

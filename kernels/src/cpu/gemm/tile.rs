@@ -209,6 +209,13 @@ impl Kernel {
         };
         Self { tile, swiglu, geometry: Geometry::new(simd, kind) }
     }
+
+    /// That of 4-bit weights with zero points, which are taken off what has been unpacked to bf16: its tiles read nothing else.
+    pub(super) fn with_zeros(simd: Simd) -> Self {
+        let Self { swiglu, geometry, .. } = Self::new(simd, WeightType::Int4Weight);
+        let Self { tile, .. } = Self::new(simd, WeightType::Bf16);
+        Self { tile, swiglu, geometry: Geometry { widens: false, ..geometry } }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

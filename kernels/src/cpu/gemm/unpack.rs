@@ -97,11 +97,11 @@ unsafe fn unpack<const TERMS: usize, const PAIRS: usize>(chunk: &Unpack) {
 }
 
 /// Columns that are unpacked side by side.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// The integer of 4 bits that starts at bit `at`, as f32.
 #[inline(always)]
-fn nibble(word: u32, at: usize) -> f32 {
+pub(super) fn nibble(word: u32, at: usize) -> f32 {
     ((word << (28 - at)).cast_signed() >> 28) as f32
 }
 
@@ -113,7 +113,7 @@ fn byte(word: u32, at: usize) -> f32 {
 
 /// A pair of bf16 of two numbers that need no more than the upper half of an f32.
 #[inline(always)]
-fn join(even: f32, odd: f32) -> u32 {
+pub(super) fn join(even: f32, odd: f32) -> u32 {
     odd.to_bits() | even.to_bits() >> 16
 }
 

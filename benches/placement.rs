@@ -328,6 +328,7 @@ fn options() -> Options {
         page_tokens: PAGE_TOKENS,
         context_tokens: CONTEXT,
         efficient_tokens: 8,
+        num_memories: 1,
         feeds_back: false,
     }
 }

@@ -56,6 +56,7 @@ fn play(requests: u64) -> (Simulated, Duration) {
         page_tokens: 64,
         context_tokens: (PROMPT_TOKENS + MAX_TOKENS) as usize,
         efficient_tokens: 16,
+        num_memories: 1,
         feeds_back: false,
     };
     // A product that waits for its weights below 300 tokens, and attention; microseconds, as of a 64th of a

@@ -12,12 +12,7 @@ use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, S
 
 use crate::layout::{self, StageLayout};
 
-use crate::{gpu_memory, gpus, text};
-
-/// A micro-batch of fewer tokens leaves a CPU waiting for its weights. A bf16 weight is two bytes and two
-/// operations a token, so compute and memory balance at as many tokens as a core makes operations per byte
-/// read: 8 on a Zen 4 core (236 GFLOP/s, 30 GB/s), 12 on a Zen 5 core (473 GFLOP/s, 38 GB/s).
-pub(crate) const CPU_EFFICIENT_TOKENS: usize = 8;
+use crate::{efficient, gpu_memory, gpus, text};
 
 /// Positions that page indices of 32 bits can name.
 pub(crate) const MAX_KV_TOKENS: usize = (u32::MAX as usize) * PAGE_TOKENS;
@@ -80,7 +75,8 @@ impl Unplaced {
             let is_lone = matches!(stages, [stage] if stage.devices.len() == 1);
             scheduler.feeds_back = token_feedback && is_lone && run_in == StageHome::Threads;
         }
-        let scheduler = scheduler::Options { num_stages: stages.len(), ..scheduler };
+        let num_memories = efficient::num_memories(stages.iter().map(|stage| &devices[stage.devices.start]));
+        let scheduler = scheduler::Options { num_stages: stages.len(), num_memories, ..scheduler };
         let replica = |(replica, devices): (usize, &[Device])| {
             let stage = |stage: &StageLayout| StagePlacement {
                 devices: devices[stage.devices.clone()].to_vec(),
@@ -121,6 +117,7 @@ pub(crate) fn pipeline(
         true => Some(gpu_memory::Question::of(pipeline, config, dtypes, context_tokens)?),
         false => None,
     };
+    let first_gpu = gpus.is_some().then(|| gpus::catalog_name(pipeline.devices[0].index)).transpose()?;
     let num_pages = match &gpus {
         Some(_) => 0, // Until the stages are placed.
         None => {
@@ -135,7 +132,8 @@ pub(crate) fn pipeline(
         num_pages,
         page_tokens: PAGE_TOKENS,
         context_tokens,
-        efficient_tokens: CPU_EFFICIENT_TOKENS,
+        efficient_tokens: efficient::tokens_of_first(first_gpu.as_deref(), dtypes.weights.into()),
+        num_memories: 1, // Until the stages are placed.
         feeds_back: false,
     };
     let limits = Limits {

@@ -5,6 +5,7 @@ mod audit;
 mod bench;
 mod cli;
 mod devices;
+mod efficient;
 mod ended;
 mod first_run;
 mod generate;

@@ -138,6 +138,7 @@ impl Job {
             page_tokens,
             context_tokens: CONTEXT,
             efficient_tokens: 1,
+            num_memories: 1,
             feeds_back: random.is_one_in(2),
         };
         Job {

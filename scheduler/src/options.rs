@@ -20,6 +20,8 @@ pub struct Options {
     pub context_tokens: usize,
     /// A micro-batch below this many tokens leaves the device waiting for its own memory.
     pub efficient_tokens: usize,
+    /// Memories from which the stages read their weights: that of all processors of a machine is one, and each GPU has its own.
+    pub num_memories: usize,
     /// Whether a lone stage takes a token that it draws from where it has drawn it: decode steps are then issued before
     /// anybody knows the tokens that they begin with. Of no meaning where there are several stages.
     pub feeds_back: bool,
@@ -81,8 +83,11 @@ impl Options {
             self.page_tokens,
             self.context_tokens,
             self.efficient_tokens,
+            self.num_memories,
         ];
         assert!(counts.iter().all(|&count| count > 0), "every option must be positive: {self:?}");
+        let Options { num_memories, num_stages, .. } = *self;
+        assert!(num_memories <= num_stages, "{num_memories} memories of {num_stages} stages");
         // Page indices and positions travel as u32.
         assert!(u32::try_from(self.num_pages).is_ok(), "{} pages exceed a page index", self.num_pages);
         assert!(

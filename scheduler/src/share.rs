@@ -7,6 +7,11 @@
 //! returns to one queue, a micro-batch that has become too large sheds its excess to the next one
 //! within a round. Nothing here remembers anything.
 //!
+//! Little work goes in few micro-batches, for each reads all weights: but in no fewer than there are memories to read them from at
+//! once, some of which would be idle. With rows for fewer tokens than each of S + 1 micro-batches had to have, S stages with
+//! a memory each are as busy with S of them, which read the weights once less: a round takes S times a step and not S + 1
+//! times one that takes as long. What contexts add to a step is proportional to its rows, and changes none of this.
+//!
 //! A lone stage shares nothing out: a micro-batch takes all that can go, and so does the one behind it, where sequences
 //! run ahead of their tokens.
 
@@ -48,7 +53,8 @@ pub(crate) fn next_share(options: &Options, work: AtHand) -> Option<Share> {
     let total = work.tokens_in_flight + work.tokens_at_hand;
     // A token budget below the efficient size says that the user wants them that small.
     let efficient = options.efficient_tokens.min(options.micro_batch_tokens);
-    let parts = (total / efficient).clamp(1, options.max_in_flight());
+    let least = options.num_memories.min(total);
+    let parts = (total / efficient).clamp(least, options.max_in_flight());
     if work.micro_batches_in_flight >= parts {
         return None;
     }
@@ -69,6 +75,7 @@ mod tests {
             page_tokens: 16,
             context_tokens: 2048,
             efficient_tokens: 16,
+            num_memories: 1,
             feeds_back: false,
         }
     }
@@ -121,6 +128,24 @@ mod tests {
         assert_eq!(share(4, &[16, 16, 16, 15], 1, 0), None);
         assert_eq!(share(4, &[], 31, 0), Some(Share { decodes: 31, tokens: 31 }));
         assert_eq!(share(4, &[3], 1, 0), None);
+    }
+
+    #[test]
+    fn little_work_goes_in_no_fewer_micro_batches_than_there_are_memories() {
+        let share = |rows: usize| {
+            let work = AtHand {
+                micro_batches_in_flight: 0,
+                tokens_in_flight: 0,
+                decoding: rows,
+                tokens_at_hand: rows,
+                runs_ahead: false,
+            };
+            let options = Options { num_memories: 4, efficient_tokens: 184, ..options(4) };
+            next_share(&options, work).unwrap().tokens
+        };
+        assert_eq!([1, 3, 4, 256, 736, 919].map(share), [1, 1, 1, 64, 184, 230]);
+        // Each of five is large enough.
+        assert_eq!(share(920), 184);
     }
 
     #[test]

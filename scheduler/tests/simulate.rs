@@ -22,6 +22,7 @@ fn options(num_stages: usize) -> Options {
         page_tokens: 4,
         context_tokens: 400,
         efficient_tokens: 1,
+        num_memories: 1,
         feeds_back: false,
     }
 }
@@ -153,6 +154,40 @@ fn a_full_pipeline_is_as_fast_as_its_slowest_stage() {
     assert!(fast.starved.as_secs_f64() > 0.55 * simulated.wall.as_secs_f64(), "{fast:?}");
 }
 
+/// Two GPUs that read their weights in 10 ms, which is what products of 184 rows take; contexts take 40 µs a row. 256 rows are too few
+/// for three micro-batches of 184, and even for two.
+#[test]
+fn gpus_with_few_rows_have_a_micro_batch_each_in_flight() {
+    let play_with = |num_memories: usize, efficient_tokens: usize| {
+        let mut stages = constant(&[(0.0, 0.2); 2]);
+        for stage in &mut stages {
+            stage.seconds = Box::new(|load: Load| {
+                let products = load.tokens().max(184.0) * 10e-3 / 184.0;
+                products + load.decode_tokens * 40e-6
+            });
+        }
+        let options = Options {
+            micro_batch_tokens: 512,
+            max_sequences: 256,
+            num_pages: 100_000,
+            num_memories,
+            efficient_tokens,
+            ..options(2)
+        };
+        let simulation = Simulation { options, stages, window: 512, max_tokens: 300 };
+        play(&simulation, &rows(1024, 4, 200)).0
+    };
+    let each = play_with(2, 184);
+    for waits in &each.stages {
+        assert!(waits.busy.as_secs_f64() > 0.96 * each.wall.as_secs_f64(), "{waits:?} of {:?}", each.wall);
+    }
+    // One that holds all rows leaves a GPU idle; of three each reads the weights as the two did.
+    let (one, three) = (play_with(1, 184), play_with(1, 1));
+    let (near, seconds) = (|a: f64, b: f64| (a / b - 1.0).abs() < 0.03, each.wall.as_secs_f64());
+    assert!(near(one.wall.as_secs_f64() / seconds, 48.7 / 30.6), "{:?} {:?}", one.wall, each.wall);
+    assert!(near(three.wall.as_secs_f64() / seconds, 40.2 / 30.6), "{:?} {:?}", three.wall, each.wall);
+}
+
 #[test]
 fn equal_stages_fill_and_drain_in_a_step_each() {
     // Every prompt fills a micro-batch and wants one token: 20 micro-batches go through 4 stages.
@@ -244,6 +279,7 @@ impl Case {
             page_tokens,
             context_tokens: 30,
             efficient_tokens: 1 + random.below(3) as usize,
+            num_memories: 1 + random.below(num_stages as u64) as usize,
             feeds_back: false,
         };
         let rows = (0..random.below(25))

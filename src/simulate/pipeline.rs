@@ -1,11 +1,14 @@
 //! The pipeline that is played: a layout's stages as virtual ones, and what the scheduler may use.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, bail};
 use scheduler::{Load, Options, PlannedStage, Simulation, VirtualStage, in_flight};
 use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
 use stages::{PAGE_TOKENS, Sharing};
 
-use crate::lower::{CPU_EFFICIENT_TOKENS, window};
+use crate::efficient;
+use crate::lower::window;
 use crate::plan::answer::{self, Layout};
 use crate::plan::setting::{Setting, hop_seconds};
 use crate::simulate::lengths::Kind;
@@ -37,6 +40,7 @@ pub(super) fn options(
     }
     // The last token of a row is never computed.
     let max_tokens = (context_tokens - prompt_tokens).min(cache_tokens - prompt_tokens + 1);
+    let (_, first) = &setting.devices.runs()[0];
     let options = Options {
         num_stages,
         micro_batch_tokens: setting.load(rows).tokens().ceil() as usize,
@@ -44,10 +48,21 @@ pub(super) fn options(
         num_pages,
         page_tokens: PAGE_TOKENS,
         context_tokens,
-        efficient_tokens: CPU_EFFICIENT_TOKENS,
+        efficient_tokens: efficient::tokens((first.as_str(), setting.kinds()[0]), setting.types.weights),
+        num_memories: num_memories(setting, layout),
         feeds_back: false,
     };
     Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
+}
+
+/// Memories from which the stages read their weights: that of the cores of a machine is one, and each other device has its own.
+fn num_memories(setting: &Setting, layout: &Layout) -> usize {
+    let names: Vec<&str> = setting.devices.names().collect();
+    let memory = |stage: &PlannedStage| {
+        let device = stage.devices.start % names.len();
+        configs::cpu_of(names[device]).is_none().then_some(device)
+    };
+    layout.stages.iter().map(memory).collect::<BTreeSet<_>>().len()
 }
 
 /// The layout as a simulation takes it.

@@ -265,6 +265,7 @@ fn play(model: &Model, stage: &mut dyn Stage, feeds_back: bool) -> Played {
         page_tokens: PAGE_TOKENS,
         context_tokens: CONTEXT,
         efficient_tokens: 1,
+        num_memories: 1,
         feeds_back,
     });
     for request in requests(model) {

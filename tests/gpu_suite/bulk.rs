@@ -55,6 +55,7 @@ impl Job {
             page_tokens: PAGE_TOKENS,
             context_tokens: self.context_tokens(),
             efficient_tokens: 1,
+            num_memories: 1,
             feeds_back: true,
         })
     }

@@ -195,6 +195,7 @@ pub(super) fn options(num_stages: usize) -> scheduler::Options {
         page_tokens: 8,
         context_tokens: 64,
         efficient_tokens: 1,
+        num_memories: 1,
         feeds_back: false,
     }
 }

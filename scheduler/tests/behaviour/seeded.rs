@@ -21,7 +21,12 @@ enum Trouble {
 fn play(random: &mut Random, trouble: Trouble, feeds_back: bool) -> World {
     let options = random.options();
     let num_stages = if feeds_back { 1 } else { options.num_stages };
-    let mut world = World::of(Options { num_stages, feeds_back, ..options });
+    let mut world = World::of(Options {
+        num_stages,
+        num_memories: options.num_memories.min(num_stages),
+        feeds_back,
+        ..options
+    });
     // With some that must wait for their tokens none runs ahead.
     let all_run_ahead = feeds_back && !random.once_in(4);
     let mut num_left = 10 + random.below(40);

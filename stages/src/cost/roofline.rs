@@ -58,6 +58,13 @@ impl Roofline {
         (flops / self.flops_per_second).max(bytes / self.bytes_per_second)
     }
 
+    /// Rows whose products with weights of a type take as long as reading those, an operation each to multiply and to add.
+    pub fn balanced_rows(&self, weights: NumberType) -> f64 {
+        const NUMBERS: u64 = 1 << 10;
+        let bytes_of_number = weights.bytes(NUMBERS) as f64 / NUMBERS as f64;
+        self.flops_per_second / self.bytes_per_second * bytes_of_number / 2.0
+    }
+
     /// The same for scores and sums of attention.
     pub fn attention_seconds(&self, flops: f64, bytes: f64) -> f64 {
         (flops / self.attention_flops_per_second).max(bytes / self.bytes_per_second)

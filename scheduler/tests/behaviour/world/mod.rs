@@ -71,6 +71,7 @@ impl World {
             page_tokens: 16,
             context_tokens: 8192,
             efficient_tokens: 1,
+            num_memories: 1,
             feeds_back: false,
         })
     }

@@ -235,7 +235,6 @@ impl Report {
     }
 }
 
-/// The shares of a stage's wall time: how busy it was, and whatever else there was of it.
 /// Such as ` (attention of 2 blocks by sequences)`, where ranks do not share all by heads and by columns.
 fn exceptions(sharing: &Sharing) -> String {
     let exceptions = sharing.exceptions();
@@ -249,6 +248,7 @@ fn exceptions(sharing: &Sharing) -> String {
     }
 }
 
+/// The shares of a stage's wall time: how busy it was, and whatever else there was of it.
 fn parts(parts: &StageParts, predicted: &str) -> String {
     let wall = parts.wall().as_secs_f64();
     let share = |time: Duration| if wall > 0.0 { 100.0 * time.as_secs_f64() / wall } else { 0.0 };

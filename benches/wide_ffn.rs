@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, TokenPoint, measure};
 use stages::{
-    Activations, CollectiveClock, Device, Dtypes, KvDtype, Model, Part, RankGroup, RankStep, SUM_CUT,
+    Activations, Alike, CollectiveClock, Device, Dtypes, KvDtype, Model, Part, RankGroup, RankStep, SUM_CUT,
     Sharing, Simd, SpanOptions, StageOutput, WeightType, available_cores, rank_steps, thread_ranks,
 };
 
@@ -74,10 +74,11 @@ fn main() -> Result<()> {
     let whole = plan(&model, &costs, load, false)?;
     let cut = plan(&model, &costs, load, true)?;
     let all: Part = scheduler::Span { start: 0, end: model.config.blocks.len() }.into();
+    let sharing = costs.sharing(&pieces(&model.config, None), 2, load);
     let layouts = [
-        Layout { name: "whole blocks", parts: whole, ranks: 1 },
-        Layout { name: "column cut", parts: cut, ranks: 1 },
-        Layout { name: "two ranks", parts: vec![all], ranks: 2 },
+        Layout { name: "whole blocks", parts: whole, ranks: 1, sharing: Sharing::default() },
+        Layout { name: "column cut", parts: cut, ranks: 1, sharing: Sharing::default() },
+        Layout { name: "two ranks", parts: vec![all], ranks: 2, sharing },
     ];
     let expected = layouts[0].run(&model, &devices).1;
     for layout in &layouts[1..] {
@@ -122,6 +123,9 @@ fn main() -> Result<()> {
                 1e3 * predicted,
                 median(&steps) / predicted
             );
+        }
+        for Alike { half, how, blocks } in layout.sharing.exceptions().alike() {
+            println!("    {half} of {blocks:?} {how}");
         }
         for rank in 0..if layout.ranks > 1 { layout.ranks } else { 0 } {
             let of_rank = |run: &Times| run.collectives[rank].as_secs_f64() / STEPS as f64;
@@ -199,6 +203,8 @@ struct Layout {
     name: &'static str,
     parts: Vec<Part>,
     ranks: usize,
+    /// How these share blocks.
+    sharing: Sharing,
 }
 
 /// Seconds of a run.
@@ -278,7 +284,7 @@ impl Layout {
         let clocks: [Arc<CollectiveClock>; 2] = Default::default();
         let group = |rank: stages::ThreadRank, clock: &Arc<CollectiveClock>| RankGroup {
             collective: Box::new(rank),
-            sharing: Sharing::default(),
+            sharing: self.sharing.clone(),
             clock: Arc::clone(clock),
         };
         let clocks = &clocks;
@@ -346,9 +352,7 @@ impl Layout {
             }
             runs.push(start..cut.len());
         }
-        runs.into_iter()
-            .map(|run| costs.step_seconds(&cut, run, self.ranks, &Sharing::default(), load))
-            .collect()
+        runs.into_iter().map(|run| costs.step_seconds(&cut, run, self.ranks, &self.sharing, load)).collect()
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use actors::StageTimes;
 use anyhow::Result;
-use configs::JobFile;
+use configs::{JobFile, SplitBlocks};
 use jobs::StageShape;
 use scheduler::Span;
 use stages::cost::{Basis, Load};
@@ -156,7 +156,11 @@ pub(crate) fn place(
         }
     };
     let load = question.load(&stages);
-    let first = occasion.first_run.as_deref().unwrap_or_default();
+    let first = match pipeline.split_blocks {
+        SplitBlocks::Auto => occasion.first_run.as_deref().unwrap_or_default(),
+        // What the job's file says comes first: whether it is what the first run had is checked with all that decides answers.
+        SplitBlocks::All => &[],
+    };
     first_run::share_blocks(&mut stages, first, |stage| question.sharing(stage, load));
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;

@@ -347,7 +347,7 @@ impl Question {
     }
 
     /// The fastest layout of a replica on devices that are named once, where that has stages which several share and gives
-    /// every device something to do. GPUs cannot share a stage yet.
+    /// every device something to do. GPUs share stages only where the job says so.
     fn shared(&self) -> Option<Vec<StageLayout>> {
         let num_devices = self.seats_of(0).len();
         if !runs::TENSOR_PARALLEL || !self.is_once() || self.own.has_gpus() || num_devices == 1 {
@@ -389,12 +389,18 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// How the ranks of a stage share blocks for such a micro-batch.
+    /// How the ranks of a stage share blocks for such a micro-batch: GPUs all that they can, where to leave some to the first would
+    /// leave room for fewer rows.
     pub(super) fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
         let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
-        self.setting.sharing(&*costs, &pieces, stage.devices.len(), load)
+        let sharing = self.setting.sharing(&*costs, &pieces, stage.devices.len(), load);
+        let rows = |sharing: &Sharing| {
+            let stages = [StageLayout { sharing: sharing.clone(), ..stage.clone() }];
+            self.fit(&stages).then(|| self.sequences(&stages))
+        };
+        if rows(&sharing) < rows(&Sharing::default()) { Sharing::default() } else { sharing }
     }
 
     /// Stages whose ranks share blocks as is fastest.

@@ -225,6 +225,9 @@ fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
     assert!(all_lines(&processes) == all_lines(&undisturbed), "processes as threads");
     done(world.run_job(&job, &["--limit", "8"]));
 
+    let all = world.run_job(&job, &["--set", "pipeline.split_blocks=all"]);
+    assert_refused(&all, &["tensor parallel stages", "on the first rank", "--accept-numerics"]);
+
     price_shared_ffns(&world, 1e-9);
     let shared = job.anew();
     done(world.run_job(&shared, &[]));

@@ -16,6 +16,14 @@ pub struct PieceShape {
     pub ends_block: bool,
 }
 
+impl PieceShape {
+    /// All of a block.
+    pub(super) fn whole(config: &ModelConfig, block: usize) -> Self {
+        let columns = width(config.blocks[block].ffn).map(|width| 0..width);
+        PieceShape { block, columns, ends_block: true }
+    }
+}
+
 /// The widest FFN is cut into at most this many pieces: a 128th of Ultra's is 0.16 B parameters, half a percent
 /// of an eighth of the model.
 const MAX_PIECES: usize = 128;

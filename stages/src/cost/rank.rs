@@ -41,7 +41,8 @@ impl Parts {
 
     /// How `ranks` should share each block: each half as `seconds` says that it is fastest, and by heads and columns where
     /// nothing else is faster. Halves of the first rank that follow one another need one broadcast together and are charged
-    /// with one each: where that decides, ranks share.
+    /// with one each: where that decides, ranks share. An FFN that is cut is shared as all of it would be, so that a block is
+    /// shared in one way wherever it may be cut.
     pub(super) fn sharing(
         config: &ModelConfig,
         pieces: &[PieceShape],
@@ -51,23 +52,28 @@ impl Parts {
         if ranks == 1 {
             return Sharing::default();
         }
-        let of_block = |pieces: &[PieceShape]| {
-            let seconds = |pieces: &[PieceShape], sharing| {
-                let of_piece = |shape| seconds(shape, Parts::of(config, shape, ranks, sharing));
-                pieces.iter().map(of_piece).sum()
-            };
+        let of_block = |block: usize| {
+            let whole = PieceShape::whole(config, block);
+            let parts = |sharing| Parts::of(config, &whole, ranks, sharing);
             let mut sharing = BlockSharing::default();
-            // If there is attention, the first piece has it.
             sharing.attention = fastest(
                 [AttentionSharing::Heads, AttentionSharing::Sequences, AttentionSharing::FirstRank],
-                |attention| seconds(&pieces[..1], BlockSharing { attention, ..sharing }),
+                |attention| seconds(&whole, parts(BlockSharing { attention, ..sharing })),
             );
             sharing.ffn = fastest([FfnSharing::Columns, FfnSharing::FirstRank], |ffn| {
-                seconds(pieces, BlockSharing { ffn, ..sharing })
+                seconds(&whole, parts(BlockSharing { ffn, ..sharing }))
             });
-            (pieces[0].block, Parts::of(config, &pieces[0], ranks, sharing).as_it_comes(sharing))
+            parts(sharing).as_it_comes(sharing)
         };
-        pieces.chunk_by(|one, other| one.block == other.block).map(of_block).collect()
+        let of_pieces = |pieces: &[PieceShape]| {
+            let first = &pieces[0];
+            let mut sharing = of_block(first.block);
+            if first.columns.as_ref().is_some_and(|columns| columns.start > 0) {
+                sharing.attention = AttentionSharing::default(); // It is another stage's.
+            }
+            (first.block, sharing)
+        };
+        pieces.chunk_by(|one, other| one.block == other.block).map(of_pieces).collect()
     }
 
     /// A way to share these parts as it comes out: what is too narrow to be shared is the first rank's.

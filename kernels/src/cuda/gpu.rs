@@ -8,8 +8,8 @@ use super::libraries;
 use super::stream::Stream;
 use crate::error::{Error, Result};
 
-/// The oldest CUDA whose driver has every call that is made here.
-const OLDEST_CUDA: i32 = 12_000;
+/// The oldest CUDA whose driver has every call that is made here: `cuEventElapsedTime_v2` came last.
+const OLDEST_CUDA: i32 = 12_080;
 
 /// A GPU of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,7 +101,7 @@ fn start(libraries: Option<&Path>) -> Result<()> {
     if version < OLDEST_CUDA {
         let (found, oldest) = (version_name(version), version_name(OLDEST_CUDA));
         return Err(Error::NoCuda(format!(
-            "driver too old: it is for CUDA {found}, expected {oldest} at least"
+            "driver too old: it is for CUDA {found}, expected {oldest} at least\nhint: install a driver of release 570 or later"
         )));
     }
     Ok(())

@@ -53,6 +53,10 @@ impl Beside {
 
     /// A piece is computed by what is queued.
     pub(super) fn mark(&mut self, rows: Range<usize>, stream: &Arc<Stream>) -> Result<()> {
+        if rows.start == 0 {
+            let of_a_failed_step = self.marks.drain(..).map(|mark| mark.computed);
+            self.spare.extend(of_a_failed_step);
+        }
         assert_eq!(rows.start, self.marks.last().map_or(0, |mark| mark.rows.end), "pieces follow each other");
         let computed = self.spare.pop().map_or_else(|| Event::new(OP, stream, false), Ok)?;
         computed.record(OP)?;

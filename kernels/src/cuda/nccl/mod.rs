@@ -129,7 +129,12 @@ impl NcclRank {
         // inside of arrays that hold their shape.
         let queued = unsafe { self.communicator.queue(op.name(), stream, &self.moves) };
         self.moves.clear();
-        queued.map_err(|error| self.fail(op, error.to_string()))
+        self.or_fail(op, queued)
+    }
+
+    /// After ranks have agreed an error is the end of the group: the others wait for what this one no longer sends.
+    fn or_fail(&mut self, op: Op, done: Result<()>) -> Result<()> {
+        done.map_err(|error| self.fail(op, error.to_string()))
     }
 
     fn push(&mut self, direction: Direction, peer: usize, at: Argument, numbers: usize) {
@@ -164,7 +169,9 @@ impl NcclRank {
             Argument::U64(numbers(own) as u64),
         ];
         // SAFETY: the share lies inside of `x`, and the parts hold one of each rank.
-        unsafe { stream.launch(op.name(), &self.sum_ranks, flat_grid(numbers(own)), &arguments) }?;
+        let launched =
+            unsafe { stream.launch(op.name(), &self.sum_ranks, flat_grid(numbers(own)), &arguments) };
+        self.or_fail(op, launched)?;
         for peer in self.others() {
             self.push(Direction::To, peer, at(first(own)), numbers(own));
             self.push(Direction::From, peer, at(first(peer)), numbers(peer));
@@ -197,7 +204,7 @@ impl NcclRank {
             Axis::Rows => Ok(()),
             Axis::Columns => self.parts.reserve(op.name(), rows * cols * NUMBER),
         });
-        made_room.map_err(|error| self.fail(op, error.to_string()))?;
+        self.or_fail(op, made_room)?;
         for peer in self.others() {
             let to = if axis == Axis::Rows { &out.memory } else { &self.parts };
             let at = to.at(before(peer));
@@ -206,18 +213,15 @@ impl NcclRank {
         self.queue(op)?;
         if axis == Axis::Rows {
             // One row of all numbers, for the kernel.
-            return self.place(
-                [1, numbers(own)],
-                part.memory.start(),
-                before(own) / NUMBER,
-                rows * cols,
-                out,
-            );
+            let (shape, column) = ([1, numbers(own)], before(own) / NUMBER);
+            let placed = self.place(shape, part.memory.start(), column, rows * cols, out);
+            return self.or_fail(op, placed);
         }
         let mut column = 0;
         for (rank, &shape) in shapes.iter().enumerate() {
             let from = if rank == own { part.memory.start() } else { self.parts.at(before(rank)) };
-            self.place(shape, from, column, cols, out)?;
+            let placed = self.place(shape, from, column, cols, out);
+            self.or_fail(op, placed)?;
             column += shape[1];
         }
         Ok(())
@@ -282,10 +286,12 @@ impl Collective<CudaArray> for NcclRank {
         self.agree_on_shape(Op::AllReducePieces, [x.rows, x.cols])?;
         let stream = Arc::clone(&self.beside.stream);
         for mark in &marks {
-            mark.hold(&stream)?;
+            let held = mark.hold(&stream);
+            self.or_fail(Op::AllReducePieces, held)?;
             self.sum(&stream, x, mark.rows.clone())?;
         }
-        self.beside.close(marks, &self.stream)
+        let closed = self.beside.close(marks, &self.stream);
+        self.or_fail(Op::AllReducePieces, closed)
     }
 
     fn all_gather(&mut self, axis: Axis, part: &CudaArray, out: &mut CudaArray) -> Result<()> {
@@ -305,7 +311,8 @@ impl Collective<CudaArray> for NcclRank {
                 self.push(Direction::To, peer, x.memory.start(), rows * cols);
             }
         } else {
-            x.reshape(rows, cols).map_err(|error| self.fail(op, error.to_string()))?;
+            let made_room = x.reshape(rows, cols);
+            self.or_fail(op, made_room)?;
             self.push(Direction::From, root, x.memory.start(), rows * cols);
         }
         self.queue(op)

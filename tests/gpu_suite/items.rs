@@ -166,7 +166,7 @@ fn collectives(check: collective::Check, setting: &Setting) -> Result<Vec<String
     Ok(lines)
 }
 
-/// The GPU, the libraries that are there, and what it does at most.
+/// What was built, the GPU, the libraries that are there, and what it does at most.
 fn ceilings(setting: &Setting) -> Result<Vec<String>> {
     let cuda = setting.cuda(WeightType::Bf16, KvDtype::Bf16, false)?;
     let (gpu, profile) = (cuda.gpu(), kernels::Backend::numeric_profile(&cuda));
@@ -175,6 +175,7 @@ fn ceilings(setting: &Setting) -> Result<Vec<String>> {
         false => format!("{profile}; libcublasLt is missing: products are our own kernel's"),
     };
     Ok(vec![
+        format!("commit {}", option_env!("SPANWISE_COMMIT").unwrap_or("not told")),
         format!(
             "{}, {} multiprocessors, {:.1} GB",
             gpu.name,

@@ -82,11 +82,12 @@ fn without_a_compiler_a_job_says_where_it_looked() {
 #[test]
 fn an_old_driver_a_gpu_that_is_not_there_and_none_at_all_are_named() {
     let job = job().emulated();
-    let old = on(&job, &[("EMULATED_DRIVER", "11040")]);
-    assert_refused(
-        &old,
-        "error: driver too old: it is for CUDA 11.4, expected 12.8 at least\nhint: install a driver",
-    );
+    for (driver, name) in [("11040", "11.4"), ("12070", "12.7")] {
+        let error = format!(
+            "error: driver too old: it is for CUDA {name}, expected 12.8 at least\nhint: install a driver of release 570 or later\n"
+        );
+        assert_refused(&on(&job, &[("EMULATED_DRIVER", driver)]), &error);
+    }
     let none = on(&job, &[("EMULATED_GPUS", "0")]);
     assert_refused(&none, "error: start the driver: CUDA_ERROR_NO_DEVICE\n");
     let second = on(&both_gpus(job), &[]);

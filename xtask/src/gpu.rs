@@ -19,6 +19,9 @@ pub(crate) fn make() -> Result<()> {
     let mut cargo = shell::cargo(["build", "--release", "--test", "gpu_suite", "--locked"]);
     cargo.args(["--message-format", "json-render-diagnostics"]);
     cargo.env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    if let Some(commit) = commit() {
+        cargo.env("SPANWISE_COMMIT", commit);
+    }
     let output = cargo.stderr(std::process::Stdio::inherit()).output().context("start cargo")?;
     ensure!(output.status.success(), "cargo did not build the suite");
     let messages = String::from_utf8(output.stdout).context("read what cargo printed")?;
@@ -37,6 +40,13 @@ pub(crate) fn make() -> Result<()> {
     println!("{} is there, {} MB. On a machine with a GPU:\n", suite.display(), bytes / 1_000_000);
     println!("  gpu-suite --out FOLDER --seconds 540");
     Ok(())
+}
+
+/// What is checked out, as results name it, if git knows.
+fn commit() -> Option<String> {
+    let output = shell::command("git", ["describe", "--always", "--dirty"]).output().ok()?;
+    let commit = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| commit.trim().to_owned())
 }
 
 /// The path of the test program of this name in cargo's messages, one a line.

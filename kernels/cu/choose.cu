@@ -189,7 +189,7 @@ struct Row {
         return nth_of((target - found.before) / mass_of(f32_of_bits(found.key)), found.key, key);
     }
 
-    // Writes ids and logits of the largest, in any order.
+    // Writes ids and logits of the largest, in any order. All of them are read when it returns: a row is edited next.
     DEVICE void largest(u32 count, u32* out) const {
         auto key = [&](u32 i) { return logit_key(i); };
         count = min_of(count, vocabulary);
@@ -206,6 +206,7 @@ struct Row {
             u32 i = nth_of(place - last.before, last.key, key);
             if (threadIdx.x == 0) out[2 * place] = i, out[2 * place + 1] = bits_of_f32(logits[i]);
         }
+        __syncthreads();
     }
 };
 

@@ -166,13 +166,14 @@ bool may_wait() {
     return may;
 }
 
-// What has priority may come first, as anything may.
-API Result cuStreamCreateWithPriority(void** stream, unsigned, int) {
+API Result cuStreamCreate(void** stream, unsigned) {
     LOCKED;
     if (!current) return INVALID_CONTEXT;
     streams.push_back(new Stream{current, {}, nullptr, false});
     return *stream = streams.back(), SUCCESS;
 }
+// What has priority may come first, as anything may.
+API Result cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 API Result cuStreamDestroy_v2(void* stream) {
     LOCKED;
     drain(guard, stream);

@@ -12,13 +12,18 @@
 //! accord; each block of assembly names all it overwrites and leaves nothing in them for the next one. Their shape is
 //! a state of the thread as the control word of floating point is: [`Registers`] sets it and takes it back.
 
+mod peak;
+mod registers;
+
 use super::operand::LINE_BYTES;
 use super::tile::Tile;
 use crate::backend::WeightType;
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::marker::PhantomData;
 use std::mem::{MaybeUninit, offset_of};
+
+pub(super) use peak::{ROUND_FLOPS, bf16_products, integer_products};
+pub(crate) use registers::Registers;
 
 /// Rows of a register.
 const ROWS: usize = 16;
@@ -37,59 +42,6 @@ const ROW_BYTES: usize = 64;
 
 /// Bytes from one row of weights to the next, a word for each column, and of a row of sums.
 const STRIP_BYTES: usize = BLOCK_COLS * 4;
-
-/// The shapes of the eight tile registers, as `LDTILECFG` reads them.
-#[repr(C, align(64))]
-struct Shapes {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-/// The calling thread's tile registers in the shapes of a product, until this is dropped. Then they are empty again,
-/// and the system has no 8 KiB to save when it changes threads.
-pub(crate) struct Registers(PhantomData<*const ()>);
-
-impl Registers {
-    /// For `rows` rows of x in a register, 1 ..= 16.
-    ///
-    /// # Safety
-    /// The processor has AMX, and the system has granted its registers.
-    pub(crate) unsafe fn shape(rows: usize) -> Self {
-        let mut shapes =
-            Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        shapes.row_bytes[..8].fill(ROW_BYTES as u16);
-        debug_assert!((1..=ROWS).contains(&rows), "{rows} rows in a register");
-        shapes.rows[..6].fill(rows as u8); // Sums and x.
-        shapes.rows[6..8].fill(ROWS as u8); // Weights: a row for each word of a block.
-        // SAFETY: the caller vouches for the instruction; it reads the 64 bytes of `shapes`.
-        unsafe {
-            asm!(
-                "ldtilecfg [{}]", in(reg) &raw const shapes,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(readonly, nostack, preserves_flags),
-            );
-        }
-        Self(PhantomData)
-    }
-}
-
-impl Drop for Registers {
-    fn drop(&mut self) {
-        // SAFETY: `shape` was called, so the instruction is there.
-        unsafe {
-            asm!(
-                "tilerelease",
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nomem, nostack, preserves_flags),
-            );
-        }
-    }
-}
 
 /// What the assembly works on; strides in bytes.
 #[repr(C)]
@@ -583,53 +535,3 @@ unsafe fn add_integers(
         }
     }
 }
-
-/// Multiplications and additions of a round of products of bf16 from registers alone; of integers twice as many.
-pub(super) const ROUND_FLOPS: usize = 4 * 2 * ROWS * ROWS * ROW_BYTES / 2;
-
-/// So many rounds of four products from registers alone: what the unit can do.
-macro_rules! peak {
-    ($name:ident, $product:literal) => {
-        /// # Safety
-        /// As [`Registers::shape`].
-        pub(super) unsafe fn $name(rounds: usize) -> f32 {
-            // Numbers of many bits: zeros or ones take less power, and so less time.
-            let numbers: [u32; ROW_BYTES / 4 * ROWS] =
-                std::array::from_fn(|i| 0x3c00_3c00 | (i as u32).wrapping_mul(0x9e37_79b9) & 0x81ff_81ff);
-            let mut sum = [0f32; ROW_BYTES / 4 * ROWS];
-            // SAFETY: the caller vouches for the instructions; a register is loaded from a kilobyte and stored to one.
-            unsafe {
-                let _registers = Registers::shape(ROWS);
-                asm!(
-                    "tileloadd tmm4, [{numbers} + {row}*1]",
-                    "tileloadd tmm5, [{numbers} + {row}*1]",
-                    "tileloadd tmm6, [{numbers} + {row}*1]",
-                    "tileloadd tmm7, [{numbers} + {row}*1]",
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "2:",
-                    concat!($product, " tmm0, tmm4, tmm6"),
-                    concat!($product, " tmm1, tmm4, tmm7"),
-                    concat!($product, " tmm2, tmm5, tmm6"),
-                    concat!($product, " tmm3, tmm5, tmm7"),
-                    "dec {rounds}",
-                    "jnz 2b",
-                    "tilestored [{sum} + {row}*1], tmm0",
-                    numbers = in(reg) numbers.as_ptr(),
-                    rounds = inout(reg) rounds.max(1) => _,
-                    sum = in(reg) sum.as_mut_ptr(),
-                    row = in(reg) ROW_BYTES,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
-                );
-            }
-            sum[0]
-        }
-    };
-}
-
-peak!(bf16_products, "tdpbf16ps");
-peak!(integer_products, "tdpbusd");

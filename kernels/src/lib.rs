@@ -3,6 +3,34 @@
 //! This crate knows numbers and no requests. [`Backend`] is the contract of a device; [`Reference`]
 //! is the plain, obviously right implementation, [`Cpu`] the fast one, and [`Cuda`] a GPU's. All `unsafe` code of the
 //! project lives here.
+//!
+//! What is written for a [`Backend`] runs on each of them:
+//!
+//! ```
+//! use kernels::{Backend, Cpu, CpuOptions, KvDtype, Reference, Result, Simd, TensorView, ViewDtype, WeightType};
+//!
+//! /// `norm(x) · wᵀ` for one row of two numbers.
+//! fn project<B: Backend>(backend: &B, x: [f32; 2], w: [[f32; 2]; 3]) -> Result<Vec<f32>> {
+//!     let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>();
+//!     let w = backend.matrix(TensorView::new(ViewDtype::F32, 3, 2, &bytes(w.as_flattened())))?;
+//!     let ones = backend.vector(TensorView::new(ViewDtype::F32, 1, 2, &bytes(&[1.0; 2])))?;
+//!     let (mut rows, mut normed, mut out) = (backend.array(), backend.operand(), backend.array());
+//!     backend.upload(&x, 1, 2, &mut rows)?;
+//!     backend.rms_norm(&rows, &ones, 0.0, &mut normed)?;
+//!     backend.matmul(&normed, &w, &mut out)?;
+//!     let mut values = vec![];
+//!     backend.download(&out, &mut values)?;
+//!     Ok(values)
+//! }
+//!
+//! let (weights, kv) = (WeightType::F32, KvDtype::F32);
+//! let cpu = Cpu::new(CpuOptions { cores: vec![], threads: 2, simd: Simd::detect(), weights, kv })?;
+//! let (x, w) = ([3.0, 4.0], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]);
+//! let plain = project(&Reference::new(weights, kv), x, w)?;
+//! let fast = project(&cpu, x, w)?;
+//! assert!(plain.iter().zip(&fast).all(|(plain, fast)| (plain - fast).abs() < 1e-6));
+//! # Ok::<(), kernels::Error>(())
+//! ```
 
 mod array;
 mod backend;

@@ -33,6 +33,49 @@ use crate::sequence::{Asked, Phase, Progress, Sequence};
 use crate::trials::Trials;
 
 /// Decides which tokens of which sequence travel next.
+///
+/// A prompt of three tokens with budgets of two: it travels in two micro-batches, and only the last of them draws.
+///
+/// ```
+/// use scheduler::{
+///     FinishReason, Generated, MicroBatchOutput, Options, Request, RequestKey, Sampling, Scheduler, SliceOutput,
+/// };
+/// use std::sync::Arc;
+///
+/// let mut scheduler = Scheduler::new(Options {
+///     num_stages: 1,
+///     micro_batch_tokens: 2,
+///     max_sequences: 8,
+///     num_pages: 4,
+///     page_tokens: 16,
+///     context_tokens: 64,
+///     efficient_tokens: 1,
+///     num_memories: 1,
+///     feeds_back: false,
+/// });
+/// let sampling = Arc::new(Sampling::greedy(1));
+/// let request = Request { key: RequestKey(7), prompt: vec![3, 1, 4], sampling, sample: 0 };
+/// scheduler.submit(Arc::new(request), Generated::default())?;
+///
+/// let (mut issued, mut ended) = (vec![], vec![]);
+/// while let Some(micro_batch) = scheduler.next_micro_batch() {
+///     issued.push(micro_batch.num_tokens());
+///     // A model that says 42 whatever it is asked.
+///     let answer = micro_batch.slices.iter().map(|slice| SliceOutput {
+///         sequence: slice.sequence,
+///         token: slice.sample.then_some(42),
+///         logprobs: None,
+///         prompt_logprobs: vec![],
+///         failure: None,
+///     });
+///     let output = MicroBatchOutput { id: micro_batch.id, slices: answer.collect() };
+///     ended.extend(scheduler.complete(output, |_, _| false));
+/// }
+/// assert_eq!(issued, [2, 1]);
+/// assert_eq!(ended[0].generated.tokens, [42]);
+/// assert_eq!(ended[0].outcome, Ok(FinishReason::Length));
+/// # Ok::<(), scheduler::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Scheduler {
     options: Options,

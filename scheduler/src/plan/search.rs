@@ -129,6 +129,28 @@ pub fn faster_layout(
 }
 
 /// The layout whose slowest stage takes least, with room for `kv_tokens` in flight and at most `max_stages`.
+///
+/// Four blocks on two devices, one of them with a fused FFN as long as the others together: where its columns are pieces of
+/// their own, the slower stage takes 4 ms for 6.
+///
+/// ```
+/// use scheduler::{Extra, Piece, Problem, RankCosts, StageDevice, least_bottleneck};
+///
+/// let bottleneck = |milliseconds: &[f64], ends_block: &[bool]| {
+///     let pieces = milliseconds.iter().map(|ms| Piece { seconds: ms / 1e3, ..Piece::default() });
+///     let one_rank = RankCosts::new(pieces, Extra::default(), Extra::default());
+///     let device = StageDevice { kind: 0, memory_bytes: 80 << 30, hop_seconds: 0.0, cut_hop_seconds: 0.0 };
+///     let (devices, costs) = ([device; 2], [vec![(1, one_rank)]]);
+///     let problem = Problem::new(&devices, ends_block, &costs);
+///     let stages = least_bottleneck(&problem, 0, 2).expect("there is room");
+///     (stages[0].pieces.clone(), problem.bottleneck(&stages))
+/// };
+/// let (_, whole) = bottleneck(&[2.0, 4.0, 1.0, 1.0], &[true; 4]);
+/// assert!((whole - 6e-3).abs() < 1e-9);
+/// let (first, cut) = bottleneck(&[2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], &[true, false, false, false, true, true, true]);
+/// assert_eq!(first, 0..3);
+/// assert!((cut - 4e-3).abs() < 1e-9);
+/// ```
 pub fn least_bottleneck(
     problem: &Problem<'_>,
     kv_tokens: u64,

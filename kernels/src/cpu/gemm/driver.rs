@@ -1,5 +1,6 @@
 //! Carries a [`Plan`] out: units on threads, tiles in units, chunks of K in tiles.
 
+mod addresses;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
 mod deal;
@@ -14,7 +15,6 @@ use super::operand::Operand;
 use super::operand::REGISTER_ROWS;
 use super::pack::{PackedMatrix, padded_terms, terms_per_word};
 use super::plan::{Plan, Reading, Shape, Unit};
-use super::quantized::BLOCK;
 use super::scales::AddGroup;
 use super::tile::{Kernel, NR, OpenBlock, Tile};
 use super::unpack::{Unpack, Unpacked, unpack_fn};
@@ -25,9 +25,6 @@ use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use deal::deal;
 use std::mem::MaybeUninit;
-
-/// Groups that a single tile of AVX2 is to ask for ahead: 32 lines of 16 columns, which a core waits for at a time.
-const LINES_AHEAD: usize = 32;
 
 /// x, as a product reads it.
 #[derive(Clone, Copy)]
@@ -193,51 +190,6 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
-    /// Where in the scratch the sums of a unit's tile lie.
-    fn place(&self, unit: &Unit, piece: usize, tile: usize) -> usize {
-        let idx = (piece - unit.pieces.start) * unit.tiles.len() + tile - unit.tiles.start;
-        idx * self.kernel.geometry.sums()
-    }
-
-    /// Numbers of the sums of a unit by one matrix, and of a tile's over a group of K or of all tiles' over a part of a block.
-    fn unit_sums(&self) -> usize {
-        let sums = self.plan.unit_tiles() * self.kernel.geometry.sums();
-        sums + if self.kind == WeightType::Int8 { sums } else { self.kernel.geometry.sums() }
-    }
-
-    /// The sums in integers of the tile at a place of the scratch: behind all of those in f32.
-    ///
-    /// # Safety
-    /// The scratch has room for the unit's tiles.
-    unsafe fn integers(&self, scratch: *mut f32, place: usize) -> *mut i32 {
-        match self.kind {
-            // SAFETY: `unit_sums` counts them.
-            WeightType::Int8 => unsafe {
-                scratch.add(self.plan.unit_tiles() * self.kernel.geometry.sums() + place).cast()
-            },
-            _ => std::ptr::null_mut(),
-        }
-    }
-
-    /// The block of K that a chunk of integers is in, whether a chunk before is, and whether one after is.
-    fn place_in_block(&self, chunk: usize) -> (usize, bool, bool) {
-        if self.kind != WeightType::Int8 {
-            return (0, false, false);
-        }
-        let (first, k) = self.chunk(chunk);
-        let ends = (first + k).is_multiple_of(BLOCK) || first + k == self.padded_k();
-        (first / BLOCK, !first.is_multiple_of(BLOCK), !ends)
-    }
-
-    /// Whether the scratch holds sums of earlier terms when a chunk begins; of integers, of earlier blocks.
-    fn has_sums_before(&self, chunk: usize) -> bool {
-        let is_first = match self.kind {
-            WeightType::Int8 => self.place_in_block(chunk).0 == 0,
-            _ => chunk == 0,
-        };
-        !is_first || self.is_begun
-    }
-
     /// The same where weights are unpacked: chunk by chunk, for all tiles of the unit; the sums go to `scratch`.
     ///
     /// # Safety
@@ -307,63 +259,6 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
-    /// First term and number of terms of a chunk.
-    fn chunk(&self, chunk: usize) -> (usize, usize) {
-        let first = chunk * self.plan.chunk;
-        (first, self.plan.chunk.min(self.padded_k() - first))
-    }
-
-    /// x from a row and a term on, and bytes from row to row.
-    fn rows_of_x(&self, row: usize, term: usize) -> (*const u8, usize) {
-        let (start, row_bytes) = self.x.rows();
-        (start.wrapping_add(row * row_bytes + term * self.x.number_bytes()), row_bytes)
-    }
-
-    /// Bytes of so many terms of a strip.
-    fn bytes_of(&self, terms: usize) -> usize {
-        terms / terms_per_word(self.kind) * self.kernel.geometry.strip * size_of::<u32>()
-    }
-
-    /// A piece's scales for all of K, or for a group of it.
-    fn scales(&self, m: usize, piece: usize, group: usize) -> *const f32 {
-        self.behind_numbers(m, piece, group).cast()
-    }
-
-    /// What a piece's sums over a block of K start from.
-    fn bias(&self, m: usize, piece: usize, block: usize) -> *const i32 {
-        match self.x.integers {
-            Some(_) => self.behind_numbers(m, piece, self.weights[m].layout().scales + block).cast(),
-            None => std::ptr::null(),
-        }
-    }
-
-    /// What a piece's sums over a block of K are multiplied with beside the rows' scales, or over groups of K from a first one on.
-    fn block_scales(&self, m: usize, piece: usize, block: usize) -> *const f32 {
-        match self.kind {
-            WeightType::Int8 | WeightType::Int4Weight => self.scales(m, piece, block),
-            _ => std::ptr::null(),
-        }
-    }
-
-    /// The scales that rows from `row` on have for a block of K.
-    fn row_scales(&self, row: usize, block: usize) -> *const f32 {
-        self.x.integers.map_or(std::ptr::null(), |integers| integers.scales(block)[row..].as_ptr())
-    }
-
-    /// The `i`-th group behind the numbers of a piece's panel.
-    fn behind_numbers(&self, m: usize, piece: usize, i: usize) -> *const u8 {
-        self.weights[m].as_ptr().wrapping_add(self.plan.behind_numbers(piece, i))
-    }
-
-    /// What turns the sums of a piece's columns into results: their scales; null where there are none, or where they have
-    /// been applied.
-    fn last_scales(&self, m: usize, piece: usize) -> *const f32 {
-        match self.kind {
-            WeightType::Int8Weight => self.scales(m, piece, 0),
-            _ => std::ptr::null(),
-        }
-    }
-
     /// Whether sums are results as the tiles leave them, without scales.
     fn is_plain(&self) -> bool {
         matches!(self.kind, WeightType::F32 | WeightType::Bf16)
@@ -396,91 +291,6 @@ impl<'a, const N: usize> Product<'a, N> {
         }
     }
 
-    /// The weights that this thread is likely to need after this chunk, and whether the sweep over the
-    /// chunk lies inside of the unit.
-    fn next_sweep(&self, unit: &Unit, m: usize, chunk: usize, piece: usize) -> (Option<*const u8>, bool) {
-        let next_unit = |m: usize| {
-            let start = self.plan.piece_start(unit.pieces.end);
-            start.map(|start| self.weights[m].as_ptr().wrapping_add(start))
-        };
-        if unit.sweep.is_some() {
-            return (next_unit(m), false);
-        }
-        let at = |piece, chunk: usize| {
-            Some(self.piece(m, piece).wrapping_add(self.bytes_of(chunk * self.plan.chunk)))
-        };
-        let next = if piece + 1 < unit.pieces.end {
-            at(piece + 1, chunk)
-        } else if chunk + 1 < self.plan.num_chunks {
-            at(unit.pieces.start, chunk + 1)
-        } else if m + 1 < N {
-            Some(self.piece(m + 1, unit.pieces.start))
-        } else {
-            next_unit(0)
-        };
-        (next, true)
-    }
-
-    /// What tile `place` of the `places` that sweep over `b` shall prefetch: address and groups per step.
-    ///
-    /// The first tiles of a sweep bring in the weights of the next one, which takes the time of memory off
-    /// that of the products. A single tile is left to the processor's own prefetching: it reads straight
-    /// on, and hints of ours take the places that its own would have (measured: 60 % of the bandwidth for 4
-    /// rows against 95 %).
-    fn prefetch(
-        &self,
-        b: *const u8,
-        k: usize,
-        next: Option<*const u8>,
-        place: usize,
-        places: usize,
-    ) -> (*const u8, usize) {
-        let geometry = &self.kernel.geometry;
-        let step_groups = self.bytes_of(geometry.step) / geometry.prefetch_bytes;
-        if geometry.is_amx {
-            // The first tile sees to it with its blocks of rows; a single block leaves it to the processor, too.
-            let next = next.filter(|_| place == 0 && !self.is_one_block());
-            return next.map_or((b, 0), |next| (next, step_groups));
-        }
-        if places == 1 {
-            // In AVX2 a single tile reads every fourth line, and then the next ones: no stream to the processor.
-            let is_stream = !geometry.widens || self.x.numbers.rows() == 1;
-            return (
-                b.wrapping_add(LINES_AHEAD * geometry.prefetch_bytes),
-                if is_stream { 0 } else { step_groups },
-            );
-        }
-        let groups = step_groups.div_ceil(places);
-        match next {
-            Some(next) if place * groups < step_groups => {
-                (next.wrapping_add(place * groups * (k / geometry.step) * geometry.prefetch_bytes), groups)
-            }
-            _ => (b, 0),
-        }
-    }
-
-    /// Whether all rows are one block of AMX.
-    fn is_one_block(&self) -> bool {
-        self.x.numbers.rows() <= 2 * REGISTER_ROWS
-    }
-
-    fn piece(&self, m: usize, piece: usize) -> *const u8 {
-        let start = self.plan.piece_start(piece).expect("a unit's piece is one of the plan's");
-        self.weights[m].as_ptr().wrapping_add(start)
-    }
-
-    fn padded_k(&self) -> usize {
-        padded_terms(self.kind, self.x.numbers.cols())
-    }
-
-    /// Columns of a piece that are no padding.
-    fn valid_cols(&self, piece: usize) -> usize {
-        let cols = self.plan.cols(piece);
-        self.weights[0].rows().min(cols.end).saturating_sub(cols.start)
-    }
-}
-
-impl<const N: usize> Product<'_, N> {
     /// Run every unit of the plan.
     fn for_each_unit(&self, pool: &ThreadPool, run: impl Fn(Unit) + Sync) {
         let plan = &self.plan;

@@ -4,7 +4,8 @@
 //! multiply them: so a tile's loop loads factors and does nothing else to them. Where tiles are too few for that, they take what
 //! is in L1 one after the other. The bits are those of the tiles that read panels.
 
-use super::{Destination, LINES_AHEAD, Product};
+use super::addresses::LINES_AHEAD;
+use super::{Destination, Product};
 use crate::backend::WeightType;
 use crate::cpu::gemm::avx2;
 use crate::cpu::gemm::operand::LINE_BYTES;

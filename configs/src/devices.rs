@@ -146,13 +146,15 @@ impl DeviceCatalog {
     /// The device of this name.
     ///
     /// # Errors
-    /// There is none; the message names the nearest.
+    /// There is none; the message names those that begin so, or the nearest.
     pub fn get(&self, name: &str) -> Result<&DeviceSpec, Error> {
         self.0.get(name).ok_or_else(|| {
-            let names = self.0.keys().map(String::as_str);
-            let hint = match keys::nearest(name, names.clone()) {
-                Some(near) => format!("did you mean {near}?"),
-                None => format!("there are {}", names.collect::<Vec<_>>().join(", ")),
+            let longer: Vec<&str> =
+                self.names().filter(|known| known.starts_with(&format!("{name}-"))).collect();
+            let hint = match (&longer[..], keys::nearest(name, self.names())) {
+                ([], None) => format!("there are {}", self.names().collect::<Vec<_>>().join(", ")),
+                ([], Some(near)) => format!("did you mean {near}?"),
+                (longer, _) => format!("did you mean {}?", longer.join(" or ")),
             };
             Error::new(format!("unknown device {name:?}")).hint(hint)
         })
@@ -375,8 +377,9 @@ mod tests {
             assert!(names.contains(&name), "{names:?}");
         }
         assert_eq!(catalog.get("h200").unwrap().bandwidth_gb_per_s, 4800.0);
-        let error = catalog.get("h100-80g").unwrap_err().to_string();
-        assert_eq!(error, "unknown device \"h100-80g\"\nhint: did you mean h100-80gb?");
+        let error = |name| catalog.get(name).unwrap_err().to_string();
+        assert_eq!(error("h100-80g"), "unknown device \"h100-80g\"\nhint: did you mean h100-80gb?");
+        assert_eq!(error("a100"), "unknown device \"a100\"\nhint: did you mean a100-40gb or a100-80gb?");
     }
 
     #[test]

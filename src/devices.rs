@@ -1,8 +1,8 @@
-//! `spanwise devices`: what a job file can name, and where there is no GPU, why.
+//! `spanwise devices`: what a job file can name, where there is no GPU, why, and which of CUDA's libraries are there.
 
 use anyhow::Result;
 use serde::Serialize;
-use stages::{Gpu, Simd};
+use stages::{CudaLibrary, Gpu, Simd};
 
 use crate::cli::Format;
 use crate::lower::Machine;
@@ -15,6 +15,8 @@ struct Devices {
     cuda: Vec<Cuda>,
     /// Why there is no GPU, where there is none.
     no_cuda: Option<String>,
+    /// CUDA's, beside the driver's.
+    libraries: Vec<Library>,
 }
 
 #[derive(Debug, Serialize)]
@@ -37,6 +39,15 @@ struct Cuda {
     architecture: String,
     multiprocessors: u32,
     total_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Library {
+    name: &'static str,
+    /// Its file, or its bare name where the system has found it; nothing where it is of no use.
+    path: Option<String>,
+    /// What is wrong with it, and what it is for; nothing where it is there.
+    error: Option<String>,
 }
 
 /// Prints them.
@@ -62,6 +73,7 @@ impl Devices {
             cpu: Cpu { device: "cpu:0", cores: cores.len(), simd, free_bytes, total_bytes },
             cuda,
             no_cuda,
+            libraries: gpus::cuda_libraries().into_iter().map(Library::from).collect(),
         }
     }
 
@@ -82,7 +94,20 @@ impl Devices {
             )
         }));
         lines.extend(self.no_cuda.iter().map(|why| format!("cuda     none: {why}")));
+        lines.extend(self.libraries.iter().map(|library| match (&library.path, &library.error) {
+            (Some(path), _) => format!("cuda     {}: {path}", library.name),
+            (None, error) => format!("cuda     {}", error.as_deref().unwrap_or_default()),
+        }));
         lines
+    }
+}
+
+impl From<CudaLibrary> for Library {
+    fn from(CudaLibrary { name, found }: CudaLibrary) -> Library {
+        match found {
+            Ok(path) => Library { name, path: Some(path.display().to_string()), error: None },
+            Err(error) => Library { name, path: None, error: Some(error.to_string()) },
+        }
     }
 }
 

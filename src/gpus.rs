@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use configs::{DeviceCatalog, DeviceKind};
-use stages::{Device, Gpu};
+use stages::{CudaLibrary, Device, Gpu};
 
 /// Names the folder in which CUDA's libraries are looked for first.
 const LIBRARIES: &str = "SPANWISE_CUDA_LIBRARIES";
@@ -143,6 +143,11 @@ pub(crate) fn all() -> Result<Vec<Gpu>> {
 
 fn gpu(index: usize) -> Result<Gpu> {
     Ok(Gpu::nth(libraries().as_deref(), index)?)
+}
+
+/// CUDA's libraries beside the driver's, and whether they are there.
+pub(crate) fn cuda_libraries() -> [CudaLibrary; 3] {
+    stages::cuda_libraries(libraries().as_deref())
 }
 
 fn libraries() -> Option<PathBuf> {

@@ -34,9 +34,9 @@ pub use block::{Attention, Block, Dims, Ffn};
 pub use config::{ModelConfig, swiglu_width};
 pub use error::{Error, Result};
 pub use kernels::{
-    Array, Arrival, AttentionSlice, Collective, FRAME_HEADER_BYTES, Frame, Gate, Gpu, GroupExit, GroupId,
-    INT8_BLOCK, KvDtype, NcclReceiver, NcclSender, PAGE_TOKENS, Parcel, SUM_CUT, Simd, TcpRank, ThreadRank,
-    WeightType, available_cores, thread_ranks,
+    Array, Arrival, AttentionSlice, Collective, CudaLibrary, FRAME_HEADER_BYTES, Frame, Gate, Gpu, GroupExit,
+    GroupId, INT8_BLOCK, KvDtype, NcclReceiver, NcclSender, PAGE_TOKENS, Parcel, SUM_CUT, Simd, TcpRank,
+    ThreadRank, WeightType, available_cores, cuda_libraries, thread_ranks,
 };
 pub use memory::{GpuMemory, StepSize};
 pub use model::{Model, Narrow, Warnings};

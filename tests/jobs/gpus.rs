@@ -59,7 +59,7 @@ fn without_a_driver_a_job_says_where_it_looked() {
     let output = without_python(&mut command, nowhere.path()).output().unwrap();
     let tried = tried(nowhere.path());
     let error = format!(
-        "error: no CUDA driver: libcuda is missing: tried libcuda.so, libcuda.so.1 by the system's own search and in {tried}\n"
+        "error: no CUDA driver: library missing: libcuda, which comes with NVIDIA's driver: tried libcuda.so, libcuda.so.1 by the system's own search and in {tried}\n"
     );
     assert_refused(&output, &error);
 }
@@ -74,7 +74,7 @@ fn without_a_compiler_a_job_says_where_it_looked() {
     let output = without_python(&mut command, libraries.path()).output().unwrap();
     let tried = tried(libraries.path());
     let error = format!(
-        "error: load stage 0: libnvrtc is missing: tried libnvrtc.so, libnvrtc.so.13, libnvrtc.so.12 by the system's own search and in {tried}\n"
+        "error: load stage 0: library missing: libnvrtc, which compiles kernels: tried libnvrtc.so, libnvrtc.so.13, libnvrtc.so.12 by the system's own search and in {tried}\n"
     );
     assert_refused(&output, &error);
 }
@@ -255,7 +255,7 @@ fn devices_lists_gpus_as_text_and_as_json() {
     let line = |index, capability| {
         format!("cuda:{index}   emulator, compute capability {capability}, 4 multiprocessors, 2.1 GB\n")
     };
-    assert!(text.starts_with("cpu:0    ") && text.ends_with(&(line(0, "9.0") + &line(1, "8.0"))), "{text}");
+    assert!(text.starts_with("cpu:0    ") && text.contains(&(line(0, "9.0") + &line(1, "8.0"))), "{text}");
     let json: Value = serde_json::from_str(&devices(&["--format", "json"], &machine).ok().stdout).unwrap();
     assert_eq!(
         json["cuda"][1],
@@ -271,6 +271,51 @@ fn devices_lists_gpus_as_text_and_as_json() {
         (&json["cuda"], &json["no_cuda"]),
         (&json!([]), &json!("start the driver: CUDA_ERROR_NO_DEVICE"))
     );
+}
+
+/// A job that finds a driver too old for its compiler says so, as `spanwise devices` does.
+#[test]
+fn a_compiler_that_is_newer_than_the_driver_is_named_with_a_cure() {
+    let machine = [("EMULATED_DRIVER", "12090"), ("EMULATED_COMPILER", "13010")];
+    let error = "driver too old: it is for CUDA 12.9, and libnvrtc is of CUDA 13.1\n\
+                 hint: install nvidia-cuda-nvrtc of the driver's version";
+    assert_refused(&on(&job().emulated(), &machine), &format!("error: load stage 0: {error}\n"));
+    let text = devices(&[], &machine).ok().stdout;
+    assert!(text.contains(&format!("cuda     {error}\n")), "{text}");
+}
+
+/// Each library is listed by where it was found, or as a job that lacks it says.
+#[test]
+fn devices_lists_libraries_that_are_there_and_those_that_are_missing() {
+    let there = emulator().join("libnvrtc.so");
+    let text = devices(&[], &[]).ok().stdout;
+    assert!(text.contains(&format!("cuda     libnvrtc: {}\n", there.display())), "{text}");
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut command = spanwise();
+    command.args(["devices", "--format", "json"]).env("SPANWISE_CUDA_LIBRARIES", nowhere.path());
+    let output = without_python(&mut command, nowhere.path()).output().unwrap();
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let tried = tried(nowhere.path());
+    let library = |name, purpose, names| {
+        let error = format!(
+            "library missing: {name}, {purpose}: tried {names} by the system's own search and in {tried}"
+        );
+        json!({"name": name, "path": null, "error": error})
+    };
+    let expected = [
+        library("libnvrtc", "which compiles kernels", "libnvrtc.so, libnvrtc.so.13, libnvrtc.so.12"),
+        library(
+            "libcublasLt",
+            "which multiplies where a row may depend on its batch, as slower kernels of our own do without it",
+            "libcublasLt.so, libcublasLt.so.13, libcublasLt.so.12",
+        ),
+        library(
+            "libnccl",
+            "which only GPUs that share a stage cannot do without",
+            "libnccl.so.2, libnccl.so",
+        ),
+    ];
+    assert_eq!(json["libraries"], json!(expected));
 }
 
 #[test]

@@ -1,10 +1,11 @@
-//! Which GPUs there are, or why there are none.
+//! Which GPUs there are, or why there are none, and which of the libraries that they need.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cudarc::driver::{result, sys};
 
-use super::libraries;
+use super::libraries::{CUBLASLT, DRIVER, NCCL, NVRTC};
+use super::program;
 use super::stream::Stream;
 use crate::error::{Error, Result};
 
@@ -93,9 +94,33 @@ impl Gpu {
     }
 }
 
+/// One of CUDA's libraries beside the driver's.
+#[derive(Debug)]
+pub struct CudaLibrary {
+    /// Such as `libnvrtc`.
+    pub name: &'static str,
+    /// Its file, or its bare name where the system has found it; or why it is of no use, with what it is for.
+    pub found: Result<PathBuf>,
+}
+
+/// CUDA's libraries, looked for in a folder first where one is named.
+pub fn cuda_libraries(first: Option<&Path>) -> [CudaLibrary; 3] {
+    let has_driver = start(first).is_ok();
+    [NVRTC, CUBLASLT, NCCL].map(|wanted| {
+        let found = wanted.find(first).map(|found| found.path);
+        // Of no use to an older driver.
+        let is_compiler = wanted.stem == NVRTC.stem;
+        let found = found.and_then(|path| match has_driver && is_compiler {
+            true => program::find_compiler(first).map(|_| path),
+            false => Ok(path),
+        });
+        CudaLibrary { name: wanted.stem, found }
+    })
+}
+
 /// Loads the driver and starts it. cudarc panics where there is no driver: everything of it comes after this.
 fn start(libraries: Option<&Path>) -> Result<()> {
-    libraries::DRIVER.load(libraries).map_err(|error| Error::NoCuda(format!("no CUDA driver: {error}")))?;
+    DRIVER.find(libraries).map_err(|error| Error::NoCuda(format!("no CUDA driver: {error}")))?;
     result::init().map_err(|error| no_cuda("start the driver", error))?;
     let version = driver_version()?;
     if version < OLDEST_CUDA {

@@ -38,7 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 pub(crate) use draws::CudaDraws;
-pub use gpu::Gpu;
+pub use gpu::{CudaLibrary, Gpu, cuda_libraries};
 pub use memory::{cuda_allocated_bytes, cuda_work_bytes};
 pub use nccl::{Gate, GroupExit, GroupId, NcclRank, NcclReceiver, NcclSender, cuda_sum_bytes};
 pub use packed::pack_cubins;
@@ -187,7 +187,7 @@ impl Cuda {
                 gpu.name
             )));
         }
-        program::load_compiler(options.libraries.as_deref())?;
+        program::find_kernels(options.libraries.as_deref())?;
         let stream = Stream::open(device)?;
         let most_bytes = gpu.block_bytes as usize;
         let cubin = |source: Source| source.cubin(options.cubins.as_deref(), &gpu.architecture(), 0);

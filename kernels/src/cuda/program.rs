@@ -5,7 +5,6 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::nvrtc::{result, sys};
 
@@ -53,8 +52,8 @@ source!(ATTENTION_DECODE, "attention_decode.cu", true);
 source!(ATTENTION_PREFILL, "attention_prefill.cu", true);
 source!(ATTENTION_MERGE, "attention_merge.cu", false);
 
-/// Whether the compiler was loaded, from wherever.
-static HAS_COMPILER: AtomicBool = AtomicBool::new(false);
+/// Of CUDA, as compilers and drivers have one: major and minor.
+pub(crate) type Version = (i32, i32);
 
 /// What files include.
 const HEADERS: [(&CStr, &str); 6] = [
@@ -106,20 +105,20 @@ impl Source {
     /// # Errors
     /// No NVRTC, or the compiler's own words.
     pub fn compile(self, libraries: Option<&Path>, architecture: &str, head_dim: usize) -> Result<Compiled> {
-        libraries::NVRTC.load(libraries)?;
+        libraries::NVRTC.find(libraries)?;
         self.compile_with(&self.options(architecture, head_dim), true)
     }
 
     /// The cubin: the one that this program carries, or from disk where it is there.
     pub(crate) fn cubin(self, cubins: Option<&Path>, architecture: &str, head_dim: usize) -> Result<Vec<u8>> {
-        if let Some(cubin) = packed::find(&self.key(architecture, head_dim)) {
+        let driver = gpu::driver_version()?;
+        if packed::compiler().is_some_and(|version| is_taken(version, driver))
+            && let Some(cubin) = packed::find(&self.key(architecture, head_dim))
+        {
             return Ok(cubin.to_vec());
         }
-        if !HAS_COMPILER.load(Ordering::Relaxed) {
-            libraries::NVRTC.load(None)?;
-        }
         let options = self.options(architecture, head_dim);
-        let name = self.cubin_name(&options, compiler_version()?);
+        let name = self.cubin_name(&options, find_compiler(None)?);
         let path = cubins.map(|folder| folder.join(name));
         if let Some(cubin) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
             return Ok(cubin);
@@ -144,7 +143,7 @@ impl Source {
         self.hashed(&self.options(architecture, head_dim), "any compiler")
     }
 
-    fn cubin_name(self, options: &[String], compiler: (i32, i32)) -> String {
+    fn cubin_name(self, options: &[String], compiler: Version) -> String {
         format!("{}.cubin", self.hashed(options, &format!("{}.{}", compiler.0, compiler.1)))
     }
 
@@ -225,26 +224,59 @@ impl Drop for Program {
     }
 }
 
-/// Loads the compiler for a driver, which must be as new as what it makes. A program that carries cubins goes without one.
-pub(crate) fn load_compiler(libraries: Option<&Path>) -> Result<()> {
-    match libraries::NVRTC.load(libraries) {
-        Err(_) if packed::is_there() => return Ok(()),
-        loaded => loaded?,
-    };
-    HAS_COMPILER.store(true, Ordering::Relaxed);
-    let (compiler, driver) = (compiler_version()?, gpu::driver_version()?);
-    if compiler.0 > driver / 1000 {
-        return Err(Error::NoCuda(format!(
-            "driver too old: it is for CUDA {}, and libnvrtc is of CUDA {}.{}\nhint: install nvidia-cuda-nvrtc of the driver's version",
-            gpu::version_name(driver),
-            compiler.0,
-            compiler.1
-        )));
-    }
-    Ok(())
+/// Finds what has kernels for the driver: cubins that this program carries, or the compiler.
+///
+/// # Errors
+/// Neither is there, or the driver is older than what is.
+pub(crate) fn find_kernels(libraries: Option<&Path>) -> Result<()> {
+    one_that_fits(gpu::driver_version()?, packed::compiler(), find_compiler(libraries))
 }
 
-fn compiler_version() -> Result<(i32, i32)> {
+/// What [`find_kernels`] says of a driver, of the compiler of carried cubins, and of the one that was looked for.
+fn one_that_fits(driver: i32, packed: Option<Version>, compiler: Result<Version>) -> Result<()> {
+    match (packed, compiler) {
+        (Some(version), _) if is_taken(version, driver) => Ok(()),
+        (_, Ok(_)) => Ok(()),
+        (Some(version), Err(_)) => Err(too_old(
+            driver,
+            "this program carries kernels of",
+            version,
+            "install a newer driver, or nvidia-cuda-nvrtc of the driver's version",
+        )),
+        (None, Err(error)) => Err(error),
+    }
+}
+
+/// Finds the compiler, with its version. The driver is running.
+///
+/// # Errors
+/// It is missing, or the driver is too old for what it makes.
+pub(crate) fn find_compiler(libraries: Option<&Path>) -> Result<Version> {
+    libraries::NVRTC.find(libraries)?;
+    let (version, driver) = (compiler_version()?, gpu::driver_version()?);
+    match is_taken(version, driver) {
+        true => Ok(version),
+        false => {
+            let cure = "install nvidia-cuda-nvrtc of the driver's version";
+            Err(too_old(driver, "libnvrtc is of", version, cure))
+        }
+    }
+}
+
+/// Whether a driver takes what such a compiler has made: minor versions do not matter to it.
+fn is_taken(compiler: Version, driver: i32) -> bool {
+    compiler.0 <= driver / 1000
+}
+
+fn too_old(driver: i32, what: &str, (major, minor): Version, cure: &str) -> Error {
+    let driver = gpu::version_name(driver);
+    Error::NoCuda(format!(
+        "driver too old: it is for CUDA {driver}, and {what} CUDA {major}.{minor}\nhint: {cure}"
+    ))
+}
+
+/// Of the compiler, which is loaded.
+pub(crate) fn compiler_version() -> Result<Version> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the library is loaded, and writes two numbers.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
@@ -285,5 +317,21 @@ mod tests {
             assert_ne!(one, other);
         }
         assert!(one.starts_with("attention_decode-") && one.ends_with(".cubin"), "{one}");
+    }
+
+    #[test]
+    fn a_driver_is_told_what_is_too_new_for_it() {
+        let missing = || Err(Error::NoCuda("library missing: libnvrtc".to_owned()));
+        let said = |driver, packed, compiler: Result<Version>| {
+            one_that_fits(driver, packed, compiler).map_err(|error| error.to_string())
+        };
+        // Cubins of the driver's version need no compiler, and others give way to one that fits.
+        assert_eq!(said(13_000, Some((13, 1)), missing()), Ok(()));
+        assert_eq!(said(12_080, Some((13, 0)), Ok((12, 9))), Ok(()));
+        assert_eq!(said(12_080, None, Ok((12, 9))), Ok(()));
+        assert_eq!(said(12_080, None, missing()), Err("library missing: libnvrtc".to_owned()));
+        let too_old = "driver too old: it is for CUDA 12.8, and this program carries kernels of CUDA 13.0\n\
+                       hint: install a newer driver, or nvidia-cuda-nvrtc of the driver's version";
+        assert_eq!(said(12_080, Some((13, 0)), missing()), Err(too_old.to_owned()));
     }
 }

@@ -80,7 +80,7 @@ impl CublasLt {
         libraries: Option<&Path>,
         folder: Option<&Path>,
     ) -> Result<CublasLt> {
-        libraries::CUBLASLT.load(libraries)?;
+        libraries::CUBLASLT.find(libraries)?;
         let handle = Handle::new(stream, WORKSPACE_BYTES)?;
         let owner = Owner { library: handle.version(), device: gpu.name.clone() };
         let plans = folder.map_or_else(Plans::new, |folder| owner.load(folder));

@@ -153,7 +153,7 @@ impl Nccl {
     /// # Errors
     /// It is nowhere, or so old that it lacks a function.
     pub(super) fn load(first: Option<&Path>) -> Result<Nccl> {
-        let library = libraries::NCCL.load(first)?;
+        let library = libraries::NCCL.find(first)?.library;
         // SAFETY: the types are those of NCCL's header since version 2.14.
         unsafe {
             Ok(Nccl(Functions {

@@ -1,5 +1,5 @@
-// Turns heads in place: dimension j together with j + head_dim / 2. A thread takes a pair.
-#include "num.cuh"
+// Turns heads in place. A thread takes a pair.
+#include "rope.cuh"
 
 KERNEL(256) rope(float* x, const float* cos, const float* sin, const u32* positions, u32 num_heads, u32 half, u64 num_pairs) {
     u64 pair = u64(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -7,8 +7,5 @@ KERNEL(256) rope(float* x, const float* cos, const float* sin, const u32* positi
     u32 j = u32(pair % half);
     u64 head = pair / half;
     u64 angle = u64(positions[head / num_heads]) * half + j;
-    float* at = x + head * 2 * half + j;
-    float a = at[0], b = at[half];
-    at[0] = a * cos[angle] - b * sin[angle];
-    at[half] = b * cos[angle] + a * sin[angle];
+    turn(x + head * 2 * half + j, half, cos[angle], sin[angle]);
 }

@@ -28,7 +28,7 @@ for file in add embed gather rope; do kernel $file 256; done
 compile rms_norm kernel.cpp -include device.h '-DSOURCE="../cu/rms_norm.cu"' '-DKERNELS=K(rms_norm) K(rms_norm_fp8)' -DMAX_THREADS=256
 compile swiglu kernel.cpp -include device.h '-DSOURCE="../cu/swiglu.cu"' '-DKERNELS=K(swiglu) K(swiglu_fp8)' -DMAX_THREADS=512
 compile random kernel.cpp -include device.h '-DSOURCE="../cu/random.cu"' '-DKERNELS=K(random_uniform)' -DMAX_THREADS=256
-compile kv_append kernel.cpp -include device.h '-DSOURCE="../cu/kv_append.cu"' '-DKERNELS=K(kv_append) K(kv_append_fp8)' -DMAX_THREADS=128
+compile kv_append kernel.cpp -include device.h '-DSOURCE="../cu/kv_append.cu"' '-DKERNELS=K(kv_append) K(kv_append_fp8) K(rope_append) K(rope_append_fp8)' -DMAX_THREADS=128
 kernel attention_merge 128
 kernel logit_stats 512
 kernel choose 512

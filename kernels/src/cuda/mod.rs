@@ -27,6 +27,7 @@ mod packed;
 mod parcels;
 mod products;
 mod program;
+mod rope;
 mod staging;
 mod stream;
 mod tables;
@@ -122,6 +123,7 @@ struct Kernels {
     rms_norm: Kernel,
     rope: Kernel,
     kv_append: Kernel,
+    rope_append: Kernel,
     swiglu: Kernel,
     random_uniform: Kernel,
     logit_stats: Kernel,
@@ -192,16 +194,18 @@ impl Cuda {
         let most_bytes = gpu.block_bytes as usize;
         let cubin = |source: Source| source.cubin(options.cubins.as_deref(), &gpu.architecture(), 0);
         let load = |source, name| Arc::new(stream.module(&cubin(source)?)?).kernel(name, 0);
+        let [kv_append, rope_append] = match kv {
+            KvDtype::Fp8 => ["kv_append_fp8", "rope_append_fp8"],
+            KvDtype::Bf16 | KvDtype::F32 => ["kv_append", "rope_append"],
+        };
         let kernels = Kernels {
             add: load(program::ADD, "add")?,
             embed: load(program::EMBED, "embed")?,
             gather: load(program::GATHER, "gather")?,
             rms_norm: load(program::RMS_NORM, "rms_norm")?,
             rope: load(program::ROPE, "rope")?,
-            kv_append: load(
-                program::KV_APPEND,
-                if kv == KvDtype::Fp8 { "kv_append_fp8" } else { "kv_append" },
-            )?,
+            kv_append: load(program::KV_APPEND, kv_append)?,
+            rope_append: load(program::KV_APPEND, rope_append)?,
             swiglu: load(program::SWIGLU, "swiglu")?,
             random_uniform: load(program::RANDOM, "random_uniform")?,
             logit_stats: load(program::LOGIT_STATS, "logit_stats")?,

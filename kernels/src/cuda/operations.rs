@@ -290,23 +290,7 @@ impl Backend for Cuda {
     }
 
     fn rope(&self, x: &mut CudaArray, rope: &CudaRope, positions: &[u32]) -> Result<()> {
-        const OP: &str = "rope";
-        let padding = self.padding();
-        check::rope_shapes(OP, [x.rows - padding, x.cols], rope.head_dim, rope.positions, positions)?;
-        let positions_at = locked(&self.tables).put_positions(&self.stream, OP, positions, padding)?;
-        let half = rope.head_dim / 2;
-        let num_pairs = x.rows * x.cols / 2;
-        let arguments = [
-            x.memory.start(),
-            rope.cos.start(),
-            rope.sin.start(),
-            positions_at,
-            u32_of(x.cols / rope.head_dim),
-            u32_of(half),
-            Argument::U64(num_pairs as u64),
-        ];
-        // SAFETY: rows are whole heads, and every position has its angles.
-        unsafe { self.stream.launch(OP, &self.kernels.rope, flat_grid(num_pairs), &arguments) }
+        self.turn(x, rope, positions)
     }
 
     fn kv_append(
@@ -316,25 +300,20 @@ impl Backend for Cuda {
         v: &CudaArray,
         slices: &[AttentionSlice],
     ) -> Result<()> {
-        const OP: &str = "kv_append";
-        let CudaKvCache { num_pages, kv_heads, head_dim, .. } = *cache;
-        check::shape(OP, "k's columns", [k.cols], [kv_heads * head_dim])?;
-        check::shape(OP, "v", [v.rows, v.cols], [k.rows, k.cols])?;
-        let padding = self.padding();
-        check::slices(OP, slices, k.rows - padding, num_pages)?;
-        let places_at = locked(&self.tables).put_places(&self.stream, OP, slices, padding)?;
-        let arguments = [
-            cache.memory.start(),
-            k.memory.start(),
-            v.memory.start(),
-            places_at,
-            u32_of(kv_heads),
-            u32_of(head_dim),
-            u32_of(AttentionKernels::padded(head_dim)),
-        ];
-        let grid = Grid { blocks: [k.rows, kv_heads, 1], threads: 128, block_bytes: 0 };
-        // SAFETY: every row has a place, on a page of the cache or nowhere; keys and values have the cache's heads.
-        unsafe { self.stream.launch(OP, &self.kernels.kv_append, grid, &arguments) }
+        self.append(cache, k, v, slices)
+    }
+
+    fn attend(
+        &self,
+        [q, k]: [&mut CudaArray; 2],
+        v: &CudaArray,
+        angles: (&CudaRope, &[u32]),
+        cache: &mut CudaKvCache,
+        slices: &[AttentionSlice],
+        out: &mut CudaOperand,
+    ) -> Result<()> {
+        self.turn_and_append([q, k], v, angles, cache, slices)?;
+        self.attention(q, cache, slices, out)
     }
 
     fn attention(
@@ -533,7 +512,7 @@ impl Cuda {
     }
 
     /// Rows of the step that runs beyond those that were asked for.
-    fn padding(&self) -> usize {
+    pub(super) fn padding(&self) -> usize {
         locked(&self.graphs).padding()
     }
 }

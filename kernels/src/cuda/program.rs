@@ -56,10 +56,11 @@ source!(ATTENTION_MERGE, "attention_merge.cu", false);
 pub(crate) type Version = (i32, i32);
 
 /// What files include.
-const HEADERS: [(&CStr, &str); 6] = [
+const HEADERS: [(&CStr, &str); 7] = [
     (c"num.cuh", include_str!("../../cu/num.cuh")),
     (c"mma.cuh", include_str!("../../cu/mma.cuh")),
     (c"gemm.cuh", include_str!("../../cu/gemm.cuh")),
+    (c"rope.cuh", include_str!("../../cu/rope.cuh")),
     (c"fp8.cuh", include_str!("../../cu/fp8.cuh")),
     (c"int4.cuh", include_str!("../../cu/int4.cuh")),
     (c"attention.cuh", include_str!("../../cu/attention.cuh")),

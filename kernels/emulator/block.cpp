@@ -13,7 +13,8 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated {
 namespace {
 
-constexpr size_t STACK_BYTES = 256 << 10;
+// Not a power of two, or the top of every stack would fall into the same few lines of the caches.
+constexpr size_t STACK_BYTES = (256 << 10) + (4 << 10) + 17 * 64;
 constexpr unsigned WARP = 32, MOST_THREADS = 1024;
 // Most words that a lane gives to its warp at once: three fragments of a product.
 constexpr unsigned EXCHANGED = 10;

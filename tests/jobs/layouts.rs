@@ -182,14 +182,14 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     assert!(all_lines(&job) == all_lines(&undisturbed));
 }
 
-/// Prices FFNs that ranks share, where one device has them for next to nothing.
-fn price_shared_ffns(world: &World, seconds: f64) {
-    world.measure();
+/// Prices halves that ranks share, attention or FFNs, where one device has them for next to nothing.
+fn price_shared(world: &World, halves: &str, seconds: f64) {
     world.edit(|profile| {
         even_costs(profile, None);
         let shared = profile["shared"].as_array_mut().unwrap().iter_mut();
         for half in shared.flat_map(|entry| entry["halves"].as_array_mut().unwrap()) {
-            if half["half"].get("ffn").is_some() {
+            // By heads or by sequences.
+            if half["half"].as_object().unwrap().keys().any(|key| key.starts_with(halves)) {
                 let all = half["points"].as_object_mut().unwrap().values_mut();
                 for point in all.flat_map(|points| points.as_array_mut().unwrap()) {
                     for key in ["median", "lower", "upper"] {
@@ -201,25 +201,30 @@ fn price_shared_ffns(world: &World, seconds: f64) {
     });
 }
 
-#[test]
-fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
+/// That halves, `attention` or `ffn`, stay on the first rank where that is faster, and for the whole job. How many there are, and
+/// what the report calls them.
+#[track_caller]
+fn stay_on_the_first_rank(halves: &str, count: usize, words: &str) {
     let world = World::with(&[SETS[0], SETS[1], SETS[2], "pipeline.tensor_parallel=[2]"]);
     let job = world.job.anew().over((0..20).map(row));
     let plan = |job: &Job| {
         let manifest = read_json(&job.out().join("manifest.json"));
         let numerics = manifest["numeric_profile"]["tensor_parallel_stages"].to_string();
-        (manifest["plan"]["stages"][0]["ffn_on_first_rank"].clone(), numerics)
+        (manifest["plan"]["stages"][0][format!("{halves}_on_first_rank")].clone(), numerics)
     };
-    price_shared_ffns(&world, 1.0);
+    world.measure();
+    price_shared(&world, halves, 1.0);
     let undisturbed = job.anew();
     let output = world.run_job(&undisturbed, &[]);
     assert_done(&output);
     let (first_ranks, numerics) = plan(&undisturbed);
-    let ffns = config().blocks.iter().filter(|block| block.ffn != stages::Ffn::None).count();
-    assert_eq!(first_ranks.as_array().map(Vec::len), Some(ffns), "{first_ranks}");
-    assert!(numerics.contains("FFN of [") && numerics.contains("] on the first rank"), "{numerics}");
+    assert_eq!(first_ranks.as_array().map(Vec::len), Some(count), "{first_ranks}");
+    assert!(
+        numerics.contains(&format!("{words} of [")) && numerics.contains("] on the first rank"),
+        "{numerics}"
+    );
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(said.contains(&format!("FFN of {ffns} blocks on the first rank): ")), "{said}");
+    assert!(said.contains(&format!("{words} of {count} blocks on the first rank")), "{said}");
     let processes = job.anew().set("pipeline.ranks=processes");
     done(world.run_job(&processes, &[]));
     assert!(all_lines(&processes) == all_lines(&undisturbed), "processes as threads");
@@ -228,7 +233,7 @@ fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
     let all = world.run_job(&job, &["--set", "pipeline.split_blocks=all"]);
     assert_refused(&all, &["tensor parallel stages", "on the first rank", "--accept-numerics"]);
 
-    price_shared_ffns(&world, 1e-9);
+    price_shared(&world, halves, 1e-9);
     let shared = job.anew();
     done(world.run_job(&shared, &[]));
     assert_eq!(plan(&shared).0, json!([]), "a new job");
@@ -238,9 +243,22 @@ fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
 }
 
 #[test]
+fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
+    let ffns = config().blocks.iter().filter(|block| block.ffn != stages::Ffn::None).count();
+    stay_on_the_first_rank("ffn", ffns, "FFN");
+}
+
+#[test]
+fn attention_stays_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
+    let count = config().blocks.iter().filter(|block| block.attention != stages::Attention::None).count();
+    stay_on_the_first_rank("attention", count, "attention");
+}
+
+#[test]
 fn plans_name_the_halves_that_stay_on_the_first_device() {
     let world = World::with(&[SETS[0], SETS[1], SETS[2], "pipeline.tensor_parallel=[2]"]);
-    price_shared_ffns(&world, 1.0);
+    world.measure();
+    price_shared(&world, "ffn", 1.0);
     let planned = |args: &[&str]| {
         let output = world.ask("plan", &[&["--format", "json"], args].concat());
         let plan: Value = serde_json::from_slice(&output.stdout).expect("a plan");

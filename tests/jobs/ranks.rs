@@ -7,95 +7,128 @@ use serde_json::{Value, json};
 
 use crate::disturbed::{MODEL, assert_as_run_of, assert_done, row, stderr, stdout};
 use crate::harness::{Done, Job, fixture, read_json};
-use crate::logits::{F32_BOUND, MODELS, largest_difference};
+use crate::logits::{F32_BOUND, MODELS, Scores};
 
 /// So many devices, shared out to stages of these widths, which share all of their blocks.
 fn layout(job: Job, widths: &[usize]) -> Job {
-    sets(widths).into_iter().fold(job, |job, set| job.set(set))
-}
-
-fn sets(widths: &[usize]) -> [String; 3] {
     let devices: Vec<String> = (0..widths.iter().sum()).map(|device| format!("cpu:{device}")).collect();
-    [
-        format!("pipeline.devices={devices:?}"),
-        format!("pipeline.tensor_parallel={widths:?}"),
-        "pipeline.split_blocks=all".to_owned(),
-    ]
+    job.set(format!("pipeline.devices={devices:?}"))
+        .set(format!("pipeline.tensor_parallel={widths:?}"))
+        .set("pipeline.split_blocks=all")
 }
 
 fn rows(count: usize) -> Vec<String> {
     (0..count).map(row).collect()
 }
 
-#[test]
-fn every_model_agrees_with_the_reference_on_stages_of_several_devices() {
-    for model in MODELS {
-        let reference = read_json(&fixture(model).join("reference.json"));
-        for widths in [&[2][..], &[3], &[4], &[1, 2], &[2, 4], &[3, 1]] {
-            let num_blocks = stages::ModelConfig::read(&fixture(model)).unwrap().blocks.len();
-            if widths.len() > num_blocks {
-                continue;
-            }
-            let [devices, widths_set, all] = sets(widths);
-            // And with the halves that the plan finds faster so left to the first rank, or shared by sequences.
-            for split in [&all, "pipeline.split_blocks=auto"] {
-                let sets = [devices.as_str(), &widths_set, split, "model.dtype=f32"];
-                let difference = largest_difference(model, &reference, &sets);
-                assert!(
-                    difference <= F32_BOUND,
-                    "{model} on {widths:?} with {split}: off by {difference:.2e}"
-                );
-            }
+/// What a layout's log-probabilities must be near to: those of the reference and of one device that has everything.
+struct Expected {
+    model: &'static str,
+    config: stages::ModelConfig,
+    reference: Value,
+    unsplit: Scores,
+}
+
+impl Expected {
+    /// By so many of a model's prompts.
+    fn of(model: &'static str, num_prompts: usize) -> Expected {
+        let config = stages::ModelConfig::read(&fixture(model)).unwrap();
+        let mut reference = read_json(&fixture(model).join("reference.json"));
+        reference["prompts"].as_array_mut().expect("prompts").truncate(num_prompts);
+        let unsplit = Scores::of_job(Job::on(model).set("model.dtype=f32"), &reference);
+        let expected = Expected { model, config, reference, unsplit };
+        expected.check(&expected.unsplit, "unsplit");
+        expected
+    }
+
+    /// Of stages between these places, on so many devices each.
+    fn scores(&self, widths: &[usize], cuts: &[String]) -> Scores {
+        let bounds = [&["0".to_owned()], cuts, &[self.config.blocks.len().to_string()]].concat();
+        let stages: Vec<String> =
+            bounds.windows(2).map(|pair| format!("[{}, {}]", pair[0], pair[1])).collect();
+        let job = layout(Job::on(self.model).set("model.dtype=f32"), widths);
+        Scores::of_job(job.set(format!("pipeline.stages=[{}]", stages.join(", "))), &self.reference)
+    }
+
+    #[track_caller]
+    fn check(&self, found: &Scores, how: &str) {
+        for (other, what) in
+            [(&Scores::of_reference(&self.reference), "reference"), (&self.unsplit, "unsplit run")]
+        {
+            let off = found.difference(other);
+            assert!(off <= F32_BOUND, "{}, {how}: off by {off:.2e} from the {what}", self.model);
+        }
+    }
+
+    /// That stages of so many devices are near, with these places between them.
+    #[track_caller]
+    fn agrees(&self, widths: &[usize], cuts: &[String]) {
+        self.check(&self.scores(widths, cuts), &format!("{widths:?} cut at {cuts:?}"));
+    }
+
+    /// All places in the widest FFN where it can be cut; none where the model has no FFN, or one that is too narrow.
+    fn cuts(&self) -> Vec<String> {
+        let (block, width) = widest_of(&self.config).unwrap_or_default();
+        (stages::SUM_CUT..width)
+            .step_by(stages::SUM_CUT)
+            .map(|column| format!("\"{block}:{column}\""))
+            .collect()
+    }
+
+    /// That the widest FFN has the same bits where each of its panels is another stage's, of which there may be as many as blocks.
+    #[track_caller]
+    fn keeps_its_bits_cut_everywhere(&self) {
+        for cuts in self.cuts().chunks(self.config.blocks.len() - 1) {
+            let found = self.scores(&vec![1; cuts.len() + 1], cuts);
+            assert!(found == self.unsplit, "{} cut at all of {cuts:?}", self.model);
         }
     }
 }
 
-/// Both at once: two stages share the widest FFN by its columns, and each shares its part among two ranks.
+/// KV heads are shared out unevenly where their number is none of the ranks', and there are fewer of them than ranks.
 #[test]
-fn every_model_agrees_with_the_reference_where_its_widest_ffn_is_cut_between_stages_of_two_ranks() {
+fn every_model_agrees_with_the_reference_on_stages_of_one_to_four_devices() {
+    for model in MODELS {
+        let expected = Expected::of(model, 3);
+        for num_ranks in 1..=4 {
+            expected.agrees(&[num_ranks], &[]);
+        }
+        if expected.config.blocks.len() > 1 {
+            expected.agrees(&[2, 3], &["1".to_owned()]);
+        }
+    }
+}
+
+/// Between stages of any two numbers of ranks.
+#[test]
+fn every_model_agrees_with_the_reference_wherever_its_widest_ffn_is_cut() {
     let mut num_cut = 0;
     for model in MODELS {
-        let config = stages::ModelConfig::read(&fixture(model)).unwrap();
-        let Some((block, width)) = widest_of(&config).filter(|(_, width)| *width > stages::SUM_CUT) else {
-            continue;
-        };
-        let column = (width / 2).next_multiple_of(stages::SUM_CUT);
-        let (place, end) = (format!("{block}:{column}"), config.blocks.len());
-        let [devices, widths, split] = sets(&[2, 2]);
-        let stages = format!("pipeline.stages=[[0, \"{place}\"], [\"{place}\", {end}]]");
-        let reference = read_json(&fixture(model).join("reference.json"));
-        let difference =
-            largest_difference(model, &reference, &[&devices, &widths, &split, &stages, "model.dtype=f32"]);
-        assert!(difference <= F32_BOUND, "{model} cut at {place} of {width}: off by {difference:.2e}");
-        num_cut += 1;
+        let expected = Expected::of(model, 2);
+        let cuts = expected.cuts();
+        expected.keeps_its_bits_cut_everywhere();
+        for (index, cut) in cuts.iter().enumerate() {
+            let widths = [1 + index % 4, 1 + (1 + index + index / 4) % 4];
+            expected.agrees(&widths, std::slice::from_ref(cut));
+        }
+        num_cut += usize::from(!cuts.is_empty());
     }
     assert!(num_cut > MODELS.len() / 2, "{num_cut} of {} models have an FFN to cut", MODELS.len());
 }
 
-/// As the two above, for all blocks of Ultra: two KV heads shared by up to four ranks, and its widest FFN cut.
+/// As the two above, for all blocks of Ultra: two KV heads shared by up to four ranks, and its widest FFN cut everywhere, and
+/// between stages of one to four ranks.
 #[test]
 fn a_scaled_down_ultra_agrees_with_the_reference_shared_cut_and_both() {
-    const ULTRA: &str = "scaled-ultra";
-    let reference = read_json(&fixture(ULTRA).join("reference.json"));
-    let (block, width) = widest(ULTRA);
-    let cut = format!("{block}:{}", (width / 3).next_multiple_of(stages::SUM_CUT));
-    let end = stages::ModelConfig::read(&fixture(ULTRA)).unwrap().blocks.len();
-    let cut = format!("pipeline.stages=[[0, \"{cut}\"], [\"{cut}\", {end}]]");
-    let whole = format!("pipeline.stages=[[0, {end}]]");
-    let layouts = [
-        (&[1][..], &whole),
-        (&[2], &whole),
-        (&[3], &whole),
-        (&[4], &whole),
-        (&[1, 1], &cut),
-        (&[2, 3], &cut),
-    ];
-    for (widths, stages) in layouts {
-        let [devices, widths_set, split] = sets(widths);
-        let sets = [&devices, &widths_set, &split, stages, "model.dtype=f32"];
-        let difference = largest_difference(ULTRA, &reference, &sets);
-        assert!(difference <= F32_BOUND, "{widths:?}, {stages}: off by {difference:.2e}");
+    let expected = Expected::of("scaled-ultra", 2);
+    for num_ranks in 2..=4 {
+        expected.agrees(&[num_ranks], &[]);
     }
+    expected.keeps_its_bits_cut_everywhere();
+    let some: Vec<String> = expected.cuts().into_iter().skip(10).step_by(40).collect();
+    let widths: Vec<usize> = (0..=some.len()).map(|stage| 1 + stage % 4).collect();
+    assert!(widths.contains(&4), "{some:?}");
+    expected.agrees(&widths, &some);
 }
 
 /// The block of a model whose FFN is widest, and its width.

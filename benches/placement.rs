@@ -325,6 +325,7 @@ fn options() -> Options {
         micro_batch_tokens: MICRO_BATCH_TOKENS,
         max_sequences: ROWS,
         num_pages: num_pages(),
+        num_lanes: 1,
         page_tokens: PAGE_TOKENS,
         context_tokens: CONTEXT,
         efficient_tokens: 8,

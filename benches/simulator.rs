@@ -53,6 +53,7 @@ fn play(requests: u64) -> (Simulated, Duration) {
         micro_batch_tokens: 1024,
         max_sequences: ROWS * in_flight,
         num_pages: ROWS * in_flight * 8,
+        num_lanes: 1,
         page_tokens: 64,
         context_tokens: (PROMPT_TOKENS + MAX_TOKENS) as usize,
         efficient_tokens: 16,

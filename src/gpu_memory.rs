@@ -11,7 +11,7 @@ use configs::{KvCacheTokens, Pipeline, StagesRunIn};
 use scheduler::Span;
 use stages::{Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, Sharing, StepSize};
 
-use crate::layout::StageLayout;
+use crate::layout::{self, StageLayout};
 use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
 use crate::{gpus, text};
 
@@ -70,7 +70,8 @@ impl Question {
         })
     }
 
-    /// Pages of each replica.
+    /// Pages of each replica: a multiple of the stages' lanes, each of which has room for the longest sequence where the job does
+    /// not say how many there are.
     ///
     /// # Errors
     /// A GPU that its stages do not fit.
@@ -90,7 +91,11 @@ impl Question {
             }
             GpuLoad { index, free_bytes, parts, memory }
         };
-        num_pages(&self.free_bytes.iter().map(load).collect::<Vec<_>>(), self.wanted)
+        num_pages(
+            &self.free_bytes.iter().map(load).collect::<Vec<_>>(),
+            self.wanted,
+            layout::num_lanes(stages),
+        )
     }
 
     /// Of each GPU that the job names, once each and in that order, the bytes that weights, keys and values may have: all that
@@ -158,17 +163,17 @@ struct WantedTokens {
     sequences: usize,
 }
 
-/// Pages that every GPU has room for, no more than are of use.
+/// Pages that every GPU has room for, as many in each lane and no more than are of use.
 ///
 /// # Errors
 /// A GPU that its stages, or the pages that must be there, do not fit.
-fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens) -> Result<usize> {
+fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result<usize> {
     for gpu in gpus {
         gpu.check_weights()?;
     }
     let WantedTokens { kv_cache_tokens, context_tokens, sequences } = wanted;
     if let KvCacheTokens::Tokens(tokens) = kv_cache_tokens {
-        let pages = tokens.div_ceil(PAGE_TOKENS);
+        let pages = tokens.div_ceil(PAGE_TOKENS).next_multiple_of(num_lanes);
         if let Some(gpu) = gpus.iter().find(|gpu| gpu.pages() < pages) {
             bail!(
                 "[pipeline] kv_cache_tokens: {tokens} take {} on cuda:{}, and {} of its memory are free beside {}",
@@ -180,19 +185,23 @@ fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens) -> Result<usize> {
         }
         return Ok(pages);
     }
-    let least = context_tokens.div_ceil(PAGE_TOKENS);
-    let most = least.saturating_mul(sequences).min(MAX_KV_TOKENS / PAGE_TOKENS);
+    let of_sequence = context_tokens.div_ceil(PAGE_TOKENS);
+    let whole_lanes = |pages: usize| pages - pages % num_lanes;
+    let most = whole_lanes(MAX_KV_TOKENS / PAGE_TOKENS);
+    let most = of_sequence.saturating_mul(sequences.next_multiple_of(num_lanes)).min(most);
+    let least = of_sequence * num_lanes;
     let Some(fullest) = gpus.iter().min_by_key(|gpu| gpu.pages()) else { return Ok(most) };
-    let pages = fullest.pages();
+    let pages = whole_lanes(fullest.pages());
     if pages < least {
         bail!(
-            "a context of {context_tokens} tokens takes {} of KV cache on cuda:{}, and {} of its memory are free beside {}\n\
+            "a context of {context_tokens} tokens{} takes {} of KV cache on cuda:{}, and {} of its memory are free beside {}\n\
              hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
+            if num_lanes == 1 { String::new() } else { format!(" for each of {num_lanes} ranks") },
             text::bytes(least as u64 * fullest.memory.page_bytes),
             fullest.index,
             text::bytes(fullest.left()),
             fullest.spans(),
-            pages * PAGE_TOKENS
+            pages / num_lanes * PAGE_TOKENS
         );
     }
     Ok(most.min(pages))
@@ -258,7 +267,7 @@ mod tests {
     }
 
     fn pages(gpus: &[GpuLoad], kv_cache_tokens: KvCacheTokens) -> std::result::Result<usize, String> {
-        num_pages(gpus, wanted(kv_cache_tokens)).map_err(|error| error.to_string())
+        num_pages(gpus, wanted(kv_cache_tokens), 1).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -269,6 +278,24 @@ mod tests {
         assert_eq!(pages(&[gpu(0, left(50 * GB))], KvCacheTokens::Auto), Ok(1600));
         assert_eq!(pages(&[gpu(0, left(50 * GB)), gpu(1, left(GB))], KvCacheTokens::Auto), Ok(1000));
         assert_eq!(pages(&[gpu(0, left(GB))], KvCacheTokens::Tokens(128 * 64 - 1)), Ok(128));
+    }
+
+    #[test]
+    fn each_lane_has_room_for_the_longest_row() {
+        let in_lanes = |pages: u64, tokens, num_lanes| {
+            let gpus = [gpu(0, 100 * GB + RESERVED_BYTES + pages * 1_000_000)];
+            num_pages(&gpus, wanted(tokens), num_lanes).map_err(|error| error.to_string())
+        };
+        assert_eq!(in_lanes(50, KvCacheTokens::Auto, 3), Ok(48));
+        // Sequences of 16 pages each, of which one lane has no more than another.
+        assert_eq!(in_lanes(5000, KvCacheTokens::Auto, 3), Ok(16 * 102));
+        assert_eq!(in_lanes(5000, KvCacheTokens::Tokens(640), 3), Ok(12));
+        let error = in_lanes(47, KvCacheTokens::Auto, 3).unwrap_err();
+        assert_eq!(
+            error,
+            "a context of 1000 tokens for each of 3 ranks takes 48.0 MB of KV cache on cuda:0, and 47.0 MB of its memory are \
+             free beside blocks [0, 14)\nhint: set [model] max_context_tokens to at most 960, or [pipeline] kv_cache_tokens"
+        );
     }
 
     #[test]

@@ -132,6 +132,20 @@ pub(crate) fn stages(parts: Vec<Part>, widths: Option<&[usize]>) -> Vec<StageLay
         .collect()
 }
 
+/// Lanes of KV pages: a multiple of the ranks of each stage whose ranks share out sequences.
+pub(crate) fn num_lanes(stages: &[StageLayout]) -> usize {
+    let shares_out = |stage: &&StageLayout| stage.sharing.has_sequences();
+    stages.iter().filter(shares_out).map(|stage| stage.devices.len()).fold(1, least_common_multiple)
+}
+
+pub(crate) fn least_common_multiple(one: usize, other: usize) -> usize {
+    let (mut divisor, mut rest) = (one, other);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    one / divisor * other
+}
+
 /// The devices of a replica's stage, as the job calls them.
 pub(crate) fn device_names(pipeline: &Pipeline, replica: usize, stage: &StageLayout) -> String {
     let devices = &pipeline.devices[replica * pipeline.devices_per_replica()..];
@@ -210,6 +224,18 @@ mod tests {
             Place { block: 2, column: 512 }..Place::from(5),
         ];
         assert_eq!(places.iter().map(part).collect::<Vec<_>>(), parts());
+    }
+
+    #[test]
+    fn pages_are_in_lanes_for_all_ranks_that_share_out_sequences() {
+        use stages::{AttentionSharing, BlockSharing};
+        let by_sequences = BlockSharing { attention: AttentionSharing::Sequences, ..Default::default() };
+        let mut stages = stages(parts().to_vec(), Some(&[4, 6, 5]));
+        assert_eq!(num_lanes(&stages), 1);
+        for (stage, lanes) in [(0, 4), (1, 12)] {
+            stages[stage].sharing = Sharing::uniform([stages[stage].part.blocks.start], by_sequences);
+            assert_eq!(num_lanes(&stages), lanes);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use configs::KvCacheTokens;
 use jobs::NumericProfile;
 use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
+use crate::kv_pages::KvPages;
 use crate::layout::{self, StageLayout};
 
 use crate::{efficient, gpu_memory, gpus, text};
@@ -47,8 +48,8 @@ pub(crate) struct Unplaced {
     limits: Limits,
     /// Whether a lone GPU is to be given steps before the tokens of the last one have come back.
     token_feedback: bool,
-    /// Of GPUs it depends on the stages how many pages there are.
-    pub(crate) gpus: Option<gpu_memory::Question>,
+    /// It depends on the stages how many pages there are.
+    pub(crate) pages: KvPages,
 }
 
 impl Unplaced {
@@ -67,10 +68,10 @@ impl Unplaced {
             mut scheduler,
             limits,
             token_feedback,
-            gpus,
+            pages,
         } = self;
-        if let Some(gpus) = gpus {
-            scheduler.num_pages = gpus.num_pages(stages)?;
+        (scheduler.num_pages, scheduler.num_lanes) = (pages.num_pages(stages)?, layout::num_lanes(stages));
+        if pages.gpus().is_some() {
             // A CPU has computed its step when it has given it back: there is nothing to go ahead of.
             let is_lone = matches!(stages, [stage] if stage.devices.len() == 1);
             scheduler.feeds_back = token_feedback && is_lone && run_in == StageHome::Threads;
@@ -113,27 +114,27 @@ pub(crate) fn pipeline(
     let context_tokens = context_tokens(model, config)?;
     let replicas = pipeline.replicas;
     let max_sequences = sequences_per_replica(pipeline);
-    let gpus = match gpus::are_meant(pipeline)? {
-        true => Some(gpu_memory::Question::of(pipeline, config, dtypes, context_tokens)?),
-        false => None,
-    };
-    let first_gpu = gpus.is_some().then(|| gpus::catalog_name(pipeline.devices[0].index)).transpose()?;
-    let num_pages = match &gpus {
-        Some(_) => 0, // Until the stages are placed.
-        None => {
+    let (pages, first_gpu) = match gpus::are_meant(pipeline)? {
+        true => {
+            let gpus = gpu_memory::Question::of(pipeline, config, dtypes, context_tokens)?;
+            (KvPages::Gpus(Box::new(gpus)), Some(gpus::catalog_name(pipeline.devices[0].index)?))
+        }
+        false => {
             let memory = Memory::of(config, dtypes, machine.free_bytes, replicas);
-            memory.num_pages(pipeline, context_tokens)?
+            let num_pages = memory.num_pages(pipeline, context_tokens)?;
+            (KvPages::of_cpus(pipeline, num_pages, context_tokens), None)
         }
     };
     let scheduler = scheduler::Options {
         num_stages: pipeline.devices_per_replica(),
         micro_batch_tokens: pipeline.micro_batch_tokens,
         max_sequences,
-        num_pages,
+        num_pages: 0, // Until the stages are placed.
+        num_lanes: 1, // As that.
         page_tokens: PAGE_TOKENS,
         context_tokens,
         efficient_tokens: efficient::tokens_of_first(first_gpu.as_deref(), dtypes.weights.into()),
-        num_memories: 1, // Until the stages are placed.
+        num_memories: 1, // As that.
         feeds_back: false,
     };
     let limits = Limits {
@@ -159,7 +160,7 @@ pub(crate) fn pipeline(
         scheduler,
         limits,
         token_feedback,
-        gpus,
+        pages,
     })
 }
 

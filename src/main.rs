@@ -14,6 +14,7 @@ mod gpus;
 mod hindsight;
 mod inspect;
 mod interrupt;
+mod kv_pages;
 mod layout;
 mod live_trace;
 mod lower;

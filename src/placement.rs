@@ -21,9 +21,10 @@ use stages::{Model, Part};
 
 use crate::first_run::{self, Kept};
 use crate::hindsight::{Hindsight, StageWork};
+use crate::kv_pages::KvPages;
 use crate::layout::{self, StageLayout};
 use crate::plan::setting::Setting;
-use crate::{gpu_memory, gpus, lower, profile, say};
+use crate::{gpus, lower, profile, say};
 use question::Question;
 
 /// A job's stages.
@@ -43,8 +44,7 @@ pub(crate) struct Placement {
     setting: Setting,
     /// For each stage of each replica, the place of its (first) device among the setting's.
     seats: Vec<Vec<usize>>,
-    /// Where the devices are GPUs.
-    gpus: Option<gpu_memory::Question>,
+    pages: KvPages,
 }
 
 /// Where costs come from.
@@ -112,16 +112,11 @@ pub(crate) fn check(job: &JobFile, model: &Model) -> Result<()> {
     layout::given(&job.pipeline, weights, &model.config).map(drop)
 }
 
-/// Places a job's stages; `gpus` is what is known of its GPUs' memory, where its devices are such.
+/// Places a job's stages; `pages` is what is known of its devices' memory.
 ///
 /// # Errors
 /// Stages or devices that are wrong, more stages than blocks.
-pub(crate) fn place(
-    job: &JobFile,
-    model: &Model,
-    occasion: &Occasion,
-    gpus: Option<gpu_memory::Question>,
-) -> Result<Placement> {
+pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: KvPages) -> Result<Placement> {
     let pipeline = &job.pipeline;
     let weights = lower::weights(job.model.dtype);
     let given = layout::given(pipeline, weights, &model.config)?;
@@ -131,7 +126,7 @@ pub(crate) fn place(
     let is_decided =
         given.is_some() || matches!(kept, Kept::Stages(_)) || pipeline.devices_per_replica() == 1;
     let profile = stored(job, model, &options, !is_decided && occasion.has_rows);
-    let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows, gpus)?;
+    let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows, pages)?;
     let widths = layout::widths(pipeline);
     let mut lines = vec![];
     let mut stages = match (given, kept) {
@@ -165,8 +160,8 @@ pub(crate) fn place(
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();
-    let (setting, gpus) = (question.setting, question.gpus);
-    Ok(Placement { load, stages, replicas, source, seconds, lines, setting, seats, gpus })
+    let (setting, pages) = (question.setting, question.pages);
+    Ok(Placement { load, stages, replicas, source, seconds, lines, setting, seats, pages })
 }
 
 impl Placement {
@@ -205,7 +200,7 @@ impl Placement {
     /// Whether its GPUs have room for stages of these blocks.
     fn fits(&self, spans: &[Span]) -> bool {
         let stages = layout::stages(spans.iter().map(|span| (*span).into()).collect(), None);
-        self.gpus.as_ref().is_none_or(|gpus| gpus.num_pages(&stages).is_ok())
+        self.pages.fit(&stages)
     }
 }
 

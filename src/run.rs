@@ -19,12 +19,13 @@ use crate::cli::{ProgressKind, RunArgs};
 use crate::ended::{Ended, Running};
 use crate::first_run;
 use crate::interrupt::{self, Interrupt};
+use crate::kv_pages::KvPages;
 use crate::layout::{StageLayout, device_names, of_replica};
 use crate::live_trace::{LiveTrace, Prepared, TracedStage};
 use crate::lower;
 use crate::placement::{self, Occasion, Placement};
 use crate::progress::{self, Display, Watched};
-use crate::{gpu_memory, machine, profile, replace, say};
+use crate::{machine, profile, replace, say};
 
 /// Runs a job.
 ///
@@ -95,7 +96,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         accept_numerics: how.accept_numerics,
     };
     let placement = tokio::select! {
-        placement = place(job, &model, occasion, unplaced.gpus.clone()) => placement?,
+        placement = place(job, &model, occasion, unplaced.pages.clone()) => placement?,
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
@@ -164,14 +165,9 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
 }
 
 /// Places a job's stages, on a thread of its own: a profile may have to be measured.
-async fn place(
-    job: &JobFile,
-    model: &Model,
-    occasion: Occasion,
-    gpus: Option<gpu_memory::Question>,
-) -> Result<Placement> {
+async fn place(job: &JobFile, model: &Model, occasion: Occasion, pages: KvPages) -> Result<Placement> {
     let (job, model) = (job.clone(), model.clone());
-    let place = move || placement::place(&job, &model, &occasion, gpus);
+    let place = move || placement::place(&job, &model, &occasion, pages);
     tokio::task::spawn_blocking(place).await.context("place the stages")?
 }
 

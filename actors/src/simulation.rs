@@ -135,6 +135,7 @@ impl Job {
             micro_batch_tokens: 1 + random.below(24),
             max_sequences: 1 + random.below(6),
             num_pages: CONTEXT.div_ceil(page_tokens) * (1 + random.below(3)),
+            num_lanes: 1,
             page_tokens,
             context_tokens: CONTEXT,
             efficient_tokens: 1,

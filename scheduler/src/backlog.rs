@@ -13,31 +13,47 @@ use crate::running::Seat;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Need {
     pub(crate) tokens: usize,
-    pub(crate) pages: usize,
+    pub(crate) pages: Pages,
+}
+
+/// Pages of one lane.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Pages {
+    pub(crate) lane: usize,
+    pub(crate) count: usize,
 }
 
 #[derive(Debug, Default)]
 pub(crate) struct Backlog {
     seats: BTreeMap<SequenceId, Seat>,
-    need: Need,
+    tokens: usize,
+    /// Of each lane that was ever asked for.
+    pages: Vec<usize>,
 }
 
 impl Backlog {
-    /// What all its sequences need together.
-    pub(crate) fn need(&self) -> Need {
-        self.need
+    /// Tokens that all its sequences have to issue together.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Pages of a lane that they need together.
+    pub(crate) fn pages_in(&self, lane: usize) -> usize {
+        self.pages.get(lane).copied().unwrap_or(0)
     }
 
     pub(crate) fn enter(&mut self, id: SequenceId, seat: Seat, need: Need) {
         self.seats.insert(id, seat);
-        self.need.tokens += need.tokens;
-        self.need.pages += need.pages;
+        self.tokens += need.tokens;
+        let Pages { lane, count } = need.pages;
+        self.pages.resize(self.pages.len().max(lane + 1), 0);
+        self.pages[lane] += count;
     }
 
     /// Part of a sequence's need is met.
     pub(crate) fn meet(&mut self, need: Need) {
-        self.need.tokens -= need.tokens;
-        self.need.pages -= need.pages;
+        self.tokens -= need.tokens;
+        self.pages[need.pages.lane] -= need.pages.count;
     }
 
     /// A sequence goes, with whatever it still needs.

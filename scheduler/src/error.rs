@@ -15,12 +15,14 @@ pub enum Error {
         /// The context.
         context_tokens: usize,
     },
-    /// Even with every page to itself the sequence could not finish.
-    #[error("sequence needs {needed_tokens} tokens of KV cache, the whole cache holds {available_tokens}")]
+    /// Even with every page of a lane to itself the sequence could not finish.
+    #[error(
+        "sequence needs {needed_tokens} tokens of KV cache, the cache has {available_tokens} for one sequence"
+    )]
     ExceedsPagePool {
         /// Positions the sequence may come to hold; see [`Request::max_positions`](crate::Request::max_positions).
         needed_tokens: usize,
-        /// Positions in all pages together.
+        /// Positions in all pages that one sequence may have.
         available_tokens: usize,
     },
     /// Every stage needs a block.

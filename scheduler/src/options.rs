@@ -12,8 +12,11 @@ pub struct Options {
     pub micro_batch_tokens: usize,
     /// Most sequences running at once in the whole pipeline.
     pub max_sequences: usize,
-    /// KV pages in each stage.
+    /// KV pages in each stage: a multiple of `num_lanes`.
     pub num_pages: usize,
+    /// Page `p` is of lane `p % num_lanes`, and all pages of a sequence are of one lane: where ranks of a stage share out sequences
+    /// it says which rank has it. 1 where none do.
+    pub num_lanes: usize,
     /// Positions in one page.
     pub page_tokens: usize,
     /// Most tokens of one sequence, prompt and completion together.
@@ -51,10 +54,15 @@ impl Options {
         self.num_pages * self.page_tokens
     }
 
+    /// Positions that one sequence may hold: those of a lane.
+    pub const fn lane_tokens(&self) -> usize {
+        self.num_pages / self.num_lanes * self.page_tokens
+    }
+
     /// Why `request` can never be served, if so.
     pub fn check(&self, request: &Request) -> Result<(), Error> {
         let context_tokens = self.context_tokens;
-        let available_tokens = self.cache_tokens();
+        let available_tokens = self.lane_tokens();
         if request.prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }
@@ -80,6 +88,7 @@ impl Options {
             self.micro_batch_tokens,
             self.max_sequences,
             self.num_pages,
+            self.num_lanes,
             self.page_tokens,
             self.context_tokens,
             self.efficient_tokens,
@@ -88,6 +97,8 @@ impl Options {
         assert!(counts.iter().all(|&count| count > 0), "every option must be positive: {self:?}");
         let Options { num_memories, num_stages, .. } = *self;
         assert!(num_memories <= num_stages, "{num_memories} memories of {num_stages} stages");
+        let Options { num_pages, num_lanes, .. } = *self;
+        assert!(num_pages.is_multiple_of(num_lanes), "{num_pages} pages in {num_lanes} lanes");
         // Page indices and positions travel as u32.
         assert!(u32::try_from(self.num_pages).is_ok(), "{} pages exceed a page index", self.num_pages);
         assert!(

@@ -19,11 +19,18 @@ pub(crate) struct Running {
     seats: Vec<Option<Sequence>>,
     vacant: Vec<Seat>,
     by_age: BTreeMap<SequenceId, Seat>,
+    /// How many there are of each lane that ever had one.
+    by_lane: Vec<usize>,
 }
 
 impl Running {
     pub(crate) fn len(&self) -> usize {
         self.by_age.len()
+    }
+
+    /// Those of a lane.
+    pub(crate) fn len_in(&self, lane: usize) -> usize {
+        self.by_lane.get(lane).copied().unwrap_or(0)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -36,6 +43,8 @@ impl Running {
             Seat(self.seats.len() - 1)
         });
         self.by_age.insert(sequence.id, seat);
+        self.by_lane.resize(self.by_lane.len().max(sequence.lane + 1), 0);
+        self.by_lane[sequence.lane] += 1;
         self.seats[seat.0] = Some(sequence);
         seat
     }
@@ -43,6 +52,7 @@ impl Running {
     pub(crate) fn leave(&mut self, seat: Seat) -> Sequence {
         let sequence = self.seats[seat.0].take().expect("a sequence leaves the seat it sits in");
         self.by_age.remove(&sequence.id);
+        self.by_lane[sequence.lane] -= 1;
         self.vacant.push(seat);
         sequence
     }
@@ -76,6 +86,10 @@ impl Running {
             self.vacant
         );
         assert!(self.by_age.iter().all(|(&id, &seat)| self[seat].id == id), "a sequence is not in its seat");
+        for (lane, counted) in self.by_lane.iter().enumerate() {
+            let num_running = self.oldest_first().filter(|sequence| sequence.lane == lane).count();
+            assert_eq!(*counted, num_running, "sequences counted in lane {lane} and running");
+        }
     }
 }
 

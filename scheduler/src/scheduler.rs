@@ -5,12 +5,12 @@
 //! events in the same order give the same decisions. What it must never break, and
 //! [`Scheduler::check_integrity`] asserts:
 //!
-//! - every page is free or has one owner, and a sequence holds just the pages its issued positions fill;
+//! - every page is free or has one owner, and a sequence holds just the pages its issued positions fill, all of one lane;
 //! - a sequence is waiting, running or gone, and a running one stands in at most one queue;
 //! - micro-batches complete in the order of issue, since every stage takes them in turn.
 //!
 //! Everything that is submitted ends. Only a sequence older than another takes its pages away, so
-//! the oldest one keeps its own; and once nothing is in flight all pages but its own are within
+//! the oldest one of a lane keeps its own; and once nothing is in flight all other pages of its lane are within
 //! its reach, which `check` made sure are enough.
 
 mod compose;
@@ -22,9 +22,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::mem;
 use std::sync::Arc;
 
-use crate::backlog::{Backlog, Need};
+use crate::backlog::{Backlog, Need, Pages};
 use crate::error::Error;
-use crate::micro_batch::{Failure, MicroBatchId, MicroBatchOutput, SliceOutput};
+use crate::micro_batch::{Failure, MicroBatchId, MicroBatchOutput, PageIdx, SliceOutput};
 use crate::options::Options;
 use crate::pages::PagePool;
 use crate::request::{Completion, FinishReason, Generated, Request, SequenceId, TokenId};
@@ -47,6 +47,7 @@ use crate::trials::Trials;
 ///     micro_batch_tokens: 2,
 ///     max_sequences: 8,
 ///     num_pages: 4,
+///     num_lanes: 1,
 ///     page_tokens: 16,
 ///     context_tokens: 64,
 ///     efficient_tokens: 1,
@@ -143,7 +144,7 @@ impl Scheduler {
     pub fn new(options: Options) -> Self {
         options.assert_sane();
         Self {
-            pages: PagePool::new(options.num_pages),
+            pages: PagePool::new(options.num_pages, options.num_lanes),
             options,
             waiting: BTreeMap::new(),
             running: Running::default(),
@@ -412,13 +413,13 @@ impl Scheduler {
 
     /// What a sequence in prefill has still to issue.
     fn need(&self, sequence: &Sequence) -> Need {
-        let pages = self.options.pages_for(sequence.end()) - sequence.pages.len();
-        Need { tokens: sequence.num_left(), pages }
+        let count = self.options.pages_for(sequence.end()) - sequence.pages.len();
+        Need { tokens: sequence.num_left(), pages: Pages { lane: sequence.lane, count } }
     }
 
     /// Asserts every invariant of the module's first lines. Its cost grows with all there is: for tests.
     pub fn check_integrity(&self) {
-        let Options { page_tokens, max_sequences, .. } = self.options;
+        let Options { page_tokens, num_lanes, max_sequences, .. } = self.options;
         self.pages
             .check_integrity(self.running.oldest_first().flat_map(|sequence| sequence.pages.iter().copied()));
         self.running.check_integrity();
@@ -436,15 +437,23 @@ impl Scheduler {
         for sequence in self.running.oldest_first() {
             assert_ne!(sequence.phase(), Phase::Waiting, "{:?} runs", sequence.id);
             sequence.check_integrity(slices_in_flight.get(&sequence.id).copied().unwrap_or(0), page_tokens);
+            let is_of_lane = |page_idx: &PageIdx| *page_idx as usize % num_lanes == sequence.lane;
+            assert!(sequence.pages.iter().all(is_of_lane), "{:?} has pages of two lanes", sequence.id);
         }
         self.check_queue(Phase::Ready, self.ready.iter().copied());
         self.check_queue(Phase::Prefilling, self.backlog.seats());
         let needs: Vec<Need> = self.backlog.seats().map(|seat| self.need(&self.running[seat])).collect();
-        let need = Need {
-            tokens: needs.iter().map(|need| need.tokens).sum(),
-            pages: needs.iter().map(|need| need.pages).sum(),
-        };
-        assert_eq!(self.backlog.need(), need, "the backlog's sum and its sequences");
+        let tokens: usize = needs.iter().map(|need| need.tokens).sum();
+        assert_eq!(self.backlog.tokens(), tokens, "the backlog's sum and its sequences");
+        for lane in 0..num_lanes {
+            let of_lane = needs.iter().map(|need| need.pages).filter(|pages| pages.lane == lane);
+            let count: usize = of_lane.map(|pages| pages.count).sum();
+            assert_eq!(
+                self.backlog.pages_in(lane),
+                count,
+                "the backlog's sum of lane {lane} and its sequences"
+            );
+        }
         let num_tokens: usize = parts().map(|part| part.asked.num_tokens).sum();
         assert_eq!(self.tokens_in_flight, num_tokens, "tokens counted and tokens in flight");
         let num_decodes = parts().filter(|part| part.is_decode).count();

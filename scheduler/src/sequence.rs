@@ -63,6 +63,8 @@ pub(crate) struct Sequence {
     /// Slices in flight that sample, and the newest of them.
     num_drawing: usize,
     drawn_by: Option<FedBack>,
+    /// Of which lane its pages are, since it was admitted last.
+    pub(crate) lane: usize,
     /// Slices in flight share them.
     pub(crate) pages: Arc<Vec<PageIdx>>,
     generated: Generated,
@@ -84,6 +86,7 @@ impl Sequence {
             num_issued: 0,
             num_lost: 0,
             slices_in_flight: 0,
+            lane: 0,
             pages: Arc::default(),
             generated: so_far,
             counts: None,
@@ -131,9 +134,10 @@ impl Sequence {
     }
 
     // ## Waiting => Prefilling
-    pub(crate) fn admit(&mut self) {
+    pub(crate) fn admit(&mut self, lane: usize) {
         assert_eq!(self.phase, Phase::Waiting, "{:?} is admitted twice", self.id);
         self.phase = Phase::Prefilling;
+        self.lane = lane;
     }
 
     // ## (Prefilling | Ready | Stepping) => Waiting

@@ -72,6 +72,7 @@ mod tests {
             micro_batch_tokens: 512,
             max_sequences: 256,
             num_pages: 1024,
+            num_lanes: 1,
             page_tokens: 16,
             context_tokens: 2048,
             efficient_tokens: 16,

@@ -15,6 +15,7 @@ use stages::{Model, PAGE_TOKENS, Part, Sharing};
 
 use super::{Kept, Source, neighbours};
 use crate::cli::LengthsArg;
+use crate::kv_pages::KvPages;
 use crate::layout::{self, StageLayout, part_of, ranges};
 use crate::plan::answer::{self, ends_block};
 use crate::plan::own::OwnDevices;
@@ -80,8 +81,7 @@ pub(super) struct Question {
     context_tokens: u64,
     /// As many tokens as a replica is to have room for, where the job says.
     kv_tokens: Option<u64>,
-    /// Where devices are GPUs.
-    pub(super) gpus: Option<gpu_memory::Question>,
+    pub(super) pages: KvPages,
 }
 
 /// What a layout is sought for.
@@ -104,7 +104,7 @@ impl Question {
         options: &MeasureOptions,
         profile: Option<&Profile>,
         has_rows: bool,
-        gpus: Option<gpu_memory::Question>,
+        pages: KvPages,
     ) -> Result<Self> {
         let own = OwnDevices::of(&job.pipeline, &machine::detect())?;
         let types = number_types(options);
@@ -155,7 +155,17 @@ impl Question {
             KvCacheTokens::Tokens(tokens) => Some(tokens as u64),
             KvCacheTokens::Auto => None,
         };
-        Ok(Question { setting, first, own, replicas, pieces, max_sequences, context_tokens, kv_tokens, gpus })
+        Ok(Question {
+            setting,
+            first,
+            own,
+            replicas,
+            pieces,
+            max_sequences,
+            context_tokens,
+            kv_tokens,
+            pages,
+        })
     }
 
     /// Rows of a micro-batch in the middle of the job, of so many sequences on so many stages.
@@ -165,7 +175,7 @@ impl Question {
 
     /// Sequences in flight in a replica: as many as the job allows, and as its GPUs have room for.
     fn sequences(&self, stages: &[StageLayout]) -> u64 {
-        let pages = self.gpus.as_ref().and_then(|gpus| gpus.num_pages(stages).ok());
+        let pages = self.pages.gpus().and_then(|gpus| gpus.num_pages(stages).ok());
         let room = pages.map_or(u64::MAX, |pages| self.sequences_of((pages * PAGE_TOKENS) as u64));
         self.max_sequences.min(room)
     }
@@ -216,7 +226,7 @@ impl Question {
         let endless = self.plan_for(widths, kept, endless)?.with_context(|| {
             format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
         })?;
-        match &self.gpus {
+        match self.pages.gpus() {
             // Where nothing fits, its numbers are told when it is refused.
             Some(gpus) => Ok(self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless)),
             None => Ok(endless),
@@ -232,7 +242,7 @@ impl Question {
         kept: &Kept,
         endless: &[StageLayout],
     ) -> Option<Vec<StageLayout>> {
-        let fits = |stages: &Vec<StageLayout>| self.fit(stages);
+        let fits = |stages: &Vec<StageLayout>| self.pages.fit(stages);
         let mut best = Some(endless.to_vec()).filter(fits);
         if best.as_ref().is_some_and(|stages| self.sequences(stages) == self.max_sequences) {
             return best;
@@ -309,11 +319,6 @@ impl Question {
         self.own.seats.iter().enumerate().all(|(entry, seat)| entry == *seat)
     }
 
-    /// Whether GPUs have room for such stages.
-    fn fit(&self, stages: &[StageLayout]) -> bool {
-        self.gpus.as_ref().is_none_or(|gpus| gpus.num_pages(stages).is_ok())
-    }
-
     /// The best cut with one stage for each device, of whole blocks or where that is faster with FFNs that are cut. Whoever
     /// names a device several times has whole blocks.
     fn one_each(&self, wish: Wish<'_>) -> Result<Option<Vec<StageLayout>>> {
@@ -321,7 +326,7 @@ impl Question {
         let num_stages = seats.len();
         let rows = self.rows(wish.sequences, num_stages);
         let mut case = self.with_rooms(&self.setting, wish).case(&self.pieces, &[1], Balance::Roofline, rows);
-        if let (Some(gpus), Some(_)) = (&self.gpus, wish.rooms) {
+        if let (Some(gpus), Some(_)) = (self.pages.gpus(), wish.rooms) {
             let bytes = gpus.block_bytes();
             for (_, costs) in case.costs.iter_mut().flatten() {
                 *costs = costs.clone().with_bytes(&bytes);
@@ -333,7 +338,7 @@ impl Question {
         let may_cut = self.may_cut() && self.is_once() && num_stages > 1;
         let cut = if may_cut { self.least_bottleneck(&[1], None, true, num_stages, wish) } else { None };
         // The plan's own bytes are short of what caches are rounded up to.
-        let cut = cut.filter(|cut| wish.rooms.is_none() || self.fit(cut));
+        let cut = cut.filter(|cut| wish.rooms.is_none() || self.pages.fit(cut));
         let is_faster = |cut: &Vec<StageLayout>| {
             whole.as_ref().is_none_or(|whole| self.slowest(whole) > BETTER_LAYOUT * self.slowest(cut))
         };
@@ -389,18 +394,19 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// How the ranks of a stage share blocks for such a micro-batch: GPUs all that they can, where to leave some to the first would
-    /// leave room for fewer rows.
+    /// How the ranks of a stage share blocks for such a micro-batch: all that they can by heads and by columns, where what is faster
+    /// would leave room for shorter rows, or for fewer.
     pub(super) fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
         let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
         let sharing = self.setting.sharing(&*costs, &pieces, stage.devices.len(), load);
-        let rows = |sharing: &Sharing| {
+        let room = |sharing: &Sharing| {
             let stages = [StageLayout { sharing: sharing.clone(), ..stage.clone() }];
-            self.fit(&stages).then(|| self.sequences(&stages))
+            let longest = (self.pages.row_tokens(&stages) as u64).min(self.context_tokens);
+            self.pages.fit(&stages).then(|| (longest, self.sequences(&stages)))
         };
-        if rows(&sharing) < rows(&Sharing::default()) { Sharing::default() } else { sharing }
+        if room(&sharing) < room(&Sharing::default()) { Sharing::default() } else { sharing }
     }
 
     /// Stages whose ranks share blocks as is fastest.
@@ -468,7 +474,7 @@ impl Question {
 
     /// The setting of all devices; on GPUs with their memory, and as many rows in flight as planned stages have room for.
     fn with_room_beside(&self, planned: &[StageLayout]) -> Setting {
-        let Some(gpus) = &self.gpus else { return self.setting.clone() };
+        let Some(gpus) = self.pages.gpus() else { return self.setting.clone() };
         let sequences = self.replicas as u64 * self.sequences(planned);
         Setting {
             rooms: Some(gpus.rooms()),

@@ -8,6 +8,7 @@ use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
 use stages::{PAGE_TOKENS, Sharing};
 
 use crate::efficient;
+use crate::layout::{self, StageLayout, part_of};
 use crate::lower::window;
 use crate::plan::answer::{self, Layout};
 use crate::plan::setting::{Setting, hop_seconds};
@@ -31,12 +32,13 @@ pub(super) fn options(
     // More pages than all sequences could fill would only take memory here.
     let fillable = max_sequences.saturating_mul(context_tokens.div_ceil(PAGE_TOKENS));
     let room = answer::kv_tokens(layout, &answer::ends_block(pieces)).unwrap_or(u64::MAX);
-    let num_pages = fillable.min((room / PAGE_TOKENS as u64) as usize);
+    let num_lanes = num_lanes(setting, pieces, layout);
+    let lane_pages = fillable.div_ceil(num_lanes).min((room / (PAGE_TOKENS * num_lanes) as u64) as usize);
     let shortest = kinds.iter().map(|kind| kind.prompt_tokens).min().unwrap_or(1);
     let prompt_tokens = shortest as usize;
-    let cache_tokens = num_pages * PAGE_TOKENS;
+    let cache_tokens = lane_pages * PAGE_TOKENS;
     if cache_tokens < prompt_tokens {
-        bail!("the fullest stage has room for {cache_tokens} tokens of KV, a prompt has {prompt_tokens}");
+        bail!("the fullest device has room for {cache_tokens} tokens of KV, a prompt has {prompt_tokens}");
     }
     // The last token of a row is never computed.
     let max_tokens = (context_tokens - prompt_tokens).min(cache_tokens - prompt_tokens + 1);
@@ -45,7 +47,8 @@ pub(super) fn options(
         num_stages,
         micro_batch_tokens: setting.load(rows).tokens().ceil() as usize,
         max_sequences,
-        num_pages,
+        num_pages: lane_pages * num_lanes,
+        num_lanes,
         page_tokens: PAGE_TOKENS,
         context_tokens,
         efficient_tokens: efficient::tokens((first.as_str(), setting.kinds()[0]), setting.types.weights),
@@ -53,6 +56,23 @@ pub(super) fn options(
         feeds_back: false,
     };
     Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
+}
+
+/// Lanes of KV pages, as a run of the layout has them.
+fn num_lanes(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> usize {
+    let load = setting.load(layout.case.rows);
+    let stage = |stage: &PlannedStage| StageLayout {
+        part: part_of(pieces, &stage.pieces),
+        devices: stage.devices.clone(),
+        sharing: sharing(setting, pieces, stage, load),
+    };
+    layout::num_lanes(&layout.stages.iter().map(stage).collect::<Vec<_>>())
+}
+
+/// How the ranks of a stage share blocks: as is fastest for the plan's micro-batch.
+fn sharing(setting: &Setting, pieces: &[PieceShape], stage: &PlannedStage, load: Load) -> Sharing {
+    let costs = setting.cost_model(setting.kinds()[setting.kind_of_each()[stage.devices.start]]);
+    setting.sharing(&*costs, &pieces[stage.pieces.clone()], stage.devices.len(), load)
 }
 
 /// Memories from which the stages read their weights: that of the cores of a machine is one, and each other device has its own.
@@ -86,14 +106,13 @@ fn virtual_stage<'a>(
     stage: &PlannedStage,
     load: Load,
 ) -> VirtualStage<'a> {
+    let sharing = sharing(setting, pieces, stage, load);
     if let Some(measured) = &setting.measured {
-        let sharing = setting.sharing(measured, &pieces[stage.pieces.clone()], stage.devices.len(), load);
         return measured_stage(measured, pieces, stage, sharing);
     }
     let kind = setting.kind_of_each()[stage.devices.start];
     let estimator = setting.estimator(setting.kinds()[kind], Balance::Roofline);
     let ranks = stage.devices.len();
-    let sharing = setting.sharing(&estimator, &pieces[stage.pieces.clone()], ranks, load);
     let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), ranks, &sharing);
     let links = setting.links_after(stage.devices.end - 1);
     // As the planner has it: nothing is charged for tokens on their way back, and twice the bytes for a cut FFN.

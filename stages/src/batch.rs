@@ -13,7 +13,6 @@ pub(crate) struct Batch {
     tokens: Vec<TokenId>,
     fed: Vec<(u32, u32)>,
     positions: Vec<u32>,
-    sequences: Vec<u64>,
     /// Those beyond `num_slices` wait with their memory for a micro-batch of more.
     slices: Vec<AttentionSlice>,
     num_slices: usize,
@@ -33,7 +32,6 @@ impl Batch {
         self.tokens.clear();
         self.fed.clear();
         self.make_room(batch.slices.len());
-        self.sequences.extend(batch.slices.iter().map(|slice| slice.sequence.0));
         for (slice, out) in batch.slices.iter().zip(&mut self.slices) {
             let (first_position, num_rows) = (slice.first_position, slice.tokens.len());
             out.first_row = self.tokens.len();
@@ -57,7 +55,6 @@ impl Batch {
     pub(crate) fn follow(&mut self, step: &RankStep) {
         self.tokens.clear();
         self.make_room(step.slices.len());
-        self.sequences.extend_from_slice(&step.sequences);
         for (slice, out) in step.slices.iter().zip(&mut self.slices) {
             let AttentionSlice { first_row, num_rows, first_position, pages } = slice;
             (out.first_row, out.num_rows, out.first_position) = (*first_row, *num_rows, *first_position);
@@ -69,7 +66,6 @@ impl Batch {
 
     fn make_room(&mut self, num_slices: usize) {
         self.positions.clear();
-        self.sequences.clear();
         self.num_slices = num_slices;
         let empty = || AttentionSlice { first_row: 0, num_rows: 0, first_position: 0, pages: Vec::new() };
         if self.slices.len() < num_slices {
@@ -85,11 +81,6 @@ impl Batch {
     /// Whether each row is a sequence of its own.
     pub(crate) fn is_decode(&self) -> bool {
         self.num_slices > 0 && self.num_slices == self.num_rows()
-    }
-
-    /// Whose each slice is.
-    pub(crate) fn sequences(&self) -> &[u64] {
-        &self.sequences
     }
 
     /// Tokens to embed, a row each.

@@ -1,7 +1,8 @@
 //! What a part of a model takes of a GPU's memory: arithmetic of shapes alone, so that it is known before anything is loaded.
 
 use kernels::{
-    CudaKvCache, CudaMatrix, KvDtype, WeightType, cuda_allocated_bytes, cuda_sum_bytes, cuda_work_bytes,
+    CudaKvCache, CudaMatrix, KvDtype, PAGE_TOKENS, WeightType, cuda_allocated_bytes, cuda_sum_bytes,
+    cuda_work_bytes,
 };
 
 use crate::block::{Attention, Block, Dims, Ffn};
@@ -42,7 +43,8 @@ pub struct GpuMemory {
     pub weight_bytes: u64,
     /// What a step works in.
     pub work_bytes: u64,
-    /// A page of keys and values, in all attention together.
+    /// A page of keys and values, in all attention together; where ranks share out sequences this one's part of that, as of as many
+    /// pages as there are ranks it has one.
     pub page_bytes: u64,
     /// Attention blocks, each with a cache of its own.
     pub num_caches: u64,
@@ -104,6 +106,7 @@ impl GpuMemory {
     ) {
         let matrix = |rows, cols| cuda_allocated_bytes(CudaMatrix::bytes_in(weights, rows, cols));
         let Dims { hidden, heads, head_dim, .. } = dims;
+        let by_sequences = shard == AttentionShard::Sequences;
         self.weight_bytes += match (block.attention, shard) {
             (Attention::None, _) | (_, AttentionShard::None) => 0,
             (_, AttentionShard::FirstRank) if place.rank > 0 => 0,
@@ -113,7 +116,14 @@ impl GpuMemory {
                     _ => (heads, kv_heads),
                 };
                 let (query, kv) = (heads * head_dim, kv_heads * head_dim);
-                self.page_bytes += CudaKvCache::page_bytes(kv_dtype, kv_heads, head_dim) as u64;
+                let page_bytes = CudaKvCache::page_bytes(kv_dtype, kv_heads, head_dim) as u64;
+                self.page_bytes += match by_sequences {
+                    true => {
+                        PAGE_TOKENS as u64
+                            * (page_bytes / PAGE_TOKENS as u64).div_ceil(place.num_ranks as u64)
+                    }
+                    false => page_bytes,
+                };
                 self.num_caches += 1;
                 numbers(1, hidden) + matrix(query, hidden) + 2 * matrix(kv, hidden) + matrix(hidden, query)
             }

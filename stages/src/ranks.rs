@@ -24,8 +24,6 @@ pub struct RankStep {
     pub micro_batch: u64,
     /// Rows of each sequence, and its pages.
     pub slices: Vec<AttentionSlice>,
-    /// Whose each slice is; it says which rank has it where attention is shared by sequences.
-    pub sequences: Vec<u64>,
     /// Rows whose logits the first rank asks for, in its order.
     pub logit_rows: Vec<u32>,
     /// Rows of which it asks for the largest logit alone, in its order.
@@ -45,9 +43,8 @@ impl RankStep {
                 out
             })
             .collect();
-        let sequences = batch.slices.iter().map(|slice| slice.sequence.0).collect();
         let (logit_rows, greedy_rows) = if draws { wanted_rows(batch) } else { Default::default() };
-        RankStep { micro_batch: batch.id.0, slices, sequences, logit_rows, greedy_rows }
+        RankStep { micro_batch: batch.id.0, slices, logit_rows, greedy_rows }
     }
 }
 

@@ -62,6 +62,23 @@ impl RankPlace {
         count * rank / num_ranks..count * (rank + 1) / num_ranks
     }
 
+    /// Whether a page of the pool is its own where sequences are shared out: ranks have pages in turn.
+    pub(crate) fn has_page(self, page: u32) -> bool {
+        page as usize % self.num_ranks == self.rank
+    }
+
+    /// Which of its own pages that is.
+    pub(crate) fn own_page(self, page: u32) -> u32 {
+        assert!(self.has_page(page), "page {page} is not of {self:?}, where another of its sequence is");
+        page / self.num_ranks as u32
+    }
+
+    /// How many of the pool's pages are its own, where each has as many.
+    pub(crate) fn own_pages(self, num_pages: usize) -> usize {
+        assert!(num_pages.is_multiple_of(self.num_ranks), "{num_pages} pages of {} ranks", self.num_ranks);
+        num_pages / self.num_ranks
+    }
+
     /// Its share of `columns` in whole units, the last of which may be smaller; `None` where not every rank would have
     /// one.
     pub(crate) fn columns(self, columns: Range<usize>) -> Option<Range<usize>> {

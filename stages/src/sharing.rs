@@ -11,7 +11,8 @@ pub enum AttentionSharing {
     /// one, and some of its query heads. Of a linear half each has some columns of what it gives.
     #[default]
     Heads,
-    /// Each rank has all heads of some sequences: weights are there on every rank, keys and values once.
+    /// Each rank has all heads of some sequences, those whose pages are its own: weights are there on every rank, keys and
+    /// values once.
     Sequences,
     /// The first rank has all of it.
     FirstRank,
@@ -75,6 +76,11 @@ impl Sharing {
     /// The same for all of these blocks.
     pub fn uniform(blocks: impl IntoIterator<Item = usize>, sharing: BlockSharing) -> Self {
         blocks.into_iter().map(|block| (block, sharing)).collect()
+    }
+
+    /// Whether ranks share out sequences in any block.
+    pub fn has_sequences(&self) -> bool {
+        self.blocks.values().any(|sharing| sharing.attention == AttentionSharing::Sequences)
     }
 
     /// What is not shared by heads and by columns.

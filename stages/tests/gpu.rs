@@ -262,6 +262,7 @@ fn play(model: &Model, stage: &mut dyn Stage, feeds_back: bool) -> Played {
         micro_batch_tokens: LARGEST.rows,
         max_sequences: SEQUENCES / 2,
         num_pages: SEQUENCES * PAGES_OF_SEQUENCE,
+        num_lanes: 1,
         page_tokens: PAGE_TOKENS,
         context_tokens: CONTEXT,
         efficient_tokens: 1,

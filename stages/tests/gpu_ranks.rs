@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, Span};
 use stages::{
-    CollectiveClock, Device, Dtypes, Gpu, GpuMemory, KvDtype, Model, PAGE_TOKENS, Part, RankGroup, RankPlace,
-    RankStep, Rows, Sharing, SpanOptions, Stage, StageOutput, StepSize, WeightType, load_first_rank,
-    load_follower, thread_ranks,
+    AttentionSharing, BlockSharing, CollectiveClock, Device, Dtypes, Gpu, GpuMemory, KvDtype, Model,
+    PAGE_TOKENS, Part, RankGroup, RankPlace, RankStep, Rows, Sharing, SpanOptions, Stage, StageOutput,
+    StepSize, WeightType, load_first_rank, load_follower, thread_ranks,
 };
 
 mod small_model;
@@ -53,6 +53,10 @@ struct TwoRanks {
 
 impl TwoRanks {
     fn start(model: &Model) -> TwoRanks {
+        TwoRanks::with(model, PART, &Sharing::default(), LENGTHS.len() * PAGES_OF_SEQUENCE)
+    }
+
+    fn with(model: &Model, part: Part, sharing: &Sharing, num_pages: usize) -> TwoRanks {
         let device = Device::Cuda {
             index: 0,
             libraries: Some(emulator()),
@@ -60,15 +64,10 @@ impl TwoRanks {
             is_deterministic: true,
             has_graphs: true,
         };
-        let options = SpanOptions {
-            part: PART,
-            num_pages: LENGTHS.len() * PAGES_OF_SEQUENCE,
-            context_tokens: CONTEXT,
-            largest_step: Some(LARGEST),
-        };
+        let options = SpanOptions { part, num_pages, context_tokens: CONTEXT, largest_step: Some(LARGEST) };
         let mut ranks = thread_ranks(RANKS, Duration::from_secs(60)).into_iter().map(|rank| RankGroup {
             collective: Box::new(rank),
-            sharing: Sharing::default(),
+            sharing: sharing.clone(),
             clock: Arc::new(CollectiveClock::default()),
         });
         let (first, second) = (ranks.next().unwrap(), ranks.next().unwrap());
@@ -180,4 +179,35 @@ fn two_ranks_take_what_was_planned_and_their_steps_nothing_more() {
         ranks.step(&prompts(&model, &sequences));
         assert_eq!(free_bytes(), left, "prompts {sequences:?}");
     }
+}
+
+/// Pages of attention by sequences are halved, those of attention by heads are not, and both are in one stage.
+#[test]
+fn ranks_that_share_out_sequences_have_the_pages_that_were_planned() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = small(folder.path(), false);
+    let part: Part = Span { start: 0, end: 5 }.into();
+    let by_sequences = BlockSharing { attention: AttentionSharing::Sequences, ..Default::default() };
+    // Of the blocks 0, 2 and 4, which have attention.
+    let sharing = Sharing::uniform([0, 4], by_sequences);
+    let num_pages = 4096;
+    let planned = |rank| {
+        let place = (RankPlace { rank, num_ranks: RANKS }, &sharing);
+        GpuMemory::of(&model.config, part, place, BF16, (LARGEST, None))
+    };
+    let (first, second) = (planned(0), planned(1));
+    // Of 4, 1 and 2 KV heads of 32 numbers in bf16 that is half, all and half on each of two ranks.
+    assert_eq!([first.page_bytes, second.page_bytes], [(2 + 1 + 1) * 2 * 32 * 2 * PAGE_TOKENS as u64; 2]);
+    let free = free_bytes();
+    let mut ranks = TwoRanks::with(&model, part, &sharing, num_pages);
+    let mut batch = prompts(&model, &[1]);
+    // Those of one rank alone, the last of the pool among them.
+    batch.slices[0].pages =
+        Arc::new((0..PAGES_OF_SEQUENCE).map(|page| (num_pages - 1 - 2 * page) as u32).collect());
+    ranks.step(&batch);
+    let taken = free - free_bytes();
+    let all = |num_pages| first.with_pages(num_pages) + second.with_pages(num_pages);
+    assert!(taken <= all(num_pages), "{taken} of {}", all(num_pages));
+    // All else is planned to be there once more at most: the pages are.
+    assert!(taken > all(num_pages) - all(0), "{taken} without pages");
 }

@@ -24,7 +24,9 @@ use small_model::{CONTEXT, small, small_with};
 
 const F32: Dtypes = Dtypes { weights: WeightType::F32, kv: KvDtype::F32 };
 const BF16: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
-const NUM_PAGES: usize = 8;
+/// A multiple of all numbers of ranks here: sequences that are numbered through are on one rank each, in turn.
+const LANES: usize = 12;
+const NUM_PAGES: usize = 2 * LANES;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A stage of a layout: its blocks, its ranks, how they share these.
@@ -167,7 +169,7 @@ fn micro_batches(vocab: u32) -> Vec<MicroBatch> {
             sample: 0,
         };
         let pages =
-            (0..positions.end.div_ceil(PAGE_TOKENS)).map(|page| (2 * sequence + page) as u32).collect();
+            (0..positions.end.div_ceil(PAGE_TOKENS)).map(|page| (LANES * page + sequence) as u32).collect();
         Slice {
             sequence: SequenceId(sequence as u64),
             first_position: positions.start as u32,

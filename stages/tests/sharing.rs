@@ -2,8 +2,12 @@
 
 use std::path::Path;
 
+use scheduler::Span;
 use stages::cost::{Balance, Channel, CostModel, Estimator, Load, NumberType, NumberTypes, Roofline, pieces};
-use stages::{ModelConfig, SUM_CUT, Sharing};
+use stages::{
+    AttentionSharing, BlockSharing, Dtypes, GpuMemory, KvDtype, ModelConfig, PAGE_TOKENS, Part, RankPlace,
+    SUM_CUT, Sharing, StepSize, WeightType,
+};
 
 /// A wide FFN, a narrow one, one that is a single unit of columns, and a linear one; no block has attention.
 const FFNS: &str = r#"{
@@ -88,4 +92,36 @@ fn nothing_is_shared_by_a_single_rank() {
     let config = config();
     let costs = estimator(&config, 0.1e9, Balance::Roofline);
     assert_eq!(costs.sharing(&pieces(&config, None), 1, decode(64.0)), Sharing::default());
+}
+
+/// What a plan counts for a token is what a page takes of the fullest rank's memory: by heads, by sequences, and with both in one
+/// stage.
+#[test]
+fn a_plan_has_room_for_as_many_tokens_as_a_run() {
+    let ultra = Path::new("../configs/models/Llama-3_1-Nemotron-Ultra-253B-v1");
+    let config = ModelConfig::read(ultra).unwrap();
+    let part: Part = Span { start: 16, end: 40 }.into();
+    let costs = estimator(&config, 1e9, Balance::Roofline);
+    let by_sequences = BlockSharing { attention: AttentionSharing::Sequences, ..Default::default() };
+    let dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
+    let step = StepSize { rows: 512, sequences: 256, context_tokens: 4096, micro_batches: 3, arrivals: 0 };
+    for ranks in 1..=4 {
+        let [none, some, all] = [0..0, 16..28, 16..40].map(|blocks| {
+            let sharing = Sharing::uniform(blocks, by_sequences);
+            let planned = costs.shared_costs(&pieces(&config, None), ranks, &sharing, decode(1.0));
+            let of_rank = |rank| {
+                let place = RankPlace { rank, num_ranks: ranks };
+                GpuMemory::of(&config, part, (place, &sharing), dtypes, (step, None)).page_bytes
+            };
+            let fullest = (0..ranks).map(of_rank).max().unwrap();
+            assert_eq!(
+                fullest,
+                planned.kv_bytes_per_token(16..40) * PAGE_TOKENS as u64,
+                "{ranks}: {sharing:?}"
+            );
+            fullest
+        });
+        // Eight KV heads are shared out evenly by sequences alone where ranks are three.
+        assert!(all <= some && some <= none && (all < none) == (ranks == 3), "{all} {some} {none}");
+    }
 }

@@ -52,6 +52,7 @@ impl Job {
             micro_batch_tokens: self.micro_batch_tokens,
             max_sequences: self.rows,
             num_pages: self.num_pages(),
+            num_lanes: 1,
             page_tokens: PAGE_TOKENS,
             context_tokens: self.context_tokens(),
             efficient_tokens: 1,

@@ -171,6 +171,14 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     let all = job.anew().set("pipeline.split_blocks=all");
     done(world.run_job(&all, &[]));
     assert_eq!(blocks(&all).0, json!([]), "where the job says that all is split");
+    // Each of four devices has as many pages; a row of 64 tokens has all that it needs on one of them, or heads are shared.
+    for (tokens, pages, is_by_sequences) in [(300, 8, true), (128, 2, false)] {
+        let few = job.anew().set(format!("pipeline.kv_cache_tokens={tokens}"));
+        done(world.run_job(&few, &[]));
+        assert_eq!(blocks(&few).0 != json!([]), is_by_sequences, "{tokens}");
+        let manifest = read_json(&few.out().join("manifest.json"));
+        assert_eq!(manifest["plan"]["kv_cache_tokens"], pages * 64);
+    }
     done(world.run_job(&job, &["--limit", "8"]));
 
     price_attention(&world, false);

@@ -127,14 +127,14 @@ pub(crate) fn read_done(words: &mut ReadWords<'_>) -> Option<Done> {
 
 /// A step as words of 64 bits: lists with their lengths before them.
 pub(super) fn encode_step(step: &RankStep) -> Vec<u8> {
-    let RankStep { micro_batch, slices, sequences, logit_rows, greedy_rows } = step;
+    let RankStep { micro_batch, slices, logit_rows, greedy_rows } = step;
     let mut words = vec![*micro_batch, slices.len() as u64];
     let list = |words: &mut Vec<u64>, items: &[u32]| {
         words.push(items.len() as u64);
         words.extend(items.iter().map(|item| u64::from(*item)));
     };
-    for (slice, sequence) in slices.iter().zip(sequences) {
-        words.extend([*sequence, slice.first_row as u64, slice.num_rows as u64, slice.first_position as u64]);
+    for slice in slices {
+        words.extend([slice.first_row as u64, slice.num_rows as u64, slice.first_position as u64]);
         list(&mut words, &slice.pages);
     }
     list(&mut words, logit_rows);
@@ -150,7 +150,6 @@ pub(super) fn decode_step(bytes: &[u8]) -> Option<RankStep> {
     let num_slices = words.next()?;
     let mut step = RankStep { micro_batch, ..RankStep::default() };
     for _ in 0..num_slices {
-        step.sequences.push(words.next()?);
         let [first_row, num_rows, first_position] = [words.next()?, words.next()?, words.next()?]
             .map(|word| usize::try_from(word).unwrap_or(usize::MAX));
         let pages = decode_list(&mut words)?;
@@ -218,7 +217,6 @@ pub(crate) mod tests {
         let step = RankStep {
             micro_batch: 77,
             slices: vec![slice(0, &[5, u32::MAX]), slice(2, &[])],
-            sequences: vec![u64::MAX, 0],
             logit_rows: vec![1],
             greedy_rows: vec![],
         };

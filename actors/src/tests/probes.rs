@@ -192,6 +192,7 @@ pub(super) fn options(num_stages: usize) -> scheduler::Options {
         micro_batch_tokens: 16,
         max_sequences: 4,
         num_pages: 16,
+        num_lanes: 1,
         page_tokens: 8,
         context_tokens: 64,
         efficient_tokens: 1,

@@ -2,7 +2,7 @@
 //!
 //! Decode steps go first, in the order in which they became ready; prefill fills what is left, the
 //! oldest sequence first. A slice takes its pages when it is made. Where none is free the newest
-//! sequence that is newer than the one in need, and has nothing in flight, gives up all of its own
+//! sequence of the same lane that is newer than the one in need, and has nothing in flight, gives up all of its own
 //! and waits to be computed again; where there is none such, the slice waits for completions.
 //!
 //! A lone stage that feeds tokens back has a second micro-batch behind the one that it computes, with the same sequences,
@@ -10,9 +10,11 @@
 //! vain, once. All of them run ahead or none does: where some must wait for their tokens, as penalties and guides ask
 //! for, micro-batches would be torn apart into those that wait and those that need not.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::backlog::Need;
+use crate::backlog::{Need, Pages};
 use crate::micro_batch::{FedBack, MicroBatch, Slice};
 use crate::request::SequenceId;
 use crate::running::Seat;
@@ -27,8 +29,15 @@ struct Draft {
     parts: Vec<Part>,
     /// Those of them that may be in the next one too.
     ready: Vec<Seat>,
-    /// No sequence newer than this one can be preempted any more.
-    last_refuge: Option<SequenceId>,
+    /// No sequence of a lane that is newer than this one can be preempted any more.
+    last_refuges: BTreeMap<usize, SequenceId>,
+}
+
+impl Draft {
+    /// Whether a lane has a last refuge, and such a one.
+    fn is_refuge(&self, lane: usize, is_such: impl Fn(SequenceId) -> bool) -> bool {
+        self.last_refuges.get(&lane).is_some_and(|last_refuge| is_such(*last_refuge))
+    }
 }
 
 impl Scheduler {
@@ -61,9 +70,9 @@ impl Scheduler {
 
     /// Admits waiting sequences in order of age, as many as the pipeline has use and pages for.
     fn admit(&mut self) {
-        while let Some(id) = self.next_admitted() {
+        while let Some((id, lane)) = self.next_admitted() {
             let mut sequence = self.waiting.remove(&id).expect("a sequence waits");
-            sequence.admit();
+            sequence.admit(lane);
             let need = self.need(&sequence);
             self.num_in_step += usize::from(!sequence.runs_ahead());
             let seat = self.running.enter(sequence);
@@ -71,7 +80,7 @@ impl Scheduler {
         }
     }
 
-    /// The oldest waiting sequence, if it may run. During a trial it is the oldest of those on trial.
+    /// The oldest waiting sequence, if it may run, and in which lane. During a trial it is the oldest of those on trial.
     ///
     /// A backlog that fills every micro-batch in flight once is enough: what is admitted later is
     /// judged by the pages that are free then. Beside its own prompt and those of the backlog there
@@ -85,9 +94,9 @@ impl Scheduler {
     ///
     /// Where nothing runs, no more is asked than the pages that `check` counted: the pipeline never
     /// stays empty.
-    fn next_admitted(&self) -> Option<SequenceId> {
-        let (&id, next) = self.next_waiting()?;
-        (self.has_use_for_more() && self.has_pages_for(next)).then_some(id)
+    fn next_admitted(&self) -> Option<(SequenceId, usize)> {
+        let (&id, next) = self.next_waiting().filter(|_| self.has_use_for_more())?;
+        self.lane_for(next).map(|lane| (id, lane))
     }
 
     /// The oldest waiting sequence that may run at all now.
@@ -99,15 +108,23 @@ impl Scheduler {
     pub(super) fn has_use_for_more(&self) -> bool {
         let options = &self.options;
         self.running.len() < options.max_sequences
-            && self.backlog.need().tokens < options.max_in_flight() * options.micro_batch_tokens
+            && self.backlog.tokens() < options.max_in_flight() * options.micro_batch_tokens
     }
 
-    /// Whether pages are free for a waiting sequence, beside those that the running ones will want.
-    pub(super) fn has_pages_for(&self, next: &Sequence) -> bool {
+    /// The lane with most pages to spare, if they are enough for a waiting sequence.
+    pub(super) fn lane_for(&self, next: &Sequence) -> Option<usize> {
         let options = &self.options;
         let tokens = next.max_positions().min(next.end() + options.page_tokens);
-        let headroom = self.running.len(); // One page each.
-        self.backlog.need().pages + options.pages_for(tokens) + headroom <= self.pages.num_free()
+        let (spare, lane) = (0..options.num_lanes)
+            .filter_map(|lane| Some((self.spare_pages(lane)?, lane)))
+            .max_by_key(|(spare, lane)| (*spare, Reverse(*lane)))?;
+        (options.pages_for(tokens) <= spare).then_some(lane)
+    }
+
+    /// Pages of a lane that are free beside those that its running sequences will want, if these have enough.
+    fn spare_pages(&self, lane: usize) -> Option<usize> {
+        let headroom = self.running.len_in(lane); // One page each.
+        self.pages.num_free_in(lane).checked_sub(self.backlog.pages_in(lane) + headroom)
     }
 
     fn work_at_hand(&self) -> AtHand {
@@ -115,7 +132,7 @@ impl Scheduler {
             micro_batches_in_flight: self.in_flight.len(),
             tokens_in_flight: self.tokens_in_flight,
             decoding: self.ready.len() + self.decodes_in_flight,
-            tokens_at_hand: self.ready.len() + self.backlog.need().tokens,
+            tokens_at_hand: self.ready.len() + self.backlog.tokens(),
             runs_ahead: self.runs_ahead(),
         }
     }
@@ -132,7 +149,7 @@ impl Scheduler {
         while draft.slices.len() < most && place < self.ready.len() {
             let seat = self.ready[place];
             let sequence = &self.running[seat];
-            if sequence.is_in_flight() && draft.last_refuge.is_some_and(|needy| needy < sequence.id) {
+            if sequence.is_in_flight() && draft.is_refuge(sequence.lane, |needy| needy < sequence.id) {
                 place += 1;
                 continue;
             }
@@ -169,7 +186,8 @@ impl Scheduler {
             self.add_slice(draft, seat, num_tokens, false);
             room -= num_tokens;
             let sequence = &self.running[seat];
-            self.backlog.meet(Need { tokens: num_tokens, pages: sequence.pages.len() - num_held });
+            let pages = Pages { lane: sequence.lane, count: sequence.pages.len() - num_held };
+            self.backlog.meet(Need { tokens: num_tokens, pages });
             if sequence.phase() != Phase::Prefilling {
                 self.backlog.leave(id, Need::default());
             }
@@ -179,27 +197,29 @@ impl Scheduler {
     /// Finds pages for the next `num_tokens` positions of a sequence, and says for how many they suffice.
     fn provide_pages(&mut self, draft: &mut Draft, seat: Seat, num_tokens: usize) -> usize {
         let sequence = &self.running[seat];
-        let (id, first) = (sequence.id, sequence.num_issued());
+        let (id, lane, first) = (sequence.id, sequence.lane, sequence.num_issued());
         let num_pages = self.options.pages_for(first + num_tokens);
         while self.running[seat].pages.len() < num_pages {
-            match self.pages.take() {
+            match self.pages.take(lane) {
                 Some(page_idx) => Arc::make_mut(&mut self.running[seat].pages).push(page_idx),
-                None if self.preempt_newer(draft, id) => {}
+                None if self.preempt_newer(draft, lane, id) => {}
                 None => break,
             }
         }
         num_tokens.min(self.running[seat].pages.len() * self.options.page_tokens - first)
     }
 
-    /// Frees the pages of the newest sequence that is newer than `id` and has nothing in flight.
-    fn preempt_newer(&mut self, draft: &mut Draft, id: SequenceId) -> bool {
-        if draft.last_refuge.is_some_and(|last_refuge| last_refuge <= id) {
+    /// Frees the pages of the newest sequence of a lane that is newer than `id` and has nothing in flight.
+    fn preempt_newer(&mut self, draft: &mut Draft, lane: usize, id: SequenceId) -> bool {
+        if draft.is_refuge(lane, |last_refuge| last_refuge <= id) {
             return false;
         }
-        let is_victim =
-            |&seat: &Seat| !self.running[seat].is_in_flight() && !self.running[seat].pages.is_empty();
+        let is_victim = |&seat: &Seat| {
+            let sequence = &self.running[seat];
+            sequence.lane == lane && !sequence.is_in_flight() && !sequence.pages.is_empty()
+        };
         let Some(seat) = self.running.newer_than(id).find(is_victim) else {
-            draft.last_refuge = Some(id);
+            draft.last_refuges.insert(lane, id);
             return false;
         };
         self.preempt(seat);

@@ -27,7 +27,7 @@ impl Scheduler {
         }
         match self.next_waiting() {
             None => Flow::NothingWaits,
-            Some((_, next)) if self.has_use_for_more() && !self.has_pages_for(next) => Flow::ShortOfPages,
+            Some((_, next)) if self.has_use_for_more() && self.lane_for(next).is_none() => Flow::ShortOfPages,
             Some(_) => Flow::Steady,
         }
     }

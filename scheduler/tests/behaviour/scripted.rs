@@ -21,7 +21,7 @@ fn requests_that_can_never_be_served_are_refused_with_their_numbers() {
     );
     assert_eq!(
         refusal(prompt(14)),
-        Err("sequence needs 17 tokens of KV cache, the whole cache holds 16".to_owned())
+        Err("sequence needs 17 tokens of KV cache, the cache has 16 for one sequence".to_owned())
     );
     assert_eq!(refusal(prompt(13)), Ok(()));
 }

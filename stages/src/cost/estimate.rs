@@ -126,7 +126,7 @@ impl<'a> Estimator<'a> {
     fn piece(&self, shape: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> Piece {
         let parts = Parts::of(self.config, shape, ranks, sharing.of(shape.block));
         let bytes = parts.weight_bytes(self.types);
-        let kv_bytes_per_token = self.types.kv.kv_bytes(parts.attention.kv_values, self.config.dims.head_dim);
+        let kv_bytes_per_token = parts.kv_bytes_per_token(self.types, self.config.dims, ranks);
         Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
     }
 
@@ -176,9 +176,7 @@ impl<'a> Estimator<'a> {
         let load = rank.load(load, ranks);
         let hidden = self.config.dims.hidden as f64;
         let attended = |tokens: f64, context: f64| tokens * context * rank.flops_per_context_token;
-        // By sequences a rank reads all keys and values of its rows, of which it keeps them.
-        let kv_values = rank.kv_values * if rank.by_sequences { ranks as u64 } else { 1 };
-        let kept = self.types.kv.kv_bytes(kv_values, self.config.dims.head_dim) as f64;
+        let kept = self.types.kv.kv_bytes(rank.kv_values, self.config.dims.head_dim) as f64;
         let kv_bytes = load.decode_tokens * load.decode_context * kept;
         let mut sum = self.product_seconds(rank.matrix_params, load.tokens());
         sum += self.roofline.attention_seconds(attended(load.decode_tokens, load.decode_context), kv_bytes);

@@ -220,8 +220,7 @@ impl Measured {
             // Heads are shared out, and with them the keys that are read; the one or the other is what takes the time.
             let of_keys = rank.kv_values as f64 / attention.kv_values_per_token(dims) as f64;
             let of_heads = rank.flops_per_context_token / (4 * dims.heads * dims.head_dim) as f64;
-            let share = if rank.by_sequences { 1.0 } else { of_keys.max(of_heads) };
-            sum += share * self.blocks[block].attention_seconds(own);
+            sum += of_keys.max(of_heads) * self.blocks[block].attention_seconds(own);
         }
         sum
     }
@@ -260,7 +259,7 @@ impl Measured {
         Piece {
             seconds: self.seconds(piece, parts, ranks, load),
             weight_bytes: parts.weight_bytes(self.types),
-            kv_bytes_per_token: self.types.kv.kv_bytes(parts.attention.kv_values, self.config.dims.head_dim),
+            kv_bytes_per_token: parts.kv_bytes_per_token(self.types, self.config.dims, ranks),
         }
     }
 

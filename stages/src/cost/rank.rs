@@ -91,6 +91,13 @@ impl Parts {
         self.attention.matrix_params + self.ffn.matrix_params
     }
 
+    /// Keys and values that each of `ranks` keeps for each token of all sequences, as it has pages for them.
+    pub(super) fn kv_bytes_per_token(self, types: NumberTypes, dims: Dims, ranks: usize) -> u64 {
+        let Rank { kv_values, by_sequences, .. } = self.attention;
+        let bytes = types.kv.kv_bytes(kv_values, dims.head_dim);
+        if by_sequences { bytes.div_ceil(ranks as u64) } else { bytes }
+    }
+
     pub(super) fn weight_bytes(self, types: NumberTypes) -> u64 {
         let mut bytes = 0;
         bytes += types.weights.bytes(self.matrix_params());
@@ -133,6 +140,7 @@ pub(super) fn head_bytes(config: &ModelConfig, types: NumberTypes, ranks: usize)
 pub(super) struct Rank {
     pub(super) matrix_params: u64,
     pub(super) norm_params: u64,
+    /// Keys and values of a token, where it has some of it.
     pub(super) kv_values: u64,
     pub(super) flops_per_context_token: f64,
     /// Whether it has some of the rows alone.
@@ -212,7 +220,7 @@ fn meeting(ranks: usize, meeting: Meeting) -> Meeting {
 }
 
 /// Query heads are shared out, and so are KV heads while there are as many as ranks; beyond that each rank has a copy
-/// of one. By sequences each rank has all weights, and keys and values of its own rows.
+/// of one. By sequences each rank has all weights, and all keys and values of its own rows.
 fn rank_attention(attention: Attention, dims: Dims, ranks: usize, sharing: AttentionSharing) -> Rank {
     let Attention::Gqa { kv_heads } = attention else {
         return match attention {
@@ -239,9 +247,7 @@ fn rank_attention(attention: Attention, dims: Dims, ranks: usize, sharing: Atten
                 most_kv_heads = most_kv_heads.max(kv.len());
             }
             AttentionShard::Sequences => {
-                let all = part(dims.heads, kv_heads, Meeting::Gather);
-                let kv_values = all.kv_values.div_ceil(ranks as u64);
-                return Rank { kv_values, by_sequences: true, ..all };
+                return Rank { by_sequences: true, ..part(dims.heads, kv_heads, Meeting::Gather) };
             }
             AttentionShard::Columns(_) | AttentionShard::FirstRank | AttentionShard::None => {
                 return part(dims.heads, kv_heads, Meeting::Copy);
@@ -293,6 +299,7 @@ fn linear(dims: Dims, ranks: usize, is_of_first_rank: bool) -> Rank {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cost::NumberType;
 
     const DIMS: Dims = Dims { hidden: 512, heads: 32, head_dim: 16, vocab: 1000 };
 
@@ -314,11 +321,15 @@ mod tests {
     }
 
     #[test]
-    fn by_sequences_a_rank_has_all_weights_and_its_part_of_keys_and_values() {
+    fn by_sequences_a_rank_has_all_weights_and_pages_for_its_part_of_keys_and_values() {
         let (alone, four) =
             (shared(2, 1, AttentionSharing::Heads), shared(2, 4, AttentionSharing::Sequences));
-        assert_eq!(four.matrix_params, alone.matrix_params);
-        assert_eq!(four.kv_values, alone.kv_values / 4);
+        assert_eq!((four.matrix_params, four.kv_values), (alone.matrix_params, alone.kv_values));
+        let types = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
+        let kept = |attention, ranks| {
+            Parts { attention, ffn: Rank::NONE, ends_block: true }.kv_bytes_per_token(types, DIMS, ranks)
+        };
+        assert_eq!((kept(alone, 1), kept(four, 4), kept(four, 3)), (128, 32, 43));
         // By heads there are copies: two ranks have the same KV head.
         assert_eq!(shared(2, 4, AttentionSharing::Heads).kv_values, alone.kv_values / 2);
     }

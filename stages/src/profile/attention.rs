@@ -57,7 +57,7 @@ impl AttentionGrid {
     /// Micro-batches of almost no context, and then those of its points.
     pub(super) fn steps(&self, pages: Pages, dims: Dims) -> Vec<Step> {
         let Dims { hidden, vocab, .. } = dims;
-        let base = |tokens: &usize| subject::short_rows(*tokens, Some(hidden), vocab);
+        let base = |tokens: &usize| subject::short_rows(*tokens, 1, Some(hidden), vocab);
         let point = |point: &Point| match point.kind {
             Kind::Decode { context } => pages.decode(point.tokens, context, Some(hidden), vocab),
             Kind::Prefill { first } => pages.chunk(first, point.tokens, hidden, vocab),

@@ -232,7 +232,7 @@ impl Bench<'_> {
     /// Times of what a stage has beside its blocks.
     fn no_blocks(&self, place: Place, scrub_bytes: u64) -> Result<Vec<Both<Seconds>>> {
         let input = (place != Place::First).then(|| self.hidden());
-        let step = |tokens: usize| subject::short_rows(tokens, input, self.vocab());
+        let step = |tokens: usize| subject::short_rows(tokens, 1, input, self.vocab());
         let steps: Vec<Step> = self.tokens().into_iter().map(step).collect();
         self.gang(1, scrub_bytes).time(&Subject::no_blocks(self.model, place), &[], &steps)
     }
@@ -289,9 +289,9 @@ impl Bench<'_> {
         let copies = self.copies("one", weight_bytes)?;
         let tokens = self.tokens();
         let most = tokens.last().map_or(1, |tokens| *tokens);
-        let num_pages = subject::pages_of_short_rows(most);
+        let num_pages = subject::pages_of_short_rows(most, 1);
         let subject = Subject::blocks(self.model, block, copies, num_pages, PAGE_TOKENS);
-        let step = |tokens: &usize| subject::short_rows(*tokens, Some(dims.hidden), dims.vocab);
+        let step = |tokens: &usize| subject::short_rows(*tokens, 1, Some(dims.hidden), dims.vocab);
         let steps: Vec<Step> = tokens.iter().map(step).collect();
         let times = self.gang(1, 0).time(&subject, &[], &steps)?;
         let part = Part { flops_per_token: block.flops_per_token(dims), weight_bytes, copies };

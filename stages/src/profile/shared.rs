@@ -37,7 +37,7 @@ impl Bench<'_> {
     fn shared_head(&self, ranks: usize, hop: &Curve, broadcast: &[TokenPoint]) -> Result<Curve> {
         let weight_bytes = self.table_bytes();
         let scrub_bytes = (self.walked_bytes / ranks as u64).saturating_sub(weight_bytes / ranks as u64);
-        let steps: Vec<Step> = self.steps();
+        let steps: Vec<Step> = self.steps(1);
         let subject = Subject::no_blocks(self.model, Place::Last);
         let times = self.gang(ranks, scrub_bytes).time(&subject, &[], &steps)?;
         let part = Part { flops_per_token: 2 * self.table_params(), weight_bytes, copies: 1 };
@@ -62,13 +62,18 @@ impl Bench<'_> {
         };
         let copies = self.copies_on("half of one", held, ranks)?;
         let tokens = self.tokens();
-        let num_pages = subject::pages_of_short_rows(tokens.last().map_or(1, |tokens| *tokens));
+        let num_lanes = match half {
+            Half::AttentionBySequences(_) => ranks,
+            Half::Attention(_) | Half::Ffn(_) => 1,
+        };
+        let most = tokens.last().map_or(1, |tokens| *tokens);
+        let num_pages = subject::pages_of_short_rows(most, num_lanes);
         let subject = Subject::blocks(self.model, block, copies, num_pages, PAGE_TOKENS);
         let subject = match half {
             Half::AttentionBySequences(_) => subject.by_sequences(),
             Half::Attention(_) | Half::Ffn(_) => subject,
         };
-        let times = self.gang(ranks, 0).time(&subject, &[], &self.steps())?;
+        let times = self.gang(ranks, 0).time(&subject, &[], &self.steps(num_lanes))?;
         let part = Part { flops_per_token: block.flops_per_token(dims), weight_bytes, copies };
         let entry = if wanted.is_of_first_rank(dims) { hop.clone() } else { entered(hop, WHOLE, broadcast) };
         let points = part.curve(&tokens, &times, Some((&entry, WHOLE)));
@@ -87,8 +92,8 @@ impl Bench<'_> {
         }
     }
 
-    fn steps(&self) -> Vec<Step> {
-        let step = |tokens| subject::short_rows(tokens, Some(self.hidden()), self.vocab());
+    fn steps(&self, num_lanes: usize) -> Vec<Step> {
+        let step = |tokens| subject::short_rows(tokens, num_lanes, Some(self.hidden()), self.vocab());
         self.tokens().into_iter().map(step).collect()
     }
 }

@@ -112,13 +112,18 @@ impl Subject {
 }
 
 /// Pages that [`short_rows`] need.
-pub(super) fn pages_of_short_rows(tokens: usize) -> usize {
-    tokens.div_ceil(ROWS_OF_PAGE)
+pub(super) fn pages_of_short_rows(tokens: usize, num_lanes: usize) -> usize {
+    tokens.div_ceil(ROWS_OF_PAGE * num_lanes) * num_lanes
 }
 
-/// Rows that decode at contexts of 1 to 8.
-pub(super) fn short_rows(tokens: usize, hidden: Option<usize>, vocab: usize) -> Step {
-    let row = |idx: usize| slice(idx, idx % ROWS_OF_PAGE, 1, vec![(idx / ROWS_OF_PAGE) as PageIdx], vocab);
+/// Rows that decode at contexts of 1 to 8, whose pages are of one lane after the other: of ranks that share out sequences each has
+/// as many.
+pub(super) fn short_rows(tokens: usize, num_lanes: usize, hidden: Option<usize>, vocab: usize) -> Step {
+    let row = |idx: usize| {
+        let (lane, place) = (idx % num_lanes, idx / num_lanes);
+        let page = place / ROWS_OF_PAGE * num_lanes + lane;
+        slice(idx, place % ROWS_OF_PAGE, 1, vec![page as PageIdx], vocab)
+    };
     step((0..tokens).map(row).collect(), hidden)
 }
 
@@ -232,6 +237,8 @@ fn step(slices: Vec<Slice>, hidden: Option<usize>) -> Step {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -257,11 +264,16 @@ mod tests {
 
     #[test]
     fn short_rows_never_share_a_position() {
-        let step = short_rows(20, None, 50);
-        let mut places: Vec<_> = step.batch.slices.iter().map(|s| (s.pages[0], s.first_position)).collect();
-        places.dedup();
-        assert_eq!((places.len(), pages_of_short_rows(20)), (20, 3));
-        let load = step.batch.load();
+        for (num_lanes, num_pages) in [(1, 3), (2, 4), (3, 3)] {
+            let step = short_rows(20, num_lanes, None, 50);
+            let places: BTreeSet<_> =
+                step.batch.slices.iter().map(|slice| (slice.pages[0], slice.first_position)).collect();
+            assert_eq!((places.len(), pages_of_short_rows(20, num_lanes)), (20, num_pages));
+            let lanes = step.batch.slices.iter().map(|slice| slice.pages[0] as usize % num_lanes);
+            assert!(lanes.eq((0..20).map(|idx| idx % num_lanes)));
+            assert!(step.batch.slices.iter().all(|slice| (slice.pages[0] as usize) < num_pages));
+        }
+        let load = short_rows(20, 1, None, 50).batch.load();
         assert_eq!((load.tokens(), load.logit_rows), (20.0, 20.0));
     }
 }

@@ -5,6 +5,7 @@ use kernels::{AttentionSlice, Axis, Backend};
 use super::Pass;
 use crate::batch::Batch;
 use crate::error::Result;
+use crate::shard::RankPlace;
 
 /// A rank's part of the half, and how it comes together with the others'.
 pub(super) enum AttentionOnDevice<B: Backend> {
@@ -154,12 +155,10 @@ struct Deal<'a> {
 }
 
 impl<'a> Deal<'a> {
-    /// A sequence stays where its keys and values are.
+    /// A sequence is where its pages are, all of them.
     fn slices(&self, rank: usize) -> impl Iterator<Item = &'a AttentionSlice> {
-        let num_ranks = self.num_ranks as u64;
-        (self.batch.slices().iter().zip(self.batch.sequences()))
-            .filter(move |(_, sequence)| *sequence % num_ranks == rank as u64)
-            .map(|(slice, _)| slice)
+        let place = RankPlace { rank, num_ranks: self.num_ranks };
+        self.batch.slices().iter().filter(move |slice| place.has_page(slice.pages[0]))
     }
 
     fn rows(&self, rank: usize) -> impl Iterator<Item = u32> {
@@ -169,12 +168,14 @@ impl<'a> Deal<'a> {
         })
     }
 
-    /// A rank's rows of the micro-batch, and its slices as they lie in those rows.
+    /// A rank's rows of the micro-batch, and its slices as they lie in those rows and in its own pages.
     fn of(&self, rank: usize) -> (Vec<u32>, Vec<AttentionSlice>) {
+        let place = RankPlace { rank, num_ranks: self.num_ranks };
         let mut first_row = 0;
         let slices = (self.slices(rank))
             .map(|slice| {
-                let own = AttentionSlice { first_row, ..slice.clone() };
+                let pages = slice.pages.iter().map(|page| place.own_page(*page)).collect();
+                let own = AttentionSlice { first_row, pages, ..*slice };
                 first_row += slice.num_rows;
                 own
             })

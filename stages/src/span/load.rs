@@ -190,17 +190,17 @@ impl<B: Backend> Loader<'_, B> {
             (_, AttentionShard::FirstRank) if !first => AttentionOnDevice::Elsewhere,
             (Attention::Gqa { .. }, AttentionShard::Heads { query, kv }) if self.place.num_ranks > 1 => {
                 let has_heads = !query.is_empty();
+                let heads = (query, kv);
                 AttentionOnDevice::Heads(
-                    has_heads.then(|| self.gqa(block.slot, kv_heads, query, kv)).transpose()?,
+                    has_heads.then(|| self.gqa(block.slot, kv_heads, heads, self.num_pages)).transpose()?,
                 )
             }
             (Attention::Gqa { .. }, AttentionShard::Sequences) => {
-                let (query, kv) = all();
-                AttentionOnDevice::Sequences(self.gqa(block.slot, kv_heads, query, kv)?)
+                let own_pages = self.place.own_pages(self.num_pages);
+                AttentionOnDevice::Sequences(self.gqa(block.slot, kv_heads, all(), own_pages)?)
             }
             (Attention::Gqa { .. }, _) => {
-                let (query, kv) = all();
-                AttentionOnDevice::Gqa(self.gqa(block.slot, kv_heads, query, kv)?)
+                AttentionOnDevice::Gqa(self.gqa(block.slot, kv_heads, all(), self.num_pages)?)
             }
             (Attention::Linear, shard) => {
                 let (is_part, rows) = match shard {
@@ -216,8 +216,14 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// Some heads of an attention of `kv_heads`.
-    fn gqa(&self, slot: usize, kv_heads: usize, query: Range<usize>, kv: Range<usize>) -> Result<Gqa<B>> {
+    /// Some heads, `(query, kv)`, of an attention of `kv_heads`, with keys and values of so many pages.
+    fn gqa(
+        &self,
+        slot: usize,
+        kv_heads: usize,
+        (query, kv): (Range<usize>, Range<usize>),
+        num_pages: usize,
+    ) -> Result<Gqa<B>> {
         let dims = self.model.config.dims;
         let of_heads = |heads: &Range<usize>| heads.start * dims.head_dim..heads.end * dims.head_dim;
         let (hidden, q_rows, kv_rows) = (dims.hidden, dims.heads * dims.head_dim, kv_heads * dims.head_dim);
@@ -229,7 +235,7 @@ impl<B: Backend> Loader<'_, B> {
             k: matrix("self_attn.k_proj", Wanted::rows(of_heads(&kv), [kv_rows, hidden]))?,
             v: matrix("self_attn.v_proj", Wanted::rows(of_heads(&kv), [kv_rows, hidden]))?,
             o: matrix("self_attn.o_proj", Wanted::cols(q, [hidden, q_rows]))?,
-            cache: self.backend.kv_cache(self.num_pages, kv.len(), dims.head_dim)?,
+            cache: self.backend.kv_cache(num_pages, kv.len(), dims.head_dim)?,
         })
     }
 

@@ -39,7 +39,8 @@ use queue::Queue;
 pub struct SpanOptions {
     /// Its blocks.
     pub part: Part,
-    /// KV pages, the same number in every stage.
+    /// KV pages, the same number in every stage. Ranks that share out sequences have as many of them each, of which page `p` is
+    /// the one of number `p % ranks`.
     pub num_pages: usize,
     /// Longest sequence.
     pub context_tokens: usize,

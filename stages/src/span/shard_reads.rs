@@ -189,7 +189,7 @@ fn logprobs(
     let device = Device::Cpu { cores: Vec::new(), threads: 1, simd: Simd::detect() };
     let (batch, mut input) = (micro_batch(), None);
     for &part in parts {
-        let options = SpanOptions { part, num_pages: 1, context_tokens: CONTEXT, largest_step: None };
+        let options = SpanOptions { part, num_pages: num_ranks, context_tokens: CONTEXT, largest_step: None };
         let model = |rank| open(part, RankPlace { rank, num_ranks });
         let group = |collective| RankGroup {
             collective: Box::new(collective),

@@ -68,6 +68,7 @@ impl World {
             micro_batch_tokens: 512,
             max_sequences: 256,
             num_pages: 4096,
+            num_lanes: 1,
             page_tokens: 16,
             context_tokens: 8192,
             efficient_tokens: 1,
@@ -109,6 +110,11 @@ impl World {
 
     pub(crate) fn pages(self, num_pages: usize) -> Self {
         Self::of(Options { num_pages, ..self.options })
+    }
+
+    /// So many lanes of as many pages together.
+    pub(crate) fn lanes(self, num_lanes: usize) -> Self {
+        Self::of(Options { num_lanes, ..self.options })
     }
 
     pub(crate) fn page_tokens(self, page_tokens: usize) -> Self {

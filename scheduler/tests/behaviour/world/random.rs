@@ -51,11 +51,13 @@ impl Random {
         let page_tokens = [1, 3, 4, 16][self.below(4)];
         let least_pages = 64_usize.div_ceil(page_tokens);
         let num_stages = [1, 2, 4][self.below(3)];
+        let num_lanes = [1, 1, 2, 3][self.below(4)];
         Options {
             num_stages,
             micro_batch_tokens: [1, 5, 16, 128, 1024][self.below(5)],
             max_sequences: [1, 3, 8, 64][self.below(4)],
-            num_pages: least_pages + [0, 1, least_pages / 2, 8 * least_pages][self.below(4)],
+            num_pages: num_lanes * (least_pages + [0, 1, least_pages / 2, 8 * least_pages][self.below(4)]),
+            num_lanes,
             page_tokens,
             context_tokens: 64,
             efficient_tokens: [1, 4, 16][self.below(3)],

@@ -7,27 +7,26 @@
 //!
 //! Between two GPUs activations do not pass here: the sender's greeting names a group of NCCL's, in which both ends meet, and a frame
 //! says what is to come by it. A sender whose receiver is gone leaves the group at once. A receiver whose sender is gone has queues
-//! that wait for numbers, and lets them go on only when all that came by this connection is known to be lost.
+//! that wait for numbers, and lets them go on only when all that came by this connection is known to be lost. The connection alone
+//! says who is gone: at both ends a thread hears it while another waits in the group, and calls that one off; and what NCCL says of
+//! an end that dies is no failure of the other's.
 
+mod inlet;
 mod wire;
 
 use std::collections::VecDeque;
 use std::io::{self, BufReader, ErrorKind};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
-use scheduler::{MicroBatch, MicroBatchId};
-use stages::{Activations, Frame, Gate, GroupExit, GroupId, NcclReceiver, Rows};
+use scheduler::MicroBatch;
+use stages::{Activations, Frame, Gate, GroupExit, GroupId, Rows};
 
+pub(crate) use self::inlet::{Credit, TcpInlet};
 use self::wire::{Content, Moved};
 use crate::link::Link;
-use crate::stage::{Step, Work};
-use crate::stage_set::Lost;
-
-/// Whoever connects and does not greet within this is none of ours.
-const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What frames are, from a sender.
 const HELLO: u32 = 1;
@@ -37,8 +36,12 @@ const STEP: u32 = 2;
 const ARRIVED: u32 = 3;
 const TAKEN: u32 = 4;
 
-/// How often a receiver looks whether what a sender that is gone has sent is lost.
+/// How often an end looks whether the other one is gone, and whether what that has sent is lost.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// How long after a failure of NCCL's the connection may end that explains it. Of a process that dies the system closes all at once,
+/// but a thread that hears of it has yet to be run.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Hears of each micro-batch that has arrived: bytes on the way, and the time since it was pushed.
 pub(crate) type OnHop = Arc<dyn Fn(u64, Duration) + Send + Sync>;
@@ -171,12 +174,20 @@ impl SendingEnd {
     fn run(mut self, pushed: &Receiver<(Instant, Arc<MicroBatch>, Option<Activations>)>) {
         // Where the other end is gone meanwhile, that is no failure of this one.
         if let Err(error) = self.send_all(pushed)
-            && !self.exit.has_left()
-            && !is_closed(&self.stream)
+            && !self.leaves_in_time()
         {
             (self.on_failure)(error.to_string());
         }
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Whether the group is left, as it is by whoever hears that the receiver is gone.
+    fn leaves_in_time(&self) -> bool {
+        let since = Instant::now();
+        while !self.exit.has_left() && since.elapsed() < GRACE {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        self.exit.has_left()
     }
 
     fn send_all(
@@ -236,143 +247,6 @@ fn hear(
     let _ = stream.get_ref().shutdown(Shutdown::Both);
 }
 
-/// What a micro-batch that came over a connection takes up; dropped when it is taken out of the mailbox.
-pub(crate) struct Credit(Arc<Mutex<TcpStream>>);
-
-impl Drop for Credit {
-    fn drop(&mut self) {
-        // Where the sender is gone, nobody wants it.
-        let _ = Frame { kind: TAKEN, sequence: 0, shape: [0, 0] }.write(&mut *lock(&self.0), &[]);
-    }
-}
-
-/// A receiver's end: takes micro-batches from whoever greets with its group, the last who did.
-pub(crate) struct TcpInlet {
-    pub(crate) group: u64,
-    /// Micro-batches that there is room for.
-    pub(crate) credits: usize,
-    pub(crate) patience: Duration,
-    /// Where they go.
-    pub(crate) work: Sender<Work>,
-    pub(crate) gate: OwnGate,
-    /// What is lost, as soon as it is known to be.
-    pub(crate) lost: Lost,
-    /// Hears of what was damaged on the way.
-    pub(crate) on_damage: OnFailure,
-}
-
-/// A connection that has been greeted.
-struct Greeted {
-    stream: TcpStream,
-    /// Where GPUs meet.
-    of_gpus: Option<(Gate, GroupId)>,
-}
-
-impl TcpInlet {
-    /// Takes micro-batches from now on, on threads of their own, and as long as the process lives.
-    pub(crate) fn listen(self, listener: TcpListener) {
-        let inlet = Arc::new(self);
-        spawn("link-in", move || {
-            let mut present: Option<TcpStream> = None;
-            for stream in listener.incoming().flatten() {
-                let Ok(greeted) = inlet.greet(stream) else { continue }; // None of ours.
-                let Ok(own) = greeted.stream.try_clone() else { continue };
-                if let Some(before) = present.replace(own) {
-                    let _ = before.shutdown(Shutdown::Both);
-                }
-                let inlet = Arc::clone(&inlet);
-                spawn("link-in", move || inlet.take(greeted));
-            }
-        });
-    }
-
-    fn greet(&self, mut stream: TcpStream) -> io::Result<Greeted> {
-        set_up(&stream, GREETING_TIMEOUT)?;
-        let mut body = Vec::new();
-        let hello = Frame::read(&mut stream, &mut body)?;
-        if hello.kind != HELLO || hello.sequence != self.group {
-            return Err(ErrorKind::InvalidData.into());
-        }
-        // Within a GPU numbers go through the host, too: NCCL joins one GPU with others.
-        let meets = |gate: &Gate| {
-            let (device, id) = wire::read_greeting(&body)?;
-            (device != gate.device() && gate.has_nccl()).then(|| (gate.clone(), id))
-        };
-        let of_gpus = self.gate.get().and_then(meets);
-        let shape = [self.credits as u64, u64::from(of_gpus.is_some())];
-        let welcome = Frame { kind: HELLO, sequence: self.group, shape };
-        welcome.write(&mut stream, &[])?;
-        stream.set_read_timeout(None)?; // Micro-batches come when there is something to do.
-        stream.set_write_timeout(Some(self.patience))?;
-        Ok(Greeted { stream, of_gpus })
-    }
-
-    /// Takes micro-batches until the sender is gone.
-    fn take(&self, Greeted { stream, of_gpus }: Greeted) {
-        let exit = GroupExit::default();
-        let mut gpu = match of_gpus.map(|(gate, id)| gate.receiver(&exit, id)).transpose() {
-            Ok(gpu) => gpu,
-            Err(_) if is_closed(&stream) => return,
-            Err(error) => return (self.on_damage)(error.to_string()),
-        };
-        let mut last = None;
-        self.take_all(stream, &mut gpu, &mut last);
-        // What is queued to come may not go on with numbers that are none, as long as anybody may want what comes of it.
-        while last.is_some_and(|last| !self.lost.contains(last)) {
-            std::thread::sleep(LOOK_EVERY);
-        }
-        exit.leave();
-    }
-
-    fn take_all(&self, stream: TcpStream, gpu: &mut Option<NcclReceiver>, last: &mut Option<MicroBatchId>) {
-        let Ok(back) = stream.try_clone() else { return };
-        let (mut stream, back) = (BufReader::new(stream), Arc::new(Mutex::new(back)));
-        let mut body = Vec::new();
-        loop {
-            let frame = match Frame::read(&mut stream, &mut body) {
-                Ok(frame) => frame,
-                Err(error) if error.kind() == ErrorKind::InvalidData => {
-                    return (self.on_damage)(error.to_string());
-                }
-                Err(_) => return,
-            };
-            let step = if frame.kind == STEP { wire::decode(&frame, &body) } else { None };
-            let Some((batch, content)) = step else {
-                return (self.on_damage)("a frame that is no micro-batch".to_owned());
-            };
-            *last = Some(batch.id);
-            let input = match (content, &mut *gpu) {
-                (Content::Nothing, _) => None,
-                (Content::Here(activations), _) => Some(activations),
-                (Content::Moved(Moved { arrays, rows, hidden }), Some(gpu)) => {
-                    match gpu.receive(arrays, rows, hidden) {
-                        Ok(parcels) => Activations::on_a_device(parcels, hidden),
-                        Err(error) => return (self.on_damage)(error.to_string()),
-                    }
-                }
-                (Content::Moved(_), None) => {
-                    return (self.on_damage)("a micro-batch by a way that there is none of".to_owned());
-                }
-            };
-            let arrived = Frame { kind: ARRIVED, sequence: frame.sequence, shape: [0, 0] };
-            if arrived.write(&mut *lock(&back), &[]).is_err() {
-                return;
-            }
-            let step = Step { batch: Arc::new(batch), input, credit: Some(Credit(Arc::clone(&back))) };
-            if self.work.send(Work::Step(step)).is_err() {
-                return;
-            }
-        }
-    }
-}
-
-/// Whether the other end is gone.
-fn is_closed(stream: &TcpStream) -> bool {
-    let looked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
-    let is_there = matches!(&looked, Ok(1..)) || looked.is_err_and(|e| e.kind() == ErrorKind::WouldBlock);
-    !is_there
-}
-
 fn set_up(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(timeout))?;
@@ -391,12 +265,14 @@ fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::net::Ipv4Addr;
+    use std::net::{Ipv4Addr, TcpListener};
 
     use crossbeam::channel::unbounded;
 
     use super::wire::tests::{activations, batch};
     use super::*;
+    use crate::stage::{Step, Work};
+    use crate::stage_set::Lost;
 
     const PATIENCE: Duration = Duration::from_secs(10);
     const GROUP: u64 = 7;

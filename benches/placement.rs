@@ -331,6 +331,7 @@ fn options() -> Options {
         efficient_tokens: 8,
         num_memories: 1,
         feeds_back: false,
+        is_ahead: false,
     }
 }
 

@@ -59,6 +59,7 @@ fn play(requests: u64) -> (Simulated, Duration) {
         efficient_tokens: 16,
         num_memories: 1,
         feeds_back: false,
+        is_ahead: false,
     };
     // A product that waits for its weights below 300 tokens, and attention; microseconds, as of a 64th of a
     // model on a fast device.

@@ -54,7 +54,7 @@ impl Question {
         let micro_batches = scheduler::in_flight(pipeline.devices_per_replica() as u64) as usize;
         let arrivals = match pipeline.stages_run_in {
             StagesRunIn::Processes => micro_batches,
-            StagesRunIn::Threads => 0,
+            StagesRunIn::Threads => 1,
         };
         Ok(Question {
             config: config.clone(),

@@ -75,6 +75,7 @@ impl Unplaced {
             // A CPU has computed its step when it has given it back: there is nothing to go ahead of.
             let is_lone = matches!(stages, [stage] if stage.devices.len() == 1);
             scheduler.feeds_back = token_feedback && is_lone && run_in == StageHome::Threads;
+            scheduler.is_ahead = true;
         }
         let num_memories = efficient::num_memories(stages.iter().map(|stage| &devices[stage.devices.start]));
         let scheduler = scheduler::Options { num_stages: stages.len(), num_memories, ..scheduler };
@@ -136,6 +137,7 @@ pub(crate) fn pipeline(
         efficient_tokens: efficient::tokens_of_first(first_gpu.as_deref(), dtypes.weights.into()),
         num_memories: 1, // As that.
         feeds_back: false,
+        is_ahead: false,
     };
     let limits = Limits {
         window: window(max_sequences),

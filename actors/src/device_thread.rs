@@ -117,8 +117,6 @@ pub(crate) struct DeviceThread<W> {
     pub(crate) next: Next,
     pub(crate) witness: W,
     pub(crate) lost: Lost,
-    /// Whether it is a lone stage that is given micro-batches a step ahead of its answers.
-    pub(crate) feeds_back: bool,
 }
 
 impl<W: Witness + 'static> DeviceThread<W> {
@@ -152,9 +150,9 @@ impl<W: Witness + 'static> DeviceThread<W> {
             return;
         }
         self.witness.rests();
-        let work = || match &self.next {
-            Next::Pipeline(pipeline) if self.feeds_back => Ahead::new(&self, &**pipeline, &mut *stage).run(),
-            _ => self.steps(&mut *stage),
+        let work = || match stage.is_ahead() {
+            true => Ahead::new(&self, &mut *stage).run(),
+            false => self.steps(&mut *stage),
         };
         // A device's panics are told with their micro-batch, see `guarded`; any other is a bug that must not go unheard either.
         let ended = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
@@ -258,7 +256,7 @@ mod tests {
     use std::sync::Mutex;
 
     use crossbeam::channel::unbounded;
-    use stages::{Activations, Arrival};
+    use stages::{Activations, Collected, Queued};
 
     use super::*;
 
@@ -284,25 +282,32 @@ mod tests {
         }
     }
 
-    struct Idle;
+    struct Idle {
+        is_ahead: bool,
+    }
 
     impl Stage for Idle {
         fn step(&mut self, batch: &MicroBatch, _: Option<Activations>) -> stages::Result<StageOutput> {
             Ok(StageOutput::Tokens(MicroBatchOutput { id: batch.id, slices: Vec::new() }))
         }
 
-        fn queue(&mut self, _: &Arc<MicroBatch>) -> stages::Result<Arrival> {
-            Ok(Arrival::default())
+        fn is_ahead(&self) -> bool {
+            self.is_ahead
         }
 
-        fn collect(&mut self) -> stages::Result<MicroBatchOutput> {
-            Ok(MicroBatchOutput { id: MicroBatchId(7), slices: Vec::new() })
+        fn queue(&mut self, _: &Arc<MicroBatch>, _: Option<&Activations>) -> stages::Result<Option<Queued>> {
+            Ok(Some(Queued::default()))
+        }
+
+        fn collect(&mut self) -> stages::Result<Collected> {
+            let output = MicroBatchOutput { id: MicroBatchId(7), slices: Vec::new() };
+            Ok(Collected { output: Some(output), device_time: None })
         }
     }
 
     #[test]
     fn a_panic_beside_the_device_s_work_ends_the_stage_and_is_told() {
-        for feeds_back in [false, true] {
+        for is_ahead in [false, true] {
             let (sender, work) = unbounded();
             let batch = Arc::new(MicroBatch { id: MicroBatchId(7), slices: Vec::new() });
             sender.send(Work::Step(Step { batch, input: None, credit: None })).ok().unwrap();
@@ -313,9 +318,8 @@ mod tests {
                 next: Next::Pipeline(Box::new(Broken)),
                 witness: Ends(Arc::clone(&ends)),
                 lost: Lost::default(),
-                feeds_back,
             };
-            let load: LoadStage = Arc::new(|| Ok(Box::new(Idle)));
+            let load: LoadStage = Arc::new(move || Ok(Box::new(Idle { is_ahead })));
             thread.run(&load, |loaded| loaded.is_ok());
             assert_eq!(*ends.lock().unwrap(), ["stage 3 panicked: MicroBatchId(7) came back"]);
         }

@@ -51,7 +51,7 @@ pub(crate) struct StageArgs {
 /// Where a stage runs, and what it needs there.
 pub(crate) enum StageSource {
     /// On a thread of this process.
-    Thread { load: LoadStage, next: Next, feeds_back: bool },
+    Thread { load: LoadStage, next: Next },
     /// In a process of its own.
     Process { args: Arc<ProcessArgs>, ends: ProcessEnds },
 }
@@ -129,8 +129,8 @@ impl Actor for StageActor {
         let owner = owner.downgrade();
         let witness = Here { index, meter, at_work, owner };
         match source {
-            StageSource::Thread { load, next, feeds_back } => {
-                DeviceThread { index, work, next, witness, lost, feeds_back }.spawn(load, ready);
+            StageSource::Thread { load, next } => {
+                DeviceThread { index, work, next, witness, lost }.spawn(load, ready);
             }
             StageSource::Process { args, ends } => Keeper { args, ends, work, witness, lost }.spawn(ready),
         }

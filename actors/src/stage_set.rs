@@ -25,8 +25,6 @@ pub(crate) struct StageSet {
     /// The number by which the job knows the first of them.
     first_stage: usize,
     loads: Vec<StageLoad>,
-    /// Whether it is one stage alone, which is a step ahead of its answers.
-    feeds_back: bool,
     clocks: Vec<Arc<StageClock>>,
     seats: Vec<Seat>,
     lost: Lost,
@@ -92,14 +90,13 @@ impl StageSet {
     pub(crate) async fn start(
         first_stage: usize,
         loads: Vec<StageLoad>,
-        feeds_back: bool,
         pipeline: &ActorRef<PipelineActor>,
         clock: &Arc<PipelineClock>,
     ) -> Result<Self> {
         let new_clock = |index| Arc::new(StageClock::new(first_stage + index, Arc::clone(clock)));
         let clocks = (0..loads.len()).map(new_clock).collect();
         let (seats, lost) = (Vec::new(), Lost::default());
-        let mut stages = StageSet { first_stage, loads, feeds_back, clocks, seats, lost };
+        let mut stages = StageSet { first_stage, loads, clocks, seats, lost };
         // From the last stage to the first: each is given the way to the next.
         let mut next = None;
         for index in (0..stages.len()).rev() {
@@ -148,7 +145,6 @@ impl StageSet {
         let source = match &self.loads[index] {
             StageLoad::Thread(load) => StageSource::Thread {
                 load: Arc::clone(load),
-                feeds_back: self.feeds_back,
                 next: match next {
                     Some(seat) => Next::Stage(Box::new(InProcess { seat, hops: Some(hops) })),
                     None => Next::Pipeline(Box::new(tokens)),

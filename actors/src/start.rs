@@ -140,7 +140,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         sequences: scheduler.max_sequences,
         context_tokens: scheduler.context_tokens,
         micro_batches: scheduler.max_in_flight(),
-        arrivals: if run_in == StageHome::Processes { scheduler.max_in_flight() } else { 0 },
+        arrivals: if run_in == StageHome::Processes { scheduler.max_in_flight() } else { 1 },
     };
     let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;
@@ -184,10 +184,7 @@ pub(crate) async fn start_stages(
     let mailbox_size = pipeline::mailbox_size(loads.len(), window);
     let prepared = PreparedActor::<PipelineActor>::new(mailbox::bounded(mailbox_size));
     let pipeline = prepared.actor_ref().clone();
-    let feeds_back = scheduler.feeds_back && loads.len() == 1;
-    let is_thread = |load: &StageLoad| matches!(load, StageLoad::Thread(_));
-    assert!(!feeds_back || loads.iter().all(is_thread), "tokens are not fed back over processes");
-    let stages = StageSet::start(first_stage, loads, feeds_back, &pipeline, &clock).await?;
+    let stages = StageSet::start(first_stage, loads, &pipeline, &clock).await?;
     let stage_clocks = stages.clocks();
     prepared.spawn(PipelineArgs { options: scheduler, stages, step_timeout, clock: Arc::clone(&clock) });
     Ok(Pipeline { actor: pipeline, stage_clocks, collective_clocks: Vec::new(), clock, parts, window })

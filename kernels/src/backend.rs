@@ -11,10 +11,9 @@
 //! * **Shapes are checked** before any memory is touched; a mismatch is [`crate::Error::Shape`].
 
 use std::ops::Range;
-use std::time::Duration;
 
 use crate::choice::{Choice, ChoiceScratch, Chosen, Edits};
-use crate::cuda::{Gate, Parcel};
+use crate::cuda::{Gate, Parcel, StepTimes};
 use crate::draws::{Arrival, Drawn, Draws, FedTokens};
 use crate::error::{Error, Result};
 use crate::random_tensor::RandomTensor;
@@ -186,7 +185,7 @@ pub struct WorkSize {
     pub vocab: usize,
     /// Arrays of all rows that wait for the next stage at once.
     pub parcels: usize,
-    /// Arrays of all rows that have come from a stage in another process and wait for this one at once.
+    /// Arrays of all rows that have come from a stage on another device and wait for this one at once.
     pub arrivals: usize,
 }
 
@@ -263,6 +262,8 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Replace an array by host values `[rows, cols]`.
     fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Self::Array) -> Result<()>;
+    /// Replace an array by zeros `[rows, cols]`.
+    fn zeros(&self, rows: usize, cols: usize, out: &mut Self::Array) -> Result<()>;
     /// Copy an array to the host; `out` is cleared first.
     fn download(&self, x: &Self::Array, out: &mut Vec<f32>) -> Result<()>;
 
@@ -305,14 +306,19 @@ pub trait Backend: Send + Sync + 'static {
         work()
     }
 
-    /// Marks where a step begins, behind what it was given by another device.
-    fn begin_step(&self) -> Result<()> {
-        Ok(())
+    /// Whether operations are queued, and the device does them beside the host.
+    fn works_beside_host(&self) -> bool {
+        false
     }
 
-    /// Waits for all that was queued; how long the device was at it since [`Backend::begin_step`], where it works beside the host.
-    fn finish_step(&self) -> Result<Option<Duration>> {
-        Ok(None)
+    /// Marks where a step begins, behind what it was given by another device.
+    fn begin_step(&self) -> Result<StepTimes> {
+        Ok(StepTimes::default())
+    }
+
+    /// Marks where it ends.
+    fn end_step(&self, _times: &StepTimes) -> Result<()> {
+        Ok(())
     }
 
     /// Frees memory that operations keep for themselves from call to call, where there is too little of it.

@@ -61,8 +61,8 @@ pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
 pub use cuda::{
-    Compiled, CudaLibrary, Gpu, Parcel, Source, cuda_allocated_bytes, cuda_libraries, cuda_sum_bytes,
-    cuda_work_bytes, pack_cubins,
+    Compiled, CudaLibrary, Gpu, Parcel, Source, StepTimes, cuda_allocated_bytes, cuda_libraries,
+    cuda_sum_bytes, cuda_work_bytes, pack_cubins,
 };
 pub use cuda::{
     Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,

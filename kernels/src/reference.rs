@@ -259,6 +259,12 @@ impl Backend for Reference {
         out.assign(values, rows, cols)
     }
 
+    fn zeros(&self, rows: usize, cols: usize, out: &mut Array) -> Result<()> {
+        out.reshape(rows, cols);
+        out.values_mut().fill(0.0);
+        Ok(())
+    }
+
     fn download(&self, x: &Array, out: &mut Vec<f32>) -> Result<()> {
         out.clear();
         out.extend_from_slice(x.values());

@@ -15,6 +15,7 @@ mod battery {
     pub(crate) mod draws;
     pub(crate) mod embed_gather;
     pub(crate) mod exact;
+    pub(crate) mod handing_over;
     pub(crate) mod logit_stats;
     pub(crate) mod long_context;
     pub(crate) mod matmul;

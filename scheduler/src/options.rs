@@ -28,6 +28,9 @@ pub struct Options {
     /// Whether a lone stage takes a token that it draws from where it has drawn it: decode steps are then issued before
     /// anybody knows the tokens that they begin with. Of no meaning where there are several stages.
     pub feeds_back: bool,
+    /// Whether stages may have begun with the micro-batch behind the one that they are at: where one ends, either may be the reason. A
+    /// lone stage always has where tokens are fed back.
+    pub is_ahead: bool,
 }
 
 impl Options {

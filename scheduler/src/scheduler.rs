@@ -257,15 +257,17 @@ impl Scheduler {
     /// be answered, and every running sequence waits to be computed again. Returns the sequence that has
     /// ended stages before and is now held to be the reason, with [`Failure::EndsStage`].
     ///
-    /// A device that is a step ahead of its answers may have failed at a later micro-batch than the one whose answer is waited for:
-    /// whoever is in any from `fatal` on is a suspect then.
+    /// A stage that is a step ahead may have failed at the micro-batch behind the one that is waited for: whoever is in either is a
+    /// suspect then.
     ///
     /// See `trials` for how it is found. Answers to lost micro-batches must not be shown to
     /// [`Self::complete`]; those that are issued from now on have ids from [`Self::next_micro_batch_id`].
     pub fn stage_ended(&mut self, fatal: Option<MicroBatchId>) -> Option<Completion> {
         let lost = mem::take(&mut self.in_flight);
-        let is_ahead = self.options.feeds_back;
-        let is_fatal = |id: MicroBatchId| fatal.is_some_and(|fatal| id == fatal || is_ahead && id > fatal);
+        let is_ahead = self.options.feeds_back || self.options.is_ahead;
+        let next_after = |fatal| lost.iter().map(|lost| lost.id).find(|id| *id > fatal);
+        let behind = fatal.filter(|_| is_ahead).and_then(next_after);
+        let is_fatal = |id: MicroBatchId| Some(id) == fatal || Some(id) == behind;
         let mut until = BTreeMap::<SequenceId, usize>::new();
         let parts = lost.iter().filter(|lost| is_fatal(lost.id)).flat_map(|lost| &lost.parts);
         for part in parts {

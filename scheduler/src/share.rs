@@ -78,6 +78,7 @@ mod tests {
             efficient_tokens: 16,
             num_memories: 1,
             feeds_back: false,
+            is_ahead: false,
         }
     }
 

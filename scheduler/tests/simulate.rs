@@ -25,6 +25,7 @@ fn options(num_stages: usize) -> Options {
         efficient_tokens: 1,
         num_memories: 1,
         feeds_back: false,
+        is_ahead: false,
     }
 }
 
@@ -283,6 +284,7 @@ impl Case {
             efficient_tokens: 1 + random.below(3) as usize,
             num_memories: 1 + random.below(num_stages as u64) as usize,
             feeds_back: false,
+            is_ahead: false,
         };
         let rows = (0..random.below(25))
             .map(|_| Lengths {

@@ -54,6 +54,7 @@ pub(super) fn options(
         efficient_tokens: efficient::tokens((first.as_str(), setting.kinds()[0]), setting.types.weights),
         num_memories: num_memories(setting, layout),
         feeds_back: false,
+        is_ahead: false,
     };
     Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
 }

@@ -47,6 +47,7 @@ pub use shard::RankPlace;
 pub use sharing::{Alike, AttentionSharing, BlockSharing, Exceptions, FfnSharing, Sharing};
 pub use span::SpanOptions;
 pub use stage::{
-    Activations, Device, Dtypes, Follower, Rows, Stage, StageOutput, load, load_first_rank, load_follower,
+    Activations, Collected, Device, Dtypes, Follower, Queued, Rows, Stage, StageOutput, load,
+    load_first_rank, load_follower,
 };
 pub use tensors::weight_bytes;

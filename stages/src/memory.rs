@@ -25,7 +25,8 @@ pub struct StepSize {
     pub context_tokens: usize,
     /// Micro-batches in flight, all of which may wait for the next stage.
     pub micro_batches: usize,
-    /// Micro-batches that may wait for this stage on its own device: all in flight where stages are processes, none else.
+    /// Micro-batches that may wait for this stage on its own device: all in flight where stages are processes; else the next
+    /// one, which comes from another GPU while one is computed.
     pub arrivals: usize,
 }
 

@@ -159,31 +159,53 @@ pub trait Stage: Send {
         None
     }
 
-    /// Of a stage that is the whole model, on one device: begins with a micro-batch, some tokens of which may be those that the one before
-    /// draws, and says when its answer will be there. A device goes on with it by itself; a host has computed it when this returns.
+    /// Whether its device works beside its host, so that another micro-batch may be queued behind the one that is computed.
+    fn is_ahead(&self) -> bool {
+        false
+    }
+
+    /// Begins with a micro-batch, as [`Stage::step`], and does not wait for what comes of it: a device goes on with it by itself, a
+    /// host has computed it when this returns. Where the stage is the whole model, some tokens may be those that the micro-batch before
+    /// draws. Nothing where there is no room for it and others are under way: it goes in parts, each of which is waited for, when these
+    /// are collected and it is queued once more.
     ///
     /// # Errors
     /// As of [`Stage::step`]; what was queued before may have been the reason, which [`Stage::collect`] then says too.
     ///
     /// # Panics
-    /// Where it is another stage.
-    fn queue(&mut self, batch: &Arc<MicroBatch>) -> Result<Arrival> {
-        panic!(
-            "{:?} was queued on a stage that takes no step before it has given the last one's answer",
-            batch.id
-        )
+    /// Where two were queued and not collected, and where the stage has several ranks.
+    fn queue(&mut self, batch: &Arc<MicroBatch>, _input: Option<&Activations>) -> Result<Option<Queued>> {
+        panic!("{:?} was queued on a stage that takes no step before the last one's end", batch.id)
     }
 
-    /// The answer to the oldest micro-batch that was queued and not collected; waits for it.
+    /// What came of the oldest micro-batch that was queued and not collected; waits for it.
     ///
     /// # Errors
     /// As of [`Stage::step`].
     ///
     /// # Panics
     /// Where there is none.
-    fn collect(&mut self) -> Result<MicroBatchOutput> {
+    fn collect(&mut self) -> Result<Collected> {
         panic!("nothing was queued")
     }
+}
+
+/// A micro-batch that a stage has begun with.
+#[derive(Debug, Default)]
+pub struct Queued {
+    /// What the next stage goes on with; nothing of the last one.
+    pub activations: Option<Activations>,
+    /// When the device will be done with it, and an answer there.
+    pub arrival: Arrival,
+}
+
+/// What came of a micro-batch that was queued.
+#[derive(Debug, Clone)]
+pub struct Collected {
+    /// The last stage's answer.
+    pub output: Option<MicroBatchOutput>,
+    /// As of [`Stage::finish`].
+    pub device_time: Option<Duration>,
 }
 
 /// A rank beside the first of a stage. Calls come in the order of micro-batches, from one thread.

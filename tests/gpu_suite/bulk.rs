@@ -58,6 +58,7 @@ impl Job {
             efficient_tokens: 1,
             num_memories: 1,
             feeds_back: true,
+            is_ahead: true,
         })
     }
 
@@ -82,13 +83,14 @@ impl Job {
         loop {
             while let Some(batch) = scheduler.next_micro_batch() {
                 loads.push(batch.load());
-                stage.queue(&Arc::new(batch))?;
+                stage.queue(&Arc::new(batch), None)?.context("a micro-batch has no room")?;
                 in_flight += 1;
             }
             if in_flight == 0 {
                 break;
             }
-            ended += scheduler.complete(stage.collect()?, |_, _| false).len();
+            let output = stage.collect()?.output.context("a stage that is the whole model answers")?;
+            ended += scheduler.complete(output, |_, _| false).len();
             in_flight -= 1;
         }
         let seconds = begun.elapsed().as_secs_f64();

@@ -105,9 +105,9 @@ fn ahead(model: &Model, device: &Device, work: &Work) -> Result<(f64, f64)> {
     let end = model.config.blocks.len();
     let mut stage = load(model, device, Span { start: 0, end }, work)?;
     let batch = Arc::new(micro_batch(model, work));
-    stage.queue(&batch)?;
+    stage.queue(&batch, None)?.context("a step has no room")?;
     let mut step = || -> Result<()> {
-        stage.queue(&batch)?;
+        stage.queue(&batch, None)?.context("a step has no room")?;
         stage.collect()?;
         Ok(())
     };

@@ -175,7 +175,7 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
             false
         }
     };
-    DeviceThread { index: stage, work: orders, next, witness, lost, feeds_back: false }.run(&load, is_ready);
+    DeviceThread { index: stage, work: orders, next, witness, lost }.run(&load, is_ready);
     Ok(())
 }
 

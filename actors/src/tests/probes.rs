@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
 use scheduler::{Failure, MicroBatch, MicroBatchId, MicroBatchOutput, Slice, SliceOutput, Span};
-use stages::{Activations, Arrival, Stage, StageOutput};
+use stages::{Activations, Arrival, Collected, Queued, Stage, StageOutput};
 
 use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
 use crate::stage_set::StageLoad;
@@ -26,50 +26,64 @@ struct Probe {
     steps: Arc<AtomicUsize>,
     trouble: Trouble,
     step_time: Duration,
-    /// Micro-batches that were queued, and their answers, up to the last one that was collected.
-    queued: VecDeque<(MicroBatchId, MicroBatchOutput)>,
+    is_ahead: bool,
+    /// Micro-batches that were queued, and the last stage's answers, up to the last one that was collected.
+    queued: VecDeque<(MicroBatchId, Option<MicroBatchOutput>)>,
     num_collected: usize,
     /// When the last one will have been computed.
     done: Instant,
     calls: Calls,
 }
 
-/// What a probe was asked for: `true` for a micro-batch that was queued, `false` for one that was collected.
-pub(super) type Calls = Arc<Mutex<Vec<(bool, MicroBatchId)>>>;
+/// What probes were asked for, each by its index: `true` for a micro-batch that was queued, `false` for one that was collected.
+pub(super) type Calls = Arc<Mutex<Vec<(usize, bool, MicroBatchId)>>>;
 
 impl Stage for Probe {
-    fn queue(&mut self, batch: &Arc<MicroBatch>) -> stages::Result<Arrival> {
+    fn is_ahead(&self) -> bool {
+        self.is_ahead
+    }
+
+    fn queue(
+        &mut self,
+        batch: &Arc<MicroBatch>,
+        input: Option<&Activations>,
+    ) -> stages::Result<Option<Queued>> {
         let mut known = MicroBatch::clone(batch);
         for slice in &mut known.slices {
             if let Some(fed_back) = slice.fed_back {
                 let (id, output) = self.queued.back().expect("another was queued before");
                 assert_eq!(*id, fed_back.micro_batch, "tokens are those of the micro-batch before");
+                let output = output.as_ref().expect("a stage that is the whole model draws");
                 slice.tokens[0] = output.slices[fed_back.slice].token.unwrap_or_default();
             }
         }
         // As a device: it is at it from now on, or from when it is done with the one before.
         let step_time = std::mem::take(&mut self.step_time);
-        let StageOutput::Tokens(output) = self.step(&known, None)? else { panic!("the last stage draws") };
+        let (activations, output) = match self.step(&known, input.cloned())? {
+            StageOutput::Activations(activations) => (Some(activations), None),
+            StageOutput::Tokens(output) => (None, Some(output)),
+        };
         self.step_time = step_time;
         let done = self.done.max(Instant::now()) + step_time;
         self.done = done;
-        self.calls.lock().unwrap().push((true, batch.id));
+        self.calls.lock().unwrap().push((self.index, true, batch.id));
         self.queued.push_back((batch.id, output));
-        Ok(Arrival::when(move || {
+        let arrival = Arrival::when(move || {
             std::thread::sleep(done.saturating_duration_since(Instant::now()));
             Ok(())
-        }))
+        });
+        Ok(Some(Queued { activations, arrival }))
     }
 
-    fn collect(&mut self) -> stages::Result<MicroBatchOutput> {
+    fn collect(&mut self) -> stages::Result<Collected> {
         // The last one is kept: the next may begin with its tokens.
         if self.num_collected > 0 {
             self.queued.pop_front();
         }
         self.num_collected = 1;
         let (id, output) = self.queued.front().expect("a micro-batch was queued").clone();
-        self.calls.lock().unwrap().push((false, id));
-        Ok(output)
+        self.calls.lock().unwrap().push((self.index, false, id));
+        Ok(Collected { output, device_time: None })
     }
 
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
@@ -119,6 +133,8 @@ pub(super) struct World {
     pub(super) step_time: Duration,
     pub(super) step_timeout: Duration,
     pub(super) feeds_back: bool,
+    /// Whether stages begin with a micro-batch before they are done with the one before.
+    pub(super) is_ahead: bool,
     pub(super) calls: Calls,
 }
 
@@ -132,13 +148,19 @@ impl World {
             step_time: Duration::ZERO,
             step_timeout: Duration::from_secs(60),
             feeds_back: false,
+            is_ahead: false,
             calls: Calls::default(),
         }
     }
 
     /// A lone stage whose tokens are fed back.
     pub(super) fn feeding_back() -> Self {
-        World { feeds_back: true, ..World::new(1) }
+        World { feeds_back: true, ..World::ahead(1) }
+    }
+
+    /// Stages whose devices work beside their hosts.
+    pub(super) fn ahead(num_stages: usize) -> Self {
+        World { is_ahead: true, ..World::new(num_stages) }
     }
 
     /// `trouble` is told stage, step and micro-batch before each step.
@@ -147,15 +169,15 @@ impl World {
     }
 
     pub(super) async fn start(&self) -> Pipeline {
-        let feeds_back = self.feeds_back;
-        self.start_with(scheduler::Options { feeds_back, ..options(self.num_stages) }).await
+        let World { feeds_back, is_ahead, .. } = *self;
+        self.start_with(scheduler::Options { feeds_back, is_ahead, ..options(self.num_stages) }).await
     }
 
     pub(super) async fn start_with(&self, options: scheduler::Options) -> Pipeline {
         let load = |index: usize| -> StageLoad {
             let (is_first, is_last) = (index == 0, index + 1 == self.num_stages);
             let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
-            let (loads, most_loads) = (Arc::clone(&self.loads), self.most_loads);
+            let (loads, most_loads, is_ahead) = (Arc::clone(&self.loads), self.most_loads, self.is_ahead);
             let (trouble, calls) = (Arc::clone(&self.trouble), Arc::clone(&self.calls));
             StageLoad::Thread(Arc::new(move || {
                 assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
@@ -168,6 +190,7 @@ impl World {
                     steps,
                     trouble,
                     step_time,
+                    is_ahead,
                     queued,
                     num_collected,
                     done: Instant::now(),
@@ -198,6 +221,7 @@ pub(super) fn options(num_stages: usize) -> scheduler::Options {
         efficient_tokens: 1,
         num_memories: 1,
         feeds_back: false,
+        is_ahead: false,
     }
 }
 

@@ -60,6 +60,13 @@ impl Event {
         unsafe { result::event::synchronize(self.event) }.map_err(|error| self.stream.failed(op, error))
     }
 
+    /// Whether it has passed, or was never recorded.
+    #[cfg(test)]
+    pub(crate) fn has_passed(&self) -> bool {
+        // SAFETY: it lives.
+        unsafe { sys::cuEventQuery(self.event) }.result().is_ok()
+    }
+
     /// From an earlier one on; both are timed and have passed.
     pub(crate) fn since(&self, op: &'static str, earlier: &Event) -> Result<Duration> {
         self.stream.bind(op)?;

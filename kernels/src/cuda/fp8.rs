@@ -155,28 +155,11 @@ impl Fp8Kernels {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
-    use super::super::{Cuda, CudaArray, CudaOperand, CudaOptions, locked};
+    use super::super::tests::emulated;
+    use super::super::{Cuda, CudaArray, CudaOperand, locked};
     use super::*;
-    use crate::backend::{Backend, KvDtype, WeightType};
+    use crate::backend::{Backend, WeightType};
     use crate::tensor_view::TensorView;
-
-    fn cuda() -> Cuda {
-        let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
-        assert!(libraries.join("libcuda.so").is_file(), "no emulator\nhint: cargo xtask emulator");
-        Cuda::new(CudaOptions {
-            device: 0,
-            weights: WeightType::Fp8,
-            kv: KvDtype::Bf16,
-            is_deterministic: true,
-            has_graphs: false,
-            ffn_columns: 64,
-            libraries: Some(libraries),
-            cubins: None,
-        })
-        .unwrap()
-    }
 
     /// Numbers of many sizes.
     fn values(len: usize) -> Vec<f32> {
@@ -210,7 +193,7 @@ mod tests {
 
     #[test]
     fn norms_and_swiglu_write_the_codes_that_a_pass_of_its_own_makes() {
-        let cuda = cuda();
+        let cuda = emulated(WeightType::Fp8);
         let (mut normed, mut inner) = (cuda.operand(), cuda.operand());
         for (rows, cols, width) in [(1, 5, 1), (3, 16, 64), (2, 1030, 33), (5, 40, 58)] {
             let mut numbers = values(rows * cols);

@@ -29,6 +29,7 @@ mod products;
 mod program;
 mod rope;
 mod staging;
+mod step_times;
 mod stream;
 mod tables;
 mod weights;
@@ -45,6 +46,7 @@ pub use nccl::{Gate, GroupExit, GroupId, NcclRank, NcclReceiver, NcclSender, cud
 pub use packed::pack_cubins;
 pub use parcels::Parcel;
 pub use program::{Compiled, Source};
+pub use step_times::StepTimes;
 
 use crate::backend::{KvDtype, WeightType};
 use crate::error::{Error, Result};
@@ -55,7 +57,7 @@ use fp8::Fp8Kernels;
 use gemm::Gemm;
 use graphs::Graphs;
 use int4::Int4Kernels;
-use parcels::{Parcels, StepClock};
+use parcels::Parcels;
 use staging::Staging;
 use stream::{Argument, Grid, Kernel, Memory, Stream};
 use tables::Tables;
@@ -95,10 +97,9 @@ pub struct Cuda {
     workspace: Mutex<Workspace>,
     graphs: Mutex<Graphs>,
     parcels: Arc<Parcels>,
-    /// What has come from other processes, or is yet to come, by a queue of its own.
+    /// What has come from another GPU or process, or is yet to come, by a queue of its own.
     arrived: Arc<Parcels>,
     arrivals: Arc<Stream>,
-    step: StepClock,
     /// A product before it is added.
     product: Mutex<Memory>,
     /// Nothing where products are our own kernel's.
@@ -109,8 +110,6 @@ pub struct Cuda {
     fp8: Option<Fp8Kernels>,
     /// Numbers on their way to a narrower type.
     source: Mutex<Memory>,
-    /// Takes over what other stages have computed.
-    copies: Arc<Stream>,
     // Last, so that everything above is freed before it.
     stream: Arc<Stream>,
 }
@@ -233,8 +232,6 @@ impl Cuda {
             parcels: Arc::default(),
             arrived: Arc::default(),
             arrivals: Stream::open(device)?,
-            step: StepClock::new(&stream)?,
-            copies: Stream::open(device)?,
             product: Mutex::new(Memory::none(&stream)),
             library,
             int4,
@@ -295,4 +292,28 @@ fn flat_grid(numbers: usize) -> Grid {
 
 fn u32_of(value: usize) -> Argument {
     Argument::U32(value as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// A GPU of the emulator, with chunks of 64 columns.
+    pub(super) fn emulated(weights: WeightType) -> Cuda {
+        let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
+        assert!(libraries.join("libcuda.so").is_file(), "no emulator\nhint: cargo xtask emulator");
+        Cuda::new(CudaOptions {
+            device: 0,
+            weights,
+            kv: KvDtype::Bf16,
+            is_deterministic: true,
+            has_graphs: false,
+            ffn_columns: 64,
+            libraries: Some(libraries),
+            cubins: None,
+        })
+        .unwrap()
+    }
 }

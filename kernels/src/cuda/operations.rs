@@ -1,7 +1,6 @@
 //! The operations of the contract: what each checks, and which kernels it queues.
 
 use std::ops::Range;
-use std::time::Duration;
 
 use super::arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 use super::attention::{AttentionKernels, DECODE_GROUP, Plan, PlanShape, TILE_QUERIES};
@@ -11,6 +10,7 @@ use super::gemm::Onto;
 use super::graphs::Graphs;
 use super::nccl::Gate;
 use super::parcels::Parcel;
+use super::step_times::StepTimes;
 use super::stream::{Argument, Grid, Memory};
 use super::weights::Origin;
 use super::{Cuda, CudaOptions, Workspace, flat_grid, locked, row_grid, u32_of};
@@ -102,6 +102,11 @@ impl Backend for Cuda {
         self.stream.upload("upload", bytemuck::cast_slice(values), &mut out.memory, 0)
     }
 
+    fn zeros(&self, rows: usize, cols: usize, out: &mut CudaArray) -> Result<()> {
+        out.reshape(rows, cols)?;
+        self.stream.clear("zeros", &mut out.memory)
+    }
+
     fn download(&self, x: &CudaArray, out: &mut Vec<f32>) -> Result<()> {
         out.resize(x.rows * x.cols, 0.0);
         self.stream.download("download", &x.memory, out)
@@ -156,12 +161,16 @@ impl Backend for Cuda {
         self.repeat_step(step, work)
     }
 
-    fn begin_step(&self) -> Result<()> {
-        self.step.begin()
+    fn works_beside_host(&self) -> bool {
+        true
     }
 
-    fn finish_step(&self) -> Result<Option<Duration>> {
-        self.step.finish().map(Some)
+    fn begin_step(&self) -> Result<StepTimes> {
+        StepTimes::begin(&self.stream)
+    }
+
+    fn end_step(&self, times: &StepTimes) -> Result<()> {
+        times.end()
     }
 
     fn embed(&self, table: &CudaMatrix, tokens: &[u32], out: &mut CudaArray) -> Result<()> {

@@ -1,14 +1,13 @@
 //! Activations on their way from one stage to the next of a process, which never leave the devices. To and from other processes
 //! parcels go by NCCL (`nccl/gate.rs`).
 //!
-//! A parcel is a copy, for the stage that hands it over goes on with its own array. The next stage copies it to its device, from
-//! the same GPU or over the link between two, by a queue of its own for that. No host waits: an event says when a parcel is
-//! there, and another one when it was taken, before which its memory is not used again. In the steady state nothing is
-//! allocated.
+//! A parcel is a copy, for the stage that hands it over goes on with its own array. From another GPU the next stage brings it to a
+//! parcel of its own, by a queue beside the one that computes: so the next micro-batch's arrives while this one's is computed, and
+//! what is computed finds it in its own memory. No host waits: an event says when a parcel is there, and another one when it was
+//! taken, before which its memory is not used again. In the steady state nothing is allocated.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use super::arrays::CudaArray;
 use super::event::Event;
@@ -124,6 +123,14 @@ impl Parcel {
         locked(&self.slot().taken).push(Arc::clone(event));
     }
 
+    /// The same of the moment when all that a queue has by now is done.
+    fn taken_by(&self, stream: &Arc<Stream>) -> Result<()> {
+        let taken = Arc::new(Event::new(OP, stream, false)?);
+        taken.record(OP)?;
+        self.taken_at(&taken);
+        Ok(())
+    }
+
     fn slot(&self) -> &Slot {
         self.0.slot.as_ref().expect("it is there until the parcel is dropped")
     }
@@ -145,42 +152,52 @@ impl Cuda {
     /// Queues a copy of what a stage before has handed over, behind its being there and behind all that works with `out`.
     pub(super) fn unpack(&self, parcel: &Parcel, out: &mut CudaArray) -> Result<()> {
         out.reshape(parcel.0.rows, parcel.0.cols)?;
-        parcel.ready().hold(OP, &self.copies)?;
-        self.step.free.record(OP)?;
-        self.step.free.hold(OP, &self.copies)?;
-        self.copies.copy(OP, parcel.memory(), &out.memory, parcel.bytes())?;
-        let copied = Arc::new(Event::new(OP, &self.copies, false)?);
-        copied.record(OP)?;
-        copied.hold(OP, &self.stream)?;
-        parcel.taken_at(&copied);
-        Ok(())
+        let is_here = parcel.memory().stream().index() == self.stream.index();
+        let parcel = if is_here { parcel.clone() } else { self.bring(parcel)? };
+        parcel.ready().hold(OP, &self.stream)?;
+        self.stream.copy(OP, parcel.memory(), &out.memory, parcel.bytes())?;
+        parcel.taken_by(&self.stream)
+    }
+
+    /// Queues a copy of a parcel to one of this GPU, beside what it computes.
+    fn bring(&self, parcel: &Parcel) -> Result<Parcel> {
+        let (rows, cols) = parcel.shape();
+        let here = self.arrived.parcel(&self.arrivals, rows, cols)?;
+        parcel.ready().hold(OP, &self.arrivals)?;
+        self.arrivals.copy(OP, parcel.memory(), here.memory(), parcel.bytes())?;
+        here.ready().record(OP)?;
+        parcel.taken_by(&self.arrivals)?;
+        Ok(here)
     }
 }
 
-/// Moments of a step.
-#[derive(Debug)]
-pub(super) struct StepClock {
-    /// What is computed so far works with the residual stream no more.
-    free: Event,
-    /// The device turns to what this stage computes, and is done with it.
-    start: Event,
-    end: Event,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, WeightType};
+    use crate::cuda::tests::emulated;
 
-impl StepClock {
-    pub(super) fn new(stream: &Arc<Stream>) -> Result<StepClock> {
-        let event = |is_timed| Event::new("start", stream, is_timed);
-        Ok(StepClock { free: event(false)?, start: event(true)?, end: event(true)? })
-    }
-
-    pub(super) fn begin(&self) -> Result<()> {
-        self.start.record("begin a step")
-    }
-
-    pub(super) fn finish(&self) -> Result<Duration> {
-        const OP: &str = "finish a step";
-        self.end.record(OP)?;
-        self.end.wait(OP)?;
-        self.end.since(OP, &self.start)
+    /// The emulator draws what goes on: where one did not wait for the other, some of many come before.
+    #[test]
+    fn what_comes_from_another_gpu_arrives_while_this_one_computes() {
+        let (from, to) = (emulated(WeightType::Bf16), emulated(WeightType::Bf16));
+        let (mut x, mut input, mut busy) = (from.array(), to.array(), to.array());
+        from.upload(&[1.0, 2.0], 1, 2, &mut x).unwrap();
+        to.upload(&[0.5; 4096], 64, 64, &mut busy).unwrap();
+        let computed = Event::new(OP, &to.stream, false).unwrap();
+        let mut num_early = 0;
+        for _ in 0..40 {
+            to.stream.wait(OP).unwrap();
+            let more = to.pack(&busy).unwrap();
+            (0..50).for_each(|_| to.unpack(&more, &mut busy).unwrap());
+            computed.record(OP).unwrap();
+            let parcel = from.pack(&x).unwrap();
+            let here = to.bring(&parcel).unwrap();
+            here.ready().wait(OP).unwrap();
+            num_early += usize::from(!computed.has_passed());
+            assert_eq!(here.values().unwrap(), [1.0, 2.0]);
+        }
+        assert!(num_early > 0, "none had arrived before all else was done");
+        to.unpack(&from.pack(&x).unwrap(), &mut input).unwrap();
     }
 }

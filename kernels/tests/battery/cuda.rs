@@ -22,7 +22,7 @@ impl Readable for Cuda {
 }
 
 /// Where `cargo xtask emulator` puts it.
-fn emulator() -> PathBuf {
+pub(crate) fn emulator() -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
     assert!(
         folder.join("libcuda.so").is_file(),
@@ -34,7 +34,7 @@ fn emulator() -> PathBuf {
 
 /// How a device is set up for a check.
 #[derive(Clone, Copy)]
-struct Mode {
+pub(crate) struct Mode {
     is_deterministic: bool,
     ffn_columns: usize,
     weights: WeightType,
@@ -42,7 +42,7 @@ struct Mode {
 }
 
 /// Where rows do not depend on their batch.
-const FIXED: Mode = Mode {
+pub(crate) const FIXED: Mode = Mode {
     is_deterministic: true,
     ffn_columns: Cuda::FFN_COLUMNS,
     weights: WeightType::Bf16,
@@ -88,41 +88,9 @@ fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
 }
 
 /// A device of the emulator's libraries, or of the machine's.
-fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
+pub(crate) fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
     let backend = Cuda::new(options(libraries, mode)).unwrap();
     Device { int4: Int4Groups::Of128, ..Device::new(backend, mode.weights, mode.kv) }
-}
-
-/// What one stage hands over another one of the same GPU takes, whatever becomes of the array in the meantime.
-fn check_parcels(libraries: Option<PathBuf>) {
-    let (from, to) = (device(libraries.clone(), FIXED), device(libraries, FIXED));
-    for (rows, cols) in [(0, 8), (1, 1), (3, 130), (2, 5)] {
-        let values: Vec<f32> = (0..rows * cols).map(|i| i as f32 - 0.5).collect();
-        let mut array = from.array(&values, cols);
-        let parcel = from.backend.hand_over(&array).unwrap().expect("a GPU keeps arrays to itself");
-        from.backend.upload(&vec![7.0; rows * cols], rows, cols, &mut array).unwrap();
-        assert_eq!((parcel.shape(), parcel.values().unwrap()), ((rows, cols), values.clone()));
-        let (mut taken, mut found) = (to.backend.array(), vec![9.0]);
-        to.backend.take_over(&parcel, &mut taken).unwrap();
-        to.backend.download(&taken, &mut found).unwrap();
-        assert_eq!(found, values);
-        // On a processor parcels are taken over through the host.
-        let cpu = kernels::Reference::new(WeightType::Bf16, KvDtype::Bf16);
-        let mut taken = cpu.array();
-        cpu.take_over(&parcel, &mut taken).unwrap();
-        assert_eq!(taken.values(), values);
-    }
-}
-
-#[test]
-fn stages_hand_over_arrays_on_the_emulator() {
-    check_parcels(Some(emulator()));
-}
-
-#[test]
-#[ignore = "needs a CUDA device"]
-fn stages_hand_over_arrays_on_a_gpu() {
-    check_parcels(None);
 }
 
 macro_rules! checks {

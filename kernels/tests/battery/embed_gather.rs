@@ -15,6 +15,8 @@ impl Check for Copies {
             let rounded = all_rounded(device.weights.operands(), &table);
             let array = device.array(&table, hidden);
             assert_eq!(bits(&device.values(&array)), bits(&table), "{}: upload", device.name());
+            device.backend.zeros(3, hidden, &mut out).unwrap();
+            assert_eq!(device.values(&out), vec![0.0; 3 * hidden], "{}: zeros", device.name());
             for count in [0, 1, 3, 200] {
                 let rows: Vec<u32> = (0..count).map(|_| random.below(vocabulary) as u32).collect();
                 device.backend.embed(&matrix, &rows, &mut out).unwrap();

@@ -451,8 +451,8 @@ fn a_sequence_that_ends_its_stage_is_found_by_halving() {
 /// Where only the oldest were suspected it would be cleared each time, and its neighbours tried in its place.
 #[test]
 fn a_sequence_that_ends_its_stage_a_step_ahead_is_found_too() {
-    for position in [0, 3, 4] {
-        let mut world = World::new().feeding_back();
+    let worlds = || [World::new().feeding_back(), World::new().stages(3).ahead()];
+    for (position, mut world) in [0, 3, 4].into_iter().flat_map(|at| worlds().map(|world| (at, world))) {
         world.submit_many(20, &prompt(3));
         let culprit = world.submit(Request { key: deadly(position), ..prompt(3) });
         world.submit_many(11, &prompt(3));

@@ -3,11 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels::{Backend, ViewDtype};
+use kernels::{Backend, StepTimes, ViewDtype};
 
 use super::attention::{AttentionOnDevice, Gqa, Linear};
 use super::ffn::{Cut, FfnOnDevice, SwiGlu};
 use super::queue::Queue;
+use super::room::Room;
 use super::{BlockOnDevice, SpanOptions, SpanStage, Work};
 use crate::batch::Batch;
 use crate::block::{Attention, Block, Ffn};
@@ -19,7 +20,6 @@ use crate::ranks::Ranks;
 use crate::shard::{AttentionShard, FfnShard, RankPlace};
 use crate::sharing::Sharing;
 use crate::tensors::{self, slot_tensor};
-use crate::work_shapes::WorkShapes;
 
 impl<B: Backend> SpanStage<B> {
     /// Loads the tensors of a span, and no others, onto a device; of several `ranks` this one's parts alone.
@@ -48,12 +48,12 @@ impl<B: Backend> SpanStage<B> {
             .transpose()?;
         let (eps, hidden) = (config.rms_norm_eps, config.dims.hidden);
         let (mut work, batch) = (Work::new(&backend), Batch::default());
-        if let Some(step) = largest_step {
-            let shapes = WorkShapes::of(config, part, (place, &loader.sharing), step);
-            work.reserve(&backend, &shapes)?;
-            ranks.iter_mut().try_for_each(|ranks| ranks.reserve(shapes.told))?;
-        }
-        let (has_halved, was_given_early) = (false, false);
+        let sharing = loader.sharing;
+        let room = largest_step.map(|largest| {
+            let config = Arc::clone(config);
+            Room { config, part, place, sharing, largest, rows: largest.rows }
+        });
+        room.iter().try_for_each(|room| room.make(&backend, &mut work, ranks.as_mut()))?;
         let mut queue = Queue::default();
         if let (Some(_), Some(step)) = (&head, largest_step) {
             queue.reserve(&backend, step.rows)?;
@@ -68,8 +68,10 @@ impl<B: Backend> SpanStage<B> {
             head,
             rope,
             ranks,
-            has_halved,
-            was_given_early,
+            room,
+            has_halved: false,
+            times: StepTimes::default(),
+            was_given_early: false,
             queue,
             work,
             backend,

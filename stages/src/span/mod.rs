@@ -11,15 +11,18 @@
 mod attention;
 mod ffn;
 mod load;
+#[cfg(test)]
+mod on_gpu;
 mod queue;
+mod room;
 #[cfg(test)]
 mod shard_reads;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use kernels::{Arrival, Backend, DecodeStep, FedTokens, Gate};
-use scheduler::{MicroBatch, MicroBatchOutput};
+use kernels::{Backend, DecodeStep, FedTokens, Gate, StepTimes};
+use scheduler::MicroBatch;
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -27,12 +30,13 @@ use crate::head::{Asked, Head, HeadWork};
 use crate::memory::StepSize;
 use crate::part::Part;
 use crate::ranks::{RankStep, Ranks};
-use crate::stage::{Activations, Follower, Rows, Stage, StageOutput};
+use crate::stage::{Activations, Collected, Follower, Queued, Rows, Stage, StageOutput};
 use crate::work_shapes::WorkShapes;
 
 use attention::AttentionOnDevice;
 use ffn::FfnOnDevice;
 use queue::Queue;
+use room::Room;
 
 /// How much of a model a stage holds, and how much it must be ready for.
 #[derive(Debug, Clone, Copy)]
@@ -60,9 +64,13 @@ pub(crate) struct SpanStage<B: Backend> {
     head: Option<Head<B>>,
     rope: Option<B::Rope>,
     ranks: Option<Ranks<B::Array>>,
+    /// Where it was said how large steps will be.
+    room: Option<Room>,
     /// Whether a step went in halves, which is told once.
     has_halved: bool,
-    /// Whether the last step was given activations that are on a device.
+    /// Of the last step.
+    times: StepTimes,
+    /// Whether it was given activations that are on a device.
     was_given_early: bool,
     queue: Queue,
     work: Work<B>,
@@ -92,7 +100,6 @@ struct Work<B: Backend> {
     sums: B::Array,
     /// Rows of the rank's own sequences, where attention is shared by sequences.
     rows: B::Array,
-    zeros: Vec<f32>,
     head: HeadWork<B>,
 }
 
@@ -122,7 +129,6 @@ impl<B: Backend> Work<B> {
             gathered: backend.array(),
             sums: backend.array(),
             rows: backend.array(),
-            zeros: Vec::new(),
             head: HeadWork::new(backend),
         }
     }
@@ -182,10 +188,7 @@ impl<B: Backend> Pass<'_, B> {
 
     /// `work.added` of a rank that has nothing to add.
     fn add_nothing(&mut self) -> Result<()> {
-        let numbers = self.numbers();
-        self.work.zeros.resize(numbers, 0.0);
-        let rows = self.batch.num_rows();
-        Ok(self.backend.upload(&self.work.zeros[..numbers], rows, self.hidden, &mut self.work.added)?)
+        Ok(self.backend.zeros(self.batch.num_rows(), self.hidden, &mut self.work.added)?)
     }
 
     /// `work.added` becomes the sum over all ranks.
@@ -336,7 +339,7 @@ impl<B: Backend> SpanStage<B> {
     fn compute(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<bool> {
         self.batch.assign(batch, |fed_back| self.queue.find(fed_back));
         self.take(input)?;
-        self.backend.begin_step()?;
+        self.times = self.backend.begin_step()?;
         self.run_blocks()
     }
 
@@ -358,8 +361,7 @@ impl<B: Backend> SpanStage<B> {
             );
         }
         // What has grown for larger steps than these goes first.
-        self.work = Work::new(&self.backend);
-        self.backend.free_workspace();
+        self.give_room_back();
         let Some((front, back)) = halves else {
             return self.whole_step(batch, input).map_err(Error::of_one_token);
         };
@@ -378,20 +380,26 @@ impl<B: Backend> SpanStage<B> {
 impl<B: Backend> Stage for SpanStage<B> {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> Result<StageOutput> {
         self.was_given_early = input.as_ref().is_some_and(Activations::are_on_a_device);
-        self.step_in_parts(batch, input.as_ref())
+        let output = self.step_in_parts(batch, input.as_ref())?;
+        self.backend.end_step(&self.times)?;
+        self.make_room_again();
+        Ok(output)
     }
 
-    fn queue(&mut self, batch: &Arc<MicroBatch>) -> Result<Arrival> {
-        self.queue_step(batch)
+    fn is_ahead(&self) -> bool {
+        self.ranks.is_none() && self.backend.works_beside_host()
     }
 
-    fn collect(&mut self) -> Result<MicroBatchOutput> {
+    fn queue(&mut self, batch: &Arc<MicroBatch>, input: Option<&Activations>) -> Result<Option<Queued>> {
+        self.queue_step(batch, input)
+    }
+
+    fn collect(&mut self) -> Result<Collected> {
         self.queue.collect(&self.backend)
     }
 
     fn finish(&mut self) -> Result<Option<Duration>> {
-        let time = self.backend.finish_step()?;
-        Ok(time.filter(|_| self.was_given_early))
+        Ok(self.times.wait()?.filter(|_| self.was_given_early))
     }
 
     fn gate(&self) -> Option<Gate> {

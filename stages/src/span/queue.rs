@@ -1,20 +1,21 @@
-//! Steps of a stage that is the whole model, begun before the answers to the one before are known.
+//! Steps that are begun before those before them have come to an end.
 //!
-//! A step is queued with tokens that the step before draws, wherever these are: on a device they stay there, and what the host
-//! knows already is sent as any other token. Two steps are under way at most, and their answers are collected in order; those of the last step are
-//! kept beyond that, for the next one may have been issued before they came back.
+//! A device goes on with the next step by itself, and its host is never waited for in between; what comes from another GPU arrives meanwhile. A
+//! stage that is the whole model may be given tokens that the step before draws, wherever these are: on a device they stay there,
+//! and what the host knows already is sent as any other token. Two steps are under way at most, and what came of them is collected in order; the
+//! answers of the last step are kept beyond that, for the next one may have been issued before they came back.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use kernels::{Arrival, Backend, Draws};
-use scheduler::{FedBack, MicroBatch, MicroBatchOutput, TokenId};
+use kernels::{Backend, Draws, StepTimes};
+use scheduler::{FedBack, MicroBatch, MicroBatchOutput};
 
 use super::SpanStage;
 use crate::batch::Fed;
 use crate::error::Result;
 use crate::head::Asked;
-use crate::stage::StageOutput;
+use crate::stage::{Activations, Collected, Queued, StageOutput};
 
 /// Steps under way at once: one that is computed, and one behind it.
 const STEPS: usize = 2;
@@ -34,13 +35,17 @@ pub(super) struct Queue {
 struct Step {
     batch: Arc<MicroBatch>,
     answer: Answer,
+    times: StepTimes,
+    was_given_early: bool,
 }
 
 #[allow(clippy::large_enum_variant, reason = "there are three of them at most")]
 enum Answer {
     Asked(Asked),
-    /// It went in parts, or was needed before.
+    /// It went in parts.
     Known(MicroBatchOutput),
+    /// The next stage goes on with it.
+    HandedOn,
 }
 
 impl Queue {
@@ -75,10 +80,11 @@ impl Queue {
     pub(super) fn find(&self, fed_back: FedBack) -> Fed {
         let FedBack { micro_batch, slice } = fed_back;
         match self.last() {
-            Some(Step { batch, answer }) if batch.id == micro_batch => match answer {
+            Some(Step { batch, answer, .. }) if batch.id == micro_batch => match answer {
                 Answer::Asked(asked) => Fed::Drawn(asked.place(slice)),
                 // A row that has failed has none, and what comes of it is dropped.
                 Answer::Known(output) => Fed::Known(output.slices[slice].token.unwrap_or(0)),
+                Answer::HandedOn => panic!("{micro_batch:?} went to another stage, which draws"),
             },
             last => {
                 let last = last.map(|step| step.batch.id);
@@ -87,33 +93,19 @@ impl Queue {
         }
     }
 
-    /// The token that is fed back, which is waited for.
-    fn wait_for<B: Backend>(&mut self, backend: &B, fed_back: FedBack) -> Result<TokenId> {
-        if let Some(Step { batch, answer }) = self.steps.back_mut().or(self.collected.as_mut())
-            && let Answer::Asked(asked) = answer
-        {
-            let output = asked.answer(backend, batch)?;
-            if let Answer::Asked(asked) = std::mem::replace(answer, Answer::Known(output)) {
-                self.spare.push(asked);
-            }
-        }
-        match self.find(fed_back) {
-            Fed::Known(token) => Ok(token),
-            Fed::Drawn(_) => unreachable!("it was waited for"),
-        }
-    }
-
-    /// The oldest answer, which is waited for.
-    pub(super) fn collect<B: Backend>(&mut self, backend: &B) -> Result<MicroBatchOutput> {
+    /// What came of the oldest step, which is waited for.
+    pub(super) fn collect<B: Backend>(&mut self, backend: &B) -> Result<Collected> {
         let mut step = self.steps.pop_front().expect("a micro-batch was queued");
         let output = match &mut step.answer {
-            Answer::Asked(asked) => asked.answer(backend, &step.batch)?,
-            Answer::Known(output) => output.clone(),
+            Answer::Asked(asked) => Some(asked.answer(backend, &step.batch)?),
+            Answer::Known(output) => Some(output.clone()),
+            Answer::HandedOn => None,
         };
+        let device_time = step.times.wait()?.filter(|_| step.was_given_early);
         let no_longer_asked_for =
             if self.steps.is_empty() { self.collected.replace(step) } else { Some(step) };
         self.recycle(no_longer_asked_for);
-        Ok(output)
+        Ok(Collected { output, device_time })
     }
 
     fn push(&mut self, step: Step) {
@@ -130,46 +122,43 @@ impl Queue {
 }
 
 impl<B: Backend> SpanStage<B> {
-    pub(super) fn queue_step(&mut self, batch: &Arc<MicroBatch>) -> Result<Arrival> {
-        assert!(
-            self.part.is_first() && self.head.is_some() && self.ranks.is_none(),
-            "{:?} was queued on a stage that is not the whole model",
-            batch.id
-        );
-        assert!(self.queue.steps.len() < STEPS, "{:?} was queued behind {STEPS} others", batch.id);
-        let (answer, arrival) = match self.ask_anew(batch) {
-            Ok(asked) => {
-                let arrival = asked.arrival();
-                (Answer::Asked(asked), arrival)
-            }
-            // It goes in parts, of which each is waited for: so its tokens must be known.
-            Err(error) if error.is_out_of_memory() => {
-                let known = self.with_known_tokens(batch)?;
-                match self.step_in_parts(&known, None)? {
-                    StageOutput::Tokens(output) => (Answer::Known(output), Arrival::default()),
-                    StageOutput::Activations(_) => unreachable!("the last stage draws"),
+    pub(super) fn queue_step(
+        &mut self,
+        batch: &Arc<MicroBatch>,
+        input: Option<&Activations>,
+    ) -> Result<Option<Queued>> {
+        assert!(self.ranks.is_none(), "{:?} was queued on a stage of several ranks", batch.id);
+        let under_way = self.queue.steps.len();
+        assert!(under_way < STEPS, "{:?} was queued behind {STEPS} others", batch.id);
+        self.was_given_early = input.is_some_and(Activations::are_on_a_device);
+        let (answer, queued) = match self.begin(batch, input) {
+            Err(error) if error.is_out_of_memory() && under_way > 0 => return Ok(None),
+            Err(error) if error.is_out_of_memory() => match self.step_in_parts(batch, input)? {
+                StageOutput::Tokens(output) => (Answer::Known(output), Queued::default()),
+                StageOutput::Activations(activations) => {
+                    (Answer::HandedOn, Queued { activations: Some(activations), ..Queued::default() })
                 }
-            }
-            Err(error) => return Err(error),
+            },
+            begun => begun?,
         };
-        self.queue.push(Step { batch: Arc::clone(batch), answer });
-        Ok(arrival)
+        self.backend.end_step(&self.times)?;
+        let arrival = if matches!(answer, Answer::HandedOn) { self.times.arrival() } else { queued.arrival };
+        let (times, was_given_early) = (self.times.clone(), self.was_given_early);
+        self.queue.push(Step { batch: Arc::clone(batch), answer, times, was_given_early });
+        self.make_room_again();
+        Ok(Some(Queued { arrival, ..queued }))
     }
 
-    fn ask_anew(&mut self, batch: &MicroBatch) -> Result<Asked> {
-        let mut asked = self.queue.spare(&self.backend)?;
-        self.ask(batch, None, &mut asked)?;
-        Ok(asked)
-    }
-
-    /// The same micro-batch, none of its tokens fed back.
-    fn with_known_tokens(&mut self, batch: &MicroBatch) -> Result<MicroBatch> {
-        let mut known = batch.clone();
-        for slice in &mut known.slices {
-            if let Some(fed_back) = slice.fed_back.take() {
-                slice.tokens[0] = self.queue.wait_for(&self.backend, fed_back)?;
-            }
+    /// Queues a micro-batch as a whole; what will come of it, and what there is of it now.
+    fn begin(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<(Answer, Queued)> {
+        if self.head.is_none() {
+            self.compute(batch, input)?;
+            let activations = Some(self.activations()?);
+            return Ok((Answer::HandedOn, Queued { activations, ..Queued::default() }));
         }
-        Ok(known)
+        let mut asked = self.queue.spare(&self.backend)?;
+        self.ask(batch, input, &mut asked)?;
+        let arrival = asked.arrival();
+        Ok((Answer::Asked(asked), Queued { activations: None, arrival }))
     }
 }

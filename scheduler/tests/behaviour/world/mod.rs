@@ -74,6 +74,7 @@ impl World {
             efficient_tokens: 1,
             num_memories: 1,
             feeds_back: false,
+            is_ahead: false,
         })
     }
 
@@ -128,6 +129,11 @@ impl World {
     /// Its stage is given tokens that it has drawn before the scheduler knows of them.
     pub(crate) fn feeding_back(self) -> Self {
         Self::of(Options { feeds_back: true, ..self.options })
+    }
+
+    /// Its stages begin with a micro-batch before they are done with the one before.
+    pub(crate) fn ahead(self) -> Self {
+        Self::of(Options { is_ahead: true, ..self.options })
     }
 
     pub(crate) fn submit(&mut self, request: Request) -> SequenceId {
@@ -191,7 +197,8 @@ impl World {
     /// Brings the oldest micro-batch back, unless a stage ends over it. A device that is a step ahead may fail at the one behind
     /// before: two times of three it does.
     pub(crate) fn complete(&mut self) {
-        let is_early = self.options.feeds_back && !self.num_ends.is_multiple_of(3);
+        let Options { feeds_back, is_ahead, .. } = self.options;
+        let is_early = (feeds_back || is_ahead) && !self.num_ends.is_multiple_of(3);
         let mut under_way = self.in_flight.iter().take(if is_early { 2 } else { 1 });
         if under_way.any(|micro_batch| micro_batch.slices.iter().any(is_deadly)) {
             return self.end_stage(0);

@@ -1,0 +1,86 @@
+//! A stage of a GPU of the emulator that has lost its room captures steps again.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kernels::{Backend, Cuda, KvDtype, PAGE_TOKENS, WeightType};
+use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, Span};
+use serde_json::json;
+
+use super::{SpanOptions, SpanStage};
+use crate::memory::StepSize;
+use crate::model::Model;
+use crate::stage::{Device, Dtypes, Stage, cuda};
+
+const SEQUENCES: usize = 16;
+const LARGEST: StepSize = StepSize {
+    rows: SEQUENCES / 2,
+    sequences: SEQUENCES / 2,
+    context_tokens: PAGE_TOKENS,
+    micro_batches: 1,
+    arrivals: 1,
+};
+
+fn gpu() -> Cuda {
+    let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
+    assert!(libraries.join("libcuda.so").is_file(), "no emulator\nhint: cargo xtask emulator");
+    let (libraries, cubins) = (Some(libraries), None);
+    let device = Device::Cuda { index: 0, libraries, cubins, is_deterministic: true, has_graphs: true };
+    cuda(&device, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 }).unwrap()
+}
+
+/// A block of attention and an FFN.
+fn stage(folder: &Path) -> SpanStage<Cuda> {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 64,
+        "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "vocab_size": 100,
+        "max_position_embeddings": PAGE_TOKENS, "eos_token_id": [],
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let (model, _) = Model::open(folder, true).unwrap();
+    let options = SpanOptions {
+        part: Span { start: 0, end: 1 }.into(),
+        num_pages: SEQUENCES,
+        context_tokens: PAGE_TOKENS,
+        largest_step: Some(LARGEST),
+    };
+    SpanStage::load(gpu(), &model, options, None).unwrap()
+}
+
+/// So many sequences' next tokens.
+fn decode(stage: &mut SpanStage<Cuda>, rows: usize, position: u32) {
+    let request =
+        Request { key: RequestKey(0), prompt: vec![0], sampling: Arc::new(Sampling::greedy(4)), sample: 0 };
+    let request = Arc::new(request);
+    let slice = |sequence: usize| Slice {
+        sequence: SequenceId(sequence as u64),
+        first_position: position,
+        tokens: [7].into_iter().collect(),
+        pages: Arc::new(vec![sequence as u32]),
+        sample: true,
+        score: Vec::new(),
+        counts: None,
+        mask: None,
+        fed_back: None,
+        request: Arc::clone(&request),
+    };
+    let batch = MicroBatch { id: MicroBatchId(u64::from(position)), slices: (0..rows).map(slice).collect() };
+    stage.step(&batch, None).unwrap();
+    stage.finish().unwrap();
+}
+
+#[test]
+fn a_stage_captures_steps_again_after_one_that_went_in_halves() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut stage = stage(folder.path());
+    (0..4).for_each(|position| decode(&mut stage, SEQUENCES / 2, position));
+    assert_eq!(stage.backend.launched_graphs(), 3, "all but the first are launched as a graph");
+    // Another program takes what is left, so that twice the rows have no room.
+    let (other, mut taken) = (gpu(), gpu().array());
+    other.reserve(&mut taken, 1, other.free_bytes().unwrap() as usize / size_of::<f32>()).unwrap();
+    decode(&mut stage, SEQUENCES, 4);
+    assert!(stage.has_halved);
+    (5..10).for_each(|position| decode(&mut stage, SEQUENCES / 2, position));
+    assert!(stage.backend.launched_graphs() > 2, "{} since", stage.backend.launched_graphs());
+}

@@ -1,0 +1,74 @@
+//! Room for steps: arrays that are made at load, so that no step allocates, and once more where steps had to give them back.
+
+use std::sync::Arc;
+
+use kernels::Backend;
+
+use super::{SpanStage, Work};
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::memory::StepSize;
+use crate::part::Part;
+use crate::ranks::Ranks;
+use crate::shard::RankPlace;
+use crate::sharing::Sharing;
+use crate::work_shapes::WorkShapes;
+
+/// What decides the arrays of a stage's steps.
+pub(super) struct Room {
+    pub(super) config: Arc<ModelConfig>,
+    pub(super) part: Part,
+    pub(super) place: RankPlace,
+    pub(super) sharing: Sharing,
+    pub(super) largest: StepSize,
+    /// Rows of steps for which there is room, or was none when it was asked for.
+    pub(super) rows: usize,
+}
+
+impl Room {
+    fn shapes(&self, step: StepSize) -> WorkShapes {
+        WorkShapes::of(&self.config, self.part, (self.place, &self.sharing), step)
+    }
+
+    /// Makes room for the largest step, also for what ranks tell each other.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub(super) fn make<B: Backend>(
+        &self,
+        backend: &B,
+        work: &mut Work<B>,
+        ranks: Option<&mut Ranks<B::Array>>,
+    ) -> Result<()> {
+        let shapes = self.shapes(self.largest);
+        work.reserve(backend, &shapes)?;
+        ranks.map_or(Ok(()), |ranks| ranks.reserve(shapes.told))
+    }
+}
+
+impl<B: Backend> SpanStage<B> {
+    /// Gives back what larger steps had. From then on arrays grow with the steps.
+    pub(super) fn give_room_back(&mut self) {
+        self.work = Work::new(&self.backend);
+        self.backend.free_workspace();
+        if let Some(room) = &mut self.room {
+            room.rows = 0;
+        }
+    }
+
+    /// Makes room once more, for steps like the last one: a device captures steps of rows that decode only where arrays do not grow.
+    /// Parcels come by and by, some of which are on their way.
+    pub(super) fn make_room_again(&mut self) {
+        let rows = self.batch.num_rows();
+        let Some(room) = self.room.as_mut().filter(|room| room.rows < rows && self.batch.is_decode()) else {
+            return;
+        };
+        room.rows = rows;
+        let sequences = rows.min(room.largest.sequences);
+        let step = StepSize { rows, sequences, micro_batches: 0, arrivals: 0, ..room.largest };
+        let shapes = room.shapes(step);
+        if let Err(error) = self.work.reserve(&self.backend, &shapes) {
+            tracing::debug!("{error}: steps of {rows} rows are not captured");
+        }
+    }
+}

@@ -287,6 +287,8 @@ pub(crate) fn widened(
     let are_gpus = gpus::are_meant(pipeline)?;
     let (what, kept) = match stored {
         Narrow::Int4 => ("4 bits", "\"int4-weight\" keeps them as they are"),
+        Narrow::OrderedInt4 if are_gpus => ("4 bits", "\"fp8\" has half of that"),
+        Narrow::OrderedInt4 => ("4 bits", "\"int8-weight\" has half of that"),
         Narrow::Fp8 if are_gpus => ("fp8", "\"fp8\" keeps them as they are"),
         Narrow::Fp8 => ("fp8", "\"int8-weight\" has half of that"),
     };

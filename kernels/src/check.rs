@@ -61,14 +61,21 @@ pub(crate) fn view(op: &'static str, view: &TensorView<'_>) -> Result<()> {
 
 /// There are scales, and zeros where there are any, for every place of the view.
 fn scales_of(op: &'static str, view: &TensorView<'_>, scales: &Scales<'_>) -> Result<()> {
-    let Scales { dtype, bytes, stride, group, zeros, first: [row, col] } = *scales;
+    let Scales { dtype, bytes, stride, group, order, zeros, first: [row, col] } = *scales;
     if dtype.has_scales() || group == 0 {
         return Err(Error::Unsupported(format!("{op}: scales are of {dtype:?}, in groups of {group}")));
     }
     if view.rows == 0 || view.cols == 0 {
         return Ok(());
     }
-    let (last_row, last_group) = (row + view.rows - 1, (col + view.cols - 1) / group);
+    if let Some(order) = order {
+        below(op, "column with a group", col + view.cols - 1, order.len() / 4)?;
+    }
+    let last_group = match order {
+        Some(_) => (0..view.cols).map(|col| scales.group_of(col)).max().unwrap_or(0),
+        None => (col + view.cols - 1) / group,
+    };
+    let last_row = row + view.rows - 1;
     if stride > 0 {
         below(op, "group of scales", last_group, stride)?;
     }

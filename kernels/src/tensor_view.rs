@@ -51,6 +51,8 @@ pub struct Scales<'a> {
     pub stride: usize,
     /// Columns that share one.
     pub group: usize,
+    /// The group of each column of the whole tensor, a word each, where a group's columns do not lie side by side.
+    pub order: Option<&'a [u8]>,
     /// The integers that stand for zero, as the tensor's own, `[rows / 8, stride]` words: eight rows of a group in one.
     pub zeros: Option<&'a [u8]>,
     /// Where the view begins in the whole tensor: row and column.
@@ -181,7 +183,11 @@ impl Scales<'_> {
 
     /// Which group of the tensor a column of the view is in.
     pub(crate) fn group_of(&self, col: usize) -> usize {
-        (self.first[1] + col) / self.group
+        let col = self.first[1] + col;
+        match self.order {
+            Some(order) => u32::from_le_bytes(order[4 * col..][..4].try_into().expect("four bytes")) as usize,
+            None => col / self.group,
+        }
     }
 
     fn at(&self, row: usize, col: usize) -> usize {
@@ -229,6 +235,7 @@ mod tests {
             bytes: &scale_bytes,
             stride: 3,
             group: 4,
+            order: None,
             zeros,
             first: [0, 0],
         };
@@ -245,5 +252,11 @@ mod tests {
         let view = TensorView::scaled(ViewDtype::Int4, 2, 9, &bytes, scales(Some(&zero_bytes)));
         assert_eq!(all(&view.columns(0..4)), [-8.0, -7.0, -6.0, -5.0, 80.0, 90.0, 100.0, 110.0]);
         assert_eq!(all(&view.rows(1..2).columns(8..9)), [(15.0 - 2.0) * 30.0]);
+        let order: Vec<u8> =
+            [2u32, 0, 0, 1, 1, 1, 0, 2, 1].iter().flat_map(|group| group.to_le_bytes()).collect();
+        let ordered = Scales { order: Some(&order), ..scales(Some(&zero_bytes)) };
+        let view = TensorView::scaled(ViewDtype::Int4, 2, 9, &bytes, ordered);
+        assert_eq!(all(&view.rows(0..1)), [-30.0, -7.0, -6.0, -12.0, -10.0, -8.0, -2.0, -9.0, -2.0]);
+        assert_eq!(all(&view.columns(8..9)), [-2.0, (15.0 - 1.0) * 20.0]);
     }
 }

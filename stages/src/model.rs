@@ -82,6 +82,8 @@ impl Model {
 pub enum Narrow {
     /// Integers of 4 bits.
     Int4,
+    /// Such in groups of inputs that need not lie side by side.
+    OrderedInt4,
     /// E4M3.
     Fp8,
 }
@@ -92,7 +94,7 @@ impl Model {
         let Weights::Checkpoint(checkpoint) = &self.weights else { return None };
         let has = |ending: &str| checkpoint.iter().any(|(name, _)| name.ends_with(ending));
         if has(".weight_packed") {
-            return Some(Narrow::Int4);
+            return Some(if has(".weight_g_idx") { Narrow::OrderedInt4 } else { Narrow::Int4 });
         }
         let is_fp8 = |tensor: &Tensor| tensor.dtype == safetensors::Dtype::F8_E4M3;
         checkpoint.iter().any(|(_, tensor)| is_fp8(tensor)).then_some(Narrow::Fp8)

@@ -2,7 +2,8 @@
 //!
 //! * compressed-tensors `pack-quantized` (what llm-compressor makes of AWQ and GPTQ): `X.weight_packed`, I32
 //!   `[rows, cols / 8]`; `X.weight_scale` `[rows, groups]`; `X.weight_zero_point`, I32 `[rows / 8, groups]`, where integers are
-//!   not around zero; `X.weight_shape`.
+//!   not around zero; `X.weight_g_idx`, I32 `[cols]`, each column's group, where GPTQ has put columns into groups by their
+//!   activations (`actorder = "group"`), or all -1 where it has not; `X.weight_shape`.
 //! * E4M3 of compressed-tensors `float-quantized` and of ModelOpt: `X.weight`, F8_E4M3 `[rows, cols]`; `X.weight_scale`, one
 //!   or `[rows]`. Scales of inputs are not read: each row of inputs has its own when it is quantised.
 //!
@@ -14,10 +15,11 @@ use safetensors::Dtype;
 use crate::checkpoint::{Checkpoint, Tensor, view_dtype};
 
 /// Endings of tensors that stand beside `X.weight`, or in its place, and are read with it or not needed.
-const PARTS: [&str; 8] = [
+const PARTS: [&str; 9] = [
     "weight_packed",
     "weight_scale",
     "weight_zero_point",
+    "weight_g_idx",
     "weight_shape",
     "input_scale",
     "output_scale",
@@ -90,11 +92,6 @@ impl<'a, F: Fn(&str) -> Option<(String, &'a Tensor)>> Parts<'a, '_, F> {
     fn int4(&self, packed: &Tensor, rows: usize, cols: usize) -> Result<TensorView<'a>, String> {
         let words = [rows, cols.div_ceil(8)];
         self.expect("weight_packed", packed, Dtype::I32, &words)?;
-        if let Some((name, _)) = (self.part)("weight_g_idx") {
-            return Err(format!(
-                "tensor {name} puts columns into groups in another order, which is not implemented"
-            ));
-        }
         let (scale_name, scale) = self.needed("weight_scale")?;
         let scale_dtype = self.scale_dtype(&scale_name, scale)?;
         let groups = match scale.shape[..] {
@@ -115,10 +112,28 @@ impl<'a, F: Fn(&str) -> Option<(String, &'a Tensor)>> Parts<'a, '_, F> {
             bytes: self.checkpoint.bytes(scale),
             stride: groups,
             group: cols / groups,
+            order: self.order(cols, groups)?,
             zeros: zeros.map(|(_, zeros)| self.checkpoint.bytes(zeros)),
             first: [0, 0],
         };
         Ok(TensorView::scaled(ViewDtype::Int4, rows, cols, self.checkpoint.bytes(packed), scales))
+    }
+
+    /// The group of each column, where they are not those that lie side by side.
+    fn order(&self, cols: usize, groups: usize) -> Result<Option<&'a [u8]>, String> {
+        let Some((name, tensor)) = (self.part)("weight_g_idx") else { return Ok(None) };
+        self.expect("weight_g_idx", tensor, Dtype::I32, &[cols])?;
+        let bytes = self.checkpoint.bytes(tensor);
+        let order = || bytes.as_chunks::<4>().0.iter().map(|&group| i32::from_le_bytes(group));
+        // As compressed-tensors takes it: one that was never set says nothing.
+        let is_unset = order().any(|group| group == -1);
+        if is_unset || order().enumerate().all(|(col, group)| group as usize == col / (cols / groups)) {
+            return Ok(None);
+        }
+        match order().find(|&group| group < 0 || group as usize >= groups) {
+            Some(group) => Err(format!("tensor {name} has group {group}, expected one below {groups}")),
+            None => Ok(Some(bytes)),
+        }
     }
 
     fn fp8(&self, tensor: &Tensor, rows: usize, cols: usize) -> Result<TensorView<'a>, String> {
@@ -143,6 +158,7 @@ impl<'a, F: Fn(&str) -> Option<(String, &'a Tensor)>> Parts<'a, '_, F> {
             bytes: self.checkpoint.bytes(scale),
             stride,
             group: cols,
+            order: None,
             zeros: None,
             first: [0, 0],
         };

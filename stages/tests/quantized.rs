@@ -34,6 +34,8 @@ struct Twins {
 enum Kind {
     Int4,
     SkewInt4,
+    /// In groups of columns that do not lie side by side.
+    OrderedInt4,
     Fp8Rows,
     Fp8Tensor,
 }
@@ -56,18 +58,18 @@ impl Twins {
         let part = |ending: &str| format!("{base}.{ending}");
         let mut values = vec![0.0f32; rows * cols];
         match kind {
-            Kind::Int4 | Kind::SkewInt4 => {
+            Kind::Int4 | Kind::SkewInt4 | Kind::OrderedInt4 => {
                 let groups = cols / GROUP;
                 let (mut words, mut zero_words) =
                     (vec![0u32; rows * cols / 8], vec![0u32; rows / 8 * groups]);
                 let mut scales = Vec::new();
                 for row in 0..rows {
                     for group in 0..groups {
-                        let zero = if kind == Kind::Int4 { 8 } else { self.random() as u32 % 16 };
+                        let zero = if kind != Kind::SkewInt4 { 8 } else { self.random() as u32 % 16 };
                         let scale = bf16::from_f32((1 + self.random() % 7) as f32 / 512.0);
                         zero_words[row / 8 * groups + group] |= zero << (row % 8 * 4);
                         scales.push(scale);
-                        for col in group * GROUP..(group + 1) * GROUP {
+                        for col in (0..cols).filter(|&col| group_of(kind, col, groups) == group) {
                             let number = self.random() as u32 % 16;
                             words[(row * cols + col) / 8] |= number << (col % 8 * 4);
                             values[row * cols + col] = (number as f32 - zero as f32) * scale.to_f32();
@@ -82,6 +84,10 @@ impl Twins {
                     .insert(part("weight_packed"), (Stored::I32, vec![rows, cols / 8], bytes(&words)));
                 self.quantised.insert(part("weight_scale"), (Stored::BF16, vec![rows, groups], scales));
                 self.quantised.insert(part("weight_shape"), (Stored::I64, vec![2], shape));
+                if kind == Kind::OrderedInt4 {
+                    let order: Vec<u32> = (0..cols).map(|col| group_of(kind, col, groups) as u32).collect();
+                    self.quantised.insert(part("weight_g_idx"), (Stored::I32, vec![cols], bytes(&order)));
+                }
                 if kind == Kind::SkewInt4 {
                     let zeros = (Stored::I32, vec![rows / 8, groups], bytes(&zero_words));
                     self.quantised.insert(part("weight_zero_point"), zeros);
@@ -139,13 +145,19 @@ impl Twins {
     }
 }
 
+/// The group of a column.
+fn group_of(kind: Kind, col: usize, groups: usize) -> usize {
+    if kind == Kind::OrderedInt4 { col * 5 % groups } else { col / GROUP }
+}
+
 fn config(kind: Kind) -> serde_json::Value {
     match kind {
-        Kind::Int4 | Kind::SkewInt4 => json!({
+        Kind::Int4 | Kind::SkewInt4 | Kind::OrderedInt4 => json!({
             "quant_method": "compressed-tensors", "format": "pack-quantized",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
                 "num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP,
-                "symmetric": kind == Kind::Int4, "dynamic": false, "actorder": null}}},
+                "symmetric": kind != Kind::SkewInt4, "dynamic": false,
+                "actorder": if kind == Kind::OrderedInt4 { "group" } else { "weight" }}}},
             "ignore": ["lm_head"], "kv_cache_scheme": null,
         }),
         Kind::Fp8Rows => json!({
@@ -216,7 +228,7 @@ fn twins(kind: Kind) -> [tempfile::TempDir; 2] {
 #[test]
 fn a_quantised_checkpoint_answers_as_the_numbers_that_it_stands_for() {
     let simd = Device::Cpu { cores: Vec::new(), threads: 1, simd: Simd::detect() };
-    for kind in [Kind::Int4, Kind::SkewInt4, Kind::Fp8Rows, Kind::Fp8Tensor] {
+    for kind in [Kind::Int4, Kind::SkewInt4, Kind::OrderedInt4, Kind::Fp8Rows, Kind::Fp8Tensor] {
         let [quantised, plain] = twins(kind);
         for device in [&simd, &Device::Reference] {
             for weights in [WeightType::F32, WeightType::Bf16, WeightType::Int8Weight] {
@@ -239,6 +251,7 @@ fn a_model_says_what_its_checkpoint_is_stored_in() {
         narrow
     };
     assert_eq!([Kind::Int4, Kind::SkewInt4].map(narrow), [Some(Narrow::Int4); 2]);
+    assert_eq!(narrow(Kind::OrderedInt4), Some(Narrow::OrderedInt4));
     assert_eq!([Kind::Fp8Rows, Kind::Fp8Tensor].map(narrow), [Some(Narrow::Fp8); 2]);
 }
 
@@ -261,6 +274,29 @@ fn integers_of_four_bits_are_kept_as_they_are() {
                 "{device:?}: off by {kept}, quantised again by {again}"
             );
         }
+    }
+}
+
+/// What was never set, and what says no more than that groups lie side by side.
+#[test]
+fn an_order_of_groups_that_says_nothing_changes_nothing() {
+    let (plain, mut folders) = (Twins::of(Kind::Int4).quantised, Vec::new());
+    for group in [|_: usize| -1, |col: usize| (col / GROUP) as i32] {
+        let mut tensors = plain.clone();
+        for name in plain.keys().filter_map(|name| name.strip_suffix("weight_packed")) {
+            let cols = plain[&format!("{name}weight_packed")].1[1] * 8;
+            let bytes = (0..cols).flat_map(|col| group(col).to_le_bytes()).collect();
+            tensors.insert(format!("{name}weight_g_idx"), (Stored::I32, vec![cols], bytes));
+        }
+        folders.push(tempfile::tempdir().unwrap());
+        write(folders.last().unwrap().path(), &tensors, config(Kind::Int4));
+    }
+    let expected = run(twins(Kind::Int4)[0].path(), &Device::Reference, WeightType::Int4Weight);
+    let device = Device::Cpu { cores: Vec::new(), threads: 1, simd: Simd::Portable };
+    let kept = run(twins(Kind::Int4)[0].path(), &device, WeightType::Int4Weight);
+    for folder in &folders {
+        assert_eq!(run(folder.path(), &Device::Reference, WeightType::Int4Weight), expected);
+        assert_eq!(run(folder.path(), &device, WeightType::Int4Weight), kept);
     }
 }
 
@@ -287,11 +323,13 @@ fn what_is_wrong_with_quantised_tensors_is_said_by_name() {
         problem(Kind::Int4, &|tensors| tensors.get_mut(&q("weight_scale")).unwrap().1 = vec![2, 128]),
         "tensor model.layers.0.self_attn.q_proj.weight_scale has shape [2, 128], expected [128, groups] for 128 columns in equal groups"
     );
+    let order = |group: i32| {
+        let bytes = [group; 128].iter().flat_map(|group| group.to_le_bytes()).collect();
+        (Stored::I32, vec![128], bytes)
+    };
     assert_eq!(
-        problem(Kind::Int4, &|tensors| {
-            tensors.insert(q("weight_g_idx"), (Stored::I32, vec![128], vec![0; 512]));
-        }),
-        "tensor model.layers.0.self_attn.q_proj.weight_g_idx puts columns into groups in another order, which is not implemented"
+        problem(Kind::Int4, &|tensors| drop(tensors.insert(q("weight_g_idx"), order(2)))),
+        "tensor model.layers.0.self_attn.q_proj.weight_g_idx has group 2, expected one below 2"
     );
     assert_eq!(
         problem(Kind::Fp8Rows, &|tensors| tensors.get_mut(&q("weight_scale")).unwrap().1 = vec![2, 64]),

@@ -87,6 +87,9 @@ impl Int4 {
     pub(crate) fn send_scales(&mut self, stream: &Arc<Stream>, scales: &Scales<'_>) -> Result<()> {
         let Shape { rows, cols } = self.shape;
         let problem = match scales.dtype {
+            _ if scales.order.is_some() => Some(format!(
+                "found groups of inputs that do not lie side by side, expected groups of whole {GROUP} inputs"
+            )),
             _ if scales.group < cols && !scales.group.is_multiple_of(GROUP) => {
                 Some(format!("found groups of {}, expected groups of whole {GROUP} inputs", scales.group))
             }

@@ -22,6 +22,7 @@ struct Stored {
     scales: Vec<u8>,
     scales_stride: usize,
     group: usize,
+    order: Option<Vec<u8>>,
     zeros: Option<Vec<u8>>,
     /// What it stands for.
     values: Vec<f32>,
@@ -64,6 +65,7 @@ impl Stored {
             scales: scale_bytes(scale_dtype, &scales),
             scales_stride: groups,
             group,
+            order: None,
             zeros: is_skew.then(|| bytes(&zero_words)),
             values,
         }
@@ -91,9 +93,29 @@ impl Stored {
             scales: scale_bytes(ViewDtype::F32, &scales),
             scales_stride: usize::from(!has_one_scale),
             group: cols,
+            order: None,
             zeros: None,
             values,
         }
+    }
+
+    /// The same integers with columns in groups in another order, as GPTQ puts them by their activations.
+    fn in_order(mut self, random: &mut Random, groups: usize) -> Stored {
+        let order: Vec<u32> = (0..self.cols).map(|_| random.below(groups) as u32).collect();
+        self.order = Some(order.iter().flat_map(|group| group.to_le_bytes()).collect());
+        let view = self.view();
+        let scales: Vec<f32> =
+            self.scales.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        let number = |row: usize, col: usize| {
+            let word = &view.row(row)[col / 8 * 4..][..4];
+            let number = u32::from_le_bytes(word.try_into().unwrap()) >> (col % 8 * 4) & 15;
+            (number as f32 - 8.0) * scales[row * groups + order[col] as usize]
+        };
+        self.values = (0..self.rows)
+            .flat_map(|row| (0..self.cols).map(move |col| (row, col)))
+            .map(|(row, col)| number(row, col))
+            .collect();
+        self
     }
 
     fn view(&self) -> TensorView<'_> {
@@ -102,6 +124,7 @@ impl Stored {
             bytes: &self.scales,
             stride: self.scales_stride,
             group: self.group,
+            order: self.order.as_deref(),
             zeros: self.zeros.as_deref(),
             first: [0, 0],
         };
@@ -192,8 +215,34 @@ impl Check for Skew {
     }
 }
 
+/// Columns that are in groups in another order: read where weights are of another type, and refused where groups are kept, but by the
+/// plain loops.
+pub(crate) struct Ordered;
+
+impl Check for Ordered {
+    fn check<B: Readable>(&self, device: &Device<B>) {
+        let mut random = Random::new(16);
+        for [rows, inputs, outputs] in SHAPES {
+            let stored = Stored::int4(&mut random, [outputs, inputs], 128, ViewDtype::F32, false)
+                .in_order(&mut random, inputs.div_ceil(128));
+            if device.weights != WeightType::Int4Weight || device.name().starts_with("reference") {
+                check_stored(device, &mut random, rows, &stored);
+                continue;
+            }
+            let error = device.backend.matrix(stored.view()).err().unwrap().to_string();
+            assert!(
+                error.starts_with(
+                    "weights of 4 bits: found groups of inputs that do not lie side by side, expected"
+                ),
+                "{error}"
+            );
+        }
+    }
+}
+
 #[test]
 fn what_a_checkpoint_has_quantised_is_multiplied_as_it_is() {
+    every_weight_device(&Ordered);
     every_weight_device(&Quantized);
     every_weight_device(&Skew);
     Quantized.check(&reference_with_long_groups());

@@ -138,6 +138,7 @@ checks! {
     sequences_in_any_company_give_the_same_bits: attention_invariants::Company, FIXED_CACHES;
     what_a_row_does_not_see_counts_for_nothing: attention_invariants::Poison, CACHES;
     what_a_checkpoint_has_quantised_is_multiplied_as_it_is: checkpoints::Quantized, PRODUCTS;
+    groups_of_columns_that_do_not_lie_side_by_side_are_read_or_refused: checkpoints::Ordered, PRODUCTS;
     random_matrices_are_the_host_s: checkpoints::Seeded, FIXED_SUMS;
     integers_with_zeros_of_their_own_are_too: checkpoints::Skew, PRODUCTS;
     a_step_begins_with_the_tokens_of_the_one_before: draws::Ahead, BOTH;

@@ -55,7 +55,9 @@ pub(super) fn check(view: &TensorView<'_>, kind: WeightType) -> Result<()> {
     let (ViewDtype::Int4, WeightType::Int4Weight, Some(scales)) = (view.dtype, kind, &view.scales) else {
         return Ok(());
     };
-    let what = if scales.group < view.cols && !scales.group.is_multiple_of(GROUP) {
+    let what = if scales.order.is_some() {
+        "groups of inputs that do not lie side by side".to_owned()
+    } else if scales.group < view.cols && !scales.group.is_multiple_of(GROUP) {
         format!("groups of {}", scales.group)
     } else if !scales.first[1].is_multiple_of(GROUP) {
         format!("columns from {} on", scales.first[1])

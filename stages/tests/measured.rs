@@ -175,14 +175,26 @@ fn a_stage_of_two_devices_takes_what_its_halves_were_measured_to_take() {
     // Columns have their share of an FFN without its sum, which comes with the last, or with a stage that ends before.
     let columns = pieces(&config, Some(64));
     assert_eq!(columns.len(), 3, "the units of pieces are wider than these FFNs");
-    let parted = [
-        PieceShape { block: 1, columns: Some(0..64), ends_block: false },
-        PieceShape { block: 1, columns: Some(64..256), ends_block: true },
-    ];
-    let parted = costs.rank_costs(&parted, 2, load);
-    assert_eq!(parted.without_extras().seconds(0..1), 0.25 * 1.5);
-    assert_eq!(parted.without_extras().seconds(1..2), 0.75 * 1.5 + 0.5);
-    assert_eq!(parted.cut_seconds(), 0.5);
+    let parted = |at: usize| {
+        [0..at, at..256].map(|columns| PieceShape {
+            block: 1,
+            ends_block: columns.end == 256,
+            columns: Some(columns),
+        })
+    };
+    let halved = costs.rank_costs(&parted(128), 2, load);
+    assert_eq!(halved.without_extras().seconds(0..1), 0.5 * 1.5);
+    assert_eq!(halved.without_extras().seconds(1..2), 0.5 * 1.5 + 0.5);
+    assert_eq!((halved.cut_seconds(1), halved.cut_seconds(2)), (0.5, 0.0));
+    // One unit is the first rank's, which takes its share of the block alone, and tells nothing at the cut.
+    let sliver = costs.rank_costs(&parted(64), 2, load);
+    assert_eq!(sliver.without_extras().seconds(0..1), 0.25 * 4.0);
+    assert_eq!(sliver.without_extras().seconds(1..2), 0.75 * 1.5 + 0.5);
+    assert_eq!(sliver.cut_seconds(1), 0.0);
+    // As where all of the FFN is left to it.
+    let on_first = BlockSharing { ffn: FfnSharing::FirstRank, ..BlockSharing::default() };
+    let on_first = costs.shared_costs(&parted(128), 2, &Sharing::uniform([1], on_first), load);
+    assert_eq!(on_first.cut_seconds(1), 0.0);
 }
 
 /// Columns of linear matrices, whose half was not measured: their share of the block, and what puts them side by side.
@@ -244,6 +256,24 @@ fn halves_are_left_to_the_first_rank_where_that_was_measured_to_be_faster() {
         (costs.without_extras().weight_bytes(0..1), costs.kv_bytes_per_token(0..1))
     };
     assert_eq!(bytes(2, &sharing), bytes(1, &Sharing::default()));
+}
+
+/// Of two devices that share the memory the other one waits, where both are in the stage; of three the third does not.
+#[test]
+fn what_the_first_rank_has_alone_takes_what_it_does_while_others_wait() {
+    let on_first = BlockSharing { ffn: FfnSharing::FirstRank, ..BlockSharing::default() };
+    let seconds = |devices| {
+        let profile = Profile {
+            key: ProfileKey::of(&Device::Reference, devices, DTYPES, config().dims, 1000),
+            ..profile()
+        };
+        let costs = Measured::new(&config(), &profile, Neighbours::Busy, TYPES, NO_TIME).unwrap();
+        let pieces = pieces(&config(), None);
+        let costs = costs.shared_costs(&pieces, 2, &Sharing::uniform([1], on_first), decode(8.0, 64.0));
+        costs.without_extras().seconds(1..2)
+    };
+    // The block of an FFN alone takes 4.0, and beside others twice as long.
+    assert_eq!((seconds(2), seconds(3)), (4.0, 8.0));
 }
 
 /// A half that makes up its block was measured with it.

@@ -114,7 +114,14 @@ fn stage_end(
         costs.furthest(start, bounds.seconds - hop, room, bounds.kv_tokens).min(num_pieces - 1)
     };
     let at_block = last_block_end[furthest(sender.hop_seconds)];
-    at_block.max(furthest(sender.cut_hop_seconds + costs.cut_seconds())).max(start)
+    let surely = at_block.max(furthest(sender.cut_hop_seconds + costs.most_cut_seconds())).max(start);
+    // Beyond that are only cuts, some of which may take less than others.
+    let is_within = |end: &usize| {
+        let hop = sender.cut_hop_seconds + costs.cut_seconds(*end);
+        costs.seconds(start..*end) + hop <= bounds.seconds
+    };
+    let perhaps = furthest(sender.cut_hop_seconds);
+    (surely + 1..=perhaps).rev().find(is_within).unwrap_or(surely)
 }
 
 /// Follows the table back from its last entry.

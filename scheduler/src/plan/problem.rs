@@ -32,7 +32,9 @@ pub struct RankCosts {
     first: Extra,
     last: Extra,
     shared_bytes: u64,
-    cut_seconds: f64,
+    /// By where a stage ends.
+    cut_seconds: Vec<f64>,
+    most_cut_seconds: f64,
     entry_seconds: f64,
 }
 
@@ -46,7 +48,8 @@ impl RankCosts {
             first,
             last,
             shared_bytes: 0,
-            cut_seconds: 0.0,
+            cut_seconds: vec![0.0],
+            most_cut_seconds: 0.0,
             entry_seconds: 0.0,
         };
         let mut sum = Piece::default();
@@ -62,14 +65,21 @@ impl RankCosts {
             costs.seconds.push(sum.seconds);
             costs.weight_bytes.push(sum.weight_bytes);
             costs.kv_bytes_per_token.push(sum.kv_bytes_per_token);
+            costs.cut_seconds.push(0.0);
         }
         costs
     }
 
-    /// Charges a stage of this width so much more when its end cuts a block.
+    /// Charges a stage of this width, where its end cuts a block, with what is said of its last piece.
+    ///
+    /// # Panics
+    /// If not as much is said as there are pieces.
     #[must_use]
-    pub fn with_cut(self, cut_seconds: f64) -> Self {
-        Self { cut_seconds, ..self }
+    pub fn with_cuts(mut self, cut_seconds: impl IntoIterator<Item = f64>) -> Self {
+        self.cut_seconds = std::iter::once(0.0).chain(cut_seconds).collect();
+        assert_eq!(self.cut_seconds.len(), self.num_pieces() + 1, "pieces and what cuts behind them take");
+        self.most_cut_seconds = self.cut_seconds.iter().copied().fold(0.0, f64::max);
+        self
     }
 
     /// Charges every stage of this width so much for giving all its ranks what comes in.
@@ -108,7 +118,8 @@ impl RankCosts {
             first: Extra::default(),
             last: Extra::default(),
             shared_bytes: 0,
-            cut_seconds: 0.0,
+            cut_seconds: vec![0.0; self.cut_seconds.len()],
+            most_cut_seconds: 0.0,
             entry_seconds: 0.0,
             ..self.clone()
         }
@@ -120,6 +131,7 @@ impl RankCosts {
             seconds: places.iter().map(|place| self.seconds[*place]).collect(),
             weight_bytes: places.iter().map(|place| self.weight_bytes[*place]).collect(),
             kv_bytes_per_token: places.iter().map(|place| self.kv_bytes_per_token[*place]).collect(),
+            cut_seconds: places.iter().map(|place| self.cut_seconds[*place]).collect(),
             ..*self
         }
     }
@@ -128,9 +140,14 @@ impl RankCosts {
         self.shared_bytes
     }
 
-    /// What a stage is charged with more when its end cuts a block.
-    pub fn cut_seconds(&self) -> f64 {
-        self.cut_seconds
+    /// What a stage is charged with more when it ends there and cuts a block.
+    pub fn cut_seconds(&self, end: usize) -> f64 {
+        self.cut_seconds[end]
+    }
+
+    /// The most of that.
+    pub(super) fn most_cut_seconds(&self) -> f64 {
+        self.most_cut_seconds
     }
 
     /// What a stage is charged with for giving all its ranks what comes in.
@@ -283,7 +300,7 @@ impl Problem<'_> {
             end if end == self.num_pieces() => 0.0,
             0 => sender.hop_seconds,
             end if self.ends_block[end - 1] => sender.hop_seconds,
-            _ => sender.cut_hop_seconds + self.rank_costs(stage).cut_seconds(),
+            end => sender.cut_hop_seconds + self.rank_costs(stage).cut_seconds(end),
         }
     }
 

@@ -79,7 +79,7 @@ impl CostModel for Estimator<'_> {
         let shared = rank::shared_bytes(self.config, self.types, ranks);
         RankCosts::new(costs, self.embedding(load), self.head(ranks, load))
             .with_shared(shared)
-            .with_cut(self.stage_meeting_seconds(Meeting::Sum, ranks, load))
+            .with_cuts(pieces.iter().map(|shape| self.cut_seconds(shape, ranks, sharing, load)))
             .with_entry(self.stage_meeting_seconds(Meeting::Copy, ranks, load))
     }
 
@@ -119,8 +119,11 @@ impl<'a> Estimator<'a> {
             }
         }
         let (is_first, is_last) = (stage.start == 0, stage.end == pieces.len());
-        let is_cut = pieces[stage].last().is_some_and(|shape| !shape.ends_block);
-        StageSeconds { estimator: *self, ranks, kinds, is_first, is_last, is_cut }
+        let last = pieces[stage].last();
+        let at_end = last.map_or(Meeting::None, |shape| {
+            Parts::of(self.config, shape, ranks, sharing.of(shape.block)).meeting_at_cut()
+        });
+        StageSeconds { estimator: *self, ranks, kinds, is_first, is_last, at_end }
     }
 
     fn piece(&self, shape: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> Piece {
@@ -128,6 +131,12 @@ impl<'a> Estimator<'a> {
         let bytes = parts.weight_bytes(self.types);
         let kv_bytes_per_token = parts.kv_bytes_per_token(self.types, self.config.dims, ranks);
         Piece { seconds: self.piece_seconds(parts, ranks, load), weight_bytes: bytes, kv_bytes_per_token }
+    }
+
+    /// What a stage takes more that ends with this piece and cuts a block.
+    fn cut_seconds(&self, shape: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> f64 {
+        let parts = Parts::of(self.config, shape, ranks, sharing.of(shape.block));
+        self.stage_meeting_seconds(parts.meeting_at_cut(), ranks, load)
     }
 
     fn piece_seconds(&self, parts: Parts, ranks: usize, load: Load) -> f64 {
@@ -248,8 +257,8 @@ pub struct StageSeconds<'a> {
     kinds: Vec<(Parts, f64)>,
     is_first: bool,
     is_last: bool,
-    /// Its end cuts a block.
-    is_cut: bool,
+    /// Of its ranks, where its end cuts a block.
+    at_end: Meeting,
 }
 
 impl StageSeconds<'_> {
@@ -262,8 +271,7 @@ impl StageSeconds<'_> {
         }
         sum += if self.is_first { estimator.embedding(load).seconds } else { 0.0 };
         sum += if self.is_last { estimator.head(*ranks, load).seconds } else { 0.0 };
-        let cut = estimator.stage_meeting_seconds(Meeting::Sum, *ranks, load);
-        sum + if self.is_cut { cut } else { 0.0 }
+        sum + estimator.stage_meeting_seconds(self.at_end, *ranks, load)
     }
 }
 

@@ -31,6 +31,10 @@ pub struct Measured {
     embedding: Curve,
     head: Curve,
     blocks: Vec<BlockCurves>,
+    /// The same while nobody else uses the memory.
+    alone: Vec<BlockCurves>,
+    /// Devices that share the memory.
+    num_devices: usize,
     shared: Vec<SharedCurves>,
     /// Among ranks of a number that was not measured.
     all_reduce: Channel,
@@ -90,28 +94,8 @@ impl Measured {
         if !missing.is_empty() {
             return Err(Lacking(missing));
         }
-        let by_tokens = |points: &[TokenPoint]| {
-            Curve::new(points.iter().map(|point| (point.tokens as f64, point.seconds.median)))
-        };
-        let attention = |kv_heads| {
-            let entry = profile.attention(kv_heads).expect("none is missing");
-            AttentionCurves {
-                decode: decode_curve(entry.decode.get(neighbours)),
-                prefill: by_context(entry.prefill.get(neighbours)),
-            }
-        };
-        let blocks = config.blocks.iter().map(|block| {
-            let entry = profile.block((*block).into()).expect("none is missing");
-            BlockCurves {
-                base: by_tokens(entry.points.get(neighbours)),
-                lower: quartile(entry.points.get(neighbours), |seconds| seconds.lower),
-                upper: quartile(entry.points.get(neighbours), |seconds| seconds.upper),
-                attention: match block.attention {
-                    Attention::Gqa { kv_heads } => Some(attention(kv_heads)),
-                    Attention::Linear | Attention::None => None,
-                },
-            }
-        });
+        let blocks =
+            |neighbours| config.blocks.iter().map(move |block| BlockCurves::of(*block, profile, neighbours));
         let shared = profile.shared.iter().map(|entry| SharedCurves {
             ranks: entry.ranks,
             all_reduce: by_tokens(&entry.all_reduce),
@@ -128,7 +112,9 @@ impl Measured {
             hop: by_tokens(profile.hop.get(neighbours)),
             embedding: by_tokens(profile.embedding.get(neighbours)),
             head: by_tokens(profile.head.get(neighbours)),
-            blocks: blocks.collect(),
+            blocks: blocks(neighbours).collect(),
+            alone: blocks(Neighbours::Idle).collect(),
+            num_devices: profile.key.device.devices,
             all_reduce,
             config: config.clone(),
         })
@@ -199,10 +185,17 @@ impl Measured {
         sum.max(0.0)
     }
 
+    /// What a block was measured to take beside what others do meanwhile: of a half that the first rank has alone they wait for it,
+    /// where all devices are in its stage.
+    fn block(&self, block: usize, rank: Rank, ranks: usize) -> &BlockCurves {
+        let all_wait = rank.meeting == Meeting::Copy && ranks >= self.num_devices;
+        if all_wait { &self.alone[block] } else { &self.blocks[block] }
+    }
+
     /// The share of a block's time at almost no context that a half's matrices have.
-    fn base_seconds(&self, block: usize, rank: Rank, load: Load) -> f64 {
+    fn base_seconds(&self, block: usize, rank: Rank, ranks: usize, load: Load) -> f64 {
         let whole = matrix_params(self.config.blocks[block], &self.config);
-        rank.matrix_params as f64 / whole * self.blocks[block].base.at(load.tokens())
+        rank.matrix_params as f64 / whole * self.block(block, rank, ranks).base.at(load.tokens())
     }
 
     fn attention_seconds(&self, block: usize, rank: Rank, ranks: usize, load: Load) -> f64 {
@@ -213,14 +206,16 @@ impl Measured {
             // It was measured with as many rows on each rank, and is as long as the busiest one's.
             Some(curve) if rank.by_sequences => curve.at(own.tokens() * ranks as f64),
             Some(curve) => curve.at(load.tokens()) + self.handed_on_seconds(rank, ranks, load),
-            None => self.base_seconds(block, rank, own) + self.meeting_seconds(rank.meeting, ranks, load),
+            None => {
+                self.base_seconds(block, rank, ranks, own) + self.meeting_seconds(rank.meeting, ranks, load)
+            }
         };
         if rank.kv_values > 0 {
             let dims = self.config.dims;
             // Heads are shared out, and with them the keys that are read; the one or the other is what takes the time.
             let of_keys = rank.kv_values as f64 / attention.kv_values_per_token(dims) as f64;
             let of_heads = rank.flops_per_context_token / (4 * dims.heads * dims.head_dim) as f64;
-            sum += of_keys.max(of_heads) * self.blocks[block].attention_seconds(own);
+            sum += of_keys.max(of_heads) * self.block(block, rank, ranks).attention_seconds(own);
         }
         sum
     }
@@ -234,7 +229,7 @@ impl Measured {
         }
         let meeting = if ends_block { self.meeting_seconds(rank.meeting, ranks, load) } else { 0.0 };
         let Some(curve) = self.half(ranks, Half::Ffn(ffn), rank) else {
-            return self.base_seconds(piece.block, rank, load) + meeting;
+            return self.base_seconds(piece.block, rank, ranks, load) + meeting;
         };
         let is_whole = ends_block && piece.columns.as_ref().is_none_or(|columns| columns.start == 0);
         if is_whole {
@@ -263,12 +258,19 @@ impl Measured {
         }
     }
 
+    /// What a stage takes more that ends with this piece and cuts a block.
+    fn cut_seconds(&self, piece: &PieceShape, ranks: usize, sharing: &Sharing, load: Load) -> f64 {
+        let parts = Parts::of(&self.config, piece, ranks, sharing.of(piece.block));
+        self.stage_meeting_seconds(parts.meeting_at_cut(), ranks, load)
+    }
+
     fn meeting_seconds(&self, meeting: Meeting, ranks: usize, load: Load) -> f64 {
         match (meeting, self.shared(ranks)) {
             (Meeting::Sum, Some(shared)) => shared.all_reduce.at(load.tokens()),
             (Meeting::Gather, Some(shared)) => shared.all_gather.at(load.tokens()),
             (Meeting::Copy, Some(shared)) => shared.broadcast.at(load.tokens()),
-            _ => meeting.seconds(self.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks),
+            (Meeting::None, _) => 0.0,
+            (_, None) => meeting.seconds(self.all_reduce, hop_bytes(self.config.dims, load.tokens()), ranks),
         }
     }
 
@@ -297,7 +299,7 @@ impl CostModel for Measured {
         };
         RankCosts::new(costs, embedding, head)
             .with_shared(rank::shared_bytes(&self.config, self.types, ranks))
-            .with_cut(self.stage_meeting_seconds(Meeting::Sum, ranks, load))
+            .with_cuts(pieces.iter().map(|piece| self.cut_seconds(piece, ranks, sharing, load)))
             .with_entry(self.stage_meeting_seconds(Meeting::Copy, ranks, load))
     }
 
@@ -329,6 +331,27 @@ fn matrix_params(block: Block, config: &ModelConfig) -> f64 {
 }
 
 impl BlockCurves {
+    /// Of a block that the profile has.
+    fn of(block: Block, profile: &Profile, neighbours: Neighbours) -> Self {
+        let points = profile.block(block.into()).expect("none is missing").points.get(neighbours);
+        let attention = |kv_heads| {
+            let entry = profile.attention(kv_heads).expect("none is missing");
+            AttentionCurves {
+                decode: decode_curve(entry.decode.get(neighbours)),
+                prefill: by_context(entry.prefill.get(neighbours)),
+            }
+        };
+        BlockCurves {
+            base: by_tokens(points),
+            lower: quartile(points, |seconds| seconds.lower),
+            upper: quartile(points, |seconds| seconds.upper),
+            attention: match block.attention {
+                Attention::Gqa { kv_heads } => Some(attention(kv_heads)),
+                Attention::Linear | Attention::None => None,
+            },
+        }
+    }
+
     fn attention_seconds(&self, load: Load) -> f64 {
         let Some(attention) = &self.attention else { return 0.0 };
         let mut sum = 0.0;
@@ -353,6 +376,10 @@ impl BlockCurves {
         }
         basis
     }
+}
+
+fn by_tokens(points: &[TokenPoint]) -> Curve {
+    quartile(points, |seconds| seconds.median)
 }
 
 fn quartile(points: &[TokenPoint], of: fn(&Seconds) -> f64) -> Curve {

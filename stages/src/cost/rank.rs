@@ -87,6 +87,14 @@ impl Parts {
         sharing
     }
 
+    /// What ranks do where a stage ends after them and the block goes on: of an FFN that is shared its sums are added up.
+    pub(super) fn meeting_at_cut(self) -> Meeting {
+        match self.ffn.meeting {
+            Meeting::Sum if !self.ends_block => Meeting::Sum,
+            _ => Meeting::None,
+        }
+    }
+
     pub(super) fn matrix_params(self) -> u64 {
         self.attention.matrix_params + self.ffn.matrix_params
     }
@@ -258,7 +266,8 @@ fn rank_attention(attention: Attention, dims: Dims, ranks: usize, sharing: Atten
 }
 
 /// Some columns of an FFN; only its first piece brings the norm along. A whole FFN is shared in the units that ranks
-/// share, or is the first rank's; of pieces of one each rank has a part, and all of them together come to its own.
+/// share; of pieces of one each rank has a part, and all of them together come to its own. What has too few units for
+/// all ranks is the first one's.
 fn columns_of(
     (columns, ends_block): (&Range<usize>, bool),
     dims: Dims,
@@ -268,9 +277,9 @@ fn columns_of(
     let is_whole = columns.start == 0 && ends_block;
     let (most, how) = match (sharing, most_columns(columns.clone(), ranks)) {
         (FfnSharing::FirstRank, _) => (columns.len(), Meeting::Copy),
+        (FfnSharing::Columns, None) => (columns.len(), Meeting::Copy),
         (FfnSharing::Columns, Some(most)) if is_whole => (most, Meeting::Sum),
-        (FfnSharing::Columns, None) if is_whole => (columns.len(), Meeting::Copy),
-        (FfnSharing::Columns, _) => {
+        (FfnSharing::Columns, Some(_)) => {
             (columns.end.div_ceil(ranks) - columns.start.div_ceil(ranks), Meeting::Sum)
         }
     };
@@ -316,8 +325,23 @@ mod tests {
         // Too narrow for three: the first rank's, in a copy.
         let narrow = columns_of((&(0..128), true), DIMS, 3, FfnSharing::Columns);
         assert_eq!((narrow.matrix_params, narrow.meeting), (3 * 128 * 512, Meeting::Copy));
+        // As are two units that a cut has left of a wider one, which has no sum then.
+        let sliver = columns_of((&(512..640), false), DIMS, 3, FfnSharing::Columns);
+        assert_eq!((sliver.matrix_params, sliver.meeting), (3 * 128 * 512, Meeting::Copy));
         // 1,000 columns are 16 units, the last of 40; of three ranks the last has 6 of them.
         assert_eq!(columns_of((&(0..1000), true), DIMS, 3, FfnSharing::Columns).matrix_params, 3 * 360 * 512);
+    }
+
+    #[test]
+    fn sums_are_told_at_a_cut_where_ranks_share_what_is_cut() {
+        let at_cut = |columns: Range<usize>, ends_block, sharing| {
+            let ffn = columns_of((&columns, ends_block), DIMS, 3, sharing);
+            Parts { attention: Rank::NONE, ffn, ends_block }.meeting_at_cut()
+        };
+        assert_eq!(at_cut(0..512, false, FfnSharing::Columns), Meeting::Sum);
+        assert_eq!(at_cut(0..512, true, FfnSharing::Columns), Meeting::None);
+        assert_eq!(at_cut(0..512, false, FfnSharing::FirstRank), Meeting::None);
+        assert_eq!(at_cut(0..128, false, FfnSharing::Columns), Meeting::None);
     }
 
     #[test]

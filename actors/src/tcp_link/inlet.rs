@@ -115,20 +115,21 @@ impl TcpInlet {
                 drop((tell.send(ended), frames));
                 self.leave_when_lost(last, &exit);
             });
-            let ended = match self.receive_all(heard, group, &exit, &mut gpu, back) {
+            let ended = match self.receive_all(&heard, group, &exit, &mut gpu, back) {
                 Ended::Gone => told.try_recv().unwrap_or(Ended::Gone),
-                // The connection knows better.
+                // The connection knows better. What comes by it until then is heard and left.
                 damaged => told.recv_timeout(GRACE).unwrap_or(damaged),
             };
             self.tell(ended);
             let _ = lock(back).shutdown(Shutdown::Both); // It may be closed already.
+            drop(heard); // Not before: that nobody takes frames any more is no end of the connection's.
         });
     }
 
     /// Hands micro-batches on until none is heard any more, or the group fails.
     fn receive_all(
         &self,
-        heard: Receiver<Heard>,
+        heard: &Receiver<Heard>,
         (gate, id): &(Gate, GroupId),
         exit: &GroupExit,
         gpu: &mut Option<NcclReceiver>,
@@ -311,8 +312,11 @@ mod tests {
 
         /// Has the receiver told of more rows than its memory holds, which fails there.
         fn send_what_fails(&mut self) {
-            let content = Content::Moved(Moved { arrays: 1, rows: 6, hidden: 1 << 28 });
-            let (frame, body) = wire::encode(&batch(1), &content);
+            self.send(1, &Content::Moved(Moved { arrays: 1, rows: 6, hidden: 1 << 28 }));
+        }
+
+        fn send(&mut self, id: u64, content: &Content) {
+            let (frame, body) = wire::encode(&batch(id), content);
             frame.write(&mut self.sender, &body).unwrap();
         }
     }
@@ -341,14 +345,16 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_beside_a_sender_that_lives_is_told() {
+    fn a_failure_beside_a_sender_that_lives_and_goes_on_is_told() {
         let mut met = meet();
         let exit = GroupExit::default();
         let _joined = met.gate.sender(&exit, met.group).unwrap();
         met.send_what_fails();
+        std::thread::sleep(GRACE / 4);
+        met.send(2, &Content::Nothing);
         assert!(met.damaged.recv_timeout(SOON).is_ok());
         assert!(met.sender.peek(&mut [0]).is_ok_and(|bytes| bytes == 0), "the connection is left");
-        met.lost.all_before(MicroBatchId(2));
+        met.lost.all_before(MicroBatchId(3));
         assert!(met.has_ended_soon());
     }
 }

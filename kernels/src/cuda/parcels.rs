@@ -58,6 +58,15 @@ impl Slot {
             taken: Mutex::default(),
         })
     }
+
+    /// Has so many bytes for what this queue does from now on: behind all that reads what was in it last, also where that reads
+    /// memory that is freed for more.
+    fn grow(&mut self, stream: &Stream, bytes: usize) -> Result<()> {
+        for taken in locked(&self.taken).drain(..) {
+            taken.hold(OP, stream)?;
+        }
+        self.memory.reserve(OP, bytes)
+    }
 }
 
 impl Drop for Slot {
@@ -78,17 +87,14 @@ impl Parcels {
         while free.len() < count {
             free.push_back(Slot::new(stream)?);
         }
-        free.iter_mut().try_for_each(|slot| slot.memory.reserve(OP, bytes))
+        free.iter_mut().take(count).try_for_each(|slot| slot.grow(stream, bytes))
     }
 
     /// A parcel that a queue has yet to fill: its memory, behind all that still reads what was in it last.
     pub(super) fn parcel(self: &Arc<Self>, stream: &Arc<Stream>, rows: usize, cols: usize) -> Result<Parcel> {
         let free = locked(&self.0).pop_front();
         let mut slot = free.map_or_else(|| Slot::new(stream), Ok)?;
-        for taken in locked(&slot.taken).drain(..) {
-            taken.hold(OP, stream)?;
-        }
-        slot.memory.reserve(OP, rows * cols * size_of::<f32>())?;
+        slot.grow(stream, rows * cols * size_of::<f32>())?;
         Ok(Parcel(Arc::new(Content { rows, cols, slot: Some(slot), home: Arc::clone(self) })))
     }
 }
@@ -181,7 +187,7 @@ mod tests {
     #[test]
     fn what_comes_from_another_gpu_arrives_while_this_one_computes() {
         let (from, to) = (emulated(WeightType::Bf16), emulated(WeightType::Bf16));
-        let (mut x, mut input, mut busy) = (from.array(), to.array(), to.array());
+        let (mut x, mut busy) = (from.array(), to.array());
         from.upload(&[1.0, 2.0], 1, 2, &mut x).unwrap();
         to.upload(&[0.5; 4096], 64, 64, &mut busy).unwrap();
         let computed = Event::new(OP, &to.stream, false).unwrap();
@@ -198,6 +204,27 @@ mod tests {
             assert_eq!(here.values().unwrap(), [1.0, 2.0]);
         }
         assert!(num_early > 0, "none had arrived before all else was done");
-        to.unpack(&from.pack(&x).unwrap(), &mut input).unwrap();
+    }
+
+    /// Neither where no parcel shall have room, nor where one needs more.
+    #[test]
+    fn memory_that_another_gpu_has_yet_to_read_is_not_freed() {
+        let (from, to) = (emulated(WeightType::Bf16), emulated(WeightType::Bf16));
+        let (mut x, mut busy) = (from.array(), to.array());
+        from.upload(&[1.0; 64], 8, 8, &mut x).unwrap();
+        to.upload(&[0.5; 4096], 64, 64, &mut busy).unwrap();
+        let read = Event::new(OP, &to.stream, false).unwrap();
+        for bytes in (2..22).map(|times| times * 8 * 8 * size_of::<f32>()) {
+            let more = to.pack(&busy).unwrap();
+            (0..50).for_each(|_| to.unpack(&more, &mut busy).unwrap());
+            to.unpack(&from.pack(&x).unwrap(), &mut busy).unwrap();
+            read.record(OP).unwrap();
+            let changes = from.stream.changes();
+            from.parcels.reserve(&from.stream, 0, bytes).unwrap();
+            assert_eq!(from.stream.changes(), changes, "no memory was asked for");
+            from.parcels.reserve(&from.stream, 1, bytes).unwrap();
+            assert!(from.stream.changes() > changes && read.has_passed(), "it was freed before it was read");
+            to.upload(&[0.5; 4096], 64, 64, &mut busy).unwrap();
+        }
     }
 }

@@ -289,6 +289,11 @@ pub trait Backend: Send + Sync + 'static {
         rows
     }
 
+    /// What so many rows are padded to where there is room for as many.
+    fn padding_of(&self, rows: usize) -> usize {
+        rows
+    }
+
     /// Gives an array that has room for it another shape; rows that it has before and after keep their numbers where rows are as long.
     /// Of use only where [`Backend::padded_rows`] says another number of rows.
     fn resize(&self, _array: &mut Self::Array, _rows: usize, _cols: usize) -> Result<()> {

@@ -54,7 +54,7 @@ enum Kind {
 
 /// The number of rows that so many are padded to: multiples of 8, and of 16 beyond 256, so that what is computed in vain is little
 /// where rows cost time; powers of two below.
-fn padded(rows: usize) -> usize {
+pub(super) fn padded(rows: usize) -> usize {
     match rows {
         0..=8 => rows.next_power_of_two(),
         9..=256 => rows.next_multiple_of(8),

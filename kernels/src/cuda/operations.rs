@@ -7,7 +7,7 @@ use super::attention::{AttentionKernels, DECODE_GROUP, Plan, PlanShape, TILE_QUE
 use super::choices::NO_TOKENS;
 use super::fp8::Fp8Kernels;
 use super::gemm::Onto;
-use super::graphs::Graphs;
+use super::graphs::{Graphs, padded};
 use super::nccl::Gate;
 use super::parcels::Parcel;
 use super::step_times::StepTimes;
@@ -147,6 +147,10 @@ impl Backend for Cuda {
 
     fn padded_rows(&self, rows: usize) -> usize {
         locked(&self.graphs).padded_rows(rows)
+    }
+
+    fn padding_of(&self, rows: usize) -> usize {
+        if self.options.has_graphs { padded(rows) } else { rows }
     }
 
     fn resize(&self, array: &mut CudaArray, rows: usize, cols: usize) -> Result<()> {

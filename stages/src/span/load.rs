@@ -51,7 +51,7 @@ impl<B: Backend> SpanStage<B> {
         let sharing = loader.sharing;
         let room = largest_step.map(|largest| {
             let config = Arc::clone(config);
-            Room { config, part, place, sharing, largest, rows: largest.rows }
+            Room { config, part, place, sharing, largest, rows: largest.rows, is_given_back: false }
         });
         room.iter().try_for_each(|room| room.make(&backend, &mut work, ranks.as_mut()))?;
         let mut queue = Queue::default();

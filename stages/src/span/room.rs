@@ -23,6 +23,8 @@ pub(super) struct Room {
     pub(super) largest: StepSize,
     /// Rows of steps for which there is room, or was none when it was asked for.
     pub(super) rows: usize,
+    /// Whether room was given back in the step that runs.
+    pub(super) is_given_back: bool,
 }
 
 impl Room {
@@ -52,17 +54,22 @@ impl<B: Backend> SpanStage<B> {
         self.work = Work::new(&self.backend);
         self.backend.free_workspace();
         if let Some(room) = &mut self.room {
-            room.rows = 0;
+            (room.rows, room.is_given_back) = (0, true);
         }
     }
 
-    /// Makes room once more, for steps like the last one: a device captures steps of rows that decode only where arrays do not grow.
-    /// Parcels come by and by, some of which are on their way.
+    /// Makes room once more, for steps like the last one and what they are padded to: a device captures steps of rows that decode
+    /// only where arrays do not grow. Not after a step that has just given room back: where the next one finds none either, it
+    /// would be made in vain. Parcels come by and by, some of which are on their way.
     pub(super) fn make_room_again(&mut self) {
-        let rows = self.batch.num_rows();
-        let Some(room) = self.room.as_mut().filter(|room| room.rows < rows && self.batch.is_decode()) else {
+        let Some(room) = &mut self.room else { return };
+        if std::mem::take(&mut room.is_given_back) || !self.batch.is_decode() {
             return;
-        };
+        }
+        let rows = self.backend.padding_of(self.batch.num_rows()).min(room.largest.rows);
+        if room.rows >= rows {
+            return;
+        }
         room.rows = rows;
         let sequences = rows.min(room.largest.sequences);
         let step = StepSize { rows, sequences, micro_batches: 0, arrivals: 0, ..room.largest };

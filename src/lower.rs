@@ -75,7 +75,8 @@ impl Unplaced {
             // A CPU has computed its step when it has given it back: there is nothing to go ahead of.
             let is_lone = matches!(stages, [stage] if stage.devices.len() == 1);
             scheduler.feeds_back = token_feedback && is_lone && run_in == StageHome::Threads;
-            scheduler.is_ahead = true;
+            // Ranks that share a stage go step by step.
+            scheduler.is_ahead = stages.iter().any(|stage| stage.devices.len() == 1);
         }
         let num_memories = efficient::num_memories(stages.iter().map(|stage| &devices[stage.devices.start]));
         let scheduler = scheduler::Options { num_stages: stages.len(), num_memories, ..scheduler };

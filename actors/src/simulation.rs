@@ -141,7 +141,7 @@ impl Job {
             efficient_tokens: 1,
             num_memories: 1,
             feeds_back: random.is_one_in(2),
-            is_ahead: false,
+            is_ahead: random.is_one_in(2),
         };
         Job {
             folder,

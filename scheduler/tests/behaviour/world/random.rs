@@ -63,7 +63,7 @@ impl Random {
             efficient_tokens: [1, 4, 16][self.below(3)],
             num_memories: [1, num_stages][self.below(2)],
             feeds_back: false,
-            is_ahead: false,
+            is_ahead: self.once_in(2),
         }
     }
 }

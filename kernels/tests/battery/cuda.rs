@@ -266,9 +266,7 @@ impl Attending {
             .into_iter()
             .for_each(|array| cuda.resize(array, padded, Self::COLS).unwrap());
         let mut work = || -> kernels::Result<()> {
-            cuda.rope(q, rope, &positions)?;
-            cuda.kv_append(cache, k, v, &slices)?;
-            cuda.attention(q, cache, &slices, out)
+            cuda.attend([&mut *q, &mut *k], v, (&*rope, &positions[..]), cache, &slices, out)
         };
         match is_repeated {
             true => cuda.repeat(&DecodeStep { rows: padded, positions: &positions, slices: &slices }, work),

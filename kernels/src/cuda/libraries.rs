@@ -111,7 +111,7 @@ impl Wanted {
             match self.try_load(&path) {
                 Ok(library) => return Ok(Found { library, path }),
                 // It is there, and the loader says what it lacks.
-                Err(libloading::Error::DlOpen { source }) if path.is_absolute() => {
+                Err(libloading::Error::DlOpen { source }) if path.components().count() > 1 => {
                     broken = format!("{broken}; {source}");
                 }
                 Err(_) => {} // The system says the same of all that it does not find.

@@ -40,7 +40,7 @@ fn a_sequence_has_no_more_than_its_lane() {
 fn only_a_sequence_of_the_same_lane_is_preempted() {
     let mut world = World::new().pages(12).page_tokens(2).lanes(2);
     let [oldest, _, third, newest] =
-        [(4, 8), (4, 2), (2, 6), (2, 6)].map(|(tokens, more)| world.submit(max_tokens(prompt(tokens), more)));
+        [(4, 8), (4, 2), (2, 6), (2, 8)].map(|(tokens, more)| world.submit(max_tokens(prompt(tokens), more)));
     world.fill();
     let found = lanes(&world);
     assert_eq!([found[&oldest][0], found[&third][0], found[&newest][0]], [0, 0, 1]);

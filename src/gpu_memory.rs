@@ -196,7 +196,7 @@ fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result
         bail!(
             "a context of {context_tokens} tokens{} takes {} of KV cache on cuda:{}, and {} of its memory are free beside {}\n\
              hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
-            if num_lanes == 1 { String::new() } else { format!(" for each of {num_lanes} ranks") },
+            if num_lanes == 1 { String::new() } else { format!(" in each of {num_lanes} lanes") },
             text::bytes(least as u64 * fullest.memory.page_bytes),
             fullest.index,
             text::bytes(fullest.left()),
@@ -293,7 +293,7 @@ mod tests {
         let error = in_lanes(47, KvCacheTokens::Auto, 3).unwrap_err();
         assert_eq!(
             error,
-            "a context of 1000 tokens for each of 3 ranks takes 48.0 MB of KV cache on cuda:0, and 47.0 MB of its memory are \
+            "a context of 1000 tokens in each of 3 lanes takes 48.0 MB of KV cache on cuda:0, and 47.0 MB of its memory are \
              free beside blocks [0, 14)\nhint: set [model] max_context_tokens to at most 960, or [pipeline] kv_cache_tokens"
         );
     }

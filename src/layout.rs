@@ -138,7 +138,7 @@ pub(crate) fn num_lanes(stages: &[StageLayout]) -> usize {
     stages.iter().filter(shares_out).map(|stage| stage.devices.len()).fold(1, least_common_multiple)
 }
 
-pub(crate) fn least_common_multiple(one: usize, other: usize) -> usize {
+fn least_common_multiple(one: usize, other: usize) -> usize {
     let (mut divisor, mut rest) = (one, other);
     while rest > 0 {
         (divisor, rest) = (rest, divisor % rest);

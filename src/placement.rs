@@ -156,7 +156,8 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
         // What the job's file says comes first: whether it is what the first run had is checked with all that decides answers.
         SplitBlocks::All => &[],
     };
-    first_run::share_blocks(&mut stages, first, |stage| question.sharing(stage, load));
+    question.share_blocks(&mut stages, first);
+    question.pages.check_rows(&stages, pipeline.kv_cache_tokens, options.context_tokens)?;
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();

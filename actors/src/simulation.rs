@@ -130,12 +130,13 @@ impl Job {
     fn new(folder: PathBuf, random: &mut Random) -> Self {
         let rows: Vec<InputRow> = (0..1 + random.below(14)).map(|id| InputRow::random(id, random)).collect();
         let page_tokens = 1 + random.below(8);
+        let num_lanes = [1, 1, 2, 3][random.below(4)];
         let options = scheduler::Options {
             num_stages: 1 + random.below(3),
             micro_batch_tokens: 1 + random.below(24),
             max_sequences: 1 + random.below(6),
-            num_pages: CONTEXT.div_ceil(page_tokens) * (1 + random.below(3)),
-            num_lanes: 1,
+            num_pages: num_lanes * (CONTEXT.div_ceil(page_tokens) + [0, 1, CONTEXT][random.below(3)]),
+            num_lanes,
             page_tokens,
             context_tokens: CONTEXT,
             efficient_tokens: 1,

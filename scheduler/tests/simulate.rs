@@ -257,6 +257,16 @@ impl Random {
     }
 }
 
+#[test]
+fn rows_of_unlike_prompts_end_with_their_lane() {
+    // Two lanes of 20 positions, and the last token of a row is never computed.
+    let options = Options { num_pages: 10, num_lanes: 2, ..options(1) };
+    let simulation = Simulation { options, stages: constant(&[(1.0, 0.0)]), window: 4, max_tokens: 18 };
+    let rows = [3, 15].map(|prompt_tokens| Lengths { prompt_tokens, output_tokens: 100 });
+    let simulated = simulation.run(rows, &mut |_| ()).unwrap();
+    assert_eq!(simulated.generated_tokens, 18 + 6);
+}
+
 /// A random small case: options, for each stage microseconds of a micro-batch, a token and a hop, and rows.
 struct Case {
     options: Options,

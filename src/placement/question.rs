@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, KvCacheTokens, TensorParallel};
+use jobs::StageShape;
 use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_within};
 use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{MeasureOptions, Profile};
@@ -15,7 +16,8 @@ use stages::{Model, PAGE_TOKENS, Part, Sharing};
 
 use super::{Kept, Source, neighbours};
 use crate::cli::LengthsArg;
-use crate::kv_pages::KvPages;
+use crate::first_run::share_blocks;
+use crate::kv_pages::{KvPages, KvRoom};
 use crate::layout::{self, StageLayout, part_of, ranges};
 use crate::plan::answer::{self, ends_block};
 use crate::plan::own::OwnDevices;
@@ -394,29 +396,47 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
+    /// Decides how ranks share blocks: as in the `first` run, in stages that were there just so; others as is fastest, or by heads
+    /// and by columns where that would leave room for shorter rows: the lanes of all stages together may be too short where those
+    /// of each alone are not.
+    pub(super) fn share_blocks(&self, stages: &mut [StageLayout], first: &[StageShape]) {
+        let load = self.load(stages);
+        let mut by_heads = stages.to_vec();
+        share_blocks(&mut by_heads, first, |_| Sharing::default());
+        share_blocks(stages, first, |stage| self.sharing(stage, load));
+        let longest = |stages: &[StageLayout]| self.room(stages).map(|(longest, _)| longest);
+        if longest(stages) < longest(&by_heads) {
+            stages.clone_from_slice(&by_heads);
+        }
+    }
+
+    /// Tokens of the longest row that stages leave room for, and sequences; none where they do not fit.
+    fn room(&self, stages: &[StageLayout]) -> Option<(u64, u64)> {
+        let KvRoom { tokens, row_tokens } = self.pages.room(stages)?;
+        let sequences = self.sequences_of(tokens as u64).min(self.max_sequences);
+        Some(((row_tokens as u64).min(self.context_tokens), sequences))
+    }
+
     /// How the ranks of a stage share blocks for such a micro-batch: all that they can by heads and by columns, where what is faster
     /// would leave room for shorter rows, or for fewer.
-    pub(super) fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
+    fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
         let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
         let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
         let sharing = self.setting.sharing(&*costs, &pieces, stage.devices.len(), load);
-        let room = |sharing: &Sharing| {
-            let stages = [StageLayout { sharing: sharing.clone(), ..stage.clone() }];
-            let longest = (self.pages.row_tokens(&stages) as u64).min(self.context_tokens);
-            self.pages.fit(&stages).then(|| (longest, self.sequences(&stages)))
-        };
+        if sharing == Sharing::default() {
+            return sharing;
+        }
+        let room =
+            |sharing: &Sharing| self.room(&[StageLayout { sharing: sharing.clone(), ..stage.clone() }]);
         if room(&sharing) < room(&Sharing::default()) { Sharing::default() } else { sharing }
     }
 
     /// Stages whose ranks share blocks as is fastest.
     fn with_sharing(&self, stages: &[StageLayout]) -> Vec<StageLayout> {
-        let load = self.load(stages);
-        let shared = |stage: &StageLayout| match stage.devices.len() {
-            1 => stage.clone(),
-            _ => StageLayout { sharing: self.sharing(stage, load), ..stage.clone() },
-        };
-        stages.iter().map(shared).collect()
+        let mut stages = stages.to_vec();
+        self.share_blocks(&mut stages, &[]);
+        stages
     }
 
     /// What the slowest device takes for all of its stages, those of all replicas, with blocks shared as is fastest.

@@ -1,11 +1,13 @@
 //! The fastest layout for a setting, and the layouts of others beside it.
 
 use scheduler::{
-    Case, Choice, KvTokens, PlannedStage, Problem, RankCosts, best_layout, faster_layout, faster_looped,
-    in_flight, least_bottleneck,
+    Case, Choice, KvTokens, Load, PlannedStage, Problem, RankCosts, best_layout, faster_layout,
+    faster_looped, in_flight, least_bottleneck,
 };
+use stages::Sharing;
 use stages::cost::{Balance, PieceShape};
 
+use crate::layout::{self, StageLayout, part_of};
 use crate::plan::setting::Setting;
 
 /// Going through the devices twice takes more hops, more micro-batches in flight, and a job that names its devices
@@ -232,6 +234,28 @@ pub(crate) fn kv_tokens(layout: &Layout, ends_block: &[bool]) -> Option<u64> {
         (device.memory_bytes - held.weight_bytes).checked_div(held.kv_bytes_per_token)
     };
     layout.stages.iter().filter_map(room).min()
+}
+
+/// Tokens of the longest row that a layout has room for: of a lane; none where no stage keeps any.
+pub(crate) fn row_tokens(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> Option<u64> {
+    kv_tokens(layout, &ends_block(pieces)).map(|tokens| tokens / num_lanes(setting, pieces, layout) as u64)
+}
+
+/// Lanes of KV pages, as a run of the layout has them.
+pub(crate) fn num_lanes(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> usize {
+    let load = setting.load(layout.case.rows);
+    let stage = |stage: &PlannedStage| StageLayout {
+        part: part_of(pieces, &stage.pieces),
+        devices: stage.devices.clone(),
+        sharing: sharing(setting, pieces, stage, load),
+    };
+    layout::num_lanes(&layout.stages.iter().map(stage).collect::<Vec<_>>())
+}
+
+/// How the ranks of a stage share blocks: as is fastest for the plan's micro-batch.
+pub(crate) fn sharing(setting: &Setting, pieces: &[PieceShape], stage: &PlannedStage, load: Load) -> Sharing {
+    let costs = setting.cost_model(setting.kinds()[setting.kind_of_each()[stage.devices.start]]);
+    setting.sharing(&*costs, &pieces[stage.pieces.clone()], stage.devices.len(), load)
 }
 
 /// Tokens of KV that a layout keeps in flight.

@@ -144,7 +144,7 @@ pub(crate) struct JobPart {
     pub(crate) rows: Option<u64>,
     /// Of these: lines that are no request.
     pub(crate) rows_refused: Option<u64>,
-    /// Of these: longer than the context, or than the fullest stage has room for.
+    /// Of these: longer than the context, or than the fullest stage has room for in one row.
     pub(crate) rows_that_cannot_fit: Option<u64>,
     /// Rows of the input whose lengths are known, refused ones counted.
     pub(crate) rows_looked_at: Option<u64>,
@@ -227,7 +227,7 @@ impl Found {
         let ends = answer::ends_block(&answer.pieces);
         let stages: Vec<StagePart> =
             (0..plan.stages.len()).map(|idx| StagePart::of(replica, answer, &ends, idx)).collect();
-        let room = stages.iter().filter_map(|stage| stage.kv_tokens).min().unwrap_or(u64::MAX);
+        let row_tokens = answer::row_tokens(replica, &answer.pieces, plan).unwrap_or(u64::MAX);
         let speed = plan.tokens_per_second;
         let beside = |layout: &Option<Layout>| {
             let other = layout.as_ref().map(|layout| layout.tokens_per_second);
@@ -259,7 +259,7 @@ impl Found {
             given_stages: answer.given.as_ref().map(other),
             even_split: other(&answer.even),
             uniform_tp,
-            job: JobPart::of(setting, room, speed, interval(replica, answer)),
+            job: JobPart::of(setting, row_tokens, speed, interval(replica, answer)),
         }
     }
 }
@@ -398,8 +398,8 @@ fn times(setting: &Setting, answer: &Answer, spec: &DeviceSpec, stage: &PlannedS
 }
 
 impl JobPart {
-    /// The job on stages of which the fullest has room for so many tokens.
-    fn of(setting: &Setting, room: u64, tokens_per_second: f64, interval: [f64; 2]) -> Self {
+    /// The job on stages of which the fullest has room for so many tokens of a row.
+    fn of(setting: &Setting, row_tokens: u64, tokens_per_second: f64, interval: [f64; 2]) -> Self {
         let work = &setting.work;
         let lengths = &work.lengths;
         let in_all = |tokens: f64| setting.rows.map(|rows| rows as f64 * tokens);
@@ -414,7 +414,7 @@ impl JobPart {
             rows: work.rows,
             rows_refused: work.read.and_then(|read| work.of_all(read.refused)),
             rows_that_cannot_fit: (work.read)
-                .and_then(|read| work.of_all(read.too_long + lengths.longer_than(room))),
+                .and_then(|read| work.of_all(read.too_long + lengths.longer_than(row_tokens))),
             rows_looked_at: work.read.map(|read| read.looked_at),
             prompt_tokens: PromptPart {
                 mean: setting.mix.prompt_tokens,

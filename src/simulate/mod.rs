@@ -55,7 +55,7 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     let context_tokens = job.model.max_context_tokens.unwrap_or(setting.config.max_position_embeddings);
     let kinds = kinds(&setting)?;
     let (options, max_tokens) = pipeline::options(&replica, &pieces, &layout, context_tokens, &kinds)?;
-    let most = context_tokens.min(options.cache_tokens() + 1);
+    let most = context_tokens.min(options.lane_tokens() + 1);
     let in_flight = (options.max_sequences * replicas) as u64;
     let rows = args.rows.or(setting.rows).unwrap_or(DEFAULT_ROUNDS * in_flight);
     let kinds = kinds.into_iter().filter(|kind| (kind.prompt_tokens as usize) < most).collect();

@@ -8,7 +8,6 @@ use stages::cost::{Balance, CostModel, Measured, PieceShape, hop_bytes};
 use stages::{PAGE_TOKENS, Sharing};
 
 use crate::efficient;
-use crate::layout::{self, StageLayout, part_of};
 use crate::lower::window;
 use crate::plan::answer::{self, Layout};
 use crate::plan::setting::{Setting, hop_seconds};
@@ -29,19 +28,17 @@ pub(super) fn options(
     let rows = layout.case.rows;
     let num_stages = layout.stages.len();
     let max_sequences = (rows * in_flight(num_stages as u64)) as usize;
-    // More pages than all sequences could fill would only take memory here.
-    let fillable = max_sequences.saturating_mul(context_tokens.div_ceil(PAGE_TOKENS));
-    let room = answer::kv_tokens(layout, &answer::ends_block(pieces)).unwrap_or(u64::MAX);
-    let num_lanes = num_lanes(setting, pieces, layout);
-    let lane_pages = fillable.div_ceil(num_lanes).min((room / (PAGE_TOKENS * num_lanes) as u64) as usize);
+    let num_lanes = answer::num_lanes(setting, pieces, layout);
+    let row_tokens = answer::row_tokens(setting, pieces, layout);
+    let lane_pages = lane_pages(max_sequences.div_ceil(num_lanes), context_tokens, row_tokens);
     let shortest = kinds.iter().map(|kind| kind.prompt_tokens).min().unwrap_or(1);
     let prompt_tokens = shortest as usize;
-    let cache_tokens = lane_pages * PAGE_TOKENS;
-    if cache_tokens < prompt_tokens {
-        bail!("the fullest device has room for {cache_tokens} tokens of KV, a prompt has {prompt_tokens}");
+    let lane_tokens = lane_pages * PAGE_TOKENS;
+    if lane_tokens < prompt_tokens {
+        bail!("the fullest device has room for {lane_tokens} tokens of KV, a prompt has {prompt_tokens}");
     }
     // The last token of a row is never computed.
-    let max_tokens = (context_tokens - prompt_tokens).min(cache_tokens - prompt_tokens + 1);
+    let max_tokens = (context_tokens - prompt_tokens).min(lane_tokens - prompt_tokens + 1);
     let (_, first) = &setting.devices.runs()[0];
     let options = Options {
         num_stages,
@@ -59,21 +56,12 @@ pub(super) fn options(
     Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
 }
 
-/// Lanes of KV pages, as a run of the layout has them.
-fn num_lanes(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> usize {
-    let load = setting.load(layout.case.rows);
-    let stage = |stage: &PlannedStage| StageLayout {
-        part: part_of(pieces, &stage.pieces),
-        devices: stage.devices.clone(),
-        sharing: sharing(setting, pieces, stage, load),
-    };
-    layout::num_lanes(&layout.stages.iter().map(stage).collect::<Vec<_>>())
-}
-
-/// How the ranks of a stage share blocks: as is fastest for the plan's micro-batch.
-fn sharing(setting: &Setting, pieces: &[PieceShape], stage: &PlannedStage, load: Load) -> Sharing {
-    let costs = setting.cost_model(setting.kinds()[setting.kind_of_each()[stage.devices.start]]);
-    setting.sharing(&*costs, &pieces[stage.pieces.clone()], stage.devices.len(), load)
+/// Pages of a lane that has so many sequences: as many as there is room for, and no more than they could fill, which would only
+/// take memory here.
+fn lane_pages(sequences: usize, context_tokens: usize, row_tokens: Option<u64>) -> usize {
+    let fillable = context_tokens.div_ceil(PAGE_TOKENS).saturating_mul(sequences);
+    let room = row_tokens.map(|tokens| usize::try_from(tokens / PAGE_TOKENS as u64).unwrap_or(usize::MAX));
+    room.map_or(fillable, |room| room.min(fillable))
 }
 
 /// Memories from which the stages read their weights: that of the cores of a machine is one, and each other device has its own.
@@ -107,7 +95,7 @@ fn virtual_stage<'a>(
     stage: &PlannedStage,
     load: Load,
 ) -> VirtualStage<'a> {
-    let sharing = sharing(setting, pieces, stage, load);
+    let sharing = answer::sharing(setting, pieces, stage, load);
     if let Some(measured) = &setting.measured {
         return measured_stage(measured, pieces, stage, sharing);
     }
@@ -145,4 +133,19 @@ fn measured_stage<'a>(
     };
     let device = stage.devices.start;
     VirtualStage { device, seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_has_whole_rows_as_far_as_there_is_room() {
+        let of_row = 1000_usize.div_ceil(PAGE_TOKENS);
+        // Two sequences in four lanes, and six.
+        for (sequences, rows) in [(2_usize, 1), (6, 2)] {
+            assert_eq!(lane_pages(sequences.div_ceil(4), 1000, None), rows * of_row);
+        }
+        assert_eq!(lane_pages(2, 1000, Some(640)), 640 / PAGE_TOKENS);
+    }
 }

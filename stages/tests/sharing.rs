@@ -97,7 +97,7 @@ fn nothing_is_shared_by_a_single_rank() {
 /// What a plan counts for a token is what a page takes of the fullest rank's memory: by heads, by sequences, and with both in one
 /// stage.
 #[test]
-fn a_plan_has_room_for_as_many_tokens_as_a_run() {
+fn a_plan_counts_as_many_bytes_of_a_token_as_the_fullest_rank_keeps() {
     let ultra = Path::new("../configs/models/Llama-3_1-Nemotron-Ultra-253B-v1");
     let config = ModelConfig::read(ultra).unwrap();
     let part: Part = Span { start: 16, end: 40 }.into();

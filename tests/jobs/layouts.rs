@@ -178,6 +178,7 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
         assert_eq!(blocks(&few).0 != json!([]), is_by_sequences, "{tokens}");
         let manifest = read_json(&few.out().join("manifest.json"));
         assert_eq!(manifest["plan"]["kv_cache_tokens"], pages * 64);
+        assert!(!is_by_sequences || all_lines(&few) == all_lines(&undisturbed), "rows give way to others");
     }
     done(world.run_job(&job, &["--limit", "8"]));
 
@@ -188,6 +189,23 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     done(world.run_job(&job, &[]));
     assert_eq!(blocks(&job).0, shared, "the job that was begun");
     assert!(all_lines(&job) == all_lines(&undisturbed));
+}
+
+/// Of three ranks and of four, which each have room for the longest row where the other stage does not part it further.
+#[test]
+fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
+    let seven =
+        "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\", \"cpu:4\", \"cpu:5\", \"cpu:6\"]";
+    let world = World::with(&[seven, SETS[1], SETS[2], "pipeline.tensor_parallel=[3, 4]"]);
+    price_attention(&world, true);
+    for (tokens, is_by_sequences) in [(12 * 64, true), (4 * 64, false)] {
+        let job = world.job.anew().over((0..20).map(row)).set(format!("pipeline.kv_cache_tokens={tokens}"));
+        done(world.run_job(&job, &[]));
+        let manifest = read_json(&job.out().join("manifest.json"));
+        for stage in manifest["plan"]["stages"].as_array().expect("stages") {
+            assert_eq!(stage["attention_by_sequences"] != json!([]), is_by_sequences, "{tokens}: {stage}");
+        }
+    }
 }
 
 /// Prices halves that ranks share, attention or FFNs, where one device has them for next to nothing.

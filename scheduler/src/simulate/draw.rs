@@ -56,8 +56,8 @@ impl Drawn {
 impl Draw {
     pub(super) fn new(max_tokens: u32, options: &Options) -> Self {
         let sampling = Sampling { stop_token_ids: vec![STOP_TOKEN], ..Sampling::greedy(max_tokens) };
-        // The last token of a sequence is never computed, so that the cache need not hold it.
-        let most = options.context_tokens.min(options.cache_tokens() + 1);
+        // The last token of a sequence is never computed, so that its lane need not hold it.
+        let most = options.context_tokens.min(options.lane_tokens() + 1);
         let sampling = Arc::new(sampling);
         Self { sampling, max_tokens, most, request: None, lengths: VecDeque::new(), oldest: 0 }
     }

@@ -162,7 +162,7 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
     ));
     match &found.uniform_tp {
         Some(uniform) => lines.push(format!(
-            "uniform TP all {} devices on every block: {}",
+            "uniform TP one stage of all {} devices, blocks shared as split_blocks has it: {}",
             uniform.tensor_parallel,
             beside(uniform.tokens_per_second, uniform.ratio)
         )),

@@ -168,7 +168,12 @@ impl Job {
 
     /// Runs the job to its end.
     pub(crate) fn run(self) -> Done {
-        let Output { status, stdout, stderr } = self.command().output().expect("start spanwise");
+        let output = self.run_once(&[]);
+        self.after(output)
+    }
+
+    /// What it left behind after such a run.
+    pub(crate) fn after(self, Output { status, stdout, stderr }: Output) -> Done {
         Done {
             code: status.code(),
             stdout: String::from_utf8_lossy(&stdout).into_owned(),

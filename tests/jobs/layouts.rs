@@ -6,7 +6,9 @@ use serde_json::{Value, json};
 
 use crate::disturbed::{assert_done, assert_refused, lines, row, stderr};
 use crate::harness::{Job, fixture, read_json};
+use crate::logits::{Scores, asking};
 use crate::profile::{MODEL, World, even_costs};
+use crate::ranks::Expected;
 
 /// Micro-batches have room for all rows.
 const SETS: [&str; 3] = [
@@ -14,6 +16,10 @@ const SETS: [&str; 3] = [
     "pipeline.micro_batch_tokens=256",
     "model.max_context_tokens=64",
 ];
+
+/// Four devices that share all blocks.
+const FOUR: [&str; 2] =
+    ["pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\"]", "pipeline.tensor_parallel=[4]"];
 
 /// A job of so many rows that lets the plan choose, and what has been measured of its devices.
 fn world(count: usize) -> (World, Job) {
@@ -128,7 +134,6 @@ fn a_layout_that_the_devices_no_longer_fit_is_named_with_the_cure() {
 
 /// Makes attention over keys dear, or free, beside everything else.
 fn price_attention(world: &World, is_dear: bool) {
-    world.measure();
     world.edit(|profile| {
         even_costs(profile, None);
         let price = if is_dear { 1.0 } else { 0.0 };
@@ -148,14 +153,14 @@ fn price_attention(world: &World, is_dear: bool) {
 /// Ranks beyond the KV heads would read copies of the same keys.
 #[test]
 fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
-    let four = "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\"]";
-    let world = World::with(&[four, SETS[1], SETS[2], "pipeline.tensor_parallel=[4]"]);
+    let world = World::with(&[FOUR[0], SETS[1], SETS[2], FOUR[1]]);
     let job = world.job.anew().over((0..20).map(row));
     let blocks = |job: &Job| {
         let manifest = read_json(&job.out().join("manifest.json"));
         let numerics = manifest["numeric_profile"]["tensor_parallel_stages"].clone();
         (manifest["plan"]["stages"][0]["attention_by_sequences"].clone(), numerics.to_string())
     };
+    world.measure();
     price_attention(&world, true);
     let undisturbed = job.anew();
     let output = world.run_job(&undisturbed, &[]);
@@ -278,6 +283,31 @@ fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
 fn attention_stays_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
     let count = config().blocks.iter().filter(|block| block.attention != stages::Attention::None).count();
     stay_on_the_first_rank("attention", count, "attention");
+}
+
+/// They are exceptions that only a plan makes.
+#[test]
+fn what_is_shared_by_sequences_or_stays_on_the_first_rank_agrees_with_the_reference() {
+    type Price = fn(&World);
+    let two = [SETS[0], "pipeline.tensor_parallel=[2]"];
+    let cases: [(&str, [&'static str; 2], Price); 3] = [
+        ("attention_by_sequences", FOUR, |world| price_attention(world, true)),
+        ("attention_on_first_rank", two, |world| price_shared(world, "attention", 1.0)),
+        ("ffn_on_first_rank", two, |world| price_shared(world, "ffn", 1.0)),
+    ];
+    let expected = Expected::of(MODEL, 3);
+    for (exception, [devices, widths], price) in cases {
+        let world = World::with(&[devices, widths, "model.dtype=f32"]);
+        world.measure();
+        price(&world);
+        let job = asking(world.job.anew().over([]), &expected.reference);
+        let output = world.run_job(&job, &[]);
+        let manifest = read_json(&job.out().join("manifest.json"));
+        let blocks = manifest["plan"]["stages"][0][exception].as_array().expect("blocks");
+        assert!(!blocks.is_empty(), "{exception}: no block");
+        let found = Scores::of_done(&job.after(output).ok(), &expected.reference);
+        expected.check(&found, exception);
+    }
 }
 
 #[test]

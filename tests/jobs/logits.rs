@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Job, devices, fixture, levels, read_json, root};
+use crate::harness::{Done, Job, devices, fixture, levels, read_json, root};
 
 /// f32 against f64. A logit is a sum of some hundred products of numbers near 1, each rounded to 2^-24, a
 /// dozen blocks deep: measured up to 5e-6, and this is what users are promised. It is also
@@ -10,9 +10,9 @@ use crate::harness::{Job, devices, fixture, levels, read_json, root};
 pub(crate) const F32_BOUND: f64 = 1e-4;
 
 /// bf16 against f64 on models of at most 12 blocks whose logits have a standard deviation of 1: a rounding
-/// to 8 bits is off by up to 2^-9 = 0.2 %, some 60 of them (five operands a block) add up like a random
-/// walk to about 1.5 % of a deviation, and the largest of a few thousand such errors is about five times
-/// that.
+/// to 8 bits is off by up to 2^-8, and by 0.17 % as the root of the mean square; 60 of them (five operands a
+/// block) add up like a random walk to 1.3 % of a deviation, and the largest of 10^5 such errors is four and a
+/// half times that, 0.06. The bound is a third more.
 pub(crate) const BF16_BOUND: f64 = 0.08;
 
 /// Narrow weights against f64 on models with random weights, which forgive less than trained ones. Measured up to
@@ -75,12 +75,12 @@ impl Scores {
     }
 
     /// By a job without rows.
-    pub(crate) fn of_job(mut job: Job, reference: &Value) -> Scores {
-        for (i, prompt) in prompts(reference).iter().enumerate() {
-            let body = json!({"prompt": prompt["ids"], "max_tokens": 0, "echo": true, "logprobs": 1});
-            job = job.completion(&format!("prompt-{i}"), body);
-        }
-        let done = job.run().ok();
+    pub(crate) fn of_job(job: Job, reference: &Value) -> Scores {
+        Scores::of_done(&asking(job, reference).run().ok(), reference)
+    }
+
+    /// By a job that was [`asking`].
+    pub(crate) fn of_done(done: &Done, reference: &Value) -> Scores {
         let of_prompt = |(i, prompt): (usize, &Value)| {
             let logprobs = &done.choice(&format!("prompt-{i}"))["logprobs"];
             let top = |position: usize| {
@@ -99,6 +99,14 @@ impl Scores {
         let both = pairs.flat_map(|(own, other)| [Some((own.0, other.0)), own.1.zip(other.1)]);
         both.flatten().map(|(own, other)| (own - other).abs()).fold(0.0, f64::max)
     }
+}
+
+/// A job without rows with those that ask for what is said of a reference file's prompts.
+pub(crate) fn asking(job: Job, reference: &Value) -> Job {
+    prompts(reference).iter().enumerate().fold(job, |job, (i, prompt)| {
+        let body = json!({"prompt": prompt["ids"], "max_tokens": 0, "echo": true, "logprobs": 1});
+        job.completion(&format!("prompt-{i}"), body)
+    })
 }
 
 fn prompts(reference: &Value) -> &[Value] {

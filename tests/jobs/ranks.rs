@@ -22,16 +22,16 @@ fn rows(count: usize) -> Vec<String> {
 }
 
 /// What a layout's log-probabilities must be near to: those of the reference and of one device that has everything.
-struct Expected {
+pub(crate) struct Expected {
     model: &'static str,
     config: stages::ModelConfig,
-    reference: Value,
+    pub(crate) reference: Value,
     unsplit: Scores,
 }
 
 impl Expected {
     /// By so many of a model's prompts.
-    fn of(model: &'static str, num_prompts: usize) -> Expected {
+    pub(crate) fn of(model: &'static str, num_prompts: usize) -> Expected {
         let config = stages::ModelConfig::read(&fixture(model)).unwrap();
         let mut reference = read_json(&fixture(model).join("reference.json"));
         reference["prompts"].as_array_mut().expect("prompts").truncate(num_prompts);
@@ -51,7 +51,7 @@ impl Expected {
     }
 
     #[track_caller]
-    fn check(&self, found: &Scores, how: &str) {
+    pub(crate) fn check(&self, found: &Scores, how: &str) {
         for (other, what) in
             [(&Scores::of_reference(&self.reference), "reference"), (&self.unsplit, "unsplit run")]
         {

@@ -241,7 +241,7 @@ pub(crate) fn row_tokens(setting: &Setting, pieces: &[PieceShape], layout: &Layo
     kv_tokens(layout, &ends_block(pieces)).map(|tokens| tokens / num_lanes(setting, pieces, layout) as u64)
 }
 
-/// Lanes of KV pages, as a run of the layout has them.
+/// Lanes of KV pages, as a run of the layout has them where they leave it room for its longest row: else it shares heads.
 pub(crate) fn num_lanes(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> usize {
     let load = setting.load(layout.case.rows);
     let stage = |stage: &PlannedStage| StageLayout {

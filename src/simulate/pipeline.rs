@@ -35,7 +35,7 @@ pub(super) fn options(
     let prompt_tokens = shortest as usize;
     let lane_tokens = lane_pages * PAGE_TOKENS;
     if lane_tokens < prompt_tokens {
-        bail!("the fullest device has room for {lane_tokens} tokens of KV, a prompt has {prompt_tokens}");
+        bail!("a row has room for {lane_tokens} tokens of KV, a prompt has {prompt_tokens}");
     }
     // The last token of a row is never computed.
     let max_tokens = (context_tokens - prompt_tokens).min(lane_tokens - prompt_tokens + 1);
@@ -125,12 +125,8 @@ fn measured_stage<'a>(
     stage: &PlannedStage,
     sharing: Sharing,
 ) -> VirtualStage<'a> {
-    let (range, ranks) = (stage.pieces.clone(), stage.devices.len());
-    let num_hops = usize::from(range.start > 0) + usize::from(range.end < pieces.len());
-    let seconds = move |load: Load| {
-        let hops = num_hops as f64 / 2.0 * measured.hop_seconds(load);
-        measured.shared_costs(pieces, ranks, &sharing, load).seconds(range.clone()) + hops
-    };
+    let (run, ranks) = (stage.pieces.clone(), stage.devices.len());
+    let seconds = move |load: Load| measured.step_seconds(pieces, run.clone(), ranks, &sharing, load);
     let device = stage.devices.start;
     VirtualStage { device, seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }
 }

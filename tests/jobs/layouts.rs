@@ -202,6 +202,7 @@ fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
     let seven =
         "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\", \"cpu:4\", \"cpu:5\", \"cpu:6\"]";
     let world = World::with(&[seven, SETS[1], SETS[2], "pipeline.tensor_parallel=[3, 4]"]);
+    world.measure();
     price_attention(&world, true);
     for (tokens, is_by_sequences) in [(12 * 64, true), (4 * 64, false)] {
         let job = world.job.anew().over((0..20).map(row)).set(format!("pipeline.kv_cache_tokens={tokens}"));

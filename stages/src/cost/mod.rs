@@ -55,6 +55,9 @@ pub trait CostModel {
         let before = run.start.checked_sub(1).map_or(0.0, |piece| arrays(&pieces[piece]));
         let after = if run.end < pieces.len() { arrays(&pieces[run.end - 1]) } else { 0.0 };
         let hops = (before + after) * self.hop_seconds(load) / 2.0;
-        self.shared_costs(pieces, ranks, sharing, load).seconds(run) + hops
+        let costs = self.shared_costs(pieces, ranks, sharing, load);
+        let is_cut = run.end < pieces.len() && !pieces[run.end - 1].ends_block;
+        let cut = if is_cut { costs.cut_seconds(run.end) } else { 0.0 };
+        costs.seconds(run) + cut + hops
     }
 }

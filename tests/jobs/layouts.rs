@@ -289,18 +289,20 @@ fn attention_stays_on_the_first_rank_where_that_is_faster_and_for_the_whole_job(
 /// They are exceptions that only a plan makes.
 #[test]
 fn what_is_shared_by_sequences_or_stays_on_the_first_rank_agrees_with_the_reference() {
-    type Price = fn(&World);
-    let two = [SETS[0], "pipeline.tensor_parallel=[2]"];
-    let cases: [(&str, [&'static str; 2], Price); 3] = [
-        ("attention_by_sequences", FOUR, |world| price_attention(world, true)),
-        ("attention_on_first_rank", two, |world| price_shared(world, "attention", 1.0)),
-        ("ffn_on_first_rank", two, |world| price_shared(world, "ffn", 1.0)),
-    ];
-    let expected = Expected::of(MODEL, 3);
-    for (exception, [devices, widths], price) in cases {
+    let [two, four] = [[SETS[0], "pipeline.tensor_parallel=[2]"], FOUR].map(|[devices, widths]| {
         let world = World::with(&[devices, widths, "model.dtype=f32"]);
         world.measure();
-        price(&world);
+        world
+    });
+    type Price = fn(&World);
+    let cases: [(&str, &World, Price); 3] = [
+        ("attention_by_sequences", &four, |world| price_attention(world, true)),
+        ("attention_on_first_rank", &two, |world| price_shared(world, "attention", 1.0)),
+        ("ffn_on_first_rank", &two, |world| price_shared(world, "ffn", 1.0)),
+    ];
+    let expected = Expected::of(MODEL, 3);
+    for (exception, world, price) in cases {
+        price(world);
         let job = asking(world.job.anew().over([]), &expected.reference);
         let output = world.run_job(&job, &[]);
         let manifest = read_json(&job.out().join("manifest.json"));

@@ -39,7 +39,7 @@ impl KvPages {
         let (of_row, rows) = match pipeline.kv_cache_tokens {
             KvCacheTokens::Auto => {
                 let of_row = context_tokens.div_ceil(PAGE_TOKENS);
-                (of_row, if num_pages / of_row >= sequences { sequences } else { 1 })
+                (of_row, if num_pages >= of_row.saturating_mul(sequences) { sequences } else { 1 })
             }
             KvCacheTokens::Tokens(_) => (1, 1),
         };

@@ -53,6 +53,7 @@ use crate::trials::Trials;
 ///     efficient_tokens: 1,
 ///     num_memories: 1,
 ///     feeds_back: false,
+///     is_ahead: false,
 /// });
 /// let sampling = Arc::new(Sampling::greedy(1));
 /// let request = Request { key: RequestKey(7), prompt: vec![3, 1, 4], sampling, sample: 0 };

@@ -119,6 +119,7 @@ impl GpuMemory {
                 let (query, kv) = (heads * head_dim, kv_heads * head_dim);
                 let page_bytes = CudaKvCache::page_bytes(kv_dtype, kv_heads, head_dim) as u64;
                 self.page_bytes += match by_sequences {
+                    // Rounded up for each token, as a plan's costs are.
                     true => {
                         PAGE_TOKENS as u64
                             * (page_bytes / PAGE_TOKENS as u64).div_ceil(place.num_ranks as u64)

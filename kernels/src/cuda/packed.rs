@@ -1,8 +1,9 @@
 //! Cubins that a program carries behind its own code, for machines that have a GPU's driver and no compiler.
 //!
-//! A pack is the version of the compiler, a list of cubins and, at its very end, its own length and [`MAGIC`]. Put behind an executable it leaves that as it was:
-//! loaders read what the headers at a file's start speak of. A cubin's key is a hash of all that it was made from but the
-//! compiler's version, so that one of other source is never taken. A driver that is older than the compiler takes none of them.
+//! A pack is the version of the compiler, a list of cubins and, at its very end, its own length and [`MAGIC`]. Put behind an
+//! executable it leaves that as it was: loaders read what the headers at a file's start speak of. A cubin's key is a hash of all
+//! that it was made from but the compiler's version, so that one of other source is never taken. A driver that is older than the
+//! compiler takes none of them.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -43,8 +43,8 @@ use room::Room;
 pub struct SpanOptions {
     /// Its blocks.
     pub part: Part,
-    /// KV pages, the same number in every stage. Ranks that share out sequences have as many of them each, of which page `p` is
-    /// the one of number `p % ranks`.
+    /// KV pages, the same number in every stage. Of ranks that share out sequences each has an equal part: page `p`
+    /// is that of rank `p % ranks`.
     pub num_pages: usize,
     /// Longest sequence.
     pub context_tokens: usize,

@@ -2,7 +2,7 @@
 //!
 //! What several devices sum up together differs in its last bits from what one does, and which devices share what may be
 //! the plan's choice, by costs that are measured anew at any time. So a job's journal has its stages, and a run that goes on
-//! takes those again wherever a stage is shared. Where none is, stages may begin wherever they like.
+//! takes those again wherever a stage is shared. Where none is, stages may begin wherever they like, and a device may have two.
 
 use anyhow::{Result, bail};
 use configs::{DeviceKind, Pipeline, Stages, TensorParallel};

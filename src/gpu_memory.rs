@@ -76,6 +76,7 @@ impl Question {
     /// # Errors
     /// A GPU that its stages do not fit.
     pub(crate) fn num_pages(&self, stages: &[StageLayout]) -> Result<usize> {
+        let step = self.step_of(stages.len());
         let load = |(&index, &free_bytes): (&usize, &u64)| {
             let mut memory = GpuMemory::default();
             let mut parts = Vec::new();
@@ -84,7 +85,7 @@ impl Question {
                     let is_here = |(_, other): &(usize, &usize)| **other == index;
                     for (rank, _) in indices[ranks.clone()].iter().enumerate().filter(is_here) {
                         let place = RankPlace { rank, num_ranks: ranks.len() };
-                        memory += self.memory(*part, (place, sharing), self.step);
+                        memory += self.memory(*part, (place, sharing), step);
                         parts.push(*part);
                     }
                 }
@@ -96,6 +97,12 @@ impl Question {
             self.wanted,
             layout::num_lanes(stages),
         )
+    }
+
+    /// The largest step of so many stages, which in threads may be more than devices.
+    fn step_of(&self, num_stages: usize) -> StepSize {
+        let micro_batches = self.step.micro_batches.max(scheduler::in_flight(num_stages as u64) as usize);
+        StepSize { micro_batches, ..self.step }
     }
 
     /// Of each GPU that the job names, once each and in that order, the bytes that weights, keys and values may have: all that
@@ -250,9 +257,40 @@ impl GpuLoad {
 
 #[cfg(test)]
 mod tests {
+    use stages::{KvDtype, WeightType};
+
     use super::*;
 
     const GB: u64 = 1_000_000_000;
+
+    /// What is known of Super on two GPUs, which are named in this order. Of a large step: what is handed on takes room.
+    fn question(indices: &[usize]) -> Question {
+        let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/models");
+        let config = ModelConfig::read(&models.join("Llama-3_3-Nemotron-Super-49B-v1")).unwrap();
+        let (sequences, context_tokens) = (1000, 4096);
+        let micro_batches = scheduler::in_flight(indices.len() as u64) as usize;
+        Question {
+            config,
+            dtypes: Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 },
+            indices: indices.to_vec(),
+            replicas: 1,
+            free_bytes: BTreeMap::from([(0, 140 * GB), (1, 140 * GB)]),
+            step: StepSize { rows: 2048, sequences, context_tokens, micro_batches, arrivals: 1 },
+            multiprocessors: None,
+            wanted: WantedTokens { kv_cache_tokens: KvCacheTokens::Auto, context_tokens, sequences },
+        }
+    }
+
+    #[test]
+    fn gpus_that_are_gone_through_twice_have_the_pages_that_they_have_where_they_are_named_twice() {
+        let spans = [[0, 20], [20, 40], [40, 60], [60, 80]].map(|[start, end]| Span { start, end }.into());
+        let named = layout::stages(spans.to_vec(), None);
+        let twice: Vec<StageLayout> = (named.iter().zip([0..1, 1..2].iter().cycle()))
+            .map(|(stage, devices)| StageLayout { devices: devices.clone(), ..stage.clone() })
+            .collect();
+        let pages = question(&[0, 1]).num_pages(&twice).unwrap();
+        assert_eq!(pages, question(&[0, 1, 0, 1]).num_pages(&named).unwrap());
+    }
 
     /// A GPU with so much free for a stage of 100 GB, whose pages take 1 MB each.
     fn gpu(index: usize, free_bytes: u64) -> GpuLoad {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail};
-use configs::{DeviceKind, Pipeline, Place, Stages, TensorParallel};
+use configs::{DeviceKind, Pipeline, Place, Stages, StagesRunIn, TensorParallel, VirtualStages};
 use scheduler::Span;
 use stages::cost::PieceShape;
 use stages::{Ffn, ModelConfig, Part, Sharing, WeightType};
@@ -86,6 +86,14 @@ pub(crate) fn sum_cut(weights: WeightType, pipeline: &Pipeline) -> Option<usize>
     weights.sum_cut().filter(|_| is_known)
 }
 
+/// Whether a job's pipelines may go through their devices twice. Processes do not share a device's threads.
+pub(crate) fn virtual_stages(pipeline: &Pipeline) -> VirtualStages {
+    match pipeline.stages_run_in {
+        StagesRunIn::Threads => pipeline.virtual_stages,
+        StagesRunIn::Processes => VirtualStages::Off,
+    }
+}
+
 /// Refuses stages that several GPUs share whose weights cannot be parted between them.
 ///
 /// # Errors
@@ -130,6 +138,11 @@ pub(crate) fn stages(parts: Vec<Part>, widths: Option<&[usize]>) -> Vec<StageLay
             StageLayout { part, devices: first..next, sharing: Sharing::default() }
         })
         .collect()
+}
+
+/// Whether each stage has a device of its own, in the order in which the job names them.
+pub(crate) fn is_one_each(stages: &[StageLayout]) -> bool {
+    stages.iter().enumerate().all(|(index, stage)| stage.devices == (index..index + 1))
 }
 
 /// Lanes of KV pages: a multiple of the ranks of each stage whose ranks share out sequences.

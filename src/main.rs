@@ -28,7 +28,6 @@ mod replace;
 mod report;
 mod retry;
 mod run;
-mod runs;
 mod simulate;
 mod status;
 mod target;

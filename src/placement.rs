@@ -1,8 +1,8 @@
 //! Which blocks each stage of a job gets: cut by what was measured on the device, or by an estimate.
 //!
 //! One stage for each device that the job names, where a device that is named several times has the time for all of its stages;
-//! or stages that several devices share, where a plan has them faster ([`question`]). Replicas have the same stages, placed for the
-//! devices of the first. A job that goes on keeps the shared stages
+//! or stages that several devices share, or two for each device, where a plan has them faster ([`question`]). Replicas have the same
+//! stages, placed for the devices of the first. A job that goes on keeps the shared stages
 //! that it began with ([`first_run`]). Where another layout would be faster, or a job's own cut is slower than need be, a line says so. A profile that
 //! is stale or lacks blocks is measured again, where it decides something; one that is not there is never measured unasked.
 
@@ -141,6 +141,7 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
         }
         (None, kept) => {
             let planned = question.plan(widths, &kept)?;
+            let planned = question.passed_twice(&planned).unwrap_or(planned);
             if pipeline.devices_per_replica() > 1 {
                 lines.push(question.announcement(&planned, &occasion.profile_command));
             }
@@ -198,10 +199,11 @@ impl Placement {
         (hindsight, source)
     }
 
-    /// Whether its GPUs have room for stages of these blocks.
+    /// Whether the job's file may have stages of these blocks in the place of its own: each of those has a device that is named for
+    /// it, and GPUs have room.
     fn fits(&self, spans: &[Span]) -> bool {
         let stages = layout::stages(spans.iter().map(|span| (*span).into()).collect(), None);
-        self.pages.fit(&stages)
+        layout::is_one_each(&self.stages) && self.pages.fit(&stages)
     }
 }
 

@@ -39,7 +39,8 @@ use stages::ModelConfig;
 use workload::Workload;
 
 const ONE_STAGE: &str = r#"pipeline.devices=["cpu:0"]"#;
-const TWO_STAGES: &str = r#"pipeline.devices=["cpu:0", "cpu:1"]"#;
+const TWO_DEVICES: &str = r#"pipeline.devices=["cpu:0", "cpu:1"]"#;
+const ONE_STAGE_EACH: &str = "pipeline.virtual_stages=off";
 
 /// Makes this program the busy neighbour.
 const SPIN: &str = "--spin";
@@ -65,7 +66,10 @@ const fn variant(name: &'static str, sets: &'static [&'static str]) -> Variant {
 const QUESTIONS: [Question; 4] = [
     Question {
         name: "layouts",
-        variants: &[variant("one stage", &[ONE_STAGE]), variant("two stages", &[TWO_STAGES])],
+        variants: &[
+            variant("one stage", &[ONE_STAGE]),
+            variant("two stages", &[TWO_DEVICES, ONE_STAGE_EACH]),
+        ],
         are_answers_alike: true,
     },
     Question {

@@ -36,6 +36,7 @@ pub use schema::{
 pub use types::{
     ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Place,
     Profile, Ranks, Simd, SplitBlocks, Stages, StagesRunIn, TENSOR_PARALLEL_WIDTHS, TensorParallel,
+    VirtualStages,
 };
 pub use whole::Purpose;
 

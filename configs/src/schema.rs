@@ -11,7 +11,7 @@ use crate::devices::DeviceList;
 use crate::read;
 use crate::types::{
     ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Ranks, Simd, SplitBlocks,
-    Stages, StagesRunIn, TensorParallel,
+    Stages, StagesRunIn, TensorParallel, VirtualStages,
 };
 
 /// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
@@ -90,6 +90,8 @@ pub struct Pipeline {
     pub ranks: Ranks,
     /// Whether an FFN may be cut by its columns between neighbouring stages.
     pub column_cuts: ColumnCuts,
+    /// Whether a pipeline may go through its devices twice.
+    pub virtual_stages: VirtualStages,
     /// Whether stages are cut by what was measured on the device.
     pub profile: Profile,
     /// Most tokens in one micro-batch, prefill and decode together.
@@ -136,6 +138,7 @@ impl Default for Pipeline {
             stages_run_in: StagesRunIn::Threads,
             ranks: Ranks::Threads,
             column_cuts: ColumnCuts::Auto,
+            virtual_stages: VirtualStages::Auto,
             profile: Profile::Auto,
             micro_batch_tokens: MICRO_BATCH_TOKENS,
             max_sequences: MAX_SEQUENCES,

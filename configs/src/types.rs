@@ -147,6 +147,16 @@ words! {
 }
 
 words! {
+    /// Whether a pipeline may go through its devices twice.
+    VirtualStages, r#""auto" or "off""#, {
+        /// Where a plan is faster with it.
+        Auto = "auto",
+        /// Each device is in as many stages as it is named.
+        Off = "off",
+    }
+}
+
+words! {
     /// Which blocks the devices of a stage share.
     SplitBlocks, r#""auto" or "all""#, {
         /// Each half of each block as a plan finds it fastest.

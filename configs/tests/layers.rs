@@ -281,6 +281,7 @@ split_blocks = "auto"
 stages_run_in = "threads"
 ranks = "threads"
 column_cuts = "auto"
+virtual_stages = "auto"
 profile = "auto"
 micro_batch_tokens = 512
 max_sequences = 128

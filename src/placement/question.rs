@@ -1,15 +1,15 @@
-//! What is asked of the planner about a job's own devices, and what is said of its answers.
-//!
-//! Answers are layouts that run as they are: each device that the job names has a stage, or shares one. Each GPU has room for its
-//! own stages; where that leaves less for keys and values than the job's sequences would keep, the answer is the layout that
-//! is fastest with as many as there is room for.
+//! What is asked of the planner about a job's own devices, and how fast layouts are on them: which it answers ([`layouts`]), and
+//! what is said of them ([`words`]).
+
+mod layouts;
+mod words;
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, KvCacheTokens, TensorParallel};
+use anyhow::Result;
+use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, KvCacheTokens};
 use jobs::StageShape;
-use scheduler::{PlannedStage, Span, in_flight, least_bottleneck, least_bottleneck_within};
+use scheduler::{Span, in_flight};
 use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{MeasureOptions, Profile};
 use stages::{Model, PAGE_TOKENS, Part, Sharing};
@@ -18,12 +18,11 @@ use super::{Kept, Source, neighbours};
 use crate::cli::LengthsArg;
 use crate::first_run::share_blocks;
 use crate::kv_pages::{KvPages, KvRoom};
-use crate::layout::{self, StageLayout, part_of, ranges};
-use crate::plan::answer::{self, ends_block};
+use crate::layout::{self, StageLayout};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{Setting, roofline};
 use crate::plan::{Lengths, Work, first_rows};
-use crate::{gpu_memory, lower, machine, runs};
+use crate::{lower, machine};
 
 /// Rows of the input whose lengths stand for all: some thousand tokens are enough to tell short prompts from long ones.
 const SAMPLED_ROWS: u64 = 256;
@@ -35,15 +34,9 @@ const TYPICAL_TOKENS: usize = 341;
 /// Another layout is taken, or worth a line, when it is faster by this share.
 const BETTER_LAYOUT: f64 = 1.02;
 
-/// A given cut is worth a line when the planned one is faster by this share.
-const BETTER_CUT: f64 = 1.03;
-
 /// Memory of each device as a cut has it: CPU devices share the machine's, which is checked as a whole elsewhere, and of GPUs more
 /// is known than a catalog says.
 const MEMORY_MIB: f64 = (1_u64 << 40) as f64;
-
-/// Layouts are sought with room for so many percent of the tokens that the one before had room for.
-const NEXT_PERCENT: u64 = 70;
 
 fn number_types(options: &MeasureOptions) -> NumberTypes {
     let dtypes = options.dtypes;
@@ -86,17 +79,6 @@ pub(super) struct Question {
     pub(super) pages: KvPages,
 }
 
-/// What a layout is sought for.
-#[derive(Clone, Copy)]
-struct Wish<'a> {
-    /// In flight in a replica.
-    sequences: u64,
-    /// Tokens that each stage must have room for.
-    kv_tokens: u64,
-    /// What weights, keys and values may have of each device; where nothing is said, all that they want.
-    rooms: Option<&'a [u64]>,
-}
-
 impl Question {
     /// # Errors
     /// Devices that the machine lacks.
@@ -135,12 +117,11 @@ impl Question {
             replicas: if own.list.group(pipeline.replicas).is_some() { pipeline.replicas } else { 1 },
             tensor_parallel: pipeline.tensor_parallel.clone(),
             split_blocks: pipeline.split_blocks,
-            column_cuts: match layout::sum_cut(options.dtypes.weights, pipeline).is_some()
-                && runs::COLUMN_CUTS
-            {
-                true => pipeline.column_cuts,
-                false => ColumnCuts::Off,
+            column_cuts: match layout::sum_cut(options.dtypes.weights, pipeline) {
+                Some(_) => pipeline.column_cuts,
+                None => ColumnCuts::Off,
             },
+            virtual_stages: layout::virtual_stages(pipeline),
             balance: Balance::Roofline,
             measured: profile.and_then(costs),
             profile_command: None,
@@ -208,180 +189,9 @@ impl Question {
         stages.iter().map(|stage| seats[stage.devices.start]).collect()
     }
 
-    pub(super) fn announcement(&self, planned: &[StageLayout], profile_command: &str) -> String {
-        let (stages, source) = (described(planned), self.source(&self.with_sharing(planned)));
-        let measure = match source {
-            Source::Measured(_) => String::new(),
-            Source::Estimate => format!(" ({profile_command} measures)"),
-        };
-        format!("stages: {stages}, {}{measure}", source.words())
-    }
-
-    pub(super) fn going_on(&self, stages: &[StageLayout]) -> String {
-        format!("stages: {}, as in the job's first run", described(stages))
-    }
-
-    /// The best layout: of stages of the given widths, or else with one stage for each device, or where that is faster and nothing
-    /// speaks against it with stages that devices share.
-    pub(super) fn plan(&self, widths: Option<&[usize]>, kept: &Kept) -> Result<Vec<StageLayout>> {
-        let endless = Wish { sequences: self.max_sequences, kv_tokens: 0, rooms: None };
-        let endless = self.plan_for(widths, kept, endless)?.with_context(|| {
-            format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
-        })?;
-        match self.pages.gpus() {
-            // Where nothing fits, its numbers are told when it is refused.
-            Some(gpus) => Ok(self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless)),
-            None => Ok(endless),
-        }
-    }
-
-    /// The fastest of the layouts that leave room for all tokens that are wanted, for fewer and fewer, and of the one that minds
-    /// no memory; none where none of them fits.
-    fn within_memory(
-        &self,
-        gpus: &gpu_memory::Question,
-        widths: Option<&[usize]>,
-        kept: &Kept,
-        endless: &[StageLayout],
-    ) -> Option<Vec<StageLayout>> {
-        let fits = |stages: &Vec<StageLayout>| self.pages.fit(stages);
-        let mut best = Some(endless.to_vec()).filter(fits);
-        if best.as_ref().is_some_and(|stages| self.sequences(stages) == self.max_sequences) {
-            return best;
-        }
-        // What a step works in depends on the stage: it may have none of it.
-        let rooms = [gpus.rooms(), gpus.usable()];
-        for kv_tokens in self.wanted_tokens() {
-            let sequences = self.sequences_of(kv_tokens).min(self.max_sequences);
-            for rooms in &rooms {
-                let wish = Wish { sequences, kv_tokens, rooms: Some(rooms) };
-                let stages = self.plan_for(widths, kept, wish).ok().flatten().filter(fits);
-                let is_faster = |stages: &Vec<StageLayout>| {
-                    best.as_ref().is_none_or(|best| self.speed(stages) > self.speed(best))
-                };
-                best = stages.filter(is_faster).or(best);
-            }
-        }
-        best
-    }
-
-    /// From what all sequences keep down to what the longest one takes, or what the job says.
-    fn wanted_tokens(&self) -> Vec<u64> {
-        if let Some(tokens) = self.kv_tokens {
-            return vec![tokens];
-        }
-        let least = self.context_tokens.next_multiple_of(PAGE_TOKENS as u64);
-        let all = self.max_sequences.saturating_mul(self.setting.mix.kv_tokens_per_row);
-        let next = |tokens: &u64| (*tokens > least).then(|| least.max(tokens / 100 * NEXT_PERCENT));
-        std::iter::successors(Some(all.max(least)), next).collect()
-    }
-
-    /// The best layout for what is wished, where one fits.
-    fn plan_for(
-        &self,
-        widths: Option<&[usize]>,
-        kept: &Kept,
-        wish: Wish<'_>,
-    ) -> Result<Option<Vec<StageLayout>>> {
-        if let Some(widths) = widths {
-            let mut kinds = widths.to_vec();
-            kinds.sort_unstable();
-            kinds.dedup();
-            return Ok(self.least_bottleneck(&kinds, Some(widths), self.may_cut(), widths.len(), wish));
-        }
-        let Some(one_each) = self.one_each(wish)? else { return Ok(None) };
-        let may_share = *kept == Kept::Nothing && self.setting.tensor_parallel == TensorParallel::Auto;
-        let shared = if may_share { self.shared() } else { None };
-        let is_faster =
-            |shared: &Vec<StageLayout>| self.speed(shared) > BETTER_LAYOUT * self.speed(&one_each);
-        Ok(Some(shared.filter(is_faster).unwrap_or(one_each)))
-    }
-
-    /// A setting with as much room on each device as is wished: of the devices of the first replica, what is left on the fullest
-    /// of those that are in their place in any.
-    fn with_rooms(&self, setting: &Setting, wish: Wish<'_>) -> Setting {
-        let least = |rooms: &[u64]| {
-            let mut least = rooms.to_vec();
-            for replica in 0..self.replicas {
-                for (seat, other) in self.seats_of(0).iter().zip(self.seats_of(replica)) {
-                    least[*seat] = least[*seat].min(rooms[*other]);
-                }
-            }
-            least
-        };
-        Setting { rooms: wish.rooms.map(least), ..setting.clone() }
-    }
-
-    fn may_cut(&self) -> bool {
-        self.setting.column_cut().is_some()
-    }
-
     /// Whether each device is named once, by one replica.
     fn is_once(&self) -> bool {
         self.own.seats.iter().enumerate().all(|(entry, seat)| entry == *seat)
-    }
-
-    /// The best cut with one stage for each device, of whole blocks or where that is faster with FFNs that are cut. Whoever
-    /// names a device several times has whole blocks.
-    fn one_each(&self, wish: Wish<'_>) -> Result<Option<Vec<StageLayout>>> {
-        let seats = self.seats_of(0);
-        let num_stages = seats.len();
-        let rows = self.rows(wish.sequences, num_stages);
-        let mut case = self.with_rooms(&self.setting, wish).case(&self.pieces, &[1], Balance::Roofline, rows);
-        if let (Some(gpus), Some(_)) = (self.pages.gpus(), wish.rooms) {
-            let bytes = gpus.block_bytes();
-            for (_, costs) in case.costs.iter_mut().flatten() {
-                *costs = costs.clone().with_bytes(&bytes);
-            }
-        }
-        let ends = ends_block(&self.pieces);
-        let stages = least_bottleneck_within(&case.problem(&ends), seats, wish.kv_tokens)?;
-        let whole = stages.map(|stages| self.whole(&stages));
-        let may_cut = self.may_cut() && self.is_once() && num_stages > 1;
-        let cut = if may_cut { self.least_bottleneck(&[1], None, true, num_stages, wish) } else { None };
-        // The plan's own bytes are short of what caches are rounded up to.
-        let cut = cut.filter(|cut| wish.rooms.is_none() || self.pages.fit(cut));
-        let is_faster = |cut: &Vec<StageLayout>| {
-            whole.as_ref().is_none_or(|whole| self.slowest(whole) > BETTER_LAYOUT * self.slowest(cut))
-        };
-        Ok(cut.filter(is_faster).or(whole))
-    }
-
-    /// Stages of whole blocks as they run.
-    fn whole(&self, stages: &[PlannedStage]) -> Vec<StageLayout> {
-        let parts = stages.iter().map(|stage| part_of(&self.pieces, &stage.pieces)).collect();
-        layout::stages(parts, None)
-    }
-
-    /// The fastest layout of a replica on devices that are named once, where that has stages which several share and gives
-    /// every device something to do. GPUs share stages only where the job says so.
-    fn shared(&self) -> Option<Vec<StageLayout>> {
-        let num_devices = self.seats_of(0).len();
-        if !runs::TENSOR_PARALLEL || !self.is_once() || self.own.has_gpus() || num_devices == 1 {
-            return None;
-        }
-        let pieces = self.first.pieces();
-        let stages = planned(&pieces, &answer::passed_once(&self.first, &pieces)?.stages);
-        let is_shared = stages.iter().any(|stage| stage.devices.len() > 1);
-        let used: usize = stages.iter().map(|stage| stage.devices.len()).sum();
-        (is_shared && used == num_devices).then_some(stages)
-    }
-
-    /// The cut whose slowest stage takes least, of stages of such widths.
-    fn least_bottleneck(
-        &self,
-        kinds: &[usize],
-        widths: Option<&[usize]>,
-        may_cut: bool,
-        num_stages: usize,
-        wish: Wish<'_>,
-    ) -> Option<Vec<StageLayout>> {
-        let pieces = pieces(&self.setting.config, self.setting.column_cut().filter(|_| may_cut));
-        let rows = self.rows(wish.sequences, num_stages);
-        let case = self.with_rooms(&self.first, wish).case(&pieces, kinds, Balance::Roofline, rows);
-        let ends = ends_block(&pieces);
-        let problem = case.problem(&ends).with_widths(widths);
-        Some(planned(&pieces, &least_bottleneck(&problem, wish.kv_tokens, problem.devices.len())?))
     }
 
     /// What each stage takes, with blocks shared as it says.
@@ -459,104 +269,17 @@ impl Question {
         self.replicas as f64 * self.setting.decode_rows(rows) / self.slowest(stages)
     }
 
-    /// What a job should know whose own cut is slower than need be.
-    pub(super) fn compare(&self, given: &[StageLayout], planned: &[StageLayout]) -> Option<String> {
-        let ratio = self.speed(planned) / self.speed(given);
-        (ratio > BETTER_CUT).then(|| {
-            let (planned, words) = (ranges(&parts(planned)), self.source(planned).words());
-            format!("stages: the given cut takes {ratio:.2} times as long as {planned}, {words}")
-        })
-    }
-
-    /// The fastest of all layouts that a plan knows, where that is faster than the planned stages: with as many rows in flight,
-    /// shared stages and FFNs, several pipelines, stages in another order.
-    pub(super) fn better_layout(&self, planned: &[StageLayout]) -> Option<String> {
-        let setting = self.with_room_beside(planned);
-        let pieces = setting.pieces();
-        let (replicas, layout) = answer::plan(&setting, &pieces)?;
-        let ratio = layout.tokens_per_second / self.speed(planned);
-        if ratio <= BETTER_LAYOUT {
-            return None;
-        }
-        let found = layout.stages.iter().map(|stage| (part_of(&pieces, &stage.pieces), stage.devices.len()));
-        let is_planned = found.eq(planned.iter().map(|stage| (stage.part, stage.devices.len())));
-        if replicas == self.replicas && is_planned {
-            return None;
-        }
-        if runs::executes(&layout.stages, &ends_block(&pieces)) {
-            let to_paste = self.to_paste(replicas, &pieces, &layout.stages);
-            return Some(format!("stages: {to_paste} would be {ratio:.2} times as fast"));
-        }
-        let stages: Vec<String> = layout.stages.iter().map(|stage| layout_stage(&pieces, stage)).collect();
-        let stages = stages.join(", ");
-        Some(format!("stages: {stages} would be {ratio:.2} times as fast, and cannot be run yet"))
-    }
-
-    /// The setting of all devices; on GPUs with their memory, and as many rows in flight as planned stages have room for.
-    fn with_room_beside(&self, planned: &[StageLayout]) -> Setting {
-        let Some(gpus) = self.pages.gpus() else { return self.setting.clone() };
-        let sequences = self.replicas as u64 * self.sequences(planned);
+    /// A setting whose GPUs have their memory, with so many sequences in flight, which may be fewer than the job's.
+    fn with_memory(&self, setting: &Setting, sequences: u64) -> Setting {
+        let Some(gpus) = self.pages.gpus() else { return setting.clone() };
         Setting {
             rooms: Some(gpus.rooms()),
             tokens_in_flight: Some(sequences.saturating_mul(self.setting.mix.kv_tokens_per_row)),
-            ..self.setting.clone()
+            ..setting.clone()
         }
-    }
-
-    /// Replicas where they change, devices, widths where they are not all 1, and stages, as a job file has them.
-    fn to_paste<'a>(&'a self, replicas: usize, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
-        let groups = self.own.names.chunks(self.own.names.len() / replicas);
-        let of_group = |names: &'a [String]| stages.iter().flat_map(|stage| &names[stage.devices.clone()]);
-        let devices: Vec<&String> = groups.flat_map(of_group).collect();
-        let replicas = match replicas == self.replicas {
-            true => String::new(),
-            false => format!("replicas = {replicas}, "),
-        };
-        let widths: Vec<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
-        let parts: Vec<Part> = stages.iter().map(|stage| part_of(pieces, &stage.pieces)).collect();
-        let widths = match widths.iter().all(|width| *width == 1) {
-            true => String::new(),
-            false => format!(", tensor_parallel = {widths:?}"),
-        };
-        format!("{replicas}devices = {devices:?}{widths} and stages = {}", ranges(&parts))
-    }
-}
-
-/// Planned stages as they run.
-fn planned(pieces: &[PieceShape], stages: &[PlannedStage]) -> Vec<StageLayout> {
-    let stage = |stage: &PlannedStage| StageLayout {
-        part: part_of(pieces, &stage.pieces),
-        devices: stage.devices.clone(),
-        sharing: Sharing::default(),
-    };
-    stages.iter().map(stage).collect()
-}
-
-/// Stages, and their widths where they are not all 1, as a job file has them.
-fn described(stages: &[StageLayout]) -> String {
-    let widths: Vec<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
-    match widths.iter().all(|width| *width == 1) {
-        true => ranges(&parts(stages)),
-        false => format!("{} with tensor_parallel = {widths:?}", ranges(&parts(stages))),
     }
 }
 
 fn parts(stages: &[StageLayout]) -> Vec<Part> {
     stages.iter().map(|stage| stage.part).collect()
-}
-
-/// Such as `blocks 40 (from column 5120) to 81 on 2 devices`.
-fn layout_stage(pieces: &[PieceShape], stage: &PlannedStage) -> String {
-    let place = |piece: usize| match pieces.get(piece) {
-        Some(PieceShape { block, columns: Some(columns), .. }) if columns.start > 0 => {
-            format!("{block} (column {})", columns.start)
-        }
-        Some(shape) => shape.block.to_string(),
-        None => (pieces[piece - 1].block + 1).to_string(),
-    };
-    let (start, end) = (place(stage.pieces.start), place(stage.pieces.end));
-    match stage.devices.len() {
-        1 => format!("blocks {start} to {end}"),
-        width => format!("blocks {start} to {end} on {width} devices"),
-    }
 }

@@ -1,5 +1,6 @@
 //! The fastest layout for a setting, and the layouts of others beside it.
 
+use configs::VirtualStages;
 use scheduler::{
     Case, Choice, KvTokens, Load, PlannedStage, Problem, RankCosts, best_layout, faster_layout,
     faster_looped, in_flight, least_bottleneck,
@@ -10,8 +11,7 @@ use stages::cost::{Balance, PieceShape};
 use crate::layout::{self, StageLayout, part_of};
 use crate::plan::setting::Setting;
 
-/// Going through the devices twice takes more hops, more micro-batches in flight, and a job that names its devices
-/// twice: what gains less is not worth it.
+/// Going through the devices twice takes more hops and more micro-batches in flight: what gains less is not worth it.
 const LEAST_GAIN: f64 = 1.01;
 
 /// Pipelines of more devices are cut finely enough by going through them once.
@@ -90,7 +90,8 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>)
 /// The fastest layout, and how often it is there; none where nothing fits.
 pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Layout)> {
     let once = replicated(setting, pieces, choose(setting, pieces, &setting.replica_counts())?)?;
-    let twice = passed_twice(setting, pieces, once.1.tokens_per_second * LEAST_GAIN);
+    let least = once.1.tokens_per_second * LEAST_GAIN;
+    let twice = choose_twice(setting, pieces, &setting.replica_counts(), least);
     let twice = twice.and_then(|chosen| replicated(setting, pieces, chosen));
     Some(twice.unwrap_or(once))
 }
@@ -98,6 +99,11 @@ pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, L
 /// The fastest layout of one pipeline that goes through its devices once; none where nothing fits.
 pub(crate) fn passed_once(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
     Some(replicated(setting, pieces, choose(setting, pieces, &[1])?)?.1)
+}
+
+/// The fastest layout of one pipeline that goes through its devices twice, where it may; none where nothing fits.
+pub(crate) fn passed_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
+    Some(replicated(setting, pieces, choose_twice(setting, pieces, &[1], 0.0)?)?.1)
 }
 
 /// What given stages come to in all replicas that the job has; none where they do not fit.
@@ -155,13 +161,18 @@ fn choose(setting: &Setting, pieces: &[PieceShape], replica_counts: &[usize]) ->
 
 /// The fastest layout that goes through the devices twice, where one makes more than `rows_per_second`. Widths that
 /// are given are those of stages on devices of their own, and a cut by another cost than time is not about speed.
-fn passed_twice(setting: &Setting, pieces: &[PieceShape], rows_per_second: f64) -> Option<Chosen> {
-    let is_one_stage_each = setting.given_widths().is_some();
+fn choose_twice(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    replica_counts: &[usize],
+    rows_per_second: f64,
+) -> Option<Chosen> {
+    let is_one_stage_each = setting.given_widths().is_some() || setting.virtual_stages == VirtualStages::Off;
     if setting.balance != Balance::Roofline || is_one_stage_each {
         return None;
     }
     let ends = ends_block(pieces);
-    fastest(setting, &setting.replica_counts(), rows_per_second, |replica, rows_per_second| {
+    fastest(setting, replica_counts, rows_per_second, |replica, rows_per_second| {
         let num_devices = replica.devices.num_devices();
         if !(2..=MOST_DEVICES_PASSED_TWICE).contains(&num_devices) {
             return None;

@@ -25,7 +25,7 @@ use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, LengthsArg, PlanArgs, PlanDtype, SettingArgs};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{MAX_TOKENS, Setting, roofline};
-use crate::{gpus, machine, picture, placement, profile};
+use crate::{gpus, layout, machine, picture, placement, profile};
 
 pub(crate) use crate::plan::input::{Work, first_rows};
 pub(crate) use crate::plan::lengths::Lengths;
@@ -143,6 +143,7 @@ pub(crate) fn setting(
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         split_blocks: job.pipeline.split_blocks,
         column_cuts: job.pipeline.column_cuts,
+        virtual_stages: layout::virtual_stages(&job.pipeline),
         balance,
         measured: None,
         profile_command,

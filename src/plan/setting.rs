@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 use configs::{
     ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, SplitBlocks, TENSOR_PARALLEL_WIDTHS, TensorParallel,
+    VirtualStages,
 };
 use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
 use stages::cost::{
@@ -57,6 +58,7 @@ pub(crate) struct Setting {
     pub(crate) tensor_parallel: TensorParallel,
     pub(crate) split_blocks: SplitBlocks,
     pub(crate) column_cuts: ColumnCuts,
+    pub(crate) virtual_stages: VirtualStages,
     pub(crate) balance: Balance,
     /// What takes the roofline's place.
     pub(crate) measured: Option<Measured>,

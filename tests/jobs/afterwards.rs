@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use crate::disturbed::{MODEL, row};
 use crate::harness::{Job, read_json};
 
-const TWO_STAGES: &str = "[pipeline]\ndevices = [\"cpu:0\", \"cpu:1\"]\nmicro_batch_tokens = 16\n";
+const TWO_STAGES: &str =
+    "[pipeline]\ndevices = [\"cpu:0\", \"cpu:1\"]\nvirtual_stages = \"off\"\nmicro_batch_tokens = 16\n";
 
 /// Steps of a trace by stage, as begin and length in nanoseconds, tokens and decode tokens.
 fn steps(trace: &Path) -> BTreeMap<u64, Vec<[u64; 4]>> {

@@ -6,7 +6,8 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 
 use crate::cuda::emulator;
-use crate::harness::{Done, Job, spanwise};
+use crate::harness::{Done, Job, read_json, spanwise};
+use crate::profile::{even_costs, shapes};
 
 /// A job of one row on the first GPU.
 fn job() -> Job {
@@ -355,23 +356,24 @@ fn bench_measures_a_gpu_and_what_deterministic_costs() {
     assert!(text.contains("with deterministic = false, and what true costs\n"), "{text}");
 }
 
-/// Two blocks, so small that an emulator has measured them in a moment.
+/// Three blocks, the first and the last alike, so small that an emulator has measured them in a moment.
 fn small_model() -> tempfile::TempDir {
     let (from, to) = (crate::harness::fixture("hetero-0-bf16"), tempfile::tempdir().unwrap());
     for file in ["generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(from.join(file), to.path().join(file)).unwrap();
     }
     let mut config = crate::harness::read_json(&from.join("config.json"));
-    config["block_configs"] = [0, 2].map(|slot| config["block_configs"][slot].clone()).to_vec().into();
+    config["block_configs"] = [0, 2, 0].map(|slot| config["block_configs"][slot].clone()).to_vec().into();
     config["tie_word_embeddings"] = json!(true);
-    for (key, value) in [("num_hidden_layers", 2), ("hidden_size", 64), ("num_attention_heads", 4)] {
+    for (key, value) in [("num_hidden_layers", 3), ("hidden_size", 64), ("num_attention_heads", 4)] {
         config[key] = json!(value);
     }
     std::fs::write(to.path().join("config.json"), config.to_string()).unwrap();
     to
 }
 
-/// Two GPUs are measured by what they hand over to each other, and a job's stages are cut by it.
+/// Two GPUs are measured by what they hand over to each other, and a job's stages are cut by it: a block that takes as long as
+/// many has one of them for itself, and the other one what is before and behind it.
 #[test]
 fn a_profile_of_gpus_cuts_the_stages_of_a_job() {
     let (store, model) = (tempfile::tempdir().unwrap(), small_model());
@@ -419,8 +421,24 @@ fn a_profile_of_gpus_cuts_the_stages_of_a_job() {
 
     let told = job.command().env("SPANWISE_PROFILES", store.path()).output().unwrap();
     assert!(stderr(&told).contains("by measured costs"), "{}", stderr(&told));
-    let manifest = crate::harness::read_json(&job.out().join("manifest.json"));
-    assert_eq!(manifest["plan"]["cost"], "measured");
+    let plan = |job: &Job| read_json(&job.out().join("manifest.json"))["plan"].clone();
+    assert_eq!(plan(&job)["cost"], "measured");
+
+    let stored = std::fs::read_dir(store.path()).unwrap().next().expect("a profile").unwrap().path();
+    let mut profile = read_json(&stored);
+    even_costs(&mut profile, Some(&shapes(model.path())[1]));
+    std::fs::write(&stored, profile.to_string()).unwrap();
+    let lines = [("auto", 3), ("off", 2)].map(|(virtual_stages, num_stages)| {
+        let job = job.anew().set(format!("pipeline.virtual_stages={virtual_stages}"));
+        let output = job.command().env("SPANWISE_PROFILES", store.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let stages = plan(&job)["stages"].as_array().unwrap().clone();
+        assert_eq!(stages.len(), num_stages, "{stages:?}");
+        assert_eq!(stages[0]["device"] == stages[num_stages - 1]["device"], virtual_stages == "auto");
+        let text = std::fs::read_to_string(job.out().join("output.jsonl")).unwrap();
+        text.lines().map(crate::harness::without_created).collect::<Vec<_>>()
+    });
+    assert!(lines[0].len() == 1 && lines[0] == lines[1], "{lines:?}");
 }
 
 #[test]

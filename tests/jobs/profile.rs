@@ -8,12 +8,13 @@ use serde_json::{Value, json};
 use crate::harness::{Job, fixture, read_json, spanwise};
 
 pub(crate) const MODEL: &str = "hetero-0-bf16";
-/// One device for each stage: these tests are about where stages are cut.
-const SETS: [&str; 4] = [
+/// One device for each stage, and one stage for each device: these tests are about where stages are cut.
+const SETS: [&str; 5] = [
     "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
     "pipeline.micro_batch_tokens=8",
     "model.max_context_tokens=64",
     "pipeline.tensor_parallel=off",
+    "pipeline.virtual_stages=off",
 ];
 
 /// A store with the profile of the job's two devices, whose figures a test may change.
@@ -137,7 +138,7 @@ pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
 }
 
 /// The shape of each block of the model, as a profile writes it.
-fn shapes(model: &Path) -> Vec<Value> {
+pub(crate) fn shapes(model: &Path) -> Vec<Value> {
     let output = spanwise().arg("inspect").arg(model).args(["--format", "json"]).output().unwrap();
     let inspection: Value = serde_json::from_slice(&output.stdout).unwrap();
     let shape = |block: &Value| {

@@ -166,7 +166,6 @@ fn a_faster_layout_of_replicas_is_told_to_be_pasted() {
     let text = stderr(&output);
     let hint = text.lines().find_map(|line| line.strip_prefix("stages: replicas = 2, "));
     let hint = hint.unwrap_or_else(|| panic!("no replicas in\n{text}"));
-    assert!(!text.contains("cannot be run yet"), "{text}");
     let (layout, _) = hint.split_once(" would be ").expect("it says how much faster");
     let (devices, stages) = layout.split_once(" and ").expect("devices and stages");
     let toml = format!("[pipeline]\nreplicas = 2\n{devices}\n{stages}\n");

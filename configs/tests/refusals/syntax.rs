@@ -30,7 +30,7 @@ unknown key `speculation` in [pipeline]
   |
 7 | speculation = "auto"
   | ^^^^^^^^^^^
-hint: the keys of [pipeline] are devices, replicas, threads, simd, stages, tensor_parallel, split_blocks, stages_run_in, ranks, column_cuts, profile, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, deterministic, cuda_graphs, token_feedback, step_timeout_seconds"#);
+hint: the keys of [pipeline] are devices, replicas, threads, simd, stages, tensor_parallel, split_blocks, stages_run_in, ranks, column_cuts, virtual_stages, profile, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, deterministic, cuda_graphs, token_feedback, step_timeout_seconds"#);
     case("a key of another section")
         .file(
             r#"

@@ -132,6 +132,20 @@ pipeline.split_blocks: expected "auto" or "all", found "off"
 7 | split_blocks = "off"
   |                ^^^^^"#,
         );
+    case("devices that are gone through once or twice")
+        .more(
+            r#"
+[pipeline]
+virtual_stages = 2"#,
+        )
+        .says(
+            r#"
+pipeline.virtual_stages: expected "auto" or "off", found 2
+ --> job.toml:7:18
+  |
+7 | virtual_stages = 2
+  |                  ^"#,
+        );
     case("an order that is none")
         .more(
             r#"

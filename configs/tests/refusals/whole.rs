@@ -116,7 +116,7 @@ hint: did you mean `job.seed` or `sampling.seed`?",
         .set("pipeline={ threads = 4 }")
         .says(r"
 in --set pipeline={ threads = 4 }: [pipeline] can't be set as a whole, only its keys one by one
-hint: the keys are devices, replicas, threads, simd, stages, tensor_parallel, split_blocks, stages_run_in, ranks, column_cuts, profile, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, deterministic, cuda_graphs, token_feedback, step_timeout_seconds");
+hint: the keys are devices, replicas, threads, simd, stages, tensor_parallel, split_blocks, stages_run_in, ranks, column_cuts, virtual_stages, profile, micro_batch_tokens, max_sequences, kv_cache_tokens, kv_cache_dtype, deterministic, cuda_graphs, token_feedback, step_timeout_seconds");
     case("a --set of an unknown key").set(r#"model.color="blue""#).says(
         r#"
 in --set model.color="blue": unknown key `model.color`

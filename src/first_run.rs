@@ -5,7 +5,7 @@
 //! takes those again wherever a stage is shared. Where none is, stages may begin wherever they like, and a device may have two.
 
 use anyhow::{Result, bail};
-use configs::{DeviceKind, Pipeline, Stages, TensorParallel};
+use configs::{Pipeline, Stages, TensorParallel};
 use jobs::StageShape;
 use scheduler::Span;
 use stages::{Exceptions, ModelConfig, Part, Sharing};
@@ -57,7 +57,7 @@ pub(crate) fn kept(
         Some(_) if accepts => Ok(Kept::Nothing),
         Some(found) => bail!(
             "[pipeline] devices: found {found}, and the job's first run took {taken} for stages = {} with tensor_parallel = {widths:?}, \
-             which decide its answers' last bits\nhint: name {taken} CPU devices once each; or pass --accept-numerics to have the other \
+             which decide its answers' last bits\nhint: name {taken} devices once each; or pass --accept-numerics to have the other \
              rows computed in a layout that fits, or --fresh to start over",
             layout::ranges(&parts)
         ),
@@ -68,9 +68,6 @@ pub(crate) fn kept(
 fn what_differs(pipeline: &Pipeline, taken: usize) -> Option<String> {
     let devices = &pipeline.devices;
     let twice = (0..devices.len()).find(|index| devices[..*index].contains(&devices[*index]));
-    if let Some(gpu) = devices.iter().find(|device| device.kind == DeviceKind::Cuda) {
-        return Some(gpu.to_string());
-    }
     match twice {
         Some(index) => Some(format!("{} twice", devices[index])),
         None => (pipeline.devices_per_replica() != taken).then(|| pipeline.devices_per_replica().to_string()),
@@ -204,8 +201,7 @@ mod tests {
         {
             let pipeline = pipeline(devices, TensorParallel::Auto);
             let error = ask(&pipeline, Some(&first), false).unwrap_err().to_string();
-            for words in
-                [found, "took 2", "[[0, 81]]", "tensor_parallel = [2]", "name 2 CPU devices", "--fresh"]
+            for words in [found, "took 2", "[[0, 81]]", "tensor_parallel = [2]", "name 2 devices", "--fresh"]
             {
                 assert!(error.contains(words), "{words} is not in {error}");
             }

@@ -136,7 +136,7 @@ fn models_on_gpus_that_share_a_stage_stay_within_the_bf16_bound() {
 
 #[test]
 fn gpus_that_share_a_stage_write_the_same_bytes_every_time() {
-    let lines = |devices: &str| {
+    let lines = |devices: &str, is_interrupted: bool| {
         let mut job = Job::on("hetero-0-bf16")
             .emulated_gpus(2)
             .set(format!("pipeline.devices={devices}"))
@@ -147,13 +147,17 @@ fn gpus_that_share_a_stage_write_the_same_bytes_every_time() {
             let body = json!({"prompt": prompt, "max_tokens": 4, "temperature": i % 2, "seed": i, "ignore_eos": true});
             job = job.completion(&format!("row-{i}"), body);
         }
+        if is_interrupted {
+            let output = job.run_once(&["--limit", "2"]);
+            assert!(output.status.success(), "{}", text(&output).1);
+        }
         let done = job.run().ok();
         assert!(done.stdout.contains("2 ranks"), "{}", done.stdout);
         done.sorted_lines()
     };
-    let one = lines("[\"cuda:0\",\"cuda:1\"]");
-    assert_eq!(one, lines("[\"cuda:0\",\"cuda:1\"]"));
-    assert_eq!(one, lines("[\"cuda:1\",\"cuda:0\"]"), "whichever GPU is which rank");
+    let one = lines("[\"cuda:0\",\"cuda:1\"]", false);
+    assert_eq!(one, lines("[\"cuda:0\",\"cuda:1\"]", true), "the second run goes on as the first did");
+    assert_eq!(one, lines("[\"cuda:1\",\"cuda:0\"]", false), "whichever GPU is which rank");
 }
 
 #[test]

@@ -123,8 +123,7 @@ fn a_layout_that_the_devices_no_longer_fit_is_named_with_the_cure() {
     measure_what_favours_sharing(&world);
     done(world.run_job(&job, &["--limit", "8"]));
     let three = ["--set", "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\"]"];
-    let words =
-        ["found 3", "took 2", "tensor_parallel = [2]", "hint: name 2 CPU devices", "--accept-numerics"];
+    let words = ["found 3", "took 2", "tensor_parallel = [2]", "hint: name 2 devices", "--accept-numerics"];
     assert_refused(&world.run_job(&job, &three), &words);
     let accepted = [&three[..], &["--accept-numerics"]].concat();
     done(world.run_job(&job, &accepted));
@@ -432,4 +431,18 @@ fn plans_name_the_halves_that_stay_on_the_first_device() {
 
 fn config() -> stages::ModelConfig {
     stages::ModelConfig::read(&fixture(MODEL)).unwrap()
+}
+
+/// A stage for each width, or none of them: a device that a list names is not left idle in silence.
+#[test]
+fn widths_of_more_stages_than_the_fastest_cut_has_are_refused() {
+    let job = Job::on("llama")
+        .completion("row", json!({"prompt": [5, 6, 7], "max_tokens": 2}))
+        .set("pipeline.devices=[\"cpu:0\",\"cpu:1\",\"cpu:2\",\"cpu:3\",\"cpu:4\",\"cpu:5\"]")
+        .set("pipeline.tensor_parallel=[1,1,1,1,2]");
+    let words = [
+        "[pipeline] tensor_parallel: found [1, 1, 1, 1, 2], of which the fastest cut leaves the last 1 without work",
+        "hint: tensor_parallel = [1, 1, 1, 1]",
+    ];
+    assert_refused(&job.run_once(&[]), &words);
 }

@@ -21,6 +21,8 @@ pub(crate) const BF16_BOUND: f64 = 0.08;
 const INT8_WEIGHT_BOUND: f64 = 0.15;
 const INT8_BOUND: f64 = 0.3;
 const INT4_WEIGHT_BOUND: f64 = 2.2;
+const NARROW: [(&str, f64); 3] =
+    [("int8", INT8_BOUND), ("int8-weight", INT8_WEIGHT_BOUND), ("int4-weight", INT4_WEIGHT_BOUND)];
 
 /// All models of `cargo fixtures` with a reference beside them.
 pub(crate) const MODELS: [&str; 22] = [
@@ -165,14 +167,34 @@ fn every_model_stays_within_the_bf16_bound_on_every_level() {
 /// level, the plain twins among them, up to the rounding of bf16.
 #[test]
 fn narrow_weights_stay_within_their_bounds_on_every_level() {
-    let bounds =
-        [("int8", INT8_BOUND), ("int8-weight", INT8_WEIGHT_BOUND), ("int4-weight", INT4_WEIGHT_BOUND)];
-    for (dtype, bound) in bounds {
+    for (dtype, bound) in NARROW {
         for model in ["hetero-0-bf16", "hetero-2-f32", "odd-shapes", "llama-f16"] {
             for level in levels() {
                 assert_agrees(model, level, dtype, 1, bound);
             }
             assert_agrees(model, "auto", dtype, 2, bound);
+        }
+    }
+}
+
+/// Each of two ranks quantises its own columns of `down` and `o`, by scales of their own: no nearer to one device than quantising is
+/// to the reference, and no further from that.
+#[test]
+fn narrow_weights_that_ranks_share_stay_within_the_same_bounds() {
+    for (dtype, bound) in NARROW {
+        for model in ["hetero-0-bf16", "odd-shapes"] {
+            let reference = read_json(&fixture(model).join("reference.json"));
+            let job = Job::on(model).set(format!("model.dtype={dtype}")).set(devices(1));
+            let alone = Scores::of_job(job.anew(), &reference);
+            let shared = job
+                .set("pipeline.devices=[\"cpu:0\",\"cpu:1\"]")
+                .set("pipeline.tensor_parallel=[2]")
+                .set("pipeline.split_blocks=all");
+            let shared = Scores::of_job(shared, &reference);
+            let off = shared.difference(&Scores::of_reference(&reference));
+            assert!(off <= bound, "{model} in {dtype}: off by {off:.2e} from the reference");
+            let apart = shared.difference(&alone);
+            assert!(apart <= bound, "{model} in {dtype}: off by {apart:.2e} from one device");
         }
     }
 }

@@ -4,7 +4,7 @@
 //! own stages; where that leaves less for keys and values than the job's sequences would keep, the answer is the layout that
 //! is fastest with as many as there is room for.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use configs::TensorParallel;
 use scheduler::{PlannedStage, least_bottleneck, least_bottleneck_within};
 use stages::cost::{Balance, PieceShape, pieces};
@@ -42,10 +42,19 @@ impl Question {
         let endless = self.plan_for(widths, kept, endless)?.with_context(|| {
             format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
         })?;
-        match self.pages.gpus() {
+        let best = match self.pages.gpus() {
             // Where nothing fits, its numbers are told when it is refused.
-            Some(gpus) => Ok(self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless)),
-            None => Ok(endless),
+            Some(gpus) => self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless),
+            None => endless,
+        };
+        match widths {
+            Some(widths) if best.len() < widths.len() => bail!(
+                "[pipeline] tensor_parallel: found {widths:?}, of which the fastest cut leaves the last {} without work\n\
+                 hint: tensor_parallel = {:?}, or stages that say which blocks each has",
+                widths.len() - best.len(),
+                &widths[..best.len()]
+            ),
+            _ => Ok(best),
         }
     }
 

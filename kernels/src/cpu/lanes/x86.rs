@@ -192,14 +192,27 @@ impl Lanes for __m256 {
         unsafe { _mm256_storeu_ps(at, self) }
     }
 
+    // A masked access takes many times as long as a plain one on some processors, even where the mask has all lanes or none.
     #[inline(always)]
     unsafe fn load_first(at: *const f32, n: usize) -> Self {
-        unsafe { _mm256_maskload_ps(at, lanes_below(n)) }
+        unsafe {
+            match n {
+                0 => _mm256_setzero_ps(),
+                1..8 => _mm256_maskload_ps(at, lanes_below(n)),
+                _ => _mm256_loadu_ps(at),
+            }
+        }
     }
 
     #[inline(always)]
     unsafe fn store_first(self, at: *mut f32, n: usize) {
-        unsafe { _mm256_maskstore_ps(at, lanes_below(n), self) }
+        unsafe {
+            match n {
+                0 => {}
+                1..8 => _mm256_maskstore_ps(at, lanes_below(n), self),
+                _ => _mm256_storeu_ps(at, self),
+            }
+        }
     }
 
     #[inline(always)]

@@ -25,7 +25,7 @@ pub(crate) fn rms_norm(
 ) -> Result<()> {
     check::shape("rms_norm", "weight", [weight.len()], [x.cols()])?;
     out.reset(x.rows(), x.cols());
-    let writer = out.row_writer();
+    let writer = out.row_writer(simd);
     for_each_chunk(pool, x.rows(), x.cols(), |rows| {
         at_level(simd, NormRows { x, weight, eps, rows, writer })
     });

@@ -171,7 +171,7 @@ fn attend_slices(
         let tiles = &*tiles;
         // Rows that decode are the work of one tile, which then has whole rows.
         let has_rows = tiles.iter().all(|tile| tile.num_heads as usize == cache.kv_heads());
-        let writer = if has_rows { out.row_writer() } else { out.writer() };
+        let writer = if has_rows { out.row_writer(simd) } else { out.writer(simd) };
         let run = (tiles.len() / (RUNS_PER_THREAD * pool.num_threads())).max(1);
         pool.for_each(tiles.len().div_ceil(run), |task| {
             let run = task * run..tiles.len().min((task + 1) * run);

@@ -118,7 +118,7 @@ pub(crate) fn swiglu(
 ) {
     out.reset(x.rows(), gate.rows());
     with_input(simd, pool, x, gate.kind(), |x| {
-        Product::new(simd, pool, x, [gate, up]).write_swiglu(pool, out.writer());
+        Product::new(simd, pool, x, [gate, up]).write_swiglu(pool, out.writer(simd));
     });
 }
 

@@ -106,7 +106,7 @@ impl Operand {
             self.rows
         );
         // SAFETY: `self` is borrowed mutably, so that nobody else writes, and the row is inside.
-        unsafe { self.writer().write(row, 0, values) }
+        unsafe { self.writer(Simd::detect()).write(row, 0, values) }
     }
 
     /// Read a row as f32, `out: [cols]`.
@@ -127,13 +127,13 @@ impl Operand {
         }
     }
 
-    /// A handle through which several threads write disjoint parts.
-    pub(crate) fn writer(&mut self) -> OperandWriter<'_> {
+    /// A handle through which several threads write disjoint parts; they round and quantise at a level that this processor has.
+    pub(crate) fn writer(&mut self, simd: Simd) -> OperandWriter<'_> {
         self.forget_integers();
-        self.bare_writer()
+        self.bare_writer(simd)
     }
 
-    fn bare_writer(&mut self) -> OperandWriter<'_> {
+    fn bare_writer(&mut self, simd: Simd) -> OperandWriter<'_> {
         OperandWriter {
             base: self.lines.as_mut_ptr().cast(),
             row_bytes: self.row_bytes,
@@ -141,7 +141,7 @@ impl Operand {
             cols: self.cols,
             dtype: self.dtype,
             is_wide: self.is_wide,
-            simd: Simd::detect(),
+            simd,
             integers: None,
             operand: PhantomData,
         }
@@ -149,7 +149,7 @@ impl Operand {
 
     /// The same for whoever has whole rows, and finishes each before the operand is read: rows are quantised while they
     /// are in a core's nearest cache.
-    pub(crate) fn row_writer(&mut self) -> OperandWriter<'_> {
+    pub(crate) fn row_writer(&mut self, simd: Simd) -> OperandWriter<'_> {
         self.forget_integers();
         let (rows, cols) = (self.rows, self.cols);
         let integers = self.is_for_integers.then(|| {
@@ -157,7 +157,7 @@ impl Operand {
             kept.is_current = true;
             kept.writer(rows, cols)
         });
-        OperandWriter { integers, ..self.bare_writer() }
+        OperandWriter { integers, ..self.bare_writer(simd) }
     }
 
     /// A row of a bf16 operand, without the padding.

@@ -1,5 +1,6 @@
 //! Deals the units of products out to threads.
 
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cpu::gemm::plan::share;
@@ -27,9 +28,13 @@ pub(super) fn deal<R>(
         (0..num_units).for_each(run);
         return;
     }
-    let next: [Next; MAX_SHARES] = std::array::from_fn(|i| {
-        Next(AtomicUsize::new(if i < num_shares { share(num_units, num_shares, i).start } else { 0 }))
-    });
+    // Only those of the shares are written: all of them would take half of an L1 in every region.
+    let mut next = [const { MaybeUninit::<Next>::uninit() }; MAX_SHARES];
+    for (i, next) in next[..num_shares].iter_mut().enumerate() {
+        next.write(Next(AtomicUsize::new(share(num_units, num_shares, i).start)));
+    }
+    // SAFETY: the loop above has written these.
+    let next = unsafe { next[..num_shares].assume_init_ref() };
     pool.for_each(num_shares, |own| {
         let _registers = begin();
         for victim in (own..num_shares).chain(0..own) {

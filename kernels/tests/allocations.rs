@@ -2,10 +2,12 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex};
 
 use kernels::{
-    Array, AttentionSlice, Backend, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache, Largest, LogitStats,
-    PAGE_TOKENS, RopeTable, Simd, TensorView, ViewDtype, WeightType,
+    Array, AttentionSlice, Backend, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache, KvDtype, Largest,
+    LogitStats, PAGE_TOKENS, RopeTable, Scales, Simd, TensorView, ThreadPool, ViewDtype, WeightType,
+    available_cores,
 };
 
 /// The system's allocator, with a count of what it gave.
@@ -43,6 +45,14 @@ const HEAD_DIM: usize = 32;
 const FFN: usize = 256;
 const VOCAB: usize = 500;
 
+/// What a step is made of.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    simd: Simd,
+    weights: WeightType,
+    kv: KvDtype,
+}
+
 /// A block, a head, and the arrays of a step.
 struct Step {
     cpu: Cpu,
@@ -64,16 +74,15 @@ struct Step {
 }
 
 impl Step {
-    fn new(simd: Simd, weights: WeightType, threads: usize) -> Step {
-        let kv = weights.operands().into();
-        let cpu = Cpu::new(CpuOptions { cores: Vec::new(), threads, simd, weights, kv }).unwrap();
+    fn new(Kind { simd, weights, kv }: Kind, cores: Vec<usize>, threads: usize) -> Step {
+        let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv }).unwrap();
         let bytes = |rows: usize, cols: usize| -> Vec<u8> {
             (0..rows * cols).flat_map(|i| ((i * 7 % 19) as f32 / 19.0 - 0.4).to_le_bytes()).collect()
         };
         let matrix = |rows: usize, cols: usize| {
             cpu.matrix(TensorView::new(ViewDtype::F32, rows, cols, &bytes(rows, cols))).unwrap()
         };
-        let (q, kv) = (matrix(HEADS * HEAD_DIM, HIDDEN), matrix(KV_HEADS * HEAD_DIM, HIDDEN));
+        let (q, kv) = (integers_with_zeros(&cpu), matrix(KV_HEADS * HEAD_DIM, HIDDEN));
         let (gate, down) = (matrix(FFN, HIDDEN), matrix(HIDDEN, FFN));
         let table = cpu.table(TensorView::new(ViewDtype::F32, VOCAB, HIDDEN, &bytes(VOCAB, HIDDEN))).unwrap();
         Step {
@@ -100,12 +109,12 @@ impl Step {
         }
     }
 
-    fn run(&mut self, tokens: &[u32], positions: &[u32], slices: &[AttentionSlice]) {
+    fn run(&mut self, Rows { tokens, positions, slices }: &Rows) {
         let Step { cpu, x, arrays: [q, k, v, logits], normed, inner, .. } = self;
         cpu.embed(&self.table, tokens, x).unwrap();
         cpu.rms_norm(x, &self.norm, 1e-5, normed).unwrap();
         cpu.matmul_each(normed, [&self.q, &self.kv, &self.kv], [&mut *q, &mut *k, &mut *v]).unwrap();
-        let angles = (&self.rope, positions);
+        let angles = (&self.rope, positions.as_slice());
         cpu.attend([&mut *q, &mut *k], v, angles, &mut self.cache, slices, inner).unwrap();
         cpu.rope(q, &self.rope, positions).unwrap();
         cpu.rope(k, &self.rope, positions).unwrap();
@@ -115,6 +124,8 @@ impl Step {
         cpu.rms_norm(x, &self.norm, 1e-5, normed).unwrap();
         cpu.swiglu(normed, &self.gate, &self.gate, inner).unwrap();
         cpu.matmul_add(inner, &self.down, x).unwrap();
+        cpu.matmul_onto(inner, &self.down, x).unwrap();
+        cpu.add(q, x).unwrap();
         cpu.gather(x, &positions[..2], k).unwrap();
         cpu.rms_norm(k, &self.norm, 1e-5, normed).unwrap();
         cpu.matmul(normed, &self.table, logits).unwrap();
@@ -122,6 +133,25 @@ impl Step {
         cpu.download(logits, &mut self.host).unwrap();
         cpu.matmul_argmax(normed, &self.table, logits, &mut self.largest).unwrap();
     }
+}
+
+/// A checkpoint's integers of 4 bits, which types of more bits take as numbers: `[HEADS * HEAD_DIM, HIDDEN]`.
+fn integers_with_zeros(cpu: &Cpu) -> CpuMatrix {
+    const GROUP: usize = 32;
+    let (rows, groups) = (HEADS * HEAD_DIM, HIDDEN / GROUP);
+    let numbers: Vec<u8> = (0..rows * HIDDEN / 2).map(|i| (i * 37) as u8).collect();
+    let zeros: Vec<u8> = (0..rows * groups / 2).map(|i| (i * 53) as u8).collect();
+    let scales = 0.01f32.to_le_bytes().repeat(rows * groups);
+    let scales = Scales {
+        dtype: ViewDtype::F32,
+        bytes: &scales,
+        stride: groups,
+        group: GROUP,
+        order: None,
+        zeros: Some(&zeros),
+        first: [0, 0],
+    };
+    cpu.matrix(TensorView::scaled(ViewDtype::Int4, rows, HIDDEN, &numbers, scales)).unwrap()
 }
 
 /// Three rows that decode and one that is prefilled, at some distance from their beginning.
@@ -135,33 +165,61 @@ fn slices() -> Vec<AttentionSlice> {
     vec![slice(0, 1, 70, 0), slice(1, 1, 3, 3), slice(2, 1, 127, 6), slice(3, 60, 40, 9)]
 }
 
+/// The micro-batch of all steps.
+struct Rows {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slices: Vec<AttentionSlice>,
+}
+
+impl Rows {
+    fn new() -> Rows {
+        let (tokens, positions) = (0..63).map(|i| (i * 7, i % 50)).unzip();
+        Rows { tokens, positions, slices: slices() }
+    }
+}
+
 /// Allocations of each of some steps, one after the other.
-fn allocations(simd: Simd, weights: WeightType, threads: usize) -> Vec<usize> {
-    let slices = slices();
-    let (tokens, positions): (Vec<u32>, Vec<u32>) = (0..63).map(|i| (i * 7, i % 50)).unzip();
-    let mut step = Step::new(simd, weights, threads);
+fn allocations(step: &mut Step, rows: &Rows) -> Vec<usize> {
     let mut counts = vec![0; 40];
     for count in &mut counts {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
-        step.run(&tokens, &positions, &slices);
+        step.run(rows);
         *count = ALLOCATIONS.load(Ordering::Relaxed) - before;
     }
     counts
 }
 
+/// The same on two threads, once either has met every task: which takes which is left to chance. So each first does a
+/// whole step alone, as whoever is inside of a region does.
+fn allocations_of_two(kind: Kind, rows: &Rows) -> Vec<usize> {
+    let cores = available_cores();
+    let pool = ThreadPool::of_device(&cores, 2);
+    let mut steps = [(); 2].map(|()| Mutex::new(Step::new(kind, cores.clone(), 2)));
+    let both = Barrier::new(2);
+    pool.for_each(2, |thread| {
+        both.wait();
+        steps[thread].lock().unwrap().run(rows);
+    });
+    allocations(steps[0].get_mut().unwrap(), rows)
+}
+
+const WEIGHTS: [WeightType; 5] =
+    [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
+
 // One test, as the count is of the whole process.
 #[test]
 fn the_steady_state_of_a_step_allocates_nothing() {
+    let rows = Rows::new();
+    let mut kinds: Vec<(WeightType, KvDtype)> = WEIGHTS.map(|w| (w, w.operands().into())).to_vec();
+    kinds.push((WeightType::Bf16, KvDtype::Fp8));
     for simd in Simd::ALL.into_iter().filter(|simd| simd.is_available()) {
-        for weights in [WeightType::F32, WeightType::Bf16, WeightType::Int8, WeightType::Int4Weight] {
-            let name = format!("{} {}", simd.name(), weights.name());
-            let alone = allocations(simd, weights, 1);
-            assert!(alone[0] > 0, "{name}: the first step finds no memory, or nothing is counted");
-            assert_eq!(alone[1..], [0; 39], "{name}");
-            // Which thread takes which task is left to chance: one may meet its first, or its largest, in any step. Then
-            // its memory grows, of which it has three pieces; but nothing is allocated step by step.
-            let shared = allocations(simd, weights, 2);
-            assert!(shared[1..].iter().sum::<usize>() < 39, "{name} on two threads: {shared:?}");
+        for &(weights, kv) in &kinds {
+            let kind = Kind { simd, weights, kv };
+            let alone = allocations(&mut Step::new(kind, Vec::new(), 1), &rows);
+            assert!(alone[0] > 0, "{kind:?}: the first step finds no memory, or nothing is counted");
+            assert_eq!(alone[1..], [0; 39], "{kind:?}");
+            assert_eq!(allocations_of_two(kind, &rows), [0; 40], "{kind:?} on two threads");
         }
     }
 }

@@ -12,8 +12,9 @@
 //! behind that of a head a byte for each position's power of two, those of its keys before those of its values. It is not read as
 //! it lies: `unpack.rs` makes words of bf16 of it, a few heads of a page at a time.
 //!
-//! What a page held for an earlier owner stays there until it is overwritten: attention reads no word that
-//! holds an entry beyond the last position a row may see, so that not even a NaN of old can leak.
+//! What a page held for an earlier owner stays there until it is overwritten. Attention uses nothing beyond the last position
+//! that a row may see, so that not even a NaN of old can leak: it reads keys on to a whole register of them and replaces their
+//! scores, and of a word of two values takes the half that is seen.
 
 mod append;
 mod unpack;

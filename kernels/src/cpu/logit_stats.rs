@@ -51,7 +51,8 @@ pub(crate) fn logit_stats(
             let row = logits.row(task / per_row);
             let first = task % per_row * SEGMENT;
             let segment = &row[first..row.len().min(first + SEGMENT)];
-            let stats = at_level(simd, Survey { segment });
+            // SAFETY: the device has its level.
+            let stats = unsafe { at_level(simd, Survey { segment }) };
             // SAFETY: the task is below the list's length, and its entry is its own.
             unsafe { known.entry(task).write(stats) };
         });

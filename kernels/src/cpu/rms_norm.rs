@@ -27,7 +27,8 @@ pub(crate) fn rms_norm(
     out.reset(x.rows(), x.cols());
     let writer = out.row_writer(simd);
     for_each_chunk(pool, x.rows(), x.cols(), |rows| {
-        at_level(simd, NormRows { x, weight, eps, rows, writer })
+        // SAFETY: the device has its level, and a chunk's rows are this task's alone.
+        unsafe { at_level(simd, NormRows { x, weight, eps, rows, writer }) }
     });
     Ok(())
 }

@@ -21,7 +21,8 @@ pub(crate) fn rope(
     for_each_row(pool, x, |t, row| {
         let at = positions[t] as usize * half;
         let (cos, sin) = (&table.cos[at..at + half], &table.sin[at..at + half]);
-        at_level(simd, TurnRow { row, cos, sin });
+        // SAFETY: the device has its level; the row has whole heads, and the angles are those of one.
+        unsafe { at_level(simd, TurnRow { row, cos, sin }) };
     });
     Ok(())
 }

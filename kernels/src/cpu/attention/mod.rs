@@ -181,10 +181,9 @@ fn attend_slices(
                     let tile = &tiles[i];
                     let slice = &slices[tile.slice as usize];
                     if let Some(angles) = new.and_then(|new| new.angles) {
-                        at_level(
-                            simd,
-                            TurnQueries { q, angles, slice, tile, cols: group * cache.head_dim() },
-                        );
+                        let cols = group * cache.head_dim();
+                        // SAFETY: the device has its level, and the tile's queries are inside of q and its own.
+                        unsafe { at_level(simd, TurnQueries { q, angles, slice, tile, cols }) };
                     }
                     attend(
                         simd,
@@ -231,7 +230,8 @@ fn attend(simd: Simd, job: Attend<'_>) {
     match job.cache.layout() {
         KeyLayout::Columns => {
             job.append(simd);
-            at_level(simd, job);
+            // SAFETY: the device has its level, and the slices were checked.
+            unsafe { at_level(simd, job) };
         }
         // SAFETY: only a device of the level `amx` makes a cache with its keys in rows, and they are of bf16; the slices
         // were checked by `attention`.
@@ -336,10 +336,9 @@ impl Attend<'_> {
         if let Some(&new) = self.new {
             let heads = self.first_head..self.first_head + self.num_heads;
             let (row, position) = (self.first_row, self.first_position);
-            at_level(
-                simd,
-                AppendPosition { cache: self.cache, new, slice: self.slice, row, position, heads },
-            );
+            let append = AppendPosition { cache: self.cache, new, slice: self.slice, row, position, heads };
+            // SAFETY: the device has its level, the slices were checked, and the tile alone has these heads of them.
+            unsafe { at_level(simd, append) };
         }
     }
 

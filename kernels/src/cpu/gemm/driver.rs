@@ -218,7 +218,9 @@ impl<'a, const N: usize> Product<'a, N> {
             let column = self.plan.cols(piece).start;
             if let Some(zeros) = self.weights[m].panel_zeros(column / NR) {
                 // A chunk is a group.
-                at_level(self.simd, TakeOff::new(zeros, column % NR, chunk, &to_unpack));
+                let take_off = TakeOff::new(zeros, column % NR, chunk, &to_unpack);
+                // SAFETY: the device has its level, and the buffer holds the chunk's terms of the piece's columns.
+                unsafe { at_level(self.simd, take_off) };
             }
             let is_first = chunk == 0 && !self.is_begun;
             for tile in unit.tiles.clone() {
@@ -250,10 +252,10 @@ impl<'a, const N: usize> Product<'a, N> {
                 unsafe { (self.kernel.tile)(&tile) }
                 if has_groups {
                     let (scales, rows) = (self.scales(m, piece, chunk), rows.len());
-                    at_level(
-                        self.simd,
-                        AddGroup { group, scales, sums, is_first, rows, strip: geometry.strip, cols },
-                    );
+                    let add = AddGroup { group, scales, sums, is_first, rows, strip: geometry.strip, cols };
+                    // SAFETY: the device has its level; the tile has left the group's sums, of as many rows and columns as
+                    // it has a place for.
+                    unsafe { at_level(self.simd, add) };
                 }
             }
         }

@@ -95,9 +95,10 @@ impl Kernel for TakeOff {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::gemm::round::{bf16_to_f32, f32_to_bf16};
+    use crate::cpu::gemm::round::bf16_to_f32;
     use crate::cpu::lanes::at_level;
     use crate::cpu::simd::Simd;
+    use crate::dtype::bf16_bits;
 
     /// Every integer less every zero, in whole strips and in pieces of them, and nothing beside these.
     #[test]
@@ -113,20 +114,19 @@ mod tests {
         assert_eq!(zeros, (-8..8).map(|zero| zero as f32).collect::<Vec<_>>());
         for simd in Simd::ALL.into_iter().filter(|simd| simd.is_available()) {
             for (first, cols, group) in [(0, NR, 0), (32, 32, 7), (48, 16, 9), (0, NR, 15)] {
-                let halves = |k: usize| u32::from(f32_to_bf16(integer(k)));
+                let halves = |k: usize| u32::from(bf16_bits(integer(k)));
                 let mut pairs: Vec<u32> =
                     (0..16 * NR).map(|i| halves(i / NR * 2) | halves(i / NR * 2 + 1) << 16).collect();
-                at_level(
-                    simd,
-                    TakeOff {
-                        words: panel[group / GROUPS * NR + first..].as_ptr(),
-                        shift: shift(group),
-                        pairs: pairs[first..].as_mut_ptr(),
-                        strip: NR,
-                        terms: 32,
-                        cols,
-                    },
-                );
+                let take_off = TakeOff {
+                    words: panel[group / GROUPS * NR + first..].as_ptr(),
+                    shift: shift(group),
+                    pairs: pairs[first..].as_mut_ptr(),
+                    strip: NR,
+                    terms: 32,
+                    cols,
+                };
+                // SAFETY: the level was asked for, and there are sixteen pairs for each column.
+                unsafe { at_level(simd, take_off) };
                 for (i, &pair) in pairs.iter().enumerate() {
                     let (k, column) = (i / NR * 2, i % NR);
                     let is_inside = (first..first + cols).contains(&column);

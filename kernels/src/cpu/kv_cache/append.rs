@@ -62,7 +62,8 @@ pub(crate) fn append_slices(
     let rows: usize = slices.iter().filter(|slice| is_wanted(slice)).map(|slice| slice.num_rows).sum();
     let append_half = |half: usize| {
         let (head, is_keys) = (half / 2, half.is_multiple_of(2));
-        at_level(simd, AppendHalf { cache, new, slices, is_wanted, head, is_keys });
+        // SAFETY: the device has its level, the slices were checked, and no other task has this half of this head.
+        unsafe { at_level(simd, AppendHalf { cache, new, slices, is_wanted, head, is_keys }) };
     };
     if rows * cache.kv_heads * cache.head_dim < SMALL_APPEND {
         (0..num_halves).for_each(append_half);

@@ -22,21 +22,25 @@ pub(crate) trait Kernel {
     /// Does the work. Implementations are `#[inline(always)]`, and so is all they call.
     ///
     /// # Safety
-    /// The processor has the features of `L`.
+    /// The processor has the features of `L`, and all that the kernel holds is as it says.
     unsafe fn run<L: Lanes>(self) -> Self::Output;
 }
 
-/// Runs a kernel at a level that this processor has.
-pub(crate) fn at_level<K: Kernel>(simd: Simd, kernel: K) -> K::Output {
+/// Runs a kernel at a level.
+///
+/// # Safety
+/// The processor has the level, which [`Cpu::new`](crate::cpu::Cpu::new) sees to, and all that the kernel holds is as it says: its
+/// pointers, above all.
+pub(crate) unsafe fn at_level<K: Kernel>(simd: Simd, kernel: K) -> K::Output {
     debug_assert!(simd.is_available(), "{} is not available", simd.name());
     match simd {
-        // SAFETY: `Cpu::new` refuses a level that is not available.
+        // SAFETY: the caller's.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx512 | Simd::Amx => unsafe { x86::run_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { x86::run_avx2(kernel) },
-        // SAFETY: plain Rust needs no features.
+        // SAFETY: the caller's; plain Rust needs no features.
         _ => unsafe { kernel.run::<Portable>() },
     }
 }

@@ -210,14 +210,14 @@ const _: () = assert!(OFFSET == 1 << 7, "adding it is flipping the upper bit");
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::gemm::round::f32_to_bf16;
+    use crate::dtype::bf16_bits;
 
     #[test]
     fn every_level_quantises_to_the_same_integers() {
         for len in [1, 2, 15, 31, 32, 33, 63, 64, 65, 100, 127, 128, 576, 1536, BLOCK] {
             for (i, scale) in [1.0, 1e-38, 1e-30, 3e38, 0.0].into_iter().enumerate() {
                 let number = |k: usize| ((k * 37 + i) as f32 * 0.61).sin() * scale;
-                let x: Vec<u16> = (0..len).map(|k| f32_to_bf16(number(k))).collect();
+                let x: Vec<u16> = (0..len).map(|k| bf16_bits(number(k))).collect();
                 let mut expected = vec![0; len];
                 let expected_scale = quantize_each(&x, bf16_to_f32, &mut expected);
                 let wide: Vec<f32> = x.iter().map(|&bits| bf16_to_f32(bits)).collect();
@@ -235,8 +235,8 @@ mod tests {
 
     #[test]
     fn halves_of_steps_go_to_the_even_integer_and_what_is_not_finite_spoils_the_scale() {
-        let halves: Vec<u16> = (-127i16..=127).map(|i| f32_to_bf16(f32::from(i) / 2.0 + 0.0)).collect();
-        let x: Vec<u16> = halves.iter().copied().chain([f32_to_bf16(127.0)]).collect();
+        let halves: Vec<u16> = (-127i16..=127).map(|i| bf16_bits(f32::from(i) / 2.0 + 0.0)).collect();
+        let x: Vec<u16> = halves.iter().copied().chain([bf16_bits(127.0)]).collect();
         for simd in Simd::ALL.into_iter().filter(|simd| simd.is_available()) {
             let mut found = vec![0; x.len()];
             assert_eq!(quantize(simd, &x, &mut found), 1.0);
@@ -245,7 +245,7 @@ mod tests {
                 assert_eq!(i32::from(found) - i32::from(OFFSET), expected, "{} {i}/2", simd.name());
             }
             for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                let x: Vec<u16> = (0..70).map(|k| f32_to_bf16(if k == 66 { wrong } else { 1.0 })).collect();
+                let x: Vec<u16> = (0..70).map(|k| bf16_bits(if k == 66 { wrong } else { 1.0 })).collect();
                 assert!(quantize(simd, &x, &mut [0; 70]).is_nan(), "{}", simd.name());
             }
         }

@@ -17,13 +17,14 @@ use super::arena::Piece;
 use super::operand::LINE_BYTES;
 use super::plan::tile_bytes;
 use super::quantized::{self, pack_quantized};
-use super::round::{bf16_to_f32, f32_to_bf16};
+use super::round::bf16_to_f32;
 use super::tile::{GROUP_BYTES, Geometry, NR};
 use super::zeros;
 use crate::backend::{Dtype, WeightType};
 use crate::check;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
+use crate::dtype::bf16_bits;
 use crate::error::{Error, Result};
 use crate::tensor_view::{TensorView, ViewDtype};
 use crate::view as numbers;
@@ -261,10 +262,10 @@ fn pack_panel(view: TensorView<'_>, dtype: Dtype, first_row: usize, strips: Stri
             pack_f32(view, first_row, strips, out, |b| bf16_to_f32(u16::from_le_bytes(b)))
         }
         (ViewDtype::F32, Dtype::Bf16) => {
-            pack_bf16(view, first_row, strips, out, |b| f32_to_bf16(f32::from_le_bytes(b)))
+            pack_bf16(view, first_row, strips, out, |b| bf16_bits(f32::from_le_bytes(b)))
         }
         (ViewDtype::F16, Dtype::Bf16) => {
-            pack_bf16(view, first_row, strips, out, |b| f32_to_bf16(f16::from_le_bytes(b).to_f32()))
+            pack_bf16(view, first_row, strips, out, |b| bf16_bits(f16::from_le_bytes(b).to_f32()))
         }
         (ViewDtype::Bf16, Dtype::Bf16) => pack_bf16(view, first_row, strips, out, u16::from_le_bytes),
         (ViewDtype::Fp8 | ViewDtype::Int4, _) => unreachable!("narrow numbers are widened first"),

@@ -4,21 +4,12 @@
 //! values alone.
 
 use crate::cpu::simd::Simd;
+use crate::dtype::bf16_bits;
 
 /// A bf16 as f32, exactly.
 #[inline(always)]
 pub(super) fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
-}
-
-/// An f32 as bf16, rounded to nearest even. NaN stays NaN; beyond the largest number lies infinity.
-#[inline(always)]
-pub(super) fn f32_to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-    // A NaN whose payload lies in the lower half alone would become infinity: set the quiet bit.
-    let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
-    ((if is_nan { bits | 0x0040_0000 } else { rounded }) >> 16) as u16
 }
 
 /// Round `values` into `out`, of the same length.
@@ -52,7 +43,7 @@ pub(super) fn round_wide(simd: Simd, values: &[f32], out: &mut [f32]) {
 #[inline(always)]
 fn round_each(values: &[f32], out: &mut [u16]) {
     for (out, &value) in out.iter_mut().zip(values) {
-        *out = f32_to_bf16(value);
+        *out = bf16_bits(value);
     }
 }
 
@@ -60,7 +51,7 @@ fn round_each(values: &[f32], out: &mut [u16]) {
 #[inline(always)]
 fn round_each_wide(values: &[f32], out: &mut [f32]) {
     for (out, &value) in out.iter_mut().zip(values) {
-        *out = bf16_to_f32(f32_to_bf16(value));
+        *out = bf16_to_f32(bf16_bits(value));
     }
 }
 

@@ -3,22 +3,16 @@
 use std::arch::x86_64::*;
 
 use super::BLOCK;
+use crate::cpu::exp::avx512::rough_exp2;
 
-/// `2^x` for x at most 0, with an error of 7e-6: a sixth of a hundredth of bf16's half unit. What would be denormal is
-/// zero, as the products take it: a processor is slow to make denormals. NaN stays NaN.
+/// `2^x` for x at most 0, to what bf16 needs. What would be denormal is zero, as the products take it: a processor is
+/// slow to make denormals. NaN stays NaN.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn exp2(x: __m512) -> __m512 {
-    // (2^r - 1) / r at the four Chebyshev nodes of [-1/2, 1/2], highest power first.
-    const POLYNOMIAL: [f32; 4] = [9.656_71e-3, 5.583_828e-2, 0.240_225_3, 0.693_136_75];
     let is_normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(-126.0));
-    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-    let r = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(POLYNOMIAL[0]);
-    for c in &POLYNOMIAL[1..] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
-    }
-    _mm512_maskz_scalef_ps(is_normal, _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0)), n)
+    let [m, n] = rough_exp2(x);
+    _mm512_maskz_scalef_ps(is_normal, m, n)
 }
 
 /// Rows of sixteen words become columns.

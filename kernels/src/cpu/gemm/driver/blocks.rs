@@ -7,6 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::{Output, Product};
+use crate::cpu::exp::avx512::rough_exp2;
 use crate::cpu::gemm::amx::{self, BLOCK_COLS, Results, Sums};
 use crate::cpu::gemm::operand::OperandWriter;
 use crate::cpu::gemm::plan::Unit;
@@ -255,21 +256,13 @@ fn silu_times(gate: __m512, up: __m512) -> __m512 {
     // lower one it adds nothing to 1.
     let x = _mm512_mul_ps(gate, _mm512_set1_ps(-std::f32::consts::LOG2_E));
     let x = _mm512_max_ps(_mm512_set1_ps(-126.0), _mm512_min_ps(_mm512_set1_ps(129.0), x));
-    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-    let r = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(EXP2[0]);
-    for c in &EXP2[1..] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
-    }
-    let power = _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0)), n);
+    let [m, n] = rough_exp2(x);
+    let power = _mm512_scalef_ps(m, n);
     let inverse = _mm512_rcp14_ps(_mm512_add_ps(power, _mm512_set1_ps(1.0)));
     _mm512_mul_ps(_mm512_mul_ps(gate, inverse), up)
 }
 
-/// (2^r - 1) / r at the four Chebyshev nodes of [-1/2, 1/2], highest power first.
-const EXP2: [f32; 4] = [9.656_71e-3, 5.583_828e-2, 0.240_225_3, 0.693_136_75];
-
-/// bf16 in the upper halves, as `round` has it.
+/// bf16 in the upper halves, as `bf16_bits` has it.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn rounded(x: __m512) -> __m512i {
@@ -294,8 +287,8 @@ const UPPER_HALVES: [u16; 32] = {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::gemm::round::f32_to_bf16;
     use crate::cpu::simd::Simd;
+    use crate::dtype::bf16_bits;
 
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn upper_halves(values: [f32; 32]) -> [u16; 32] {
@@ -318,7 +311,7 @@ mod tests {
         let values: Vec<f32> = bits.map(f32::from_bits).chain([f32::NAN; 32]).collect();
         for values in values.as_chunks().0 {
             // SAFETY: the level was asked for.
-            assert_eq!(unsafe { upper_halves(*values) }, values.map(f32_to_bf16));
+            assert_eq!(unsafe { upper_halves(*values) }, values.map(bf16_bits));
         }
     }
 

@@ -1,8 +1,10 @@
 //! How near is the product, in bf16 or with narrow weights, to the dot-product peak of this core?
 //!
 //! And, for few rows, how near to the speed at which memory can be read? Both ceilings are measured in the
-//! same run, with the same threads. Weights are read cold, as in a model: every call takes another copy, of
-//! 128 MB together or two copies at least; with `--warm` all take the same.
+//! same run, with the same threads. Weights are read cold, as in a model: every call takes another copy, of 128 MB together
+//! or two copies at least; with `--warm` all take the same. Copies, and what the speed of memory is measured with, exceed twice
+//! the last cache that the system tells of, as far as a quarter of the free memory has room for them; how much
+//! they take is printed.
 //!
 //! ```text
 //! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512|amx] [--rows 1,64] [--shapes 576x1536]
@@ -19,7 +21,7 @@ mod common;
 use anyhow::{Context, Result, bail};
 use common::{numbers, random, time};
 use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvDtype, Simd};
-use kernels::{TensorView, ViewDtype, WeightType, available_cores};
+use kernels::{TensorView, ViewDtype, WeightType, available_cores, cold_bytes, cold_bytes_with_room};
 
 /// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head), of a 1.1 B Llama (alike), and of a narrow
 /// slice of Ultra (an eighth of q and of o, k and v, the narrowest FFN).
@@ -43,8 +45,8 @@ const SHAPES: [(usize, usize); 15] = [
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
 const WEIGHTS: [WeightType; 4] =
     [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
-/// Several times an L3 cache.
-const COLD_BYTES: usize = 128 << 20;
+/// Copies of weights take at least as much together.
+const LEAST_COLD_BYTES: usize = 128 << 20;
 
 struct Options {
     threads: usize,
@@ -69,6 +71,12 @@ fn main() -> Result<()> {
         ceilings.product_flops() / 1e9,
         ceilings.f32_flops() / 1e9,
         ceilings.read_bandwidth() / 1e9
+    );
+    println!(
+        "cold weights of {} MB, memory read over {} MB, last cache {} MB",
+        cold_bytes_with_room(LEAST_COLD_BYTES) >> 20,
+        ceilings.read_bytes() >> 20,
+        (cold_bytes() / 2) >> 20
     );
     println!("shares are of the median (of the best)\n");
     println!("     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory");
@@ -96,7 +104,8 @@ impl Weights {
         let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
         let view = TensorView::new(ViewDtype::Bf16, n, k, &bytes);
         let first = cpu.matrix(view)?;
-        let copies = if is_warm { 1 } else { (COLD_BYTES / first.bytes()).max(2) };
+        let copies =
+            if is_warm { 1 } else { cold_bytes_with_room(LEAST_COLD_BYTES).div_ceil(first.bytes()).max(2) };
         let others = (1..copies).map(|_| cpu.matrix(view));
         let packed = std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>()?;
         let packed: Vec<CpuMatrix> = packed;

@@ -57,6 +57,7 @@ pub use backend::{
 };
 pub use choice::{Choice, ChoiceScratch, Chosen, Edit, Edits, RowEdits, choose_row};
 pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, ThreadRank, thread_ranks};
+pub use cpu::caches::{cold_bytes, cold_bytes_with_room};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};

@@ -5,6 +5,7 @@
 //! out to the pool; which thread takes which never shows in the result.
 
 mod attention;
+pub(crate) mod caches;
 mod exp;
 mod gemm;
 mod kv_cache;

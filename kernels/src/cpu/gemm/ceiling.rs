@@ -9,6 +9,7 @@ use super::arena::Piece;
 use super::plan::share;
 use crate::backend::WeightType;
 use crate::cpu::Cpu;
+use crate::cpu::caches::cold_bytes_with_room;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 #[cfg(target_arch = "x86_64")]
@@ -23,8 +24,9 @@ pub struct Ceilings<'a> {
     memory: Piece,
 }
 
-/// Bytes to read: beyond any L3 cache that a device's cores are likely to share.
-const MEMORY_BYTES: usize = 256 << 20;
+/// Bytes to read at least, so that a region is some milliseconds long; more where twice the last cache are more, see
+/// [`cold_bytes_with_room`].
+const LEAST_BYTES: usize = 256 << 20;
 
 /// Registers of sums: enough to hide the latency of two units, and few enough for 16 registers.
 const SUMS: usize = 12;
@@ -38,11 +40,11 @@ const REGIONS: usize = 50;
 impl<'a> Ceilings<'a> {
     /// Takes and touches the memory that [`Ceilings::read_bandwidth`] reads.
     pub fn new(cpu: &'a Cpu) -> Result<Self> {
-        let mut memory = Piece::new(MEMORY_BYTES).map_err(|e| {
-            Error::Unsupported(format!("allocate {MEMORY_BYTES} bytes to measure bandwidth: {e}"))
-        })?;
+        let len = cold_bytes_with_room(LEAST_BYTES);
+        let mut memory = Piece::new(len)
+            .map_err(|e| Error::Unsupported(format!("allocate {len} bytes to measure bandwidth: {e}")))?;
         // SAFETY: the piece is borrowed mutably, and as long as that.
-        unsafe { memory.as_mut_ptr().write_bytes(1, MEMORY_BYTES) };
+        unsafe { memory.as_mut_ptr().write_bytes(1, len) };
         Ok(Self { cpu, memory })
     }
 
@@ -88,12 +90,17 @@ impl<'a> Ceilings<'a> {
         }
     }
 
+    /// Bytes that are read to measure how fast memory is.
+    pub fn read_bytes(&self) -> usize {
+        self.memory.len()
+    }
+
     /// Bytes per second that all threads together read from memory.
     pub fn read_bandwidth(&self) -> f64 {
         let threads = self.cpu.pool.num_threads();
         let seconds = best_region(&self.cpu.pool, 3, |thread| {
             // In lines, that no thread reads another's.
-            let lines = share(MEMORY_BYTES / 64, threads, thread);
+            let lines = share(self.read_bytes() / 64, threads, thread);
             let bytes = &self.memory.bytes()[lines.start * 64..lines.end * 64];
             match self.cpu.simd {
                 // SAFETY: the device has its level.
@@ -105,7 +112,7 @@ impl<'a> Ceilings<'a> {
                 _ => black_box(read(bytes)),
             };
         });
-        MEMORY_BYTES as f64 / seconds
+        self.read_bytes() as f64 / seconds
     }
 
     /// Seconds that the pool takes to open a region, to have every thread in it and to close it again: the mean of

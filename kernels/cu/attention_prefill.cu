@@ -7,8 +7,9 @@
 
 constexpr u32 THREADS = 128;
 constexpr u32 QUERIES = THREADS / WARP * 16;
-// Pages under way at once.
-constexpr u32 STAGES = 2;
+// Pages in a block's memory at once, as attention.rs has it: of wide heads one, so that two blocks run where one would, each of
+// which computes while the other waits, and that a block has room on every GPU.
+constexpr u32 STAGES = HEAD_DIM > 128 ? 1 : 2;
 // Keys of a page that are scored together: of wide heads half of them, for sums of weights times values take half of a thread's
 // registers then.
 constexpr u32 KEYS = HEAD_DIM > 128 ? PAGE / 2 : PAGE;
@@ -109,7 +110,7 @@ DEVICE void prefill(unsigned char* memory, bf16* out, const float* q, const type
         }
         close_copies();
     };
-    copy(0);
+    if (STAGES > 1) copy(0);
 
     // The queries, rounded to bf16; those beyond the tile are zero. The first page's barrier is theirs too.
     for (u32 i = threadIdx.x; i < QUERIES * HEAD_DIM; i += THREADS) {
@@ -131,8 +132,8 @@ DEVICE void prefill(unsigned char* memory, bf16* out, const float* q, const type
     Softmax softmax;
     softmax.clear();
     for (u32 page = 0; page < num_pages; page++) {
-        copy(page + 1);
-        await_copies<1>();
+        copy(page + STAGES - 1);
+        await_copies<STAGES - 1>();
         __syncthreads();
         Entries::unpack(memory, page, min_of(PAGE, last_position + 1 - page * PAGE));
 #pragma unroll 1

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::program::{self, Source};
 use super::stream::{Grid, Kernel, Stream};
 use crate::backend::{AttentionSlice, KvDtype, PAGE_TOKENS};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Queries of a tile of attention_prefill.cu, sixteen for each warp.
 pub(crate) const TILE_QUERIES: usize = 64;
@@ -54,6 +54,9 @@ impl AttentionKernels {
     }
 
     /// Compiles and loads them; a block may have so much memory.
+    ///
+    /// # Errors
+    /// A block needs more than that for a prompt, what the compiler or the driver refuses.
     pub(crate) fn load(
         stream: &Arc<Stream>,
         cubin: impl Fn(Source, usize) -> Result<Vec<u8>>,
@@ -61,17 +64,14 @@ impl AttentionKernels {
         most_bytes: usize,
     ) -> Result<AttentionKernels> {
         let padded = AttentionKernels::padded(head_dim);
-        // Keys and values of a page, and a tile of queries; in bf16 rows are a chunk wider than a head.
-        let rows = |rows: usize| rows * (padded + 8) * size_of::<u16>();
-        let (page, queries) = (rows(2 * PAGE_TOKENS), rows(TILE_QUERIES));
-        let (prefill_bytes, decode_bytes) = match kv {
-            // CODED_PAGE of attention.cuh; what a prompt reads of it is unpacked to one page in bf16.
-            KvDtype::Fp8 => {
-                let coded = 2 * PAGE_TOKENS * (((padded / 16) | 1) * 16 + 1);
-                (2 * coded + page + queries, 3 * coded)
-            }
-            KvDtype::F32 | KvDtype::Bf16 => (2 * page + queries, 3 * page),
-        };
+        let [prefill_bytes, decode_bytes] = block_bytes(padded, kv);
+        if prefill_bytes > most_bytes {
+            return Err(Error::Unsupported(format!(
+                "attention over heads of {head_dim} numbers with keys and values of {}: a thread block takes {prefill_bytes} bytes of \
+                 its multiprocessor's memory, and this GPU has {most_bytes} for it",
+                kv.name()
+            )));
+        }
         let suffix = if kv == KvDtype::Fp8 { "_fp8" } else { "" };
         let load = |source, name, bytes| {
             Arc::new(stream.module(&cubin(source, padded)?)?).kernel(&format!("{name}{suffix}"), bytes)
@@ -84,6 +84,23 @@ impl AttentionKernels {
                 .transpose()?,
             decode_bytes,
         })
+    }
+}
+
+/// Bytes of a block's memory in attention_prefill.cu and in attention_decode.cu, for a width of heads in whole fragments.
+fn block_bytes(padded: usize, kv: KvDtype) -> [usize; 2] {
+    // Keys and values of a page, and a tile of queries; in bf16 rows are a chunk wider than a head.
+    let rows = |rows: usize| rows * (padded + 8) * size_of::<u16>();
+    let (page, queries) = (rows(2 * PAGE_TOKENS), rows(TILE_QUERIES));
+    // STAGES of attention_prefill.cu.
+    let at_once = if padded > 128 { 1 } else { 2 };
+    match kv {
+        // CODED_PAGE of attention.cuh; what a prompt reads of it is unpacked to one page in bf16.
+        KvDtype::Fp8 => {
+            let coded = 2 * PAGE_TOKENS * (((padded / 16) | 1) * 16 + 1);
+            [at_once * coded + page + queries, 3 * coded]
+        }
+        KvDtype::F32 | KvDtype::Bf16 => [at_once * page + queries, 3 * page],
     }
 }
 
@@ -175,7 +192,7 @@ impl Plan {
         self.num_rows() * kv_heads * self.num_parts * DECODE_GROUP
     }
 
-    /// What [`Plan::num_partials`] is at most for so many rows: there are fewer blocks than twice those that are wanted, or no
+    /// What [`Plan::num_partials`] is at most for so many rows, with those that pad them: there are fewer blocks than twice those that are wanted, or no
     /// more than one for each row and KV head.
     pub(crate) fn most_partials(rows: usize, kv_heads: usize, multiprocessors: usize) -> usize {
         (multiprocessors * BLOCKS_PER_MULTIPROCESSOR + rows * kv_heads) * DECODE_GROUP
@@ -201,6 +218,14 @@ mod tests {
 
     fn shape(group: usize, kv_heads: usize, multiprocessors: Option<usize>) -> PlanShape {
         PlanShape { group, kv_heads, multiprocessors }
+    }
+
+    #[test]
+    fn an_a100_has_room_for_heads_of_256_and_smaller_gpus_in_bf16() {
+        let prompts = |kv| block_bytes(256, kv)[0];
+        assert_eq!([KvDtype::Bf16, KvDtype::Fp8].map(prompts), [101_376, 136_320]);
+        assert!(prompts(KvDtype::Fp8) <= 163 << 10 && prompts(KvDtype::Bf16) <= 99 << 10);
+        assert!([KvDtype::Bf16, KvDtype::Fp8].iter().all(|&kv| block_bytes(128, kv)[0] <= 99 << 10));
     }
 
     #[test]
@@ -245,12 +270,15 @@ mod tests {
     #[test]
     fn no_step_has_more_partials_than_there_is_room_for() {
         let pages: Vec<u32> = (0..300).collect();
-        for rows in [1, 2, 7, 33, 66, 132, 200] {
+        for (rows, padding) in
+            [1, 2, 7, 33, 57, 66, 132, 200].into_iter().flat_map(|rows| [(rows, 0), (rows, 7)])
+        {
             for keys in [1, 64, 700, 64 * 300] {
                 let slices: Vec<AttentionSlice> =
                     (0..rows).map(|row| slice(row, 1, keys - 1, &pages)).collect();
-                let plan = Plan::new(&slices, 0, shape(8, 8, Some(132)));
-                assert!(plan.num_partials(8) <= Plan::most_partials(rows, 8, 132), "{rows} rows at {keys}");
+                let found = Plan::new(&slices, padding, shape(8, 8, Some(132))).num_partials(8);
+                let most = Plan::most_partials(rows + padding, 8, 132);
+                assert!(found <= most, "{rows} and {padding} rows at {keys}: {found} of {most}");
             }
         }
     }

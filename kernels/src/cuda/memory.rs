@@ -4,6 +4,7 @@ use super::attention::{AttentionKernels, Plan};
 use super::choices::ChoiceWork;
 use super::cublaslt::WORKSPACE_BYTES;
 use super::draws::CudaDraws;
+use super::graphs;
 use super::operations::swiglu_columns;
 use super::stream::Memory;
 use super::tables::Tables;
@@ -60,8 +61,9 @@ impl Bytes {
     fn of(size: &WorkSize, ffn_columns: usize, multiprocessors: Option<usize>) -> Bytes {
         let WorkSize { rows, hidden, ffn, logit_rows, choice_rows, vocab, .. } = *size;
         let split = multiprocessors.filter(|_| size.kv_heads > 0);
-        let partials =
-            split.map_or(0, |over| Plan::most_partials(rows.min(size.sequences), size.kv_heads, over));
+        // Those that decode, as a graph pads them.
+        let alone = graphs::padded(rows.min(size.sequences)).min(rows);
+        let partials = split.map_or(0, |over| Plan::most_partials(alone, size.kv_heads, over));
         // With more rows at once fewer columns are, by whole 64: the most is not always that of the most rows.
         let gate = |rows: usize| rows * swiglu_columns(rows, ffn, ffn_columns);
         Bytes {
@@ -112,7 +114,9 @@ impl Cuda {
 
 #[cfg(test)]
 mod tests {
+    use super::super::attention::PlanShape;
     use super::*;
+    use crate::backend::AttentionSlice;
 
     #[test]
     fn large_pieces_are_whole_blocks() {
@@ -132,6 +136,26 @@ mod tests {
         assert!(gate(3000, 425_984) >= gate(630, 425_984));
         assert!(3000 * swiglu_columns(3000, 425_984, Cuda::FFN_COLUMNS) * 4 < gate(630, 425_984));
         assert_eq!(gate(3000, 0), 0);
+    }
+
+    #[test]
+    fn parts_of_contexts_have_room_for_the_rows_that_pad_a_step() {
+        let (rows, kv_heads) = (512, 8);
+        let pages: Vec<u32> = (0..300).collect();
+        for sequences in 57..=64 {
+            let size = WorkSize { rows, sequences, kv_heads, head_dim: 128, ..WorkSize::default() };
+            let slice = |first_row| AttentionSlice {
+                first_row,
+                num_rows: 1,
+                first_position: 64 * 300 - 1,
+                pages: pages.clone(),
+            };
+            let slices: Vec<AttentionSlice> = (0..sequences).map(slice).collect();
+            let shape = PlanShape { group: 16, kv_heads, multiprocessors: Some(132) };
+            let plan = Plan::new(&slices, graphs::padded(sequences) - sequences, shape);
+            let [_, maxima, _] = Bytes::of(&size, Cuda::FFN_COLUMNS, Some(132)).partials;
+            assert!(plan.num_partials(kv_heads) * size_of::<f32>() <= maxima, "{sequences} sequences");
+        }
     }
 
     #[test]

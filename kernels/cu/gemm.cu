@@ -1,7 +1,9 @@
 // Products with weights in bf16, w [cols, stride], rows padded with zeros to whole chunks.
 #include "gemm.cuh"
 
+template <u32 BLOCK_COLS>
 struct Bf16Weights {
+    static constexpr u32 COLS = BLOCK_COLS;
     static constexpr bool IS_PLAIN = true;
     static constexpr u32 UNROLLED = 4;
     static constexpr u32 TILE = COLS * STRIDE;
@@ -31,14 +33,15 @@ struct Bf16Weights {
     DEVICE void close(Sums&, Sums&, u32, u32) const {}
 };
 
-#define GEMM(name, ROWS, WARPS_DOWN)                                                                                    \
+#define GEMM(name, ROWS, COLS, WARPS_DOWN)                                                                              \
     KERNEL(THREADS)                                                                                                     \
     name(float* out, const bf16* x, const bf16* w, u32 rows, u32 cols, u32 x_stride, u32 w_stride, u32 depth,           \
          u32 out_stride, u32 mode) {                                                                                    \
-        Bf16Weights weights = {w, w_stride, depth, 0, 0};                                                               \
+        Bf16Weights<COLS> weights = {w, w_stride, depth, 0, 0};                                                         \
         multiply<ROWS, WARPS_DOWN>(out, x, weights, rows, cols, x_stride, depth, out_stride, mode);                     \
     }
 
-GEMM(gemm_16, 16, 1)
-GEMM(gemm_64, 64, 2)
-GEMM(gemm_128, 128, 2)
+GEMM(gemm_16x128, 16, 128, 1)
+GEMM(gemm_64x32, 64, 32, 4)
+GEMM(gemm_64x128, 64, 128, 2)
+GEMM(gemm_128x128, 128, 128, 2)

@@ -3,7 +3,7 @@
 // it, and what becomes of a step's sums.
 //
 // Every number is one sum over K in steps of 16, in order, whatever the tile is: a row has the same bits in any batch, and
-// tiles of 16, 64 and 128 rows give the same. Rows of x are padded with zeros to whole chunks.
+// tiles of any shape give the same. Rows of x are padded with zeros to whole chunks.
 // Blocks in x share the rows of w that one in y stands for, so that w comes from memory once.
 #pragma once
 
@@ -11,18 +11,20 @@
 
 // K of a step through a block's memory.
 constexpr u32 STEP = 64;
-// Tiles of x and w under way at once.
-constexpr u32 STAGES = 3;
-// Columns of out that a block takes.
-constexpr u32 COLS = 128;
 constexpr u32 THREADS = 256;
 constexpr u32 STRIDE = tile_stride<STEP>();
 
 // What becomes of what out held before, beside nothing: Onto of gemm.rs.
 constexpr u32 ADD = 1, GO_ON = 2;
 
-// Fragments of columns that a warp has across, where so many are in a column of warps.
-template <u32 WARPS_DOWN>
+// Steps under way at once, where a block takes so many columns: steps of few are short beside the time that a copy takes.
+template <u32 COLS>
+DEVICE constexpr u32 steps_at_once() {
+    return COLS < 128 ? 6 : 3;
+}
+
+// Fragments of columns that a warp has across, where a block takes so many columns, with so many warps one below the other.
+template <u32 COLS, u32 WARPS_DOWN>
 DEVICE constexpr u32 fragments_across() {
     return COLS / (THREADS / WARP / WARPS_DOWN) / 8;
 }
@@ -40,6 +42,7 @@ DEVICE void copy_rows(bf16* tile, const bf16* from, u32 num_rows, u32 first, u32
 // A block's ROWS x COLS numbers, by WARPS_DOWN x WARPS_ACROSS warps.
 //
 // Weights has
+//   COLS, columns of out that a block takes;
 //   TILE, how many numbers of 16 bits a step takes of a block's memory, a multiple of 8;
 //   UNROLLED, how many 16 of K a step's loop is unrolled by: 4 are all;
 //   copy(tile, first_col, cols, step): begins to copy a step of the block's columns;
@@ -50,8 +53,9 @@ DEVICE void copy_rows(bf16* tile, const bf16* from, u32 num_rows, u32 first, u32
 //   finish(sum, row, col): what becomes of a sum before it is stored or added.
 template <u32 ROWS, u32 WARPS_DOWN, typename Weights>
 DEVICE void multiply(float* out, const bf16* x, Weights w, u32 rows, u32 cols, u32 x_stride, u32 depth, u32 out_stride, u32 mode) {
+    constexpr u32 COLS = Weights::COLS, STAGES = steps_at_once<COLS>();
     constexpr u32 WARPS_ACROSS = THREADS / WARP / WARPS_DOWN;
-    constexpr u32 DOWN = ROWS / WARPS_DOWN / 16, ACROSS = fragments_across<WARPS_DOWN>();
+    constexpr u32 DOWN = ROWS / WARPS_DOWN / 16, ACROSS = fragments_across<COLS, WARPS_DOWN>();
     static_assert(ACROSS % 2 == 0, "two columns of fragments are loaded at once");
     DYNAMIC_SHARED(memory);
     bf16* x_tiles = reinterpret_cast<bf16*>(memory);

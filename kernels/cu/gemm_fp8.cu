@@ -4,8 +4,9 @@
 // ones. Scales are applied once, at the end: what out held before is added then.
 #include "gemm.cuh"
 
-template <u32 DOWN, u32 ACROSS>
+template <u32 BLOCK_COLS, u32 DOWN, u32 ACROSS>
 struct Fp8Weights {
+    static constexpr u32 COLS = BLOCK_COLS;
     static constexpr bool IS_PLAIN = false;
     static constexpr u32 UNROLLED = 1;
     static constexpr u32 TILE = COLS * STRIDE;
@@ -44,16 +45,17 @@ struct Fp8Weights {
     DEVICE float finish(float sum, u32 row, u32 col) const { return sum * (x_scales[row] * w_scales[col]); }
 };
 
-#define GEMM(name, ROWS, WARPS_DOWN)                                                                                    \
+#define GEMM(name, ROWS, COLS, WARPS_DOWN)                                                                              \
     KERNEL(THREADS)                                                                                                     \
     name(float* out, const bf16* x, const bf16* w, u32 rows, u32 cols, u32 x_stride, u32 w_stride, u32 depth,           \
          u32 out_stride, u32 mode, const float* x_scales, const float* w_scales) {                                      \
-        Fp8Weights<ROWS / WARPS_DOWN / 16, fragments_across<WARPS_DOWN>()> weights;                                     \
+        Fp8Weights<COLS, ROWS / WARPS_DOWN / 16, fragments_across<COLS, WARPS_DOWN>()> weights;                         \
         weights.pairs = w, weights.stride = w_stride, weights.depth = depth;                                            \
         weights.x_scales = x_scales, weights.w_scales = w_scales;                                                       \
         multiply<ROWS, WARPS_DOWN>(out, x, weights, rows, cols, x_stride, depth, out_stride, mode == GO_ON ? ADD : mode); \
     }
 
-GEMM(gemm_fp8_16, 16, 1)
-GEMM(gemm_fp8_64, 64, 2)
-GEMM(gemm_fp8_128, 128, 2)
+GEMM(gemm_fp8_16x128, 16, 128, 1)
+GEMM(gemm_fp8_64x32, 64, 32, 4)
+GEMM(gemm_fp8_64x128, 64, 128, 2)
+GEMM(gemm_fp8_128x128, 128, 128, 2)

@@ -5,8 +5,9 @@
 
 static_assert(STEP == TILE_K && GROUP == 2 * STEP, "a step is a tile deep, a group two steps");
 
-template <u32 ACROSS>
+template <u32 BLOCK_COLS, u32 ACROSS>
 struct Int4Weights {
+    static constexpr u32 COLS = BLOCK_COLS;
     static constexpr bool IS_PLAIN = false;
     static constexpr u32 UNROLLED = 4;
     static constexpr u32 TILE = COLS / TILE_COLS * TILE_WORDS * 2;
@@ -24,7 +25,8 @@ struct Int4Weights {
 
     DEVICE void copy(bf16* tile, u32 first_col, u32 cols, u32 step) const {
         u32 mine = threadIdx.x / WARP, chunk = threadIdx.x % WARP * 4;
-        static_assert(COLS / TILE_COLS * TILE_WORDS == THREADS * 4, "a thread copies 16 bytes");
+        static_assert(TILE_WORDS == WARP * 4 && COLS / TILE_COLS <= THREADS / WARP, "a warp copies a tile");
+        if (mine >= COLS / TILE_COLS) return;
         bool is_there = first_col + mine * TILE_COLS < cols;
         u64 at = is_there ? (u64(first_col / TILE_COLS + mine) * k_tiles + step) * TILE_WORDS + chunk : 0;
         copy_chunk(tile + 2 * (mine * TILE_WORDS + chunk), reinterpret_cast<const bf16*>(words + at), is_there);
@@ -87,17 +89,18 @@ struct Int4Weights {
     }
 };
 
-#define GEMM(name, ROWS, WARPS_DOWN)                                                                                    \
+#define GEMM(name, ROWS, COLS, WARPS_DOWN)                                                                              \
     KERNEL(THREADS)                                                                                                     \
     name(float* out, const bf16* x, const u32* words, const bf16* scales, const bf16* zeros, u32 has_f16_scales,        \
          u32 rows, u32 cols, u32 x_stride, u32 k_tiles, u32 stride, u32 depth, u32 out_stride, u32 mode) {              \
-        Int4Weights<fragments_across<WARPS_DOWN>()> weights;                                                            \
+        Int4Weights<COLS, fragments_across<COLS, WARPS_DOWN>()> weights;                                                \
         weights.words = words, weights.scales = scales, weights.zeros = zeros;                                          \
         weights.k_tiles = k_tiles, weights.stride = stride, weights.cols = cols;                                        \
         weights.has_f16_scales = has_f16_scales != 0;                                                                   \
         multiply<ROWS, WARPS_DOWN>(out, x, weights, rows, cols, x_stride, depth, out_stride, mode);                     \
     }
 
-GEMM(gemm_int4_16, 16, 1)
-GEMM(gemm_int4_64, 64, 2)
-GEMM(gemm_int4_128, 128, 2)
+GEMM(gemm_int4_16x128, 16, 128, 1)
+GEMM(gemm_int4_64x32, 64, 32, 4)
+GEMM(gemm_int4_64x128, 64, 128, 2)
+GEMM(gemm_int4_128x128, 128, 128, 2)

@@ -32,11 +32,11 @@ compile kv_append kernel.cpp -include device.h '-DSOURCE="../cu/kv_append.cu"' '
 kernel attention_merge 128
 kernel logit_stats 512
 kernel choose 512
-compile gemm kernel.cpp -include device.h '-DSOURCE="../cu/gemm.cu"' '-DKERNELS=K(gemm_16) K(gemm_64) K(gemm_128)' -DMAX_THREADS=256
-compile gemm_int4 kernel.cpp -include device.h '-DSOURCE="../cu/gemm_int4.cu"' '-DKERNELS=K(gemm_int4_16) K(gemm_int4_64) K(gemm_int4_128)' -DMAX_THREADS=256
+compile gemm kernel.cpp -include device.h '-DSOURCE="../cu/gemm.cu"' '-DKERNELS=K(gemm_16x128) K(gemm_64x32) K(gemm_64x128) K(gemm_128x128)' -DMAX_THREADS=256
+compile gemm_int4 kernel.cpp -include device.h '-DSOURCE="../cu/gemm_int4.cu"' '-DKERNELS=K(gemm_int4_16x128) K(gemm_int4_64x32) K(gemm_int4_64x128) K(gemm_int4_128x128)' -DMAX_THREADS=256
 compile quantize_int4 kernel.cpp -include device.h '-DSOURCE="../cu/quantize_int4.cu"' '-DKERNELS=K(quantize_int4_bf16) K(quantize_int4_f32)' -DMAX_THREADS=256
 kernel shuffle_int4 128
-compile gemm_fp8 kernel.cpp -include device.h '-DSOURCE="../cu/gemm_fp8.cu"' '-DKERNELS=K(gemm_fp8_16) K(gemm_fp8_64) K(gemm_fp8_128)' -DMAX_THREADS=256
+compile gemm_fp8 kernel.cpp -include device.h '-DSOURCE="../cu/gemm_fp8.cu"' '-DKERNELS=K(gemm_fp8_16x128) K(gemm_fp8_64x32) K(gemm_fp8_64x128) K(gemm_fp8_128x128)' -DMAX_THREADS=256
 compile quantize_fp8 kernel.cpp -include device.h '-DSOURCE="../cu/quantize_fp8.cu"' '-DKERNELS=K(quantize_fp8_bf16) K(quantize_fp8_f32)' -DMAX_THREADS=256
 for head_dim in 16 32 48 64 80 96 128 256; do
     kernel attention_prefill 128 $head_dim 'K(attention_prefill) K(attention_prefill_fp8)'

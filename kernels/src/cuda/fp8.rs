@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::arrays::{self, Chunk};
 use super::gemm::Gemm;
+use super::gpu::Gpu;
 use super::program::{self, Source};
 use super::stream::{Argument, Kernel, Memory, Stream};
 use super::{row_grid, u32_of};
@@ -107,11 +108,11 @@ impl Codes {
 }
 
 impl Fp8Kernels {
-    /// Loads those that a block has the memory for.
+    /// Loads those that a block of the GPU has the memory for.
     pub(crate) fn load(
         stream: &Arc<Stream>,
         cubin: impl Fn(Source) -> Result<Vec<u8>>,
-        most_bytes: usize,
+        gpu: &Gpu,
     ) -> Result<Fp8Kernels> {
         let quantize = Arc::new(stream.module(&cubin(program::QUANTIZE_FP8)?)?);
         let load = |source, name| Arc::new(stream.module(&cubin(source)?)?).kernel(name, 0);
@@ -120,7 +121,7 @@ impl Fp8Kernels {
             quantize_f32: quantize.kernel("quantize_fp8_f32", 0)?,
             rms_norm: load(program::RMS_NORM, "rms_norm_fp8")?,
             swiglu: load(program::SWIGLU, "swiglu_fp8")?,
-            gemm: Gemm::load(stream, "gemm_fp8", &cubin(program::GEMM_FP8)?, most_bytes)?,
+            gemm: Gemm::load(stream, "gemm_fp8", &cubin(program::GEMM_FP8)?, gpu)?,
             stream: Arc::clone(stream),
         })
     }

@@ -2,18 +2,32 @@
 //!
 //! A number's sum runs over K in one order whatever the tile is, so that a row has the same bits in any batch.
 
-use super::stream::{Argument, Grid, Kernel, Stream};
+use super::gpu::Gpu;
+use super::stream::{Argument, Grid, Kernel, Module, Stream};
 use crate::error::Result;
 use std::sync::Arc;
 
-/// Columns of a block's tile, K of a step, tiles under way: COLS, STEP and STAGES of the kernel.
-pub(crate) const COLS: usize = 128;
+/// K of a step: STEP of the kernel.
 const STEP: usize = 64;
-pub(crate) const STAGES: usize = 3;
-pub(crate) const THREADS: usize = 256;
+const THREADS: usize = 256;
 
-/// Rows of the tiles that there are, largest first.
-pub(crate) const TILES: [usize; 3] = [128, 64, 16];
+/// Rows and columns of a product that a block takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tile {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+}
+
+/// Those that there are, largest first.
+const TILES: [Tile; 4] = [
+    Tile { rows: TILE_ROWS, cols: 128 },
+    Tile { rows: 64, cols: 128 },
+    Tile { rows: 64, cols: 32 },
+    Tile { rows: 16, cols: 128 },
+];
+
+/// Rows of the largest one.
+pub(crate) const TILE_ROWS: usize = 128;
 
 /// What becomes of what out held before: the modes of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,11 +51,18 @@ impl Onto {
     }
 }
 
-/// The kernel in tiles of so many rows, largest first.
+/// A product's kernel for each tile that a block has the memory for.
 #[derive(Debug)]
-pub(crate) struct Gemm {
-    tiles: Vec<(usize, Kernel)>,
+pub(crate) struct TiledKernel {
+    kernels: Vec<(Tile, Kernel)>,
+    /// Bytes of a block's memory that a tile takes.
+    block_bytes: fn(Tile) -> usize,
+    multiprocessors: usize,
 }
+
+/// The kernel.
+#[derive(Debug)]
+pub(crate) struct Gemm(TiledKernel);
 
 /// Rows of x and w, where they begin, and where their product goes.
 #[derive(Debug, Clone, Copy)]
@@ -59,24 +80,70 @@ pub(crate) struct Product {
     pub(crate) scales: Option<[Argument; 2]>,
 }
 
+impl Tile {
+    /// Steps under way at once: steps_at_once of the kernel.
+    pub(crate) fn steps_at_once(self) -> usize {
+        if self.cols < 128 { 6 } else { 3 }
+    }
+
+    /// Blocks down and across a product of so many rows and columns.
+    fn blocks(self, rows: usize, cols: usize) -> [usize; 3] {
+        [rows.div_ceil(self.rows), cols.div_ceil(self.cols), 1]
+    }
+
+    /// The tile for a product of so many rows and columns, among those that `is_there` says: the largest that its rows fill, or a smaller
+    /// one where that makes no more blocks than there are multiprocessors, which would stand idle else.
+    fn of(rows: usize, cols: usize, multiprocessors: usize, is_there: impl Fn(&Tile) -> bool) -> Tile {
+        let fitting = match rows {
+            0..=16 => &TILES[3..],
+            17..=64 => &TILES[1..3],
+            _ => &TILES[..3],
+        };
+        let fitting = || fitting.iter().copied().filter(&is_there);
+        let is_at_once = |tile: &Tile| tile.blocks(rows, cols).iter().product::<usize>() <= multiprocessors;
+        let tile = fitting().take_while(is_at_once).last().or_else(|| fitting().next());
+        tile.expect("the smallest tiles fit every GPU")
+    }
+}
+
+impl TiledKernel {
+    /// Loads those tiles that a block of the GPU has the memory for.
+    pub(crate) fn load(
+        module: Module,
+        name: &str,
+        block_bytes: fn(Tile) -> usize,
+        gpu: &Gpu,
+    ) -> Result<TiledKernel> {
+        let module = Arc::new(module);
+        let fitting = TILES.into_iter().filter(|&tile| block_bytes(tile) <= gpu.block_bytes as usize);
+        let load = |tile: Tile| {
+            let kernel = module.kernel(&format!("{name}_{}x{}", tile.rows, tile.cols), block_bytes(tile))?;
+            Ok((tile, kernel))
+        };
+        let kernels = fitting.map(load).collect::<Result<_>>()?;
+        Ok(TiledKernel { kernels, block_bytes, multiprocessors: gpu.multiprocessors as usize })
+    }
+
+    /// The kernel for a product of so many rows and columns, and its grid.
+    pub(crate) fn of(&self, rows: usize, cols: usize) -> (&Kernel, Grid) {
+        let find = |tile: &Tile| self.kernels.iter().find(|(other, _)| other == tile);
+        let tile = Tile::of(rows, cols, self.multiprocessors, |tile| find(tile).is_some());
+        let (_, kernel) = find(&tile).expect("it is one of those that are there");
+        let blocks = tile.blocks(rows, cols);
+        (kernel, Grid { blocks, threads: THREADS, block_bytes: (self.block_bytes)(tile) })
+    }
+}
+
 impl Gemm {
     /// Loads those tiles that a block has the memory for.
-    pub(crate) fn load(stream: &Arc<Stream>, name: &str, cubin: &[u8], most_bytes: usize) -> Result<Gemm> {
-        let module = Arc::new(stream.module(cubin)?);
-        let tiles = TILES.into_iter().filter(|&rows| block_bytes(rows) <= most_bytes);
-        let tiles =
-            tiles.map(|rows| Ok((rows, module.kernel(&format!("{name}_{rows}"), block_bytes(rows))?)));
-        Ok(Gemm { tiles: tiles.collect::<Result<_>>()? })
+    pub(crate) fn load(stream: &Arc<Stream>, name: &str, cubin: &[u8], gpu: &Gpu) -> Result<Gemm> {
+        Ok(Gemm(TiledKernel::load(stream.module(cubin)?, name, block_bytes, gpu)?))
     }
 
     /// Queues a product.
     pub(crate) fn run(&self, stream: &Stream, op: &'static str, product: Product, onto: Onto) -> Result<()> {
         let Product { x, w, out, rows, cols, depth, x_stride, w_stride, out_stride, scales } = product;
-        let wanted = tile_rows(rows);
-        let (tile_rows, kernel) =
-            self.tiles.iter().find(|(rows, _)| *rows <= wanted).expect("the smallest tile fits every GPU");
-        let blocks = [rows.div_ceil(*tile_rows), cols.div_ceil(COLS), 1];
-        let grid = Grid { blocks, threads: THREADS, block_bytes: block_bytes(*tile_rows) };
+        let (kernel, grid) = self.0.of(rows, cols);
         let u32_of = |value: usize| Argument::U32(value as u32);
         let mut arguments = vec![
             out,
@@ -97,20 +164,40 @@ impl Gemm {
     }
 }
 
-/// Rows of the tile that wastes least.
-pub(crate) fn tile_rows(rows: usize) -> usize {
-    match rows {
-        0..=16 => 16,
-        17..=64 => 64,
-        _ => 128,
-    }
-}
-
-fn block_bytes(tile_rows: usize) -> usize {
-    STAGES * (x_tile_bytes(tile_rows) + x_tile_bytes(COLS))
+fn block_bytes(tile: Tile) -> usize {
+    tile.steps_at_once() * (step_bytes(tile.rows) + step_bytes(tile.cols))
 }
 
 /// Bytes of a block's memory for a step of so many rows.
-pub(crate) fn x_tile_bytes(rows: usize) -> usize {
+pub(crate) fn step_bytes(rows: usize) -> usize {
     rows * (STEP + 8) * size_of::<u16>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_small_where_large_ones_would_leave_multiprocessors_idle() {
+        let of = |rows, cols| {
+            let Tile { rows, cols } = Tile::of(rows, cols, 132, |_| true);
+            [rows, cols]
+        };
+        // k and v of Ultra and of Super.
+        assert_eq!([of(64, 2048), of(128, 2048), of(128, 1024)], [[64, 32]; 3]);
+        // More rows, or more columns, are enough blocks of larger ones.
+        assert_eq!([of(256, 2048), of(512, 2048), of(40, 16_384)], [[64, 128]; 3]);
+        assert_eq!([of(128, 16_384), of(1024, 2048), of(65, 425_984)], [[128, 128]; 3]);
+        assert_eq!([of(1, 64), of(16, 2048)], [[16, 128]; 2]);
+    }
+
+    #[test]
+    fn a_gpu_has_room_for_a_tile_of_any_number_of_rows() {
+        // An RTX 4090 gives a block 99 KB.
+        for rows in [1, 17, 65] {
+            let tile = Tile::of(rows, 1 << 20, 128, |&tile| block_bytes(tile) <= 99 << 10);
+            assert!(tile.rows <= 64, "{tile:?}");
+        }
+        assert!(TILES.map(block_bytes).iter().all(|&bytes| bytes <= 163 << 10), "an A100 has all");
+    }
 }

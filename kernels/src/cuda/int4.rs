@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use super::gemm::{self, Onto, TILES};
+use super::gemm::{self, Onto, Tile, TiledKernel};
+use super::gpu::Gpu;
 use super::program::{self, Source};
 use super::stream::{Argument, Grid, Kernel, Memory, Stream};
 use super::u32_of;
@@ -41,7 +42,7 @@ pub(crate) struct Int4Kernels {
     quantize_bf16: Kernel,
     quantize_f32: Kernel,
     shuffle: Kernel,
-    tiles: Vec<(usize, Kernel)>,
+    gemm: TiledKernel,
     stream: Arc<Stream>,
 }
 
@@ -127,22 +128,19 @@ impl Int4 {
 }
 
 impl Int4Kernels {
-    /// Loads those that a block has the memory for.
+    /// Loads those that a block of the GPU has the memory for.
     pub(crate) fn load(
         stream: &Arc<Stream>,
         cubin: impl Fn(Source) -> Result<Vec<u8>>,
-        most_bytes: usize,
+        gpu: &Gpu,
     ) -> Result<Int4Kernels> {
         let quantize = Arc::new(stream.module(&cubin(program::QUANTIZE_INT4)?)?);
-        let products = Arc::new(stream.module(&cubin(program::GEMM_INT4)?)?);
-        let tiles = TILES.into_iter().filter(|&rows| block_bytes(rows) <= most_bytes);
-        let tile =
-            |rows: usize| Ok((rows, products.kernel(&format!("gemm_int4_{rows}"), block_bytes(rows))?));
+        let products = stream.module(&cubin(program::GEMM_INT4)?)?;
         Ok(Int4Kernels {
             quantize_bf16: quantize.kernel("quantize_int4_bf16", 0)?,
             quantize_f32: quantize.kernel("quantize_int4_f32", 0)?,
             shuffle: Arc::new(stream.module(&cubin(program::SHUFFLE_INT4)?)?).kernel("shuffle_int4", 0)?,
-            tiles: tiles.map(tile).collect::<Result<_>>()?,
+            gemm: TiledKernel::load(products, "gemm_int4", block_bytes, gpu)?,
             stream: Arc::clone(stream),
         })
     }
@@ -218,9 +216,7 @@ impl Int4Kernels {
         let Int4 { shape, words, scales, zeros, has_f16_scales } = w;
         let first = columns.start;
         assert!(first.is_multiple_of(TILE_COLS) && columns.end <= shape.rows, "{columns:?} of {shape:?}");
-        let wanted = gemm::tile_rows(rows);
-        let (tile_rows, kernel) =
-            self.tiles.iter().find(|(rows, _)| *rows <= wanted).expect("the smallest tile fits every GPU");
+        let (kernel, grid) = self.gemm.of(rows, columns.len());
         let tile_bytes = shape.k_tiles() * TILE_WORDS * size_of::<u32>();
         let arguments = [
             out,
@@ -238,16 +234,15 @@ impl Int4Kernels {
             u32_of(columns.len()),
             onto.mode(),
         ];
-        let blocks = [rows.div_ceil(*tile_rows), columns.len().div_ceil(gemm::COLS), 1];
-        let grid = Grid { blocks, threads: gemm::THREADS, block_bytes: block_bytes(*tile_rows) };
         // SAFETY: x has `rows` rows of its stride, padded with zeros to chunks, w these rows, and out `rows` of as many columns:
         // their shapes have been checked.
         unsafe { self.stream.launch(op, kernel, grid, &arguments) }
     }
 }
 
-fn block_bytes(tile_rows: usize) -> usize {
-    gemm::STAGES * (gemm::x_tile_bytes(tile_rows) + gemm::COLS / TILE_COLS * TILE_WORDS * size_of::<u32>())
+fn block_bytes(tile: Tile) -> usize {
+    let w_bytes = tile.cols / TILE_COLS * TILE_WORDS * size_of::<u32>();
+    tile.steps_at_once() * (gemm::step_bytes(tile.rows) + w_bytes)
 }
 
 #[cfg(test)]

@@ -190,7 +190,6 @@ impl Cuda {
         }
         program::find_kernels(options.libraries.as_deref())?;
         let stream = Stream::open(device)?;
-        let most_bytes = gpu.block_bytes as usize;
         let cubin = |source: Source| source.cubin(options.cubins.as_deref(), &gpu.architecture(), 0);
         let load = |source, name| Arc::new(stream.module(&cubin(source)?)?).kernel(name, 0);
         let [kv_append, rope_append] = match kv {
@@ -210,13 +209,12 @@ impl Cuda {
             logit_stats: load(program::LOGIT_STATS, "logit_stats")?,
             choose: load(program::CHOOSE, "choose")?,
             attention_merge: load(program::ATTENTION_MERGE, "attention_merge")?,
-            gemm: Gemm::load(&stream, "gemm", &cubin(program::GEMM)?, most_bytes)?,
+            gemm: Gemm::load(&stream, "gemm", &cubin(program::GEMM)?, &gpu)?,
         };
         let int4 = (weights == WeightType::Int4Weight)
-            .then(|| Int4Kernels::load(&stream, cubin, most_bytes))
+            .then(|| Int4Kernels::load(&stream, cubin, &gpu))
             .transpose()?;
-        let fp8 =
-            (weights == WeightType::Fp8).then(|| Fp8Kernels::load(&stream, cubin, most_bytes)).transpose()?;
+        let fp8 = (weights == WeightType::Fp8).then(|| Fp8Kernels::load(&stream, cubin, &gpu)).transpose()?;
         // Without the library our own kernel serves; the numeric profile says which does.
         let (libraries, folder) = (options.libraries.as_deref(), options.cubins.as_deref());
         let library = (!options.is_deterministic)

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::cuda::event::Event;
-use crate::cuda::gemm::TILES;
+use crate::cuda::gemm::TILE_ROWS;
 use crate::cuda::stream::Stream;
 use crate::error::Result;
 
@@ -39,7 +39,8 @@ pub(super) struct Mark {
 /// As many pieces as there may be, all of about one size. They begin with a tile of the products, and so at 256 bytes.
 pub(super) fn pieces(rows: usize) -> Vec<Range<usize>> {
     let count = (rows / PIECE_ROWS).max(1);
-    let start = |piece: usize| if piece == count { rows } else { rows * piece / count / TILES[0] * TILES[0] };
+    let start =
+        |piece: usize| if piece == count { rows } else { rows * piece / count / TILE_ROWS * TILE_ROWS };
     (0..count).map(|piece| start(piece)..start(piece + 1)).collect()
 }
 
@@ -103,7 +104,7 @@ mod tests {
                 Some(rows)
             );
             assert!(
-                pieces.iter().all(|piece| piece.len() >= PIECE_ROWS && piece.start.is_multiple_of(TILES[0]))
+                pieces.iter().all(|piece| piece.len() >= PIECE_ROWS && piece.start.is_multiple_of(TILE_ROWS))
             );
         }
     }

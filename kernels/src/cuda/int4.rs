@@ -1,11 +1,13 @@
 //! Weights of 4 bits: how they lie (`cu/int4.cuh`), how they are made (`cu/quantize_int4.cu`), and products with them
 //! (`cu/gemm_int4.cu`).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::gemm::{self, Onto, Tile, TiledKernel};
 use super::gpu::Gpu;
 use super::program::{self, Source};
+use super::staging::Staging;
 use super::stream::{Argument, Grid, Kernel, Memory, Stream};
 use super::u32_of;
 use crate::backend::Int4Groups;
@@ -81,49 +83,65 @@ impl Int4 {
         Ok(Int4 { shape, words, scales, zeros: None, has_f16_scales: false })
     }
 
-    /// Sends the scales of a checkpoint, and its zeros where it has some.
+    /// Queues the scales of a checkpoint, and its zeros where it has some.
     ///
     /// # Errors
     /// Groups that are no multiple of ours or begin elsewhere, scales that are not of 16 bits.
-    pub(crate) fn send_scales(&mut self, stream: &Arc<Stream>, scales: &Scales<'_>) -> Result<()> {
+    pub(crate) fn send_scales(
+        &mut self,
+        stream: &Arc<Stream>,
+        staging: &mut Staging,
+        scales: &Scales<'_>,
+    ) -> Result<()> {
         let Shape { rows, cols } = self.shape;
-        let problem = match scales.dtype {
-            _ if scales.order.is_some() => Some(format!(
-                "found groups of inputs that do not lie side by side, expected groups of whole {GROUP} inputs"
-            )),
-            _ if scales.group < cols && !scales.group.is_multiple_of(GROUP) => {
-                Some(format!("found groups of {}, expected groups of whole {GROUP} inputs", scales.group))
-            }
-            _ if !scales.first[1].is_multiple_of(GROUP) => {
-                Some(format!("found columns from {} on, expected a multiple of {GROUP}", scales.first[1]))
-            }
-            ViewDtype::Bf16 | ViewDtype::F16 => None,
-            _ => Some("found scales in f32, expected bf16 or f16".to_owned()),
-        };
-        if let Some(problem) = problem {
-            return Err(Error::Unsupported(format!(
-                "weights of 4 bits: {problem}\nhint: [model] dtype = \"bf16\" takes them"
-            )));
-        }
-        let places = || (0..cols).step_by(GROUP).flat_map(|col| (0..rows).map(move |row| (row, col)));
-        let put = |halves: &mut [u16], values: &mut dyn Iterator<Item = u16>| {
-            let stride = self.shape.stride();
-            halves
-                .chunks_mut(stride)
-                .for_each(|group| group[..rows].fill_with(|| values.next().expect("one for each")));
-        };
-        let mut halves = vec![0u16; self.shape.scale_bytes() / size_of::<u16>()];
-        put(&mut halves, &mut places().map(|(row, col)| scales.bits(row, col)));
+        check_scales(scales, cols)?;
+        let shape = [cols.div_ceil(GROUP), self.shape.stride()];
+        staging.send_rows(shape, &mut self.scales, 0, of_groups(rows, |row, col| scales.bits(row, col)))?;
         self.has_f16_scales = scales.dtype == ViewDtype::F16;
-        stream.upload("scales", bytemuck::cast_slice(&halves), &mut self.scales, 0)?;
         if scales.zeros.is_some() {
+            let mut zeros = stream.allocate("zeros", self.shape.scale_bytes())?;
             // 128 and the integer in bf16.
-            put(&mut halves, &mut places().map(|(row, col)| 0x4300 | u16::from(scales.zero(row, col))));
-            let mut zeros = stream.allocate("zeros", size_of_val(&halves[..]))?;
-            stream.upload("zeros", bytemuck::cast_slice(&halves), &mut zeros, 0)?;
+            let of = |row, col| 0x4300 | u16::from(scales.zero(row, col));
+            staging.send_rows(shape, &mut zeros, 0, of_groups(rows, of))?;
             self.zeros = Some(zeros);
         }
         Ok(())
+    }
+}
+
+/// What fills a row for each group with what `of` gives for each of so many rows of the matrix, at the group's first column, and with
+/// zeros behind them.
+fn of_groups(
+    num_rows: usize,
+    of: impl Fn(usize, usize) -> u16 + Sync,
+) -> impl Fn(usize, Range<usize>, &mut [u16]) + Sync {
+    move |group, rows, out| {
+        for (row, out) in rows.zip(out) {
+            *out = if row < num_rows { of(row, group * GROUP) } else { 0 };
+        }
+    }
+}
+
+/// Whether scales of a matrix of so many columns can be kept as they are.
+fn check_scales(scales: &Scales<'_>, cols: usize) -> Result<()> {
+    let problem = match scales.dtype {
+        _ if scales.order.is_some() => Some(format!(
+            "found groups of inputs that do not lie side by side, expected groups of whole {GROUP} inputs"
+        )),
+        _ if scales.group < cols && !scales.group.is_multiple_of(GROUP) => {
+            Some(format!("found groups of {}, expected groups of whole {GROUP} inputs", scales.group))
+        }
+        _ if !scales.first[1].is_multiple_of(GROUP) => {
+            Some(format!("found columns from {} on, expected a multiple of {GROUP}", scales.first[1]))
+        }
+        ViewDtype::Bf16 | ViewDtype::F16 => None,
+        _ => Some("found scales in f32, expected bf16 or f16".to_owned()),
+    };
+    match problem {
+        None => Ok(()),
+        Some(problem) => Err(Error::Unsupported(format!(
+            "weights of 4 bits: {problem}\nhint: [model] dtype = \"bf16\" takes them"
+        ))),
     }
 }
 
@@ -150,7 +168,7 @@ impl Int4Kernels {
     pub(crate) fn quantize(
         &self,
         from: (&Memory, ViewDtype, usize),
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         to: &mut Int4,
     ) -> Result<()> {
         const OP: &str = "quantize";
@@ -182,7 +200,7 @@ impl Int4Kernels {
     pub(crate) fn shuffle(
         &self,
         (source, stride): (&Memory, usize),
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         to: &mut Int4,
     ) -> Result<()> {
         const OP: &str = "shuffle";
@@ -209,7 +227,7 @@ impl Int4Kernels {
         op: &'static str,
         (x, rows, x_stride): (Argument, usize, usize),
         w: &Int4,
-        columns: std::ops::Range<usize>,
+        columns: Range<usize>,
         out: Argument,
         onto: Onto,
     ) -> Result<()> {

@@ -63,21 +63,33 @@ impl Staging {
         to: &mut Memory,
         at: usize,
     ) -> Result<()> {
-        let row_bytes = stride * size_of::<T>();
+        self.send_rows([view.rows, stride], to, at, |row, columns, out: &mut [T]| {
+            read(view, row, columns, out)
+        })
+    }
+
+    /// Queues `[rows, cols]` numbers, behind `at` numbers. `put` writes some columns of a row, from several threads.
+    pub(crate) fn send_rows<T: bytemuck::Pod + Send>(
+        &mut self,
+        [rows, cols]: [usize; 2],
+        to: &mut Memory,
+        at: usize,
+        put: impl Fn(usize, Range<usize>, &mut [T]) + Sync,
+    ) -> Result<()> {
         // A row that is longer than a buffer goes in parts, several shorter ones go together.
         let part = BUFFER_BYTES / size_of::<T>();
-        let rows_at_once = (BUFFER_BYTES / row_bytes.max(1)).max(1);
-        for first in (0..view.rows).step_by(rows_at_once) {
-            let rows = first..(first + rows_at_once).min(view.rows);
-            for column in (0..stride).step_by(part) {
-                let columns = column..(column + part).min(stride);
+        let rows_at_once = (part / cols.max(1)).max(1);
+        for first in (0..rows).step_by(rows_at_once) {
+            let rows = first..(first + rows_at_once).min(rows);
+            for column in (0..cols).step_by(part) {
+                let columns = column..(column + part).min(cols);
                 let buffer = &mut self.buffers[self.next];
                 self.next = 1 - self.next;
                 let numbers = buffer.room(rows.len() * columns.len())?;
-                fill::<T>(&self.pool, &view.rows(rows.clone()), columns.clone(), numbers);
+                fill(&self.pool, first, columns.clone(), numbers, &put);
                 buffer.send(
                     to,
-                    (at + rows.start * stride + columns.start) * size_of::<T>(),
+                    (at + first * cols + columns.start) * size_of::<T>(),
                     rows.len() * columns.len() * size_of::<T>(),
                 )?;
             }
@@ -86,18 +98,29 @@ impl Staging {
     }
 }
 
-/// Fills numbers with some columns of a view's rows, and with zeros from the view's last column on.
-fn fill<T: Element>(pool: &ThreadPool, view: &TensorView<'_>, columns: Range<usize>, numbers: &mut [T]) {
-    let width = columns.len();
+/// Writes some columns of a view's row, and zeros from the view's last column on.
+fn read<T: Element>(view: &TensorView<'_>, row: usize, columns: Range<usize>, out: &mut [T]) {
     let there = columns.start.min(view.cols)..columns.end.min(view.cols);
+    let (out, rest) = out.split_at_mut(there.len());
+    T::read(&view.rows(row..row + 1).columns(there), out);
+    rest.fill(T::zeroed());
+}
+
+/// Has numbers written that are some columns of rows from `first` on.
+fn fill<T: Send>(
+    pool: &ThreadPool,
+    first: usize,
+    columns: Range<usize>,
+    numbers: &mut [T],
+    put: &(impl Fn(usize, Range<usize>, &mut [T]) + Sync),
+) {
+    let width = columns.len();
     let rows_each = (TASK_BYTES / (width * size_of::<T>())).max(1);
     let tasks: Vec<Mutex<&mut [T]>> = numbers.chunks_mut(rows_each * width).map(Mutex::new).collect();
     pool.for_each(tasks.len(), |task| {
-        for (row, out) in (task * rows_each..).zip(locked(&tasks[task]).chunks_exact_mut(width)) {
-            let (out, rest) = out.split_at_mut(there.len());
-            T::read(&view.rows(row..row + 1).columns(there.clone()), out);
-            rest.fill(T::zeroed());
-        }
+        let rows = first + task * rows_each..;
+        rows.zip(locked(&tasks[task]).chunks_exact_mut(width))
+            .for_each(|(row, out)| put(row, columns.clone(), out));
     });
 }
 
@@ -222,7 +245,7 @@ impl Pinned {
     }
 
     /// So many numbers to be written, when the last copy from here is done.
-    fn room<T: Element>(&mut self, numbers: usize) -> Result<&mut [T]> {
+    fn room<T: bytemuck::Pod>(&mut self, numbers: usize) -> Result<&mut [T]> {
         assert!(numbers * size_of::<T>() <= BUFFER_BYTES, "{numbers} numbers for a buffer");
         self.settle()?;
         // SAFETY: the buffer is that large and aligned to a page, any bits are a number, and nothing else reads or
@@ -267,32 +290,27 @@ mod tests {
                 (0..rows).flat_map(|row| columns.clone().map(move |col| number(row, col))).collect();
             for threads in [1, 2, 5] {
                 let mut numbers = vec![f32::NAN; expected.len()];
-                fill(&ThreadPool::new(&[], threads), &view, columns.clone(), &mut numbers);
+                let pool = ThreadPool::new(&[], threads);
+                fill(&pool, 0, columns.clone(), &mut numbers, &|row, columns, out| {
+                    read(&view, row, columns, out);
+                });
                 assert!(numbers == expected, "{columns:?} by {threads} threads");
             }
         }
     }
 
-    /// How many threads read at this moment, and whoever waits for more of them.
-    static READERS: (Mutex<u32>, Condvar) = (Mutex::new(0), Condvar::new());
-
-    /// Reads nothing, and waits until another thread does so too.
-    impl Element for i16 {
-        fn read(_: &TensorView<'_>, _: &mut [i16]) {
-            let (readers, more) = (&READERS.0, &READERS.1);
-            *locked(readers) += 1;
-            more.notify_all();
-            let waited =
-                more.wait_timeout_while(locked(readers), Duration::from_secs(30), |count| *count < 2);
-            assert!(!waited.unwrap().1.timed_out(), "one thread fills all of a buffer");
-        }
-    }
-
     #[test]
     fn several_threads_fill_a_buffer_at_once() {
-        let cols = TASK_BYTES / size_of::<i16>();
-        let bytes = vec![0; 2 * 2 * cols];
-        let view = TensorView::new(ViewDtype::Bf16, 2, cols, &bytes);
-        fill(&ThreadPool::new(&[], 2), &view, 0..cols, &mut vec![0i16; 2 * cols]);
+        let cols = TASK_BYTES / size_of::<u16>();
+        let (writers, more) = (Mutex::new(0), Condvar::new());
+        // Writes nothing, and waits until another thread is here too.
+        let put = |_: usize, _: Range<usize>, _: &mut [u16]| {
+            *locked(&writers) += 1;
+            more.notify_all();
+            let waited =
+                more.wait_timeout_while(locked(&writers), Duration::from_secs(30), |count| *count < 2);
+            assert!(!waited.unwrap().1.timed_out(), "one thread fills all of a buffer");
+        };
+        fill(&ThreadPool::new(&[], 2), 0, 0..cols, &mut vec![0; 2 * cols], &put);
     }
 }

@@ -85,7 +85,7 @@ impl Cuda {
         let mut matrix = Int4::new(&self.stream, rows, cols)?;
         if let Origin::Host(view @ TensorView { dtype: ViewDtype::Int4, scales: Some(scales), .. }) = &origin
         {
-            matrix.send_scales(&self.stream, scales)?;
+            self.staged(|staging| matrix.send_scales(&self.stream, staging, scales))?;
             let stride = cols.div_ceil(8);
             self.in_parts(rows, stride * size_of::<u32>(), |part, source| {
                 self.send::<f32>(&words(&view.rows(part.clone())), stride, source, 0)?;
@@ -179,11 +179,16 @@ impl Cuda {
         to: &mut Memory,
         at: usize,
     ) -> Result<()> {
+        self.staged(|staging| staging.send::<T>(view, stride, to, at))
+    }
+
+    /// Sends something by pinned buffers, which are made at the first time.
+    fn staged(&self, send: impl FnOnce(&mut Staging) -> Result<()>) -> Result<()> {
         let mut staging = locked(&self.staging);
         if staging.is_none() {
             *staging = Some(Staging::new(&self.stream)?);
         }
-        staging.as_mut().expect("it was made").send::<T>(view, stride, to, at)
+        send(staging.as_mut().expect("it was made"))
     }
 }
 

@@ -353,7 +353,7 @@ pub(crate) fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
         unreachable!("the device is a GPU")
     };
     let Dtypes { weights, kv } = dtypes;
-    Ok(Cuda::new(CudaOptions {
+    let cuda = Cuda::new(CudaOptions {
         device: *index,
         weights,
         kv,
@@ -362,5 +362,9 @@ pub(crate) fn cuda(device: &Device, dtypes: Dtypes) -> Result<Cuda> {
         ffn_columns: Cuda::FFN_COLUMNS,
         libraries: libraries.clone(),
         cubins: cubins.clone(),
-    })?)
+    })?;
+    if let Some(why) = cuda.own_products() {
+        tracing::warn!("cuda:{index}: products are by our own kernel, which is slower: {why}");
+    }
+    Ok(cuda)
 }

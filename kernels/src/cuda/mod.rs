@@ -104,6 +104,7 @@ pub struct Cuda {
     product: Mutex<Memory>,
     /// Nothing where products are our own kernel's.
     library: Option<CublasLt>,
+    own_products: Option<String>,
     /// Where weights are of 4 bits.
     int4: Option<Int4Kernels>,
     /// Where they are in E4M3.
@@ -215,11 +216,7 @@ impl Cuda {
             .then(|| Int4Kernels::load(&stream, cubin, &gpu))
             .transpose()?;
         let fp8 = (weights == WeightType::Fp8).then(|| Fp8Kernels::load(&stream, cubin, &gpu)).transpose()?;
-        // Without the library our own kernel serves; the numeric profile says which does.
-        let (libraries, folder) = (options.libraries.as_deref(), options.cubins.as_deref());
-        let library = (!options.is_deterministic)
-            .then(|| CublasLt::load(&stream, &gpu, libraries, folder))
-            .and_then(Result::ok);
+        let (library, own_products) = product_library(&stream, &gpu, &options);
         Ok(Cuda {
             kernels,
             attention: Mutex::default(),
@@ -232,6 +229,7 @@ impl Cuda {
             arrivals: Stream::open(device)?,
             product: Mutex::new(Memory::none(&stream)),
             library,
+            own_products,
             int4,
             fp8,
             source: Mutex::new(Memory::none(&stream)),
@@ -244,6 +242,11 @@ impl Cuda {
     /// The GPU.
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    /// Why products that cuBLASLt might do are our own kernel's, where they are: it is missing, or does not do them on this device.
+    pub fn own_products(&self) -> Option<&str> {
+        self.own_products.as_deref()
     }
 
     /// Bytes that are free on it.
@@ -270,6 +273,26 @@ impl Cuda {
         let mut memory = self.stream.allocate(op, size_of_val(values))?;
         self.stream.upload(op, bytemuck::cast_slice(values), &mut memory, 0)?;
         Ok(memory)
+    }
+}
+
+/// cuBLASLt, where a row may depend on its batch and the library is there; and what [`Cuda::own_products`] says. Without it our own
+/// kernel serves, and the numeric profile says which does.
+fn product_library(
+    stream: &Arc<Stream>,
+    gpu: &Gpu,
+    options: &CudaOptions,
+) -> (Option<CublasLt>, Option<String>) {
+    if options.is_deterministic {
+        return (None, None);
+    }
+    match CublasLt::load(stream, gpu, options.libraries.as_deref(), options.cubins.as_deref()) {
+        Err(error) => (None, Some(error.to_string())),
+        Ok(library) => {
+            let lacks_fp8 = options.weights == WeightType::Fp8 && !library.takes_fp8().unwrap_or(false);
+            let why = format!("{} has no product of fp8 with a scale for each row on it", library.name());
+            (Some(library), lacks_fp8.then_some(why))
+        }
     }
 }
 

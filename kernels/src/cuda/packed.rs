@@ -142,6 +142,13 @@ mod tests {
     }
 
     #[test]
+    fn ci_compiles_for_what_a_pack_is_for() {
+        let script = include_str!("../../../tools/compile_cubins.py");
+        assert!(script.contains(&format!("\nARCHITECTURES = {ARCHITECTURES:?}\n")));
+        assert!(script.contains(&format!("\nHEAD_DIMS = {HEAD_DIMS:?}\n")));
+    }
+
+    #[test]
     fn keys_tell_source_architecture_and_width_apart_and_not_compilers() {
         let mut keys = Vec::new();
         for source in Source::ALL {

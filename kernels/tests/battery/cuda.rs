@@ -386,6 +386,13 @@ fn plans_of_products_are_kept_on_disk() {
     assert!(!plans().0.contains(&words(9)));
 }
 
+#[test]
+fn where_the_library_does_all_products_there_is_nothing_to_tell() {
+    for mode in [FIXED, FAST, Mode { is_deterministic: false, ..FP8 }] {
+        assert_eq!(Cuda::new(options(Some(emulator()), mode)).unwrap().own_products(), None);
+    }
+}
+
 /// Without cuBLASLt our own kernel serves, and the profile does not speak of it.
 #[test]
 fn products_need_no_library() {
@@ -395,5 +402,7 @@ fn products_need_no_library() {
     }
     let device = device(Some(folder.path().to_owned()), FAST);
     assert_eq!(device.name(), "cuda sm_90a bf16 kv bf16");
+    let why = device.backend.own_products().expect("it is told");
+    assert!(why.starts_with("library missing: libcublasLt"), "{why}");
     matmul::Matmul.check(&device);
 }

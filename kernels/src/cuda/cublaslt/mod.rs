@@ -60,6 +60,10 @@ struct Exact {
     strides: [usize; 3],
 }
 
+/// Shapes that are kept ready: when there are more all are made anew, which takes some calls on the host. A step has some sixteen
+/// products, of as many numbers of rows as micro-batches have.
+const MOST_SHAPES: usize = 4096;
+
 const TIME: &str = "time a product";
 
 /// A shape and its algorithm.
@@ -100,6 +104,31 @@ impl CublasLt {
         format!("cublaslt {}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
     }
 
+    /// Whether the library has an algorithm on this device for products of E4M3 with a scale for each row.
+    ///
+    /// # Errors
+    /// What it refuses to tell.
+    pub(crate) fn takes_fp8(&self) -> Result<bool> {
+        const NUMBERS: usize = 256;
+        let memory = self.stream.allocate("ask cublasLt", NUMBERS * size_of::<f32>())?;
+        let at = memory.start();
+        let product = Product {
+            x: at,
+            w: at,
+            out: at,
+            rows: NUMBERS,
+            cols: NUMBERS,
+            // Of pairs.
+            depth: NUMBERS / 2,
+            x_stride: NUMBERS / 2,
+            w_stride: NUMBERS / 2,
+            out_stride: NUMBERS,
+            scales: Some([at, at]),
+        };
+        let Some(shape) = self.handle.shape(Kind::Fp8, &product)? else { return Ok(false) };
+        Ok(!self.handle.candidates(&shape, 1)?.is_empty())
+    }
+
     /// Queues a product, which `adds` to what is there or takes its place; `false` where the library cannot.
     ///
     /// # Safety
@@ -121,6 +150,9 @@ impl CublasLt {
         if !known.shapes.contains_key(&exact) {
             // SAFETY: the caller vouches for the arrays.
             let prepared = unsafe { self.prepare(&mut known, key, product) }?;
+            if known.shapes.len() >= MOST_SHAPES {
+                known.shapes.clear();
+            }
             known.shapes.insert(exact, prepared);
         }
         let Some(Prepared { shape, algorithm }) = &known.shapes[&exact] else { return Ok(false) };

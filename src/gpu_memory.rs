@@ -19,7 +19,12 @@ use crate::{gpus, text};
 /// a driver's memory falls to pieces.
 const RESERVED_BYTES: u64 = 1 << 30;
 
-/// As that, of small memories: one part in so many.
+/// What NCCL has of a GPU's memory for each other GPU that this one moves numbers to or from. It takes that at the first move, when
+/// pages are long there: buffers of 10 MiB for each of up to 32 channels to receive by, and as much again in all for what it does
+/// not tell. An estimate, as it depends on how GPUs are linked.
+const NCCL_PEER_BYTES: u64 = 512 << 20;
+
+/// As both together, of small memories: one part in so many.
 const RESERVED_SHARE: u64 = 16;
 
 /// What is known of a pipeline's GPUs before its stages are placed.
@@ -32,6 +37,8 @@ pub(crate) struct Question {
     replicas: usize,
     /// By the GPU's index.
     free_bytes: BTreeMap<usize, u64>,
+    /// Whether each stage is a process of its own.
+    are_processes: bool,
     step: StepSize,
     /// Most of a GPU, where contexts are split over them.
     multiprocessors: Option<usize>,
@@ -52,16 +59,15 @@ impl Question {
         gpus::check_alike(pipeline)?;
         let (rows, sequences) = (pipeline.micro_batch_tokens, sequences_per_replica(pipeline));
         let micro_batches = scheduler::in_flight(pipeline.devices_per_replica() as u64) as usize;
-        let arrivals = match pipeline.stages_run_in {
-            StagesRunIn::Processes => micro_batches,
-            StagesRunIn::Threads => 1,
-        };
+        let are_processes = pipeline.stages_run_in == StagesRunIn::Processes;
+        let arrivals = if are_processes { micro_batches } else { 1 };
         Ok(Question {
             config: config.clone(),
             dtypes,
             indices: pipeline.devices.iter().map(|device| device.index).collect(),
             replicas: pipeline.replicas,
             free_bytes: gpus::free_bytes(pipeline)?,
+            are_processes,
             step: StepSize { rows, sequences, context_tokens, micro_batches, arrivals },
             multiprocessors: (!pipeline.deterministic)
                 .then(|| gpus::multiprocessors(pipeline))
@@ -78,19 +84,20 @@ impl Question {
     pub(crate) fn num_pages(&self, stages: &[StageLayout]) -> Result<usize> {
         let step = self.step_of(stages.len());
         let load = |(&index, &free_bytes): (&usize, &u64)| {
-            let mut memory = GpuMemory::default();
+            let (mut memory, mut peers) = (GpuMemory::default(), 0);
             let mut parts = Vec::new();
             for indices in self.indices.chunks(self.indices.len() / self.replicas) {
-                for StageLayout { part, devices: ranks, sharing } in stages {
+                for (stage, StageLayout { part, devices: ranks, sharing }) in stages.iter().enumerate() {
                     let is_here = |(_, other): &(usize, &usize)| **other == index;
                     for (rank, _) in indices[ranks.clone()].iter().enumerate().filter(is_here) {
                         let place = RankPlace { rank, num_ranks: ranks.len() };
                         memory += self.memory(*part, (place, sharing), step);
+                        peers += nccl_peers(self.are_processes, (stage, stages.len()), place);
                         parts.push(*part);
                     }
                 }
             }
-            GpuLoad { index, free_bytes, parts, memory }
+            GpuLoad { index, free_bytes, parts, memory, nccl_peers: peers }
         };
         num_pages(
             &self.free_bytes.iter().map(load).collect::<Vec<_>>(),
@@ -134,17 +141,28 @@ impl Question {
         GpuMemory::of(&self.config, part, shard, self.dtypes, (step, self.multiprocessors))
     }
 
-    /// The same with nothing taken off.
+    /// The same with nothing taken off, of GPUs that host a stage in the middle and share it with nobody.
     pub(crate) fn usable(&self) -> Vec<u64> {
         let is_first = |(at, index): &(usize, &usize)| !self.indices[..*at].contains(index);
         let named = self.indices.iter().enumerate().filter(is_first);
-        named.map(|(_, index)| usable(self.free_bytes[index])).collect()
+        let peers = nccl_peers(self.are_processes, (1, 3), RankPlace::ALONE);
+        named.map(|(_, index)| usable(self.free_bytes[index], peers)).collect()
     }
 }
 
-/// What is left of free memory beside the reserve.
-fn usable(free_bytes: u64) -> u64 {
-    free_bytes - RESERVED_BYTES.min(free_bytes / RESERVED_SHARE)
+/// Other GPUs that a rank moves numbers to or from by NCCL: the ranks beside it, and, of a stage's first one, those of the stages before
+/// and behind it, where stages are processes.
+fn nccl_peers(are_processes: bool, (stage, num_stages): (usize, usize), place: RankPlace) -> u64 {
+    let hops = match are_processes && place.rank == 0 {
+        true => u64::from(stage > 0) + u64::from(stage + 1 < num_stages),
+        false => 0,
+    };
+    place.num_ranks as u64 - 1 + hops
+}
+
+/// What is left of free memory beside the reserve, of a GPU that NCCL joins to so many others.
+fn usable(free_bytes: u64, nccl_peers: u64) -> u64 {
+    free_bytes - (RESERVED_BYTES + nccl_peers * NCCL_PEER_BYTES).min(free_bytes / RESERVED_SHARE)
 }
 
 /// A GPU and the stages that it hosts.
@@ -158,6 +176,8 @@ struct GpuLoad {
     parts: Vec<Part>,
     /// What they take together.
     memory: GpuMemory,
+    /// How many other GPUs NCCL joins them to.
+    nccl_peers: u64,
 }
 
 /// How many tokens of keys and values a job wants.
@@ -187,7 +207,7 @@ fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result
                 text::bytes(pages as u64 * gpu.memory.page_bytes),
                 gpu.index,
                 text::bytes(gpu.left()),
-                gpu.spans()
+                gpu.spans_and_nccl()
             );
         }
         return Ok(pages);
@@ -207,7 +227,7 @@ fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result
             text::bytes(least as u64 * fullest.memory.page_bytes),
             fullest.index,
             text::bytes(fullest.left()),
-            fullest.spans(),
+            fullest.spans_and_nccl(),
             pages / num_lanes * PAGE_TOKENS
         );
     }
@@ -216,7 +236,12 @@ fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result
 
 impl GpuLoad {
     fn usable(&self) -> u64 {
-        usable(self.free_bytes)
+        usable(self.free_bytes, self.nccl_peers)
+    }
+
+    /// Bytes that are left to NCCL.
+    fn nccl_bytes(&self) -> u64 {
+        usable(self.free_bytes, 0) - self.usable()
     }
 
     fn pages(&self) -> usize {
@@ -234,13 +259,17 @@ impl GpuLoad {
             return Ok(());
         }
         bail!(
-            "{} on cuda:{} take {} of weights and {} to work in, and {} of its memory are free\n\
+            "{} on cuda:{} take {} of weights and {} to work in, and {} of its memory are free{}\n\
              hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages",
             self.spans(),
             self.index,
             text::bytes(self.memory.weight_bytes),
             text::bytes(needed - self.memory.weight_bytes),
-            text::bytes(usable)
+            text::bytes(usable),
+            match self.nccl_bytes() {
+                0 => String::new(),
+                bytes => format!(" beside {} for NCCL", text::bytes(bytes)),
+            }
         )
     }
 
@@ -252,6 +281,14 @@ impl GpuLoad {
             write!(text, "{joint}{part}").expect("a text takes what is written");
         }
         text
+    }
+
+    /// Such as `blocks [0, 14) and 1.1 GB for NCCL`.
+    fn spans_and_nccl(&self) -> String {
+        match self.nccl_bytes() {
+            0 => self.spans(),
+            bytes => format!("{} and {} for NCCL", self.spans(), text::bytes(bytes)),
+        }
     }
 }
 
@@ -276,6 +313,7 @@ mod tests {
             replicas: 1,
             free_bytes: BTreeMap::from([(0, 140 * GB), (1, 140 * GB)]),
             step: StepSize { rows: 2048, sequences, context_tokens, micro_batches, arrivals: 1 },
+            are_processes: false,
             multiprocessors: None,
             wanted: WantedTokens { kv_cache_tokens: KvCacheTokens::Auto, context_tokens, sequences },
         }
@@ -297,7 +335,7 @@ mod tests {
         let memory =
             GpuMemory { weight_bytes: 90 * GB, work_bytes: 10 * GB, page_bytes: 1_000_000, num_caches: 0 };
         let parts = vec![Span { start: 0, end: 14 }.into()];
-        GpuLoad { index, free_bytes, parts, memory }
+        GpuLoad { index, free_bytes, parts, memory, nccl_peers: 0 }
     }
 
     fn wanted(kv_cache_tokens: KvCacheTokens) -> WantedTokens {
@@ -334,6 +372,30 @@ mod tests {
             "a context of 1000 tokens in each of 3 lanes takes 48.0 MB of KV cache on cuda:0, and 47.0 MB of its memory are \
              free beside blocks [0, 14)\nhint: set [model] max_context_tokens to at most 960, or [pipeline] kv_cache_tokens"
         );
+    }
+
+    #[test]
+    fn nccl_joins_ranks_and_in_processes_neighbours() {
+        let peers = |are_processes, stage, rank, num_ranks| {
+            nccl_peers(are_processes, (stage, 3), RankPlace { rank, num_ranks })
+        };
+        assert_eq!([0, 1, 2].map(|stage| peers(false, stage, 0, 1)), [0; 3]);
+        assert_eq!([0, 1, 2].map(|stage| peers(true, stage, 0, 1)), [1, 2, 1]);
+        assert_eq!([peers(true, 1, 0, 4), peers(true, 1, 1, 4), peers(false, 1, 0, 4)], [5, 3, 3]);
+    }
+
+    #[test]
+    fn what_nccl_takes_at_its_first_move_is_kept_back_and_told() {
+        let joined = |free_bytes| GpuLoad { nccl_peers: 2, ..gpu(1, free_bytes) };
+        let all = 100 * GB + RESERVED_BYTES + 2 * NCCL_PEER_BYTES;
+        assert_eq!(pages(&[joined(all + GB)], KvCacheTokens::Auto), Ok(1000));
+        assert_eq!(
+            pages(&[joined(all + 5_500_000)], KvCacheTokens::Tokens(640)).unwrap_err(),
+            "[pipeline] kv_cache_tokens: 640 take 10.0 MB on cuda:1, and 5.5 MB of its memory are free beside blocks [0, 14) \
+             and 1.1 GB for NCCL"
+        );
+        let error = pages(&[joined(all - GB)], KvCacheTokens::Auto).unwrap_err();
+        assert!(error.contains("99.0 GB of its memory are free beside 1.1 GB for NCCL\nhint"), "{error}");
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! receiver's stage; where one end is gone, what was under way is lost, and whoever starts that stage again knows.
 //!
 //! Between two GPUs activations do not pass here: the sender's greeting names a group of NCCL's, in which both ends meet, and a frame
-//! says what is to come by it. A sender whose receiver is gone leaves the group at once. A receiver whose sender is gone has queues
+//! says what is to come by it, as soon as that is computed: a receiver's queue that waited for it would take multiprocessors from what
+//! it computes. A sender whose receiver is gone leaves the group at once. A receiver whose sender is gone has queues
 //! that wait for numbers, and lets them go on only when all that came by this connection is known to be lost. The connection alone
 //! says who is gone: at both ends a thread hears it while another waits in the group, and calls that one off; and what NCCL says of
 //! an end that dies is no failure of the other's.
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use scheduler::MicroBatch;
-use stages::{Activations, Frame, Gate, GroupExit, GroupId, Rows};
+use stages::{Activations, Frame, Gate, GroupExit, GroupId, Parcel, Rows};
 
 pub(crate) use self::inlet::{Credit, TcpInlet};
 use self::wire::{Content, Moved};
@@ -43,7 +44,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// but a thread that hears of it has yet to be run.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Hears of each micro-batch that has arrived: bytes on the way, and the time since it was pushed.
+/// Hears of each micro-batch that has arrived: bytes on the way, and the time since it was pushed, or, by NCCL, since it was computed.
 pub(crate) type OnHop = Arc<dyn Fn(u64, Duration) + Send + Sync>;
 
 /// Hears why an end is of no more use, once.
@@ -76,7 +77,7 @@ impl Drop for Way {
     }
 }
 
-/// Micro-batches that were sent and have not arrived, in order: when each was pushed, and its bytes.
+/// Micro-batches that were sent and have not arrived, in order: since when each is on its way, and its bytes.
 type UnderWay = Arc<Mutex<VecDeque<(Instant, u64)>>>;
 
 impl TcpLink {
@@ -210,14 +211,20 @@ impl SendingEnd {
                 }
                 Some(activations) => Content::Here(activations.into_host(self.gate.as_ref())?),
             };
+            let parcels: Vec<&Parcel> = parcels.iter().collect();
+            let gpu = gpu.as_mut().filter(|_| !parcels.is_empty());
+            let since = match &gpu {
+                Some(gpu) => gpu.wait_for(&parcels).map(|()| Instant::now())?,
+                None => since,
+            };
             let (frame, body) = wire::encode(&batch, &content);
             let bytes = (stages::FRAME_HEADER_BYTES + body.len()) as u64 + content.moved_bytes();
             lock(&self.under_way).push_back((since, bytes));
             if frame.write(&mut self.stream, &body).is_err() {
                 break;
             }
-            if let Some(gpu) = gpu.as_mut().filter(|_| !parcels.is_empty()) {
-                gpu.send(&parcels.iter().collect::<Vec<_>>())?;
+            if let Some(gpu) = gpu {
+                gpu.send(&parcels)?;
             }
         }
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! Two processes join in a group of two for each hop: the first sends, the second receives, each on a queue of its own for that, in
 //! the order in which the hosts tell each other of what comes. What is sent is a [`Parcel`], and what is received becomes one, so
-//! that a stage takes it over as it does within a process. No host waits for numbers.
+//! that a stage takes it over as it does within a process. The sender's thread for that alone waits until they are computed, and
+//! tells the receiver then; no other host waits for numbers.
 //!
 //! Where the other end is gone, a queue waits for ever until its group is left ([`GroupExit`]), and then goes on with numbers that
 //! are none: who receives may leave only when it is known that nobody wants what comes of them.
@@ -104,6 +105,15 @@ pub struct NcclSender {
 }
 
 impl NcclSender {
+    /// Waits on the host until parcels are computed. The other end should hear of them no sooner: the kernel by which it receives
+    /// spins on multiprocessors, and what it computes meanwhile goes without these.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn wait_for(&self, parcels: &[&Parcel]) -> Result<()> {
+        parcels.iter().try_for_each(|parcel| parcel.ready().wait(OP))
+    }
+
     /// Queues parcels of a micro-batch, behind their being computed; the other end receives as many of the same shapes.
     ///
     /// # Errors

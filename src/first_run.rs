@@ -93,15 +93,16 @@ pub(crate) fn share_blocks(
 pub(crate) fn shapes(stages: &[StageLayout]) -> Vec<StageShape> {
     let shape = |stage: &StageLayout| {
         let Part { blocks, first_column, end_column } = stage.part;
-        let exceptions = stage.sharing.exceptions();
+        let Exceptions { attention_by_sequences, attention_on_first_rank, ffn_on_first_rank } =
+            stage.sharing.exceptions();
         StageShape {
             blocks: [blocks.start, blocks.end],
             first_column,
             end_column,
             ranks: stage.devices.len(),
-            by_sequences: exceptions.attention_by_sequences,
-            attention_on_first_rank: exceptions.attention_on_first_rank,
-            ffn_on_first_rank: exceptions.ffn_on_first_rank,
+            attention_by_sequences,
+            attention_on_first_rank,
+            ffn_on_first_rank,
         }
     };
     stages.iter().map(shape).collect()
@@ -109,7 +110,7 @@ pub(crate) fn shapes(stages: &[StageLayout]) -> Vec<StageShape> {
 
 fn sharing(shape: &StageShape) -> Sharing {
     Sharing::from(Exceptions {
-        attention_by_sequences: shape.by_sequences.clone(),
+        attention_by_sequences: shape.attention_by_sequences.clone(),
         attention_on_first_rank: shape.attention_on_first_rank.clone(),
         ffn_on_first_rank: shape.ffn_on_first_rank.clone(),
     })
@@ -142,7 +143,7 @@ mod tests {
             first_column: 0,
             end_column: None,
             ranks,
-            by_sequences: vec![],
+            attention_by_sequences: vec![],
             attention_on_first_rank: vec![],
             ffn_on_first_rank: vec![],
         }
@@ -155,7 +156,7 @@ mod tests {
     #[test]
     fn stages_that_were_shared_come_back_as_they_were() {
         let shared = StageShape {
-            by_sequences: vec![4, 9],
+            attention_by_sequences: vec![4, 9],
             attention_on_first_rank: vec![5],
             ffn_on_first_rank: vec![4, 7],
             ..stage([0, 30], 2)

@@ -40,9 +40,9 @@ pub struct StageShape {
     pub end_column: Option<usize>,
     /// Devices that share it.
     pub ranks: usize,
-    /// Blocks whose attention these share by sequences.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub by_sequences: Vec<usize>,
+    /// Blocks whose attention these share by sequences, which journals call by a shorter name.
+    #[serde(rename = "by_sequences", default, skip_serializing_if = "Vec::is_empty")]
+    pub attention_by_sequences: Vec<usize>,
     /// Blocks whose attention the first of them has alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub attention_on_first_rank: Vec<usize>,
@@ -122,10 +122,12 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<StageShape>(text).unwrap();
         let earlier =
             read(r#"{"blocks":[0,9],"first_column":0,"end_column":null,"ranks":2,"by_sequences":[4]}"#);
-        assert_eq!(earlier.by_sequences, [4]);
+        assert_eq!(earlier.attention_by_sequences, [4]);
         assert!(earlier.attention_on_first_rank.is_empty() && earlier.ffn_on_first_rank.is_empty());
         let now = StageShape { attention_on_first_rank: vec![1], ffn_on_first_rank: vec![2, 3], ..earlier };
-        assert_eq!(read(&serde_json::to_string(&now).unwrap()), now);
+        let written = serde_json::to_string(&now).unwrap();
+        assert_eq!(read(&written), now);
+        assert!(written.contains(r#""by_sequences":[4]"#), "an earlier program reads {written}");
     }
 
     #[test]

@@ -11,8 +11,9 @@ use configs::{KvCacheTokens, Pipeline, StagesRunIn};
 use scheduler::Span;
 use stages::{Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, Sharing, StepSize};
 
+use crate::lanes::{Lanes, WantedTokens};
 use crate::layout::{self, StageLayout};
-use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
+use crate::lower::sequences_per_replica;
 use crate::{gpus, text};
 
 /// Of a GPU's memory so much is left at most: to kernels that are loaded, captured graphs, libraries' workspaces, and to how
@@ -72,16 +73,16 @@ impl Question {
             multiprocessors: (!pipeline.deterministic)
                 .then(|| gpus::multiprocessors(pipeline))
                 .transpose()?,
-            wanted: WantedTokens { kv_cache_tokens: pipeline.kv_cache_tokens, context_tokens, sequences },
+            wanted: WantedTokens::of(pipeline, context_tokens),
         })
     }
 
-    /// Pages of each replica: a multiple of the stages' lanes, each of which has room for the longest sequence where the job does
-    /// not say how many there are.
+    /// Pages of each replica, in the stages' lanes, each of which has room for the longest sequence where the job does not say how
+    /// many there are.
     ///
     /// # Errors
     /// A GPU that its stages do not fit.
-    pub(crate) fn num_pages(&self, stages: &[StageLayout]) -> Result<usize> {
+    pub(crate) fn lanes(&self, stages: &[StageLayout]) -> Result<Lanes> {
         let step = self.step_of(stages.len());
         let load = |(&index, &free_bytes): (&usize, &u64)| {
             let (mut memory, mut peers) = (GpuMemory::default(), 0);
@@ -99,11 +100,11 @@ impl Question {
             }
             GpuLoad { index, free_bytes, parts, memory, nccl_peers: peers }
         };
-        num_pages(
-            &self.free_bytes.iter().map(load).collect::<Vec<_>>(),
-            self.wanted,
-            layout::num_lanes(stages),
-        )
+        lanes(&self.free_bytes.iter().map(load).collect::<Vec<_>>(), self.wanted, layout::num_lanes(stages))
+    }
+
+    pub(crate) fn wanted(&self) -> WantedTokens {
+        self.wanted
     }
 
     /// The largest step of so many stages, which in threads may be more than devices.
@@ -180,58 +181,36 @@ struct GpuLoad {
     nccl_peers: u64,
 }
 
-/// How many tokens of keys and values a job wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct WantedTokens {
-    kv_cache_tokens: KvCacheTokens,
-    /// Longest sequence.
-    context_tokens: usize,
-    /// Most sequences.
-    sequences: usize,
-}
-
 /// Pages that every GPU has room for, as many in each lane and no more than are of use.
 ///
 /// # Errors
 /// A GPU that its stages, or the pages that must be there, do not fit.
-fn num_pages(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result<usize> {
+fn lanes(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result<Lanes> {
     for gpu in gpus {
         gpu.check_weights()?;
     }
-    let WantedTokens { kv_cache_tokens, context_tokens, sequences } = wanted;
-    if let KvCacheTokens::Tokens(tokens) = kv_cache_tokens {
-        let pages = tokens.div_ceil(PAGE_TOKENS).next_multiple_of(num_lanes);
-        if let Some(gpu) = gpus.iter().find(|gpu| gpu.pages() < pages) {
-            bail!(
-                "[pipeline] kv_cache_tokens: {tokens} take {} on cuda:{}, and {} of its memory are free beside {}",
-                text::bytes(pages as u64 * gpu.memory.page_bytes),
-                gpu.index,
-                text::bytes(gpu.left()),
-                gpu.spans_and_nccl()
-            );
-        }
-        return Ok(pages);
+    let Some(fullest) = gpus.iter().min_by_key(|gpu| gpu.pages()) else {
+        return Ok(wanted.lanes(num_lanes, usize::MAX));
+    };
+    let lanes = wanted.lanes(num_lanes, fullest.pages());
+    let least = wanted.least_pages(num_lanes);
+    if lanes.pages >= least {
+        return Ok(lanes);
     }
-    let of_sequence = context_tokens.div_ceil(PAGE_TOKENS);
-    let whole_lanes = |pages: usize| pages - pages % num_lanes;
-    let most = whole_lanes(MAX_KV_TOKENS / PAGE_TOKENS);
-    let most = of_sequence.saturating_mul(sequences.next_multiple_of(num_lanes)).min(most);
-    let least = of_sequence * num_lanes;
-    let Some(fullest) = gpus.iter().min_by_key(|gpu| gpu.pages()) else { return Ok(most) };
-    let pages = whole_lanes(fullest.pages());
-    if pages < least {
+    let taken = text::bytes((least * num_lanes) as u64 * fullest.memory.page_bytes);
+    let (index, left, spans) = (fullest.index, text::bytes(fullest.left()), fullest.spans_and_nccl());
+    if let KvCacheTokens::Tokens(tokens) = wanted.kv_cache_tokens {
         bail!(
-            "a context of {context_tokens} tokens{} takes {} of KV cache on cuda:{}, and {} of its memory are free beside {}\n\
-             hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
-            if num_lanes == 1 { String::new() } else { format!(" in each of {num_lanes} lanes") },
-            text::bytes(least as u64 * fullest.memory.page_bytes),
-            fullest.index,
-            text::bytes(fullest.left()),
-            fullest.spans_and_nccl(),
-            pages / num_lanes * PAGE_TOKENS
+            "[pipeline] kv_cache_tokens: {tokens} take {taken} on cuda:{index}, and {left} of its memory are free beside {spans}"
         );
     }
-    Ok(most.min(pages))
+    bail!(
+        "a context of {} tokens{} takes {taken} of KV cache on cuda:{index}, and {left} of its memory are free beside {spans}\n\
+         hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
+        wanted.context_tokens,
+        if num_lanes == 1 { String::new() } else { format!(" in each of {num_lanes} lanes") },
+        lanes.row_tokens()
+    )
 }
 
 impl GpuLoad {
@@ -326,8 +305,8 @@ mod tests {
         let twice: Vec<StageLayout> = (named.iter().zip([0..1, 1..2].iter().cycle()))
             .map(|(stage, devices)| StageLayout { devices: devices.clone(), ..stage.clone() })
             .collect();
-        let pages = question(&[0, 1]).num_pages(&twice).unwrap();
-        assert_eq!(pages, question(&[0, 1, 0, 1]).num_pages(&named).unwrap());
+        let pages = question(&[0, 1]).lanes(&twice).unwrap();
+        assert_eq!(pages, question(&[0, 1, 0, 1]).lanes(&named).unwrap());
     }
 
     /// A GPU with so much free for a stage of 100 GB, whose pages take 1 MB each.
@@ -343,7 +322,7 @@ mod tests {
     }
 
     fn pages(gpus: &[GpuLoad], kv_cache_tokens: KvCacheTokens) -> std::result::Result<usize, String> {
-        num_pages(gpus, wanted(kv_cache_tokens), 1).map_err(|error| error.to_string())
+        lanes(gpus, wanted(kv_cache_tokens), 1).map(Lanes::num_pages).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -360,7 +339,7 @@ mod tests {
     fn each_lane_has_room_for_the_longest_row() {
         let in_lanes = |pages: u64, tokens, num_lanes| {
             let gpus = [gpu(0, 100 * GB + RESERVED_BYTES + pages * 1_000_000)];
-            num_pages(&gpus, wanted(tokens), num_lanes).map_err(|error| error.to_string())
+            lanes(&gpus, wanted(tokens), num_lanes).map(Lanes::num_pages).map_err(|error| error.to_string())
         };
         assert_eq!(in_lanes(50, KvCacheTokens::Auto, 3), Ok(48));
         // Sequences of 16 pages each, of which one lane has no more than another.

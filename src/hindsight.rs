@@ -190,6 +190,8 @@ fn scaled(expected: &[Taken], predicted: &[f64], stages: &[StageWork]) -> Taken 
 
 #[cfg(test)]
 mod tests {
+    use stages::AttentionSharing;
+
     use super::*;
 
     /// Blocks that take so many milliseconds for each token, hops that take one for a micro-batch.
@@ -207,7 +209,13 @@ mod tests {
             RankCosts::new(self.0.iter().map(piece), Extra::default(), Extra::default())
         }
 
-        fn sharing(&self, _: &[PieceShape], _: usize, _: stages::cost::Load) -> Sharing {
+        fn sharing_in(
+            &self,
+            _: &[AttentionSharing],
+            _: &[PieceShape],
+            _: usize,
+            _: stages::cost::Load,
+        ) -> Sharing {
             Sharing::default()
         }
 

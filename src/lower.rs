@@ -11,6 +11,7 @@ use jobs::NumericProfile;
 use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
 use crate::kv_pages::KvPages;
+use crate::lanes::WantedTokens;
 use crate::layout::{self, StageLayout};
 
 use crate::{efficient, gpu_memory, gpus, text};
@@ -70,7 +71,8 @@ impl Unplaced {
             token_feedback,
             pages,
         } = self;
-        (scheduler.num_pages, scheduler.num_lanes) = (pages.num_pages(stages)?, layout::num_lanes(stages));
+        let lanes = pages.lanes(stages)?;
+        (scheduler.num_pages, scheduler.num_lanes) = (lanes.num_pages(), lanes.num_lanes);
         if pages.gpus().is_some() {
             // A CPU has computed its step when it has given it back: there is nothing to go ahead of.
             let is_lone = matches!(stages, [stage] if stage.devices.len() == 1);
@@ -123,8 +125,8 @@ pub(crate) fn pipeline(
         }
         false => {
             let memory = Memory::of(config, dtypes, machine.free_bytes, replicas);
-            let num_pages = memory.num_pages(pipeline, context_tokens)?;
-            (KvPages::of_cpus(pipeline, num_pages, context_tokens), None)
+            let room = memory.pages(pipeline.kv_cache_tokens, context_tokens)?;
+            (KvPages::Cpus { wanted: WantedTokens::of(pipeline, context_tokens), room }, None)
         }
     };
     let scheduler = scheduler::Options {
@@ -406,51 +408,38 @@ impl Memory {
         }
     }
 
-    fn num_pages(&self, pipeline: &configs::Pipeline, context_tokens: usize) -> Result<usize> {
+    /// Pages of each replica that there is room for: all that is left beside the weights for as many as the job names, or else a share
+    /// of it. Never less than one context: then an answer would depend on how much memory is free.
+    fn pages(&self, wanted: KvCacheTokens, context_tokens: usize) -> Result<usize> {
         let left = self.free_bytes.saturating_sub(self.weight_bytes);
         if left == 0 {
             let (weights, free) = (text::bytes(self.weight_bytes), text::bytes(self.free_bytes));
             bail!("the weights take {weights}, and {free} of memory are free");
         }
-        let tokens = match pipeline.kv_cache_tokens {
-            KvCacheTokens::Tokens(tokens) => {
-                let needed = tokens as u64 * self.kv_bytes_per_token;
-                if needed > left {
-                    let (needed, left) = (text::bytes(needed), text::bytes(left));
-                    bail!(
-                        "[pipeline] kv_cache_tokens: {tokens} take {needed}, and {left} of memory are free beside the weights"
-                    );
-                }
-                tokens
-            }
-            KvCacheTokens::Auto => self.tokens_with_room(left, pipeline, context_tokens)?,
-        };
-        Ok(tokens.div_ceil(PAGE_TOKENS))
-    }
-
-    /// What `max_sequences` of the longest context need, as far as a share of the memory has room. Never
-    /// less than one context: then an answer would depend on how much memory is free.
-    fn tokens_with_room(
-        &self,
-        left: u64,
-        pipeline: &configs::Pipeline,
-        context_tokens: usize,
-    ) -> Result<usize> {
-        let context = context_tokens.next_multiple_of(PAGE_TOKENS);
-        let wanted = context.saturating_mul(sequences_per_replica(pipeline)).min(MAX_KV_TOKENS);
-        let room = match ((left as f64 * KV_MEMORY_SHARE) as u64).checked_div(self.kv_bytes_per_token) {
-            Some(tokens) => usize::try_from(tokens).unwrap_or(usize::MAX),
+        let page_bytes = self.kv_bytes_per_token * PAGE_TOKENS as u64;
+        let pages_in = |bytes: u64| match bytes.checked_div(page_bytes) {
+            Some(pages) => usize::try_from(pages).unwrap_or(usize::MAX),
             None => usize::MAX, // Without attention there is nothing to keep.
         };
-        if room < context {
-            let kv = text::bytes(context as u64 * self.kv_bytes_per_token);
-            bail!(
-                "a context of {context_tokens} tokens takes {kv} of KV cache, and {} of memory are free beside the \
-                 weights\nhint: set [model] max_context_tokens to at most {room}, or [pipeline] kv_cache_tokens",
-                text::bytes(left)
-            );
+        let bytes_of = |tokens: usize| text::bytes(tokens.div_ceil(PAGE_TOKENS) as u64 * page_bytes);
+        let (tokens, room) = match wanted {
+            KvCacheTokens::Tokens(tokens) => (tokens, pages_in(left)),
+            KvCacheTokens::Auto => (context_tokens, pages_in((left as f64 * KV_MEMORY_SHARE) as u64)),
+        };
+        if room >= tokens.div_ceil(PAGE_TOKENS) {
+            return Ok(room);
         }
-        Ok(wanted.min(room / PAGE_TOKENS * PAGE_TOKENS))
+        let (needed, left) = (bytes_of(tokens), text::bytes(left));
+        match wanted {
+            KvCacheTokens::Tokens(_) => bail!(
+                "[pipeline] kv_cache_tokens: {tokens} take {needed}, and {left} of memory are free beside the weights"
+            ),
+            KvCacheTokens::Auto => bail!(
+                "a context of {context_tokens} tokens takes {needed} of KV cache, and {left} of memory are free beside the \
+                 weights\nhint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
+                room * PAGE_TOKENS
+            ),
+        }
     }
 }
 

@@ -15,6 +15,7 @@ mod hindsight;
 mod inspect;
 mod interrupt;
 mod kv_pages;
+mod lanes;
 mod layout;
 mod live_trace;
 mod lower;

@@ -158,7 +158,7 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
         SplitBlocks::All => &[],
     };
     question.share_blocks(&mut stages, first);
-    question.pages.check_rows(&stages, pipeline.kv_cache_tokens, options.context_tokens)?;
+    question.pages.check_rows(&stages)?;
     let (seconds, source) = (question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();

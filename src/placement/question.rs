@@ -7,7 +7,7 @@ mod words;
 use std::sync::Arc;
 
 use anyhow::Result;
-use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype, KvCacheTokens};
+use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype};
 use jobs::StageShape;
 use scheduler::{Span, in_flight};
 use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
@@ -17,7 +17,8 @@ use stages::{Model, PAGE_TOKENS, Part, Sharing};
 use super::{Kept, Source, neighbours};
 use crate::cli::LengthsArg;
 use crate::first_run::share_blocks;
-use crate::kv_pages::{KvPages, KvRoom};
+use crate::kv_pages::KvPages;
+use crate::lanes::{self, Lanes, Worth};
 use crate::layout::{self, StageLayout};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{Setting, roofline};
@@ -72,10 +73,6 @@ pub(super) struct Question {
     pieces: Vec<PieceShape>,
     /// Most rows in flight in a replica.
     max_sequences: u64,
-    /// Most tokens of one, for which there is always room.
-    context_tokens: u64,
-    /// As many tokens as a replica is to have room for, where the job says.
-    kv_tokens: Option<u64>,
     pub(super) pages: KvPages,
 }
 
@@ -106,6 +103,9 @@ impl Question {
             catalog,
             devices: own.list.clone(),
             rooms: None,
+            shared_room: pages.shared_room(pipeline.replicas),
+            context_tokens: options.context_tokens,
+            kv_cache_tokens: pipeline.kv_cache_tokens,
             types,
             is_kv_type_given: pipeline.kv_cache_dtype != KvCacheDtype::Auto,
             mix,
@@ -117,6 +117,7 @@ impl Question {
             replicas: if own.list.group(pipeline.replicas).is_some() { pipeline.replicas } else { 1 },
             tensor_parallel: pipeline.tensor_parallel.clone(),
             split_blocks: pipeline.split_blocks,
+            may_share_sequences: true,
             column_cuts: match layout::sum_cut(options.dtypes.weights, pipeline) {
                 Some(_) => pipeline.column_cuts,
                 None => ColumnCuts::Off,
@@ -131,24 +132,10 @@ impl Question {
         let first = Setting {
             devices: own.first_of(replicas),
             tokens_in_flight: Some(max_sequences.saturating_mul(mix.kv_tokens_per_row)),
+            shared_room: pages.shared_room(1),
             ..setting.clone()
         };
-        let context_tokens = options.context_tokens as u64;
-        let kv_tokens = match pipeline.kv_cache_tokens {
-            KvCacheTokens::Tokens(tokens) => Some(tokens as u64),
-            KvCacheTokens::Auto => None,
-        };
-        Ok(Question {
-            setting,
-            first,
-            own,
-            replicas,
-            pieces,
-            max_sequences,
-            context_tokens,
-            kv_tokens,
-            pages,
-        })
+        Ok(Question { setting, first, own, replicas, pieces, max_sequences, pages })
     }
 
     /// Rows of a micro-batch in the middle of the job, of so many sequences on so many stages.
@@ -158,8 +145,9 @@ impl Question {
 
     /// Sequences in flight in a replica: as many as the job allows, and as its GPUs have room for.
     fn sequences(&self, stages: &[StageLayout]) -> u64 {
-        let pages = self.pages.gpus().and_then(|gpus| gpus.num_pages(stages).ok());
-        let room = pages.map_or(u64::MAX, |pages| self.sequences_of((pages * PAGE_TOKENS) as u64));
+        let lanes = self.pages.gpus().and_then(|gpus| gpus.lanes(stages).ok());
+        let room =
+            lanes.map_or(u64::MAX, |lanes| self.sequences_of((lanes.num_pages() * PAGE_TOKENS) as u64));
         self.max_sequences.min(room)
     }
 
@@ -206,40 +194,36 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// Decides how ranks share blocks: as in the `first` run, in stages that were there just so; others as is fastest, or by heads
-    /// and by columns where that would leave room for shorter rows: the lanes of all stages together may be too short where those
-    /// of each alone are not.
+    /// Decides how ranks share blocks: as in the `first` run, in stages that were there just so; others as is fastest, with no
+    /// sequences shared out where the lanes of all stages together are too short: see [`lanes`].
     pub(super) fn share_blocks(&self, stages: &mut [StageLayout], first: &[StageShape]) {
         let load = self.load(stages);
-        let mut by_heads = stages.to_vec();
-        share_blocks(&mut by_heads, first, |_| Sharing::default());
-        share_blocks(stages, first, |stage| self.sharing(stage, load));
-        let longest = |stages: &[StageLayout]| self.room(stages).map(|(longest, _)| longest);
-        if longest(stages) < longest(&by_heads) {
-            stages.clone_from_slice(&by_heads);
+        let shared = |setting: &Setting| {
+            let mut shared = stages.to_vec();
+            share_blocks(&mut shared, first, |stage| self.sharing(setting, stage, load));
+            shared
+        };
+        let heads = || Some(shared(&self.setting.without_sequences()));
+        let worth = |stages: &Vec<StageLayout>| self.worth(stages);
+        let context_tokens = self.setting.context_tokens;
+        stages.clone_from_slice(&lanes::choose(shared(&self.setting), heads, context_tokens, worth));
+    }
+
+    fn worth(&self, stages: &[StageLayout]) -> Worth {
+        let lanes = self.pages.lanes(stages).ok();
+        Worth {
+            num_lanes: layout::num_lanes(stages),
+            row_tokens: lanes.map(Lanes::row_tokens),
+            speed: self.speed_as_shared(stages),
         }
     }
 
-    /// Tokens of the longest row that stages leave room for, and sequences; none where they do not fit.
-    fn room(&self, stages: &[StageLayout]) -> Option<(u64, u64)> {
-        let KvRoom { tokens, row_tokens } = self.pages.room(stages)?;
-        let sequences = self.sequences_of(tokens as u64).min(self.max_sequences);
-        Some(((row_tokens as u64).min(self.context_tokens), sequences))
-    }
-
-    /// How the ranks of a stage share blocks for such a micro-batch: all that they can by heads and by columns, where what is faster
-    /// would leave room for shorter rows, or for fewer.
-    fn sharing(&self, stage: &StageLayout, load: Load) -> Sharing {
-        let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
-        let (pieces, _) = layout::pieces_of(&self.setting.config, &[stage.part]);
-        let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
-        let sharing = self.setting.sharing(&*costs, &pieces, stage.devices.len(), load);
-        if sharing == Sharing::default() {
-            return sharing;
-        }
-        let room =
-            |sharing: &Sharing| self.room(&[StageLayout { sharing: sharing.clone(), ..stage.clone() }]);
-        if room(&sharing) < room(&Sharing::default()) { Sharing::default() } else { sharing }
+    /// How the ranks of a stage share blocks for such a micro-batch.
+    fn sharing(&self, setting: &Setting, stage: &StageLayout, load: Load) -> Sharing {
+        let (kinds, each) = (setting.kinds(), setting.kind_of_each());
+        let (pieces, _) = layout::pieces_of(&setting.config, &[stage.part]);
+        let costs = setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
+        setting.sharing(&*costs, &pieces, stage.devices.len(), load)
     }
 
     /// Stages whose ranks share blocks as is fastest.
@@ -249,10 +233,10 @@ impl Question {
         stages
     }
 
-    /// What the slowest device takes for all of its stages, those of all replicas, with blocks shared as is fastest.
+    /// What the slowest device takes for all of its stages, those of all replicas.
     fn slowest(&self, stages: &[StageLayout]) -> f64 {
         let mut devices = vec![0.0; self.own.names.len()];
-        let seconds = self.seconds(&self.with_sharing(stages));
+        let seconds = self.seconds(stages);
         for seats in (0..self.replicas).map(|replica| self.seats_of(replica)) {
             for (stage, seconds) in stages.iter().zip(&seconds) {
                 for seat in &seats[stage.devices.clone()] {
@@ -263,8 +247,13 @@ impl Question {
         devices.into_iter().fold(0.0, f64::max)
     }
 
-    /// Rows that decode in a second, in all replicas.
+    /// Rows that decode in a second, in all replicas, with blocks shared as is fastest.
     fn speed(&self, stages: &[StageLayout]) -> f64 {
+        self.speed_as_shared(&self.with_sharing(stages))
+    }
+
+    /// The same with blocks shared as the stages say.
+    fn speed_as_shared(&self, stages: &[StageLayout]) -> f64 {
         let rows = self.rows(self.sequences(stages), stages.len());
         self.replicas as f64 * self.setting.decode_rows(rows) / self.slowest(stages)
     }

@@ -5,9 +5,10 @@ use scheduler::{
     Case, Choice, KvTokens, Load, PlannedStage, Problem, RankCosts, best_layout, faster_layout,
     faster_looped, in_flight, least_bottleneck,
 };
-use stages::Sharing;
 use stages::cost::{Balance, PieceShape};
+use stages::{PAGE_TOKENS, Sharing};
 
+use crate::lanes::{self, Lanes, WantedTokens, Worth};
 use crate::layout::{self, StageLayout, part_of};
 use crate::plan::setting::Setting;
 
@@ -20,6 +21,8 @@ const MOST_DEVICES_PASSED_TWICE: usize = 16;
 /// A layout and what to expect of it, by the roofline.
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {
+    /// One of the replicas, with how its ranks may share blocks.
+    pub(crate) setting: Setting,
     /// In the order of the pipeline. A device that it goes through twice is in two of them.
     pub(crate) stages: Vec<PlannedStage>,
     /// Its largest micro-batch, with what everything costs for it.
@@ -65,7 +68,7 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>)
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
     let (replicas, plan) = plan(setting, &pieces)?;
-    let replica = setting.replica(replicas);
+    let replica = &plan.setting;
     let even = even_split(setting, &pieces);
     let rows = plan.case.rows;
     let balanced = replica.case(&pieces, &replica.widths(), setting.balance, rows);
@@ -73,9 +76,11 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>)
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
-        given: given_stages.map(|stages| Other {
-            over_mean: over_mean(&setting.given_replica(), &pieces, &stages, rows),
-            layout: given(setting, &pieces, stages),
+        given: given_stages.map(|stages| {
+            let layout = given(setting, &pieces, stages.clone());
+            let replica =
+                layout.as_ref().map_or_else(|| setting.given_replica(), |layout| layout.setting.clone());
+            Other { over_mean: over_mean(&replica, &pieces, &stages, rows), layout }
         }),
         even: other(setting, &pieces, even, rows),
         uniform: uniform(setting, &pieces),
@@ -89,6 +94,25 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>)
 
 /// The fastest layout, and how often it is there; none where nothing fits.
 pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Layout)> {
+    in_lanes(setting, pieces, |setting| once_or_twice(setting, pieces))
+}
+
+/// Finds a layout whose ranks share out sequences as they do where it is run: see [`lanes`].
+fn in_lanes(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    find: impl Fn(&Setting) -> Option<(usize, Layout)>,
+) -> Option<(usize, Layout)> {
+    let worth = |(_, layout): &(usize, Layout)| {
+        let lanes = lanes_of(pieces, layout);
+        let speed = layout.tokens_per_second;
+        Worth { num_lanes: lanes.num_lanes, row_tokens: Some(lanes.row_tokens()), speed }
+    };
+    let heads = || find(&setting.without_sequences());
+    Some(lanes::choose(find(setting)?, heads, setting.context_tokens, worth))
+}
+
+fn once_or_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Layout)> {
     let once = replicated(setting, pieces, choose(setting, pieces, &setting.replica_counts())?)?;
     let least = once.1.tokens_per_second * LEAST_GAIN;
     let twice = choose_twice(setting, pieces, &setting.replica_counts(), least);
@@ -98,7 +122,8 @@ pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, L
 
 /// The fastest layout of one pipeline that goes through its devices once; none where nothing fits.
 pub(crate) fn passed_once(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
-    Some(replicated(setting, pieces, choose(setting, pieces, &[1])?)?.1)
+    let find = |setting: &Setting| replicated(setting, pieces, choose(setting, pieces, &[1])?);
+    Some(in_lanes(setting, pieces, find)?.1)
 }
 
 /// The fastest layout of one pipeline that goes through its devices twice, where it may; none where nothing fits.
@@ -108,7 +133,8 @@ pub(crate) fn passed_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<L
 
 /// What given stages come to in all replicas that the job has; none where they do not fit.
 pub(crate) fn given(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>) -> Option<Layout> {
-    replicated(setting, pieces, (setting.replicas, stages)).map(|(_, layout)| layout)
+    let find = |setting: &Setting| replicated(setting, pieces, (setting.replicas, stages.clone()));
+    in_lanes(setting, pieces, find).map(|(_, layout)| layout)
 }
 
 /// Whether anything fits on devices with so many more bytes each.
@@ -233,7 +259,7 @@ fn expect(
     }
     let case = case(within);
     let tokens_per_second = case.rows_per_second(case.problem(&ends).bottleneck(&stages));
-    Some(Layout { tokens_per_second, stages, case })
+    Some(Layout { setting: setting.clone(), tokens_per_second, stages, case })
 }
 
 /// Tokens of KV that the fullest device has room for; none where no stage keeps any.
@@ -247,20 +273,25 @@ pub(crate) fn kv_tokens(layout: &Layout, ends_block: &[bool]) -> Option<u64> {
     layout.stages.iter().filter_map(room).min()
 }
 
-/// Tokens of the longest row that a layout has room for: of a lane; none where no stage keeps any.
-pub(crate) fn row_tokens(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> Option<u64> {
-    kv_tokens(layout, &ends_block(pieces)).map(|tokens| tokens / num_lanes(setting, pieces, layout) as u64)
-}
-
-/// Lanes of KV pages, as a run of the layout has them where they leave it room for its longest row: else it shares heads.
-pub(crate) fn num_lanes(setting: &Setting, pieces: &[PieceShape], layout: &Layout) -> usize {
-    let load = setting.load(layout.case.rows);
+/// Lanes of KV pages, as a run of the layout has them, which keeps no more rows in flight and says how large its cache is as the job
+/// does.
+pub(crate) fn lanes_of(pieces: &[PieceShape], layout: &Layout) -> Lanes {
+    let Layout { setting, stages, case, .. } = layout;
+    let load = setting.load(case.rows);
     let stage = |stage: &PlannedStage| StageLayout {
         part: part_of(pieces, &stage.pieces),
         devices: stage.devices.clone(),
         sharing: sharing(setting, pieces, stage, load),
     };
-    layout::num_lanes(&layout.stages.iter().map(stage).collect::<Vec<_>>())
+    let num_lanes = layout::num_lanes(&stages.iter().map(stage).collect::<Vec<_>>());
+    let room = kv_tokens(layout, &ends_block(pieces)).unwrap_or(u64::MAX);
+    let room = room.min(setting.shared_room.unwrap_or(u64::MAX)) / PAGE_TOKENS as u64;
+    let wanted = WantedTokens {
+        kv_cache_tokens: setting.kv_cache_tokens,
+        context_tokens: setting.context_tokens,
+        sequences: (case.rows * in_flight(stages.len() as u64)) as usize,
+    };
+    wanted.lanes(num_lanes, usize::try_from(room).unwrap_or(usize::MAX))
 }
 
 /// How the ranks of a stage share blocks: as is fastest for the plan's micro-batch.
@@ -318,7 +349,8 @@ fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<La
     let ranks = setting.devices.num_devices();
     let is_possible = setting.kinds().len() == 1 && setting.config.dims.heads.is_multiple_of(ranks);
     let stage = PlannedStage { pieces: 0..pieces.len(), devices: 0..ranks };
-    is_possible.then(|| (ranks, expect(setting, pieces, &[ranks], vec![stage])))
+    let find = |setting: &Setting| Some((1, expect(setting, pieces, &[ranks], vec![stage.clone()])?));
+    is_possible.then(|| (ranks, in_lanes(setting, pieces, find).map(|(_, layout)| layout)))
 }
 
 /// The slowest device over the mean for the blocks alone, without embedding, head, hops or limits of memory:

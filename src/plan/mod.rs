@@ -25,7 +25,7 @@ use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, LengthsArg, PlanArgs, PlanDtype, SettingArgs};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{MAX_TOKENS, Setting, roofline};
-use crate::{gpus, layout, machine, picture, placement, profile};
+use crate::{gpus, layout, lower, machine, picture, placement, profile};
 
 pub(crate) use crate::plan::input::{Work, first_rows};
 pub(crate) use crate::plan::lengths::Lengths;
@@ -121,6 +121,7 @@ pub(crate) fn setting(
         }
     };
     setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
+    let context_tokens = lower::context_tokens(&job.model, &config)?;
     let work = Work::of(job, &config, args.sample)?;
     let mix = work.lengths.mix(lengths).context("nothing is generated")?;
     let replicas = job.pipeline.replicas;
@@ -140,8 +141,12 @@ pub(crate) fn setting(
         replicas: if devices.group(replicas).is_some() { replicas } else { 1 },
         devices,
         rooms: None,
+        shared_room: None,
+        context_tokens,
+        kv_cache_tokens: job.pipeline.kv_cache_tokens,
         tensor_parallel: job.pipeline.tensor_parallel.clone(),
         split_blocks: job.pipeline.split_blocks,
+        may_share_sequences: true,
         column_cuts: job.pipeline.column_cuts,
         virtual_stages: layout::virtual_stages(&job.pipeline),
         balance,

@@ -223,11 +223,11 @@ impl Report {
 impl Found {
     fn of(setting: &Setting, answer: &Answer) -> Self {
         let plan = &answer.plan;
-        let replica = &setting.replica(answer.replicas);
+        let replica = &plan.setting;
         let ends = answer::ends_block(&answer.pieces);
         let stages: Vec<StagePart> =
             (0..plan.stages.len()).map(|idx| StagePart::of(replica, answer, &ends, idx)).collect();
-        let row_tokens = answer::row_tokens(replica, &answer.pieces, plan).unwrap_or(u64::MAX);
+        let row_tokens = answer::lanes_of(&answer.pieces, plan).row_tokens() as u64;
         let speed = plan.tokens_per_second;
         let beside = |layout: &Option<Layout>| {
             let other = layout.as_ref().map(|layout| layout.tokens_per_second);

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use configs::{
-    ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, SplitBlocks, TENSOR_PARALLEL_WIDTHS, TensorParallel,
-    VirtualStages,
+    ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, KvCacheTokens, SplitBlocks, TENSOR_PARALLEL_WIDTHS,
+    TensorParallel, VirtualStages,
 };
 use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
 use stages::cost::{
     Balance, Channel, CostModel, Estimator, Load, Measured, NumberType, NumberTypes, PieceShape, Roofline,
     activation_bytes, hop_bytes, pieces,
 };
-use stages::{INT8_BLOCK, ModelConfig, SUM_CUT, Sharing};
+use stages::{AttentionSharing, INT8_BLOCK, ModelConfig, SUM_CUT, Sharing};
 
 use crate::cli::LengthsArg;
 use crate::plan::input::Work;
@@ -40,6 +40,12 @@ pub(crate) struct Setting {
     pub(crate) devices: DeviceList,
     /// What weights, keys and values may have of each device, where more is known than the catalog says.
     pub(crate) rooms: Option<Vec<u64>>,
+    /// Tokens of all replicas together that devices with one memory have room for, where more is known than the catalog says.
+    pub(crate) shared_room: Option<u64>,
+    /// Longest sequence.
+    pub(crate) context_tokens: usize,
+    /// Of each replica.
+    pub(crate) kv_cache_tokens: KvCacheTokens,
     pub(crate) types: NumberTypes,
     /// Whether the job names the type of keys and values, which then stays whatever the weights are.
     pub(crate) is_kv_type_given: bool,
@@ -57,6 +63,8 @@ pub(crate) struct Setting {
     pub(crate) replicas: usize,
     pub(crate) tensor_parallel: TensorParallel,
     pub(crate) split_blocks: SplitBlocks,
+    /// Whether ranks may share out sequences where that is faster.
+    pub(crate) may_share_sequences: bool,
     pub(crate) column_cuts: ColumnCuts,
     pub(crate) virtual_stages: VirtualStages,
     pub(crate) balance: Balance,
@@ -141,6 +149,11 @@ impl Setting {
         Setting { devices, rooms: None, ..self.clone() }
     }
 
+    /// The same where ranks share heads in the place of sequences.
+    pub(crate) fn without_sequences(&self) -> Self {
+        Setting { may_share_sequences: false, ..self.clone() }
+    }
+
     /// How often the model may be there: as often as the devices are groups that are alike. A layout whose widths are given is
     /// there as often as the job says, and a cut that is to be compared with others once.
     pub(crate) fn replica_counts(&self) -> Vec<usize> {
@@ -180,6 +193,7 @@ impl Setting {
             devices,
             rows: share(self.rows),
             tokens_in_flight: share(self.tokens_in_flight),
+            shared_room: self.shared_room.map(|room| room / count as u64),
             ..self.clone()
         }
     }
@@ -305,7 +319,8 @@ impl Setting {
         }
     }
 
-    /// How the devices of a stage of `width` share its blocks, which is for costs to say unless the job says it.
+    /// How the devices of a stage of `width` share its blocks, which is for costs to say unless the job says it, or lanes would be
+    /// too short.
     pub(crate) fn sharing(
         &self,
         costs: &dyn CostModel,
@@ -314,7 +329,8 @@ impl Setting {
         load: Load,
     ) -> Sharing {
         match self.split_blocks {
-            SplitBlocks::Auto => costs.sharing(pieces, width, load),
+            SplitBlocks::Auto if self.may_share_sequences => costs.sharing(pieces, width, load),
+            SplitBlocks::Auto => costs.sharing_in(&AttentionSharing::OF_ANY_PAGE, pieces, width, load),
             SplitBlocks::All => Sharing::default(),
         }
     }

@@ -51,16 +51,14 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
         }
         return Ok(refused);
     };
-    let replica = setting.replica(replicas);
-    let context_tokens = job.model.max_context_tokens.unwrap_or(setting.config.max_position_embeddings);
     let kinds = kinds(&setting)?;
-    let (options, max_tokens) = pipeline::options(&replica, &pieces, &layout, context_tokens, &kinds)?;
-    let most = context_tokens.min(options.lane_tokens() + 1);
+    let (options, max_tokens) = pipeline::options(&pieces, &layout, &kinds)?;
+    let most = setting.context_tokens.min(options.lane_tokens() + 1);
     let in_flight = (options.max_sequences * replicas) as u64;
     let rows = args.rows.or(setting.rows).unwrap_or(DEFAULT_ROUNDS * in_flight);
     let kinds = kinds.into_iter().filter(|kind| (kind.prompt_tokens as usize) < most).collect();
     let draw = LengthDraw { distribution: lengths, seed: args.seed, kinds };
-    let simulation = pipeline::simulation(&replica, &pieces, &layout, options, max_tokens);
+    let simulation = pipeline::simulation(&pieces, &layout, options, max_tokens);
     let names = stage_names(&setting, &pieces, &layout, replicas);
     let simulated = play(
         &simulation,

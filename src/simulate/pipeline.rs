@@ -13,27 +13,19 @@ use crate::plan::answer::{self, Layout};
 use crate::plan::setting::{Setting, hop_seconds};
 use crate::simulate::lengths::Kind;
 
-/// The scheduler's options for a layout and rows of up to `context_tokens`, and the most tokens of any row's output: what
-/// the shortest prompt leaves.
+/// The scheduler's options for a layout, and the most tokens of any row's output: what the shortest prompt leaves.
 ///
 /// # Errors
 /// Where no page, or no prompt, has room.
-pub(super) fn options(
-    setting: &Setting,
-    pieces: &[PieceShape],
-    layout: &Layout,
-    context_tokens: usize,
-    kinds: &[Kind],
-) -> Result<(Options, u32)> {
-    let rows = layout.case.rows;
+pub(super) fn options(pieces: &[PieceShape], layout: &Layout, kinds: &[Kind]) -> Result<(Options, u32)> {
+    let setting = &layout.setting;
+    let (rows, context_tokens) = (layout.case.rows, setting.context_tokens);
     let num_stages = layout.stages.len();
     let max_sequences = (rows * in_flight(num_stages as u64)) as usize;
-    let num_lanes = answer::num_lanes(setting, pieces, layout);
-    let row_tokens = answer::row_tokens(setting, pieces, layout);
-    let lane_pages = lane_pages(max_sequences.div_ceil(num_lanes), context_tokens, row_tokens);
+    let lanes = answer::lanes_of(pieces, layout);
     let shortest = kinds.iter().map(|kind| kind.prompt_tokens).min().unwrap_or(1);
     let prompt_tokens = shortest as usize;
-    let lane_tokens = lane_pages * PAGE_TOKENS;
+    let lane_tokens = lanes.row_tokens();
     if lane_tokens < prompt_tokens {
         bail!("a row has room for {lane_tokens} tokens of KV, a prompt has {prompt_tokens}");
     }
@@ -44,8 +36,8 @@ pub(super) fn options(
         num_stages,
         micro_batch_tokens: setting.load(rows).tokens().ceil() as usize,
         max_sequences,
-        num_pages: lane_pages * num_lanes,
-        num_lanes,
+        num_pages: lanes.num_pages(),
+        num_lanes: lanes.num_lanes,
         page_tokens: PAGE_TOKENS,
         context_tokens,
         efficient_tokens: efficient::tokens((first.as_str(), setting.kinds()[0]), setting.types.weights),
@@ -54,14 +46,6 @@ pub(super) fn options(
         is_ahead: false,
     };
     Ok((options, u32::try_from(max_tokens).unwrap_or(u32::MAX)))
-}
-
-/// Pages of a lane that has so many sequences: as many as there is room for, and no more than they could fill, which would only
-/// take memory here.
-fn lane_pages(sequences: usize, context_tokens: usize, row_tokens: Option<u64>) -> usize {
-    let fillable = context_tokens.div_ceil(PAGE_TOKENS).saturating_mul(sequences);
-    let room = row_tokens.map(|tokens| usize::try_from(tokens / PAGE_TOKENS as u64).unwrap_or(usize::MAX));
-    room.map_or(fillable, |room| room.min(fillable))
 }
 
 /// Memories from which the stages read their weights: that of the cores of a machine is one, and each other device has its own.
@@ -76,12 +60,12 @@ fn num_memories(setting: &Setting, layout: &Layout) -> usize {
 
 /// The layout as a simulation takes it.
 pub(super) fn simulation<'a>(
-    setting: &'a Setting,
     pieces: &'a [PieceShape],
-    layout: &Layout,
+    layout: &'a Layout,
     options: Options,
     max_tokens: u32,
 ) -> Simulation<'a> {
+    let setting = &layout.setting;
     let load = setting.load(layout.case.rows);
     let stages = layout.stages.iter().map(|stage| virtual_stage(setting, pieces, stage, load)).collect();
     let window = window(options.max_sequences);
@@ -129,19 +113,4 @@ fn measured_stage<'a>(
     let seconds = move |load: Load| measured.step_seconds(pieces, run.clone(), ranks, &sharing, load);
     let device = stage.devices.start;
     VirtualStage { device, seconds: Box::new(seconds), hop_seconds: Box::new(|_| 0.0) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lane_has_whole_rows_as_far_as_there_is_room() {
-        let of_row = 1000_usize.div_ceil(PAGE_TOKENS);
-        // Two sequences in four lanes, and six.
-        for (sequences, rows) in [(2_usize, 1), (6, 2)] {
-            assert_eq!(lane_pages(sequences.div_ceil(4), 1000, None), rows * of_row);
-        }
-        assert_eq!(lane_pages(2, 1000, Some(640)), 640 / PAGE_TOKENS);
-    }
 }

@@ -18,6 +18,14 @@ pub enum AttentionSharing {
     FirstRank,
 }
 
+impl AttentionSharing {
+    /// Every way.
+    pub const ALL: [Self; 3] = [Self::Heads, Self::Sequences, Self::FirstRank];
+
+    /// Those in which a sequence may have any page.
+    pub const OF_ANY_PAGE: [Self; 2] = [Self::Heads, Self::FirstRank];
+}
+
 /// How ranks share a block's FFN half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FfnSharing {

@@ -10,8 +10,8 @@ use stages::profile::{
     Stored, TokenPoint, measure,
 };
 use stages::{
-    BlockSharing, Device, Dtypes, Exceptions, FfnSharing, KvDtype, Model, ModelConfig, SUM_CUT, Sharing,
-    Simd, WeightType, available_cores,
+    AttentionSharing, BlockSharing, Device, Dtypes, Exceptions, FfnSharing, KvDtype, Model, ModelConfig,
+    SUM_CUT, Sharing, Simd, WeightType, available_cores,
 };
 
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
@@ -227,6 +227,7 @@ fn a_job_keeps_its_sharing_of_attention_where_another_would_be_faster() {
         (of_one.exceptions().attention_by_sequences, costs.sharing(&pieces, 2, many)),
         (vec![0, 2], Sharing::default())
     );
+    assert_eq!(costs.sharing_in(&AttentionSharing::OF_ANY_PAGE, &pieces, 2, one), Sharing::default());
     let seconds = |sharing: &Sharing| costs.shared_costs(&pieces, 2, sharing, many).seconds(0..3);
     assert!(seconds(&of_one) > seconds(&Sharing::default()));
     assert_eq!(costs.rank_costs(&pieces, 2, many).seconds(0..3), seconds(&Sharing::default()));

@@ -266,14 +266,29 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     let all = job.anew().set("pipeline.split_blocks=all");
     done(world.run_job(&all, &[]));
     assert_eq!(blocks(&all).0, json!([]), "where the job says that all is split");
-    // Each of four devices has as many pages; a row of 64 tokens has all that it needs on one of them, or heads are shared.
-    for (tokens, pages, is_by_sequences) in [(300, 8, true), (128, 2, false)] {
-        let few = job.anew().set(format!("pipeline.kv_cache_tokens={tokens}"));
+    // Each of four devices has as many pages; the longest row has all that it needs on one of them, or heads are shared.
+    for (context, tokens, pages, is_by_sequences) in
+        [(64, 300, 8, true), (64, 128, 4, true), (128, 257, 8, true), (128, 256, 4, false)]
+    {
+        let sets =
+            [format!("model.max_context_tokens={context}"), format!("pipeline.kv_cache_tokens={tokens}")];
+        let few = sets.iter().fold(job.anew(), |job, set| job.set(set));
         done(world.run_job(&few, &[]));
-        assert_eq!(blocks(&few).0 != json!([]), is_by_sequences, "{tokens}");
+        assert_eq!(blocks(&few).0 != json!([]), is_by_sequences, "{sets:?}");
         let manifest = read_json(&few.out().join("manifest.json"));
         assert_eq!(manifest["plan"]["kv_cache_tokens"], pages * 64);
         assert!(!is_by_sequences || all_lines(&few) == all_lines(&undisturbed), "rows give way to others");
+        // A plan names what the run does, and a simulation plays it: rows of 8 tokens end with their lane, or with the context.
+        let asked = |what| {
+            let sets = sets.iter().flat_map(|set| ["--set", set]);
+            let output = world.ask(what, &["--format", "json"].into_iter().chain(sets).collect::<Vec<_>>());
+            serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
+        };
+        assert_eq!(asked("plan")["stages"][0]["attention_by_sequences"], blocks(&few).0, "{sets:?}");
+        let simulated = asked("simulate");
+        assert_eq!(simulated["pipeline"]["num_pages"], pages, "{sets:?}");
+        let lane_tokens = if is_by_sequences { pages * 64 / 4 } else { pages * 64 };
+        assert_eq!(simulated["lengths"]["max_tokens"], (context - 8).min(lane_tokens - 8 + 1), "{sets:?}");
     }
     done(world.run_job(&job, &["--limit", "8"]));
 
@@ -286,7 +301,8 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
     assert!(all_lines(&job) == all_lines(&undisturbed));
 }
 
-/// Of three ranks and of four, which each have room for the longest row where the other stage does not part it further.
+/// Of three ranks and of four, which each have room for the longest row where the other stage does not part it further. What the
+/// first ranks have stays theirs.
 #[test]
 fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
     let seven =
@@ -294,20 +310,28 @@ fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
     let world = World::with(&[seven, SETS[1], SETS[2], "pipeline.tensor_parallel=[3, 4]"]);
     world.measure();
     price_attention(&world, true);
-    for (tokens, is_by_sequences) in [(12 * 64, true), (4 * 64, false)] {
-        let job = world.job.anew().over((0..20).map(row)).set(format!("pipeline.kv_cache_tokens={tokens}"));
+    price_halves(&world, "ffn", 1.0);
+    let job = world.job.anew().over((0..20).map(row)).set("model.max_context_tokens=128");
+    for (tokens, is_by_sequences) in [(12 * 65, true), (12 * 64, false)] {
+        let job = job.anew().set(format!("pipeline.kv_cache_tokens={tokens}"));
         done(world.run_job(&job, &[]));
         let manifest = read_json(&job.out().join("manifest.json"));
         for stage in manifest["plan"]["stages"].as_array().expect("stages") {
             assert_eq!(stage["attention_by_sequences"] != json!([]), is_by_sequences, "{tokens}: {stage}");
+            assert_ne!(stage["ffn_on_first_rank"], json!([]), "{tokens}: {stage}");
         }
     }
 }
 
 /// Prices halves that ranks share, attention or FFNs, where one device has them for next to nothing.
 fn price_shared(world: &World, halves: &str, seconds: f64) {
+    world.edit(|profile| even_costs(profile, None));
+    price_halves(world, halves, seconds);
+}
+
+/// The same beside whatever else is priced.
+fn price_halves(world: &World, halves: &str, seconds: f64) {
     world.edit(|profile| {
-        even_costs(profile, None);
         let shared = profile["shared"].as_array_mut().unwrap().iter_mut();
         for half in shared.flat_map(|entry| entry["halves"].as_array_mut().unwrap()) {
             // By heads or by sequences.

@@ -84,11 +84,11 @@ impl World {
         let run = self.job.command();
         let mut command = spanwise();
         command.env("SPANWISE_PROFILES", self.store.path()).arg(what).arg(run.get_args().nth(1).unwrap());
-        command.args(["--cost", "measured"]).args(args);
+        command.args(["--cost", "measured"]);
         for set in self.sets.iter().chain(&["plan.prompt_tokens=8", "plan.output_tokens=8"]) {
             command.args(["--set", set]);
         }
-        command.output().unwrap()
+        command.args(args).output().unwrap()
     }
 
     /// Runs the job anew; its plan by the manifest, and what it said.

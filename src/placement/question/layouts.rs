@@ -5,7 +5,7 @@
 //! is fastest with as many as there is room for.
 
 use anyhow::{Context, Result, bail};
-use configs::TensorParallel;
+use configs::{KvCacheTokens, TensorParallel};
 use scheduler::{PlannedStage, least_bottleneck, least_bottleneck_within};
 use stages::cost::{Balance, PieceShape, pieces};
 use stages::{PAGE_TOKENS, Sharing};
@@ -90,10 +90,10 @@ impl Question {
 
     /// From what all sequences keep down to what the longest one takes, or what the job says.
     fn wanted_tokens(&self) -> Vec<u64> {
-        if let Some(tokens) = self.kv_tokens {
-            return vec![tokens];
+        if let KvCacheTokens::Tokens(tokens) = self.setting.kv_cache_tokens {
+            return vec![tokens as u64];
         }
-        let least = self.context_tokens.next_multiple_of(PAGE_TOKENS as u64);
+        let least = self.setting.context_tokens.next_multiple_of(PAGE_TOKENS) as u64;
         let all = self.max_sequences.saturating_mul(self.setting.mix.kv_tokens_per_row);
         let next = |tokens: &u64| (*tokens > least).then(|| least.max(tokens / 100 * NEXT_PERCENT));
         std::iter::successors(Some(all.max(least)), next).collect()

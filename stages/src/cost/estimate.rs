@@ -13,7 +13,7 @@ use super::rank::{self, Meeting, Parts, Rank};
 use super::roofline::{NumberTypes, Roofline};
 use crate::block::{Dims, Ffn};
 use crate::config::ModelConfig;
-use crate::sharing::Sharing;
+use crate::sharing::{AttentionSharing, Sharing};
 
 /// What a plan balances.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +83,15 @@ impl CostModel for Estimator<'_> {
             .with_entry(self.stage_meeting_seconds(Meeting::Copy, ranks, load))
     }
 
-    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
-        Parts::sharing(self.config, pieces, ranks, |_, parts| self.piece_seconds(parts, ranks, load))
+    fn sharing_in(
+        &self,
+        ways: &[AttentionSharing],
+        pieces: &[PieceShape],
+        ranks: usize,
+        load: Load,
+    ) -> Sharing {
+        let seconds = |_: &PieceShape, parts| self.piece_seconds(parts, ranks, load);
+        Parts::sharing(self.config, ways, pieces, ranks, seconds)
     }
 
     fn hop_seconds(&self, load: Load) -> f64 {

@@ -20,7 +20,7 @@ use crate::config::ModelConfig;
 use crate::profile::{
     ContextPoint, Half, Missing, Neighbours, Profile, SHORT_CONTEXT, Seconds, SharedHalf, TokenPoint,
 };
-use crate::sharing::Sharing;
+use crate::sharing::{AttentionSharing, Sharing};
 
 /// Costs of one model on a device that was measured.
 #[derive(Debug, Clone)]
@@ -303,8 +303,15 @@ impl CostModel for Measured {
             .with_entry(self.stage_meeting_seconds(Meeting::Copy, ranks, load))
     }
 
-    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
-        Parts::sharing(&self.config, pieces, ranks, |piece, parts| self.seconds(piece, parts, ranks, load))
+    fn sharing_in(
+        &self,
+        ways: &[AttentionSharing],
+        pieces: &[PieceShape],
+        ranks: usize,
+        load: Load,
+    ) -> Sharing {
+        let seconds = |piece: &PieceShape, parts| self.seconds(piece, parts, ranks, load);
+        Parts::sharing(&self.config, ways, pieces, ranks, seconds)
     }
 
     fn hop_seconds(&self, load: Load) -> f64 {

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use scheduler::RankCosts;
 
-use crate::sharing::Sharing;
+use crate::sharing::{AttentionSharing, Sharing};
 
 pub use curve::Basis;
 pub use estimate::{Balance, Estimator, StageSeconds, activation_bytes, hop_bytes};
@@ -29,8 +29,20 @@ pub trait CostModel {
     /// Costs of all pieces on one rank of a stage of `ranks` that share blocks so, for one micro-batch.
     fn shared_costs(&self, pieces: &[PieceShape], ranks: usize, sharing: &Sharing, load: Load) -> RankCosts;
 
-    /// How `ranks` share each half of each block where each is as fast as it gets for this micro-batch.
-    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing;
+    /// How `ranks` share each half of each block where each is as fast as it gets for this micro-batch, attention in one of
+    /// these `ways`.
+    fn sharing_in(
+        &self,
+        ways: &[AttentionSharing],
+        pieces: &[PieceShape],
+        ranks: usize,
+        load: Load,
+    ) -> Sharing;
+
+    /// The same with attention in any way.
+    fn sharing(&self, pieces: &[PieceShape], ranks: usize, load: Load) -> Sharing {
+        self.sharing_in(&AttentionSharing::ALL, pieces, ranks, load)
+    }
 
     /// Costs where `ranks` share blocks as is fastest for this micro-batch: what a plan for it has. A job keeps one
     /// sharing for all of its micro-batches.

@@ -39,12 +39,13 @@ impl Parts {
         Parts { attention, ffn, ends_block: shape.ends_block }
     }
 
-    /// How `ranks` should share each block: each half as `seconds` says that it is fastest, and by heads and columns where
-    /// nothing else is faster. Halves of the first rank that follow one another need one broadcast together and are charged
+    /// How `ranks` should share each block: each half as `seconds` says that it is fastest, attention in one of these `ways`, in
+    /// the first of them and by columns where nothing else is faster. Halves of the first rank that follow one another need one broadcast together and are charged
     /// with one each: where that decides, ranks share. An FFN that is cut is shared as all of it would be, so that a block is
     /// shared in one way wherever it may be cut.
     pub(super) fn sharing(
         config: &ModelConfig,
+        ways: &[AttentionSharing],
         pieces: &[PieceShape],
         ranks: usize,
         seconds: impl Fn(&PieceShape, Parts) -> f64,
@@ -56,10 +57,9 @@ impl Parts {
             let whole = PieceShape::whole(config, block);
             let parts = |sharing| Parts::of(config, &whole, ranks, sharing);
             let mut sharing = BlockSharing::default();
-            sharing.attention = fastest(
-                [AttentionSharing::Heads, AttentionSharing::Sequences, AttentionSharing::FirstRank],
-                |attention| seconds(&whole, parts(BlockSharing { attention, ..sharing })),
-            );
+            sharing.attention = fastest(ways.iter().copied(), |attention| {
+                seconds(&whole, parts(BlockSharing { attention, ..sharing }))
+            });
             sharing.ffn = fastest([FfnSharing::Columns, FfnSharing::FirstRank], |ffn| {
                 seconds(&whole, parts(BlockSharing { ffn, ..sharing }))
             });

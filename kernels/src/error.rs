@@ -65,6 +65,12 @@ pub enum Error {
         /// How much there was.
         free_bytes: u64,
     },
+    /// Another GPU of the stage has too little memory left, of which its ranks have told each other.
+    #[error("rank {rank} has too little memory left")]
+    NoRoomOnRank {
+        /// Which rank.
+        rank: usize,
+    },
     /// A file could not be mapped.
     #[error("map {path}: {source}")]
     Map {
@@ -76,9 +82,14 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether it says no more than that ranks did not come together: another one is to blame.
+    /// Whether it says no more than that ranks did not come together, or that one lacks memory: another one is to blame.
     pub fn is_of_other_rank(&self) -> bool {
-        matches!(self, Error::Collective { .. })
+        matches!(self, Error::Collective { .. } | Error::NoRoomOnRank { .. })
+    }
+
+    /// Whether a device has no room for what it was asked, or another rank's has not, and might have for less.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Error::OutOfMemory { .. } | Error::NoRoomOnRank { .. })
     }
 }
 

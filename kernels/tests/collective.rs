@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kernels::{
-    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, KvDtype, NcclRank, Result, TcpRank,
-    WeightType, thread_ranks,
+    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, Error, KvDtype, NcclRank, Result,
+    TcpRank, WeightType, thread_ranks,
 };
 
 /// Longer than any machine keeps a thread waiting.
@@ -143,6 +143,10 @@ impl Collective<Array> for OnGpu {
         self.upload(x)?;
         self.rank.broadcast(root, &mut self.x)?;
         self.download(false, x)
+    }
+
+    fn end_step(&mut self, has_room: bool) -> Result<()> {
+        self.rank.end_step(has_room)
     }
 }
 
@@ -437,6 +441,46 @@ fn disagreements(groups: &Groups<'_>) {
 #[test]
 fn ranks_that_disagree_are_told_so_on_every_rank() {
     everywhere(disagreements);
+}
+
+/// Whatever the others are at, some of it in pieces, all hear of it, and the group goes on with what comes next.
+fn ranks_without_room(groups: &Groups<'_>) {
+    let rows = 2 * 512;
+    every_group(groups, |mut rank, what| {
+        let (own, num_ranks) = (rank.rank(), rank.num_ranks());
+        let sum: f32 = (1..=num_ranks).map(|rank| rank as f32).sum();
+        for has_none in 0..num_ranks {
+            let mut x = array(rows, 4, &vec![1.0 + own as f32; rows * 4]);
+            let pieces = rank.pieces(rows);
+            rank.begin_all_reduce(&x, pieces[0].clone()).unwrap();
+            let told = match own == has_none {
+                true => rank.end_step(false),
+                false => (pieces[1..].iter().cloned())
+                    .try_for_each(|piece| rank.begin_all_reduce(&x, piece))
+                    .and_then(|()| rank.finish_all_reduce(&mut x)),
+            };
+            let is_told = matches!(told, Err(Error::NoRoomOnRank { rank }) if rank == has_none);
+            assert!(is_told, "{what}: rank {own} of {has_none}: {told:?}");
+            // Of the half step that follows nothing is left over, and all have room for it.
+            let mut half = array(8, 4, &[1.0 + own as f32; 32]);
+            rank.begin_all_reduce(&half, 0..8).unwrap();
+            rank.finish_all_reduce(&mut half).unwrap();
+            assert_eq!(half.values(), [sum; 32], "{what}");
+            rank.end_step(true).unwrap();
+            // Behind all that a step has to tell.
+            let told = rank.end_step(own != has_none);
+            assert!(
+                matches!(told, Err(Error::NoRoomOnRank { rank }) if rank == has_none),
+                "{what}: {told:?}"
+            );
+        }
+    });
+}
+
+#[test]
+fn gpus_hear_of_a_rank_without_room_and_go_on() {
+    ranks_without_room(&Groups { name: "nccl", make: &nccl, most: 3 });
+    ranks_without_room(&Groups { name: "nccl by tcp", make: &nccl_by_tcp, most: 2 });
 }
 
 #[test]

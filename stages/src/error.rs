@@ -99,14 +99,28 @@ impl Error {
     /// What a device's lack of room means where nothing smaller can be asked of it.
     pub(crate) fn of_one_token(self) -> Error {
         match self {
-            Error::Device(error @ kernels::Error::OutOfMemory { .. }) => Error::NoRoomForOneToken(error),
+            Error::Device(error) if error.is_out_of_memory() => Error::NoRoomForOneToken(error),
             other => other,
         }
     }
 
-    /// Whether a device has no room for what it was asked, and might have for less.
+    /// Whether a device of the stage has no room for what it was asked, and might have for less.
     pub fn is_out_of_memory(&self) -> bool {
-        matches!(self, Error::Device(kernels::Error::OutOfMemory { .. }))
+        matches!(self, Error::Device(error) if error.is_out_of_memory())
+    }
+
+    /// Whether it says no more than what became of another rank.
+    pub fn is_of_other_rank(&self) -> bool {
+        matches!(self, Error::Device(error) | Error::NoRoomForOneToken(error) if error.is_of_other_rank())
+    }
+
+    /// The rank that has no room, where it is another one's.
+    pub fn rank_without_room(&self) -> Option<usize> {
+        match self {
+            Error::Device(kernels::Error::NoRoomOnRank { rank })
+            | Error::NoRoomForOneToken(kernels::Error::NoRoomOnRank { rank }) => Some(*rank),
+            _ => None,
+        }
     }
 }
 

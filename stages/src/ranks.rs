@@ -46,6 +46,42 @@ impl RankStep {
         let (logit_rows, greedy_rows) = if draws { wanted_rows(batch) } else { Default::default() };
         RankStep { micro_batch: batch.id.0, slices, logit_rows, greedy_rows }
     }
+
+    /// Rows of all sequences.
+    pub(crate) fn num_rows(&self) -> usize {
+        self.slices.iter().map(|slice| slice.num_rows).sum()
+    }
+
+    /// Those of [`MicroBatch::halves`], or nothing of a single row.
+    pub(crate) fn halves(&self) -> Option<(RankStep, RankStep)> {
+        let num_rows = self.num_rows();
+        let cut = num_rows / 2;
+        (cut > 0).then(|| (self.rows(0..cut), self.rows(cut..num_rows)))
+    }
+
+    /// What it says of some rows.
+    fn rows(&self, rows: Range<usize>) -> RankStep {
+        let cut = |slice: &AttentionSlice| {
+            let end = (slice.first_row + slice.num_rows).min(rows.end);
+            let first = slice.first_row.max(rows.start);
+            (first < end).then(|| AttentionSlice {
+                first_row: first - rows.start,
+                num_rows: end - first,
+                first_position: slice.first_position + (first - slice.first_row),
+                pages: slice.pages.clone(),
+            })
+        };
+        let of = |all: &[u32]| {
+            let wanted = all.iter().filter(|row| rows.contains(&(**row as usize)));
+            wanted.map(|row| row - rows.start as u32).collect()
+        };
+        RankStep {
+            micro_batch: self.micro_batch,
+            slices: self.slices.iter().filter_map(cut).collect(),
+            logit_rows: of(&self.logit_rows),
+            greedy_rows: of(&self.greedy_rows),
+        }
+    }
 }
 
 /// How long a rank looks out for the next step before it lies down: what the first one does between two steps, and no more
@@ -201,6 +237,11 @@ impl<A> Ranks<A> {
         self.timed(numbers, |collective| collective.broadcast(0, x))
     }
 
+    /// Says whether this rank had room for its part of a step, and hears it of the others.
+    pub(crate) fn end_step(&mut self, has_room: bool) -> Result<()> {
+        Ok(self.collective.end_step(has_room)?)
+    }
+
     fn timed(
         &mut self,
         numbers: usize,
@@ -211,5 +252,54 @@ impl<A> Ranks<A> {
         let bytes = (numbers * size_of::<f32>()) as u64;
         self.clock.add(CollectiveTimes { calls: 1, bytes, time: begun.elapsed() });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use scheduler::{MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice};
+
+    use super::*;
+
+    /// Sequences of so many tokens each, some of which ask for a draw by logits and some for the likeliest token, or score their prompt.
+    fn batch(lengths: &[usize]) -> MicroBatch {
+        let slice = |(sequence, &length): (usize, &usize)| {
+            let mut sampling = Sampling::greedy(4);
+            sampling.temperature = if sequence.is_multiple_of(2) { 0.0 } else { 0.5 };
+            let score = if sequence == 2 { vec![9; length - 1] } else { Vec::new() };
+            Slice {
+                sequence: SequenceId(sequence as u64),
+                first_position: 10 * sequence as u32,
+                tokens: (0..length as u32).collect(),
+                pages: Arc::new(vec![sequence as u32, 90]),
+                sample: sequence != 3,
+                score,
+                counts: None,
+                mask: None,
+                fed_back: None,
+                request: Arc::new(Request {
+                    key: RequestKey(0),
+                    prompt: vec![0],
+                    sampling: Arc::new(sampling),
+                    sample: 0,
+                }),
+            }
+        };
+        MicroBatch { id: MicroBatchId(7), slices: lengths.iter().enumerate().map(slice).collect() }
+    }
+
+    #[test]
+    fn ranks_go_through_the_halves_that_the_first_one_does() {
+        let lengths = [&[1, 1, 1, 1, 1][..], &[2], &[5], &[1, 7, 1], &[3, 4, 2, 8], &[1, 2, 9, 1, 6]];
+        for (lengths, draws) in lengths.into_iter().flat_map(|lengths| [(lengths, true), (lengths, false)]) {
+            let whole = batch(lengths);
+            let (front, back) = whole.halves().unwrap();
+            let expected = (RankStep::of(&front, draws), RankStep::of(&back, draws));
+            let found = RankStep::of(&whole, draws).halves().unwrap();
+            assert_eq!(format!("{found:?}"), format!("{expected:?}"), "{lengths:?}");
+        }
+        for lengths in [&[1][..], &[]] {
+            assert!(RankStep::of(&batch(lengths), true).halves().is_none(), "{lengths:?}");
+        }
     }
 }

@@ -326,7 +326,7 @@ fn cpu_rank(
     SpanStage::load(cpu(device, dtypes)?, model, options, Some(group.into()))
 }
 
-fn cuda_rank(
+pub(crate) fn cuda_rank(
     model: &Model,
     device: &Device,
     dtypes: Dtypes,

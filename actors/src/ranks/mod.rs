@@ -112,11 +112,6 @@ impl RankEnd {
     }
 }
 
-/// Whether an error says no more than that another rank is gone.
-fn is_consequence(error: &stages::Error) -> bool {
-    matches!(error, stages::Error::Device(device) if device.is_of_other_rank())
-}
-
 impl Stage for RankedStage {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
         let step = Arc::new(RankStep::of(batch, self.draws));
@@ -132,9 +127,13 @@ impl Stage for RankedStage {
             self.watch.tell(0, doing.end(&clock, &step));
         }
         match outcome {
-            Err(error) if is_consequence(&error) => {
-                let waited_for = self.others.iter().position(|other| other.end().read().is_some());
-                Err(self.blame(waited_for.map_or(0, |index| index + 1), error.to_string()))
+            Err(error) if error.is_of_other_rank() => {
+                let waited_for = || {
+                    let ended = self.others.iter().position(|other| other.end().read().is_some());
+                    ended.map(|index| index + 1)
+                };
+                let rank = error.rank_without_room().or_else(waited_for).unwrap_or(0);
+                Err(self.blame(rank, error.to_string()))
             }
             outcome => outcome,
         }

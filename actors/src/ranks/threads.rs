@@ -7,7 +7,7 @@ use crossbeam::channel::{Sender, bounded};
 use stages::{Collective, Follower, RankGroup, RankStep, RankSteps, Stage, rank_steps, thread_ranks};
 
 use super::watch::Doing;
-use super::{RankEnd, RankLink, RanksArgs, is_consequence};
+use super::{RankEnd, RankLink, RanksArgs};
 use crate::error::{panic_message, with_causes};
 
 /// A thread that follows the first rank.
@@ -110,7 +110,7 @@ pub(super) fn follow(
     };
     match catch_unwind(AssertUnwindSafe(compute)) {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err((with_causes(&error), is_consequence(&error))),
+        Ok(Err(error)) => Err((with_causes(&error), error.is_of_other_rank())),
         Err(panic) => Err((format!("it panicked: {}", panic_message(&*panic)), false)),
     }
 }

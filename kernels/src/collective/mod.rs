@@ -95,6 +95,15 @@ pub trait Collective<A>: Send {
     /// # Errors
     /// As for [`Collective::all_reduce`], but shapes need not be equal.
     fn broadcast(&mut self, root: usize, x: &mut A) -> Result<()>;
+
+    /// Says at a step's end whether this rank had room for it: one that has none says so at once, and the others hear of it by the call that
+    /// they are at, this one at the latest. Where ranks are cores nothing is said, for a host's memory does not run out like that.
+    ///
+    /// # Errors
+    /// [`Error::NoRoomOnRank`] on every rank, where one had none: the group goes on. Else as for [`Collective::all_reduce`].
+    fn end_step(&mut self, _has_room: bool) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// An operation, as ranks name it to each other.
@@ -107,6 +116,9 @@ pub(crate) enum Op {
     GatherColumns = 4,
     Broadcast = 5,
     AllReducePieces = 6,
+    EndStep = 7,
+    /// In place of any other.
+    NoRoom = 8,
 }
 
 impl Op {
@@ -123,6 +135,7 @@ impl Op {
             Op::AllReduce | Op::AllReducePieces => "all_reduce",
             Op::GatherRows | Op::GatherColumns => "all_gather",
             Op::Broadcast => "broadcast",
+            Op::EndStep | Op::NoRoom => "end_step",
         }
     }
 

@@ -10,9 +10,12 @@
 
 mod attention;
 mod ffn;
+mod halves;
 mod load;
 #[cfg(test)]
 mod on_gpu;
+#[cfg(test)]
+mod on_gpus;
 mod queue;
 mod room;
 #[cfg(test)]
@@ -25,7 +28,7 @@ use kernels::{Backend, DecodeStep, FedTokens, Gate, StepTimes};
 use scheduler::MicroBatch;
 
 use crate::batch::Batch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::head::{Asked, Head, HeadWork};
 use crate::memory::StepSize;
 use crate::part::Part;
@@ -313,19 +316,6 @@ impl<B: Backend> SpanStage<B> {
 }
 
 impl<B: Backend> SpanStage<B> {
-    /// A micro-batch as a whole.
-    fn whole_step(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
-        if self.head.is_none() {
-            self.compute(batch, input)?;
-            return self.activations().map(StageOutput::Activations);
-        }
-        let mut asked = self.queue.spare(&self.backend)?;
-        self.ask(batch, input, &mut asked)?;
-        let output = asked.answer(&self.backend, batch)?;
-        self.queue.put_back(asked);
-        Ok(StageOutput::Tokens(output))
-    }
-
     /// The blocks of a micro-batch, and in the last stage what it asks of their result.
     fn ask(&mut self, batch: &MicroBatch, input: Option<&Activations>, asked: &mut Asked) -> Result<()> {
         let is_everywhere = self.compute(batch, input)?;
@@ -338,42 +328,24 @@ impl<B: Backend> SpanStage<B> {
     /// The blocks of a micro-batch. Whether all ranks have their result.
     fn compute(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<bool> {
         self.batch.assign(batch, |fed_back| self.queue.find(fed_back));
+        self.make_room_to_share()?;
         self.take(input)?;
         self.times = self.backend.begin_step()?;
         self.run_blocks()
     }
 
-    /// A micro-batch; where the device has no room for it, its halves one after the other, and theirs. A token alone is tried once
-    /// more when all has been given back that larger steps had.
-    ///
-    /// Rows do not depend on what stands beside them, and a key that is written twice is the same key: so what comes of it has
-    /// the same bits. To send sequences back to wait would help nobody: their pages are memory that the cache keeps.
-    fn step_in_parts(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
-        let error = match self.whole_step(batch, input) {
-            Err(error) if error.is_out_of_memory() && self.ranks.is_none() => error,
-            done => return done,
-        };
-        let halves = batch.halves();
-        if halves.is_some() && !std::mem::replace(&mut self.has_halved, true) {
-            let tokens = batch.num_tokens();
-            tracing::warn!(
-                "{error}: the step of {tokens} tokens goes in halves, and later ones where they must"
-            );
-        }
-        // What has grown for larger steps than these goes first.
-        self.give_room_back();
-        let Some((front, back)) = halves else {
-            return self.whole_step(batch, input).map_err(Error::of_one_token);
-        };
-        let (for_front, for_back) = match input {
-            Some(input) => {
-                let (front, back) = input.split(front.num_tokens())?;
-                (Some(front), Some(back))
+    /// A rank's part of a step as a whole.
+    fn follow_step(&mut self, step: &RankStep) -> Result<()> {
+        self.batch.follow(step);
+        self.make_room_to_share()?;
+        let is_everywhere = self.run_blocks()?;
+        let Work { x, head: work, .. } = &mut self.work;
+        match (&self.head, &mut self.ranks) {
+            (Some(head), Some(ranks)) => {
+                head.follow(&self.backend, self.eps, step, x, (ranks, is_everywhere), work)
             }
-            None => (None, None),
-        };
-        let done = self.step_in_parts(&front, for_front.as_ref())?;
-        done.joined(self.step_in_parts(&back, for_back.as_ref())?)
+            _ => Ok(()),
+        }
     }
 }
 
@@ -409,14 +381,6 @@ impl<B: Backend> Stage for SpanStage<B> {
 
 impl<B: Backend> Follower for SpanStage<B> {
     fn follow(&mut self, step: &RankStep) -> Result<()> {
-        self.batch.follow(step);
-        let is_everywhere = self.run_blocks()?;
-        let Work { x, head: work, .. } = &mut self.work;
-        match (&self.head, &mut self.ranks) {
-            (Some(head), Some(ranks)) => {
-                head.follow(&self.backend, self.eps, step, x, (ranks, is_everywhere), work)
-            }
-            _ => Ok(()),
-        }
+        self.follow_in_parts(step)
     }
 }

@@ -21,16 +21,20 @@ const LARGEST: StepSize = StepSize {
     arrivals: 1,
 };
 
-fn gpu() -> Cuda {
+/// One of its GPUs.
+pub(super) fn device(index: usize) -> Device {
     let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
     assert!(libraries.join("libcuda.so").is_file(), "no emulator\nhint: cargo xtask emulator");
     let (libraries, cubins) = (Some(libraries), None);
-    let device = Device::Cuda { index: 0, libraries, cubins, is_deterministic: true, has_graphs: true };
-    cuda(&device, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 }).unwrap()
+    Device::Cuda { index, libraries, cubins, is_deterministic: true, has_graphs: true }
+}
+
+fn gpu() -> Cuda {
+    cuda(&device(0), Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 }).unwrap()
 }
 
 /// A block of attention and an FFN.
-fn stage(folder: &Path) -> SpanStage<Cuda> {
+pub(super) fn model(folder: &Path) -> Model {
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 64,
         "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1,
@@ -38,14 +42,17 @@ fn stage(folder: &Path) -> SpanStage<Cuda> {
         "max_position_embeddings": PAGE_TOKENS, "eos_token_id": [],
     });
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let (model, _) = Model::open(folder, true).unwrap();
+    Model::open(folder, true).unwrap().0
+}
+
+fn stage(folder: &Path) -> SpanStage<Cuda> {
     let options = SpanOptions {
         part: Span { start: 0, end: 1 }.into(),
         num_pages: SEQUENCES,
         context_tokens: PAGE_TOKENS,
         largest_step: Some(LARGEST),
     };
-    SpanStage::load(gpu(), &model, options, None).unwrap()
+    SpanStage::load(gpu(), &model(folder), options, None).unwrap()
 }
 
 /// So many sequences' next tokens.

@@ -40,7 +40,7 @@ struct Step {
 }
 
 #[allow(clippy::large_enum_variant, reason = "there are three of them at most")]
-enum Answer {
+pub(super) enum Answer {
     Asked(Asked),
     /// It went in parts.
     Known(MicroBatchOutput),
@@ -150,7 +150,11 @@ impl<B: Backend> SpanStage<B> {
     }
 
     /// Queues a micro-batch as a whole; what will come of it, and what there is of it now.
-    fn begin(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<(Answer, Queued)> {
+    pub(super) fn begin(
+        &mut self,
+        batch: &MicroBatch,
+        input: Option<&Activations>,
+    ) -> Result<(Answer, Queued)> {
         if self.head.is_none() {
             self.compute(batch, input)?;
             let activations = Some(self.activations()?);

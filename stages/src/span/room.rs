@@ -21,7 +21,7 @@ pub(super) struct Room {
     pub(super) place: RankPlace,
     pub(super) sharing: Sharing,
     pub(super) largest: StepSize,
-    /// Rows of steps for which there is room, or was none when it was asked for.
+    /// Rows of steps for which there is room, or was none when it was asked for. Of ranks all have the same.
     pub(super) rows: usize,
     /// Whether room was given back in the step that runs.
     pub(super) is_given_back: bool,
@@ -30,6 +30,12 @@ pub(super) struct Room {
 impl Room {
     fn shapes(&self, step: StepSize) -> WorkShapes {
         WorkShapes::of(&self.config, self.part, (self.place, &self.sharing), step)
+    }
+
+    /// Those of a step of so many rows. Parcels come by and by, some of which are on their way.
+    fn shapes_of_rows(&self, rows: usize) -> WorkShapes {
+        let sequences = rows.min(self.largest.sequences);
+        self.shapes(StepSize { rows, sequences, micro_batches: 0, arrivals: 0, ..self.largest })
     }
 
     /// Makes room for the largest step, also for what ranks tell each other.
@@ -58,12 +64,29 @@ impl<B: Backend> SpanStage<B> {
         }
     }
 
+    /// Of several ranks makes room for the step that begins, where it is larger than those for which there is some: what another rank
+    /// has been told that it may send does not wait for it.
+    ///
+    /// # Errors
+    /// There is no such room.
+    pub(super) fn make_room_to_share(&mut self) -> Result<()> {
+        let (Some(ranks), Some(room)) = (&mut self.ranks, &mut self.room) else { return Ok(()) };
+        let rows = self.batch.num_rows();
+        if room.rows < rows {
+            let shapes = room.shapes_of_rows(self.backend.padding_of(rows).min(room.largest.rows).max(rows));
+            self.work.reserve(&self.backend, &shapes)?;
+            ranks.reserve(shapes.told)?;
+            room.rows = shapes.kept.rows;
+        }
+        Ok(())
+    }
+
     /// Makes room once more, for steps like the last one and what they are padded to: a device captures steps of rows that decode
     /// only where arrays do not grow. Not after a step that has just given room back: where the next one finds none either, it
-    /// would be made in vain. Parcels come by and by, some of which are on their way.
+    /// would be made in vain. Ranks capture nothing, and have made theirs before the step.
     pub(super) fn make_room_again(&mut self) {
         let Some(room) = &mut self.room else { return };
-        if std::mem::take(&mut room.is_given_back) || !self.batch.is_decode() {
+        if std::mem::take(&mut room.is_given_back) || !self.batch.is_decode() || self.ranks.is_some() {
             return;
         }
         let rows = self.backend.padding_of(self.batch.num_rows()).min(room.largest.rows);
@@ -71,9 +94,7 @@ impl<B: Backend> SpanStage<B> {
             return;
         }
         room.rows = rows;
-        let sequences = rows.min(room.largest.sequences);
-        let step = StepSize { rows, sequences, micro_batches: 0, arrivals: 0, ..room.largest };
-        let shapes = room.shapes(step);
+        let shapes = room.shapes_of_rows(rows);
         if let Err(error) = self.work.reserve(&self.backend, &shapes) {
             tracing::debug!("{error}: steps of {rows} rows are not captured");
         }

@@ -6,7 +6,7 @@
 //! Before each call the ranks agree through a group of the host's, threads or TCP, on what comes. There a rank that is gone,
 //! late or at another operation is found, before anything is queued that would wait for it on the device. A rank that dies
 //! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs, and is the
-//! watchdog's to find.
+//! watchdog's to find. A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
 //!
 //! Sums of many rows are made in pieces, on a queue of their own: those of the first rows while the next are computed (`beside.rs`).
 
@@ -99,8 +99,17 @@ impl NcclRank {
 
     /// Agrees on an operation; the shapes of all ranks.
     fn agree(&mut self, op: Op, [rows, cols]: [usize; 2]) -> Result<Vec<[usize; 2]>> {
-        let agreed = self.agreement.on(op, [rows, cols]);
-        agreed.map_err(|message| self.fail(op, message))
+        let told = self.agreement.tell(op, [rows, cols]).map_err(|message| self.fail(op, message))?;
+        let rank_at = |is: &dyn Fn(u32) -> bool| told.iter().position(|(other, _)| is(*other));
+        if let Some(rank) = rank_at(&|other| other == Op::NoRoom as u32) {
+            // Sums that were begun come to nothing.
+            self.beside.take_marks();
+            return Err(Error::NoRoomOnRank { rank });
+        }
+        match rank_at(&|other| other != op as u32) {
+            Some(rank) => Err(self.fail(op, format!("rank {rank} is at another operation"))),
+            None => Ok(told.into_iter().map(|(_, shape)| shape).collect()),
+        }
     }
 
     /// The same of an operation on arrays of one shape.
@@ -317,11 +326,20 @@ impl Collective<CudaArray> for NcclRank {
         }
         self.queue(op)
     }
+
+    fn end_step(&mut self, has_room: bool) -> Result<()> {
+        let op = if has_room { Op::EndStep } else { Op::NoRoom };
+        self.agree(op, [0, 0]).map(drop)
+    }
 }
 
 impl Agreement {
-    /// Tells the others an operation and this rank's shape; those of all, where they are at the same.
-    fn on(&mut self, op: Op, [rows, cols]: [usize; 2]) -> std::result::Result<Vec<[usize; 2]>, String> {
+    /// Tells the others an operation and this rank's shape; those of all.
+    fn tell(
+        &mut self,
+        op: Op,
+        [rows, cols]: [usize; 2],
+    ) -> std::result::Result<Vec<(u32, [usize; 2])>, String> {
         if let Some(end) = &self.end {
             return Err(end.clone());
         }
@@ -332,10 +350,7 @@ impl Agreement {
             other => other.to_string(),
         })?;
         let calls = self.all.values().chunks_exact(3);
-        match calls.clone().position(|call| call[0] != op as u32 as f32) {
-            Some(other) => Err(format!("rank {other} is at another operation")),
-            None => Ok(calls.map(|call| [call[1] as usize, call[2] as usize]).collect()),
-        }
+        Ok(calls.map(|call| (call[0] as u32, [call[1] as usize, call[2] as usize])).collect())
     }
 }
 

@@ -286,6 +286,7 @@ impl Layout {
             collective: Box::new(rank),
             sharing: self.sharing.clone(),
             clock: Arc::clone(clock),
+            exit: stages::GroupExit::default(),
         };
         let clocks = &clocks;
         std::thread::scope(|scope| {

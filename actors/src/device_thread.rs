@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::Receiver;
 use kameo::actor::{WeakActorRef, WeakRecipient};
 use scheduler::{MicroBatch, MicroBatchId, MicroBatchOutput};
-use stages::{Stage, StageOutput};
+use stages::{GroupExit, Stage, StageOutput};
 use tokio::sync::oneshot;
 
 use crate::ahead::Ahead;
@@ -52,6 +52,9 @@ impl WayBack for WeakRecipient<Tokens> {
 
 /// Who hears what a device thread is at.
 pub(crate) trait Witness: Send {
+    /// Its stage is loaded, and has these ways out of groups in which it may wait. Nobody needs them who ends its whole process.
+    fn has_loaded(&self, _exits: Vec<GroupExit>) {}
+
     /// It begins with a micro-batch.
     fn begins(&self, micro_batch: MicroBatchId);
 
@@ -63,6 +66,9 @@ pub(crate) trait Witness: Send {
 
     /// It has nothing to compute.
     fn rests(&self);
+
+    /// It has freed its stage.
+    fn has_freed(&self) {}
 
     /// It ends.
     fn ends(&self, end: StageEnd);
@@ -78,6 +84,10 @@ pub(crate) struct Here {
 }
 
 impl Witness for Here {
+    fn has_loaded(&self, exits: Vec<GroupExit>) {
+        self.at_work.set_exits(exits);
+    }
+
     fn begins(&self, micro_batch: MicroBatchId) {
         self.at_work.set(Some(micro_batch));
         self.meter.compute();
@@ -101,6 +111,10 @@ impl Witness for Here {
     fn rests(&self) {
         self.meter.wait();
         self.at_work.set(None);
+    }
+
+    fn has_freed(&self) {
+        self.at_work.free();
     }
 
     fn ends(&self, end: StageEnd) {
@@ -149,6 +163,7 @@ impl<W: Witness + 'static> DeviceThread<W> {
         if !ready(Ok(())) {
             return;
         }
+        self.witness.has_loaded(stage.exits());
         self.witness.rests();
         let work = || match stage.is_ahead() {
             true => Ahead::new(&self, &mut *stage).run(),
@@ -158,11 +173,14 @@ impl<W: Witness + 'static> DeviceThread<W> {
         let ended = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
             Err(Error::Panic { stage: self.index, message: panic_message(&*panic) }.into())
         });
-        if let Err(end) = ended {
+        if ended.is_err() {
             self.witness.computes_in_vain();
-            // Freed before another takes its place: a device may not hold two. Whatever comes of that,
-            // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
-            let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
+        }
+        // Freed before another takes its place: a device may not hold two. Whatever comes of that,
+        // the stage has ended; and as long as it takes, the watchdog holds the thread to be at work.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(stage)));
+        self.witness.has_freed();
+        if let Err(end) = ended {
             self.witness.ends(end);
         }
     }

@@ -51,7 +51,8 @@ const fn max_ends(max_sequences: usize) -> u32 {
     sum
 }
 
-/// Threads that may hang; a process is ended. Each keeps its weights and its caches until it wakes, if it ever does.
+/// Threads that may hang; a process is ended, and those that were let out have woken. Each keeps its weights and its caches until it
+/// wakes, if it ever does.
 const MAX_HANGS: u32 = 4;
 
 /// Owns the scheduler of one pipeline, and its stages.
@@ -224,6 +225,8 @@ impl PipelineActor {
         }
         self.stages.lose_all_before(self.scheduler.next_micro_batch_id()).await;
         self.clock.flow().set(Flow::Idle);
+        let has_woken = self.stages.let_out(stage, self.step_timeout).await;
+        self.num_hangs -= u32::from(leaves_thread && has_woken);
         self.stages.restart(stage, pipeline).await?;
         // Where another stage has ended meanwhile, word of that is on its way.
         self.is_whole = self.stages.flush().await;

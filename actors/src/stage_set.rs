@@ -127,6 +127,30 @@ impl StageSet {
         Ok(())
     }
 
+    /// Has a stage that was given up go on where its devices wait for each other, and waits up to `patience` for it to free what it
+    /// holds, beside which the next one may find no room. Whether it has. It then goes on with numbers that are none.
+    ///
+    /// # Panics
+    /// Where what it is at is not known to be lost.
+    pub(crate) async fn let_out(&self, index: usize, patience: Duration) -> bool {
+        let at_work = self.seats[index].incumbent().at_work;
+        let Some(Hung { micro_batch }) = at_work.hung() else { return false };
+        let exits = at_work.take_exits();
+        if exits.is_empty() {
+            return false;
+        }
+        assert!(micro_batch.is_none_or(|id| self.lost.contains(id)), "{micro_batch:?} may yet count");
+        for exit in exits {
+            // To leave a group may take a while, and another rank of it may have to leave too.
+            std::thread::spawn(move || exit.leave());
+        }
+        let has_freed = tokio::time::timeout(patience, at_work.freed()).await.is_ok();
+        if !has_freed {
+            tracing::warn!("stage {} was let out, and still holds what it had", self.number(index));
+        }
+        has_freed
+    }
+
     /// Tells the stage before this one where its process is; those of one process find each other by their seats.
     async fn join(&self, index: usize) {
         if let (Some(seat), Some(before)) = (self.seats.get(index), index.checked_sub(1))

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use scheduler::{MicroBatchId, Slice, Span};
+use stages::GroupExit;
 
 use crate::clock::StageParts;
 use crate::error::Error;
@@ -357,6 +358,29 @@ async fn a_stage_that_hangs_is_started_again() {
         let world = World { step_timeout: timeout, ..World::new(2) }.with(move |at, step, _| {
             if (at, step) == (stage, 20) {
                 std::thread::sleep(10 * timeout);
+            }
+        });
+        let outcome = run(&world, &files).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        assert_eq!(world.loads.load(Ordering::SeqCst), 3, "one restart");
+        assert_same(&files.output_lines(), &expected);
+    }
+}
+
+/// As a stage does whose GPUs wait for each other: let out, it goes on at once, with numbers that are none, and frees its memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_waits_in_a_group_is_let_out_when_what_it_is_at_is_lost_and_before_the_next_one_comes() {
+    let expected = undisturbed(60).await;
+    for stage in 0..2 {
+        let files = Files::with_rows(60);
+        let exit = GroupExit::default();
+        let world =
+            World { step_timeout: Duration::from_millis(200), exit: Some(exit.clone()), ..World::new(2) };
+        let world = world.with(move |at, step, _| {
+            let begun = Instant::now();
+            while (at, step) == (stage, 20) && !exit.has_left() {
+                assert!(begun.elapsed() < Duration::from_secs(30), "nobody lets it out");
+                std::thread::sleep(Duration::from_millis(1));
             }
         });
         let outcome = run(&world, &files).await;

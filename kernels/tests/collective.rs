@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kernels::{
-    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, Error, KvDtype, NcclRank, Result,
-    TcpRank, WeightType, thread_ranks,
+    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, Error, GroupExit, KvDtype, NcclRank,
+    Result, TcpRank, WeightType, thread_ranks,
 };
 
 /// Longer than any machine keeps a thread waiting.
@@ -68,7 +68,7 @@ struct OnGpu {
 }
 
 impl OnGpu {
-    fn new(libraries: Option<PathBuf>, control: Rank) -> Result<OnGpu> {
+    fn new(libraries: Option<PathBuf>, control: Rank, exit: &GroupExit) -> Result<OnGpu> {
         let cuda = Cuda::new(CudaOptions {
             device: 0,
             weights: WeightType::Bf16,
@@ -79,7 +79,7 @@ impl OnGpu {
             libraries,
             cubins: None,
         })?;
-        let rank = NcclRank::join(&cuda, control)?;
+        let rank = NcclRank::join(&cuda, control, exit)?;
         Ok(OnGpu { rank, x: cuda.array(), out: cuda.array(), values: Vec::new(), cuda })
     }
 
@@ -159,7 +159,10 @@ pub(crate) fn on_gpus(libraries: Option<&Path>, num_ranks: usize, patience: Dura
 }
 
 fn agreeing_by(control: Vec<Rank>, libraries: Option<&Path>) -> Result<Vec<Rank>> {
-    let join = |control| Ok(Box::new(OnGpu::new(libraries.map(Path::to_owned), control)?) as Rank);
+    let join = |control| {
+        let rank = OnGpu::new(libraries.map(Path::to_owned), control, &GroupExit::default())?;
+        Ok(Box::new(rank) as Rank)
+    };
     on_threads(control, join).into_iter().collect()
 }
 
@@ -508,7 +511,7 @@ fn a_single_emulated_gpu_is_a_group() {
 
 fn check_single(libraries: Option<PathBuf>) {
     let control = threads(1, LONG).remove(0);
-    let mut rank = OnGpu::new(libraries, control).unwrap();
+    let mut rank = OnGpu::new(libraries, control, &GroupExit::default()).unwrap();
     for (round, [rows, cols]) in SHAPES.into_iter().enumerate() {
         let expected = numbers(0, round, rows * cols);
         let mut x = array(rows, cols, &expected);

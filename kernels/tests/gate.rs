@@ -1,13 +1,13 @@
 //! The way from GPU to GPU between processes, both ends of it in one here: what comes over, and that nobody is held for ever.
-//! Between two processes it is tested by whole jobs.
+//! Between two processes it is tested by whole jobs. And ranks of a stage, of which nobody is held either.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kernels::{
-    Backend, Cuda, CudaArray, CudaOptions, Gate, GroupExit, KvDtype, NcclReceiver, NcclSender, Parcel,
-    WeightType,
+    Array, Axis, Backend, Collective, Cuda, CudaArray, CudaOptions, Gate, GroupExit, KvDtype, NcclRank,
+    NcclReceiver, NcclSender, Parcel, Result, ThreadRank, WeightType, thread_ranks,
 };
 
 fn emulator() -> PathBuf {
@@ -179,4 +179,59 @@ fn who_waits_for_another_to_join_can_be_called_off() {
     waiting.join().unwrap();
     // And who was called off before never begins.
     assert!(gate.sender(&exit, id).is_err());
+}
+
+/// Has its rank agree to what comes and then fall silent, as one that dies or hangs before it has queued anything.
+struct Silent(ThreadRank);
+
+impl Collective<Array> for Silent {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+
+    fn num_ranks(&self) -> usize {
+        self.0.num_ranks()
+    }
+
+    fn all_reduce(&mut self, x: &mut Array) -> Result<()> {
+        self.0.all_reduce(x)
+    }
+
+    fn all_gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
+        self.0.all_gather(axis, part, out)?;
+        std::thread::sleep(2 * LONG);
+        Ok(())
+    }
+
+    fn gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
+        self.0.gather(axis, part, out)
+    }
+
+    fn broadcast(&mut self, root: usize, x: &mut Array) -> Result<()> {
+        self.0.broadcast(root, x)
+    }
+}
+
+#[test]
+fn a_rank_whose_device_waits_for_another_is_woken_by_its_way_out_and_has_no_further_call() {
+    let (device, exit) = (cuda(), GroupExit::default());
+    let mut ranks = thread_ranks(2, 2 * LONG).into_iter();
+    let (first, second) = (Box::new(ranks.next().unwrap()), Box::new(Silent(ranks.next().unwrap())));
+    std::thread::spawn(move || {
+        let cuda = cuda();
+        let mut rank = NcclRank::join(&cuda, second, &GroupExit::default()).unwrap();
+        let _ = rank.all_reduce(&mut array(&cuda, 1, 8, &[1.0; 8]));
+    });
+    let mut rank = NcclRank::join(&device, first, &exit).unwrap();
+    let mut x = array(&device, 1, 8, &[1.0; 8]);
+    rank.all_reduce(&mut x).unwrap();
+    let (has_ended, waiting) = ends(A_WHILE, move || {
+        // Numbers come of it that are none, and so nothing else may.
+        device.download(&x, &mut Vec::new()).unwrap();
+        let told = rank.all_reduce(&mut x).unwrap_err().to_string();
+        assert_eq!(told, "all_reduce on rank 0: the group was left");
+    });
+    assert!(!has_ended, "it went on with numbers that nobody has sent");
+    exit.leave();
+    waiting.join().unwrap();
 }

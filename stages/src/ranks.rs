@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use kernels::{Array, AttentionSlice, Axis, Collective};
+use kernels::{Array, AttentionSlice, Axis, Collective, GroupExit};
 use scheduler::MicroBatch;
 
 use crate::error::Result;
@@ -129,6 +129,8 @@ pub struct RankGroup {
     pub sharing: Sharing,
     /// Where its time is told.
     pub clock: Arc<CollectiveClock>,
+    /// The way out, for whoever gives a rank up whose device waits for another's.
+    pub exit: GroupExit,
 }
 
 /// What a rank spends on collectives.
@@ -176,19 +178,19 @@ pub(crate) struct Ranks<A> {
 
 impl From<RankGroup> for Ranks<Array> {
     fn from(group: RankGroup) -> Self {
-        let RankGroup { collective, sharing, clock } = group;
+        let RankGroup { collective, sharing, clock, exit: _ } = group; // A host waits no longer than its patience.
         Ranks::new(collective, sharing, clock)
     }
 }
 
 impl RankGroup {
-    /// The group on a device whose arrays are not the host's: `join` makes its collective, with this one to agree by.
+    /// The group on a device whose arrays are not the host's: `join` makes its collective, with this one to agree by and the way out.
     pub(crate) fn join<A>(
         self,
-        join: impl FnOnce(Box<dyn Collective<Array>>) -> kernels::Result<Box<dyn Collective<A>>>,
+        join: impl FnOnce(Box<dyn Collective<Array>>, &GroupExit) -> kernels::Result<Box<dyn Collective<A>>>,
     ) -> Result<Ranks<A>> {
-        let RankGroup { collective, sharing, clock } = self;
-        Ok(Ranks::new(join(collective)?, sharing, clock))
+        let RankGroup { collective, sharing, clock, exit } = self;
+        Ok(Ranks::new(join(collective, &exit)?, sharing, clock))
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kernels::{
-    Arrival, Cpu, CpuOptions, Cuda, CudaOptions, Gate, KvDtype, NcclRank, Parcel, Reference, Simd, WeightType,
+    Arrival, Cpu, CpuOptions, Cuda, CudaOptions, Gate, GroupExit, KvDtype, NcclRank, Parcel, Reference, Simd,
+    WeightType,
 };
 use scheduler::{MicroBatch, MicroBatchOutput};
 
@@ -157,6 +158,12 @@ pub trait Stage: Send {
     /// Its device's way to those of other processes, where it has one that is not through the host.
     fn gate(&self) -> Option<Gate> {
         None
+    }
+
+    /// The ways out of groups in which its devices may wait for each other, for whoever gives it up. Its queues then go on with numbers
+    /// that are none: so only when it is known that all that it is at is lost. [`Stage::finish`] is an error from then on.
+    fn exits(&self) -> Vec<GroupExit> {
+        Vec::new()
     }
 
     /// Whether its device works beside its host, so that another micro-batch may be queued behind the one that is computed.
@@ -334,7 +341,7 @@ pub(crate) fn cuda_rank(
     group: RankGroup,
 ) -> Result<SpanStage<Cuda>> {
     let cuda = cuda(device, dtypes)?;
-    let ranks = group.join(|control| Ok(Box::new(NcclRank::join(&cuda, control)?)))?;
+    let ranks = group.join(|control, exit| Ok(Box::new(NcclRank::join(&cuda, control, exit)?)))?;
     SpanStage::load(cuda, model, options, Some(ranks))
 }
 

@@ -69,6 +69,7 @@ impl TwoRanks {
             collective: Box::new(rank),
             sharing: sharing.clone(),
             clock: Arc::new(CollectiveClock::default()),
+            exit: stages::GroupExit::default(),
         });
         let (first, second) = (ranks.next().unwrap(), ranks.next().unwrap());
         let (follower, steps) = channel::<RankStep>();

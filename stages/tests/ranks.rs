@@ -130,6 +130,7 @@ impl Running {
             collective: Box::new(rank),
             sharing: sharing.clone(),
             clock: Arc::new(CollectiveClock::default()),
+            exit: stages::GroupExit::default(),
         };
         let mut ranks = thread_ranks(of.num_ranks, PATIENCE).into_iter();
         let first = ranks.next().unwrap();

@@ -4,10 +4,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use scheduler::MicroBatchId;
+use stages::GroupExit;
+use tokio::sync::Notify;
 
 /// What a device thread is at; the thread writes, its watchdog reads.
 #[derive(Debug, Default)]
-pub(crate) struct AtWork(Mutex<Work>);
+pub(crate) struct AtWork {
+    work: Mutex<Work>,
+    freed: Notify,
+}
 
 #[derive(Debug, Default)]
 struct Work {
@@ -15,6 +20,8 @@ struct Work {
     /// When a process last said that it is there.
     beat: Option<Instant>,
     hung: Option<Hung>,
+    /// Out of groups in which its devices may wait for each other.
+    exits: Vec<GroupExit>,
 }
 
 /// A device thread that was given up.
@@ -52,12 +59,32 @@ impl AtWork {
         is_hung
     }
 
+    /// Its stage is loaded, and has these ways out of groups in which it may wait.
+    pub(crate) fn set_exits(&self, exits: Vec<GroupExit>) {
+        self.lock().exits = exits;
+    }
+
+    /// The ways out, for whoever has given it up: they are there once.
+    pub(crate) fn take_exits(&self) -> Vec<GroupExit> {
+        std::mem::take(&mut self.lock().exits)
+    }
+
+    /// The thread has freed all that its stage had.
+    pub(crate) fn free(&self) {
+        self.freed.notify_one();
+    }
+
+    /// Waits for that. One may wait.
+    pub(crate) async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
     /// Over what the thread was given up, if it was.
     pub(crate) fn hung(&self) -> Option<Hung> {
         self.lock().hung
     }
 
     fn lock(&self) -> MutexGuard<'_, Work> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

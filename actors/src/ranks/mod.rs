@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use scheduler::MicroBatch;
-use stages::{Activations, Device, Dtypes, Gate, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput};
+use stages::{
+    Activations, Device, Dtypes, Gate, GroupExit, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput,
+};
 
 pub(crate) use order::SpanOrder;
 #[cfg(test)]
@@ -63,11 +65,15 @@ impl RanksArgs {
             return stages::load(&self.model, device, self.dtypes, self.options);
         }
         let draws = self.options.part.is_last(&self.model.config);
+        // Of ranks in this process: another process ends with its rank.
+        let mut exits: Vec<GroupExit> = self.devices.iter().map(|_| GroupExit::default()).collect();
         let (first, others) = match self.home {
-            RankHome::Threads => threads::load(self)?,
-            RankHome::Processes => process::load(self)?,
+            RankHome::Threads => threads::load(self, &exits)?,
+            RankHome::Processes => process::load(self, &exits[0])?,
         };
-        Ok(Box::new(RankedStage { first, others, draws, watch: self.watch.clone() }))
+        // A core waits for others no longer than its patience.
+        exits.retain(|_| matches!(self.devices[0], Device::Cuda { .. }));
+        Ok(Box::new(RankedStage { first, others, draws, watch: self.watch.clone(), exits }))
     }
 }
 
@@ -78,6 +84,7 @@ struct RankedStage {
     others: Vec<Box<dyn RankLink>>,
     draws: bool,
     watch: Watch,
+    exits: Vec<GroupExit>,
 }
 
 /// The way to a rank beside the first.
@@ -140,11 +147,20 @@ impl Stage for RankedStage {
     }
 
     fn finish(&mut self) -> stages::Result<Option<Duration>> {
-        self.first.finish()
+        let device_time = self.first.finish()?;
+        match self.exits.iter().position(GroupExit::has_left) {
+            // Its device went on with whatever numbers were there.
+            Some(rank) => Err(stages::Error::Rank { rank, message: "its group was left".to_owned() }),
+            None => Ok(device_time),
+        }
     }
 
     fn gate(&self) -> Option<Gate> {
         self.first.gate()
+    }
+
+    fn exits(&self) -> Vec<GroupExit> {
+        self.exits.clone()
     }
 }
 
@@ -157,5 +173,34 @@ impl RankedStage {
         });
         let (rank, message) = cause.unwrap_or((rank, seen));
         stages::Error::Rank { rank, message }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use scheduler::{MicroBatchId, MicroBatchOutput};
+
+    use super::*;
+
+    /// A first rank that answers whatever happens.
+    struct Careless;
+
+    impl Stage for Careless {
+        fn step(&mut self, batch: &MicroBatch, _: Option<Activations>) -> stages::Result<StageOutput> {
+            Ok(StageOutput::Tokens(MicroBatchOutput { id: batch.id, slices: Vec::new() }))
+        }
+    }
+
+    #[test]
+    fn what_a_stage_has_made_is_an_error_once_a_rank_has_left_its_group() {
+        let exits = vec![GroupExit::default(), GroupExit::default()];
+        let (first, others, watch) = (Box::new(Careless), Vec::new(), Watch::new(0, 2, None));
+        let mut stage = RankedStage { first, others, draws: true, watch, exits: exits.clone() };
+        let batch = MicroBatch { id: MicroBatchId(7), slices: Vec::new() };
+        stage.step(&batch, None).unwrap();
+        stage.finish().unwrap();
+        stage.step(&batch, None).unwrap();
+        stage.exits()[1].leave();
+        assert_eq!(stage.finish().unwrap_err().to_string(), "rank 1: its group was left");
     }
 }

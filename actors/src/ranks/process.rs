@@ -11,7 +11,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 
 use crossbeam::channel::{Receiver, bounded, unbounded};
-use stages::{CollectiveClock, Frame, RankGroup, RankStep, TcpRank};
+use stages::{CollectiveClock, Frame, GroupExit, RankGroup, RankStep, TcpRank};
 
 use super::threads::{Loaded, follow};
 use super::watch::Doing;
@@ -51,8 +51,8 @@ impl Drop for ProcessRank {
     }
 }
 
-/// Loads the first rank here, and has a process started for each other.
-pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
+/// Loads the first rank here, with its way out of the group, and has a process started for each other.
+pub(super) fn load(args: &RanksArgs, exit: &GroupExit) -> stages::Result<Loaded> {
     let failed = |rank: usize, message: String| stages::Error::Rank { rank, message };
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| failed(0, e.to_string()))?;
     let leader = listener.local_addr().map_err(|e| failed(0, e.to_string()))?;
@@ -74,7 +74,12 @@ pub(super) fn load(args: &RanksArgs) -> stages::Result<Loaded> {
         &args.devices[0],
         args.dtypes,
         args.options,
-        RankGroup { collective, sharing: args.sharing.clone(), clock: args.watch.clock(0) },
+        RankGroup {
+            collective,
+            sharing: args.sharing.clone(),
+            clock: args.watch.clock(0),
+            exit: exit.clone(),
+        },
     )?;
     for (rank, words) in (1..).zip(loading) {
         match words.recv() {
@@ -168,8 +173,14 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
         TcpRank::join(leader, rank, num_ranks, span.group, span.patience).map_err(|e| own(e.to_string()))?;
     let model = span.open_model().map_err(own)?;
     let clock = Arc::new(CollectiveClock::default());
-    let group =
-        RankGroup { collective: Box::new(collective), sharing: span.sharing, clock: Arc::clone(&clock) };
+    // Whoever gives this rank up ends its process.
+    let exit = GroupExit::default();
+    let group = RankGroup {
+        collective: Box::new(collective),
+        sharing: span.sharing,
+        clock: Arc::clone(&clock),
+        exit,
+    };
     let follower = stages::load_follower(&model, &device, span.dtypes, span.options, group);
     let mut follower = follower.map_err(|e| own(with_causes(&e)))?;
     let steps = listen(input);

@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 use std::slice::from_ref;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use jobs::{ModelText, ModelTextOptions, Order, OutputFolder, Preparer, Reader, RowOptions, SamplingOptions};
 use scheduler::{Failure, MicroBatch, MicroBatchId, MicroBatchOutput, Slice, SliceOutput, Span};
-use stages::{Activations, Arrival, Collected, Queued, Stage, StageOutput};
+use stages::{Activations, Arrival, Collected, GroupExit, Queued, Stage, StageOutput};
 
 use crate::job::{JobOptions, JobOutcome, JobProgress, run_job};
 use crate::stage_set::StageLoad;
@@ -33,12 +33,41 @@ struct Probe {
     /// When the last one will have been computed.
     done: Instant,
     calls: Calls,
+    /// Out of what it waits in; what it computes when it has been let out is wrong.
+    exit: Option<GroupExit>,
+    _memory: Option<Held>,
+}
+
+/// A device's memory, which has room for one stage.
+#[derive(Clone, Default)]
+struct Memory(Arc<AtomicBool>);
+
+/// What a stage has of it.
+struct Held(Memory);
+
+impl Memory {
+    fn hold(&self) -> Held {
+        assert!(!self.0.swap(true, Ordering::SeqCst), "a device holds the stage before still");
+        Held(self.clone())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // A moment in which another may come too early.
+        std::thread::sleep(Duration::from_millis(50));
+        self.0.0.store(false, Ordering::SeqCst);
+    }
 }
 
 /// What probes were asked for, each by its index: `true` for a micro-batch that was queued, `false` for one that was collected.
 pub(super) type Calls = Arc<Mutex<Vec<(usize, bool, MicroBatchId)>>>;
 
 impl Stage for Probe {
+    fn exits(&self) -> Vec<GroupExit> {
+        self.exit.iter().cloned().collect()
+    }
+
     fn is_ahead(&self) -> bool {
         self.is_ahead
     }
@@ -89,7 +118,10 @@ impl Stage for Probe {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
         assert_eq!(input.is_none(), self.is_first, "only the first stage is given no activations");
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        let has_left = || self.exit.as_ref().is_some_and(GroupExit::has_left);
+        let was_inside = !has_left();
         (self.trouble)(self.index, step, batch);
+        let is_wrong = was_inside && has_left();
         std::thread::sleep(self.step_time);
         if !self.is_last {
             return Ok(StageOutput::Activations(Activations {
@@ -102,7 +134,7 @@ impl Stage for Probe {
             sequence: slice.sequence,
             // Any function of the last token and its position will do: a chunk has the same as a step.
             token: slice.sample.then(|| {
-                let last = slice.tokens.last().expect("a slice has tokens");
+                let last = slice.tokens.last().expect("a slice has tokens") + u32::from(is_wrong);
                 (last * 31 + slice.first_position + slice.tokens.len() as u32) % 90 + 5
             }),
             logprobs: None,
@@ -136,6 +168,8 @@ pub(super) struct World {
     /// Whether stages begin with a micro-batch before they are done with the one before.
     pub(super) is_ahead: bool,
     pub(super) calls: Calls,
+    /// Out of what each stage may wait in. Its device then has room for one stage.
+    pub(super) exit: Option<GroupExit>,
 }
 
 impl World {
@@ -150,6 +184,7 @@ impl World {
             feeds_back: false,
             is_ahead: false,
             calls: Calls::default(),
+            exit: None,
         }
     }
 
@@ -179,6 +214,7 @@ impl World {
             let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
             let (loads, most_loads, is_ahead) = (Arc::clone(&self.loads), self.most_loads, self.is_ahead);
             let (trouble, calls) = (Arc::clone(&self.trouble), Arc::clone(&self.calls));
+            let (exit, memory) = (self.exit.clone(), Memory::default());
             StageLoad::Thread(Arc::new(move || {
                 assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
                 let (steps, trouble, calls) = (Arc::clone(&steps), Arc::clone(&trouble), Arc::clone(&calls));
@@ -195,6 +231,8 @@ impl World {
                     num_collected,
                     done: Instant::now(),
                     calls,
+                    _memory: exit.is_some().then(|| memory.hold()),
+                    exit: exit.clone(),
                 }) as Box<dyn Stage>)
             }))
         };

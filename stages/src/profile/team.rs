@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
+use kernels::GroupExit;
 use scheduler::MicroBatch;
 
 use super::subject::Subject;
@@ -28,8 +29,12 @@ impl Team {
     /// What a device refuses.
     pub(super) fn load(subject: &Subject, devices: &[Device], dtypes: Dtypes) -> Result<Self> {
         let Subject { model, options, sharing } = subject;
-        let group =
-            |rank| RankGroup { collective: Box::new(rank), sharing: sharing.clone(), clock: Arc::default() };
+        let group = |rank| RankGroup {
+            collective: Box::new(rank),
+            sharing: sharing.clone(),
+            clock: Arc::default(),
+            exit: GroupExit::default(),
+        };
         let mut ranks = kernels::thread_ranks(devices.len(), PATIENCE).into_iter();
         let first = group(ranks.next().expect("a stage has a rank"));
         let mut others = Vec::new();

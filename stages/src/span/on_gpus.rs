@@ -52,6 +52,7 @@ impl TwoRanks {
             collective: Box::new(rank),
             sharing: Sharing::default(),
             clock: Arc::new(CollectiveClock::default()),
+            exit: kernels::GroupExit::default(),
         });
         let (first, second) = (ranks.next().unwrap(), ranks.next().unwrap());
         let (steps, told) = channel::<RankStep>();

@@ -195,6 +195,7 @@ fn logprobs(
             collective: Box::new(collective),
             sharing: sharing.clone(),
             clock: Arc::new(CollectiveClock::default()),
+            exit: kernels::GroupExit::default(),
         };
         let mut ranks = thread_ranks(num_ranks, Duration::from_secs(60)).into_iter();
         let first = ranks.next().unwrap();

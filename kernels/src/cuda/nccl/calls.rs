@@ -261,6 +261,11 @@ impl Communicator {
     pub(super) fn abort(&self) {
         self.exit.leave();
     }
+
+    /// Whether it was left, by whoever has its exit.
+    pub(super) fn has_left(&self) -> bool {
+        self.exit.has_left()
+    }
 }
 
 impl Drop for Communicator {

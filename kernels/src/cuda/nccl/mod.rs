@@ -5,8 +5,8 @@
 //!
 //! Before each call the ranks agree through a group of the host's, threads or TCP, on what comes. There a rank that is gone,
 //! late or at another operation is found, before anything is queued that would wait for it on the device. A rank that dies
-//! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs, and is the
-//! watchdog's to find. A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
+//! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs until the watchdog has found
+//! it, and the group is left by its [`GroupExit`]. A queue then goes on with numbers that are none, and the next call is an error. A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
 //!
 //! Sums of many rows are made in pieces, on a queue of their own: those of the first rows while the next are computed (`beside.rs`).
 
@@ -62,11 +62,12 @@ struct Agreement {
 }
 
 impl NcclRank {
-    /// Takes the place that a rank has in `control`, a group of the host's. All ranks do so, each on a thread of its own.
+    /// Takes the place that a rank has in `control`, a group of the host's. All ranks do so, each on a thread of its own and with a way
+    /// out of its own, by which whoever gives a rank up wakes it.
     ///
     /// # Errors
-    /// NCCL is missing; a rank does not come; what NCCL refuses, such as two ranks on one GPU before its version 2.30.
-    pub fn join(cuda: &Cuda, mut control: Box<dyn Collective<Array>>) -> Result<NcclRank> {
+    /// NCCL is missing; a rank does not come, or its `exit` was taken; what NCCL refuses, such as two ranks on one GPU before its version 2.30.
+    pub fn join(cuda: &Cuda, mut control: Box<dyn Collective<Array>>, exit: &GroupExit) -> Result<NcclRank> {
         let stream = &cuda.stream;
         let nccl = Nccl::load(cuda.options.libraries.as_deref());
         let begun = nccl.and_then(|nccl| Ok((nccl, nccl.new_group(stream)?)));
@@ -82,7 +83,7 @@ impl NcclRank {
         let mut group: GroupId = [0; 128];
         group.iter_mut().zip(id.values()).for_each(|(byte, &number)| *byte = number as u8);
         let place = [control.rank(), control.num_ranks()];
-        let communicator = nccl.join(stream, &GroupExit::default(), group, place)?;
+        let communicator = nccl.join(stream, exit, group, place)?;
         let cubin = program::COLLECTIVE.cubin(cuda.options.cubins.as_deref(), &cuda.gpu.architecture(), 0)?;
         let module = Arc::new(stream.module(&cubin)?);
         Ok(NcclRank {
@@ -99,6 +100,9 @@ impl NcclRank {
 
     /// Agrees on an operation; the shapes of all ranks.
     fn agree(&mut self, op: Op, [rows, cols]: [usize; 2]) -> Result<Vec<[usize; 2]>> {
+        if self.communicator.has_left() {
+            return Err(self.fail(op, "the group was left".to_owned()));
+        }
         let told = self.agreement.tell(op, [rows, cols]).map_err(|message| self.fail(op, message))?;
         let rank_at = |is: &dyn Fn(u32) -> bool| told.iter().position(|(other, _)| is(*other));
         if let Some(rank) = rank_at(&|other| other == Op::NoRoom as u32) {

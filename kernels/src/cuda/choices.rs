@@ -62,6 +62,13 @@ impl ChoiceWork {
         rows * size_of::<Asked>()
     }
 
+    /// Bytes that a step sends for so many rows, no more than `at_once` of which are chosen from together: what is asked of them, a mask
+    /// for each, and the edits of as many parts. Of more edits buffers that take turns do so more often.
+    pub(super) fn sent_bytes(rows: usize, at_once: usize, vocabulary: usize) -> usize {
+        let [asked, edits, masks, _] = ChoiceWork::bytes(rows, vocabulary);
+        asked + masks + rows.div_ceil(at_once.max(1)) * edits
+    }
+
     /// Bytes of the answers to so many rows.
     pub(super) fn answer_bytes(rows: usize) -> usize {
         rows * (2 + 2 * USUAL_TOP) * size_of::<u32>()

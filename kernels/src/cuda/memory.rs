@@ -104,7 +104,8 @@ impl Cuda {
             .into_iter()
             .zip(partials)
             .try_for_each(|(memory, bytes)| memory.reserve(OP, bytes))?;
-        locked(&self.tables).reserve(&self.stream, size, ChoiceWork::asked_bytes(size.logit_rows))?;
+        let sent = ChoiceWork::sent_bytes(size.logit_rows, size.choice_rows, size.vocab);
+        locked(&self.tables).reserve(&self.stream, size, sent)?;
         self.parcels.reserve(&self.stream, size.parcels, parcel)?;
         self.arrived.reserve(&self.arrivals, size.arrivals, parcel)?;
         locked(&self.graphs).begin(if self.options.has_graphs { size.rows } else { 0 });

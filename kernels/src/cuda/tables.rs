@@ -209,6 +209,33 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Backend, WeightType};
+    use crate::cuda::{locked, tests::emulated};
+
+    /// Choices, masks and edits of three times 64 rows.
+    #[test]
+    fn all_that_a_step_chooses_by_has_room_in_one_pinned_buffer() {
+        let cuda = emulated(WeightType::Bf16);
+        let (rows, vocab) = (192, 1000);
+        let size = WorkSize {
+            rows,
+            sequences: rows,
+            logit_rows: rows,
+            choice_rows: 64,
+            vocab,
+            ..WorkSize::default()
+        };
+        cuda.reserve_work(&size).unwrap();
+        let (asked, mask, edits) = (11 * size_of::<u32>(), vocab.div_ceil(32) * size_of::<u32>(), 16 * vocab);
+        let mut to = Memory::none(&cuda.stream);
+        to.reserve("a test", edits).unwrap();
+        let outbox = &mut locked(&cuda.tables).outbox;
+        for bytes in [64 * asked, 64 * mask, edits].into_iter().cycle().take(9) {
+            outbox.send(&cuda.stream, "a test", &vec![0; bytes], &mut to).unwrap();
+        }
+        let sent = 3 * (64 * (asked + mask) + edits);
+        assert!(outbox.next == 0 && outbox.used >= sent, "{} of {sent} bytes", outbox.used);
+    }
 
     #[test]
     fn each_row_has_its_place() {

@@ -29,12 +29,7 @@ pub(crate) fn tokens_of_first(gpu: Option<&str>, weights: NumberType) -> usize {
 /// Memories from which stages read their weights, of which these are the devices, the first of each where it has several: the
 /// processors of a machine have one.
 pub(crate) fn num_memories<'a>(devices: impl Iterator<Item = &'a Device>) -> usize {
-    let mut memories: Vec<Option<usize>> = devices
-        .map(|device| match device {
-            Device::Cuda { index, .. } => Some(*index),
-            Device::Cpu { .. } | Device::Reference => None,
-        })
-        .collect();
+    let mut memories: Vec<Option<usize>> = devices.map(Device::gpu).collect();
     memories.sort_unstable();
     memories.dedup();
     memories.len()

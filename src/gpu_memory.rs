@@ -38,9 +38,9 @@ pub(crate) struct Question {
     replicas: usize,
     /// By the GPU's index.
     free_bytes: BTreeMap<usize, u64>,
-    /// Whether each stage is a process of its own.
-    are_processes: bool,
     step: StepSize,
+    /// Whether each stage is a process of its own: what is handed over then arrives in memory of its own also on the same GPU.
+    are_processes: bool,
     /// Most of a GPU, where contexts are split over them.
     multiprocessors: Option<usize>,
     wanted: WantedTokens,
@@ -68,8 +68,8 @@ impl Question {
             indices: pipeline.devices.iter().map(|device| device.index).collect(),
             replicas: pipeline.replicas,
             free_bytes: gpus::free_bytes(pipeline)?,
-            are_processes,
             step: StepSize { rows, sequences, context_tokens, micro_batches, arrivals },
+            are_processes,
             multiprocessors: (!pipeline.deterministic)
                 .then(|| gpus::multiprocessors(pipeline))
                 .transpose()?,
@@ -88,7 +88,10 @@ impl Question {
             let (mut memory, mut peers) = (GpuMemory::default(), 0);
             let mut parts = Vec::new();
             for indices in self.indices.chunks(self.indices.len() / self.replicas) {
+                let mut before = None;
                 for (stage, StageLayout { part, devices: ranks, sharing }) in stages.iter().enumerate() {
+                    let first = indices[ranks.start];
+                    let step = self.behind(step, before.replace(first), first);
                     let is_here = |(_, other): &(usize, &usize)| **other == index;
                     for (rank, _) in indices[ranks.clone()].iter().enumerate().filter(is_here) {
                         let place = RankPlace { rank, num_ranks: ranks.len() };
@@ -111,6 +114,12 @@ impl Question {
     fn step_of(&self, num_stages: usize) -> StepSize {
         let micro_batches = self.step.micro_batches.max(scheduler::in_flight(num_stages as u64) as usize);
         StepSize { micro_batches, ..self.step }
+    }
+
+    /// Such a step of a stage that begins on a GPU behind one that does on another, or on the same.
+    fn behind(&self, step: StepSize, before: Option<usize>, gpu: usize) -> StepSize {
+        let stays = !self.are_processes && before == Some(gpu);
+        StepSize { arrivals: if stays { 0 } else { step.arrivals }, ..step }
     }
 
     /// Of each GPU that the job names, once each and in that order, the bytes that weights, keys and values may have: all that

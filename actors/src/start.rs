@@ -135,17 +135,23 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
     };
     let watches: Vec<Watch> = stages.iter().enumerate().map(watch).collect();
     let num_stages = stages.len();
-    let largest_step = StepSize {
+    let gpus: Vec<Option<usize>> = stages.iter().map(|stage| stage.devices[0].gpu()).collect();
+    let arrivals = |index: usize| match run_in {
+        StageHome::Processes => scheduler.max_in_flight(),
+        StageHome::Threads => usize::from(index > 0 && gpus[index - 1] != gpus[index]),
+    };
+    let largest_step = |index: usize| StepSize {
         rows: scheduler.micro_batch_tokens,
         sequences: scheduler.max_sequences,
         context_tokens: scheduler.context_tokens,
         micro_batches: scheduler.max_in_flight(),
-        arrivals: if run_in == StageHome::Processes { scheduler.max_in_flight() } else { 1 },
+        arrivals: arrivals(index),
     };
     let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
-        let options = SpanOptions { part, num_pages, context_tokens, largest_step: Some(largest_step) };
+        let options =
+            SpanOptions { part, num_pages, context_tokens, largest_step: Some(largest_step(index)) };
         let (model, watch) = (model.clone(), watches[index].clone());
         let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;

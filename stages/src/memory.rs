@@ -26,7 +26,7 @@ pub struct StepSize {
     /// Micro-batches in flight, all of which may wait for the next stage.
     pub micro_batches: usize,
     /// Micro-batches that may wait for this stage on its own device: all in flight where stages are processes; else the next
-    /// one, which comes from another GPU while one is computed; a stage behind one of its own GPU has no use for its room.
+    /// one, which comes from another GPU while one is computed, and none behind a stage of the same GPU.
     pub arrivals: usize,
 }
 

@@ -254,6 +254,16 @@ pub enum Device {
     },
 }
 
+impl Device {
+    /// Which GPU it is, as the driver counts them, if it is one.
+    pub fn gpu(&self) -> Option<usize> {
+        match self {
+            Device::Cuda { index, .. } => Some(*index),
+            Device::Cpu { .. } | Device::Reference => None,
+        }
+    }
+}
+
 /// Number types of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dtypes {

@@ -262,7 +262,8 @@ fn sums_are_added_in_the_order_of_ranks_at_every_call() {
 }
 
 /// As [`SHAPES`], with more rows than GPUs sum at once.
-const TALL: [[usize; 2]; 7] = [[0, 8], [1, 1], [33, 1037], [511, 3], [512, 100], [1030, 37], [600, 512]];
+const TALL: [[usize; 2]; 8] =
+    [[0, 8], [1, 1], [33, 1037], [383, 3], [511, 3], [512, 100], [1030, 37], [600, 512]];
 
 fn pieces(groups: &Groups<'_>) {
     every_group(groups, |mut rank, what| {

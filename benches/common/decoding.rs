@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use scheduler::{MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, TokenId};
 
-/// Rows that decode at the same position of sequences of their own, greedily, each with pages of its own. Nobody has written
-/// what these hold before.
+/// Rows that decode at the same position of sequences of their own, greedily, each with pages of its own. What
+/// these hold is anything, unless a stage has filled them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Decoding {
     pub(crate) rows: usize,

@@ -12,7 +12,7 @@ use stages::{Device, Model, PAGE_TOKENS, Sharing};
 use crate::cli::{BenchArgs, Format};
 use crate::layout::StageLayout;
 use crate::target::{self, Target};
-use crate::{lower, machine, print, say};
+use crate::{gpus, lower, machine, print, say};
 
 use report::Report;
 
@@ -34,14 +34,20 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
     lower::check(&pipeline)?;
     let machine = machine::detect();
     let index = pipeline.devices.first().map_or(0, |device| device.index);
-    let options = ThroughputOptions {
+    let mut options = ThroughputOptions {
         device: lower::device_groups(&pipeline, &machine)?.swap_remove(index),
         dtypes: lower::dtypes(&files, &pipeline, &model.config),
         context_tokens,
         micro_batch_tokens: pipeline.micro_batch_tokens,
         batches: args.batches.clone(),
+        most_pages: None,
         effort: target::effort(args.point_seconds),
     };
+    if let Device::Cuda { index, .. } = options.device {
+        let (free_bytes, multiprocessors) =
+            (gpus::free_bytes(&pipeline)?[&index], gpus::multiprocessors(&pipeline)?);
+        options.most_pages = Some(options.pages_in(&model, free_bytes, multiprocessors));
+    }
     // The model with these pages must fit, as in a run.
     pipeline.kv_cache_tokens = KvCacheTokens::Tokens(options.num_pages(&model) * PAGE_TOKENS);
     let whole = Span { start: 0, end: model.config.blocks.len() };

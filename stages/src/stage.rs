@@ -195,6 +195,18 @@ pub trait Stage: Send {
     fn collect(&mut self) -> Result<Collected> {
         panic!("nothing was queued")
     }
+
+    /// Writes keys and values into every page of so many, for whoever asks how long steps take and not what they give: a device's memory
+    /// begins as anything, zeros and what is no number among it, and a host's is none before it is written.
+    ///
+    /// # Errors
+    /// As of [`Stage::step`].
+    ///
+    /// # Panics
+    /// Where the stage has several ranks.
+    fn fill_pages(&mut self, _num_pages: usize) -> Result<()> {
+        panic!("pages are filled of a lone device")
+    }
 }
 
 /// A micro-batch that a stage has begun with.

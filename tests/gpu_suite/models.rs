@@ -153,8 +153,13 @@ pub(crate) fn device(setting: &Setting) -> Device {
         is_deterministic: false,
         has_graphs: true,
     }
+        most_pages: None,
 }
 
+    let gpu = setting.cuda(WeightType::Bf16, KvDtype::Bf16, false)?;
+    let multiprocessors = gpu.gpu().multiprocessors as usize;
+    options.most_pages = Some(options.pages_in(&model, gpu.free_bytes()?, multiprocessors));
+    drop(gpu);
 /// The same as jobs have it unless they say otherwise: a row's bits do not depend on its batch.
 pub(crate) fn device_of_jobs(setting: &Setting) -> Device {
     match device(setting) {

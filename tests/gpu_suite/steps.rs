@@ -79,7 +79,10 @@ fn load(model: &Model, device: &Device, blocks: Span, work: &Work) -> Result<Box
         context_tokens: work.context,
         largest_step: Some(step),
     };
-    Ok(stages::load(model, device, Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 }, options)?)
+    let dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
+    let mut stage = stages::load(model, device, dtypes, options)?;
+    stage.fill_pages(num_pages)?;
+    Ok(stage)
 }
 
 /// Seconds of a step, and what its thread had of a processor.

@@ -57,6 +57,14 @@ impl AtWork {
         Ok(AtWork { stage, before, scrub: vec![1; at_hand.scrub_bytes as usize / 8], error: None })
     }
 
+    /// Writes every page of the subject's.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub(super) fn fill_pages(&mut self, num_pages: usize) -> Result<()> {
+        self.stage.fill_pages(num_pages)
+    }
+
     /// The same step with its activations where the stage before leaves them.
     pub(super) fn handed_over(&mut self, step: &Step) -> Step {
         let mut step = step.clone();

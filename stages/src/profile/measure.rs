@@ -318,7 +318,7 @@ impl Bench<'_> {
         let steps = grid.steps(pages, dims);
         let fill = match self.options.is_on_gpus() {
             true => pages.fill_whole(dims.hidden, dims.vocab),
-            false => pages.fill(Some(dims.hidden), dims.vocab),
+            false => pages.fill(dims.hidden, dims.vocab),
         };
         let times = self.gang(1, 0).time(&subject, &fill, &steps)?;
         Ok(grid.entry(kv_heads, copies, kv_bytes, &times))

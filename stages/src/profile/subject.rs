@@ -78,7 +78,6 @@ impl Subject {
         [rows, sequences]: [usize; 2],
     ) -> Self {
         let part = Span { start: 0, end: model.config.blocks.len() }.into();
-        let rows = rows.max(FILL_TOKENS);
         let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 1, arrivals: 0 });
         let options = SpanOptions { part, num_pages, context_tokens, largest_step };
         Subject { model: model.clone(), options, sharing: Sharing::default() }
@@ -140,14 +139,14 @@ impl Pages {
     }
 
     /// Micro-batches that write somewhat of every 4 KB of every page: what was never written is no memory yet.
-    pub(super) fn fill(self, hidden: Option<usize>, vocab: usize) -> Vec<Step> {
+    pub(super) fn fill(self, hidden: usize, vocab: usize) -> Vec<Step> {
         let places = |page: usize| (0..PAGE_TOKENS).step_by(FILL_STEP).map(move |position| (page, position));
         let places: Vec<_> = (0..self.total()).flat_map(places).collect();
         let row = |(idx, &(page, position)): (usize, &(usize, usize))| {
             slice(idx, position, 1, vec![page as PageIdx], vocab)
         };
         let rows = |places: &[(usize, usize)]| places.iter().enumerate().map(row).collect();
-        places.chunks(FILL_TOKENS).map(|places| step(rows(places), hidden)).collect()
+        places.chunks(FILL_TOKENS).map(|places| step(rows(places), Some(hidden))).collect()
     }
 
     /// Micro-batches that write every position: a GPU's memory begins as anything, and what is no number takes attention longer.

@@ -16,12 +16,19 @@ use super::points::Seconds;
 use super::subject::{self, Pages, Step, Subject};
 use crate::cost::{Balance, Estimator, NumberType, NumberTypes, pieces};
 use crate::error::Result;
+use crate::memory::GpuMemory;
 use crate::model::Model;
+use crate::shard::RankPlace;
 use crate::sharing::Sharing;
+use crate::span::SpanOptions;
 use crate::stage::{Device, Dtypes};
 
 /// Pages that rows share, at most: many times what any cache holds of a small model.
 const MAX_SHARED_PAGES: usize = 4096;
+
+/// Of a GPU's memory so much is left to measuring its ceilings, by matrices of up to 8,192 rows and some workspace, to loaded kernels and
+/// to captured steps.
+const BESIDE_BYTES: u64 = 3 << 30;
 
 /// What is measured, and with what.
 #[derive(Debug, Clone)]
@@ -36,6 +43,10 @@ pub struct ThroughputOptions {
     pub micro_batch_tokens: usize,
     /// Rows of each batch.
     pub batches: Vec<usize>,
+    /// KV pages that there is room for, see [`ThroughputOptions::pages_in`]: rows then have pages of their own as far as these go. Where nobody says,
+    /// rows share what they read of: so many pages that no cache holds those of a block, and no more, for a processor is long at filling
+    /// them.
+    pub most_pages: Option<usize>,
     /// How long to look at a micro-batch.
     pub effort: Effort,
 }
@@ -74,24 +85,47 @@ impl ThroughputOptions {
         self.pages(model).total()
     }
 
+    /// KV pages that a GPU of so many multiprocessors has room for beside the model and its ceilings.
+    pub fn pages_in(&self, model: &Model, free_bytes: u64, multiprocessors: usize) -> usize {
+        let SpanOptions { part, largest_step, .. } = self.subject(model).options;
+        let step = largest_step.expect("a whole model's steps are known");
+        let alone = (RankPlace::ALONE, &Sharing::default());
+        let memory = GpuMemory::of(&model.config, part, alone, self.dtypes, (step, Some(multiprocessors)));
+        memory.pages_in(free_bytes.saturating_sub(BESIDE_BYTES))
+    }
+
     fn largest_batch(&self) -> usize {
         self.batches.iter().copied().max().unwrap_or(1)
     }
 
-    /// Rows write pages of their own. What they read before those they share: so many pages that no cache holds them.
+    /// Rows write pages of their own. What they read before those they share where there is no room for as many.
     fn pages(&self, model: &Model) -> Pages {
-        let config = &model.config;
-        let values: u64 =
-            config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims)).sum();
-        let page_bytes = NumberType::from(self.dtypes.kv).bytes(values) * PAGE_TOKENS as u64;
-        let cold = machine::cold_bytes(&self.device).div_ceil(page_bytes.max(1)) as usize;
         let rows = self.largest_batch().min(self.micro_batch_tokens);
         let before = self.context_tokens.div_ceil(PAGE_TOKENS) - 1;
         let prompts = self.prompts_of_step() * subject::pages_of_chunk(self.chunk_tokens());
-        Pages {
-            own: rows.max(prompts),
-            shared: (rows * before).min(cold.max(before)).clamp(1, MAX_SHARED_PAGES),
-        }
+        let own = rows.max(prompts);
+        let most = match self.most_pages {
+            Some(pages) => pages.saturating_sub(own),
+            None => self.cold_pages(model).min(MAX_SHARED_PAGES),
+        };
+        Pages { own, shared: (rows * before).min(most.max(before)).max(1) }
+    }
+
+    /// Pages that no cache holds of one block: what rows share they read within its attention, and then not before the next step.
+    fn cold_pages(&self, model: &Model) -> usize {
+        let config = &model.config;
+        let values = config.blocks.iter().map(|block| block.attention.kv_values_per_token(config.dims));
+        let page_bytes =
+            NumberType::from(self.dtypes.kv).bytes(values.max().unwrap_or(0)) * PAGE_TOKENS as u64;
+        machine::cold_bytes(&self.device).div_ceil(page_bytes.max(1)) as usize
+    }
+
+    /// What the model is measured as on its device.
+    fn subject(&self, model: &Model) -> Subject {
+        let num_pages = self.pages(model).total();
+        // Whole pages are filled.
+        let context_tokens = self.context_tokens.next_multiple_of(PAGE_TOKENS);
+        Subject::whole(model, num_pages, context_tokens, [self.micro_batch_tokens, self.largest_batch()])
     }
 
     /// Tokens of a prompt that go into one micro-batch.
@@ -154,22 +188,16 @@ fn on_device_thread(
     say: &mut dyn FnMut(&str),
     hear: &mut dyn FnMut(&Throughput),
 ) -> Result<()> {
-    let ThroughputOptions { device, dtypes, context_tokens, .. } = options;
+    let ThroughputOptions { device, dtypes, .. } = options;
     let vocab = model.config.dims.vocab;
-    let pages = options.pages(model);
-    // Whole pages are filled.
-    let largest = [options.micro_batch_tokens, options.largest_batch()];
-    let subject = Subject::whole(model, pages.total(), context_tokens.next_multiple_of(PAGE_TOKENS), largest);
+    let (pages, subject) = (options.pages(model), options.subject(model));
     let mut bench = Bench {
         model,
         options,
         at_work: AtWork::load(&subject, std::slice::from_ref(device), *dtypes, AtHand::default())?,
     };
     say("model loaded");
-    for step in pages.fill(None, vocab) {
-        bench.at_work.seconds(&step);
-    }
-    bench.at_work.result()?;
+    bench.at_work.fill_pages(pages.total())?;
     say("KV cache filled");
     let mut before = Ceilings::measure(device, *dtypes)?;
     for &batch in &options.batches {
@@ -244,6 +272,7 @@ impl Bench<'_> {
 mod tests {
     use super::*;
     use kernels::{KvDtype, WeightType};
+    use std::path::Path;
 
     const PAGES: Pages = Pages { own: 64, shared: 8 };
 
@@ -251,7 +280,8 @@ mod tests {
         let dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
         let (device, effort) = (Device::Reference, Effort::default());
         let batches = vec![1, 32];
-        ThroughputOptions { device, dtypes, context_tokens, micro_batch_tokens: 100, batches, effort }
+        let (micro_batch_tokens, most_pages) = (100, None);
+        ThroughputOptions { device, dtypes, context_tokens, micro_batch_tokens, batches, most_pages, effort }
     }
 
     /// How often, first position, tokens and tokens that are drawn, of each distinct micro-batch.
@@ -271,6 +301,42 @@ mod tests {
             shapes(&options(250).prefill(7, PAGES, 50)),
             [(7, 0, 100, 0), (7, 100, 100, 0), (7, 200, 50, 1)]
         );
+    }
+
+    #[test]
+    fn rows_have_pages_of_their_own_as_far_as_memory_goes() {
+        let config = Path::new("../configs/models/Llama-3_3-Nemotron-Super-49B-v1");
+        let model = Model::open(config, true).unwrap().0;
+        let options = |most_pages| ThroughputOptions {
+            micro_batch_tokens: 2048,
+            batches: vec![256],
+            most_pages,
+            ..options(2048)
+        };
+        let pages = |most_pages| {
+            let Pages { own, shared } = options(most_pages).pages(&model);
+            [own, shared]
+        };
+        assert_eq!(pages(Some(usize::MAX)), [256, 256 * 31]);
+        assert_eq!(pages(Some(1000)), [256, 744]);
+        // A row has all of its own context in any case.
+        assert_eq!(pages(Some(0)), [256, 31]);
+        // A page of one block is 256 KB, and more of them are read over than a cache holds.
+        let [own, shared] = pages(None);
+        let cold = machine::cold_bytes(&Device::Reference).div_ceil(256 << 10) as usize;
+        assert_eq!([own, shared], [256, cold.clamp(31, MAX_SHARED_PAGES)]);
+    }
+
+    #[test]
+    fn a_gpu_has_room_for_the_pages_that_weights_and_ceilings_leave() {
+        let config = Path::new("../configs/models/Llama-3_3-Nemotron-Super-49B-v1");
+        let model = Model::open(config, true).unwrap().0;
+        let options = ThroughputOptions { micro_batch_tokens: 2048, batches: vec![256], ..options(640) };
+        let pages = |free_bytes| options.pages_in(&model, free_bytes, 132);
+        assert_eq!(pages(90_000_000_000), 0);
+        // 49 blocks' pages of 256 KB.
+        let found = pages(148_000_000_000) - pages(148_000_000_000 - 1000 * 49 * (256 << 10));
+        assert_eq!(found, 1000);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 
 mod attention;
 mod ffn;
+mod fill;
 mod halves;
 mod load;
 #[cfg(test)]
@@ -376,6 +377,11 @@ impl<B: Backend> Stage for SpanStage<B> {
 
     fn gate(&self) -> Option<Gate> {
         self.backend.gate()
+    }
+
+    fn fill_pages(&mut self, num_pages: usize) -> Result<()> {
+        assert!(self.ranks.is_none(), "pages are filled of a lone device");
+        fill::fill_pages((&self.backend, self.eps, self.hidden), &mut self.blocks, &mut self.work, num_pages)
     }
 }
 

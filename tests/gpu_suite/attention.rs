@@ -6,7 +6,9 @@ use anyhow::Result;
 use kernels::{AttentionSlice, Backend, Cuda, KvDtype, PAGE_TOKENS, WeightType};
 
 use crate::items::Setting;
-use crate::products::best_seconds;
+
+/// What split contexts are to reach of the copy bandwidth.
+const LEAST: f64 = 0.75;
 
 /// Ultra's and Super's.
 const HEAD_DIM: usize = 128;
@@ -73,7 +75,7 @@ fn seconds(cuda: &Cuda, case: Case) -> Result<f64> {
         pages: (row * pages_of_row..(row + 1) * pages_of_row).map(|page| page as u32).collect(),
     };
     let slices: Vec<AttentionSlice> = (0..rows).map(slice).collect();
-    best_seconds(cuda, || Ok(cuda.attention(&q, &cache, &slices, &mut out)?))
+    Ok(cuda.seconds_of(|| cuda.attention(&q, &cache, &slices, &mut out))?)
 }
 
 /// Keys and values in every page, the same ones every 64 pages.

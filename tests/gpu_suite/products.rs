@@ -89,28 +89,8 @@ fn operand(cuda: &Cuda, [rows, k]: [usize; 2]) -> Result<kernels::CudaOperand> {
     Ok(normed)
 }
 
-/// Of a product, the best of some samples.
+/// Of a product, as of the best of cuBLASLt's.
 fn seconds(cuda: &Cuda, w: &kernels::CudaMatrix, x: &kernels::CudaOperand) -> Result<f64> {
     let mut out = cuda.array();
-    best_seconds(cuda, || Ok(cuda.matmul(x, w, &mut out)?))
-}
-
-/// Seconds of queued work: samples of some calls each, after one call that is not counted.
-pub(crate) fn best_seconds(cuda: &Cuda, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-    const SAMPLES: usize = 5;
-    const CALLS: usize = 8;
-    let mut clock = (cuda.array(), Vec::new());
-    cuda.upload(&[1.0], 1, 1, &mut clock.0)?;
-    // Numbers that come back do so when all before them is done.
-    let mut wait = || cuda.download(&clock.0, &mut clock.1);
-    let mut best = f64::INFINITY;
-    work()?;
-    for _ in 0..SAMPLES {
-        wait()?;
-        let begun = std::time::Instant::now();
-        (0..CALLS).try_for_each(|_| work())?;
-        wait()?;
-        best = best.min(begun.elapsed().as_secs_f64() / CALLS as f64);
-    }
-    Ok(best)
+    Ok(cuda.seconds_of(|| cuda.matmul(x, w, &mut out))?)
 }

@@ -1,11 +1,9 @@
 //! What a GPU can do at most, measured: the yardstick for the speed of steps.
 //!
-//! Work is made larger until it takes so long that starting it is nothing beside it, and is then timed from its start to the
-//! moment when the device has done it.
-
-use std::time::Instant;
+//! Work is made larger until it takes so long that starting it is nothing beside it.
 
 use super::Cuda;
+use super::stopwatch::{Effort, Stopwatch};
 use super::stream::Memory;
 use crate::backend::Backend;
 use crate::error::Result;
@@ -13,9 +11,10 @@ use crate::tensor_view::{TensorView, ViewDtype};
 
 /// Work that takes this long was large enough: a launch takes some microseconds.
 const ENOUGH_SECONDS: f64 = 0.005;
-/// Largest matrix, at which products are as fast as they get, and their repeats, of which the best counts.
+/// Largest matrix, at which products are as fast as they get.
 const MOST_ROWS: usize = 8192;
-const REPEATS: usize = 3;
+/// Work that is long enough by itself.
+const REPEATS: Effort = Effort { samples: 3, calls: 1 };
 /// Smallest and largest memory that is copied.
 const LEAST_BYTES: usize = 1 << 20;
 const MOST_BYTES: usize = 2 << 30;
@@ -80,17 +79,8 @@ impl Cuda {
 
     /// The shortest time of some queued work, after one that is not counted.
     fn best_of(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-        let mut best = f64::INFINITY;
-        for repeat in 0..=REPEATS {
-            self.stream.wait("measure")?;
-            let begun = Instant::now();
-            work()?;
-            self.stream.wait("measure")?;
-            if repeat > 0 {
-                best = best.min(begun.elapsed().as_secs_f64());
-            }
-        }
-        Ok(best)
+        work()?;
+        Stopwatch::new(&self.stream)?.seconds(REPEATS, work)
     }
 }
 

@@ -30,6 +30,7 @@ mod program;
 mod rope;
 mod staging;
 mod step_times;
+mod stopwatch;
 mod stream;
 mod tables;
 mod weights;

@@ -312,6 +312,22 @@ fn a_step_is_captured_once_and_repeated_on_a_gpu() {
     [FIXED, FAST].into_iter().for_each(|mode| check_repeats(None, mode));
 }
 
+/// A device's own time is no longer than what its host waits for.
+#[test]
+fn queued_work_is_timed_by_the_device() {
+    let cuda = device(Some(emulator()), FAST).backend;
+    let (mut array, mut calls) = (cuda.array(), 0);
+    let begun = std::time::Instant::now();
+    let work = || {
+        calls += 1;
+        cuda.zeros(64, 64, &mut array)
+    };
+    let seconds = cuda.seconds_of(work).unwrap();
+    // Five samples of eight calls, each behind another one, and one before all.
+    assert_eq!(calls, 1 + 5 * (1 + 8));
+    assert!(seconds > 0.0 && 40.0 * seconds <= begun.elapsed().as_secs_f64(), "{seconds}");
+}
+
 /// Compiled kernels are kept and found again.
 #[test]
 fn cubins_are_kept_on_disk() {

@@ -12,10 +12,10 @@ mod plan;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use super::gemm::Product;
 use super::gpu::Gpu;
+use super::stopwatch::{self, Effort, Stopwatch};
 use super::stream::{Memory, Stream};
 use super::{libraries, locked};
 use crate::error::{Error, Result};
@@ -26,8 +26,8 @@ use plan::{Algorithm, Choice, Key};
 pub(crate) use calls::WORKSPACE_BYTES;
 pub(crate) use plan::{Kind, cuts};
 
-/// Runs of a candidate that are timed together, after one that is not.
-const TIMED_RUNS: u32 = 4;
+/// Runs of a candidate.
+const TIMED: Effort = Effort { samples: 1, calls: 4 };
 
 /// Workspaces that a survey has tried, from none to more than any algorithm is known to use.
 const SURVEYED_MIB: [usize; 6] = [0, 4, 32, 64, 128, 256];
@@ -182,7 +182,7 @@ impl CublasLt {
         }
         // SAFETY: the caller vouches for the arrays.
         let times = candidates.iter().map(|&algorithm| unsafe {
-            self.time(&self.handle, &mut known.scratch, &shape, product, key.adds, algorithm)
+            self.time(&self.handle, &mut known.scratch, &shape, product, key.adds, (algorithm, TIMED))
         });
         let times = times.collect::<Result<Vec<_>>>()?;
         let Some(best) = plan::fastest(&times) else { return Ok(None) };
@@ -196,22 +196,30 @@ impl CublasLt {
     }
 
     /// The fastest of all algorithms that the library's heuristics name for a product of bf16, with workspaces of
-    /// [`SURVEYED_MIB`]: its microseconds, and how many were timed. Nothing where there is none.
+    /// [`SURVEYED_MIB`]: its microseconds, and how many were timed. The best with each workspace is timed as thoroughly as what is held
+    /// against it. Nothing where there is none.
     ///
     /// # Safety
     /// As of [`CublasLt::run`].
     pub(crate) unsafe fn survey(&self, product: &Product) -> Result<Option<(f64, usize)>> {
         let Some(shape) = self.handle.shape(Kind::Bf16, product)? else { return Ok(None) };
         let mut scratch = Memory::none(&self.stream);
-        let mut times = Vec::new();
+        let (mut best, mut count): (Option<f64>, usize) = (None, 0);
         for mib in SURVEYED_MIB {
             let handle = Handle::new(&self.stream, mib << 20)?;
-            for algorithm in handle.candidates(&shape, SURVEYED_CANDIDATES)? {
-                // SAFETY: the caller vouches for the arrays.
-                times.extend(unsafe { self.time(&handle, &mut scratch, &shape, product, false, algorithm) }?);
+            let candidates = handle.candidates(&shape, SURVEYED_CANDIDATES)?;
+            // SAFETY: the caller vouches for the arrays.
+            let mut time = |algorithm, effort| unsafe {
+                self.time(&handle, &mut scratch, &shape, product, false, (algorithm, effort))
+            };
+            let times = candidates.iter().map(|&algorithm| time(algorithm, TIMED));
+            let times = times.collect::<Result<Vec<_>>>()?;
+            count += times.iter().flatten().count();
+            if let Some(at) = plan::fastest(&times) {
+                best = best.into_iter().chain(time(candidates[at], stopwatch::THOROUGH)?).reduce(f64::min);
             }
         }
-        Ok(times.iter().copied().reduce(f64::min).map(|best| (best, times.len())))
+        Ok(best.map(|best| (best, count)))
     }
 
     /// Microseconds of a candidate, or nothing where the library refuses to start it.
@@ -225,7 +233,7 @@ impl CublasLt {
         shape: &Shape,
         product: &Product,
         adds: bool,
-        algorithm: Algorithm,
+        (algorithm, effort): (Algorithm, Effort),
     ) -> Result<Option<f64>> {
         scratch.reserve(TIME, product.rows * product.out_stride * size_of::<f32>())?;
         let product = Product { out: scratch.start(), ..*product };
@@ -234,12 +242,6 @@ impl CublasLt {
         if run().is_err() {
             return Ok(None);
         }
-        self.stream.wait(TIME)?;
-        let start = Instant::now();
-        for _ in 0..TIMED_RUNS {
-            run()?;
-        }
-        self.stream.wait(TIME)?;
-        Ok(Some(start.elapsed().as_secs_f64() * 1e6 / f64::from(TIMED_RUNS)))
+        Ok(Some(Stopwatch::new(&self.stream)?.seconds(effort, run)? * 1e6))
     }
 }

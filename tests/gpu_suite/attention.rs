@@ -5,6 +5,7 @@ use std::fmt;
 use anyhow::Result;
 use kernels::{AttentionSlice, Backend, Cuda, KvDtype, PAGE_TOKENS, WeightType};
 
+use crate::bars;
 use crate::items::Setting;
 
 /// What split contexts are to reach of the copy bandwidth.
@@ -47,13 +48,15 @@ pub(crate) fn measure(case: Case, setting: &Setting) -> Result<Vec<String>> {
         let cuda = setting.cuda(WeightType::Bf16, kv, is_deterministic)?;
         let seconds = seconds(&cuda, case)?;
         let bytes = (case.rows * case.context * case.kv_heads * 2 * kv.head_bytes(HEAD_DIM)) as f64;
-        let copy = cuda.copy_bandwidth()?;
+        let share = bytes / seconds / cuda.copy_bandwidth()?;
+        let verdict =
+            if is_deterministic { String::new() } else { format!(", {}", bars::verdict(share >= LEAST)) };
         lines.push(format!(
-            "{}, {name}: {:.1} us, keys and values at {:.0} GB/s, {:.1} % of the copy bandwidth",
+            "{}, {name}: {:.1} us, keys and values at {:.0} GB/s, {:.1} % of the copy bandwidth{verdict}",
             kv.name(),
             seconds * 1e6,
             bytes / seconds / 1e9,
-            100.0 * bytes / seconds / copy
+            100.0 * share
         ));
     }
     Ok(lines)

@@ -13,6 +13,7 @@ use stages::cost::{Balance, Estimator, NumberTypes, pieces};
 use stages::profile::Ceilings;
 use stages::{Dtypes, PAGE_TOKENS, Sharing, SpanOptions, Stage, StepSize};
 
+use crate::bars;
 use crate::items::Setting;
 use crate::models::{self, Measured};
 
@@ -23,23 +24,51 @@ struct Job {
     prompt_tokens: usize,
     output_tokens: usize,
     micro_batch_tokens: usize,
+    /// Whether rows end by halves, each half [`TAIL`] tokens after the one before; else all have as many tokens.
+    ends_by_halves: bool,
 }
+
+/// Tokens for which a number of rows stays: a step of a new kind is run, captured and launched.
+const TAIL: usize = 3;
+
+/// What a whole job is to reach of its ceiling.
+const LEAST: f64 = 0.65;
 
 impl Job {
     fn of(setting: &Setting) -> Job {
         match setting.is_small {
-            true => Job { rows: 3, prompt_tokens: 20, output_tokens: 3, micro_batch_tokens: 32 },
-            false => Job { rows: 256, prompt_tokens: 512, output_tokens: 256, micro_batch_tokens: 2048 },
+            true => Job {
+                rows: 3,
+                prompt_tokens: 20,
+                output_tokens: 8,
+                micro_batch_tokens: 32,
+                ends_by_halves: false,
+            },
+            false => Job {
+                rows: 256,
+                prompt_tokens: 512,
+                output_tokens: 256,
+                micro_batch_tokens: 2048,
+                ends_by_halves: false,
+            },
         }
     }
 
-    /// A short one with micro-batches as large.
+    /// A short one with micro-batches as large, and all the smaller ones with which rows that decode come to their end.
     fn short(self) -> Job {
-        Job { prompt_tokens: self.micro_batch_tokens / self.rows, output_tokens: 2, ..self }
+        let prompt_tokens = self.micro_batch_tokens / self.rows;
+        Job { prompt_tokens, output_tokens: TAIL, ends_by_halves: true, ..self }
+    }
+
+    /// Tokens that a row makes.
+    fn output_tokens_of(&self, row: usize) -> usize {
+        // How often the rows have been halved while it is among the rest.
+        let halvings = (self.rows / (self.rows - row)).ilog2() as usize;
+        self.output_tokens + if self.ends_by_halves { TAIL * halvings } else { 0 }
     }
 
     fn context_tokens(&self) -> usize {
-        self.prompt_tokens + self.output_tokens
+        self.prompt_tokens + self.output_tokens_of(self.rows - 1)
     }
 
     fn num_pages(&self) -> usize {
@@ -68,7 +97,7 @@ impl Job {
         Request {
             key: RequestKey(row as u128),
             prompt: (0..self.prompt_tokens).map(token).collect(),
-            sampling: Arc::new(Sampling::greedy(self.output_tokens as u32)),
+            sampling: Arc::new(Sampling::greedy(self.output_tokens_of(row) as u32)),
             sample: 0,
         }
     }
@@ -111,7 +140,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 2, arrivals: 0 });
     let options = SpanOptions { part, num_pages: job.num_pages(), context_tokens, largest_step };
     let mut stage = stages::load(&model, &device, dtypes, options)?;
-    // Arrays find their sizes, and products their algorithms.
+    // Arrays find their sizes, products their algorithms, and steps are captured.
     job.short().run(&mut *stage, config.dims.vocab)?;
     let (seconds, loads) = job.run(&mut *stage, config.dims.vocab)?;
     drop(stage);
@@ -125,7 +154,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let tokens = (job.rows * job.output_tokens) as f64;
     let largest = loads.iter().map(|load| load.tokens()).reduce(f64::max).context("nothing was done")?;
     Ok(vec![format!(
-        "{} rows, {} tokens in and {} out: {:.2} s, {:.0} tokens/s, {:.1} % of the ceiling of {:.0} tokens/s; {} micro-batches of up to {largest:.0} tokens",
+        "{} rows, {} tokens in and {} out: {:.2} s, {:.0} tokens/s, {:.1} % of the ceiling of {:.0} tokens/s; {} micro-batches of up to {largest:.0} tokens; {}",
         job.rows,
         job.prompt_tokens,
         job.output_tokens,
@@ -133,6 +162,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
         tokens / seconds,
         100.0 * least / seconds,
         tokens / least,
-        loads.len()
+        loads.len(),
+        bars::verdict(least / seconds >= LEAST)
     )])
 }

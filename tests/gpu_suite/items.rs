@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use kernels::{Cuda, CudaOptions, KvDtype, WeightType};
 
 use crate::battery::collective::{self, Groups};
-use crate::battery::cuda::CHECKS;
+use crate::battery::cuda::{CHECKS, CHECKS_OF_GPUS};
+use crate::real_shapes::{self, Matrix};
 use crate::{attention, bulk, logits, models, products, steps};
 
 /// Where and how large.
@@ -38,8 +39,18 @@ impl Setting {
 }
 
 /// Headings of the results, in order.
-pub(crate) const SECTIONS: [&str; 9] =
-    ["Device", "Battery", "Collectives", "Logits", "Models", "Steps", "Jobs", "Products", "Attention"];
+pub(crate) const SECTIONS: [&str; 10] = [
+    "Device",
+    "Battery",
+    "Real shapes",
+    "Collectives",
+    "Logits",
+    "Models",
+    "Jobs",
+    "Products",
+    "Attention",
+    "Steps",
+];
 
 /// An item's lines of Markdown.
 type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
@@ -50,6 +61,8 @@ pub(crate) struct Item {
     pub(crate) name: String,
     /// What it is to reach.
     pub(crate) bar: &'static str,
+    /// Whether it fails where the bar is not met, as all do that ask what is right.
+    pub(crate) is_check: bool,
     /// It is not begun with less time than this.
     pub(crate) least_seconds: u64,
     /// It is ended after this.
@@ -65,9 +78,33 @@ impl Item {
         [least_seconds, most_seconds]: [u64; 2],
         run: impl Fn(&Setting) -> Result<Vec<String>> + 'static,
     ) -> Item {
-        Item { section, name: name.into(), bar, least_seconds, most_seconds, run: Box::new(run) }
+        let is_check = false;
+        Item { section, name: name.into(), bar, is_check, least_seconds, most_seconds, run: Box::new(run) }
+    }
+
+    /// One that asks what is right.
+    fn check(
+        section: &'static str,
+        name: impl Into<String>,
+        bar: &'static str,
+        seconds: [u64; 2],
+        run: impl Fn(&Setting) -> Result<Vec<String>> + 'static,
+    ) -> Item {
+        Item { is_check: true, ..Item::new(section, name, bar, seconds, run) }
     }
 }
+
+/// Why an item has asked nothing.
+#[derive(Debug)]
+pub(crate) struct NothingAsked(String);
+
+impl std::fmt::Display for NothingAsked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NothingAsked {}
 
 /// All of them, in order.
 pub(crate) struct Items(pub(crate) Vec<Item>);
@@ -81,46 +118,38 @@ impl Items {
 }
 
 /// Checks that an emulator is through with in less than a second.
-const QUICK: [&str; 4] = [
+const QUICK: [&str; 5] = [
+    "a_step_is_captured_once_and_repeated",
     "embed_and_gather_copy_rows",
     "no_rows_are_no_work",
     "rms_norm_divides_by_the_root_of_the_mean_square",
     "rope_turns_each_dimension_with_the_one_half_a_head_away",
 ];
 
+/// The bar of what compares.
+const WITHIN: &str = "within the check's bound";
+
+/// What is right comes first, then the bars, those that matter most before the others.
 pub(crate) fn all(setting: &Setting) -> Items {
     let mut items = vec![Item::new("Device", "ceilings", "none", [5, 60], ceilings)];
-    for (name, check) in CHECKS.iter().filter(|(name, _)| !setting.is_small || QUICK.contains(name)) {
-        let bar = "within the check's bound";
-        items.push(Item::new("Battery", *name, bar, [2, 90], move |setting: &Setting| {
-            check(setting.libraries.as_deref());
-            Ok(vec!["right".to_owned()])
-        }));
-    }
-    for (name, check) in collective::CHECKS {
-        items.push(Item::new(
-            "Collectives",
-            name,
-            "within the check's bound",
-            [2, 60],
-            move |setting: &Setting| collectives(check, setting),
-        ));
-    }
-    let bar = "the bf16 bound of 0.08 of a deviation of the logits";
-    items.push(Item::new("Logits", "Abacus against plain loops in f32", bar, [5, 60], logits::measure));
+    items.extend(checks(setting));
     let mut models = models::of(setting).into_iter().map(model);
-    items.extend(models.next());
+    // The ten blocks of Ultra, and then all of it.
+    items.extend(models.by_ref().take(2));
+    items.extend(models::for_bulk(setting).into_iter().map(|model| {
+        Item::new("Jobs", model.name, model.bar, model.seconds, move |setting: &Setting| {
+            bulk::measure(&model, setting)
+        })
+    }));
     for shape in products::shapes(setting) {
-        let name = shape.to_string();
         let bar = "85 % of the best of cuBLASLt; aim 95 %";
-        items.push(Item::new("Products", name, bar, [8, 60], move |setting: &Setting| {
+        items.push(Item::new("Products", shape.to_string(), bar, [8, 60], move |setting: &Setting| {
             products::measure(shape, setting)
         }));
     }
     for case in attention::cases(setting) {
-        let name = case.to_string();
         let bar = "split 75 % of the copy bandwidth; aim 90 %";
-        items.push(Item::new("Attention", name, bar, [5, 40], move |setting: &Setting| {
+        items.push(Item::new("Attention", case.to_string(), bar, [5, 40], move |setting: &Setting| {
             attention::measure(case, setting)
         }));
     }
@@ -128,13 +157,53 @@ pub(crate) fn all(setting: &Setting) -> Items {
     items.push(Item::new("Steps", blocks.name, blocks.bar, blocks.seconds, move |setting: &Setting| {
         steps::measure(&blocks, setting)
     }));
-    items.extend(models::for_bulk(setting).into_iter().map(|model| {
-        Item::new("Jobs", model.name, model.bar, model.seconds, move |setting: &Setting| {
-            bulk::measure(&model, setting)
-        })
-    }));
     items.extend(models);
     Items(items)
+}
+
+/// All that asks what is right.
+fn checks(setting: &Setting) -> Vec<Item> {
+    let mut items = Vec::new();
+    let of_battery = CHECKS.iter().chain(CHECKS_OF_GPUS);
+    for (name, check) in of_battery.filter(|(name, _)| !setting.is_small || QUICK.contains(name)) {
+        items.push(Item::check("Battery", *name, WITHIN, [2, 90], move |setting: &Setting| {
+            check(setting.libraries.as_deref());
+            Ok(vec!["right".to_owned()])
+        }));
+    }
+    let matrices: &[(&str, &'static [Matrix])] = match setting.is_small {
+        true => &[("products with small matrices", &real_shapes::SMALL)],
+        false => {
+            &[("products with Ultra's", &real_shapes::ULTRA), ("products with Super's", &real_shapes::SUPER)]
+        }
+    };
+    for &(name, matrices) in matrices {
+        items.push(Item::check("Real shapes", name, WITHIN, [5, 90], move |setting: &Setting| {
+            real_shapes::products(matrices, setting)
+        }));
+    }
+    for heads in real_shapes::heads(setting) {
+        let name = format!("attention in groups of {} at {} tokens", heads.group, heads.context);
+        items.push(Item::check("Real shapes", name, WITHIN, [5, 90], move |setting: &Setting| {
+            real_shapes::attention(heads, setting)
+        }));
+    }
+    for (name, check, least) in collective::CHECKS {
+        items.push(Item::check("Collectives", name, WITHIN, [2, 60], move |setting: &Setting| {
+            collectives(check, least, setting)
+        }));
+    }
+    for (name, source) in logits::sources() {
+        let bar = "the bf16 bound of 0.08 of a deviation of the logits";
+        items.push(Item::check(
+            "Logits",
+            format!("{name} against plain loops in f32"),
+            bar,
+            [5, 60],
+            move |setting: &Setting| logits::measure(source, setting),
+        ));
+    }
+    items
 }
 
 fn model(model: models::Measured) -> Item {
@@ -144,26 +213,29 @@ fn model(model: models::Measured) -> Item {
 }
 
 /// A check of NCCL with a rank of its own, and with two on the one GPU where NCCL lets them be there.
-fn collectives(check: collective::Check, setting: &Setting) -> Result<Vec<String>> {
+fn collectives(check: collective::Check, least: usize, setting: &Setting) -> Result<Vec<String>> {
     let make = |num_ranks: usize, patience: Duration| {
         collective::on_gpus(setting.libraries.as_deref(), num_ranks, patience)
     };
-    let (mut most, mut lines) = (0, Vec::new());
-    for num_ranks in 1..=2 {
-        match make(num_ranks, Duration::from_secs(20)) {
-            Ok(_) => most = num_ranks,
-            Err(error) => {
-                lines.push(format!("no group of {num_ranks}: {error}"));
-                break;
-            }
-        }
+    let join = |num_ranks: usize| {
+        let made = make(num_ranks, Duration::from_secs(20));
+        made.map(drop).map_err(|error| format!("no group of {num_ranks}: {error}"))
+    };
+    let joined: Result<usize, (usize, String)> =
+        (1..=2).try_fold(0, |most, num_ranks| join(num_ranks).map(|()| num_ranks).map_err(|why| (most, why)));
+    let (most, why) = match joined {
+        Ok(most) => (most, None),
+        Err((most, why)) => (most, Some(why)),
+    };
+    if let (true, Some(why)) = (most < least, &why) {
+        return Err(NothingAsked(why.clone()).into());
     }
-    if most > 0 {
-        let make = |num_ranks: usize, patience: Duration| make(num_ranks, patience).expect("it was there");
-        check(&Groups { name: "nccl", make: &make, most });
-        lines.push(format!("right, in groups of up to {most}"));
-    }
-    Ok(lines)
+    let make = |num_ranks: usize, patience: Duration| make(num_ranks, patience).expect("it was there");
+    check(&Groups { name: "nccl", make: &make, most });
+    Ok(vec![match why {
+        None => format!("right, in groups of up to {most}"),
+        Some(why) => format!("right of a rank alone, which says nothing of several: {why}"),
+    }])
 }
 
 /// What was built, the GPU, the libraries that are there, and what it does at most.

@@ -1,6 +1,6 @@
 //! Is the CUDA backend right on this GPU, and how near is it to what the chip can do?
 //!
-//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, then how fast real
+//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, log-probabilities, then how fast real
 //! shapes are, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
 //! device code compiled behind its own. Every item is a process: one that crashes, or hangs, costs the others nothing.
 //!
@@ -9,14 +9,15 @@
 //! gpu-suite --pack FILE [--libraries FOLDER]
 //! ```
 //!
-//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item. The status is
-//! that of the battery: speed has no bar here. `--small` has small shapes, for an emulator; that is what a test of this name runs.
+//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item and begins with the verdict on
+//! each bar. The status is that of what is right or wrong alone: a bar of speed that is not met is told, and is no error. `--small` has small shapes, for an emulator; that is what a test of this name runs.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints")]
 
 mod asked;
 mod attention;
+mod bars;
 #[allow(
     dead_code,
     unused_imports,
@@ -29,7 +30,9 @@ mod decoding;
 mod items;
 mod logits;
 mod models;
+mod nas;
 mod products;
+mod real_shapes;
 mod steps;
 mod suite;
 
@@ -39,7 +42,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 use asked::Asked;
-use items::Setting;
+use items::{NothingAsked, Setting};
 use suite::Suite;
 
 /// The test that a test runner finds in this program.
@@ -83,7 +86,14 @@ fn run(arguments: &[String]) -> Result<bool> {
         ["--pack", file, ref rest @ ..] => pack(Path::new(file), rest),
         ["--item", name, ref rest @ ..] => {
             let (setting, _) = options(rest)?;
-            items::all(&setting).run(name, &setting)?.iter().for_each(|line| println!("{line}"));
+            match items::all(&setting).run(name, &setting) {
+                Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
+                Err(error) if error.is::<NothingAsked>() => {
+                    println!("{error}");
+                    std::process::exit(suite::NOTHING_ASKED);
+                }
+                Err(error) => return Err(error),
+            }
             Ok(true)
         }
         _ => {

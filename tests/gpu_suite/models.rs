@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use stages::profile::{Effort, Rate, Throughput, ThroughputOptions, throughput};
 use stages::{Device, Dtypes, KvDtype, Model, WeightType};
 
+use crate::bars;
 use crate::items::Setting;
 
 const ULTRA: &str = include_str!("../../configs/models/Llama-3_1-Nemotron-Ultra-253B-v1/config.json");
@@ -29,6 +30,25 @@ pub(crate) struct Measured {
     pub(crate) kv: KvDtype,
     context_tokens: usize,
     batches: &'static [usize],
+    /// What its decoding is held against.
+    least: Option<Least>,
+}
+
+/// The least that decoding is to reach.
+#[derive(Debug, Clone, Copy)]
+enum Least {
+    RooflineShare(f64),
+    TokensPerSecond(f64),
+}
+
+impl Least {
+    /// The verdict, as the end of a line.
+    fn on(self, decode: &Rate) -> &'static str {
+        bars::verdict(match self {
+            Least::RooflineShare(least) => decode.roofline_share >= least,
+            Least::TokensPerSecond(least) => decode.tokens_per_second >= least,
+        })
+    }
 }
 
 pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
@@ -44,6 +64,7 @@ pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
         kv: KvDtype::Bf16,
         context_tokens,
         batches,
+        least: None,
     };
     if setting.is_small {
         let blocks = |name, weights| Measured {
@@ -60,6 +81,7 @@ pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
     vec![
         Measured {
             slots: Some(43..63),
+            least: Some(Least::RooflineShare(0.7)),
             ..model(
                 "Ultra's slots 43 to 62, bf16",
                 "decode 70 % of the roofline, which is 17.8 and 24.8 ms at 790 TFLOP/s; aim 85 %",
@@ -70,15 +92,18 @@ pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
                 &[184, 256],
             )
         },
-        kv_in_fp8(model(
-            "Ultra-253B, int4 with keys and values in fp8",
-            "runs; decode 500 tokens/s; aim 1,000",
-            [60, 180],
-            ULTRA,
-            WeightType::Int4Weight,
-            1024,
-            &[64],
-        )),
+        kv_in_fp8(Measured {
+            least: Some(Least::TokensPerSecond(500.0)),
+            ..model(
+                "Ultra-253B, int4 with keys and values in fp8",
+                "runs; decode 500 tokens/s; aim 1,000",
+                [60, 180],
+                ULTRA,
+                WeightType::Int4Weight,
+                1024,
+                &[64],
+            )
+        }),
         model("Super-49B, bf16", "none, see the bulk job", [40, 120], SUPER, bf16, bulk, &[256]),
         kv_in_fp8(model(
             "Super-49B, fp8 with keys and values in fp8",
@@ -104,6 +129,7 @@ pub(crate) fn for_bulk(setting: &Setting) -> Vec<Measured> {
         kv,
         context_tokens: 0,
         batches: &[],
+        least: None,
     };
     let bf16 = job("Super-49B, bf16, a bulk job", WeightType::Bf16, KvDtype::Bf16);
     match setting.is_small {
@@ -121,18 +147,23 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
         true => Effort { point_seconds: 0.0, least_repeats: 1 },
         false => Effort { point_seconds: 0.5, ..Effort::default() },
     };
-    let options = ThroughputOptions {
+    let mut options = ThroughputOptions {
         device,
         dtypes: Dtypes { weights: measured.weights, kv: measured.kv },
         context_tokens: measured.context_tokens,
         micro_batch_tokens: if setting.is_small { 32 } else { 2048 },
         batches: measured.batches.to_vec(),
+        most_pages: None,
         effort,
     };
+    let gpu = setting.cuda(WeightType::Bf16, KvDtype::Bf16, false)?;
+    let multiprocessors = gpu.gpu().multiprocessors as usize;
+    options.most_pages = Some(options.pages_in(&model, gpu.free_bytes()?, multiprocessors));
+    drop(gpu);
     let begun = std::time::Instant::now();
     let mut lines = Vec::new();
     let mut say = |what: &str| eprintln!("{what} after {:.1} s", begun.elapsed().as_secs_f64());
-    throughput(&model, &options, &mut say, &mut |found| lines.push(line(found, measured.context_tokens)))?;
+    throughput(&model, &options, &mut say, &mut |found| lines.push(line(found, measured)))?;
     Ok(lines)
 }
 
@@ -153,13 +184,8 @@ pub(crate) fn device(setting: &Setting) -> Device {
         is_deterministic: false,
         has_graphs: true,
     }
-        most_pages: None,
 }
 
-    let gpu = setting.cuda(WeightType::Bf16, KvDtype::Bf16, false)?;
-    let multiprocessors = gpu.gpu().multiprocessors as usize;
-    options.most_pages = Some(options.pages_in(&model, gpu.free_bytes()?, multiprocessors));
-    drop(gpu);
 /// The same as jobs have it unless they say otherwise: a row's bits do not depend on its batch.
 pub(crate) fn device_of_jobs(setting: &Setting) -> Device {
     match device(setting) {
@@ -182,10 +208,11 @@ pub(crate) fn for_steps(setting: &Setting) -> Measured {
         kv: KvDtype::Bf16,
         context_tokens: 2048,
         batches: &[],
+        least: None,
     }
 }
 
-fn line(found: &Throughput, context_tokens: usize) -> String {
+fn line(found: &Throughput, measured: &Measured) -> String {
     let rate = |rate: &Rate| {
         format!(
             "{:.2} ms, {:.0} tokens/s, {:.1} % of the roofline",
@@ -194,9 +221,11 @@ fn line(found: &Throughput, context_tokens: usize) -> String {
             100.0 * rate.roofline_share
         )
     };
+    let verdict = measured.least.map_or_else(String::new, |least| format!(", {}", least.on(&found.decode)));
     format!(
-        "{} rows at {context_tokens} tokens: decode {}; prefill {}",
+        "{} rows at {} tokens: decode {}{verdict}; prefill {}",
         found.batch,
+        measured.context_tokens,
         rate(&found.decode),
         rate(&found.prefill)
     )

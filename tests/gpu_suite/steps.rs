@@ -14,12 +14,17 @@ use stages::{
     WeightType,
 };
 
+use crate::bars;
 use crate::decoding::Decoding;
 use crate::items::Setting;
 use crate::models::{self, Measured};
 
 /// Micro-batches under way, one more than stages.
 const IN_FLIGHT: usize = 3;
+
+/// What a step's thread may have of a processor, and two stages of the time of one.
+const MOST_OF_PROCESSOR: f64 = 0.05;
+const MOST_OF_ONE: f64 = 1.03;
 
 /// What goes to a stage.
 type Way = (MicroBatch, Option<Activations>);
@@ -49,10 +54,21 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
         format!("{:.2} ms a step, of which its thread computes {ms:.2} ms ({share:.1} %)", seconds * 1e3)
     };
     Ok(vec![
-        format!("one stage, {} rows at {} tokens: {}", work.rows, work.context, time(one, processor)),
+        format!(
+            "one stage, {} rows at {} tokens: {}; {}",
+            work.rows,
+            work.context,
+            time(one, processor),
+            bars::verdict(processor / one < MOST_OF_PROCESSOR)
+        ),
         format!("the same without graphs: {}", time(plain, of_plain)),
         format!("the same, each queued before the last one's answer: {}", time(ahead, of_ahead)),
-        format!("two stages: {:.2} ms a micro-batch, {:.3} of one stage's", two * 1e3, two / one),
+        format!(
+            "two stages: {:.2} ms a micro-batch, {:.3} of one stage's; {}",
+            two * 1e3,
+            two / one,
+            bars::verdict(two / one <= MOST_OF_ONE)
+        ),
     ])
 }
 

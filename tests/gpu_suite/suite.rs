@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::bars::Bars;
 use crate::items::{self, Item, SECTIONS, Setting};
 
 /// How often a process is looked after.
 const GLANCE: Duration = Duration::from_millis(20);
 /// Lines of what a process that failed has said last.
 const LAST_LINES: usize = 12;
+
+/// Status of an item that has asked nothing and has said why.
+pub(crate) const NOTHING_ASKED: i32 = 3;
 
 /// All items.
 pub(crate) struct Suite {
@@ -26,7 +30,7 @@ pub(crate) struct Suite {
 }
 
 /// What became of an item.
-enum Outcome {
+pub(crate) enum Outcome {
     Lines(Vec<String>),
     Failed(String),
     NotRun(String),
@@ -47,13 +51,14 @@ impl Suite {
         let items = items::all(setting).0;
         let wanted = |item: &&Item| item.name.contains(&self.only) || item.section.contains(&self.only);
         for item in items.iter().filter(wanted) {
-            let left = self.seconds.saturating_sub(begun.elapsed().as_secs());
+            let since = begun.elapsed();
+            let left = self.seconds.saturating_sub(since.as_secs());
             let outcome = match left < item.least_seconds && !setting.is_small {
                 true => Outcome::NotRun(format!("{left} s were left of {}", self.seconds)),
                 false => self.ask(item, setting, Duration::from_secs(left.min(item.most_seconds).max(1)))?,
             };
             is_right &= !matches!(outcome, Outcome::Failed(_));
-            let text = results.add(item, &outcome, begun.elapsed());
+            let text = results.add(item, &outcome, [since, begun.elapsed() - since]);
             print!("{text}");
             fs::write(self.out.join("results.md"), results.text()).context("write results.md")?;
         }
@@ -78,6 +83,9 @@ impl Suite {
         let [said, complained] = heard.map(|path| read(&path));
         Ok(match status {
             Some(status) if status.success() => Outcome::Lines(said.lines().map(str::to_owned).collect()),
+            Some(status) if status.code() == Some(NOTHING_ASKED) => {
+                Outcome::NotRun(said.trim_end().to_owned())
+            }
             Some(status) => Outcome::Failed(format!("{status}\n{}", last_lines(&complained))),
             None => Outcome::Failed(format!(
                 "not done after {} s\n{}",
@@ -115,36 +123,41 @@ fn last_lines(text: &str) -> String {
     lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
 }
 
-/// Items as Markdown, by sections.
+/// Items as Markdown, by sections, and the bars before all.
 #[derive(Default)]
-struct Results(Vec<(&'static str, String)>);
+struct Results {
+    items: Vec<(&'static str, String)>,
+    bars: Bars,
+}
 
 impl Results {
-    fn add(&mut self, item: &Item, outcome: &Outcome, since: Duration) -> String {
-        let at = since.as_secs_f64();
+    /// An item with when it began and how long it took.
+    fn add(&mut self, item: &Item, outcome: &Outcome, times: [Duration; 2]) -> String {
+        let [at, took] = times.map(|time| time.as_secs_f64());
         let bar = if item.bar == "none" { String::new() } else { format!("; bar: {}", item.bar) };
         let text = match outcome {
             Outcome::Lines(lines) if lines.len() == 1 => {
-                format!("* {}: {} (at {at:.1} s{bar})\n", item.name, lines[0])
+                format!("* {}: {} ({took:.1} s at {at:.1} s{bar})\n", item.name, lines[0])
             }
             Outcome::Lines(lines) => {
                 let lines: String = lines.iter().map(|line| format!("  * {line}\n")).collect();
-                format!("* {} (at {at:.1} s{bar})\n{lines}", item.name)
+                format!("* {} ({took:.1} s at {at:.1} s{bar})\n{lines}", item.name)
             }
             Outcome::NotRun(why) => format!("* {}: not run, {why}\n", item.name),
             Outcome::Failed(why) => {
                 let why: String = why.lines().map(|line| format!("      {line}\n")).collect();
-                format!("* {}: **failed** (at {at:.1} s)\n\n{why}\n", item.name)
+                format!("* {}: **failed** ({took:.1} s at {at:.1} s)\n\n{why}\n", item.name)
             }
         };
-        self.0.push((item.section, text.clone()));
+        self.bars.add(item, outcome);
+        self.items.push((item.section, text.clone()));
         text
     }
 
     fn text(&self) -> String {
-        let mut text = "# The CUDA backend on this GPU\n".to_owned();
+        let mut text = "# The CUDA backend on this GPU\n".to_owned() + &self.bars.text();
         for section in SECTIONS {
-            let mut items = self.0.iter().filter(|(of, _)| *of == section).peekable();
+            let mut items = self.items.iter().filter(|(of, _)| *of == section).peekable();
             if items.peek().is_some() {
                 text += &format!("\n## {section}\n\n");
                 items.for_each(|(_, item)| text += item);

@@ -258,6 +258,11 @@ impl Cuda {
         Ok(self.stream.free_bytes()? as u64)
     }
 
+    /// Memory that is handed out from now on begins as numbers that are none, so that a test sees what was never written.
+    pub fn poison_memory(&self) {
+        self.stream.poison_memory();
+    }
+
     fn attention_kernels(&self, head_dim: usize) -> Result<Arc<AttentionKernels>> {
         let mut known = locked(&self.attention);
         if let Some(kernels) = known.get(&head_dim) {

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
@@ -23,6 +23,8 @@ pub(crate) struct Stream {
     reached: Mutex<HashSet<usize>>,
     /// Pieces of memory that were handed out or freed.
     changes: AtomicU64,
+    /// Whether memory begins as no number.
+    poisons: AtomicBool,
 }
 
 // SAFETY: the driver's calls may be made from any thread; each of ours makes the context its thread's first.
@@ -81,6 +83,7 @@ impl Stream {
             stream: std::ptr::null_mut(),
             reached: Mutex::default(),
             changes: AtomicU64::new(0),
+            poisons: AtomicBool::new(false),
         };
         stream.bind("open")?;
         let kind = result::stream::StreamKind::NonBlocking;
@@ -120,7 +123,11 @@ impl Stream {
         match unsafe { result::malloc_sync(bytes.max(1)) } {
             Ok(pointer) => {
                 self.changes.fetch_add(1, Ordering::Relaxed);
-                Ok(Memory { pointer, bytes, stream: Arc::clone(self) })
+                let memory = Memory { pointer, bytes, stream: Arc::clone(self) };
+                if self.poisons.load(Ordering::Relaxed) {
+                    self.poison(what, &memory)?;
+                }
+                Ok(memory)
             }
             Err(result::DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Err(Error::OutOfMemory {
                 device: self.index,
@@ -130,6 +137,19 @@ impl Stream {
             }),
             Err(error) => Err(failed(self.index, what, error)),
         }
+    }
+
+    /// Memory that is handed out from now on begins as numbers that are none, in every type.
+    pub(crate) fn poison_memory(&self) {
+        self.poisons.store(true, Ordering::Relaxed);
+    }
+
+    fn poison(&self, what: &'static str, memory: &Memory) -> Result<()> {
+        // SAFETY: all of the memory is this much.
+        unsafe { result::memset_d8_async(memory.pointer, 0xff, memory.bytes, self.stream) }
+            .map_err(|error| failed(self.index, what, error))?;
+        // Other queues may use it at once.
+        self.wait(what)
     }
 
     /// Queues a kernel.

@@ -87,9 +87,10 @@ fn options(libraries: Option<PathBuf>, mode: Mode) -> CudaOptions {
     }
 }
 
-/// A device of the emulator's libraries, or of the machine's.
+/// A device of the emulator's libraries, or of the machine's, on which what is never written is no number.
 pub(crate) fn device(libraries: Option<PathBuf>, mode: Mode) -> Device<Cuda> {
     let backend = Cuda::new(options(libraries, mode)).unwrap();
+    backend.poison_memory();
     Device { int4: Int4Groups::Of128, ..Device::new(backend, mode.weights, mode.kv) }
 }
 
@@ -105,10 +106,9 @@ macro_rules! checks {
             )*
         }
 
-        /// All of them, for a program that has no test harness: what each is called, and the check by the libraries of a folder or
-        /// of the machine.
+        /// All of them, for a program that has no test harness.
         #[allow(dead_code, reason = "tests have a function each")]
-        pub(crate) const CHECKS: &[(&str, fn(Option<&Path>))] = &[$((
+        pub(crate) const CHECKS: &[NamedCheck] = &[$((
             stringify!($name),
             |libraries| $modes.into_iter().for_each(|mode| {
                 $check.check(&device(libraries.map(Path::to_owned), mode));
@@ -281,8 +281,8 @@ impl Attending {
 
 /// A step's work is captured at its second time and launched from then on, as long as no memory comes or goes; rows that nobody asked
 /// for change nothing.
-fn check_repeats(libraries: Option<PathBuf>, mode: Mode) {
-    let mut attending = Attending::new(Cuda::new(options(libraries, mode)).unwrap());
+fn check_repeats(libraries: Option<&Path>, mode: Mode) {
+    let mut attending = Attending::new(device(libraries.map(Path::to_owned), mode).backend);
     // Rows 5 to 8 are of one kind.
     let steps = [(5, 0), (7, 5), (6, 12), (5, 18), (5, 61)];
     let plain = steps.map(|step| attending.step(step, false));
@@ -301,15 +301,26 @@ fn check_repeats(libraries: Option<PathBuf>, mode: Mode) {
     assert_eq!(found, [4, 5, 5, 6]);
 }
 
+fn repeats(libraries: Option<&Path>) {
+    [FIXED, FAST].into_iter().for_each(|mode| check_repeats(libraries, mode));
+}
+
+/// What a check is called, and the check by the libraries of a folder or of the machine.
+pub(crate) type NamedCheck = (&'static str, fn(Option<&Path>));
+
+/// As [`CHECKS`], of what no processor has.
+#[allow(dead_code, reason = "tests have a function each")]
+pub(crate) const CHECKS_OF_GPUS: &[NamedCheck] = &[("a_step_is_captured_once_and_repeated", repeats)];
+
 #[test]
 fn a_step_is_captured_once_and_repeated_on_the_emulator() {
-    [FIXED, FAST].into_iter().for_each(|mode| check_repeats(Some(emulator()), mode));
+    repeats(Some(&emulator()));
 }
 
 #[test]
 #[ignore = "needs a CUDA device"]
 fn a_step_is_captured_once_and_repeated_on_a_gpu() {
-    [FIXED, FAST].into_iter().for_each(|mode| check_repeats(None, mode));
+    repeats(None);
 }
 
 /// A device's own time is no longer than what its host waits for.

@@ -1,8 +1,10 @@
 //! What does a step take of the processor, and do two stages on one GPU take as long as one?
 //!
-//! The same micro-batches go through all blocks as one stage, and as two on threads of their own that hand over on the device, as
-//! a pipeline of one process does. Times are of a steady state: one micro-batch more than stages is under way.
+//! The same micro-batches go through all blocks as one stage, and as two on threads of their own that hand over on the device and are
+//! given the next one while it computes one, as a pipeline of one process does. Times are of a steady state: one micro-batch more
+//! than stages is under way.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
@@ -10,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use scheduler::{MicroBatch, Span};
 use stages::{
-    Activations, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, Stage, StageOutput, StepSize,
+    Activations, Arrival, Device, Dtypes, KvDtype, Model, PAGE_TOKENS, Queued, SpanOptions, Stage, StepSize,
     WeightType,
 };
 
@@ -26,8 +28,18 @@ const IN_FLIGHT: usize = 3;
 const MOST_OF_PROCESSOR: f64 = 0.05;
 const MOST_OF_ONE: f64 = 1.03;
 
-/// What goes to a stage.
-type Way = (MicroBatch, Option<Activations>);
+/// Micro-batches that a stage has begun with.
+const QUEUED: usize = 2;
+
+/// What a stage hears.
+enum Event {
+    /// What is to go through it.
+    Way(Arc<MicroBatch>, Option<Activations>),
+    /// Its device is done with the oldest micro-batch.
+    Arrival,
+    /// There is no more.
+    End,
+}
 
 /// Rows that decode, and what for.
 struct Work {
@@ -142,14 +154,21 @@ fn two_stages(model: &Model, device: &Device, work: &Work) -> Result<f64> {
     let end = model.config.blocks.len();
     let middle = end / 2;
     std::thread::scope(|scope| {
-        let (to_first, first) = channel();
-        let (to_second, second) = channel();
+        let ways = [(); 2].map(|()| channel());
         let (to_end, done) = channel();
-        let threads = [
-            scope.spawn(move || serve(model, device, Span { start: 0, end: middle }, work, first, to_second)),
-            scope.spawn(move || serve(model, device, Span { start: middle, end }, work, second, to_end)),
-        ];
-        let seconds = drive(&micro_batch(model, work), work, to_first, &done);
+        let [to_first, to_second] = ways.each_ref().map(|(to, _)| to.clone());
+        let next = [to_second, to_end];
+        let parts = [Span { start: 0, end: middle }, Span { start: middle, end }];
+        let start = |((blocks, way), next)| {
+            scope.spawn(move || {
+                let served = load(model, device, blocks, work).and_then(|stage| serve(stage, way, &next));
+                let _ = next.send(Event::End); // Where it has ended by itself, it says why.
+                served
+            })
+        };
+        let threads: Vec<_> = parts.into_iter().zip(ways).zip(next).map(start).collect();
+        let seconds = drive(micro_batch(model, work), work, &to_first, &done);
+        let _ = to_first.send(Event::End); // As that.
         for thread in threads {
             thread.join().expect("a stage does not panic")?;
         }
@@ -157,33 +176,57 @@ fn two_stages(model: &Model, device: &Device, work: &Work) -> Result<f64> {
     })
 }
 
-/// A stage, until nobody has anything for it.
+/// A stage, until there is no more for it.
 fn serve(
-    model: &Model,
-    device: &Device,
-    blocks: Span,
-    work: &Work,
-    takes: Receiver<Way>,
-    next: Sender<Way>,
+    mut stage: Box<dyn Stage>,
+    (own, takes): (Sender<Event>, Receiver<Event>),
+    next: &Sender<Event>,
 ) -> Result<()> {
-    let mut stage = load(model, device, blocks, work)?;
-    for (batch, input) in takes {
-        let output = match stage.step(&batch, input)? {
-            StageOutput::Activations(activations) => Some(activations),
-            StageOutput::Tokens(_) => None,
-        };
-        if next.send((batch, output)).is_err() {
-            break; // The other one has ended, and says why.
+    let (waits, arrivals) = channel::<Arrival>();
+    std::thread::spawn(move || {
+        for arrival in arrivals {
+            let _ = arrival.wait(); // What the device refuses is said to whoever collects.
+            if own.send(Event::Arrival).is_err() {
+                return;
+            }
         }
-        stage.finish()?;
+    });
+    let send = |way| next.send(way).context("the next stage has ended");
+    let (mut waiting, mut queued) = (VecDeque::new(), VecDeque::new());
+    for event in takes {
+        match event {
+            Event::Way(batch, input) => waiting.push_back((batch, input)),
+            Event::Arrival => {
+                let batch = queued.pop_front().context("a device has computed what nobody gave it")?;
+                if stage.collect()?.output.is_some() {
+                    send(Event::Way(batch, None))?;
+                }
+            }
+            Event::End => break,
+        }
+        while queued.len() < QUEUED
+            && let Some((batch, input)) = waiting.pop_front()
+        {
+            let begun = stage.queue(&batch, input.as_ref())?.context("a step has no room")?;
+            let Queued { activations, arrival } = begun;
+            waits.send(arrival).context("a thread that waits has ended")?;
+            if activations.is_some() {
+                send(Event::Way(Arc::clone(&batch), activations))?;
+            }
+            queued.push_back(batch);
+        }
     }
     Ok(())
 }
 
 /// Keeps micro-batches under way.
-fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Way>) -> Result<f64> {
-    let issue = || first.send((batch.clone(), None)).context("the first stage has ended");
-    let take = || done.recv().context("a stage has ended");
+fn drive(batch: MicroBatch, work: &Work, first: &Sender<Event>, done: &Receiver<Event>) -> Result<f64> {
+    let batch = Arc::new(batch);
+    let issue = || first.send(Event::Way(Arc::clone(&batch), None)).context("the first stage has ended");
+    let take = || match done.recv() {
+        Ok(Event::Way(..)) => Ok(()),
+        _ => bail!("a stage has ended"),
+    };
     (0..IN_FLIGHT).try_for_each(|_| issue())?;
     // Stages are loaded meanwhile, and arrays find their size.
     for _ in 0..=work.timed / 4 {
@@ -197,7 +240,7 @@ fn drive(batch: &MicroBatch, work: &Work, first: Sender<Way>, done: &Receiver<Wa
         take()?;
     }
     let seconds = begun.elapsed().as_secs_f64();
-    (1..IN_FLIGHT).try_for_each(|_| take().map(drop))?;
+    (1..IN_FLIGHT).try_for_each(|_| take())?;
     Ok(seconds / work.timed as f64)
 }
 

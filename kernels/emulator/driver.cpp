@@ -149,6 +149,7 @@ API Result cuDevicePrimaryCtxSetFlags_v2(int, unsigned) { return SUCCESS; }
 API Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &devices()[device], SUCCESS; }
 API Result cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API Result cuCtxSetCurrent(void* context) { return current = static_cast<Device*>(context), SUCCESS; }
+API int emulated_device() { return current ? current->index : -1; }
 API Result cuCtxSynchronize() {
     LOCKED;
     NOT_WHILE_CAPTURING;

@@ -4,6 +4,9 @@
 // Nobody waits but for what it receives; and who waits for a rank that is gone does so for ever, as with the library, until it
 // leaves the group itself. Streams go on by themselves, some time, as soon as a process has a group: those of another process may
 // wait for them.
+//
+// Ranks may be on one GPU, unless the environment says which version this is to be:
+//   EMULATED_NCCL=22907             as that, which refuses them, as do those from 23000 on without NCCL_MULTI_RANK_GPU_ENABLE=1
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -18,6 +21,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <unistd.h>
@@ -71,6 +75,16 @@ struct Place {
         }
         return true;
     }
+    // Whether two ranks of a group that is complete are on one GPU.
+    bool has_two_on_one() const {
+        std::set<int> devices;
+        for (int other = 0; other < num_ranks; other++) {
+            int device = -1;
+            std::ifstream(file("rank", other)) >> device;
+            if (!devices.insert(device).second) return true;
+        }
+        return false;
+    }
     // Also for a process that ends without a word, and then while others of its threads are at work.
     void leave() {
         if (has_left.exchange(true)) return;
@@ -104,6 +118,12 @@ struct Moves {
 
 thread_local int depth = 0;
 thread_local std::vector<Moves> open;
+
+// Whether ranks may be on one GPU.
+bool may_share_gpus() {
+    const char *version = std::getenv("EMULATED_NCCL"), *asked = std::getenv("NCCL_MULTI_RANK_GPU_ENABLE");
+    return !version || (std::atoi(version) >= 23000 && asked && std::string(asked) == "1");
+}
 
 bool is_known(const Communicator* communicator, int type, int peer) {
     return communicator && type == FLOAT32 && peer >= 0 && peer < communicator->place->num_ranks;
@@ -213,7 +233,10 @@ API Status ncclCommInitRankConfig(Communicator** communicator, int num_ranks, Un
     std::error_code exists;
     fs::create_directory(folder, exists);
     if (is_there(place->file("rank", rank))) return INVALID_USAGE;
-    std::ofstream(place->file("rank", rank)).flush();
+    // As a whole: others read what is there.
+    fs::path unfinished = place->file("coming", rank);
+    std::ofstream(unfinished) << emulated_device();
+    fs::rename(unfinished, place->file("rank", rank), exists);
     *communicator = new Communicator{place};
     begin(place);
     return IN_PROGRESS;
@@ -221,9 +244,12 @@ API Status ncclCommInitRankConfig(Communicator** communicator, int num_ranks, Un
 
 API Status ncclCommGetAsyncError(Communicator* communicator, Status* state) {
     Place& place = *communicator->place;
-    if (!place.is_complete) place.is_complete = place.all("rank");
-    *state = place.is_complete ? SUCCESS : IN_PROGRESS;
-    return SUCCESS;
+    if (!place.is_complete) {
+        if (!place.all("rank")) return *state = IN_PROGRESS, SUCCESS;
+        if (!may_share_gpus() && place.has_two_on_one()) return *state = INVALID_USAGE, SUCCESS;
+        place.is_complete = true;
+    }
+    return *state = SUCCESS, SUCCESS;
 }
 
 API Status ncclCommAbort(Communicator* communicator) {

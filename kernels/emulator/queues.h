@@ -25,3 +25,6 @@ extern "C" __attribute__((visibility("default"))) void emulated_wake();
 
 // Does some of what streams have to do, as a device does that nobody waits for.
 extern "C" __attribute__((visibility("default"))) void emulated_go_on();
+
+// The calling thread's device, by its number; -1 where it has none.
+extern "C" __attribute__((visibility("default"))) int emulated_device();

@@ -160,14 +160,28 @@ fn on_the_emulator() -> Result<bool> {
         std::os::unix::fs::symlink(emulator.join(library), libraries.join(library))
             .with_context(|| format!("link {library}: `cargo xtask emulator` makes it"))?;
     }
-    let mut child = std::process::Command::new(&program);
-    child.arg("--libraries").arg(&libraries).arg("--small").arg("--out").arg(folder.path());
-    let is_right = child.status().context("start the suite")?.success();
-    let results = std::fs::read_to_string(folder.path().join("results.md")).context("read results.md")?;
+    let suite = |nccl: &str, only: &str| -> Result<(bool, String)> {
+        let out = folder.path().join(nccl);
+        let mut child = std::process::Command::new(&program);
+        child.env("EMULATED_NCCL", nccl).args(["--small", "--only", only]);
+        child.arg("--libraries").arg(&libraries).arg("--out").arg(&out);
+        let is_right = child.status().context("start the suite")?.success();
+        Ok((is_right, std::fs::read_to_string(out.join("results.md")).context("read results.md")?))
+    };
+    // Of an NCCL that lets two ranks be on one GPU where it is asked for, and of the last one that never does.
+    let (is_right, results) = suite("23000", "")?;
+    let (is_older_right, older) = suite("22907", "Collectives")?;
     let not_run: Vec<&str> = results.lines().filter(|line| suite::is_not_done(line)).collect();
     for section in items::SECTIONS {
         anyhow::ensure!(results.contains(&format!("## {section}")), "no section {section} in {results}");
     }
     anyhow::ensure!(not_run.is_empty(), "not run: {not_run:?}");
-    Ok(is_right)
+    let of_two = results.matches("right, in groups of up to 2").count();
+    let refused = older.matches("no group of 2: ").count();
+    let checks = battery::collective::CHECKS.len();
+    anyhow::ensure!(
+        (of_two, refused) == (checks, checks),
+        "of two ranks {of_two}, refused {refused}: {older}"
+    );
+    Ok(is_right && is_older_right)
 }

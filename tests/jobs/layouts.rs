@@ -41,12 +41,12 @@ fn ranks(job: &Job) -> Vec<u64> {
     stages.iter().map(|stage| stage["ranks"].as_u64().expect("a number")).collect()
 }
 
-fn all_lines(job: &Job) -> [Vec<String>; 2] {
+pub(crate) fn all_lines(job: &Job) -> [Vec<String>; 2] {
     ["output.jsonl", "errors.jsonl"].map(|file| lines(&job.out(), file))
 }
 
 #[track_caller]
-fn done(output: Output) -> String {
+pub(crate) fn done(output: Output) -> String {
     assert_done(&output);
     stderr(&output)
 }
@@ -324,7 +324,7 @@ fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
 }
 
 /// Prices halves that ranks share, attention or FFNs, where one device has them for next to nothing.
-fn price_shared(world: &World, halves: &str, seconds: f64) {
+pub(crate) fn price_shared(world: &World, halves: &str, seconds: f64) {
     world.edit(|profile| even_costs(profile, None));
     price_halves(world, halves, seconds);
 }

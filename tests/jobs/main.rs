@@ -15,6 +15,7 @@ mod gpu_processes;
 mod gpus;
 mod guided;
 mod harness;
+mod lanes;
 mod layouts;
 mod logits;
 mod pictures;

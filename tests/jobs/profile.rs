@@ -79,6 +79,11 @@ impl World {
         job.command().env("SPANWISE_PROFILES", self.store.path()).args(args).output().unwrap()
     }
 
+    /// The same with a plan of faults.
+    pub(crate) fn run_job_with_faults(&self, job: &Job, faults: &str) -> Output {
+        job.command_with_faults(faults).env("SPANWISE_PROFILES", self.store.path()).output().unwrap()
+    }
+
     /// What a plan or a simulation of the job says by what the store has, for short rows.
     pub(crate) fn ask(&self, what: &str, args: &[&str]) -> Output {
         let run = self.job.command();

@@ -3,8 +3,8 @@
 use serde_json::{Value, json};
 
 use crate::disturbed::{assert_done, assert_refused, stdout};
-use crate::harness::{Job, batch_line, read_json};
-use crate::layouts::{all_lines, done, price_shared};
+use crate::harness::{Job, batch_line, fixture, read_json};
+use crate::layouts::{all_lines, done, price_attention, price_shared};
 use crate::profile::World;
 
 /// A world where attention is shared by sequences, as that is next to free.
@@ -96,5 +96,50 @@ fn rows_are_in_the_lanes_of_stages_of_unlike_widths_whichever_rank_ends() {
         let widths: Vec<u64> = shared_by_sequences(&job).iter().map(|(ranks, _)| *ranks).collect();
         assert_eq!(widths, [2, 3]);
         assert!(all_lines(&job) == all_lines(&undisturbed), "{home} {fault}");
+    }
+}
+
+/// Two blocks of the small model, the second of which has one KV head: by heads both of two ranks read all of its keys.
+fn small_model() -> tempfile::TempDir {
+    let (from, to) = (fixture("small"), tempfile::tempdir().unwrap());
+    for file in ["generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(from.join(file), to.path().join(file)).unwrap();
+    }
+    let mut config = read_json(&from.join("config.json"));
+    config["block_configs"] = [0, 3].map(|slot| config["block_configs"][slot].clone()).to_vec().into();
+    config["num_hidden_layers"] = json!(2);
+    std::fs::write(to.path().join("config.json"), config.to_string()).unwrap();
+    to
+}
+
+/// On an emulator: two rows in each of two lanes that have room for one.
+#[test]
+fn gpus_share_out_sequences_and_write_the_same_bytes_where_rows_give_way_to_others() {
+    let sets = [
+        "pipeline.devices=[\"cuda:0\", \"cuda:1\"]",
+        "pipeline.tensor_parallel=[2]",
+        "pipeline.micro_batch_tokens=8",
+        "model.max_context_tokens=128",
+        "model.random_weights=true",
+    ];
+    let model = small_model();
+    let world = World::of(Job::on_model(model.path()).emulated_gpus(2), &sets);
+    world.measure();
+    price_attention(&world, true);
+    let prompt = |i: usize| (0..60 + i).map(|k| 5 + (k * 7 + i * 31) % 200).collect::<Vec<_>>();
+    let row = |i: usize| {
+        let body = json!({"prompt": prompt(i), "max_tokens": 6, "temperature": i % 2, "seed": i, "ignore_eos": true});
+        batch_line(&format!("row-{i}"), "/v1/completions", &body)
+    };
+    let roomy = world.job.anew().over((0..4).map(row));
+    done(world.run_job(&roomy, &[]));
+    let shared = shared_by_sequences(&roomy);
+    for home in ["threads", "processes"] {
+        let tight = roomy.anew().set("pipeline.kv_cache_tokens=256").set(format!("pipeline.ranks={home}"));
+        let output = world.run_job(&tight, &[]);
+        assert_done(&output);
+        assert!(stdout(&output).contains("for want of pages"), "{}", stdout(&output));
+        assert_eq!(shared_by_sequences(&tight), shared);
+        assert!(all_lines(&tight) == all_lines(&roomy), "{home}");
     }
 }

@@ -223,7 +223,7 @@ fn each_replica_goes_through_its_own_devices_twice() {
 }
 
 /// Makes attention over keys dear, or free, beside everything else.
-fn price_attention(world: &World, is_dear: bool) {
+pub(crate) fn price_attention(world: &World, is_dear: bool) {
     world.edit(|profile| {
         even_costs(profile, None);
         let price = if is_dear { 1.0 } else { 0.0 };

@@ -32,7 +32,11 @@ impl World {
     /// A job with such settings, of which nothing is measured yet.
     pub(crate) fn with(sets: &[&'static str]) -> Self {
         let row = json!({"prompt": "hello", "max_tokens": 2, "ignore_eos": true});
-        let job = Job::on(MODEL).completion("row", row);
+        Self::of(Job::on(MODEL).completion("row", row), sets)
+    }
+
+    /// The same of some job.
+    pub(crate) fn of(job: Job, sets: &[&'static str]) -> Self {
         let job = sets.iter().fold(job, |job, set| job.set(*set));
         World { store: tempfile::tempdir().unwrap(), sets: sets.to_vec(), job }
     }
@@ -48,6 +52,7 @@ impl World {
         let run = self.job.command(); // Writes the job file.
         let file = PathBuf::from(run.get_args().nth(1).unwrap());
         let mut command = spanwise();
+        command.envs(run.get_envs().filter_map(|(name, value)| Some((name, value?))));
         command.env("SPANWISE_PROFILES", self.store.path()).arg("profile").arg(file);
         command.args(["--point-seconds", "0.001"]);
         for set in &self.sets {

@@ -208,14 +208,22 @@ fn lanes(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result<Lan
     }
     let taken = text::bytes((least * num_lanes) as u64 * fullest.memory.page_bytes);
     let (index, left, spans) = (fullest.index, text::bytes(fullest.left()), fullest.spans_and_nccl());
+    // A layout that is chosen anew has no lanes that are too short.
+    let cure = match num_lanes {
+        1 => "",
+        _ => {
+            "\nhint: devices share out sequences, as in the job's first run: free memory, or pass --accept-numerics with \
+             split_blocks = \"all\""
+        }
+    };
     if let KvCacheTokens::Tokens(tokens) = wanted.kv_cache_tokens {
         bail!(
-            "[pipeline] kv_cache_tokens: {tokens} take {taken} on cuda:{index}, and {left} of its memory are free beside {spans}"
+            "[pipeline] kv_cache_tokens: {tokens} take {taken} on cuda:{index}, and {left} of its memory are free beside {spans}{cure}"
         );
     }
     bail!(
         "a context of {} tokens{} takes {taken} of KV cache on cuda:{index}, and {left} of its memory are free beside {spans}\n\
-         hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
+         hint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens{cure}",
         wanted.context_tokens,
         if num_lanes == 1 { String::new() } else { format!(" in each of {num_lanes} lanes") },
         lanes.row_tokens()
@@ -358,8 +366,34 @@ mod tests {
         assert_eq!(
             error,
             "a context of 1000 tokens in each of 3 lanes takes 48.0 MB of KV cache on cuda:0, and 47.0 MB of its memory are \
-             free beside blocks [0, 14)\nhint: set [model] max_context_tokens to at most 960, or [pipeline] kv_cache_tokens"
+             free beside blocks [0, 14)\nhint: set [model] max_context_tokens to at most 960, or [pipeline] kv_cache_tokens\n\
+             hint: devices share out sequences, as in the job's first run: free memory, or pass --accept-numerics with \
+             split_blocks = \"all\""
         );
+        let error = in_lanes(11, KvCacheTokens::Tokens(640), 3).unwrap_err();
+        assert!(error.starts_with("[pipeline] kv_cache_tokens: 640 take 12.0 MB on cuda:0"), "{error}");
+        assert!(error.ends_with("pass --accept-numerics with split_blocks = \"all\""), "{error}");
+    }
+
+    #[test]
+    fn what_arrives_takes_room_where_it_comes_from_another_gpu_or_process() {
+        let spans = [[0, 40], [40, 80]].map(|[start, end]| Span { start, end }.into());
+        let stages = layout::stages(spans.to_vec(), None);
+        // Of the second stage alone: into the first one nothing arrives.
+        let taken = |indices: &[usize], are_processes| {
+            let pages = |arrivals| {
+                let known = question(indices);
+                let step = StepSize { arrivals, ..known.step };
+                // Little enough that the second stage's pages bind.
+                let free_bytes = BTreeMap::from([(0, 140 * GB), (1, 70 * GB)]);
+                let known = Question { step, free_bytes, are_processes, ..known };
+                known.lanes(&stages).unwrap().num_pages()
+            };
+            pages(0) - pages(100)
+        };
+        assert!(taken(&[0, 1], false) > 0);
+        assert_eq!(taken(&[0, 0], false), 0, "what stays on a GPU is not copied");
+        assert!(taken(&[0, 0], true) > 0);
     }
 
     #[test]

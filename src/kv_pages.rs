@@ -51,14 +51,14 @@ impl KvPages {
         let lanes = wanted.lanes(layout::num_lanes(stages), room);
         let needed = lanes.num_lanes * wanted.least_pages(lanes.num_lanes);
         if lanes.num_pages() < needed {
-            let tokens = needed * PAGE_TOKENS;
-            let (what, of) = match wanted.kv_cache_tokens {
-                KvCacheTokens::Tokens(tokens) => ("[pipeline] kv_cache_tokens: ", tokens),
-                KvCacheTokens::Auto => ("a context of ", wanted.context_tokens),
+            let what = match wanted.kv_cache_tokens {
+                KvCacheTokens::Tokens(tokens) => format!("[pipeline] kv_cache_tokens: {tokens} take"),
+                KvCacheTokens::Auto => format!("a context of {} tokens takes", wanted.context_tokens),
             };
             bail!(
-                "{what}{of} tokens take {tokens} in {} lanes, and memory has room for {} beside the weights\nhint: devices share out \
+                "{what} {} tokens of KV cache in {} lanes, and memory has room for {} beside the weights\nhint: devices share out \
                  sequences, as in the job's first run: free memory, or pass --accept-numerics with split_blocks = \"all\"",
+                needed * PAGE_TOKENS,
                 lanes.num_lanes,
                 room * PAGE_TOKENS
             );
@@ -136,11 +136,13 @@ mod tests {
     #[test]
     fn a_going_on_whose_lanes_no_longer_fit_the_memory_is_refused_with_the_cure() {
         for (kv_cache_tokens, words) in [
-            (KvCacheTokens::Auto, "a context of 200 tokens take"),
-            (KvCacheTokens::Tokens(640), "[pipeline] kv_cache_tokens: 640 tokens take"),
+            (KvCacheTokens::Auto, "a context of 200 tokens takes"),
+            (KvCacheTokens::Tokens(640), "[pipeline] kv_cache_tokens: 640 take"),
         ] {
             let error = pages(kv_cache_tokens, 200, 11).lanes(&stages(3)).unwrap_err().to_string();
-            for words in [words, "768 in 3 lanes", "room for 704", "split_blocks = \"all\""] {
+            for words in
+                [words, "768 tokens of KV cache in 3 lanes", "room for 704", "split_blocks = \"all\""]
+            {
                 assert!(error.contains(words), "{words} is not in {error}");
             }
         }

@@ -141,6 +141,7 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
         }
         (None, kept) => {
             let planned = question.plan(widths, &kept)?;
+            question.check_widths(widths, &planned)?;
             let planned = question.passed_twice(&planned).unwrap_or(planned);
             if pipeline.devices_per_replica() > 1 {
                 lines.push(question.announcement(&planned, &occasion.profile_command));

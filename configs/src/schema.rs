@@ -67,7 +67,7 @@ pub struct Model {
 #[serde(default, deny_unknown_fields)]
 pub struct Pipeline {
     /// Those of each stage, in the order of the blocks: one, or as many as `tensor_parallel` says; of one replica after the
-    /// other. A device may be named twice and hosts two stages then.
+    /// other. A device may be named twice and hosts two stages then; see `virtual_stages`.
     #[serde(deserialize_with = "read::devices")]
     pub devices: Vec<Device>,
     /// Whole pipelines that share the job's rows.

@@ -143,9 +143,9 @@ impl Question {
         (sequences / in_flight(num_stages as u64)).min(self.setting.max_rows()).max(1)
     }
 
-    /// Sequences in flight in a replica: as many as the job allows, and as its GPUs have room for.
+    /// Sequences in flight in a replica: as many as the job allows, and as its pages have room for.
     fn sequences(&self, stages: &[StageLayout]) -> u64 {
-        let lanes = self.pages.gpus().and_then(|gpus| gpus.lanes(stages).ok());
+        let lanes = self.pages.lanes(stages).ok();
         let room =
             lanes.map_or(u64::MAX, |lanes| self.sequences_of((lanes.num_pages() * PAGE_TOKENS) as u64));
         self.max_sequences.min(room)
@@ -203,10 +203,13 @@ impl Question {
             share_blocks(&mut shared, first, |stage| self.sharing(setting, stage, load));
             shared
         };
+        let fastest = shared(&self.setting);
+        if layout::num_lanes(&fastest) == 1 {
+            return stages.clone_from_slice(&fastest);
+        }
         let heads = || Some(shared(&self.setting.without_sequences()));
         let worth = |stages: &Vec<StageLayout>| self.worth(stages);
-        let context_tokens = self.setting.context_tokens;
-        stages.clone_from_slice(&lanes::choose(shared(&self.setting), heads, context_tokens, worth));
+        stages.clone_from_slice(&lanes::choose(fastest, heads, self.setting.context_tokens, worth));
     }
 
     fn worth(&self, stages: &[StageLayout]) -> Worth {

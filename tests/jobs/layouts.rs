@@ -457,16 +457,20 @@ fn config() -> stages::ModelConfig {
     stages::ModelConfig::read(&fixture(MODEL)).unwrap()
 }
 
-/// A stage for each width, or none of them: a device that a list names is not left idle in silence.
+/// A stage for each width, or none of them: a device that a list names is not left idle in silence. The cures are those of the hint.
 #[test]
 fn widths_of_more_stages_than_the_fastest_cut_has_are_refused() {
-    let job = Job::on("llama")
-        .completion("row", json!({"prompt": [5, 6, 7], "max_tokens": 2}))
-        .set("pipeline.devices=[\"cpu:0\",\"cpu:1\",\"cpu:2\",\"cpu:3\",\"cpu:4\",\"cpu:5\"]")
-        .set("pipeline.tensor_parallel=[1,1,1,1,2]");
+    let devices = |count: usize| {
+        let names: Vec<String> = (0..count).map(|index| format!("\"cpu:{index}\"")).collect();
+        format!("pipeline.devices=[{}]", names.join(", "))
+    };
+    let job = Job::on("llama").completion("row", json!({"prompt": [5, 6, 7], "max_tokens": 2}));
+    let idle = job.anew().set(devices(6)).set("pipeline.tensor_parallel=[1,1,1,1,2]");
     let words = [
-        "[pipeline] tensor_parallel: found [1, 1, 1, 1, 2], of which the fastest cut leaves the last 1 without work",
-        "hint: tensor_parallel = [1, 1, 1, 1]",
+        "[pipeline] tensor_parallel: found [1, 1, 1, 1, 2], of which the fastest cut leaves the last 1 stages without work",
+        "hint: tensor_parallel = [1, 1, 1, 1] with 4 devices, or stages that say which blocks each has",
     ];
-    assert_refused(&job.run_once(&[]), &words);
+    assert_refused(&idle.run_once(&[]), &words);
+    job.anew().set(devices(4)).set("pipeline.tensor_parallel=[1,1,1,1]").run().ok();
+    idle.set("pipeline.stages=[[0,1],[1,2],[2,3],[3,\"3:128\"],[\"3:128\",4]]").run().ok();
 }

@@ -24,6 +24,10 @@ const INT4_WEIGHT_BOUND: f64 = 2.2;
 const NARROW: [(&str, f64); 3] =
     [("int8", INT8_BOUND), ("int8-weight", INT8_WEIGHT_BOUND), ("int4-weight", INT4_WEIGHT_BOUND)];
 
+/// How far two ranks are from one device there, of logits that have a deviation of 1: each quantises its own columns of `down` and `o`, by
+/// scales of their own, but for groups of 4 bits that are whole on a rank.
+const NARROW_APART: [(&str, f64); 3] = [("int8", 0.3), ("int8-weight", 0.15), ("int4-weight", 0.05)];
+
 /// All models of `cargo fixtures` with a reference beside them.
 pub(crate) const MODELS: [&str; 22] = [
     "attention-only-last",
@@ -177,11 +181,9 @@ fn narrow_weights_stay_within_their_bounds_on_every_level() {
     }
 }
 
-/// Each of two ranks quantises its own columns of `down` and `o`, by scales of their own: no nearer to one device than quantising is
-/// to the reference, and no further from that.
 #[test]
 fn narrow_weights_that_ranks_share_stay_within_the_same_bounds() {
-    for (dtype, bound) in NARROW {
+    for ((dtype, bound), (_, most_apart)) in NARROW.into_iter().zip(NARROW_APART) {
         for model in ["hetero-0-bf16", "odd-shapes"] {
             let reference = read_json(&fixture(model).join("reference.json"));
             let job = Job::on(model).set(format!("model.dtype={dtype}")).set(devices(1));
@@ -194,7 +196,7 @@ fn narrow_weights_that_ranks_share_stay_within_the_same_bounds() {
             let off = shared.difference(&Scores::of_reference(&reference));
             assert!(off <= bound, "{model} in {dtype}: off by {off:.2e} from the reference");
             let apart = shared.difference(&alone);
-            assert!(apart <= bound, "{model} in {dtype}: off by {apart:.2e} from one device");
+            assert!(apart <= most_apart, "{model} in {dtype}: off by {apart:.2e} from one device");
         }
     }
 }

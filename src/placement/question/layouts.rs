@@ -42,20 +42,36 @@ impl Question {
         let endless = self.plan_for(widths, kept, endless)?.with_context(|| {
             format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
         })?;
-        let best = match self.pages.gpus() {
+        match self.pages.gpus() {
             // Where nothing fits, its numbers are told when it is refused.
-            Some(gpus) => self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless),
-            None => endless,
-        };
-        match widths {
-            Some(widths) if best.len() < widths.len() => bail!(
-                "[pipeline] tensor_parallel: found {widths:?}, of which the fastest cut leaves the last {} without work\n\
-                 hint: tensor_parallel = {:?}, or stages that say which blocks each has",
-                widths.len() - best.len(),
-                &widths[..best.len()]
-            ),
-            _ => Ok(best),
+            Some(gpus) => Ok(self.within_memory(gpus, widths, kept, &endless).unwrap_or(endless)),
+            None => Ok(endless),
         }
+    }
+
+    /// Refuses a list of widths of which the best layout has no use for the last.
+    ///
+    /// # Errors
+    /// Fewer stages than widths.
+    pub(in crate::placement) fn check_widths(
+        &self,
+        widths: Option<&[usize]>,
+        best: &[StageLayout],
+    ) -> Result<()> {
+        let Some((used, idle)) = widths.and_then(|widths| widths.split_at_checked(best.len())) else {
+            return Ok(());
+        };
+        if idle.is_empty() {
+            return Ok(());
+        }
+        bail!(
+            "[pipeline] tensor_parallel: found {:?}, of which the fastest cut leaves the last {} stages without work\nhint: \
+             tensor_parallel = {used:?} with {} devices{}, or stages that say which blocks each has",
+            [used, idle].concat(),
+            idle.len(),
+            used.iter().sum::<usize>(),
+            if self.replicas > 1 { " for each replica" } else { "" }
+        )
     }
 
     /// The fastest of the layouts that leave room for all tokens that are wanted, for fewer and fewer, and of the one that minds

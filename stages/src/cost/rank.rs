@@ -40,9 +40,9 @@ impl Parts {
     }
 
     /// How `ranks` should share each block: each half as `seconds` says that it is fastest, attention in one of these `ways`, in
-    /// the first of them and by columns where nothing else is faster. Halves of the first rank that follow one another need one broadcast together and are charged
-    /// with one each: where that decides, ranks share. An FFN that is cut is shared as all of it would be, so that a block is
-    /// shared in one way wherever it may be cut.
+    /// the first of them and by columns where nothing else is faster. Halves of the first rank that follow one another need one
+    /// broadcast together and are charged with one each: where that decides, ranks share. An FFN that is cut is shared as all of
+    /// it would be, so that a block is shared in one way wherever it may be cut.
     pub(super) fn sharing(
         config: &ModelConfig,
         ways: &[AttentionSharing],

@@ -119,15 +119,17 @@ fn kinds_of_devices_are_not_mixed() {
 /// GPUs that share a stage, joined by NCCL: by heads and columns, alone and beside a stage of one.
 #[test]
 fn models_on_gpus_that_share_a_stage_stay_within_the_bf16_bound() {
-    let two = (2, "[\"cuda:0\",\"cuda:1\"]", "[2]");
-    let four = (4, "[\"cuda:0\",\"cuda:1\",\"cuda:2\",\"cuda:3\"]", "[1,3]");
-    for (model, (num_gpus, devices, widths)) in [("hetero-0-bf16", two), ("tied", two), ("odd-shapes", four)]
+    let two = (2, "[\"cuda:0\",\"cuda:1\"]", "[2]", "auto");
+    let four = (4, "[\"cuda:0\",\"cuda:1\",\"cuda:2\",\"cuda:3\"]", "[1,3]", "[[0,1],[1,4]]");
+    for (model, (num_gpus, devices, widths, stages)) in
+        [("hetero-0-bf16", two), ("tied", two), ("odd-shapes", four)]
     {
         let reference = read_json(&crate::harness::fixture(model).join("reference.json"));
         let job = Job::on(model)
             .emulated_gpus(num_gpus)
             .set(format!("pipeline.devices={devices}"))
             .set(format!("pipeline.tensor_parallel={widths}"))
+            .set(format!("pipeline.stages={stages}"))
             .set("pipeline.split_blocks=all");
         let difference = largest_difference_of(job, &reference);
         assert!(difference <= BF16_BOUND, "{model} on {widths}: off by {difference:.2e}");

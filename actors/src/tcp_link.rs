@@ -379,6 +379,38 @@ mod tests {
         assert!(work.try_recv().is_err());
     }
 
+    /// A frame any earlier would have the other end's queue wait, on multiprocessors by which it computes.
+    #[test]
+    fn a_receiver_hears_of_what_comes_by_nccl_no_sooner_than_it_is_computed() {
+        let own = OwnGate::default();
+        let gate = own.get_or_init(inlet::tests::gate).clone();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let welcome = std::thread::spawn(move || {
+            let (mut stream, mut said) = (listener.accept().unwrap().0, Vec::new());
+            Frame::read(&mut stream, &mut said).unwrap();
+            Frame { kind: HELLO, sequence: GROUP, shape: [3, 1] }.write(&mut stream, &[]).unwrap();
+            (stream, wire::read_greeting(&said).expect("a sender with a GPU").1)
+        });
+        let link = TcpLink::new(3, PATIENCE, own.clone(), Arc::new(|_, _| {}), Arc::new(|_| {}));
+        link.join(address, GROUP).unwrap();
+        let (mut stream, group) = welcome.join().unwrap();
+        let _receiver = gate.receiver(&GroupExit::default(), group).unwrap();
+        // What will have been computed when somebody has sent it, who does not; or when nobody waits for that any more.
+        let (id, held) = (gate.new_group().unwrap(), GroupExit::default());
+        let sender_gate = gate.clone();
+        let sender = std::thread::spawn(move || sender_gate.sender(&GroupExit::default(), id).unwrap());
+        let mut never_sent = gate.receiver(&held, id).unwrap();
+        let _sender = sender.join().unwrap();
+        let values = Rows::Device(never_sent.receive(1, 6, 8).unwrap().remove(0));
+        link.push(Arc::new(batch(1)), Some(Activations { values, sums: None, hidden: 8 }));
+        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        assert!(stream.peek(&mut [0]).is_err(), "told of what is not computed");
+        held.leave();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(Frame::read(&mut stream, &mut Vec::new()).unwrap().kind, STEP);
+    }
+
     #[test]
     fn a_receiver_that_is_gone_costs_what_was_under_way_and_no_more() {
         let (link, _) = link(PATIENCE);

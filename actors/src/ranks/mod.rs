@@ -73,7 +73,8 @@ impl RanksArgs {
         };
         // A core waits for others no longer than its patience.
         exits.retain(|_| matches!(self.devices[0], Device::Cuda { .. }));
-        Ok(Box::new(RankedStage { first, others, draws, watch: self.watch.clone(), exits }))
+        let watch = self.watch.clone();
+        Ok(Box::new(RankedStage { first, others, draws, watch, exits, is_amid_step: false }))
     }
 }
 
@@ -85,6 +86,21 @@ struct RankedStage {
     draws: bool,
     watch: Watch,
     exits: Vec<GroupExit>,
+    /// Whether a step has begun that did not come to a good end.
+    is_amid_step: bool,
+}
+
+impl Drop for RankedStage {
+    /// Lets the ranks out that wait on their devices for one that has failed. They would as long as the watchdog lets them, and the
+    /// stage be said to hang. What it has failed in was not handed on, or is a device's that goes on with nothing.
+    fn drop(&mut self) {
+        if std::mem::take(&mut self.is_amid_step) {
+            for exit in self.exits.drain(..) {
+                // To leave a group may take a while, and another rank of it may have to leave too.
+                std::thread::spawn(move || exit.leave());
+            }
+        }
+    }
 }
 
 /// The way to a rank beside the first.
@@ -121,6 +137,35 @@ impl RankEnd {
 
 impl Stage for RankedStage {
     fn step(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
+        self.is_amid_step = true;
+        let output = self.step_of_all(batch, input)?;
+        self.is_amid_step = false;
+        Ok(output)
+    }
+
+    fn finish(&mut self) -> stages::Result<Option<Duration>> {
+        self.is_amid_step = true;
+        let device_time = self.first.finish()?;
+        if let Some(rank) = self.exits.iter().position(GroupExit::has_left) {
+            // Its device went on with whatever numbers were there.
+            return Err(stages::Error::Rank { rank, message: "its group was left".to_owned() });
+        }
+        self.is_amid_step = false;
+        Ok(device_time)
+    }
+
+    fn gate(&self) -> Option<Gate> {
+        self.first.gate()
+    }
+
+    fn exits(&self) -> Vec<GroupExit> {
+        self.exits.clone()
+    }
+}
+
+impl RankedStage {
+    /// A step of the first rank, of which the others are told.
+    fn step_of_all(&mut self, batch: &MicroBatch, input: Option<Activations>) -> stages::Result<StageOutput> {
         let step = Arc::new(RankStep::of(batch, self.draws));
         let is_there =
             |(index, other): (usize, &mut Box<dyn RankLink>)| (!other.tell(&step)).then_some(index + 1);
@@ -146,25 +191,6 @@ impl Stage for RankedStage {
         }
     }
 
-    fn finish(&mut self) -> stages::Result<Option<Duration>> {
-        let device_time = self.first.finish()?;
-        match self.exits.iter().position(GroupExit::has_left) {
-            // Its device went on with whatever numbers were there.
-            Some(rank) => Err(stages::Error::Rank { rank, message: "its group was left".to_owned() }),
-            None => Ok(device_time),
-        }
-    }
-
-    fn gate(&self) -> Option<Gate> {
-        self.first.gate()
-    }
-
-    fn exits(&self) -> Vec<GroupExit> {
-        self.exits.clone()
-    }
-}
-
-impl RankedStage {
     /// The error of the rank that is to blame, as far as it has said why; else that of `rank`, as others saw it.
     fn blame(&self, rank: usize, seen: String) -> stages::Error {
         let ends = || self.others.iter().map(|other| other.end().read());
@@ -178,12 +204,15 @@ impl RankedStage {
 
 #[cfg(test)]
 mod tests {
-    use scheduler::{MicroBatchId, MicroBatchOutput};
+    use std::path::Path;
+
+    use scheduler::{MicroBatchId, MicroBatchOutput, Request, RequestKey, Sampling, SequenceId, Slice, Span};
+    use stages::{KvDtype, PAGE_TOKENS, WeightType};
 
     use super::*;
 
     /// A first rank that answers whatever happens.
-    struct Careless;
+    pub(super) struct Careless;
 
     impl Stage for Careless {
         fn step(&mut self, batch: &MicroBatch, _: Option<Activations>) -> stages::Result<StageOutput> {
@@ -191,16 +220,98 @@ mod tests {
         }
     }
 
+    /// That of such ranks.
+    pub(super) fn stage(
+        first: Box<dyn Stage>,
+        others: Vec<Box<dyn RankLink>>,
+        exits: Vec<GroupExit>,
+    ) -> RankedStage {
+        let watch = Watch::new(0, 1 + others.len(), None);
+        RankedStage { first, others, draws: true, watch, exits, is_amid_step: false }
+    }
+
+    /// Of a token.
+    pub(super) fn batch() -> MicroBatch {
+        let request = Request {
+            key: RequestKey(0),
+            prompt: vec![7],
+            sampling: Arc::new(Sampling::greedy(1)),
+            sample: 0,
+        };
+        let slice = Slice {
+            sequence: SequenceId(0),
+            first_position: 0,
+            tokens: [7].into_iter().collect(),
+            pages: Arc::new(vec![0]),
+            sample: true,
+            score: Vec::new(),
+            counts: None,
+            mask: None,
+            fed_back: None,
+            request: Arc::new(request),
+        };
+        MicroBatch { id: MicroBatchId(7), slices: vec![slice] }
+    }
+
     #[test]
     fn what_a_stage_has_made_is_an_error_once_a_rank_has_left_its_group() {
         let exits = vec![GroupExit::default(), GroupExit::default()];
-        let (first, others, watch) = (Box::new(Careless), Vec::new(), Watch::new(0, 2, None));
-        let mut stage = RankedStage { first, others, draws: true, watch, exits: exits.clone() };
-        let batch = MicroBatch { id: MicroBatchId(7), slices: Vec::new() };
-        stage.step(&batch, None).unwrap();
+        let mut stage = stage(Box::new(Careless), Vec::new(), exits);
+        stage.step(&batch(), None).unwrap();
         stage.finish().unwrap();
-        stage.step(&batch, None).unwrap();
+        stage.step(&batch(), None).unwrap();
         stage.exits()[1].leave();
         assert_eq!(stage.finish().unwrap_err().to_string(), "rank 1: its group was left");
+    }
+
+    /// A stage of two ranks on the GPU that an emulator plays.
+    fn two_ranks_on_a_gpu(folder: &Path) -> RanksArgs {
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+            "vocab_size": 100, "max_position_embeddings": PAGE_TOKENS, "eos_token_id": [],
+        });
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
+        assert!(libraries.join("libnccl.so.2").is_file(), "no emulator\nhint: cargo xtask emulator");
+        let device = Device::Cuda {
+            index: 0,
+            libraries: Some(libraries),
+            cubins: None,
+            is_deterministic: true,
+            has_graphs: false,
+        };
+        RanksArgs {
+            stage: 0,
+            model: Model::open(folder, true).unwrap().0,
+            devices: vec![device.clone(), device],
+            dtypes: Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 },
+            options: SpanOptions {
+                part: Span { start: 0, end: 1 }.into(),
+                num_pages: 1,
+                context_tokens: PAGE_TOKENS,
+                largest_step: None,
+            },
+            sharing: Sharing::default(),
+            home: RankHome::Threads,
+            patience: Duration::from_secs(60),
+            watch: Watch::new(0, 2, None),
+        }
+    }
+
+    #[test]
+    fn the_exits_of_a_stage_on_gpus_are_those_of_the_group_in_which_its_ranks_compute() {
+        let folder = tempfile::tempdir().unwrap();
+        for left in 0..2 {
+            let mut stage = two_ranks_on_a_gpu(folder.path()).load().unwrap();
+            stage.step(&batch(), None).unwrap();
+            stage.finish().unwrap();
+            stage.exits()[left].leave();
+            assert!(
+                stage.step(&batch(), None).is_err(),
+                "rank {left} computes in the group that it has left"
+            );
+        }
     }
 }

@@ -36,6 +36,25 @@ impl Drop for Departure {
     }
 }
 
+impl ThreadRank {
+    /// Starts a rank's thread, which ends with what it does. It has freed by then all that it had.
+    fn start(
+        name: String,
+        patience: Duration,
+        end: RankEnd,
+        run: impl FnOnce(RankSteps) + Send + 'static,
+    ) -> ThreadRank {
+        let (steps, received) = rank_steps();
+        let (lives, thread) = bounded(0);
+        let run = move || {
+            let _lives: Sender<()> = lives;
+            run(received);
+        };
+        std::thread::Builder::new().name(name).spawn(run).expect("the system starts a thread");
+        ThreadRank { steps, end, _departure: Departure { thread, patience } }
+    }
+}
+
 impl RankLink for ThreadRank {
     fn tell(&mut self, step: &Arc<RankStep>) -> bool {
         self.steps.send(Arc::clone(step)).is_ok()
@@ -56,20 +75,13 @@ pub(super) fn load(args: &RanksArgs, exits: &[GroupExit]) -> stages::Result<Load
     let mut others: Vec<Box<dyn RankLink>> = Vec::new();
     let mut loading = Vec::new();
     for (rank, collective) in (1..).zip(ranks) {
-        let (steps, received) = rank_steps();
         let (ready, loaded) = bounded(1);
         let end = RankEnd::default();
         let exit = exits[rank].clone();
-        let thread = Thread { args: args.clone(), rank, steps: received, end: end.clone(), exit };
+        let thread = Thread { args: args.clone(), rank, end: end.clone(), exit };
         let name = format!("stage-{}.{rank}", args.stage);
-        let (lives, thread_lives) = bounded(0);
-        let run = move || {
-            let _lives: Sender<()> = lives;
-            thread.run(Box::new(collective), &ready);
-        };
-        std::thread::Builder::new().name(name).spawn(run).expect("the system starts a thread");
-        let departure = Departure { thread: thread_lives, patience: args.patience };
-        others.push(Box::new(ThreadRank { steps, end, _departure: departure }));
+        let run = move |steps: RankSteps| thread.run(steps, Box::new(collective), &ready);
+        others.push(Box::new(ThreadRank::start(name, args.patience, end, run)));
         loading.push(loaded);
     }
     let (sharing, clock) = (args.sharing.clone(), args.watch.clock(0));
@@ -86,14 +98,18 @@ pub(super) fn load(args: &RanksArgs, exits: &[GroupExit]) -> stages::Result<Load
 struct Thread {
     args: RanksArgs,
     rank: usize,
-    steps: RankSteps,
     end: RankEnd,
     exit: GroupExit,
 }
 
 impl Thread {
-    fn run(self, collective: Box<dyn Collective<stages::Array>>, ready: &Sender<stages::Result<()>>) {
-        let Thread { args, rank, steps, end, exit } = self;
+    fn run(
+        self,
+        steps: RankSteps,
+        collective: Box<dyn Collective<stages::Array>>,
+        ready: &Sender<stages::Result<()>>,
+    ) {
+        let Thread { args, rank, end, exit } = self;
         let RanksArgs { stage, model, devices, dtypes, options, sharing, watch, .. } = &args;
         let clock = watch.clock(rank);
         let group = RankGroup { collective, sharing: sharing.clone(), clock: Arc::clone(&clock), exit };
@@ -138,5 +154,75 @@ pub(super) fn follow(
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err((with_causes(&error), error.is_of_other_rank())),
         Err(panic) => Err((format!("it panicked: {}", panic_message(&*panic)), false)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Instant;
+
+    use scheduler::MicroBatch;
+    use stages::{Activations, StageOutput};
+
+    use super::super::tests::{Careless, batch, stage};
+    use super::*;
+
+    /// Longer than any machine keeps a thread waiting.
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// A first rank that fails when others have begun.
+    struct Failing {
+        is_panic: bool,
+    }
+
+    impl Stage for Failing {
+        fn step(&mut self, _: &MicroBatch, _: Option<Activations>) -> stages::Result<StageOutput> {
+            assert!(!self.is_panic, "a planted panic");
+            Err(stages::Error::Rank { rank: 0, message: "a planted failure".to_owned() })
+        }
+    }
+
+    /// A rank that does this; and whether it has come to its end.
+    fn rank(run: impl FnOnce(RankSteps) + Send + 'static) -> (Box<dyn RankLink>, Arc<AtomicBool>) {
+        let has_freed = Arc::new(AtomicBool::new(false));
+        let freed = Arc::clone(&has_freed);
+        let rank = ThreadRank::start("rank".to_owned(), LONG, RankEnd::default(), move |steps| {
+            run(steps);
+            freed.store(true, Ordering::SeqCst);
+        });
+        (Box::new(rank), has_freed)
+    }
+
+    #[test]
+    fn a_stage_that_is_dropped_waits_until_its_ranks_have_freed_their_devices() {
+        let (rank, has_freed) = rank(|steps| {
+            steps.for_each(drop);
+            std::thread::sleep(Duration::from_millis(100));
+        });
+        drop(stage(Box::new(Careless), vec![rank], Vec::new()));
+        assert!(has_freed.load(Ordering::SeqCst), "another may find no room beside it");
+    }
+
+    #[test]
+    fn ranks_that_wait_for_a_first_one_that_has_failed_are_let_out_and_its_error_is_told() {
+        for is_panic in [false, true] {
+            let exits = vec![GroupExit::default(), GroupExit::default()];
+            let exit = exits[1].clone();
+            let (rank, has_freed) = rank(move |mut steps| {
+                steps.next();
+                let begun = Instant::now();
+                while !exit.has_left() && begun.elapsed() < 2 * LONG {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let mut stage = stage(Box::new(Failing { is_panic }), vec![rank], exits);
+            match catch_unwind(AssertUnwindSafe(|| stage.step(&batch(), None))) {
+                Ok(told) => assert_eq!(told.unwrap_err().to_string(), "rank 0: a planted failure"),
+                Err(panic) => assert!(is_panic, "{}", panic_message(&*panic)),
+            }
+            drop(stage);
+            assert!(has_freed.load(Ordering::SeqCst), "the watchdog has to find it, and calls it a hang");
+        }
     }
 }

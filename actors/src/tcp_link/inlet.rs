@@ -217,7 +217,7 @@ fn listen_to(stream: TcpStream, mut hand_on: impl FnMut(Heard) -> Result<(), End
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::net::Ipv4Addr;
     use std::path::Path;
     use std::thread::JoinHandle;
@@ -241,7 +241,7 @@ mod tests {
     }"#;
 
     /// That of a stage on a GPU that an emulator plays, which is number 0.
-    fn gate() -> Gate {
+    pub(crate) fn gate() -> Gate {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
         let (model, _) = Model::open(folder.path(), true).unwrap();

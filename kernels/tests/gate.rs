@@ -181,6 +181,22 @@ fn who_waits_for_another_to_join_can_be_called_off() {
     assert!(gate.sender(&exit, id).is_err());
 }
 
+#[test]
+fn what_ranks_have_told_each_other_is_given_back_and_made_again() {
+    let cuda = cuda();
+    let alone = Box::new(thread_ranks(1, LONG).remove(0));
+    let mut rank = NcclRank::join(&cuda, alone, &GroupExit::default()).unwrap();
+    let free_bytes = cuda.free_bytes().unwrap();
+    for _ in 0..2 {
+        rank.reserve(1 << 20).unwrap();
+        assert!(cuda.free_bytes().unwrap() + (4 << 20) <= free_bytes, "there is room for so many numbers");
+        rank.free();
+        assert_eq!(cuda.free_bytes().unwrap(), free_bytes);
+    }
+    let mut x = array(&cuda, 1, 8, &[1.0; 8]);
+    rank.all_reduce(&mut x).unwrap();
+}
+
 /// Has its rank agree to what comes and then fall silent, as one that dies or hangs before it has queued anything.
 struct Silent(ThreadRank);
 

@@ -87,7 +87,8 @@ pub enum Error {
     /// A device has no room for the smallest step there is.
     #[error(
         "a step of one token: {0}, with all given back that larger steps had\n\
-         hint: another program has taken memory of this GPU since the model was loaded"
+         hint: another program has taken memory of {gpu} since the model was loaded",
+        gpu = short_gpu(.0)
     )]
     NoRoomForOneToken(kernels::Error),
     /// A device refused.
@@ -121,6 +122,14 @@ impl Error {
             | Error::NoRoomForOneToken(kernels::Error::NoRoomOnRank { rank }) => Some(*rank),
             _ => None,
         }
+    }
+}
+
+/// Whose memory was too little.
+fn short_gpu(error: &kernels::Error) -> String {
+    match error {
+        kernels::Error::NoRoomOnRank { rank } => format!("rank {rank}'s GPU"),
+        _ => "this GPU".to_owned(),
     }
 }
 

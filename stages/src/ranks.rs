@@ -209,6 +209,11 @@ impl<A> Ranks<A> {
         Ok(self.collective.reserve(numbers)?)
     }
 
+    /// Gives that room back.
+    pub(crate) fn free(&mut self) {
+        self.collective.free();
+    }
+
     /// Rows in the pieces whose sums are begun one by one.
     pub(crate) fn pieces(&self, rows: usize) -> Vec<Range<usize>> {
         self.collective.pieces(rows)

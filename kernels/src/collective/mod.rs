@@ -55,6 +55,9 @@ pub trait Collective<A>: Send {
         Ok(())
     }
 
+    /// Gives back what there was room in for sums; those to come make it again. No rank waits for another here.
+    fn free(&mut self) {}
+
     /// An array's rows in the pieces that [`Collective::begin_all_reduce`] is told of, in order: several where this rank sums some
     /// while it computes others. They follow from the number of rows, so that all ranks have the same.
     fn pieces(&self, rows: usize) -> Vec<Range<usize>> {
@@ -96,8 +99,9 @@ pub trait Collective<A>: Send {
     /// As for [`Collective::all_reduce`], but shapes need not be equal.
     fn broadcast(&mut self, root: usize, x: &mut A) -> Result<()>;
 
-    /// Says at a step's end whether this rank had room for it: one that has none says so at once, and the others hear of it by the call that
-    /// they are at, this one at the latest. Where ranks are cores nothing is said, for a host's memory does not run out like that.
+    /// Says at a step's end whether this rank had room for it: one that has none says so at once, and the others hear of it by
+    /// the call that they are at, this one at the latest. Where ranks are cores nothing is said, for a host's memory does not run
+    /// out like that.
     ///
     /// # Errors
     /// [`Error::NoRoomOnRank`] on every rank, where one had none: the group goes on. Else as for [`Collective::all_reduce`].
@@ -135,7 +139,8 @@ impl Op {
             Op::AllReduce | Op::AllReducePieces => "all_reduce",
             Op::GatherRows | Op::GatherColumns => "all_gather",
             Op::Broadcast => "broadcast",
-            Op::EndStep | Op::NoRoom => "end_step",
+            Op::EndStep => "end_step",
+            Op::NoRoom => "no_room",
         }
     }
 

@@ -5,6 +5,7 @@
 //!
 //! Where GPUs share a stage all of them go in halves, the same ones, whichever has no room: it says so in place of the next thing
 //! that they would tell each other, and at a step's end all say that they had it. So no rank waits for what another has not begun.
+//! As long as a shortage lasts they go in halves at once, without freeing and making again all that they work in.
 
 use kernels::Backend;
 use scheduler::MicroBatch;
@@ -23,11 +24,12 @@ impl<B: Backend> SpanStage<B> {
         batch: &MicroBatch,
         input: Option<&Activations>,
     ) -> Result<StageOutput> {
-        let error = match self.whole_step(batch, input) {
-            Err(error) if error.is_out_of_memory() => error,
-            done => return done,
-        };
-        self.shrink(&error, batch.num_tokens());
+        if !self.is_refusal_foreseen(batch.num_tokens()) {
+            match self.whole_step(batch, input) {
+                Err(error) if error.is_out_of_memory() => self.shrink(&error, batch.num_tokens()),
+                done => return done,
+            }
+        }
         let Some((front, back)) = batch.halves() else {
             return self.whole_step(batch, input).map_err(Error::of_one_token);
         };
@@ -44,16 +46,26 @@ impl<B: Backend> SpanStage<B> {
 
     /// The same of a rank beside the first.
     pub(super) fn follow_in_parts(&mut self, step: &RankStep) -> Result<()> {
-        let error = match self.follow_whole(step) {
-            Err(error) if error.is_out_of_memory() => error,
-            done => return done,
-        };
-        self.shrink(&error, step.num_rows());
+        if !self.is_refusal_foreseen(step.num_rows()) {
+            match self.follow_whole(step) {
+                Err(error) if error.is_out_of_memory() => self.shrink(&error, step.num_rows()),
+                done => return done,
+            }
+        }
         let Some((front, back)) = step.halves() else {
             return self.follow_whole(step).map_err(Error::of_one_token);
         };
         self.follow_in_parts(&front)?;
         self.follow_in_parts(&back)
+    }
+
+    /// Whether a step of several ranks would find no room, as one of no more rows did not long ago. A token alone is always
+    /// tried.
+    fn is_refusal_foreseen(&mut self, rows: usize) -> bool {
+        match &mut self.room {
+            Some(room) if self.ranks.is_some() && rows > 1 => room.refusals.is_foreseen(rows),
+            _ => false,
+        }
     }
 
     fn whole_step(&mut self, batch: &MicroBatch, input: Option<&Activations>) -> Result<StageOutput> {
@@ -92,7 +104,8 @@ impl<B: Backend> SpanStage<B> {
         }
     }
 
-    /// Gives back what has grown for larger steps than those that come. Says why once, on the rank that has no room, and on the first.
+    /// Gives back what has grown for larger steps than those that come. Says why once, on the rank that has no room, and on the
+    /// first.
     fn shrink(&mut self, error: &Error, tokens: usize) {
         let is_news = !error.is_of_other_rank() || self.ranks.as_ref().is_none_or(Ranks::is_first);
         if tokens > 1 && !std::mem::replace(&mut self.has_halved, true) && is_news {
@@ -101,5 +114,9 @@ impl<B: Backend> SpanStage<B> {
             );
         }
         self.give_room_back();
+        // What the smallest step there is lacks says nothing of others.
+        if let Some(room) = self.room.as_mut().filter(|_| tokens > 1) {
+            room.refusals.add(tokens);
+        }
     }
 }

@@ -8,7 +8,7 @@ use kernels::{Backend, StepTimes, ViewDtype};
 use super::attention::{AttentionOnDevice, Gqa, Linear};
 use super::ffn::{Cut, FfnOnDevice, SwiGlu};
 use super::queue::Queue;
-use super::room::Room;
+use super::room::{Refusals, Room};
 use super::{BlockOnDevice, SpanOptions, SpanStage, Work};
 use crate::batch::Batch;
 use crate::block::{Attention, Block, Ffn};
@@ -51,7 +51,8 @@ impl<B: Backend> SpanStage<B> {
         let sharing = loader.sharing;
         let room = largest_step.map(|largest| {
             let config = Arc::clone(config);
-            Room { config, part, place, sharing, largest, rows: largest.rows, is_given_back: false }
+            let (rows, refusals) = (largest.rows, Refusals::default());
+            Room { config, part, place, sharing, largest, rows, is_given_back: false, refusals }
         });
         room.iter().try_for_each(|room| room.make(&backend, &mut work, ranks.as_mut()))?;
         let mut queue = Queue::default();

@@ -29,11 +29,15 @@ const SMALL: StepSize =
     StepSize { rows: 8, sequences: SEQUENCES, context_tokens: PAGE_TOKENS, micro_batches: 1, arrivals: 1 };
 const WHOLE: StepSize = StepSize { rows: SEQUENCES * LENGTH, ..SMALL };
 
+/// Bytes that another program leaves.
+const LEFT: u64 = 250_000;
+
 /// Likeliest tokens that a row asks for, and more than there is room for before anybody asks.
 const FEW: u32 = 3;
 const MANY: u32 = 60;
 
-/// A stage's first rank on the first GPU, and the way to the second on a thread of its own, which gives it back when there are no more steps.
+/// A stage's first rank on the first GPU, and the way to the second on a thread of its own, which gives it back when there are no
+/// more steps.
 struct TwoRanks {
     first: SpanStage<Cuda>,
     steps: Sender<RankStep>,
@@ -142,6 +146,8 @@ fn halves() {
         assert_eq!(&answers(&mut ranks, top), expected, "GPU {short} is short of memory");
         drop(other);
         assert_eq!(&answers(&mut ranks, top), expected, "there is memory again");
+        let refusals = &ranks.first.room.as_ref().unwrap().refusals;
+        assert!(refusals.num_untried > 0, "rooms were freed and made again");
         let (have_halved, done) = ranks.end();
         done.unwrap();
         assert_eq!(have_halved, [true; 2], "GPU {short} was short of memory");
@@ -163,6 +169,7 @@ fn one_token() {
     assert!(first.starts_with("a step of one token: cuda:0: ") && first.contains(" are free"), "{first}");
     let seen = "a step of one token: rank 0 has too little memory left, with all given back";
     assert!(second.to_string().starts_with(seen), "{second}");
+    assert!(second.to_string().contains(" memory of rank 0's GPU "), "{second}");
 }
 
 fn on_two_gpus(part: &str) {
@@ -182,6 +189,3 @@ fn a_gpu_without_room_has_the_step_go_in_halves_on_all() {
 fn a_gpu_without_room_for_a_token_is_named() {
     on_two_gpus("span::on_gpus::one_token");
 }
-
-/// Bytes that another program leaves.
-const LEFT: u64 = 250_000;

@@ -6,7 +6,8 @@
 //! Before each call the ranks agree through a group of the host's, threads or TCP, on what comes. There a rank that is gone,
 //! late or at another operation is found, before anything is queued that would wait for it on the device. A rank that dies
 //! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs until the watchdog has found
-//! it, and the group is left by its [`GroupExit`]. A queue then goes on with numbers that are none, and the next call is an error. A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
+//! it, and the group is left by its [`GroupExit`]. A queue then goes on with numbers that are none, and the next call is an
+//! error. A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
 //!
 //! Sums of many rows are made in pieces, on a queue of their own: those of the first rows while the next are computed (`beside.rs`).
 
@@ -62,11 +63,12 @@ struct Agreement {
 }
 
 impl NcclRank {
-    /// Takes the place that a rank has in `control`, a group of the host's. All ranks do so, each on a thread of its own and with a way
-    /// out of its own, by which whoever gives a rank up wakes it.
+    /// Takes the place that a rank has in `control`, a group of the host's. All ranks do so, each on a thread of its own and with
+    /// a way out of its own, by which whoever gives a rank up wakes it.
     ///
     /// # Errors
-    /// NCCL is missing; a rank does not come, or its `exit` was taken; what NCCL refuses, such as two ranks on one GPU before its version 2.30.
+    /// NCCL is missing; a rank does not come, or its `exit` was taken; what NCCL refuses, such as two ranks on one GPU before its
+    /// version 2.30.
     pub fn join(cuda: &Cuda, mut control: Box<dyn Collective<Array>>, exit: &GroupExit) -> Result<NcclRank> {
         let stream = &cuda.stream;
         let nccl = Nccl::load(cuda.options.libraries.as_deref());
@@ -276,6 +278,11 @@ impl Collective<CudaArray> for NcclRank {
     fn reserve(&mut self, numbers: usize) -> Result<()> {
         let num_ranks = self.num_ranks();
         self.parts.reserve("sums of ranks", num_ranks * share(numbers, num_ranks) * NUMBER)
+    }
+
+    fn free(&mut self) {
+        // Waits for the stream, which is behind all sums that were queued, also beside it.
+        self.parts = Memory::none(&self.stream);
     }
 
     fn pieces(&self, rows: usize) -> Vec<Range<usize>> {

@@ -20,9 +20,9 @@ use crate::{gpus, text};
 /// a driver's memory falls to pieces.
 const RESERVED_BYTES: u64 = 1 << 30;
 
-/// What NCCL has of a GPU's memory for each other GPU that this one moves numbers to or from. It takes that at the first move, when
-/// pages are long there: buffers of 10 MiB for each of up to 32 channels to receive by, and as much again in all for what it does
-/// not tell. An estimate, as it depends on how GPUs are linked.
+/// What NCCL has of a GPU's memory for each other GPU that this one moves numbers to or from. It takes that at the first move,
+/// when pages are long there: buffers of 10 MiB for each of up to 32 channels to receive by, which are 320 MiB, and 192 MiB for
+/// what it does not tell. An estimate, as it depends on how GPUs are linked.
 const NCCL_PEER_BYTES: u64 = 512 << 20;
 
 /// As both together, of small memories: one part in so many.

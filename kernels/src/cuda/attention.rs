@@ -192,8 +192,8 @@ impl Plan {
         self.num_rows() * kv_heads * self.num_parts * DECODE_GROUP
     }
 
-    /// What [`Plan::num_partials`] is at most for so many rows, with those that pad them: there are fewer blocks than twice those that are wanted, or no
-    /// more than one for each row and KV head.
+    /// What [`Plan::num_partials`] is at most for so many rows, with those that pad them: there are fewer blocks than twice those
+    /// that are wanted, or no more than one for each row and KV head.
     pub(crate) fn most_partials(rows: usize, kv_heads: usize, multiprocessors: usize) -> usize {
         (multiprocessors * BLOCKS_PER_MULTIPROCESSOR + rows * kv_heads) * DECODE_GROUP
     }

@@ -20,7 +20,7 @@ const CPU: Grid =
     Grid { attended_positions: 16_384, max_decode_rows: 64, chunk_tokens: 128, denser_from: usize::MAX };
 
 /// A GPU has a hundred multiprocessors and more, which few rows leave idle: 256 of them with 8 KV heads are 15 thread blocks
-/// for each. Its products go by tiles of 128 rows, so that times have steps where a line between two doubles has none.
+/// for each. Its products go by tiles of 64 or 128 rows, so that times have steps where a line between two doubles has none.
 const GPU: Grid =
     Grid { attended_positions: 1 << 20, max_decode_rows: 256, chunk_tokens: 512, denser_from: 128 };
 

@@ -5,10 +5,9 @@
 
 use kernels::{AttentionSlice, Backend, PAGE_TOKENS};
 
+use super::attention::{AttentionOnDevice, Gqa};
 use super::{BlockOnDevice, Work};
 use crate::error::Result;
-
-use super::attention::{AttentionOnDevice, Gqa};
 
 /// Pages that are written at once: no more rows than most steps have, so that arrays need not grow.
 const PAGES_AT_ONCE: usize = 4;

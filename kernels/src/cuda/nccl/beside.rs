@@ -12,13 +12,13 @@ const OP: &str = "sum beside products";
 
 /// Rows of a piece, where there are several; the last may have half as many.
 ///
-/// Every piece reads the weights anew, which costs nothing as long as to multiply takes longer: from 184 rows of bf16 on, and 163 of
-/// fp8, where an H200 reads 4.3 TB/s and multiplies at 790 and 1,400 TFLOP/s. Each piece begins three pieces of work, some 15 µs.
-/// Of `down` in Ultra's blocks on eight ranks (hidden 16,384, of 53,248 columns 6,656 each) 256 rows take 71 µs, and their
+/// Every piece reads the weights anew, which costs nothing as long as to multiply takes longer: from 184 rows of bf16 on, and 163
+/// of fp8, where an H200 reads 4.3 TB/s and multiplies at 790 and 1,400 TFLOP/s. Each piece begins three pieces of work, some
+/// 15 µs. Of `down` in Ultra's blocks on eight ranks (hidden 16,384, of 53,248 columns 6,656 each) 256 rows take 71 µs, and their
 /// 16.8 MB of sums, of which a rank sends 2 · 7/8 by NVLink's 450 GB/s, 65 µs: 512 rows take 142 + 131 + 15 = 288 µs one after
-/// the other, and 71 + 80 + 80 = 231 µs in two pieces. Half a piece takes the 51 µs in which the weights are read, and its sums 33:
-/// behind another it is computed while that is summed, so that 384 rows take 71 + 80 + 48 = 199 µs for 106 + 98 + 15 = 219. Of 256 rows two
-/// halves, 51 + 51 + 48 = 150 µs, gain nothing on 71 + 80 = 151.
+/// the other, and 71 + 80 + 80 = 231 µs in two pieces. Half a piece takes the 51 µs in which the weights are read, and its sums
+/// 33: behind another it is computed while that is summed, so that 384 rows take 71 + 80 + 48 = 199 µs for 106 + 98 + 15 = 219.
+/// Of 256 rows two halves, 51 + 51 + 48 = 150 µs, gain nothing on 71 + 80 = 151.
 const PIECE_ROWS: usize = 256;
 
 /// The queue, and what it waits for.

@@ -61,7 +61,6 @@ impl Event {
     }
 
     /// Whether it has passed, or was never recorded.
-    #[cfg(test)]
     pub(crate) fn has_passed(&self) -> bool {
         // SAFETY: it lives.
         unsafe { sys::cuEventQuery(self.event) }.result().is_ok()

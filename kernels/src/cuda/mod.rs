@@ -261,6 +261,7 @@ impl Cuda {
     /// Memory that is handed out from now on begins as numbers that are none, so that a test sees what was never written.
     pub fn poison_memory(&self) {
         self.stream.poison_memory();
+        self.arrivals.poison_memory();
     }
 
     fn attention_kernels(&self, head_dim: usize) -> Result<Arc<AttentionKernels>> {

@@ -145,8 +145,8 @@ impl Stream {
     }
 
     fn poison(&self, what: &'static str, memory: &Memory) -> Result<()> {
-        // SAFETY: all of the memory is this much.
-        unsafe { result::memset_d8_async(memory.pointer, 0xff, memory.bytes, self.stream) }
+        // SAFETY: all of the memory is this much; of none a byte was allocated.
+        unsafe { result::memset_d8_async(memory.pointer, 0xff, memory.bytes.max(1), self.stream) }
             .map_err(|error| failed(self.index, what, error))?;
         // Other queues may use it at once.
         self.wait(what)
@@ -300,6 +300,15 @@ impl Stream {
             .map_err(|error| failed(self.index, op, error))
     }
 
+    /// Queues zeros from the start of memory in which nobody keeps anything.
+    pub(crate) fn overwrite(&self, op: &'static str, memory: &Memory, bytes: usize) -> Result<()> {
+        assert!((1..=memory.bytes).contains(&bytes), "{op}: {bytes} bytes of {}", memory.bytes);
+        self.bind(op)?;
+        // SAFETY: there is as much, as asserted.
+        unsafe { result::memset_d8_async(memory.pointer, 0, bytes, self.stream) }
+            .map_err(|error| failed(self.index, op, error))
+    }
+
     /// A number that is another one when any of its memory has come or gone.
     pub(crate) fn changes(&self) -> u64 {
         self.changes.load(Ordering::Relaxed)
@@ -380,6 +389,11 @@ impl Memory {
     /// Where it begins, and so many bytes later.
     pub(crate) fn at(&self, byte: usize) -> Argument {
         Argument::Pointer(self.pointer + byte as u64)
+    }
+
+    /// How much of it there is.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Whose it is.

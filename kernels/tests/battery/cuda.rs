@@ -334,8 +334,8 @@ fn queued_work_is_timed_by_the_device() {
         cuda.zeros(64, 64, &mut array)
     };
     let seconds = cuda.seconds_of(work).unwrap();
-    // Five samples of eight calls, each behind another one, and one before all.
-    assert_eq!(calls, 1 + 5 * (1 + 8));
+    // Five samples of eight calls, each behind another one, and one before all. For some the device was early, and they were made again.
+    assert!(calls > 5 * (1 + 8) && calls % (1 + 8) == 1, "{calls}");
     assert!(seconds > 0.0 && 40.0 * seconds <= begun.elapsed().as_secs_f64(), "{seconds}");
 }
 

@@ -65,6 +65,11 @@ impl Handle {
         Ok(Handle { handle, workspace, workspace_bytes, stream: Arc::clone(stream) })
     }
 
+    /// What algorithms work in, and nobody keeps anything in.
+    pub(crate) fn workspace(&self) -> &Memory {
+        &self.workspace
+    }
+
     /// The library's version, such as 130100.
     pub(crate) fn version(&self) -> usize {
         // SAFETY: the library is loaded.

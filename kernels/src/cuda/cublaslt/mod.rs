@@ -180,9 +180,10 @@ impl CublasLt {
             let first = candidates.first().filter(|_| matches!(error, Error::OutOfMemory { .. }));
             return first.map(|&algorithm| Some(Prepared { shape, algorithm })).ok_or(error);
         }
+        let watch = Stopwatch::new(self.handle.workspace())?;
         // SAFETY: the caller vouches for the arrays.
         let times = candidates.iter().map(|&algorithm| unsafe {
-            self.time(&self.handle, &mut known.scratch, &shape, product, key.adds, (algorithm, TIMED))
+            time(&watch, &self.handle, &mut known.scratch, &shape, product, key.adds, (algorithm, TIMED))
         });
         let times = times.collect::<Result<Vec<_>>>()?;
         let Some(best) = plan::fastest(&times) else { return Ok(None) };
@@ -205,12 +206,13 @@ impl CublasLt {
         let Some(shape) = self.handle.shape(Kind::Bf16, product)? else { return Ok(None) };
         let mut scratch = Memory::none(&self.stream);
         let (mut best, mut count): (Option<f64>, usize) = (None, 0);
+        let watch = Stopwatch::new(self.handle.workspace())?;
         for mib in SURVEYED_MIB {
             let handle = Handle::new(&self.stream, mib << 20)?;
             let candidates = handle.candidates(&shape, SURVEYED_CANDIDATES)?;
             // SAFETY: the caller vouches for the arrays.
             let mut time = |algorithm, effort| unsafe {
-                self.time(&handle, &mut scratch, &shape, product, false, (algorithm, effort))
+                time(&watch, &handle, &mut scratch, &shape, product, false, (algorithm, effort))
             };
             let times = candidates.iter().map(|&algorithm| time(algorithm, TIMED));
             let times = times.collect::<Result<Vec<_>>>()?;
@@ -221,27 +223,27 @@ impl CublasLt {
         }
         Ok(best.map(|best| (best, count)))
     }
+}
 
-    /// Microseconds of a candidate, or nothing where the library refuses to start it.
-    ///
-    /// # Safety
-    /// As of [`CublasLt::run`].
-    unsafe fn time(
-        &self,
-        handle: &Handle,
-        scratch: &mut Memory,
-        shape: &Shape,
-        product: &Product,
-        adds: bool,
-        (algorithm, effort): (Algorithm, Effort),
-    ) -> Result<Option<f64>> {
-        scratch.reserve(TIME, product.rows * product.out_stride * size_of::<f32>())?;
-        let product = Product { out: scratch.start(), ..*product };
-        // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
-        let run = || unsafe { handle.multiply(TIME, shape, &product, adds, algorithm) };
-        if run().is_err() {
-            return Ok(None);
-        }
-        Ok(Some(Stopwatch::new(&self.stream)?.seconds(effort, run)? * 1e6))
+/// Microseconds of a candidate, or nothing where the library refuses to start it.
+///
+/// # Safety
+/// As of [`CublasLt::run`].
+unsafe fn time(
+    watch: &Stopwatch<'_>,
+    handle: &Handle,
+    scratch: &mut Memory,
+    shape: &Shape,
+    product: &Product,
+    adds: bool,
+    (algorithm, effort): (Algorithm, Effort),
+) -> Result<Option<f64>> {
+    scratch.reserve(TIME, product.rows * product.out_stride * size_of::<f32>())?;
+    let product = Product { out: scratch.start(), ..*product };
+    // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
+    let run = || unsafe { handle.multiply(TIME, shape, &product, adds, algorithm) };
+    if run().is_err() {
+        return Ok(None);
     }
+    Ok(Some(watch.seconds(effort, run)? * 1e6))
 }

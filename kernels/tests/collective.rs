@@ -28,18 +28,23 @@ pub(crate) struct Groups<'a> {
 /// A question to what makes groups.
 pub(crate) type Check = fn(&Groups<'_>);
 
-/// All checks, for a program that has no test harness: what each is called, the check of what makes groups, and the fewest ranks of a
-/// group of which it asks anything.
+/// All checks of GPUs, for a program that has no test harness: what each is called, and the check of what makes groups. Each
+/// needs groups of two at least to ask what its name says.
 #[allow(dead_code, reason = "tests have a function each")]
-pub(crate) const CHECKS: [(&str, Check, usize); 7] = [
-    ("sums_are_added_in_the_order_of_ranks_at_every_call", sums, 1),
-    ("sums_that_are_begun_in_pieces_are_the_same", pieces, 1),
-    ("parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks", parts, 1),
-    ("everyone_has_what_the_root_had", roots, 1),
-    ("a_rank_that_dies_ends_the_calls_of_all_others_at_once", deaths, 2),
-    ("a_rank_that_hangs_ends_the_calls_of_all_others_when_their_patience_does", hangs, 2),
-    ("ranks_that_disagree_are_told_so_on_every_rank", disagreements, 2),
+pub(crate) const CHECKS: [(&str, Check); 8] = [
+    ("sums_are_added_in_the_order_of_ranks_at_every_call", sums),
+    ("sums_that_are_begun_in_pieces_are_the_same", pieces),
+    ("parts_of_unlike_sizes_lie_side_by_side_in_the_order_of_ranks", parts),
+    ("everyone_has_what_the_root_had", roots),
+    ("a_rank_that_dies_ends_the_calls_of_all_others_at_once", deaths),
+    ("a_rank_that_hangs_ends_the_calls_of_all_others_when_their_patience_does", hangs),
+    ("ranks_that_disagree_are_told_so_on_every_rank", disagreements),
+    ("gpus_hear_of_a_rank_without_room_and_go_on", ranks_without_room),
 ];
+
+/// Those that ask something of a rank alone too: that its numbers come back as they were.
+#[allow(dead_code, reason = "tests have a function each")]
+pub(crate) const CHECKS_OF_ONE: [Check; 4] = [sums, pieces, parts, roots];
 
 fn threads(num_ranks: usize, patience: Duration) -> Vec<Rank> {
     thread_ranks(num_ranks, patience).into_iter().map(|rank| Box::new(rank) as Rank).collect()

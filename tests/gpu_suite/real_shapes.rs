@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use kernels::{AttentionSlice, Backend, Cuda, Int4Groups, KvDtype, PAGE_TOKENS, RandomTensor, WeightType};
 
 use crate::battery::attention::{Sequence, attend};
-use crate::battery::device::{Device, Readable, all_rounded, cached, unit};
+use crate::battery::device::{Device, Readable, all_rounded, bits, cached, unit};
 use crate::battery::exact::assert_within;
 use crate::battery::random::Random;
 use crate::items::Setting;
@@ -16,8 +16,17 @@ const SAMPLES: usize = 8;
 
 /// Of a product whose terms' squares add up to one, and whose terms are so many. A tensor core takes 16 terms at once or 8, and cuts a
 /// few bits below the last place of the partial sum, which stays within four deviations: 2^-22 of that for every 8.
-fn bound(depth: usize) -> f64 {
-    (depth as f64 / 8.0).ceil() * 4.0 * (-22f64).exp2()
+///
+/// Of E4M3 it may keep 14 bits of the largest of 32 terms and the sum that it goes on with, until 128 are added to an f32. Such a sum has
+/// a deviation of 11 terms in the end, and each of the 33 numbers may be short of 2^-13 of that, to either side: over all of K that
+/// deviates by 0.58 · 2^-13 · 11 · sqrt(33 / 32), less than a thousandth whatever K is. The bound is twenty times as much, beside
+/// f32's; a step of 128 terms that is left out moves a sum by the root of 128 / K, which is more at every width here.
+fn bound(weights: WeightType, depth: usize) -> f64 {
+    let chained = |terms: f64, unit: f64| (depth as f64 / terms).ceil() * 4.0 * unit;
+    match weights {
+        WeightType::Fp8 => (-6f64).exp2() + chained(128.0, (-24f64).exp2()),
+        _ => chained(8.0, (-22f64).exp2()),
+    }
 }
 
 /// Weights `[n, k]` that inputs are multiplied with.
@@ -52,55 +61,104 @@ fn device(
     Ok(Device { int4: Int4Groups::Of128, ..Device::new(cuda, weights, kv) })
 }
 
+/// Types of weights, and whether a row's bits are the same in any batch.
+const WAYS: [(WeightType, bool); 5] = [
+    (WeightType::Bf16, false),
+    (WeightType::Bf16, true),
+    (WeightType::Fp8, false),
+    (WeightType::Fp8, true),
+    (WeightType::Int4Weight, true),
+];
+
+/// Numbers of rows for which there are different tiles at one width or another: a row alone, and enough for blocks of 64 and of 128.
+fn row_counts(setting: &Setting) -> [usize; 3] {
+    if setting.is_small { [1, 20, 70] } else { [1, 100, 200] }
+}
+
 /// A line for each matrix and way to multiply.
 pub(crate) fn products(matrices: &[Matrix], setting: &Setting) -> Result<Vec<String>> {
-    let ways = [(WeightType::Bf16, false), (WeightType::Bf16, true), (WeightType::Int4Weight, true)];
+    let devices = WAYS.map(|(weights, is_deterministic)| {
+        Ok((device(setting, weights, KvDtype::Bf16, is_deterministic)?, is_deterministic))
+    });
+    let devices = devices.into_iter().collect::<Result<Vec<_>>>()?;
+    let counts = row_counts(setting);
     let mut lines = Vec::new();
-    for (weights, is_deterministic) in ways {
-        let device = device(setting, weights, KvDtype::Bf16, is_deterministic)?;
-        for &[n, k] in matrices {
-            let rows = if setting.is_small { [1, 9] } else { [1, 200] };
-            let off = rows.map(|rows| product(&device, [rows, n, k]));
-            let [alone, together] = off;
-            lines.push(format!(
-                "[{n}, {k}], {}: off by {:.0} % of the bound at most for a row alone, {:.0} % for {} together",
+    for &[n, k] in matrices {
+        let x = RandomTensor::new(2, 2.0, counts[2], k).values();
+        let x: Vec<f32> = x.iter().map(|x| x.to_f32()).collect();
+        for (device, is_deterministic) in &devices {
+            let matrix = device.backend.random_matrix(weights(n, k))?;
+            let found = counts.map(|rows| product(device, &matrix, &x[..rows * k], [rows, n, k]));
+            let [alone, few, many] = found;
+            let (alone, few, many) = (alone?, few?, many?);
+            // Each number of rows has the tile that suits it; the bits of the first are not to show which.
+            let is_same = few.first == alone.first && many.first == alone.first;
+            ensure!(
+                !is_deterministic || is_same,
+                "{} [{n}, {k}]: the first of {} or {} rows has not the bits that it has alone",
                 device.name(),
-                100.0 * alone?,
-                100.0 * together?,
-                rows[1]
+                counts[1],
+                counts[2]
+            );
+            let off = [alone.off, few.off, many.off].map(|off| 100.0 * off);
+            lines.push(format!(
+                "[{n}, {k}], {}: off by {:.0} % of the bound at most for a row alone, {:.0} % for {} together, {:.0} % for {}{}",
+                device.name(),
+                off[0],
+                off[1],
+                counts[1],
+                off[2],
+                counts[2],
+                if *is_deterministic { "; the first has the same bits" } else { "" }
             ));
         }
     }
     Ok(lines)
 }
 
-/// How far a product is off at most, as a share of what it may be.
-fn product(device: &Device<Cuda>, [rows, n, k]: [usize; 3]) -> Result<f64> {
-    let w = RandomTensor::new(1, 0.02, n, k);
-    let matrix = device.backend.random_matrix(w)?;
-    let x: Vec<f32> = RandomTensor::new(2, 2.0, rows, k).values().iter().map(|x| x.to_f32()).collect();
-    let (operand, x) = device.operand(&x, k);
+fn weights(n: usize, k: usize) -> RandomTensor {
+    RandomTensor::new(1, 0.02, n, k)
+}
+
+/// What a product came to.
+struct Found {
+    /// How far it is off at most, as a share of what it may be.
+    off: f64,
+    /// Bits of its first row.
+    first: Vec<u32>,
+}
+
+fn product(
+    device: &Device<Cuda>,
+    matrix: &kernels::CudaMatrix,
+    x: &[f32],
+    [rows, n, k]: [usize; 3],
+) -> Result<Found> {
+    let (operand, x) = device.operand(x, k);
     let mut out = device.backend.array();
-    device.backend.matmul(&operand, &matrix, &mut out)?;
+    device.backend.matmul(&operand, matrix, &mut out)?;
     let found = device.values(&out);
     let what = format!("{} [{rows}, {k}] x [{n}, {k}]", device.name());
     ensure!(found.len() == rows * n, "{what}: {} numbers", found.len());
     ensure!(found.iter().all(|number| number.is_finite()), "{what}: not all numbers were written");
-    let mut most = 0.0;
+    let (bound, mut most) = (bound(device.weights, k), 0.0);
+    let x: Vec<(usize, Vec<f64>)> =
+        spread(rows).map(|row| (row, device.multiplied(&x[row * k..][..k], k))).collect();
     for col in spread(n) {
-        let row: Vec<f32> = w.part(col..col + 1, 0..k).values().iter().map(|w| w.to_f32()).collect();
+        let row: Vec<f32> =
+            weights(n, k).part(col..col + 1, 0..k).values().iter().map(|w| w.to_f32()).collect();
         let w = device.kept(&row, k);
-        for row in spread(rows) {
-            let x = device.multiplied(&x[row * k..][..k], k);
+        for (row, x) in &x {
             let terms = x.iter().zip(&w).map(|(x, w)| x * w);
             let (sum, squares) =
                 terms.fold((0.0, 0.0), |(sum, squares), term| (sum + term, squares + term * term));
-            let off = (f64::from(found[row * n + col]) - sum).abs() / (bound(k) * squares.sqrt());
-            ensure!(off <= 1.0, "{what}: [{row}, {col}] is {}, expected {sum}", found[row * n + col]);
+            let number = found[row * n + col];
+            let off = (f64::from(number) - sum).abs() / (bound * squares.sqrt());
+            ensure!(off <= 1.0, "{what}: [{row}, {col}] is {number}, expected {sum}");
             most = f64::max(most, off);
         }
     }
-    Ok(most)
+    Ok(Found { off: most, first: bits(&found[..n]) })
 }
 
 /// Attention with so many queries to a head of keys.

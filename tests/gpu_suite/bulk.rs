@@ -24,10 +24,12 @@ struct Job {
     prompt_tokens: usize,
     output_tokens: usize,
     micro_batch_tokens: usize,
-    /// Whether rows end by halves, each half [`TAIL`] tokens after the one before; else all have as many tokens.
-    ends_by_halves: bool,
+    /// Whether rows end by [`EIGHT`], each of them [`TAIL`] tokens after those before; else all have as many tokens.
+    ends_by_eights: bool,
 }
 
+/// Rows by which captured steps differ, up to 256 of them.
+const EIGHT: usize = 8;
 /// Tokens for which a number of rows stays: a step of a new kind is run, captured and launched.
 const TAIL: usize = 3;
 
@@ -42,29 +44,29 @@ impl Job {
                 prompt_tokens: 20,
                 output_tokens: 8,
                 micro_batch_tokens: 32,
-                ends_by_halves: false,
+                ends_by_eights: false,
             },
             false => Job {
                 rows: 256,
                 prompt_tokens: 512,
                 output_tokens: 256,
                 micro_batch_tokens: 2048,
-                ends_by_halves: false,
+                ends_by_eights: false,
             },
         }
     }
 
-    /// A short one with micro-batches as large, and all the smaller ones with which rows that decode come to their end.
+    /// A short one with micro-batches as large, and with steps of every number of rows that captured ones are padded to while rows come
+    /// to their end, down to eight. Steps of fewer rows, and of so few that contexts are split, which is by their length, are
+    /// captured within the real job, and are in its figure.
     fn short(self) -> Job {
         let prompt_tokens = self.micro_batch_tokens / self.rows;
-        Job { prompt_tokens, output_tokens: TAIL, ends_by_halves: true, ..self }
+        Job { prompt_tokens, output_tokens: TAIL, ends_by_eights: true, ..self }
     }
 
     /// Tokens that a row makes.
     fn output_tokens_of(&self, row: usize) -> usize {
-        // How often the rows have been halved while it is among the rest.
-        let halvings = (self.rows / (self.rows - row)).ilog2() as usize;
-        self.output_tokens + if self.ends_by_halves { TAIL * halvings } else { 0 }
+        self.output_tokens + if self.ends_by_eights { TAIL * (row / EIGHT) } else { 0 }
     }
 
     fn context_tokens(&self) -> usize {
@@ -135,6 +137,8 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let dtypes = Dtypes { weights: measured.weights, kv: measured.kv };
     let part = Span { start: 0, end: config.blocks.len() }.into();
     let before = Ceilings::measure(&device, dtypes)?;
+    let own_products =
+        models::own_products(&setting.cuda(measured.weights, measured.kv, false)?, measured.weights);
     let context_tokens = job.context_tokens();
     let (rows, sequences) = (job.micro_batch_tokens, job.rows);
     let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 2, arrivals: 0 });
@@ -154,7 +158,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let tokens = (job.rows * job.output_tokens) as f64;
     let largest = loads.iter().map(|load| load.tokens()).reduce(f64::max).context("nothing was done")?;
     Ok(vec![format!(
-        "{} rows, {} tokens in and {} out: {:.2} s, {:.0} tokens/s, {:.1} % of the ceiling of {:.0} tokens/s; {} micro-batches of up to {largest:.0} tokens; {}",
+        "{} rows, {} tokens in and {} out: {:.2} s, {:.0} tokens/s, {:.1} % of the ceiling of {:.0} tokens/s; {} micro-batches of up to {largest:.0} tokens; {}{}",
         job.rows,
         job.prompt_tokens,
         job.output_tokens,
@@ -163,6 +167,7 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
         100.0 * least / seconds,
         tokens / least,
         loads.len(),
-        bars::verdict(least / seconds >= LEAST)
+        bars::verdict(own_products.is_none() && least / seconds >= LEAST),
+        models::own_ceiling(own_products.as_deref())
     )])
 }

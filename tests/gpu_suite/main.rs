@@ -1,7 +1,7 @@
 //! Is the CUDA backend right on this GPU, and how near is it to what the chip can do?
 //!
-//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, log-probabilities, then how fast real
-//! shapes are, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
+//! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, log-probabilities,
+//! then how fast real shapes are, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
 //! device code compiled behind its own. Every item is a process: one that crashes, or hangs, costs the others nothing.
 //!
 //! ```text
@@ -9,8 +9,9 @@
 //! gpu-suite --pack FILE [--libraries FOLDER]
 //! ```
 //!
-//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item and begins with the verdict on
-//! each bar. The status is that of what is right or wrong alone: a bar of speed that is not met is told, and is no error. `--small` has small shapes, for an emulator; that is what a test of this name runs.
+//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item and begins with the
+//! verdict on each bar. The status is that of what is right or wrong alone: a bar of speed that is not met is told, and is no error.
+//! `--small` has small shapes, for an emulator; that is what a test of this name runs.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints")]
@@ -139,6 +140,7 @@ fn pack(file: &Path, rest: &[&str]) -> Result<bool> {
 /// The suite in its small form, carried as `cargo xtask gpu` carries it, where there is no compiler of device code.
 fn on_the_emulator() -> Result<bool> {
     asked::check()?;
+    bars::check()?;
     let emulator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/cuda-emulator");
     let is_there = emulator.join("libcuda.so").is_file();
     anyhow::ensure!(

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use anyhow::{Context, Result};
+use kernels::Cuda;
 use serde_json::{Value, json};
 use stages::profile::{Effort, Rate, Throughput, ThroughputOptions, throughput};
 use stages::{Device, Dtypes, KvDtype, Model, WeightType};
@@ -42,13 +43,24 @@ enum Least {
 }
 
 impl Least {
-    /// The verdict, as the end of a line.
-    fn on(self, decode: &Rate) -> &'static str {
+    /// The verdict, as the end of a line. A share of what is not the device's ceiling meets no bar.
+    fn on(self, decode: &Rate, has_ceiling: bool) -> &'static str {
         bars::verdict(match self {
-            Least::RooflineShare(least) => decode.roofline_share >= least,
+            Least::RooflineShare(least) => has_ceiling && decode.roofline_share >= least,
             Least::TokensPerSecond(least) => decode.tokens_per_second >= least,
         })
     }
+}
+
+/// Why the fastest products on this device are not those of a library, by which its ceiling was then not measured either.
+pub(crate) fn own_products(gpu: &Cuda, weights: WeightType) -> Option<String> {
+    let of_int4 = || (weights == WeightType::Int4Weight).then_some("no library has those of 4 bits");
+    gpu.own_products().or_else(of_int4).map(str::to_owned)
+}
+
+/// What a line ends with whose ceiling is of such products.
+pub(crate) fn own_ceiling(why: Option<&str>) -> String {
+    why.map_or_else(String::new, |why| format!("; products, the ceiling's too, by our own kernel: {why}"))
 }
 
 pub(crate) fn of(setting: &Setting) -> Vec<Measured> {
@@ -156,14 +168,17 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
         most_pages: None,
         effort,
     };
-    let gpu = setting.cuda(WeightType::Bf16, KvDtype::Bf16, false)?;
+    let gpu = setting.cuda(measured.weights, measured.kv, false)?;
+    let own_products = own_products(&gpu, measured.weights);
     let multiprocessors = gpu.gpu().multiprocessors as usize;
     options.most_pages = Some(options.pages_in(&model, gpu.free_bytes()?, multiprocessors));
     drop(gpu);
     let begun = std::time::Instant::now();
     let mut lines = Vec::new();
     let mut say = |what: &str| eprintln!("{what} after {:.1} s", begun.elapsed().as_secs_f64());
-    throughput(&model, &options, &mut say, &mut |found| lines.push(line(found, measured)))?;
+    throughput(&model, &options, &mut say, &mut |found| {
+        lines.push(line(found, measured, own_products.as_deref()));
+    })?;
     Ok(lines)
 }
 
@@ -200,7 +215,7 @@ pub(crate) fn device_of_jobs(setting: &Setting) -> Device {
 pub(crate) fn for_steps(setting: &Setting) -> Measured {
     Measured {
         name: "Super's slots 0 to 19, bf16, as one stage and as two",
-        bar: "a step's thread below 5 % of it; two stages within 3 % of one",
+        bar: "a step's thread below 5 % of it; two stages within 3 % of one, queued alike",
         seconds: [15, 60],
         config: SUPER,
         slots: Some(if setting.is_small { 0..2 } else { 0..20 }),
@@ -212,7 +227,7 @@ pub(crate) fn for_steps(setting: &Setting) -> Measured {
     }
 }
 
-fn line(found: &Throughput, measured: &Measured) -> String {
+fn line(found: &Throughput, measured: &Measured, own_products: Option<&str>) -> String {
     let rate = |rate: &Rate| {
         format!(
             "{:.2} ms, {:.0} tokens/s, {:.1} % of the roofline",
@@ -221,13 +236,15 @@ fn line(found: &Throughput, measured: &Measured) -> String {
             100.0 * rate.roofline_share
         )
     };
-    let verdict = measured.least.map_or_else(String::new, |least| format!(", {}", least.on(&found.decode)));
+    let verdict = |least: Least| format!(", {}", least.on(&found.decode, own_products.is_none()));
+    let verdict = measured.least.map_or_else(String::new, verdict);
     format!(
-        "{} rows at {} tokens: decode {}{verdict}; prefill {}",
+        "{} rows at {} tokens: decode {}{verdict}; prefill {}{}",
         found.batch,
         measured.context_tokens,
         rate(&found.decode),
-        rate(&found.prefill)
+        rate(&found.prefill),
+        own_ceiling(own_products)
     )
 }
 

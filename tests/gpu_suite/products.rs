@@ -12,6 +12,10 @@ use crate::items::Setting;
 /// What cuBLASLt as we call it is to reach of the best of its settings.
 const LEAST: f64 = 0.85;
 
+/// Weights of fewer bytes, multiplied again and again, may come from the device's cache, wholly or in part, which in a model they do not: an
+/// H200 has 50 MB of it, a B200 126.
+const MOST_CACHED: f64 = 126e6;
+
 /// A product `[rows, k] · [n, k]ᵀ` of several numbers of rows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
@@ -46,32 +50,35 @@ pub(crate) fn shapes(setting: &Setting) -> Vec<Shape> {
 
 /// A line for each number of rows.
 pub(crate) fn measure(shape: Shape, setting: &Setting) -> Result<Vec<String>> {
-    // Both ends of the range.
-    let rows = if setting.is_small { vec![16] } else { vec![128, 512] };
+    // Both ends of the range, and its middle, where tiles and ways to split K change.
+    let rows = if setting.is_small { vec![16] } else { vec![128, 256, 512] };
     let mut lines = vec![String::new(); rows.len()];
     let mut best = vec![None; rows.len()];
+    let mut peak = 0.0;
     for is_deterministic in [false, true] {
         let cuda = setting.cuda(WeightType::Bf16, KvDtype::Bf16, is_deterministic)?;
         let w = cuda.random_matrix(RandomTensor::new(1, 0.02, shape.n, shape.k))?;
-        let peak = cuda.product_flops()?;
+        // The device's, by whatever multiplies fastest.
+        peak = f64::max(peak, cuda.product_flops()?);
         let has_library = cuda.numeric_profile().contains("cublaslt");
         let name = if has_library { "cuBLASLt" } else { "own kernel" };
         for (index, (line, &rows)) in lines.iter_mut().zip(&rows).enumerate() {
             let x = operand(&cuda, [rows, shape.k])?;
             let seconds = seconds(&cuda, &w, &x)?;
             let flops = 2.0 * (rows * shape.n * shape.k) as f64 / seconds;
-            let bytes = 2.0 * (shape.n * shape.k) as f64 / seconds;
+            let bytes = 2.0 * (shape.n * shape.k) as f64;
             if line.is_empty() {
                 *line = format!("{rows} rows:");
             }
             best[index] = cuda.fastest_product(&x, &w)?.or(best[index]);
             *line += &format!(
-                " {name} {:.1} us, {}{:.1} TFLOP/s, {:.1} % of the peak, weights at {:.0} GB/s;",
+                " {name} {:.1} us, {}{:.1} TFLOP/s, {:.1} % of the peak, weights{} at {:.0} GB/s;",
                 seconds * 1e6,
                 share_of_best(best[index], seconds, has_library),
                 flops / 1e12,
                 100.0 * flops / peak,
-                bytes / 1e9
+                if bytes < MOST_CACHED { ", which a cache may hold," } else { "" },
+                bytes / seconds / 1e9
             );
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! Where the ranks of a stage share out sequences each has the pages of its own, so that a row has no more than a lane. What a row
 //! comes to must not depend on that: ranks share heads instead where a lane would hold shorter rows than the whole cache does. How
-//! many rows a lane holds beside its longest one decides no answer, as those that find no page wait or give way; it decides how many
-//! are in flight, and so counts as speed.
+//! many rows a lane holds beside its longest one decides no answer, as those that find no page wait or give way; on GPUs, whose
+//! memory bounds how many are in flight, it counts as speed.
 
 use configs::{KvCacheTokens, Pipeline};
 use stages::PAGE_TOKENS;
@@ -74,7 +74,7 @@ pub(crate) struct Worth {
     pub(crate) num_lanes: usize,
     /// Positions that a row has room for; none where the stages do not fit.
     pub(crate) row_tokens: Option<usize>,
-    /// In any unit, with as many rows in flight as there is room for.
+    /// In any unit, with as many rows in flight as the job allows, and on GPUs as there is room for.
     pub(crate) speed: f64,
 }
 

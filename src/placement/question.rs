@@ -143,9 +143,10 @@ impl Question {
         (sequences / in_flight(num_stages as u64)).min(self.setting.max_rows()).max(1)
     }
 
-    /// Sequences in flight in a replica: as many as the job allows, and as its pages have room for.
+    /// Sequences in flight in a replica: as many as the job allows, and as its GPUs have room for. What CPUs share, and with it the last
+    /// bits of answers, does not depend on how large their cache is.
     fn sequences(&self, stages: &[StageLayout]) -> u64 {
-        let lanes = self.pages.lanes(stages).ok();
+        let lanes = self.pages.gpus().and_then(|gpus| gpus.lanes(stages).ok());
         let room =
             lanes.map_or(u64::MAX, |lanes| self.sequences_of((lanes.num_pages() * PAGE_TOKENS) as u64));
         self.max_sequences.min(room)

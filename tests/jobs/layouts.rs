@@ -309,7 +309,7 @@ fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
         "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\", \"cpu:4\", \"cpu:5\", \"cpu:6\"]";
     let world = World::with(&[seven, SETS[1], SETS[2], "pipeline.tensor_parallel=[3, 4]"]);
     world.measure();
-    price_attention(&world, true);
+    price_shared(&world, "attention_by_sequences", 1e-9);
     price_halves(&world, "ffn", 1.0);
     let job = world.job.anew().over((0..20).map(row)).set("model.max_context_tokens=128");
     for (tokens, is_by_sequences) in [(12 * 65, true), (12 * 64, false)] {

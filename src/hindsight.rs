@@ -116,17 +116,25 @@ struct Taken {
     entries: f64,
     /// How many times as much goes over the hop after each piece: twice, where an FFN is cut.
     arrays: Vec<f64>,
+    /// What a stage takes more that ends with each piece, in seconds: the sum of an FFN that is shared and cut there.
+    cuts: Vec<f64>,
 }
 
 impl Taken {
     fn by(costs: &dyn CostModel, pieces: &[PieceShape], stage: &StageWork) -> Self {
         let arrays = pieces.iter().map(|piece| if piece.ends_block { 1.0 } else { 2.0 }).collect();
-        let mut taken = Taken { blocks: vec![0.0; pieces.len()], hops: 0.0, entries: 0.0, arrays };
+        let none = vec![0.0; pieces.len()];
+        let mut taken = Taken { blocks: none.clone(), hops: 0.0, entries: 0.0, arrays, cuts: none };
         for StepLoads { steps, load } in &stage.loads {
             let rank = costs.shared_costs(pieces, stage.ranks, &stage.sharing, *load);
             let (steps, entry) = (*steps as f64, rank.entry_seconds());
             for (block, seconds) in taken.blocks.iter_mut().enumerate() {
                 *seconds += steps * (rank.seconds(block..block + 1) - entry);
+            }
+            for (piece, seconds) in
+                taken.cuts.iter_mut().enumerate().filter(|(at, _)| !pieces[*at].ends_block)
+            {
+                *seconds += steps * rank.cut_seconds(piece + 1);
             }
             taken.entries += steps * entry;
             taken.hops += steps * costs.hop_seconds(*load);
@@ -137,8 +145,12 @@ impl Taken {
     /// A stage has half of each hop that it takes part in.
     fn stage(&self, blocks: Span) -> f64 {
         let before = blocks.start.checked_sub(1).map_or(0.0, |piece| self.arrays[piece]);
-        let after = if blocks.end < self.blocks.len() { self.arrays[blocks.end - 1] } else { 0.0 };
-        self.blocks[blocks.range()].iter().sum::<f64>() + self.entries + (before + after) * self.hops / 2.0
+        let (after, cut) = match blocks.end.checked_sub(1).filter(|_| blocks.end < self.blocks.len()) {
+            Some(last) => (self.arrays[last], self.cuts[last]),
+            None => (0.0, 0.0),
+        };
+        let own = self.blocks[blocks.range()].iter().sum::<f64>() + self.entries + cut;
+        own + (before + after) * self.hops / 2.0
     }
 
     /// The slowest device's time for all of its stages.
@@ -179,7 +191,9 @@ fn num_devices(seats: &[usize]) -> usize {
 /// Each stage's blocks as they were seen to be, and hops as slow or as fast as all stages together.
 fn scaled(expected: &[Taken], predicted: &[f64], stages: &[StageWork]) -> Taken {
     let arrays = expected.first().map_or_else(Vec::new, |taken| taken.arrays.clone());
-    let mut taken = Taken { blocks: Vec::new(), hops: 0.0, entries: 0.0, arrays };
+    // Whole blocks, at whose ends nothing is cut.
+    let cuts = vec![0.0; arrays.len()];
+    let mut taken = Taken { blocks: Vec::new(), hops: 0.0, entries: 0.0, arrays, cuts };
     for ((expected, predicted), stage) in expected.iter().zip(predicted).zip(stages) {
         let ratio = stage.seconds / predicted;
         taken.blocks.extend(expected.blocks[stage.pieces.range()].iter().map(|seconds| seconds * ratio));
@@ -194,7 +208,7 @@ mod tests {
 
     use super::*;
 
-    /// Blocks that take so many milliseconds for each token, hops that take one for a micro-batch.
+    /// Blocks that take so many milliseconds for each token, and cuts and hops that take four and one for a micro-batch.
     struct PerToken(Vec<f64>);
 
     impl CostModel for PerToken {
@@ -207,6 +221,7 @@ mod tests {
         ) -> RankCosts {
             let piece = |ms: &f64| Piece { seconds: ms * 1e-3 * load.tokens(), ..Piece::default() };
             RankCosts::new(self.0.iter().map(piece), Extra::default(), Extra::default())
+                .with_cuts(self.0.iter().map(|_| 4e-3))
         }
 
         fn sharing_in(
@@ -255,6 +270,28 @@ mod tests {
         let hindsight = judge(&[1.0, 2.0, 4.0], 2, &[steps(10, 1.0), steps(30, 5.0)], [1.0, 1.0]);
         assert_close(hindsight.predicted[0], 0.160 * 3.0 + 40.0 * 0.0005);
         assert_close(hindsight.predicted[1], 0.160 * 4.0 + 40.0 * 0.0005);
+    }
+
+    #[test]
+    fn a_stage_that_ends_in_a_cut_should_take_the_sum_there_and_a_hop_of_two_arrays() {
+        let columns = [(0, None, true), (1, Some(0..64), false), (1, Some(64..256), true)];
+        let pieces = columns.map(|(block, columns, ends_block)| PieceShape { block, columns, ends_block });
+        let spans = [Span { start: 0, end: 2 }, Span { start: 2, end: 3 }];
+        let (sharing, costs, steps) = (Sharing::default(), PerToken(vec![1.0, 2.0, 4.0]), steps(10, 3.0));
+        let work = spans.map(|pieces| StageWork {
+            pieces,
+            ranks: 2,
+            sharing: sharing.clone(),
+            seconds: 1.0,
+            loads: vec![steps],
+        });
+        let found = Hindsight::of(&[&costs, &costs], &pieces, &work, &[0, 1]).predicted;
+        assert_close(found[0], 10.0 * (3.0 * 0.003 + 0.004 + 2.0 * 0.0005));
+        assert_close(found[1], 10.0 * (3.0 * 0.004 + 2.0 * 0.0005));
+        // As it was planned.
+        for (found, span) in found.iter().zip(spans) {
+            assert_close(*found, 10.0 * costs.step_seconds(&pieces, span.range(), 2, &sharing, steps.load));
+        }
     }
 
     #[test]

@@ -6,7 +6,9 @@ use anyhow::{Result, bail};
 use configs::{DeviceKind, Pipeline, Place, Stages, StagesRunIn, TensorParallel, VirtualStages};
 use scheduler::Span;
 use stages::cost::PieceShape;
-use stages::{Ffn, ModelConfig, Part, Sharing, WeightType};
+use stages::{Ffn, ModelConfig, Part, SUM_CUT, Sharing, WeightType};
+
+use crate::abilities::Abilities;
 
 /// A stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +29,20 @@ pub(crate) fn given(
     weights: WeightType,
     config: &ModelConfig,
 ) -> Result<Option<Vec<Part>>> {
+    let sum_cut = Abilities::of(weights, kind(pipeline)).and_then(|own| own.sum_cut);
+    given_where(pipeline, sum_cut, weights.name(), config)
+}
+
+/// The same where FFNs may be cut at multiples of `sum_cut` columns, with weights of such a name.
+///
+/// # Errors
+/// Places that the model does not have, or where sums may not be parted.
+pub(crate) fn given_where(
+    pipeline: &Pipeline,
+    sum_cut: Option<usize>,
+    weights: &str,
+    config: &ModelConfig,
+) -> Result<Option<Vec<Part>>> {
     let Stages::Blocks(ranges) = &pipeline.stages else { return Ok(None) };
     let num_blocks = config.blocks.len();
     let end = ranges.last().map_or(Place::from(0), |range| range.end);
@@ -40,17 +56,12 @@ pub(crate) fn given(
         );
     }
     for range in ranges {
-        check_place(range.end, sum_cut(weights, pipeline), weights, config)?;
+        check_place(range.end, sum_cut, weights, config)?;
     }
     Ok(Some(ranges.iter().map(part).collect()))
 }
 
-fn check_place(
-    place: Place,
-    sum_cut: Option<usize>,
-    weights: WeightType,
-    config: &ModelConfig,
-) -> Result<()> {
+fn check_place(place: Place, sum_cut: Option<usize>, weights: &str, config: &ModelConfig) -> Result<()> {
     let Place { block, column } = place;
     if column == 0 {
         return Ok(());
@@ -64,26 +75,20 @@ fn check_place(
     }
     let Some(multiple) = sum_cut else {
         bail!(
-            "{at}: with weights in {} sums over columns cannot be parted, as scales belong to more of them\n\
-             hint: cut between blocks, or set [model] dtype to \"bf16\", \"f32\" or on CPUs \"int8\" or \"int4-weight\", whose cuts change no bit",
-            weights.name()
+            "{at}: with weights in {weights} sums over columns cannot be parted, as scales belong to more of them\n\
+             hint: cut between blocks, or set [model] dtype to \"bf16\", \"f32\" or on CPUs \"int8\" or \"int4-weight\", whose cuts change no bit"
         );
     };
     if !column.is_multiple_of(multiple) {
-        let scales = match weights {
-            WeightType::Int8 => ", as that many share a scale in int8",
-            _ => "",
-        };
+        let scales = if multiple > SUM_CUT { ", as that many share a scale in int8" } else { "" };
         bail!("{at}: found column {column}, expected a multiple of {multiple}{scales}");
     }
     Ok(())
 }
 
-/// The multiple of columns at which an FFN can be cut without a change of bits, if it can. On GPUs groups of 4 bits are wider
-/// than what cuts are multiples of.
-pub(crate) fn sum_cut(weights: WeightType, pipeline: &Pipeline) -> Option<usize> {
-    let is_known = weights == WeightType::Bf16 || !are_gpus(pipeline);
-    weights.sum_cut().filter(|_| is_known)
+/// What a job's devices are made of: all of them are of one kind.
+pub(crate) fn kind(pipeline: &Pipeline) -> DeviceKind {
+    pipeline.devices.first().map_or(DeviceKind::Cpu, |device| device.kind)
 }
 
 /// Whether a job's pipelines may go through their devices twice. Processes do not share a device's threads.
@@ -94,13 +99,14 @@ pub(crate) fn virtual_stages(pipeline: &Pipeline) -> VirtualStages {
     }
 }
 
-/// Refuses stages that several GPUs share whose weights cannot be parted between them.
+/// Refuses stages that several devices share whose weights cannot be parted between them.
 ///
 /// # Errors
-/// Narrow weights: a scale belongs to inputs that several GPUs would have.
+/// Narrow weights on GPUs: a scale belongs to inputs that several of them would have.
 pub(crate) fn check_shared(pipeline: &Pipeline, weights: WeightType) -> Result<()> {
+    let cannot = Abilities::of(weights, kind(pipeline)).is_some_and(|own| !own.may_share);
     match widths(pipeline) {
-        Some(widths) if are_gpus(pipeline) && weights != WeightType::Bf16 => bail!(
+        Some(widths) if cannot => bail!(
             "[pipeline] tensor_parallel: found {widths:?} with weights in {} on {}, expected \"off\" or weights in bf16: a \
              scale belongs to weights of several GPUs",
             weights.name(),
@@ -108,10 +114,6 @@ pub(crate) fn check_shared(pipeline: &Pipeline, weights: WeightType) -> Result<(
         ),
         _ => Ok(()),
     }
-}
-
-fn are_gpus(pipeline: &Pipeline) -> bool {
-    pipeline.devices.iter().any(|device| device.kind == DeviceKind::Cuda)
 }
 
 fn part(range: &Range<Place>) -> Part {

@@ -1,6 +1,7 @@
 //! The command line: reads a job, lowers it to each crate's options, starts it, shows it, reports on it.
 #![forbid(unsafe_code)]
 
+mod abilities;
 mod audit;
 mod bench;
 mod cli;

@@ -7,7 +7,7 @@ mod words;
 use std::sync::Arc;
 
 use anyhow::Result;
-use configs::{ColumnCuts, DeviceCatalog, JobFile, KvCacheDtype};
+use configs::{DeviceCatalog, JobFile, KvCacheDtype};
 use jobs::StageShape;
 use scheduler::{Span, in_flight};
 use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
@@ -102,6 +102,7 @@ impl Question {
             config: (*model.config).clone(),
             catalog,
             devices: own.list.clone(),
+            runs_on: Some(layout::kind(pipeline)),
             rooms: None,
             shared_room: pages.shared_room(pipeline.replicas),
             context_tokens: options.context_tokens,
@@ -118,10 +119,7 @@ impl Question {
             tensor_parallel: pipeline.tensor_parallel.clone(),
             split_blocks: pipeline.split_blocks,
             may_share_sequences: true,
-            column_cuts: match layout::sum_cut(options.dtypes.weights, pipeline) {
-                Some(_) => pipeline.column_cuts,
-                None => ColumnCuts::Off,
-            },
+            column_cuts: pipeline.column_cuts,
             virtual_stages: layout::virtual_stages(pipeline),
             balance: Balance::Roofline,
             measured: profile.and_then(costs),

@@ -10,6 +10,7 @@ use stages::{PAGE_TOKENS, Sharing};
 
 use crate::lanes::{self, Lanes, WantedTokens, Worth};
 use crate::layout::{self, StageLayout, part_of};
+use crate::plan::given::GivenStages;
 use crate::plan::setting::Setting;
 
 /// Going through the devices twice takes more hops and more micro-batches in flight: what gains less is not worth it.
@@ -64,7 +65,7 @@ impl Layout {
 }
 
 /// The plan beside the stages that a job gives, or none when nothing fits.
-pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>) -> Option<Answer> {
+pub(crate) fn answer(setting: &Setting, given_stages: Option<&GivenStages>) -> Option<Answer> {
     let pieces = setting.pieces();
     let ends = ends_block(&pieces);
     let (replicas, plan) = plan(setting, &pieces)?;
@@ -76,11 +77,11 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<Vec<PlannedStage>>)
     let (blocks_only, blocks_only_even) = blocks_only(setting, &pieces, &even, rows);
     Some(Answer {
         bottleneck_over_mean: problem.bottleneck_over_mean(&plan.stages),
-        given: given_stages.map(|stages| {
-            let layout = given(setting, &pieces, stages.clone());
+        given: given_stages.map(|own| {
+            let layout = given(setting, own);
             let replica =
                 layout.as_ref().map_or_else(|| setting.given_replica(), |layout| layout.setting.clone());
-            Other { over_mean: over_mean(&replica, &pieces, &stages, rows), layout }
+            Other { over_mean: over_mean(&replica, &own.pieces, &own.stages, rows), layout }
         }),
         even: other(setting, &pieces, even, rows),
         uniform: uniform(setting, &pieces),
@@ -132,7 +133,8 @@ pub(crate) fn passed_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<L
 }
 
 /// What given stages come to in all replicas that the job has; none where they do not fit.
-pub(crate) fn given(setting: &Setting, pieces: &[PieceShape], stages: Vec<PlannedStage>) -> Option<Layout> {
+pub(crate) fn given(setting: &Setting, given: &GivenStages) -> Option<Layout> {
+    let GivenStages { pieces, stages } = given;
     let find = |setting: &Setting| replicated(setting, pieces, (setting.replicas, stages.clone()));
     in_lanes(setting, pieces, find).map(|(_, layout)| layout)
 }

@@ -3,55 +3,43 @@
 use std::ops::Range;
 
 use anyhow::{Result, bail};
-use configs::{JobFile, Place, Stages};
+use configs::JobFile;
 use scheduler::PlannedStage;
 use stages::cost::{Balance, PieceShape};
 
+use crate::layout;
 use crate::plan::answer;
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::Setting;
 use crate::{machine, text};
+
+/// A job's own stages.
+#[derive(Debug, Clone)]
+pub(crate) struct GivenStages {
+    /// The model in pieces of their own: whole blocks, but for FFNs that they cut, which need not be where a plan would cut them.
+    pub(crate) pieces: Vec<PieceShape>,
+    pub(crate) stages: Vec<PlannedStage>,
+}
 
 /// The stages that a job gives one replica, if it does: on its own devices as it names them, on others in order. Where these are fewer than
 /// stages, it goes through all of them as often as need be.
 ///
 /// # Errors
 /// Stages that are not the model's, or not the devices'.
-pub(crate) fn given_stages(
-    setting: &Setting,
-    job: &JobFile,
-    pieces: &[PieceShape],
-) -> Result<Option<Vec<PlannedStage>>> {
-    let Stages::Blocks(blocks) = &job.pipeline.stages else { return Ok(None) };
-    let there = setting.config.blocks.len();
-    let named = blocks.last().map_or(Place::from(0), |range| range.end);
-    if named != Place::from(there) {
-        bail!("[pipeline] stages: found {named} blocks, the model has {there}");
-    }
+pub(crate) fn given_stages(setting: &Setting, job: &JobFile) -> Result<Option<GivenStages>> {
+    let (sum_cut, weights) = (setting.sum_cut(), setting.types.weights.name());
+    let Some(parts) = layout::given_where(&job.pipeline, sum_cut, weights, &setting.config)? else {
+        return Ok(None);
+    };
     let replica = setting.given_replica();
     let devices = match setting.given_widths() {
-        Some(widths) => of_widths(&replica, widths, blocks.len())?,
-        None => of_one_each(&replica, job, blocks.len())?,
+        Some(widths) => of_widths(&replica, widths, parts.len())?,
+        None => of_one_each(&replica, job, parts.len())?,
     };
-    let stage = |(range, devices): (&Range<Place>, Range<usize>)| {
-        Ok(PlannedStage { pieces: piece_at(pieces, range.start)?..piece_at(pieces, range.end)?, devices })
-    };
-    blocks.iter().zip(devices).map(stage).collect::<Result<_>>().map(Some)
-}
-
-/// The piece that begins at a place, or the end of all.
-fn piece_at(pieces: &[PieceShape], place: Place) -> Result<usize> {
-    let begin = |piece: &PieceShape| Place {
-        block: piece.block,
-        column: piece.columns.as_ref().map_or(0, |columns| columns.start),
-    };
-    let index = pieces.partition_point(|piece| begin(piece) < place);
-    match pieces.get(index).map(begin) {
-        Some(found) if found != place => {
-            bail!("[pipeline] stages: plans cut no FFN at \"{place}\", the next place is \"{found}\"")
-        }
-        _ => Ok(index),
-    }
+    let (pieces, spans) = layout::pieces_of(&setting.config, &parts);
+    let stages = spans.iter().zip(devices);
+    let stages = stages.map(|(span, devices)| PlannedStage { pieces: span.range(), devices }).collect();
+    Ok(Some(GivenStages { pieces, stages }))
 }
 
 /// The devices of each stage, where these have the widths that the job gives.
@@ -99,7 +87,8 @@ fn beyond(setting: &Setting, stage: usize) -> anyhow::Error {
 }
 
 /// Why the job's own stages have no room for a single row.
-pub(crate) fn lacking(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> String {
+pub(crate) fn lacking(setting: &Setting, given: &GivenStages) -> String {
+    let GivenStages { pieces, stages } = given;
     let ends = answer::ends_block(pieces);
     let case = setting.case(pieces, &setting.widths(), Balance::Roofline, 1);
     let problem = case.problem(&ends);

@@ -4,6 +4,7 @@ use configs::DeviceList;
 use serde::Serialize;
 use stages::cost::NumberType;
 
+use crate::abilities::Abilities;
 use crate::plan::setting::Setting;
 use crate::plan::{answer, kv_type};
 
@@ -67,26 +68,30 @@ fn narrower(setting: &Setting) -> Option<&'static str> {
     let own = setting.types.weights;
     // A thousand million numbers tell types apart that have scales beside them.
     let bytes = |kind: NumberType| kind.bytes(1 << 30);
-    let fitting = types_of(setting).iter().filter(|kind| bytes(**kind) < bytes(own)).find(|weights| {
+    let fitting = types_of(setting).into_iter().filter(|kind| bytes(*kind) < bytes(own)).find(|weights| {
         let mut narrow = setting.clone();
-        narrow.types.weights = **weights;
+        narrow.types.weights = *weights;
         if !setting.is_kv_type_given {
-            narrow.types.kv = kv_type(**weights);
+            narrow.types.kv = kv_type(*weights);
         }
-        answer::fits(&narrow, 0)
+        narrow.has_given_widths() && answer::fits(&narrow, 0)
     });
     fitting.map(|weights| weights.name())
 }
 
-/// The types of weights that the devices compute with, the widest first: CPUs have integers, and so has a job that names them;
-/// GPUs narrow floating-point numbers.
-fn types_of(setting: &Setting) -> &'static [NumberType] {
+/// The types of weights that the devices compute with, the widest first: the job's own have those that a run has on them; of
+/// others CPUs have integers, and so has a job that names them, and GPUs narrow floating-point numbers.
+fn types_of(setting: &Setting) -> Vec<NumberType> {
     use NumberType::{Bf16, F32, Fp4, Fp8, Int4Weight, Int8, Int8Weight};
+    if let Some(kind) = setting.runs_on {
+        let runs = |weights: &NumberType| weights.stored().and_then(|own| Abilities::of(own, kind)).is_some();
+        return [F32, Bf16, Fp8, Int8Weight, Int4Weight].into_iter().filter(runs).collect();
+    }
     let is_cpu = |(_, name): &(usize, String)| configs::cpu_of(name).is_some();
     let has_integers = matches!(setting.types.weights, Int8 | Int8Weight | Int4Weight);
     match has_integers || setting.devices.runs().iter().any(is_cpu) {
-        true => &[F32, Bf16, Int8Weight, Int4Weight],
-        false => &[F32, Bf16, Fp8, Fp4],
+        true => vec![F32, Bf16, Int8Weight, Int4Weight],
+        false => vec![F32, Bf16, Fp8, Fp4],
     }
 }
 

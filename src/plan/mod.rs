@@ -5,6 +5,7 @@ pub(crate) mod given;
 mod input;
 mod lengths;
 mod missing;
+mod not_run;
 pub(crate) mod own;
 pub(crate) mod report;
 pub(crate) mod setting;
@@ -16,13 +17,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use configs::{DeviceCatalog, JobFile, KvCacheDtype, Purpose};
-use scheduler::PlannedStage;
 use stages::cost::{Balance, Measured, NumberType, NumberTypes};
 use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
 
 use crate::EXIT_BAD_INPUT;
 use crate::cli::{BalanceArg, Format, LengthsArg, PlanArgs, PlanDtype, SettingArgs};
+use crate::plan::given::GivenStages;
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{MAX_TOKENS, Setting, roofline};
 use crate::{gpus, layout, lower, machine, picture, placement, profile};
@@ -47,8 +48,8 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
     if args.cost == BalanceArg::Measured {
         setting.measured = Some(measured(&args.setting, &job, &setting)?);
     }
-    let given = given_stages(&args.setting, &job, &setting)?;
-    let Some(answer) = answer::answer(&setting, given) else {
+    let given = given_stages(&job, &setting)?;
+    let Some(answer) = answer::answer(&setting, given.as_ref()) else {
         let refused = refuse(&setting, args.format)?;
         if let Some(path) = &args.svg {
             bail!("no picture for {}: nothing fits, so there is no plan to draw", path.display());
@@ -65,10 +66,9 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
 }
 
 /// The stages that a job gives. Where it is planned for other devices, they need not be stages of these.
-fn given_stages(args: &SettingArgs, job: &JobFile, setting: &Setting) -> Result<Option<Vec<PlannedStage>>> {
-    let is_elsewhere = args.devices.is_some() || job.plan.as_ref().is_some_and(|plan| plan.devices.is_some());
-    match given::given_stages(setting, job, &setting.pieces()) {
-        Err(error) if is_elsewhere => {
+fn given_stages(job: &JobFile, setting: &Setting) -> Result<Option<GivenStages>> {
+    match given::given_stages(setting, job) {
+        Err(error) if setting.runs_on.is_none() => {
             crate::say(&format!("warning: the job's own stages are not compared: {error}"));
             Ok(None)
         }
@@ -109,13 +109,16 @@ pub(crate) fn setting(
         Some(path) => DeviceCatalog::read(path)?,
         None => DeviceCatalog::shipped(),
     };
-    let mut profile_command = None;
+    let types = number_types(args.dtype, job, &config);
+    let (mut runs_on, mut profile_command) = (None, None);
     let (devices, catalog) = match (&args.devices, &plan.devices) {
         (Some(list), _) | (None, Some(list)) => (list.clone(), catalog.with_cores_of(list)),
         (None, None) => {
             let machine = machine::detect();
             let own = OwnDevices::of(&job.pipeline, &machine)?;
             let catalog = own.in_catalog(catalog, &machine);
+            types.weights.stored().map_or(Ok(()), |weights| layout::check_shared(&job.pipeline, weights))?;
+            runs_on = Some(layout::kind(&job.pipeline));
             profile_command = Some(profile::command(&args.job, args.sets.iter().map(String::as_str)));
             (own.list, catalog)
         }
@@ -126,7 +129,6 @@ pub(crate) fn setting(
     let mix = work.lengths.mix(lengths).context("nothing is generated")?;
     let replicas = job.pipeline.replicas;
     check_tokens_in_flight(&plan, mix.kv_tokens_per_row)?;
-    let types = number_types(args.dtype, job, &config);
     Ok(Setting {
         config,
         catalog: catalog.with_price(plan.price_per_hour),
@@ -140,6 +142,7 @@ pub(crate) fn setting(
         work: Arc::new(work),
         replicas: if devices.group(replicas).is_some() { replicas } else { 1 },
         devices,
+        runs_on,
         rooms: None,
         shared_room: None,
         context_tokens,

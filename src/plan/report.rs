@@ -10,6 +10,7 @@ use stages::{Exceptions, Ffn};
 
 use crate::plan::answer::{self, Answer, Layout, Other};
 use crate::plan::missing::Missing;
+use crate::plan::not_run::not_run;
 use crate::plan::setting::{self, Setting};
 
 /// Engines that were measured in bulk runs reach 31 to 76 % of such a roofline, time for reading keys and values not
@@ -33,6 +34,8 @@ pub(crate) struct Report {
     pub(crate) estimate: bool,
     pub(crate) fits: bool,
     pub(crate) missing: Option<Missing>,
+    /// Why a run would refuse the plan, where it would.
+    pub(crate) not_run: Option<String>,
     #[serde(flatten)]
     pub(crate) found: Option<Found>,
 }
@@ -188,7 +191,8 @@ pub(crate) struct Interval {
 
 impl Report {
     pub(crate) fn of(setting: &Setting, answer: &Answer) -> Self {
-        Report { fits: true, found: Some(Found::of(setting, answer)), ..Self::head(setting) }
+        let not_run = not_run(setting, &answer.pieces, &answer.plan.stages);
+        Report { fits: true, not_run, found: Some(Found::of(setting, answer)), ..Self::head(setting) }
     }
 
     pub(crate) fn of_missing(setting: &Setting, missing: Missing) -> Self {
@@ -215,6 +219,7 @@ impl Report {
             estimate: setting.measured.is_none(),
             fits: false,
             missing: None,
+            not_run: None,
             found: None,
         }
     }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use configs::{
-    ColumnCuts, DeviceCatalog, DeviceList, DeviceSpec, KvCacheTokens, SplitBlocks, TENSOR_PARALLEL_WIDTHS,
-    TensorParallel, VirtualStages,
+    ColumnCuts, DeviceCatalog, DeviceKind, DeviceList, DeviceSpec, KvCacheTokens, SplitBlocks,
+    TENSOR_PARALLEL_WIDTHS, TensorParallel, VirtualStages,
 };
 use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
 use stages::cost::{
@@ -14,6 +14,7 @@ use stages::cost::{
 };
 use stages::{AttentionSharing, INT8_BLOCK, ModelConfig, SUM_CUT, Sharing};
 
+use crate::abilities::Abilities;
 use crate::cli::LengthsArg;
 use crate::plan::input::Work;
 
@@ -38,6 +39,9 @@ pub(crate) struct Setting {
     pub(crate) config: ModelConfig,
     pub(crate) catalog: DeviceCatalog,
     pub(crate) devices: DeviceList,
+    /// What the devices are made of where they are the job's own, for which only layouts that run are sought. Of others a plan
+    /// says what could be.
+    pub(crate) runs_on: Option<DeviceKind>,
     /// What weights, keys and values may have of each device, where more is known than the catalog says.
     pub(crate) rooms: Option<Vec<u64>>,
     /// Tokens of all replicas together that devices with one memory have room for, where more is known than the catalog says.
@@ -223,12 +227,25 @@ impl Setting {
             .collect()
     }
 
-    /// The multiple of columns at which FFNs may be cut, if they may.
+    /// What stages can do, where only those that run are sought.
+    fn abilities(&self) -> Option<Abilities> {
+        Abilities::of(self.types.weights.stored()?, self.runs_on?)
+    }
+
+    /// The multiple of columns at which FFNs may be cut where the job says so, if they may.
+    pub(crate) fn sum_cut(&self) -> Option<usize> {
+        match (self.abilities(), self.types.weights) {
+            (Some(own), _) => own.sum_cut,
+            (None, NumberType::Int8) => Some(INT8_BLOCK),
+            (None, _) => Some(SUM_CUT),
+        }
+    }
+
+    /// The multiple of columns at which a plan may cut FFNs, if it may.
     pub(crate) fn column_cut(&self) -> Option<usize> {
-        match (self.column_cuts, self.types.weights) {
-            (ColumnCuts::Off, _) => None,
-            (ColumnCuts::Auto, NumberType::Int8) => Some(INT8_BLOCK),
-            (ColumnCuts::Auto, _) => Some(SUM_CUT),
+        match self.column_cuts {
+            ColumnCuts::Off => None,
+            ColumnCuts::Auto => self.sum_cut(),
         }
     }
 
@@ -241,6 +258,7 @@ impl Setting {
     pub(crate) fn widths(&self) -> Vec<usize> {
         let most = match self.tensor_parallel {
             TensorParallel::Off => 1,
+            _ if self.abilities().is_some_and(|own| !own.may_share) => 1,
             TensorParallel::Auto | TensorParallel::Widths(_) => self.devices.num_devices(),
         };
         let is_even = |width: &usize| self.config.dims.heads.is_multiple_of(*width);
@@ -257,6 +275,12 @@ impl Setting {
             TensorParallel::Widths(widths) => Some(widths),
             TensorParallel::Auto | TensorParallel::Off => None,
         }
+    }
+
+    /// Whether stages may have the widths that the job gives, where it gives any.
+    pub(crate) fn has_given_widths(&self) -> bool {
+        let widths = self.widths();
+        self.given_widths().is_none_or(|given| given.iter().all(|width| widths.contains(width)))
     }
 
     pub(crate) fn kv(&self) -> KvTokens {

@@ -26,6 +26,9 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
     if let Some(found) = &report.found {
         lines.extend(found_lines(report, found));
     }
+    if let Some(why) = &report.not_run {
+        lines.push(format!("not run    {why}"));
+    }
     lines.push(source_line(setting, report));
     lines
 }

@@ -43,8 +43,7 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     if args.cost == TimesArg::Measured {
         setting.measured = Some(crate::plan::measured(&args.setting, &job, &setting)?);
     }
-    let pieces = setting.pieces();
-    let Some((replicas, layout)) = layout(&setting, &job, &pieces)? else {
+    let Some((pieces, replicas, layout)) = layout(&setting, &job)? else {
         let refused = crate::plan::refuse(&setting, args.format)?;
         if let Some(path) = &args.svg {
             bail!("no picture for {}: nothing fits, so there is no job to play", path.display());
@@ -88,14 +87,19 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The job's own stages where it names any, else those of its plan, and how often they are there; none where no plan fits.
-fn layout(setting: &Setting, job: &JobFile, pieces: &[PieceShape]) -> Result<Option<(usize, Layout)>> {
-    let Some(stages) = given_stages(setting, job, pieces)? else {
-        return Ok(answer::plan(setting, pieces));
+/// A layout, the model in pieces as it has them, and how often it is there.
+type InPieces = (Vec<PieceShape>, usize, Layout);
+
+/// The job's own stages where it names any, else those of its plan; none where no plan fits.
+fn layout(setting: &Setting, job: &JobFile) -> Result<Option<InPieces>> {
+    let Some(given) = given_stages(setting, job)? else {
+        let pieces = setting.pieces();
+        let planned = answer::plan(setting, &pieces);
+        return Ok(planned.map(|(replicas, layout)| (pieces, replicas, layout)));
     };
-    match answer::given(setting, pieces, stages.clone()) {
-        Some(layout) => Ok(Some((setting.replicas, layout))),
-        None => bail!("{}", lacking(&setting.given_replica(), pieces, &stages)),
+    match answer::given(setting, &given) {
+        Some(layout) => Ok(Some((given.pieces, setting.replicas, layout))),
+        None => bail!("{}", lacking(&setting.given_replica(), &given)),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::process::Output;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Job, read_json, root};
 use crate::logits::{BF16_BOUND, largest_difference_of};
@@ -178,6 +178,48 @@ fn gpus_do_not_share_narrow_weights() {
         assert!(stderr.contains(&found), "{stderr}");
         assert_eq!(output.status.code(), Some(2));
     }
+}
+
+/// Ultra, of which a plan for as many GPUs that are not there shares stages and cuts FFNs.
+#[test]
+fn plans_for_gpus_of_the_job_are_of_what_runs_on_them() {
+    let ultra = root().join("configs/models/Llama-3_1-Nemotron-Ultra-253B-v1");
+    let job = |num_gpus: usize, dtype: &str| {
+        let devices: Vec<String> = (0..num_gpus).map(|index| format!("cuda:{index}")).collect();
+        (Job::on_model(&ultra).line("{}").emulated_gpus(num_gpus))
+            .set(format!("pipeline.devices={devices:?}"))
+            .set(format!("model.dtype={dtype}"))
+            .set("plan.prompt_tokens=1024")
+            .set("plan.output_tokens=1024")
+    };
+    let plan = |job: &Job, args: &[&str]| -> Value {
+        let output = job.question("plan").args(["--format", "json"]).args(args).output().unwrap();
+        let (stdout, stderr) = text(&output);
+        serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stderr}"))
+    };
+    let is_shared = |stage: &Value| stage["tensor_parallel"] != 1;
+    let is_cut = |stage: &Value| !stage["columns"].as_array().unwrap().is_empty();
+    let any =
+        |plan: &Value, what: &dyn Fn(&Value) -> bool| plan["stages"].as_array().unwrap().iter().any(what);
+    for dtype in ["fp8", "int4-weight"] {
+        let job = job(8, dtype);
+        let own = plan(&job, &[]);
+        assert!(own["not_run"].is_null() && !any(&own, &is_shared) && !any(&own, &is_cut), "{own}");
+        let elsewhere = plan(&job, &["--devices", "8xh100-80gb"]);
+        assert!(elsewhere["not_run"].is_string(), "{elsewhere}");
+        let found = format!("found [8] with weights in {dtype} on cuda:0");
+        for what in ["plan", "simulate"] {
+            let output = job.question(what).args(["--set", "pipeline.tensor_parallel=[8]"]).output().unwrap();
+            let (_, stderr) = text(&output);
+            assert!(output.status.code() == Some(2) && stderr.contains(&found), "{stderr}");
+        }
+    }
+    let own = plan(&job(8, "bf16"), &[]);
+    assert!(own["not_run"].is_null() && (any(&own, &is_shared) || any(&own, &is_cut)), "{own}");
+    // Half of 253 GB in fp8 would fit in fp4, which no run has.
+    let missing = plan(&job(3, "bf16"), &[]);
+    let nearest = missing["missing"]["nearest"].to_string();
+    assert!(nearest.contains("int4-weight") && !nearest.contains("fp4"), "{missing}");
 }
 
 #[test]

@@ -441,6 +441,35 @@ fn a_profile_of_gpus_cuts_the_stages_of_a_job() {
     assert!(lines[0].len() == 1 && lines[0] == lines[1], "{lines:?}");
 }
 
+/// A block that takes as long as ten is two times as fast on two GPUs, which share no narrow weights.
+#[test]
+fn a_run_proposes_shared_stages_of_gpus_where_it_would_take_them() {
+    let sets = ["pipeline.micro_batch_tokens=6", "model.max_context_tokens=64", "model.random_weights=true"];
+    let body = json!({"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0});
+    for (dtype, is_proposed) in [("bf16", true), ("int4-weight", false)] {
+        let (store, model) = (tempfile::tempdir().unwrap(), small_model());
+        let job = both_gpus(Job::on_model(model.path()).completion("row", body.clone())).emulated_gpus(2);
+        let job = sets.iter().fold(job.set(format!("model.dtype={dtype}")), |job, set| job.set(*set));
+        // A row alone, which is no work for two replicas.
+        let job = job.set("pipeline.virtual_stages=off").set("pipeline.max_sequences=1");
+        let at = |mut command: Command| {
+            let output = command.env("SPANWISE_PROFILES", store.path()).output().unwrap();
+            assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+            stderr(&output)
+        };
+        let mut measure = job.question("profile");
+        measure.args(["--point-seconds", "0.0001"]);
+        at(measure);
+        let stored = std::fs::read_dir(store.path()).unwrap().next().expect("a profile").unwrap().path();
+        let mut profile = read_json(&stored);
+        even_costs(&mut profile, Some(&shapes(model.path())[1]));
+        std::fs::write(&stored, profile.to_string()).unwrap();
+        let told = at(job.command());
+        assert!(told.contains("by measured costs"), "{told}");
+        assert_eq!(told.contains("tensor_parallel"), is_proposed, "{dtype}: {told}");
+    }
+}
+
 #[test]
 fn gpus_of_two_kinds_have_no_profile_together() {
     let job = both_gpus(job()).emulated_gpus(2);

@@ -142,6 +142,22 @@ impl Job {
         command
     }
 
+    /// The command that asks something else of the job's file, such as its plan, with the same keys set and on the same machine.
+    pub(crate) fn question(&self, what: &str) -> Command {
+        let run = self.command();
+        let mut command = spanwise();
+        command.arg(what).arg(self.folder.path().join("job.toml"));
+        for set in &self.sets {
+            command.args(["--set", set]);
+        }
+        for (name, value) in run.get_envs() {
+            if let Some(value) = value {
+                command.env(name, value);
+            }
+        }
+        command
+    }
+
     /// The same with a plan of faults.
     pub(crate) fn command_with_faults(&self, faults: &str) -> Command {
         let plain = self.command();

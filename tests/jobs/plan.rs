@@ -271,6 +271,58 @@ fn a_job_s_own_stages_are_compared() {
     assert_eq!(same["tokens_per_second"], plan["tokens_per_second"], "{plan}");
 }
 
+/// The example of docs/job_file.md: a plan's own pieces have 3,328 columns there.
+#[test]
+fn a_job_s_own_stages_are_compared_wherever_they_cut_an_ffn() {
+    let own = |place: &str, args: &str| {
+        let stages = format!("[[0,\"{place}\"],[\"{place}\",81]]");
+        let args = format!("--set pipeline.stages={stages} --set pipeline.tensor_parallel=[4,4] {args}");
+        fitting(ULTRA, &format!("--devices 8xh200 {args}"))["given_stages"].clone()
+    };
+    let cut = own("67:6400", "");
+    assert!(cut["fits"] == true && number(&cut, "ratio") >= 1.0, "{cut}");
+    assert_eq!(
+        own("67:6400", "--set pipeline.column_cuts=off")["tokens_per_second"],
+        cut["tokens_per_second"]
+    );
+    // On the way from one to the other: of 6,400 columns more in the second stage than in the first.
+    let over_mean = |place: &str| number(&own(place, ""), "bottleneck_over_mean");
+    let (at_block, later) = (over_mean("67:64"), over_mean("67:12736"));
+    let between = number(&cut, "bottleneck_over_mean");
+    assert!((between - at_block) * (later - between) > 0.0, "{at_block} {between} {later}");
+}
+
+/// What a run refuses by the weights' type is planned for devices that need not be there, and said.
+#[test]
+fn a_plan_of_other_devices_says_what_a_run_would_refuse() {
+    for (args, words) in [
+        ("", None),
+        ("--devices 8xh200", None),
+        (
+            "--devices 2xh200 --dtype fp8 --set pipeline.tensor_parallel=off",
+            Some("GPUs cut no FFNs with weights in fp8"),
+        ),
+        (
+            "--devices 2xh200 --dtype fp8 --set pipeline.tensor_parallel=[2]",
+            Some("GPUs share no stages with weights in fp8"),
+        ),
+        (&format!("--devices 2xh200 --dtype fp8 {WHOLE_BLOCKS}"), None),
+        ("--devices 8xh200 --dtype int8", Some("GPUs have no weights in int8")),
+        ("--devices 4xb200 --dtype fp4", Some("GPUs have no weights in fp4")),
+    ] {
+        let plan = fitting(ULTRA, args);
+        match words {
+            None => assert_eq!(plan["not_run"], Value::Null, "{args}"),
+            Some(words) => assert!(plan["not_run"].as_str().unwrap().contains(words), "{args}: {plan}"),
+        }
+    }
+    let output = spanwise().args(["plan", ULTRA, "--dtype", "fp8"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = "not run    GPUs neither share stages nor cut FFNs with weights in fp8; what runs: --set \
+                pipeline.tensor_parallel=off --set pipeline.column_cuts=off\n";
+    assert!(text.contains(line), "{text}");
+}
+
 /// Of geometric lengths a row in flight has a whole mean behind it, so that fewer are in flight where KV is short.
 #[test]
 fn unlike_lengths_keep_more_in_flight() {

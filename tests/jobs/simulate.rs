@@ -123,11 +123,40 @@ fn the_job_s_own_stages_are_played_or_refused_in_words() {
         list(&report, "stages").iter().map(|stage| stage["blocks"].to_string()).collect();
     assert_eq!(blocks, ["[0,30]", "[30,55]", "[55,68]", "[68,81]"]);
     for (blocks, words) in [
-        ("[[0,40],[40,80]]", "found 80 blocks, the model has 81"),
+        ("[[0,40],[40,80]]", "the last one ends at block 80, the model has 81 blocks (162 slots"),
         ("[[0,40],[40,81]]", "stage 0 lacks"),
         ("[[0,9],[9,18],[18,27],[27,36],[36,45],[45,54],[54,63],[63,72],[72,81]]", "beyond the 8 devices"),
     ] {
         let output = simulate(ULTRA, &cut(blocks));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains(words), "{stderr}");
+    }
+}
+
+/// The example of docs/job_file.md, and others: pieces of a plan have 3,328 columns there, or 4,096.
+#[test]
+fn stages_are_played_wherever_the_job_cuts_an_ffn() {
+    let args = |place: &str, args: &str| {
+        let stages = format!("[[0,\"{place}\"],[\"{place}\",81]]");
+        format!("{SMALL} --set pipeline.stages={stages} --set pipeline.tensor_parallel=[4,4] {args}")
+    };
+    for (place, more) in [
+        ("67:6400", ""),
+        ("67:6400", "--set pipeline.column_cuts=off"),
+        ("67:64", ""),
+        ("67:8192", "--dtype int8"),
+        ("67:3328", ""),
+    ] {
+        let report = json(ULTRA, &args(place, more));
+        let blocks: Vec<&Value> = list(&report, "stages").iter().map(|stage| &stage["blocks"]).collect();
+        assert_eq!(blocks, [&serde_json::json!([0, 68]), &serde_json::json!([67, 81])], "{place} {more}");
+    }
+    for (place, more, words) in [
+        ("67:6401", "", "found column 6401, expected a multiple of 64"),
+        ("67:6400", "--dtype int8", "expected a multiple of 4096, as that many share a scale in int8"),
+        ("67:4000000", "", "the FFN of block 67 has 425984 columns"),
+    ] {
+        let output = simulate(ULTRA, &args(place, more));
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(2) && stderr.contains(words), "{stderr}");
     }

@@ -109,6 +109,19 @@ impl NumberType {
         }
     }
 
+    /// The type of weights that it is the type of, if stages have such.
+    pub fn stored(self) -> Option<WeightType> {
+        match self {
+            Self::F32 => Some(WeightType::F32),
+            Self::Bf16 => Some(WeightType::Bf16),
+            Self::Fp8 => Some(WeightType::Fp8),
+            Self::Fp4 => None,
+            Self::Int8 => Some(WeightType::Int8),
+            Self::Int8Weight => Some(WeightType::Int8Weight),
+            Self::Int4Weight => Some(WeightType::Int4Weight),
+        }
+    }
+
     /// Bytes of so many numbers.
     pub fn bytes(self, numbers: u64) -> u64 {
         match self {

@@ -1,5 +1,6 @@
 //! Whole pipelines of probe stages: what the actors do when a stage works, fails, or is in the way.
 
+pub(crate) mod emulated;
 mod probes;
 
 use std::collections::HashMap;

@@ -204,12 +204,11 @@ impl RankedStage {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use scheduler::{MicroBatchId, MicroBatchOutput, Request, RequestKey, Sampling, SequenceId, Slice, Span};
-    use stages::{KvDtype, PAGE_TOKENS, WeightType};
+    use stages::PAGE_TOKENS;
 
     use super::*;
+    use crate::tests::emulated;
 
     /// A first rank that answers whatever happens.
     pub(super) struct Careless;
@@ -265,28 +264,12 @@ mod tests {
     }
 
     /// A stage of two ranks on the GPU that an emulator plays.
-    fn two_ranks_on_a_gpu(folder: &Path) -> RanksArgs {
-        let config = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
-            "vocab_size": 100, "max_position_embeddings": PAGE_TOKENS, "eos_token_id": [],
-        });
-        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-        let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
-        assert!(libraries.join("libnccl.so.2").is_file(), "no emulator\nhint: cargo xtask emulator");
-        let device = Device::Cuda {
-            index: 0,
-            libraries: Some(libraries),
-            cubins: None,
-            is_deterministic: true,
-            has_graphs: false,
-        };
+    fn two_ranks_on_a_gpu() -> RanksArgs {
         RanksArgs {
             stage: 0,
-            model: Model::open(folder, true).unwrap().0,
-            devices: vec![device.clone(), device],
-            dtypes: Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 },
+            model: emulated::model(),
+            devices: vec![emulated::gpu(), emulated::gpu()],
+            dtypes: emulated::DTYPES,
             options: SpanOptions {
                 part: Span { start: 0, end: 1 }.into(),
                 num_pages: 1,
@@ -302,9 +285,8 @@ mod tests {
 
     #[test]
     fn the_exits_of_a_stage_on_gpus_are_those_of_the_group_in_which_its_ranks_compute() {
-        let folder = tempfile::tempdir().unwrap();
         for left in 0..2 {
-            let mut stage = two_ranks_on_a_gpu(folder.path()).load().unwrap();
+            let mut stage = two_ranks_on_a_gpu().load().unwrap();
             stage.step(&batch(), None).unwrap();
             stage.finish().unwrap();
             stage.exits()[left].leave();

@@ -219,48 +219,29 @@ fn listen_to(stream: TcpStream, mut hand_on: impl FnMut(Heard) -> Result<(), End
 #[cfg(test)]
 pub(super) mod tests {
     use std::net::Ipv4Addr;
-    use std::path::Path;
     use std::thread::JoinHandle;
     use std::time::Instant;
 
     use crossbeam::channel::unbounded;
     use scheduler::Span;
-    use stages::{Device, Dtypes, KvDtype, Model, SpanOptions, WeightType};
+    use stages::{PAGE_TOKENS, SpanOptions};
 
     use super::super::wire::tests::batch;
     use super::*;
+    use crate::tests::emulated;
 
     const GROUP: u64 = 7;
     /// Much less than ranks wait for each other in a group, and time enough on a machine that has much else to do.
     const SOON: Duration = Duration::from_secs(30);
-    const CONFIG: &str = r#"{
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "vocab_size": 64,
-        "max_position_embeddings": 64, "eos_token_id": []
-    }"#;
 
     /// That of a stage on a GPU that an emulator plays, which is number 0.
     pub(crate) fn gate() -> Gate {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("config.json"), CONFIG).unwrap();
-        let (model, _) = Model::open(folder.path(), true).unwrap();
-        let libraries = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/cuda-emulator");
-        assert!(
-            libraries.join("libnccl.so.2").is_file(),
-            "libnccl.so.2 is missing\nhint: cargo xtask emulator"
-        );
-        let device = Device::Cuda {
-            index: 0,
-            libraries: Some(libraries),
-            cubins: None,
-            is_deterministic: true,
-            has_graphs: false,
-        };
-        let dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
         let part = Span { start: 0, end: 1 }.into();
-        let options = SpanOptions { part, num_pages: 1, context_tokens: 64, largest_step: None };
-        stages::load(&model, &device, dtypes, options).unwrap().gate().expect("a GPU has one")
+        let options = SpanOptions { part, num_pages: 1, context_tokens: PAGE_TOKENS, largest_step: None };
+        stages::load(&emulated::model(), &emulated::gpu(), emulated::DTYPES, options)
+            .unwrap()
+            .gate()
+            .expect("a GPU has one")
     }
 
     /// A receiver that has been greeted by a sender with a GPU of another number.

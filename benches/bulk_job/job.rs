@@ -29,6 +29,8 @@ pub(crate) struct Run {
     pub(crate) cpu_seconds: f64,
     /// The most memory that it held, as it says it.
     pub(crate) memory: String,
+    /// Percent of the time that each of its stages computed, in their order.
+    pub(crate) busy: String,
     /// The lines, without the moment of the job.
     pub(crate) lines: Vec<Value>,
 }
@@ -43,7 +45,7 @@ impl Job {
     }
 
     /// Runs it, with more keys set.
-    pub(crate) fn run(&self, sets: &[&str]) -> Run {
+    pub(crate) fn run(&self, sets: &[String]) -> Run {
         let Job { model, rows, .. } = self;
         let output = self.folder.path().join("out");
         let _ = std::fs::remove_dir_all(&output);
@@ -74,11 +76,17 @@ impl Job {
         lines.iter_mut().for_each(|line| line["response"]["body"]["created"] = Value::Null);
         let report =
             String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr);
+        let percents = manifest["stages"].as_array().expect("a list").iter().map(|stage| {
+            let busy = stage["busy_seconds"].as_f64().expect("a number");
+            format!("{:.0}", 100.0 * busy / number("timings", "run_seconds"))
+        });
+        let busy = percents.collect::<Vec<_>>().join("+");
         let memory = report.lines().find_map(|line| line.strip_prefix("memory")).unwrap_or("not told");
         Run {
             rate: number("tokens", "generated") / number("timings", "run_seconds"),
             cpu_seconds,
             memory: memory.trim().to_owned(),
+            busy,
             lines,
         }
     }

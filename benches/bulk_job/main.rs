@@ -1,16 +1,19 @@
 //! How many tokens a second does a bulk job generate, and what does that depend on?
 //!
 //! The job: 256 chat prompts of 34 to 407 tokens, 31.8 thousand together, of which the first 24 are the same, with 128 new
-//! tokens each, greedy, SmolLM2-135M in bf16, all rows in flight. Two variants run in turn; wherever both must answer
+//! tokens each, greedy, SmolLM2-135M in bf16, all rows in flight. Variants run in turn; wherever all must answer
 //! alike, each run's answers are compared before its time counts.
 //!
 //! ```text
-//! cargo bench --bench bulk_job -- [QUESTION] [RUNS]
+//! cargo bench --bench bulk_job -- [QUESTION] [RUNS] [--rows N]
 //! ```
+//!
+//! With `--rows` the first N of them.
 //!
 //! | question | |
 //! |---|---|
 //! | `layouts` | two stages of one core each against one stage of all |
+//! | `ladder` | what two stages lose, rung by rung: one stage, the same in steps as small as two have, two in such steps, two |
 //! | `int8` | int8 against bf16, one stage |
 //! | `neighbour` | beside one busy process against alone, one stage |
 //! | `llama` | 64 such prompts on a Llama of 1.1 B parameters with random weights |
@@ -42,6 +45,9 @@ const ONE_STAGE: &str = r#"pipeline.devices=["cpu:0"]"#;
 const TWO_DEVICES: &str = r#"pipeline.devices=["cpu:0", "cpu:1"]"#;
 const ONE_STAGE_EACH: &str = "pipeline.virtual_stages=off";
 
+/// Micro-batches that two stages share the rows out to, one more than stages.
+const OF_TWO_STAGES: usize = 3;
+
 /// Makes this program the busy neighbour.
 const SPIN: &str = "--spin";
 
@@ -50,9 +56,22 @@ struct Variant {
     name: &'static str,
     sets: &'static [&'static str],
     has_neighbour: bool,
+    /// Whether a step has no more tokens than each micro-batch of two stages has rows.
+    has_small_steps: bool,
 }
 
-/// Two variants that run in turn, or one alone.
+impl Variant {
+    /// The keys that it sets, in a job of so many rows.
+    fn sets_of(&self, rows: usize) -> Vec<String> {
+        let mut sets: Vec<String> = self.sets.iter().map(|&set| set.to_owned()).collect();
+        if self.has_small_steps {
+            sets.push(format!("pipeline.micro_batch_tokens={}", rows.div_ceil(OF_TWO_STAGES)));
+        }
+        sets
+    }
+}
+
+/// Variants that run in turn, each of which is compared with the one before it, or one alone.
 struct Question {
     name: &'static str,
     variants: &'static [Variant],
@@ -60,15 +79,28 @@ struct Question {
 }
 
 const fn variant(name: &'static str, sets: &'static [&'static str]) -> Variant {
-    Variant { name, sets, has_neighbour: false }
+    Variant { name, sets, has_neighbour: false, has_small_steps: false }
 }
 
-const QUESTIONS: [Question; 4] = [
+const fn in_small_steps(name: &'static str, sets: &'static [&'static str]) -> Variant {
+    Variant { has_small_steps: true, ..variant(name, sets) }
+}
+
+const TWO_STAGES: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH];
+
+const QUESTIONS: [Question; 5] = [
     Question {
         name: "layouts",
+        variants: &[variant("one stage", &[ONE_STAGE]), variant("two stages", TWO_STAGES)],
+        are_answers_alike: true,
+    },
+    Question {
+        name: "ladder",
         variants: &[
             variant("one stage", &[ONE_STAGE]),
-            variant("two stages", &[TWO_DEVICES, ONE_STAGE_EACH]),
+            in_small_steps("one, small", &[ONE_STAGE]),
+            in_small_steps("two, small", TWO_STAGES),
+            variant("two stages", TWO_STAGES),
         ],
         are_answers_alike: true,
     },
@@ -81,7 +113,7 @@ const QUESTIONS: [Question; 4] = [
         name: "neighbour",
         variants: &[
             variant("alone", &[ONE_STAGE]),
-            Variant { name: "beside one", sets: &[ONE_STAGE], has_neighbour: true },
+            Variant { has_neighbour: true, ..variant("beside one", &[ONE_STAGE]) },
         ],
         are_answers_alike: true,
     },
@@ -93,10 +125,11 @@ const QUESTIONS: [Question; 4] = [
 ];
 
 fn main() {
-    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    let mut args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
     if args.iter().any(|arg| arg == SPIN) {
         spin();
     }
+    let rows = take_rows(&mut args);
     let runs = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(3);
     let asked = args.iter().find(|arg| arg.parse::<usize>().is_err()).map_or("layouts", String::as_str);
     let smollm2 = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/smollm2-135m");
@@ -105,7 +138,7 @@ fn main() {
         return start(&smollm2, runs);
     }
     if asked == "rows" {
-        return print!("{}", Workload::first(256).chats());
+        return print!("{}", Workload::first(rows.unwrap_or(256)).chats());
     }
     let question = QUESTIONS.iter().find(|question| question.name == asked);
     let question = question.unwrap_or_else(|| panic!("unknown question {asked}"));
@@ -114,9 +147,9 @@ fn main() {
     let (model, workload): (PathBuf, _) = match asked {
         "llama" => {
             workload::make_llama(&llama);
-            (llama, Workload::first(64))
+            (llama, Workload::first(rows.unwrap_or(64)))
         }
-        _ => (smollm2, Workload::first(256)),
+        _ => (smollm2, Workload::first(rows.unwrap_or(256))),
     };
     let config = ModelConfig::read(&model).expect("a configuration");
     let input = match asked {
@@ -130,13 +163,21 @@ fn main() {
     report(question, &all, &workload, &config, peak_before.max(peak()));
 }
 
+/// Takes `--rows N` out of the arguments.
+fn take_rows(args: &mut Vec<String>) -> Option<usize> {
+    let at = args.iter().position(|arg| arg == "--rows")?;
+    let given: Vec<String> = args.drain(at..args.len().min(at + 2)).collect();
+    let rows = given.get(1).and_then(|rows| rows.parse().ok()).filter(|rows| (1..=256).contains(rows));
+    Some(rows.expect("--rows takes a number from 1 to 256"))
+}
+
 /// Runs all variants in turn.
 fn ask(question: &Question, job: &Job, runs: usize) -> Vec<Vec<Run>> {
     let mut all: Vec<Vec<Run>> = question.variants.iter().map(|_| Vec::new()).collect();
     for _ in 0..runs {
         for (idx, variant) in question.variants.iter().enumerate() {
             let neighbour = variant.has_neighbour.then(Neighbour::start);
-            let run = job.run(variant.sets);
+            let run = job.run(&variant.sets_of(job.rows));
             drop(neighbour);
             let first = if question.are_answers_alike { &all[0] } else { &all[idx] };
             if let Some(first) = first.first() {
@@ -168,25 +209,35 @@ fn report(question: &Question, all: &[Vec<Run>], workload: &Workload, config: &M
             100.0 * flops * rate / workload.new_tokens() as f64 / peak
         );
         println!(
-            "{:<10} {} CPU seconds; memory {}",
+            "{:<10} {} CPU seconds; stages busy {} % of the time; memory {}",
             "",
             list(&|run| format!("{:.1}", run.cpu_seconds)),
+            list(&|run| run.busy.clone()),
             runs[0].memory
         );
     }
-    if let ([a, b], [base, other]) = (question.variants, all) {
-        let mut ratios: Vec<f64> =
-            other.iter().zip(base).map(|(other, base)| other.rate / base.rate).collect();
-        ratios.sort_by(f64::total_cmp);
-        println!(
-            "{} / {}, pair by pair: median {:.3}, from {:.3} to {:.3}",
-            b.name,
-            a.name,
-            median(&ratios),
-            ratios[0],
-            ratios[ratios.len() - 1]
-        );
+    let rungs: Vec<_> = question.variants.iter().zip(all).collect();
+    rungs.windows(2).for_each(|pair| compare(pair[0], pair[1]));
+    if let [first, .., last] = rungs[..]
+        && rungs.len() > 2
+    {
+        compare(first, last);
     }
+}
+
+/// Prints how much faster a variant is than another one.
+fn compare((base, base_runs): (&Variant, &Vec<Run>), (other, other_runs): (&Variant, &Vec<Run>)) {
+    let mut ratios: Vec<f64> =
+        other_runs.iter().zip(base_runs).map(|(other, base)| other.rate / base.rate).collect();
+    ratios.sort_by(f64::total_cmp);
+    println!(
+        "{} / {}, pair by pair: median {:.3}, from {:.3} to {:.3}",
+        other.name,
+        base.name,
+        median(&ratios),
+        ratios[0],
+        ratios[ratios.len() - 1]
+    );
 }
 
 /// Seconds from the start of the process to the first byte of an answer.

@@ -59,7 +59,7 @@ def check_extensions(build):
 
 def llama_cpp(into):
     python = environment(into / "build-tools")
-    run(python, "-m", "pip", "install", "--quiet", "cmake", "ninja", "scikit-build-core")
+    run(python, "-m", "pip", "install", "--quiet", "cmake", "ninja", "scikit-build-core", "gguf", "safetensors")
     source = f"llama-cpp-python=={LLAMA_CPP_PYTHON}"
     # Without isolation: else pip would compile the build tools from their sources, too.
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-python", "--dest", into]

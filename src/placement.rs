@@ -188,9 +188,11 @@ impl Placement {
             times.iter().zip(&spans).zip(&self.stages).map(work).collect()
         };
         let replicas: Vec<Vec<StageWork>> = times.chunks(self.stages.len()).map(replica).collect();
-        let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
-        let models: Vec<_> = kinds.iter().map(|spec| self.setting.cost_model(spec)).collect();
-        let costs = |seats: &[usize]| -> Vec<_> { seats.iter().map(|seat| &*models[each[*seat]]).collect() };
+        let models: Vec<_> = self.setting.kinds().iter().map(|spec| self.setting.cost_model(spec)).collect();
+        let model = |(seat, stage): (&usize, &StageLayout)| {
+            &*models[self.setting.slowest_kind(*seat..seat + stage.devices.len(), self.load)]
+        };
+        let costs = |seats: &[usize]| -> Vec<_> { seats.iter().zip(&self.stages).map(model).collect() };
         let loads = replicas.iter().flatten().flat_map(|stage| &stage.loads);
         let loads: Vec<Load> = loads.map(|loads| loads.load).collect();
         let source = Source::of(&self.setting, &self.stages, &loads);

@@ -163,10 +163,13 @@ impl Trial<'_> {
         let stage = self.stages.len();
         for (width, _) in &self.problem.costs[kind] {
             let devices = device..device + width;
-            let is_wanted = self.problem.widths.is_none_or(|widths| widths.get(stage) == Some(width));
-            let is_one_kind = (self.problem.devices.get(devices.clone()))
-                .is_some_and(|devices| devices.iter().all(|device| device.kind == kind));
-            if !is_wanted || !is_one_kind {
+            let has_costs =
+                |other: &StageDevice| self.problem.costs[other.kind].iter().any(|(other, _)| other == width);
+            let may_be = |other: &StageDevice| match self.problem.widths {
+                Some(widths) => widths.get(stage) == Some(width) && has_costs(other),
+                None => other.kind == kind,
+            };
+            if !self.problem.devices.get(devices.clone()).is_some_and(|devices| devices.iter().all(may_be)) {
                 continue;
             }
             for end in piece + 1..=self.problem.num_pieces() {

@@ -10,7 +10,7 @@ use anyhow::Result;
 use configs::{DeviceCatalog, JobFile, KvCacheDtype};
 use jobs::StageShape;
 use scheduler::{Span, in_flight};
-use stages::cost::{Balance, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
+use stages::cost::{Balance, CostModel, Load, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{MeasureOptions, Profile};
 use stages::{Model, PAGE_TOKENS, Part, Sharing};
 
@@ -183,11 +183,10 @@ impl Question {
 
     /// What each stage takes, with blocks shared as it says.
     pub(super) fn seconds(&self, stages: &[StageLayout]) -> Vec<f64> {
-        let (kinds, each) = (self.setting.kinds(), self.setting.kind_of_each());
         let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts(stages));
         let load = self.load(stages);
         let stage = |(stage, span): (&StageLayout, &Span)| {
-            let costs = self.setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
+            let costs = self.costs(&self.setting, stage, load);
             costs.step_seconds(&pieces, span.range(), stage.devices.len(), &stage.sharing, load)
         };
         stages.iter().zip(&spans).map(stage).collect()
@@ -222,10 +221,16 @@ impl Question {
 
     /// How the ranks of a stage share blocks for such a micro-batch.
     fn sharing(&self, setting: &Setting, stage: &StageLayout, load: Load) -> Sharing {
-        let (kinds, each) = (setting.kinds(), setting.kind_of_each());
         let (pieces, _) = layout::pieces_of(&setting.config, &[stage.part]);
-        let costs = setting.cost_model(kinds[each[self.own.seats[stage.devices.start]]]);
+        let costs = self.costs(setting, stage, load);
         setting.sharing(&*costs, &pieces, stage.devices.len(), load)
+    }
+
+    /// What the slowest of a stage's devices takes: those of a stage that several share are named once, and so stand side by side.
+    fn costs<'a>(&self, setting: &'a Setting, stage: &StageLayout, load: Load) -> Box<dyn CostModel + 'a> {
+        let first = self.own.seats[stage.devices.start];
+        let slowest = setting.slowest_kind(first..first + stage.devices.len(), load);
+        setting.cost_model(setting.kinds()[slowest])
     }
 
     /// Stages whose ranks share blocks as is fastest.

@@ -269,8 +269,8 @@ pub(crate) fn kv_tokens(layout: &Layout, ends_block: &[bool]) -> Option<u64> {
     let problem = layout.problem(ends_block);
     let room = |stage: &PlannedStage| {
         let held = problem.held_beside(&layout.stages, stage);
-        let device = problem.devices[stage.devices.start];
-        (device.memory_bytes - held.weight_bytes).checked_div(held.kv_bytes_per_token)
+        let room = problem.smallest(stage.devices.clone()).memory_bytes;
+        (room - held.weight_bytes).checked_div(held.kv_bytes_per_token)
     };
     layout.stages.iter().filter_map(room).min()
 }
@@ -298,7 +298,7 @@ pub(crate) fn lanes_of(pieces: &[PieceShape], layout: &Layout) -> Lanes {
 
 /// How the ranks of a stage share blocks: as is fastest for the plan's micro-batch.
 pub(crate) fn sharing(setting: &Setting, pieces: &[PieceShape], stage: &PlannedStage, load: Load) -> Sharing {
-    let costs = setting.cost_model(setting.kinds()[setting.kind_of_each()[stage.devices.start]]);
+    let costs = setting.cost_model(setting.kinds()[setting.slowest_kind(stage.devices.clone(), load)]);
     setting.sharing(&*costs, &pieces[stage.pieces.clone()], stage.devices.len(), load)
 }
 

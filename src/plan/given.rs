@@ -31,9 +31,10 @@ pub(crate) fn given_stages(setting: &Setting, job: &JobFile) -> Result<Option<Gi
     let Some(parts) = layout::given_where(&job.pipeline, sum_cut, weights, &setting.config)? else {
         return Ok(None);
     };
+    check_count(setting, parts.len())?;
     let replica = setting.given_replica();
-    let devices = match setting.given_widths() {
-        Some(widths) => of_widths(&replica, widths, parts.len())?,
+    let devices = match layout::widths(&job.pipeline) {
+        Some(widths) => of_widths(&replica, widths)?,
         None => of_one_each(&replica, job, parts.len())?,
     };
     let (pieces, spans) = layout::pieces_of(&setting.config, &parts);
@@ -42,25 +43,32 @@ pub(crate) fn given_stages(setting: &Setting, job: &JobFile) -> Result<Option<Gi
     Ok(Some(GivenStages { pieces, stages }))
 }
 
-/// The devices of each stage, where these have the widths that the job gives.
-fn of_widths(setting: &Setting, widths: &[usize], num_stages: usize) -> Result<Vec<Range<usize>>> {
-    let kinds = setting.kind_of_each();
-    let mut first_device = 0;
+/// Refuses stages that are not as many as the widths that the job gives, where it gives any.
+fn check_count(setting: &Setting, num_stages: usize) -> Result<()> {
+    match setting.given_widths().map(<[usize]>::len) {
+        Some(num_widths) if num_widths != num_stages => bail!(
+            "[pipeline] tensor_parallel: found {num_widths} widths for {num_stages} block ranges in stages, expected one for \
+             each stage"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// The devices of each stage, where these have the widths that the job gives. They may be unlike, as where a run shares out cores
+/// that the number of its devices does not divide.
+fn of_widths(setting: &Setting, widths: &[usize]) -> Result<Vec<Range<usize>>> {
+    let mut next = 0;
     let mut stages = vec![];
-    for stage in 0..num_stages {
-        let Some(&width) = widths.get(stage) else {
-            bail!("[pipeline] tensor_parallel: found {} widths, expected one for each stage", widths.len());
-        };
+    for (stage, &width) in widths.iter().enumerate() {
         if !setting.widths().contains(&width) {
             bail!("[pipeline] tensor_parallel: found {width}, expected one of {:?}", setting.widths());
         }
-        let devices = first_device..first_device + width;
-        let Some(of_stage) = kinds.get(devices.clone()) else { return Err(beyond(setting, stage)) };
-        if of_stage.iter().any(|kind| *kind != of_stage[0]) {
-            bail!("[pipeline] stages: the {width} devices of stage {stage} are unlike");
+        let first = next;
+        next += width;
+        if next > setting.devices.num_devices() {
+            return Err(beyond(setting, stage));
         }
-        first_device = devices.end;
-        stages.push(devices);
+        stages.push(first..next);
     }
     Ok(stages)
 }

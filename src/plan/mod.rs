@@ -111,19 +111,23 @@ pub(crate) fn setting(
     };
     let types = number_types(args.dtype, job, &config);
     let (mut runs_on, mut profile_command) = (None, None);
-    let (devices, catalog) = match (&args.devices, &plan.devices) {
-        (Some(list), _) | (None, Some(list)) => (list.clone(), catalog.with_cores_of(list)),
+    let (devices, num_devices, catalog) = match (&args.devices, &plan.devices) {
+        (Some(list), _) | (None, Some(list)) => {
+            (list.clone(), list.num_devices(), catalog.with_cores_of(list))
+        }
         (None, None) => {
+            lower::check(&job.pipeline)?;
             let machine = machine::detect();
             let own = OwnDevices::of(&job.pipeline, &machine)?;
             let catalog = own.in_catalog(catalog, &machine);
             types.weights.stored().map_or(Ok(()), |weights| layout::check_shared(&job.pipeline, weights))?;
             runs_on = Some(layout::kind(&job.pipeline));
             profile_command = Some(profile::command(&args.job, args.sets.iter().map(String::as_str)));
-            (own.list, catalog)
+            // One that is named several times has as many stages.
+            (own.list, job.pipeline.devices.len(), catalog)
         }
     };
-    setting::check(&catalog, &devices, &job.pipeline.tensor_parallel)?;
+    setting::check(&catalog, &devices, num_devices, &job.pipeline.tensor_parallel)?;
     let context_tokens = lower::context_tokens(&job.model, &config)?;
     let work = Work::of(job, &config, args.sample)?;
     let mix = work.lengths.mix(lengths).context("nothing is generated")?;

@@ -12,8 +12,8 @@ use crate::plan::setting::Setting;
 /// What of such stages is refused, if anything is.
 pub(crate) fn not_run(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> Option<String> {
     let names: Vec<&str> = setting.devices.names().collect();
-    let is_cpu = |stage: &PlannedStage| configs::cpu_of(names[stage.devices.start]).is_some();
-    let kinds: BTreeSet<bool> = stages.iter().map(is_cpu).collect();
+    let names = stages.iter().flat_map(|stage| &names[stage.devices.clone()]);
+    let kinds: BTreeSet<bool> = names.map(|name| configs::cpu_of(name).is_some()).collect();
     let (kind, kind_names) = match kinds.into_iter().collect::<Vec<_>>()[..] {
         [true] => (DeviceKind::Cpu, "CPUs"),
         [false] => (DeviceKind::Cuda, "GPUs"),

@@ -298,20 +298,20 @@ impl StagePart {
         let problem = plan.problem(ends);
         let costs = problem.rank_costs(stage);
         let ranks = stage.devices.len() as u64;
-        let device = problem.devices[stage.devices.start];
-        let spec = setting.kinds()[device.kind];
+        let (kinds, load) = (setting.kinds(), setting.load(plan.case.rows));
+        let spec = kinds[setting.slowest_kind(stage.devices.clone(), load)];
+        let smallest = problem.smallest(stage.devices.clone());
         let shapes = &answer.pieces[stage.pieces.clone()];
         let (first, last) = (&shapes[0], &shapes[shapes.len() - 1]);
         let slot = |block: usize| setting.config.blocks[block].slot;
-        let load = setting.load(plan.case.rows);
         let sharing = setting.sharing(&*setting.cost_model(spec), shapes, stage.devices.len(), load);
 
         let weights = costs.weight_bytes(stage.pieces.clone());
         let kv_bytes_per_token = costs.kv_bytes_per_token(stage.pieces.clone());
         let held = problem.held_beside(&plan.stages, stage);
         let tokens_in_flight = answer::tokens_in_flight(setting, plan);
-        let room = device.memory_bytes - held.weight_bytes;
-        let total = setting::memory_bytes(spec);
+        let room = smallest.memory_bytes - held.weight_bytes;
+        let total = setting::memory_bytes(kinds[smallest.kind]);
         StagePart {
             blocks: [first.block, last.block + 1],
             slots: [slot(first.block), slot(last.block) + 1],
@@ -329,7 +329,7 @@ impl StagePart {
                 total,
                 weights,
                 kv: kv_bytes_per_token * tokens_in_flight,
-                workspace: total - device.memory_bytes,
+                workspace: total - smallest.memory_bytes,
                 free: room - held.kv_bytes_per_token * tokens_in_flight,
             },
         }

@@ -1,5 +1,6 @@
 //! What is planned: a model on devices for rows of given lengths, and the planner's problem made of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -103,19 +104,20 @@ impl Mix {
     }
 }
 
-/// Refuses devices that nothing is known of, and widths that they are too few for.
+/// Refuses devices that nothing is known of, and widths that stages on `num_devices` are too few for.
 pub(crate) fn check(
     catalog: &DeviceCatalog,
     devices: &DeviceList,
+    num_devices: usize,
     tensor_parallel: &TensorParallel,
 ) -> Result<()> {
     for (_, name) in devices.runs() {
         catalog.get(name)?;
     }
     let TensorParallel::Widths(widths) = tensor_parallel else { return Ok(()) };
-    let (wanted, there) = (widths.iter().sum::<usize>(), devices.num_devices());
-    if wanted > there {
-        bail!("[pipeline] tensor_parallel: {widths:?} are {wanted} devices, expected at most {there}");
+    let wanted = widths.iter().sum::<usize>();
+    if wanted > num_devices {
+        bail!("[pipeline] tensor_parallel: {widths:?} are {wanted} devices, expected at most {num_devices}");
     }
     Ok(())
 }
@@ -225,6 +227,19 @@ impl Setting {
             .into_iter()
             .map(|name| self.catalog.get(name).expect("names were checked"))
             .collect()
+    }
+
+    /// The kind of those devices of a stage that its others wait for: that which would take longest for the whole model.
+    pub(crate) fn slowest_kind(&self, devices: Range<usize>, load: Load) -> usize {
+        let (kinds, pieces, ranks) = (self.kinds(), pieces(&self.config, None), devices.len());
+        let seconds = |kind: &usize| {
+            let costs = self.rank_costs(kinds[*kind], Balance::Roofline, &pieces, ranks, load);
+            costs.seconds(0..pieces.len())
+        };
+        let mut of_stage = self.kind_of_each()[devices].to_vec();
+        of_stage.dedup();
+        let slowest = of_stage.into_iter().max_by(|one, other| seconds(one).total_cmp(&seconds(other)));
+        slowest.expect("a stage has a device")
     }
 
     /// What stages can do, where only those that run are sought.

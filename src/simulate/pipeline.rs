@@ -83,7 +83,7 @@ fn virtual_stage<'a>(
     if let Some(measured) = &setting.measured {
         return measured_stage(measured, pieces, stage, sharing);
     }
-    let kind = setting.kind_of_each()[stage.devices.start];
+    let kind = setting.slowest_kind(stage.devices.clone(), load);
     let estimator = setting.estimator(setting.kinds()[kind], Balance::Roofline);
     let ranks = stage.devices.len();
     let seconds = estimator.stage_seconds(pieces, stage.pieces.clone(), ranks, &sharing);

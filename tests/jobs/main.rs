@@ -6,6 +6,7 @@
 
 mod abacus;
 mod afterwards;
+mod asked_layouts;
 mod bench;
 mod commands;
 mod crashes;

@@ -10,14 +10,14 @@ use crate::harness::{Done, Job, fixture, read_json};
 use crate::logits::{F32_BOUND, MODELS, Scores};
 
 /// So many devices, shared out to stages of these widths, which share all of their blocks.
-fn layout(job: Job, widths: &[usize]) -> Job {
+pub(crate) fn layout(job: Job, widths: &[usize]) -> Job {
     let devices: Vec<String> = (0..widths.iter().sum()).map(|device| format!("cpu:{device}")).collect();
     job.set(format!("pipeline.devices={devices:?}"))
         .set(format!("pipeline.tensor_parallel={widths:?}"))
         .set("pipeline.split_blocks=all")
 }
 
-fn rows(count: usize) -> Vec<String> {
+pub(crate) fn rows(count: usize) -> Vec<String> {
     (0..count).map(row).collect()
 }
 
@@ -132,7 +132,7 @@ fn a_scaled_down_ultra_agrees_with_the_reference_shared_cut_and_both() {
 }
 
 /// The block of a model whose FFN is widest, and its width.
-fn widest(model: &str) -> (usize, usize) {
+pub(crate) fn widest(model: &str) -> (usize, usize) {
     widest_of(&stages::ModelConfig::read(&fixture(model)).unwrap()).expect("an FFN")
 }
 
@@ -144,45 +144,7 @@ fn widest_of(config: &stages::ModelConfig) -> Option<(usize, usize)> {
     config.blocks.iter().enumerate().filter_map(width).max().map(|(width, index)| (index, width))
 }
 
-/// What is asked of a job's own devices is answered for all stages that a run takes, and refused in the same words.
-#[test]
-fn what_runs_with_an_ffn_cut_at_any_column_is_planned_and_simulated() {
-    let num_blocks = stages::ModelConfig::read(&fixture(MODEL)).unwrap().blocks.len();
-    let (block, width) = widest(MODEL);
-    let ask = |what: &str, column: usize, dtype: &str| {
-        let job = Job::on(MODEL).lines(rows(1)).set(format!("model.dtype={dtype}"));
-        let job = cut_at(job, block, column, num_blocks);
-        let lengths = ["--set", "plan.prompt_tokens=8", "--set", "plan.output_tokens=8"];
-        let output = job.question(what).args(lengths).args(["--format", "json"]).output().unwrap();
-        (
-            output.status.code(),
-            String::from_utf8(output.stdout).unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
-    };
-    let last = (width - 1) / 64 * 64;
-    for (column, dtype) in [(64, "bf16"), (128, "int4-weight"), (last, "f32")] {
-        let (code, plan, stderr) = ask("plan", column, dtype);
-        assert_eq!(code, Some(0), "{stderr}");
-        let plan: Value = serde_json::from_str(&plan).unwrap();
-        assert_eq!(plan["given_stages"]["fits"], true, "{plan}");
-        let (code, report, stderr) = ask("simulate", column, dtype);
-        assert_eq!(code, Some(0), "{stderr}");
-        let report: Value = serde_json::from_str(&report).unwrap();
-        assert_eq!(report["stages"][0]["blocks"], serde_json::json!([0, block + 1]), "{report}");
-    }
-    for (column, dtype, words) in [
-        (65, "bf16", "found column 65, expected a multiple of 64"),
-        (64, "int8-weight", "int8-weight sums over columns cannot be parted"),
-    ] {
-        for what in ["plan", "simulate"] {
-            let (code, _, stderr) = ask(what, column, dtype);
-            assert!(code == Some(2) && stderr.contains(words), "{what}: {stderr}");
-        }
-    }
-}
-
-fn cut_at(job: Job, block: usize, column: usize, num_blocks: usize) -> Job {
+pub(crate) fn cut_at(job: Job, block: usize, column: usize, num_blocks: usize) -> Job {
     let place = format!("{block}:{column}");
     job.set("pipeline.devices=[\"cpu:0\", \"cpu:1\"]")
         .set(format!("pipeline.stages=[[0, \"{place}\"], [\"{place}\", {num_blocks}]]"))

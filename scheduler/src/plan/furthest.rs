@@ -38,10 +38,9 @@ pub(super) fn layout(problem: &Problem<'_>, bounds: Bounds) -> Option<Vec<Planne
         for devices in stage + 1..=num_devices {
             row[devices] = Reach { end: row[devices - 1].end, width: 0 };
             for (width, costs) in &problem.costs[problem.devices[devices - 1].kind] {
-                if !problem.may_be_stage(stage, devices, *width) {
-                    continue;
-                }
-                let start = before[devices - width].end;
+                let Some(first) = devices.checked_sub(*width) else { continue };
+                let Some(costs) = problem.costs_of_stage(stage, first..devices, costs) else { continue };
+                let start = before[first].end;
                 let is_started = start > 0 || stage == 0;
                 let best = row[devices].end;
                 // Most runs are ruled out by one look: they do not even get one piece beyond the best so far.
@@ -51,7 +50,7 @@ pub(super) fn layout(problem: &Problem<'_>, bounds: Bounds) -> Option<Vec<Planne
                 {
                     continue;
                 }
-                let end = stage_end(problem, costs, start, devices - width..devices, bounds, &last_block_end);
+                let end = stage_end(problem, costs, start, first..devices, bounds, &last_block_end);
                 if end > row[devices].end && end > start {
                     row[devices] = Reach { end, width: *width };
                 }
@@ -72,12 +71,19 @@ pub(super) fn layout(problem: &Problem<'_>, bounds: Bounds) -> Option<Vec<Planne
 }
 
 impl Problem<'_> {
-    /// Whether the `stage`-th stage may be `width` devices wide and end before the device `end`.
-    pub(super) fn may_be_stage(&self, stage: usize, end: usize, width: usize) -> bool {
-        let is_wanted = self.widths.is_none_or(|widths| widths.get(stage) == Some(&width));
-        is_wanted
-            && width <= end
-            && self.devices[end - width..end].iter().all(|device| device.kind == self.devices[end - 1].kind)
+    /// Costs on each rank of the `stage`-th stage where it may have these devices, the last of which has costs `of_last`: ranks
+    /// are of one kind, but in stages whose width is given.
+    fn costs_of_stage<'a>(
+        &'a self,
+        stage: usize,
+        devices: Range<usize>,
+        of_last: &'a RankCosts,
+    ) -> Option<&'a RankCosts> {
+        if let Some(widths) = self.widths {
+            return self.costs_on(devices.clone()).filter(|_| widths.get(stage) == Some(&devices.len()));
+        }
+        let devices = &self.devices[devices];
+        devices.iter().all(|device| device.kind == devices[0].kind).then_some(of_last)
     }
 }
 

@@ -218,7 +218,7 @@ pub type Costs = Vec<(usize, RankCosts)>;
 /// A device in the order of the pipeline.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StageDevice {
-    /// Index into [`Problem::costs`]. Ranks of one stage are neighbours of one kind.
+    /// Index into [`Problem::costs`]. Ranks of one stage are neighbours, of one kind where nobody gives its width.
     pub kind: usize,
     /// Room for weights, keys and values: workspace is taken off already.
     pub memory_bytes: u64,
@@ -237,7 +237,7 @@ pub struct Problem<'a> {
     pub ends_block: &'a [bool],
     /// For each kind of device.
     pub costs: &'a [Costs],
-    /// The width of each stage, where it is given; stages at the end may be left out.
+    /// The width of each stage, where it is given, of whatever kinds its ranks then are; stages at the end may be left out.
     pub widths: Option<&'a [usize]>,
 }
 
@@ -278,14 +278,29 @@ impl Problem<'_> {
         self.ends_block.len()
     }
 
-    /// Costs on each rank of a stage.
+    /// Costs on each rank of a stage; see [`Problem::costs_on`].
     ///
     /// # Panics
     /// If the stage's width is none of its kind's.
     pub fn rank_costs(&self, stage: &PlannedStage) -> &RankCosts {
-        let kind = self.devices[stage.devices.start].kind;
-        let costs = self.costs[kind].iter().find(|(width, _)| *width == stage.devices.len());
-        &costs.unwrap_or_else(|| panic!("no costs for stages of {}", stage.devices.len())).1
+        let costs = self.costs_on(stage.devices.clone());
+        costs.unwrap_or_else(|| panic!("no costs for stages of {}", stage.devices.len()))
+    }
+
+    /// Costs on each rank of a stage of such devices; none where a kind of them has none for so many. Ranks wait for each
+    /// other: where they are unlike, each takes as long as one of the kind that takes longest for the whole model.
+    pub(super) fn costs_on(&self, devices: Range<usize>) -> Option<&RankCosts> {
+        let width = devices.len();
+        let alike = self.devices[devices].chunk_by(|one, next| one.kind == next.kind);
+        let of_kind = |alike: &[StageDevice]| {
+            let of_width = self.costs[alike[0].kind].iter().find(|(of, _)| *of == width);
+            of_width.map(|(_, costs)| costs)
+        };
+        let whole = |costs: &RankCosts| costs.seconds(0..self.num_pieces());
+        let slower = alike.map(of_kind).reduce(|one, other| {
+            one.zip(other).map(|(one, other)| if whole(one) < whole(other) { other } else { one })
+        });
+        slower.flatten()
     }
 
     /// Time that a stage takes for the micro-batch, with the hop to the next.
@@ -312,7 +327,15 @@ impl Problem<'_> {
 
     /// The room on the smallest of some devices.
     pub(super) fn room(&self, devices: Range<usize>) -> u64 {
-        self.devices[devices].iter().map(|device| device.memory_bytes).min().unwrap_or(0)
+        self.smallest(devices).memory_bytes
+    }
+
+    /// The device with the least room, of some.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn smallest(&self, devices: Range<usize>) -> &StageDevice {
+        self.devices[devices].iter().min_by_key(|device| device.memory_bytes).expect("a stage has a device")
     }
 
     /// What the fullest device lacks for all of its stages, with `kv_tokens` in flight.

@@ -204,6 +204,40 @@ fn ranks_in_threads_and_in_processes_write_the_same_bytes_and_are_reported() {
     assert_eq!(manifest["numeric_profile"]["tensor_parallel"], 2);
 }
 
+/// The line of a stage says what its manifest does: of each rank the share of its busy time and the bytes that went through
+/// collectives, and what went to the next stage.
+#[test]
+fn the_report_tells_time_in_collectives_and_bytes_on_hops_of_a_stage_with_ranks() {
+    let done = layout(Job::on(MODEL).lines(rows(60)), &[2, 1]).run().ok();
+    let line = |stage: usize| {
+        let start = format!("stage {stage}");
+        done.stdout.lines().find(|line| line.starts_with(&start)).expect("a line of the stage").to_owned()
+    };
+    let manifest = manifest(&done);
+    let stage = &manifest["stages"][0];
+    let number = |of: &Value, key: &str| of[key].as_f64().expect("a number");
+    let megabytes = |of: &Value, key: &str| {
+        let bytes = of[key].as_u64().expect("bytes");
+        assert!((1_000_000..1_000_000_000).contains(&bytes), "{key}: {bytes} are told without a comma");
+        bytes / 1_000_000
+    };
+    let share = |rank: &Value| {
+        let percent = 100.0 * number(rank, "collective_seconds") / number(stage, "busy_seconds");
+        format!("{percent:.1} % ({} MB)", megabytes(rank, "collective_bytes"))
+    };
+    let shares: Vec<String> =
+        stage["rank_collectives"].as_array().expect("ranks").iter().map(share).collect();
+    let micros = number(stage, "hop_seconds") * 1e6 / number(stage, "micro_batches");
+    let told = format!(
+        ", 2 ranks: in collectives {} of it, {} MB handed on in {micros:.0} µs each",
+        shares.join(", "),
+        megabytes(stage, "hop_bytes")
+    );
+    assert!(shares.len() == 2 && line(0).ends_with(&told), "{}\nis not{told}", line(0));
+    let alone = line(1);
+    assert!(!["ranks", "collectives", "handed on"].iter().any(|word| alone.contains(word)), "{alone}");
+}
+
 fn restarts(output: &Output) -> bool {
     stdout(output).contains("started again")
 }

@@ -72,12 +72,21 @@ pub(crate) fn whole(model: &Model) -> Part {
     Span { start: 0, end: model.config.blocks.len() }.into()
 }
 
-pub(crate) fn parted(model: &Model, (block, column): (usize, usize)) -> [Part; 2] {
-    let num_blocks = model.config.blocks.len();
-    [
-        Part { blocks: Span { start: 0, end: block + 1 }, first_column: 0, end_column: Some(column) },
-        Part { blocks: Span { start: block, end: num_blocks }, first_column: column, end_column: None },
-    ]
+pub(crate) fn parted(model: &Model, at: (usize, usize)) -> [Part; 2] {
+    parted_at(model, &[at]).try_into().expect("two parts at one place")
+}
+
+/// The parts before, between and after some places, blocks with the columns of their FFNs.
+pub(crate) fn parted_at(model: &Model, places: &[(usize, usize)]) -> Vec<Part> {
+    let starts = std::iter::once((0, 0)).chain(places.iter().copied());
+    let ends = places.iter().map(|&(block, column)| (block + 1, Some(column)));
+    let ends = ends.chain([(model.config.blocks.len(), None)]);
+    let part = |((start, first_column), (end, end_column))| Part {
+        blocks: Span { start, end },
+        first_column,
+        end_column,
+    };
+    starts.zip(ends).map(part).collect()
 }
 
 /// A stage with the threads of its other ranks.

@@ -1,10 +1,11 @@
 //! A scaled-down Ultra: its own 81 blocks at hidden 512 with 32 heads.
 
+use std::cmp::Reverse;
 use std::path::Path;
 
-use stages::{Dtypes, INT8_BLOCK, KvDtype, Model, SUM_CUT, Simd, WeightType};
+use stages::{Dtypes, Ffn, INT8_BLOCK, KvDtype, Model, Part, SUM_CUT, Simd, WeightType};
 
-use crate::layout::{SHARED, StageOf, Way, alone, parted, ranks, run_over, whole};
+use crate::layout::{SHARED, StageOf, Way, alone, parted_at, ranks, run_over, whole};
 use crate::micro_batches::Prompts;
 use crate::{BF16, F32, bits, cpu, difference};
 
@@ -52,9 +53,27 @@ fn run(model: &Model, dtypes: Dtypes, layout: &[StageOf]) -> Vec<f32> {
     run_over(Prompts::SHORT, model, &cpu(Simd::detect()), dtypes, layout)
 }
 
-/// Blocks 67 and 69 have the widest FFNs.
+/// The parts between places in each of the four fused FFNs, which are the widest; all are multiples of so many columns. `at` has
+/// which multiples, where there are so many inside of an FFN.
+fn parted_in_each_fused_ffn(model: &Model, multiple: usize, at: impl Fn(usize) -> Vec<usize>) -> Vec<Part> {
+    let width = |block: &usize| match model.config.blocks[*block].ffn {
+        Ffn::SwiGlu { width } => width,
+        Ffn::Linear | Ffn::None => 0,
+    };
+    let mut fused: Vec<usize> = (0..model.config.blocks.len()).collect();
+    fused.sort_by_key(|block| Reverse(width(block)));
+    fused.truncate(4);
+    fused.sort_unstable();
+    assert_eq!(fused, [66, 67, 68, 69]);
+    let of_block = |block: &usize| {
+        let multiples = at((width(block) - 1) / multiple).into_iter();
+        multiples.map(|which| (*block, which * multiple)).collect::<Vec<_>>()
+    };
+    parted_at(model, &fused.iter().flat_map(of_block).collect::<Vec<_>>())
+}
+
 #[test]
-fn a_scaled_down_ultra_agrees_on_one_to_four_ranks_cut_through_its_widest_ffns_and_both() {
+fn a_scaled_down_ultra_agrees_on_one_to_four_ranks_cut_through_its_fused_ffns_and_both() {
     let unsplit = Unsplit::of(F32);
     let model = &unsplit.model;
     // In four of the six ways that are mixed an attention half is the first rank's, or an FFN.
@@ -62,17 +81,21 @@ fn a_scaled_down_ultra_agrees_on_one_to_four_ranks_cut_through_its_widest_ffns_a
         let layout = [StageOf { part: whole(model), num_ranks, way }];
         unsplit.agrees(&layout, ULTRA_F32_BOUND, &format!("{num_ranks} ranks, {way:?}"));
     }
-    for column in [SUM_CUT, 6400, 12800] {
-        unsplit.keeps_its_bits(&parted(model, (67, column)).map(alone), &format!("cut at {column}"));
-    }
-    let [first, second] = parted(model, (69, 8192));
-    unsplit.agrees(&[ranks(first, 2), ranks(second, 3)], ULTRA_F32_BOUND, "cut and shared");
+    // First, last, and an odd one between.
+    let parts = parted_in_each_fused_ffn(model, SUM_CUT, |last| vec![1, last / 2 | 1, last]);
+    assert_eq!(parts.len(), 13);
+    unsplit.keeps_its_bits(&parts.iter().copied().map(alone).collect::<Vec<_>>(), "cut");
+    // Neighbours have all numbers of ranks in turn, the same one now and then.
+    let shared = (0..).zip(parts).map(|(stage, part)| ranks(part, 1 + (3 * stage + stage / 4) % 4));
+    unsplit.agrees(&shared.collect::<Vec<_>>(), ULTRA_F32_BOUND, "cut and shared");
 }
 
 #[test]
-fn a_scaled_down_ultra_in_integers_keeps_its_bits_cut_through_its_widest_ffn() {
+fn a_scaled_down_ultra_in_integers_keeps_its_bits_cut_wherever_its_fused_ffns_can_be() {
     let unsplit = Unsplit::of(Dtypes { weights: WeightType::Int8, kv: KvDtype::Bf16 });
-    unsplit.keeps_its_bits(&parted(&unsplit.model, (67, INT8_BLOCK)).map(alone), "cut");
+    let parts = parted_in_each_fused_ffn(&unsplit.model, INT8_BLOCK, |last| (1..=last).collect());
+    assert_eq!(parts.len(), 11);
+    unsplit.keeps_its_bits(&parts.into_iter().map(alone).collect::<Vec<_>>(), "cut");
 }
 
 #[test]

@@ -5,15 +5,20 @@
 //! core. Blocks are profiled; the planner cuts whole blocks, and columns, by that. Micro-batches of 64 rows decode at a
 //! context of 64. The clock starts when a pipeline is full and its arrays have their sizes, as the plan's figure is that of a job's middle;
 //! beside it stands what each stage was in its steps, and what ranks spent in collectives, waiting for each other counted. All layouts must draw the same tokens but for the ranks' rounding, which may turn a few.
+//! Ranks are threads, which is what is profiled, and once more processes that meet by TCP, as `[pipeline] ranks` has them: these
+//! stand beside the same prediction, as a plan takes them for threads.
 //!
-//! `cargo bench --bench wide_ffn [-- RUNS]`, with nothing else running; about two minutes.
+//! `cargo bench --bench wide_ffn [-- RUNS]`, with nothing else running; about three minutes.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
 mod common;
 #[path = "common/decoding.rs"]
 mod decoding;
+#[path = "wide_ffn/ranks.rs"]
+mod ranks;
 
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
@@ -21,6 +26,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use common::median;
 use decoding::Decoding;
+use ranks::Home;
 use scheduler::{
     Load, MicroBatch, Problem, StageDevice, TokenId, least_bottleneck, least_bottleneck_on_each,
 };
@@ -28,8 +34,8 @@ use serde_json::{Value, json};
 use stages::cost::{Channel, CostModel, Measured, NumberType, NumberTypes, PieceShape, pieces};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, TokenPoint, measure};
 use stages::{
-    Activations, Alike, CollectiveClock, Device, Dtypes, KvDtype, Model, Part, RankGroup, RankStep, SUM_CUT,
-    Sharing, Simd, SpanOptions, StageOutput, WeightType, available_cores, rank_steps, thread_ranks,
+    Activations, Alike, Device, Dtypes, KvDtype, Model, Part, SUM_CUT, Sharing, Simd, SpanOptions,
+    StageOutput, WeightType, available_cores,
 };
 
 const HIDDEN: usize = 512;
@@ -47,44 +53,50 @@ const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 const TYPES: NumberTypes = NumberTypes { weights: NumberType::Bf16, kv: NumberType::Bf16 };
 /// Of ranks of a number that is not profiled: there are none.
 const NO_TIME: Channel = Channel { latency_seconds: 0.0, bytes_per_second: 1e30 };
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> Result<()> {
-    let runs = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(9);
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(of_rank) = ranks::asked_to_follow(&args) {
+        return ranks::follow(of_rank);
+    }
+    let runs = args.iter().find_map(|arg| arg.parse().ok()).unwrap_or(9);
     let folder = tempfile::tempdir()?;
     let model = model(folder.path())?;
     let cores = available_cores();
     ensure!(cores.len() >= 2, "2 cores are needed, found {}", cores.len());
-    let device = |core: &usize| Device::Cpu { cores: vec![*core], threads: 1, simd: Simd::detect() };
-    let devices: Vec<Device> = cores[..2].iter().map(device).collect();
+    let devices: Vec<Device> = cores[..2].iter().map(|core| device(*core)).collect();
     let profile = profile(&model, &devices)?;
-    let ranks = profile.shared(2).context("two ranks are profiled")?;
+    let pair = profile.shared(2).context("two ranks are profiled")?;
     let at_rows = |points: &[TokenPoint]| {
         points.iter().find(|point| point.tokens == ROWS).map(|point| point.seconds.median * 1e6)
     };
     println!(
         "[{ROWS}, {HIDDEN}] in f32 between two ranks: all-reduce {:.1} us, all-gather of columns {:.1} us, broadcast {:.1} us",
-        at_rows(&ranks.all_reduce).context("so many rows are profiled")?,
-        at_rows(&ranks.all_gather).context("so many rows are profiled")?,
-        at_rows(&ranks.broadcast).context("so many rows are profiled")?
+        at_rows(&pair.all_reduce).context("so many rows are profiled")?,
+        at_rows(&pair.all_gather).context("so many rows are profiled")?,
+        at_rows(&pair.broadcast).context("so many rows are profiled")?
     );
     let costs = Measured::new(&model.config, &profile, Neighbours::Busy, TYPES, NO_TIME)?;
     let load = micro_batch(0).load();
 
     let whole = plan(&model, &costs, load, false)?;
     let cut = plan(&model, &costs, load, true)?;
-    let all: Part = scheduler::Span { start: 0, end: model.config.blocks.len() }.into();
     let sharing = costs.sharing(&pieces(&model.config, None), 2, load);
+    let alone = |name, parts| Layout { name, parts, ranks: None, sharing: Sharing::default() };
+    let shared =
+        |name, home| Layout { name, parts: vec![all(&model)], ranks: Some(home), sharing: sharing.clone() };
     let layouts = [
-        Layout { name: "whole blocks", parts: whole, ranks: 1, sharing: Sharing::default() },
-        Layout { name: "column cut", parts: cut, ranks: 1, sharing: Sharing::default() },
-        Layout { name: "two ranks", parts: vec![all], ranks: 2, sharing },
+        alone("whole blocks", whole),
+        alone("column cut", cut),
+        shared("two ranks", Home::Threads),
+        shared("two processes", Home::Processes),
     ];
-    let expected = layouts[0].run(&model, &devices).1;
+    let run = |layout: &Layout| layout.run(&model, folder.path(), &devices);
+    let expected = run(&layouts[0])?.1;
     for layout in &layouts[1..] {
-        let found = layout.run(&model, &devices).1;
+        let found = run(layout)?.1;
         let turned = found.iter().zip(&expected).filter(|(found, expected)| found != expected).count();
-        ensure!(layout.ranks > 1 || turned == 0, "{}: {turned} tokens differ", layout.name);
+        ensure!(layout.ranks.is_some() || turned == 0, "{}: {turned} tokens differ", layout.name);
         ensure!(
             turned <= expected.len() / 50,
             "{}: {turned} of {} tokens differ",
@@ -92,10 +104,10 @@ fn main() -> Result<()> {
             expected.len()
         );
     }
-    let mut times = [vec![], vec![], vec![]];
+    let mut times = layouts.each_ref().map(|_| vec![]);
     for _ in 0..runs {
         for (layout, times) in layouts.iter().zip(&mut times) {
-            times.push(layout.run(&model, &devices).0);
+            times.push(run(layout)?.0);
         }
     }
     let of_micro_batch = |times: &[Times]| times.iter().map(|times| times.micro_batch).collect::<Vec<_>>();
@@ -127,7 +139,7 @@ fn main() -> Result<()> {
         for Alike { half, how, blocks } in layout.sharing.exceptions().alike() {
             println!("    {half} of {blocks:?} {how}");
         }
-        for rank in 0..if layout.ranks > 1 { layout.ranks } else { 0 } {
+        for rank in 0..times[0].collectives.len() {
             let of_rank = |run: &Times| run.collectives[rank].as_secs_f64() / STEPS as f64;
             let seconds: Vec<f64> = times.iter().map(of_rank).collect();
             println!("    rank {rank}: {:.3} ms of a step in collectives", 1e3 * median(&seconds));
@@ -136,7 +148,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn model(folder: &std::path::Path) -> Result<Model> {
+fn model(folder: &Path) -> Result<Model> {
     let block = |has_attention: bool, width: usize| {
         json!({
             "attention": {"n_heads_in_group": has_attention.then_some(4), "no_op": !has_attention, "replace_with_linear": false},
@@ -155,6 +167,15 @@ fn model(folder: &std::path::Path) -> Result<Model> {
     });
     std::fs::write(folder.join("config.json"), config.to_string())?;
     Ok(Model::open(folder, true)?.0)
+}
+
+fn device(core: usize) -> Device {
+    Device::Cpu { cores: vec![core], threads: 1, simd: Simd::detect() }
+}
+
+/// All blocks, as one stage.
+fn all(model: &Model) -> Part {
+    scheduler::Span { start: 0, end: model.config.blocks.len() }.into()
 }
 
 fn profile(model: &Model, devices: &[Device]) -> Result<Profile> {
@@ -202,8 +223,9 @@ fn part(pieces: &[PieceShape]) -> Part {
 struct Layout {
     name: &'static str,
     parts: Vec<Part>,
-    ranks: usize,
-    /// How these share blocks.
+    /// Where two ranks of a single stage run; nothing of stages of one device each.
+    ranks: Option<Home>,
+    /// How the ranks share blocks.
     sharing: Sharing,
 }
 
@@ -213,16 +235,20 @@ struct Times {
     micro_batch: f64,
     /// In a step of each stage, medians.
     steps: Vec<f64>,
-    /// Of each rank, in all steps.
+    /// Of each rank of several, in all steps.
     collectives: Vec<Duration>,
 }
 
 type Parcel = (Arc<MicroBatch>, Option<Activations>);
 
 impl Layout {
-    /// Times, and the tokens that all micro-batches draw.
-    fn run(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
-        if self.ranks > 1 { self.run_ranks(model, devices) } else { self.run_stages(model, devices) }
+    /// Times, and the tokens that all micro-batches draw. The model is in `folder`.
+    fn run(&self, model: &Model, folder: &Path, devices: &[Device]) -> Result<(Times, Vec<TokenId>)> {
+        match self.ranks {
+            None => Ok(self.run_stages(model, devices)),
+            Some(Home::Threads) => Ok(ranks::in_threads(model, devices, &self.sharing)),
+            Some(Home::Processes) => ranks::in_processes((model, folder), devices, &self.sharing),
+        }
     }
 
     fn run_stages(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
@@ -278,66 +304,6 @@ impl Layout {
         })
     }
 
-    fn run_ranks(&self, model: &Model, devices: &[Device]) -> (Times, Vec<TokenId>) {
-        let loaded = Barrier::new(2);
-        let part = self.parts[0];
-        let clocks: [Arc<CollectiveClock>; 2] = Default::default();
-        let group = |rank: stages::ThreadRank, clock: &Arc<CollectiveClock>| RankGroup {
-            collective: Box::new(rank),
-            sharing: self.sharing.clone(),
-            clock: Arc::clone(clock),
-            exit: stages::GroupExit::default(),
-        };
-        let clocks = &clocks;
-        std::thread::scope(|scope| {
-            let mut ranks = thread_ranks(2, PATIENCE).into_iter();
-            let (first, second) = (ranks.next().expect("two"), ranks.next().expect("two"));
-            let (sender, steps) = rank_steps();
-            let loaded = &loaded;
-            scope.spawn(move || {
-                let follower = stages::load_follower(
-                    model,
-                    &devices[1],
-                    DTYPES,
-                    options(part),
-                    group(second, &clocks[1]),
-                );
-                let mut follower = follower.expect("it loads");
-                loaded.wait();
-                steps.for_each(|step| follower.follow(&step).expect("a step"));
-            });
-            let own = scope.spawn(move || {
-                let stage = stages::load_first_rank(
-                    model,
-                    &devices[0],
-                    DTYPES,
-                    options(part),
-                    group(first, &clocks[0]),
-                );
-                let mut stage = stage.expect("it loads");
-                loaded.wait();
-                let (mut begun, mut drawn, mut steps) = (Instant::now(), Vec::new(), Vec::new());
-                for id in 0..STEPS {
-                    if id == WARM_UP as u64 {
-                        begun = Instant::now();
-                    }
-                    let batch = micro_batch(id);
-                    sender.send(Arc::new(RankStep::of(&batch, true))).expect("the other rank is there");
-                    let step = Instant::now();
-                    let StageOutput::Tokens(output) = stage.step(&batch, None).expect("a step") else {
-                        panic!("the stage is the last")
-                    };
-                    steps.push(step.elapsed().as_secs_f64());
-                    drawn.extend(output.slices.iter().filter_map(|slice| slice.token));
-                }
-                let micro_batch = begun.elapsed().as_secs_f64() / (STEPS as usize - WARM_UP) as f64;
-                let collectives = clocks.iter().map(|clock| clock.read().time).collect();
-                (Times { micro_batch, steps: vec![median(&steps)], collectives }, drawn)
-            });
-            own.join().expect("it ends")
-        })
-    }
-
     /// Each stage's time, by the profile.
     fn predicted(&self, model: &Model, costs: &Measured, load: Load) -> Vec<f64> {
         let mut cut = Vec::new();
@@ -353,7 +319,8 @@ impl Layout {
             }
             runs.push(start..cut.len());
         }
-        runs.into_iter().map(|run| costs.step_seconds(&cut, run, self.ranks, &self.sharing, load)).collect()
+        let ranks = if self.ranks.is_some() { 2 } else { 1 };
+        runs.into_iter().map(|run| costs.step_seconds(&cut, run, ranks, &self.sharing, load)).collect()
     }
 }
 

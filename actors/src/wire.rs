@@ -1,10 +1,34 @@
 //! What processes of one run say to each other, as far as several of their talks need it. All are this program: nothing here
 //! outlives a run.
 
+use std::io::Write;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use serde_json::{Value, json};
-use stages::{Device, Simd};
+use stages::{Device, Frame, Simd};
+
+/// How often a process says that it is there: many times within the shortest step timeout, a second.
+pub(crate) const BEAT_EVERY: Duration = Duration::from_millis(100);
+
+/// Says words from any thread to whoever started this process.
+#[derive(Clone)]
+pub(crate) struct Voice(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Voice {
+    pub(crate) fn new(output: impl Write + Send + 'static) -> Self {
+        Voice(Arc::new(Mutex::new(Box::new(output))))
+    }
+
+    /// Says a word of this kind.
+    pub(crate) fn say(&self, kind: u32, body: &[u8]) {
+        let frame = Frame { kind, sequence: 0, shape: [0, 0] };
+        let mut output = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where nobody listens any more, the input ends too.
+        let _ = frame.write(&mut *output, body).and_then(|()| output.flush());
+    }
+}
 
 /// A device as JSON.
 pub(crate) fn device(device: &Device) -> Value {

@@ -107,7 +107,7 @@ pub(super) fn in_processes(
     let mut orders = other.stdin.take().context("its input")?;
     let mut words = BufReader::new(other.stdout.take().context("its output")?).lines();
     let clock = Arc::default();
-    let group = group(TcpRank::lead(&listener, 2, GROUP, PATIENCE)?, sharing, &clock);
+    let group = group(TcpRank::lead(&listener, 2, GROUP, PATIENCE, || None)?, sharing, &clock);
     let wait = || assert_eq!(words.next().expect("a word").expect("a line"), READY);
     let tell = |batch: &MicroBatch| writeln!(orders, "{}", batch.id.0).expect("the other rank is there");
     // On a thread of its own, as ranks pin theirs to their cores.

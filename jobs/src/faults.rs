@@ -10,11 +10,13 @@
 //! |---|---|
 //! | `write`, `stage0`, `stage1`, … | the point: a change to a file, or a step of that stage |
 //! | `stage0.1`, … | a step of a rank of that stage, from 1; where stages or ranks are processes, counted in each life of one |
+//! | `load0`, `load0.1`, … | that a stage or a rank that is a process is about to load, in each life of it; a rank passes it twice, first when it is about to join the others |
 //! | `@17`, `@1/30` | the 17th time the point is passed, from 1; or each time with that chance, by seed |
 //! | `:kill` | the process gets SIGKILL before the change |
 //! | `:tear` | half of the bytes are written, then the process gets SIGKILL |
 //! | `:error` | the change fails as on a full disk; after `@17` all that follow do too |
 //! | `:panic`, `:hang`, `:slow` | the stage panics, stops for good, or takes 50 ms longer |
+//! | `:stop` | at a point that is no change to a file: the process gets SIGSTOP |
 
 use std::io::{self, ErrorKind, Write};
 use std::str::FromStr;
@@ -49,6 +51,8 @@ enum Point {
     Stage(usize),
     /// Of a stage, a rank beside the first.
     Rank(usize, usize),
+    /// The start of a stage's process, or of that of a rank beside the first.
+    Load(usize, Option<usize>),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +69,7 @@ enum Action {
     Panic,
     Hang,
     Slow,
+    Stop,
 }
 
 impl Faults {
@@ -122,13 +127,7 @@ impl FromStr for Faults {
 fn rule(text: &str) -> Option<Rule> {
     let (point, rest) = text.split_once('@')?;
     let (when, action) = rest.split_once(':')?;
-    let point = match point.strip_prefix("stage") {
-        Some(stage) => match stage.split_once('.') {
-            Some((stage, rank)) => Point::Rank(stage.parse().ok()?, rank.parse().ok()?),
-            None => Point::Stage(stage.parse().ok()?),
-        },
-        None => (point == "write").then_some(Point::Write)?,
-    };
+    let point = named_point(point)?;
     let when = match when.strip_prefix("1/") {
         Some(n) => When::OneIn(n.parse().ok().filter(|&n| n > 0)?),
         None => When::Nth(when.parse().ok()?),
@@ -137,12 +136,36 @@ fn rule(text: &str) -> Option<Rule> {
         (_, "kill") => Action::Kill,
         (Point::Write, "tear") => Action::Tear,
         (Point::Write, "error") => Action::Error,
-        (Point::Stage(_) | Point::Rank(..), "panic") => Action::Panic,
-        (Point::Stage(_) | Point::Rank(..), "hang") => Action::Hang,
-        (Point::Stage(_) | Point::Rank(..), "slow") => Action::Slow,
+        (Point::Write, _) => return None,
+        (_, "panic") => Action::Panic,
+        (_, "hang") => Action::Hang,
+        (_, "slow") => Action::Slow,
+        (_, "stop") => Action::Stop,
         _ => return None,
     };
     Some(Rule { point, when, action, passed: Arc::default() })
+}
+
+fn named_point(name: &str) -> Option<Point> {
+    if let Some(of) = name.strip_prefix("load") {
+        let (stage, rank) = place(of)?;
+        return Some(Point::Load(stage, rank));
+    }
+    match name.strip_prefix("stage") {
+        Some(of) => Some(match place(of)? {
+            (stage, Some(rank)) => Point::Rank(stage, rank),
+            (stage, None) => Point::Stage(stage),
+        }),
+        None => (name == "write").then_some(Point::Write),
+    }
+}
+
+/// A stage, and the rank of it that is named, if one is.
+fn place(text: &str) -> Option<(usize, Option<usize>)> {
+    match text.split_once('.') {
+        Some((stage, rank)) => Some((stage.parse().ok()?, Some(rank.parse().ok()?))),
+        None => Some((text.parse().ok()?, None)),
+    }
 }
 
 /// A stage is about to take a step.
@@ -161,6 +184,14 @@ pub fn rank_step(stage: usize, rank: usize) {
     take(Point::Rank(stage, rank));
 }
 
+/// The process of a stage, or of a rank of it, from 1, goes on with its start.
+///
+/// # Panics
+/// Where that is planned.
+pub fn load(stage: usize, rank: Option<usize>) {
+    take(Point::Load(stage, rank));
+}
+
 /// The plan of this process, for another that it starts.
 pub fn plan() -> Option<String> {
     PLAN.get().map(|plan| plan.text.clone())
@@ -173,6 +204,7 @@ fn take(point: Point) {
             std::thread::park();
         },
         Some(Action::Slow) => std::thread::sleep(SLOW),
+        Some(Action::Stop) => stop(),
         Some(_) => kill(),
         None => {}
     }
@@ -213,6 +245,11 @@ fn full() -> io::Error {
     io::Error::new(ErrorKind::StorageFull, "a planted full disk")
 }
 
+/// Stops the process until somebody has it go on.
+fn stop() {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+}
+
 /// Ends the process as a power cut would: nothing of it runs any more.
 fn kill() -> ! {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
@@ -234,11 +271,26 @@ mod tests {
         assert!((0..100).all(|_| plan.pass(Point::Stage(0)).is_none()));
         let panics = (0..1000).filter(|_| plan.pass(Point::Stage(1)).is_some()).count();
         assert!((200..300).contains(&panics), "{panics} of 1000, expected about a quarter");
+        let plan: Faults = "load1@1:kill,load1.2@2:stop".parse().unwrap();
+        assert_eq!(plan.pass(Point::Load(1, None)), Some(Action::Kill));
+        assert!(plan.pass(Point::Load(1, Some(1))).is_none());
+        let of_rank: Vec<_> = (0..3).map(|_| plan.pass(Point::Load(1, Some(2)))).collect();
+        assert_eq!(of_rank, [None, Some(Action::Stop), None]);
     }
 
     #[test]
     fn a_plan_that_makes_no_sense_is_refused() {
-        for plan in ["", "write", "write@2", "write@2:panic", "stage@1:panic", "stage0@1/0:panic", "seed=x"] {
+        for plan in [
+            "",
+            "write",
+            "write@2",
+            "write@2:panic",
+            "write@2:stop",
+            "load@1:kill",
+            "stage@1:panic",
+            "stage0@1/0:panic",
+            "seed=x",
+        ] {
             assert!(plan.parse::<Faults>().is_err(), "{plan:?}");
         }
     }

@@ -59,7 +59,8 @@ fn tcp(num_ranks: usize, patience: Duration) -> Vec<Rank> {
         std::thread::spawn(move || TcpRank::join(leader, rank, num_ranks, group, patience).unwrap())
     };
     let others: Vec<_> = (1..num_ranks).map(join).collect();
-    let mut ranks = vec![Box::new(TcpRank::lead(&listener, num_ranks, group, patience).unwrap()) as Rank];
+    let mut ranks =
+        vec![Box::new(TcpRank::lead(&listener, num_ranks, group, patience, || None).unwrap()) as Rank];
     ranks.extend(others.into_iter().map(|other| Box::new(other.join().unwrap()) as Rank));
     ranks
 }
@@ -502,7 +503,7 @@ fn a_rank_that_belongs_to_another_group_is_sent_away() {
     let leader = listener.local_addr().unwrap();
     let patience = Duration::from_millis(300);
     let stranger = std::thread::spawn(move || TcpRank::join(leader, 1, 2, 5, patience));
-    let error = TcpRank::lead(&listener, 2, 6, patience).unwrap_err();
+    let error = TcpRank::lead(&listener, 2, 6, patience, || None).unwrap_err();
     assert_eq!(error.to_string(), "hello on rank 0: rank 1 did not come within 300ms");
     drop(stranger.join().unwrap());
 }

@@ -2,6 +2,7 @@
 //! time, and complete jobs when a rank dies.
 
 use std::process::Output;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -252,6 +253,7 @@ fn a_rank_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() 
         ("processes", "stage1.1@25:kill"),
         ("processes", "stage1.1@25:panic"),
         ("processes", "stage1.1@25:hang"),
+        ("processes", "stage1.1@25:stop"),
     ] {
         let job =
             undisturbed.anew().set(format!("pipeline.ranks={home}")).set("pipeline.step_timeout_seconds=2");
@@ -259,6 +261,30 @@ fn a_rank_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() 
         assert_done(&output);
         assert!(restarts(&output), "{home} {fault}:\n{}", stdout(&output));
         assert_as_run_of(&job.out(), &undisturbed.anew());
+    }
+}
+
+/// Much less than the ten minutes that a step may take unless a job says otherwise.
+const SOON: Duration = Duration::from_secs(60);
+
+#[test]
+fn a_rank_or_a_stage_that_dies_or_stops_while_it_loads_is_not_waited_for() {
+    let job = || layout(Job::on(MODEL).lines(rows(1)), &[1, 2]);
+    let ranks = || job().set("pipeline.ranks=processes");
+    let stages = || job().set("pipeline.stages_run_in=processes");
+    let soon = "pipeline.step_timeout_seconds=2";
+    let silent = "its process was not heard of for 2.5s while it loaded";
+    for (job, fault, words) in [
+        (ranks(), "load1.1@1:kill", "load stage 1: rank 1: its process ended"),
+        (ranks(), "load1.1@2:kill", "load stage 1: rank 1: its process ended"),
+        (ranks().set(soon), "load1.1@2:stop", &format!("load stage 1: rank 1: {silent}")[..]),
+        (stages(), "load1@1:kill", "load stage 1: its process ended"),
+        (stages().set(soon), "load1@1:stop", &format!("load stage 1: {silent}")[..]),
+    ] {
+        let begun = Instant::now();
+        let output = job.command_with_faults(fault).output().expect("start spanwise");
+        assert!(begun.elapsed() < SOON, "{fault}: {:?}", begun.elapsed());
+        assert!(!output.status.success() && stderr(&output).contains(words), "{fault}: {}", stderr(&output));
     }
 }
 

@@ -6,20 +6,23 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use scheduler::MicroBatchId;
 use stages::Frame;
 use tokio::sync::oneshot;
 
 use super::wire::{End, FLUSH, JOIN, LOST, Order, Word};
 use super::{ProcessArgs, ProcessEnds};
+use crate::clock::AtWork;
 use crate::device_thread::{Here, WayBack, Witness};
 use crate::error::{Error, Result};
 use crate::link::Link;
 use crate::stage::{Flush, Join, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::TcpLink;
+use crate::wire::BEAT_EVERY;
 
 /// The subcommand by which this program becomes a stage.
 const SUBCOMMAND: &str = "stage";
@@ -53,7 +56,7 @@ impl Keeper {
             Ok(process) => process,
             Err(message) => return drop(ready.send(Err(Error::Load { stage, message }))),
         };
-        let flushes = Flushes::default();
+        let (flushes, at_work) = (Flushes::default(), Arc::clone(&witness.at_work));
         let (first_word, loaded) = bounded(1);
         let ear = Ear { args: Arc::clone(&args), ends, witness, flushes: Arc::clone(&flushes), first_word };
         let (is_first, stdout) = (ear.ends.is_first, process.stdout.take().expect("nobody took it yet"));
@@ -61,7 +64,7 @@ impl Keeper {
         let thread = std::thread::Builder::new().name(name).spawn(move || ear.hear(stdout));
         thread.expect("the system starts a thread");
 
-        let loaded = loaded.recv().unwrap_or(Err(Error::Ended("a stage's process")));
+        let loaded = wait_until_loaded(stage, &loaded, &at_work, args.ranks.patience);
         let link = TcpLink::of_pipeline(mailbox_size(args.num_stages), args.ranks.patience);
         let joined = loaded.and_then(|address| match is_first {
             true => link.join(address, group).map_err(|e| Error::Load { stage, message: e.to_string() }),
@@ -83,6 +86,27 @@ impl Keeper {
                 Work::Lost => process.tell(LOST, lost.next(), &[]),
                 Work::Join(Join(address)) => process.tell(JOIN, lost.next(), address.to_string().as_bytes()),
             }
+        }
+    }
+}
+
+/// Waits until a stage's process is loaded or says why it is not, however long it takes, as long as it says that it is there.
+fn wait_until_loaded(
+    stage: usize,
+    loaded: &Receiver<Result<SocketAddr>>,
+    at_work: &AtWork,
+    patience: Duration,
+) -> Result<SocketAddr> {
+    at_work.beat(); // It was just started.
+    loop {
+        match loaded.recv_timeout(BEAT_EVERY) {
+            Ok(loaded) => return loaded,
+            Err(RecvTimeoutError::Disconnected) => return Err(Error::Ended("a stage's process")),
+            Err(RecvTimeoutError::Timeout) if at_work.give_up_after(patience) => {
+                let message = format!("its process was not heard of for {patience:?} while it loaded");
+                return Err(Error::Load { stage, message });
+            }
+            Err(RecvTimeoutError::Timeout) => {}
         }
     }
 }

@@ -16,9 +16,7 @@ use crate::ranks::{Done, RankHome, RanksArgs, Watch};
 use crate::stage::{Flush, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::{OnFailure, OwnGate, TcpInlet, TcpLink};
-
-/// How often a process says that it is there: many times within the shortest step timeout, a second.
-const BEAT_EVERY: Duration = Duration::from_millis(100);
+use crate::wire::{self, BEAT_EVERY};
 
 /// What a process does that is a stage: reads its order and then orders from `input`, and says to `output` what it is at, and
 /// why it ends. Ends the process when its input ends, whatever it is at: a stage that hangs must not outlive who started it.
@@ -29,7 +27,7 @@ pub fn serve_stage(
     input: impl Read + Send + 'static,
     output: impl Write + Send + 'static,
 ) -> Result<(), String> {
-    let voice = Voice(Arc::new(Mutex::new(Box::new(output))));
+    let voice = Voice(wire::Voice::new(output));
     serve(BufReader::new(input), &voice).inspect_err(|message| {
         voice.end(End { message: message.clone(), is_panic: false, micro_batch: None });
     })
@@ -37,15 +35,12 @@ pub fn serve_stage(
 
 /// Says words, from any thread.
 #[derive(Clone)]
-struct Voice(Arc<Mutex<Box<dyn Write + Send>>>);
+struct Voice(wire::Voice);
 
 impl Voice {
     fn say(&self, word: &Word) {
         let (kind, body) = word.encode();
-        let frame = Frame { kind, sequence: 0, shape: [0, 0] };
-        let mut output = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where nobody listens any more, the input ends too.
-        let _ = frame.write(&mut *output, &body).and_then(|()| output.flush());
+        self.0.say(kind, &body);
     }
 
     fn end(&self, end: End) {
@@ -158,6 +153,7 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
     let is_last = args.options.part.is_last(&args.model.config);
     // Neighbours are told of each other when both are loaded.
     let load: LoadStage = Arc::new(move || {
+        jobs::faults::load(args.stage, None);
         let stage = args.load()?;
         stage.gate().into_iter().for_each(|own| drop(gate.set(own)));
         Ok(stage)

@@ -10,7 +10,7 @@ mod watch;
 mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use scheduler::MicroBatch;
 use stages::{
@@ -27,6 +27,12 @@ pub(crate) use wire::tests::done as some_done;
 pub(crate) use wire::{add_done, read_done};
 
 use watch::Doing;
+
+/// How long a rank's word may take after others have seen it leave: it says why before it does, and that comes by another way.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// How often is looked whether it has come.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// Where the ranks of a stage beside the first run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -105,8 +111,8 @@ impl Drop for RankedStage {
 
 /// The way to a rank beside the first.
 trait RankLink: Send {
-    /// Tells it what comes; false when it is gone. Never waits for long: a rank that does not follow is found
-    /// in a collective.
+    /// Tells it what comes; false when it is gone, or does not take it within the ranks' patience. Does not wait for it to follow:
+    /// a rank that does not is found in a collective.
     fn tell(&mut self, step: &Arc<RankStep>) -> bool;
 
     /// Where its end is told.
@@ -170,7 +176,7 @@ impl RankedStage {
         let is_there =
             |(index, other): (usize, &mut Box<dyn RankLink>)| (!other.tell(&step)).then_some(index + 1);
         if let Some(rank) = self.others.iter_mut().enumerate().find_map(is_there) {
-            return Err(self.blame(rank, "it is gone".to_owned()));
+            return Err(self.blame(Some(rank), "it takes no steps any more".to_owned()));
         }
         let clock = self.watch.clock(0);
         let doing = Doing::begin(&clock);
@@ -180,32 +186,48 @@ impl RankedStage {
         }
         match outcome {
             Err(error) if error.is_of_other_rank() => {
-                let waited_for = || {
-                    let ended = self.others.iter().position(|other| other.end().read().is_some());
-                    ended.map(|index| index + 1)
-                };
-                let rank = error.rank_without_room().or_else(waited_for).unwrap_or(0);
-                Err(self.blame(rank, error.to_string()))
+                Err(self.blame(error.rank_without_room(), error.to_string()))
             }
             outcome => outcome,
         }
     }
 
-    /// The error of the rank that is to blame, as far as it has said why; else that of `rank`, as others saw it.
-    fn blame(&self, rank: usize, seen: String) -> stages::Error {
-        let ends = || self.others.iter().map(|other| other.end().read());
-        let cause = ends().enumerate().find_map(|(index, end)| {
-            end.filter(|end| !end.is_consequence).map(|end| (index + 1, end.message))
-        });
-        let (rank, message) = cause.unwrap_or((rank, seen));
+    /// The error of the rank that is to blame, as far as it says why; else that of `rank`, or of one that has ended, as others saw it.
+    fn blame(&self, rank: Option<usize>, seen: String) -> stages::Error {
+        let ends: Vec<&RankEnd> = self.others.iter().map(|other| other.end()).collect();
+        let (rank, message) = cause(&ends).unwrap_or_else(|| (rank.or(ended(&ends)).unwrap_or(0), seen));
         stages::Error::Rank { rank, message }
+    }
+}
+
+/// A rank that has ended, where one has. `ends` are those of ranks 1, 2, …
+fn ended(ends: &[&RankEnd]) -> Option<usize> {
+    ends.iter().position(|end| end.read().is_some()).map(|index| index + 1)
+}
+
+/// The rank that has ended of its own, and why, once others have seen one leave: waits for its word, which may be on its way. `ends` are
+/// those of ranks 1, 2, …
+fn cause(ends: &[&RankEnd]) -> Option<(usize, String)> {
+    let told = || {
+        ends.iter().enumerate().find_map(|(index, end)| {
+            end.read().filter(|end| !end.is_consequence).map(|end| (index + 1, end.message))
+        })
+    };
+    let since = Instant::now();
+    loop {
+        match told() {
+            None if since.elapsed() < GRACE => std::thread::sleep(LOOK_EVERY),
+            told => return told,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
     use scheduler::{MicroBatchId, MicroBatchOutput, Request, RequestKey, Sampling, SequenceId, Slice, Span};
-    use stages::PAGE_TOKENS;
+    use stages::{PAGE_TOKENS, TcpRank};
 
     use super::*;
     use crate::tests::emulated;
@@ -295,5 +317,44 @@ mod tests {
                 "rank {left} computes in the group that it has left"
             );
         }
+    }
+
+    /// A rank that takes whatever it is told.
+    struct Patient(RankEnd);
+
+    impl RankLink for Patient {
+        fn tell(&mut self, _: &Arc<RankStep>) -> bool {
+            true
+        }
+
+        fn end(&self) -> &RankEnd {
+            &self.0
+        }
+    }
+
+    /// A first rank that has seen another one leave.
+    struct Left;
+
+    impl Stage for Left {
+        fn step(&mut self, _: &MicroBatch, _: Option<Activations>) -> stages::Result<StageOutput> {
+            let nobody = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
+            Err(TcpRank::join(nobody, 1, 3, 0, GRACE).unwrap_err().into())
+        }
+    }
+
+    #[test]
+    fn a_rank_is_blamed_for_what_it_says_though_its_word_comes_after_others_have_seen_it_leave() {
+        let ends = [RankEnd::default(), RankEnd::default()];
+        let others = ends.iter().map(|end| Box::new(Patient(end.clone())) as Box<dyn RankLink>).collect();
+        let mut stage = stage(Box::new(Left), others, Vec::new());
+        ends[0].tell("rank 2 is gone".to_owned(), true);
+        let late = ends[1].clone();
+        let word = std::thread::spawn(move || {
+            std::thread::sleep(GRACE / 10);
+            late.tell("it panicked".to_owned(), false);
+        });
+        let error = stage.step(&batch(), None).err().expect("a rank has left");
+        assert_eq!(error.to_string(), "rank 2: it panicked");
+        word.join().unwrap();
     }
 }

@@ -4,20 +4,24 @@
 //! A rank's input ends with the process that started it, and its connections with any rank, so that none is left
 //! behind. What it has to say comes by its standard output.
 
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam::channel::{Receiver, bounded, unbounded};
-use stages::{CollectiveClock, Frame, GroupExit, RankGroup, RankStep, TcpRank};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use stages::{CollectiveClock, Follower, Frame, GroupExit, RankGroup, RankStep, TcpRank};
 
 use super::threads::{Loaded, follow};
 use super::watch::Doing;
 use super::wire::{Order, Word, decode_step, encode_step};
-use super::{RankEnd, RankLink, RanksArgs};
+use super::{RankEnd, RankLink, RanksArgs, cause, ended};
 use crate::error::with_causes;
+use crate::wire::{BEAT_EVERY, Voice};
 
 /// The subcommand by which this program becomes a rank.
 const SUBCOMMAND: &str = "rank";
@@ -25,7 +29,7 @@ const SUBCOMMAND: &str = "rank";
 /// A process that follows the first rank. It is ended with the stage.
 struct ProcessRank {
     child: Child,
-    steps: BufWriter<ChildStdin>,
+    steps: BufWriter<UnixStream>,
     num_steps: u64,
     end: RankEnd,
 }
@@ -40,6 +44,17 @@ impl RankLink for ProcessRank {
 
     fn end(&self) -> &RankEnd {
         &self.end
+    }
+}
+
+impl ProcessRank {
+    /// Starts it, with a way to its standard input that takes no longer than `patience` for anything: a process that is stopped reads
+    /// nothing, and a pipe would wait for it for ever.
+    fn start(mut command: Command, patience: Duration, end: RankEnd) -> io::Result<Self> {
+        let (steps, input) = UnixStream::pair()?;
+        steps.set_write_timeout(Some(patience))?;
+        let child = command.stdin(OwnedFd::from(input)).spawn()?;
+        Ok(ProcessRank { child, steps: BufWriter::new(steps), num_steps: 0, end })
     }
 }
 
@@ -66,9 +81,14 @@ pub(super) fn load(args: &RanksArgs, exit: &GroupExit) -> stages::Result<Loaded>
         others.push(other);
         loading.push(words);
     }
-    let collective = || TcpRank::lead(&listener, num_ranks, group, args.patience);
+    let ends: Vec<&RankEnd> = others.iter().map(|other| &other.end).collect();
+    let blamed = |error: stages::Error| match error.is_of_other_rank().then(|| cause(&ends)).flatten() {
+        Some((rank, message)) => failed(rank, message),
+        None => error,
+    };
+    let collective = TcpRank::lead(&listener, num_ranks, group, args.patience, || ended(&ends));
     // Loaded with the collective in hand: the others join before they load.
-    let collective = Box::new(collective()?);
+    let collective = Box::new(collective.map_err(|e| blamed(e.into()))?);
     let first = stages::load_first_rank(
         &args.model,
         &args.devices[0],
@@ -80,18 +100,30 @@ pub(super) fn load(args: &RanksArgs, exit: &GroupExit) -> stages::Result<Loaded>
             clock: args.watch.clock(0),
             exit: exit.clone(),
         },
-    )?;
+    );
+    let first = first.map_err(blamed)?;
     for (rank, words) in (1..).zip(loading) {
-        match words.recv() {
-            Ok(Word::Ready | Word::Done(_)) => {}
-            Ok(Word::End { message, .. }) => return Err(failed(rank, message)),
-            Err(_) => return Err(failed(rank, "its process ended while it loaded".to_owned())),
-        }
+        wait_until_ready(&words, args.patience).map_err(|message| failed(rank, message))?;
     }
     Ok((first, others.into_iter().map(|other| Box::new(other) as Box<dyn RankLink>).collect()))
 }
 
-/// Starts a rank's process and tells it what it is. Its first word comes by the channel, its end to [`RankEnd`].
+/// Waits until a process has loaded its part, however long it takes, as long as it says that it is there.
+fn wait_until_ready(words: &Receiver<Word>, patience: Duration) -> Result<(), String> {
+    loop {
+        match words.recv_timeout(patience) {
+            Ok(Word::Beat) => {}
+            Ok(Word::Ready | Word::Done(_)) => return Ok(()),
+            Ok(Word::End { message, .. }) => return Err(message),
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(format!("its process was not heard of for {patience:?} while it loaded"));
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err("its process ended while it loaded".to_owned()),
+        }
+    }
+}
+
+/// Starts a rank's process and tells it what it is. What it says until it is loaded comes by the channel, its end to [`RankEnd`].
 fn start(
     args: &RanksArgs,
     rank: usize,
@@ -99,23 +131,17 @@ fn start(
     group: u64,
 ) -> Result<(ProcessRank, Receiver<Word>), String> {
     let program = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
-    let mut child = Command::new(program)
-        .arg(SUBCOMMAND)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        // Ctrl-C is for the job, which ends in order.
-        .process_group(0)
-        .spawn()
-        .map_err(|e| format!("start its process: {e}"))?;
-    let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-        unreachable!("both were asked for")
-    };
+    let mut command = Command::new(program);
+    // Ctrl-C is for the job, which ends in order.
+    command.arg(SUBCOMMAND).stdout(Stdio::piped()).process_group(0);
     let end = RankEnd::default();
-    let mut other = ProcessRank { child, steps: BufWriter::new(stdin), num_steps: 0, end: end.clone() };
+    let started = ProcessRank::start(command, args.patience, end.clone());
+    let mut other = started.map_err(|e| format!("start its process: {e}"))?;
+    let stdout = other.child.stdout.take().expect("it was asked for");
     let order = Order::of(args, rank, leader, group).encode();
     let told = Frame { kind: 0, sequence: 0, shape: [0, 0] }.write(&mut other.steps, &order);
     told.and_then(|()| other.steps.flush()).map_err(|e| format!("tell it what to do: {e}"))?;
-    let (first_word, words) = bounded(1);
+    let (first_words, words) = unbounded();
     let watch = args.watch.clone();
     let listen = move || {
         let mut stdout = BufReader::new(stdout);
@@ -123,14 +149,14 @@ fn start(
         while Frame::read(&mut stdout, &mut body).is_ok() {
             let Some(word) = Word::decode(&body) else { break };
             match &word {
-                Word::Ready => {}
+                Word::Beat | Word::Ready => {}
                 Word::Done(done) => {
                     watch.tell_from_afar(rank, *done);
                     continue;
                 }
                 Word::End { message, is_consequence } => end.tell(message.clone(), *is_consequence),
             }
-            let _ = first_word.try_send(word); // Later words are ends, which were told.
+            let _ = first_words.send(word); // Later words are ends, which were told.
         }
         end.tell("its process ended".to_owned(), false);
     };
@@ -147,20 +173,39 @@ fn start(
 ///
 /// # Errors
 /// What it has also said to `output`.
-pub fn serve_rank(input: impl Read + Send + 'static, mut output: impl Write) -> Result<(), String> {
-    let mut say = |word: &Word| {
-        let frame = Frame { kind: 0, sequence: 0, shape: [0, 0] };
-        // Where nobody listens any more, the input ends too.
-        let _ = frame.write(&mut output, &word.encode()).and_then(|()| output.flush());
-    };
-    let outcome = serve(input, &mut say);
-    outcome.map_err(|(message, is_consequence)| {
-        say(&Word::End { message: message.clone(), is_consequence });
+pub fn serve_rank(
+    input: impl Read + Send + 'static,
+    output: impl Write + Send + 'static,
+) -> Result<(), String> {
+    let voice = Voice::new(output);
+    let mut follower = None;
+    let outcome = serve(input, &voice, &mut follower);
+    let outcome = outcome.map_err(|(message, is_consequence)| {
+        Word::End { message: message.clone(), is_consequence }.say(&voice);
         message
-    })
+    });
+    // Not before: with it goes the connection, by which others see that it is gone.
+    drop(follower);
+    outcome
 }
 
-fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Result<(), (String, bool)> {
+/// Says that the process is there, from a thread of its own, until what comes of it is dropped.
+fn beat(voice: Voice) -> Sender<()> {
+    let (beating, beats) = bounded(0);
+    let beat = move || {
+        while beats.recv_timeout(BEAT_EVERY) == Err(RecvTimeoutError::Timeout) {
+            Word::Beat.say(&voice);
+        }
+    };
+    std::thread::Builder::new().name("beats".to_owned()).spawn(beat).expect("the system starts a thread");
+    beating
+}
+
+fn serve(
+    input: impl Read + Send + 'static,
+    voice: &Voice,
+    follower: &mut Option<Box<dyn Follower>>,
+) -> Result<(), (String, bool)> {
     let mut input = BufReader::new(input);
     let mut body = Vec::new();
     let own = |message: String| (message, false);
@@ -168,9 +213,12 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
     let order =
         Order::decode(&body).ok_or_else(|| own("it was told what it does not understand".to_owned()))?;
     let Order { span, rank, num_ranks, leader, device } = order;
+    let beating = beat(voice.clone());
     span.install_faults().map_err(own)?;
+    jobs::faults::load(span.stage, Some(rank));
     let collective =
         TcpRank::join(leader, rank, num_ranks, span.group, span.patience).map_err(|e| own(e.to_string()))?;
+    jobs::faults::load(span.stage, Some(rank));
     let model = span.open_model().map_err(own)?;
     let clock = Arc::new(CollectiveClock::default());
     // Whoever gives this rank up ends its process.
@@ -181,16 +229,17 @@ fn serve(input: impl Read + Send + 'static, say: &mut impl FnMut(&Word)) -> Resu
         clock: Arc::clone(&clock),
         exit,
     };
-    let follower = stages::load_follower(&model, &device, span.dtypes, span.options, group);
-    let mut follower = follower.map_err(|e| own(with_causes(&e)))?;
+    let loaded = stages::load_follower(&model, &device, span.dtypes, span.options, group);
+    let follower = follower.insert(loaded.map_err(|e| own(with_causes(&e)))?);
     let steps = listen(input);
-    say(&Word::Ready);
+    drop(beating); // From now on it is the first rank that is watched.
+    Word::Ready.say(voice);
     for body in steps {
         let step = decode_step(&body)
             .ok_or_else(|| own("it was told a step that it does not understand".to_owned()))?;
         let doing = Doing::begin(&clock);
-        follow(&mut *follower, span.stage, rank, &step)?;
-        say(&Word::Done(doing.end(&clock, &step)));
+        follow(&mut **follower, span.stage, rank, &step)?;
+        Word::Done(doing.end(&clock, &step)).say(voice);
     }
     Ok(())
 }
@@ -208,4 +257,99 @@ fn listen(mut input: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     };
     std::thread::Builder::new().name("orders".to_owned()).spawn(read).expect("the system starts a thread");
     steps
+}
+
+#[cfg(test)]
+mod tests {
+    use std::mem;
+    use std::net::TcpStream;
+    use std::sync::Mutex;
+    use std::time::Instant;
+
+    use scheduler::Span;
+    use stages::{Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, WeightType};
+
+    use super::*;
+    use crate::ranks::{SpanOrder, some_order};
+    use crate::tests::emulated;
+
+    /// Hears a rank's words, and notes of each whether the rank was still joined to the first.
+    struct Heard {
+        first: TcpListener,
+        joined: Option<TcpStream>,
+        words: Arc<Mutex<Vec<(Word, bool)>>>,
+        bytes: Vec<u8>,
+    }
+
+    impl Write for Heard {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.bytes.extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            let (mut frames, mut body) = (&self.bytes[..], Vec::new());
+            while Frame::read(&mut frames, &mut body).is_ok() {
+                let joined = self.joined.get_or_insert_with(|| self.first.accept().unwrap().0);
+                Frame::read(joined, &mut Vec::new()).ok();
+                joined.set_nonblocking(true)?;
+                let is_joined = joined.peek(&mut [0]).is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock);
+                let word = Word::decode(&body).unwrap();
+                if word != Word::Beat {
+                    self.words.lock().unwrap().push((word, is_joined));
+                }
+            }
+            self.bytes.clear();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_rank_says_why_it_ends_before_the_others_see_it_leave() {
+        let folder = emulated::folder();
+        let (model, _) = Model::open(folder.path(), true).unwrap();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let span = SpanOrder {
+            model: folder.path().display().to_string(),
+            random_weights: true,
+            identity: model.identity,
+            dtypes: Dtypes { weights: WeightType::F32, kv: KvDtype::F32 },
+            options: SpanOptions {
+                part: Span { start: 0, end: 1 }.into(),
+                num_pages: 1,
+                context_tokens: PAGE_TOKENS,
+                largest_step: None,
+            },
+            sharing: Default::default(),
+            faults: None,
+            ..some_order(None)
+        };
+        let leader = listener.local_addr().unwrap();
+        let order = Order { span, rank: 1, num_ranks: 2, leader, device: Device::Reference };
+        let (input, mut orders) = io::pipe().unwrap();
+        for body in [&order.encode()[..], b"no step"] {
+            Frame { kind: 0, sequence: 0, shape: [0, 0] }.write(&mut orders, body).unwrap();
+        }
+        mem::forget(orders); // With its input this whole process would end.
+        let words = Arc::default();
+        let output = Heard { first: listener, joined: None, words: Arc::clone(&words), bytes: Vec::new() };
+        serve_rank(input, output).unwrap_err();
+        let message = "it was told a step that it does not understand".to_owned();
+        let end = Word::End { message, is_consequence: false };
+        assert_eq!(*words.lock().unwrap(), [(Word::Ready, true), (end, true)]);
+    }
+
+    #[test]
+    fn a_process_that_does_not_read_what_it_is_told_is_waited_for_no_longer_than_the_patience() {
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        let patience = Duration::from_millis(200);
+        let mut rank = ProcessRank::start(command, patience, RankEnd::default()).unwrap();
+        // More than any way holds that nobody reads at its end.
+        let step = Arc::new(RankStep { logit_rows: vec![7; 1 << 20], ..RankStep::default() });
+        let begun = Instant::now();
+        assert!(!rank.tell(&step));
+        drop(rank);
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    }
 }

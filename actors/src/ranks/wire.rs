@@ -9,7 +9,7 @@ use stages::{AttentionSlice, CollectiveTimes, Device, RankStep};
 
 use super::watch::Done;
 use super::{RanksArgs, SpanOrder};
-use crate::wire::{self, ReadWords, Words};
+use crate::wire::{self, ReadWords, Voice, Words};
 
 /// What a process is to be.
 #[derive(Debug, Clone)]
@@ -24,6 +24,8 @@ pub(super) struct Order {
 /// What a process says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Word {
+    /// It is there, and loads.
+    Beat,
     /// It has its part of the model, and follows.
     Ready,
     /// It has taken a step.
@@ -65,8 +67,13 @@ impl Order {
 }
 
 impl Word {
+    pub(super) fn say(&self, voice: &Voice) {
+        voice.say(0, &self.encode());
+    }
+
     pub(super) fn encode(&self) -> Vec<u8> {
         let word = match self {
+            Word::Beat => json!({"beat": true}),
             Word::Ready => json!({"ready": true}),
             Word::Done(done) => json!({"done": numbers(done)}),
             Word::End { message, is_consequence } => {
@@ -82,8 +89,10 @@ impl Word {
             let numbers: Vec<u64> = numbers.iter().map(Value::as_u64).collect::<Option<_>>()?;
             return done(&numbers).map(Word::Done);
         }
+        let is = |key: &str| word[key].as_bool() == Some(true);
         match word["end"].as_str() {
-            None => word["ready"].as_bool()?.then_some(Word::Ready),
+            None if is("beat") => Some(Word::Beat),
+            None => is("ready").then_some(Word::Ready),
             Some(message) => Some(Word::End {
                 message: message.to_owned(),
                 is_consequence: word["is_consequence"].as_bool()?,
@@ -199,7 +208,7 @@ pub(crate) mod tests {
     #[test]
     fn words_come_back_as_they_were_said() {
         let end = Word::End { message: "it \"panicked\"".to_owned(), is_consequence: true };
-        for word in [Word::Ready, Word::Done(done()), end] {
+        for word in [Word::Beat, Word::Ready, Word::Done(done()), end] {
             assert_eq!(Word::decode(&word.encode()), Some(word));
         }
         assert_eq!(Word::decode(b"{\"ready\": false}"), None);

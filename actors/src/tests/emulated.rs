@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use stages::{Device, Dtypes, KvDtype, Model, PAGE_TOKENS, WeightType};
+use tempfile::TempDir;
 
 pub(crate) const DTYPES: Dtypes = Dtypes { weights: WeightType::Bf16, kv: KvDtype::Bf16 };
 
-/// A model of one block, of which a page is the longest context.
-pub(crate) fn model() -> Model {
+/// The folder of a model of one block, of which a page is the longest context.
+pub(crate) fn folder() -> TempDir {
     let config = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -16,7 +17,12 @@ pub(crate) fn model() -> Model {
     });
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    Model::open(folder.path(), true).unwrap().0
+    folder
+}
+
+/// That model.
+pub(crate) fn model() -> Model {
+    Model::open(folder().path(), true).unwrap().0
 }
 
 /// GPU 0.

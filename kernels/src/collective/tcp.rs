@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 /// How often a rank looks whether somebody has come.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
+/// Whoever connects and does not greet within this is none of ours.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A rank that talks to the others by TCP.
 #[derive(Debug)]
 pub struct TcpRank {
@@ -29,17 +32,26 @@ pub struct TcpRank {
 }
 
 impl TcpRank {
-    /// Rank 0: waits until the others have come, at most for `patience`. `group` tells groups apart: whoever names
-    /// another one is sent away.
+    /// Rank 0: waits until the others have come, at most for `patience`, and no longer once `gone` names a rank that will not.
+    /// `group` tells groups apart: whoever names another one is sent away.
     ///
     /// # Errors
     /// Not all have come, or the listener failed.
-    pub fn lead(listener: &TcpListener, num_ranks: usize, group: u64, patience: Duration) -> Result<TcpRank> {
+    pub fn lead(
+        listener: &TcpListener,
+        num_ranks: usize,
+        group: u64,
+        patience: Duration,
+        gone: impl Fn() -> Option<usize>,
+    ) -> Result<TcpRank> {
         let refused = |message: String| Op::Hello.error(0, message);
         let mut peers: Vec<Option<TcpStream>> = (1..num_ranks).map(|_| None).collect();
         listener.set_nonblocking(true).map_err(|e| refused(e.to_string()))?;
         let begun = Instant::now();
         while let Some(missing) = peers.iter().position(Option::is_none) {
+            if let Some(rank) = gone() {
+                return Err(refused(format!("rank {rank} is gone")));
+            }
             match listener.accept() {
                 Ok((stream, _)) => {
                     // Who does not know how to greet is none of ours.
@@ -258,12 +270,45 @@ fn greeted(
     group: u64,
     patience: Duration,
 ) -> io::Result<(usize, TcpStream)> {
-    set_up(&stream, patience)?;
+    set_up(&stream, patience.min(GREETING_TIMEOUT))?;
     let hello = Frame::read(&mut stream, &mut Vec::new())?;
     let [rank, of] = hello.shape;
     let is_ours = hello.kind == Op::Hello as u32 && hello.sequence == group && of == num_ranks as u64;
     match usize::try_from(rank) {
-        Ok(rank) if is_ours && (1..num_ranks).contains(&rank) => Ok((rank, stream)),
+        Ok(rank) if is_ours && (1..num_ranks).contains(&rank) => {
+            set_up(&stream, patience)?;
+            Ok((rank, stream))
+        }
         _ => Err(ErrorKind::InvalidData.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    /// Longer than any machine keeps a test waiting.
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_rank_that_is_known_to_be_gone_is_not_waited_for() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let begun = Instant::now();
+        let error = TcpRank::lead(&listener, 3, 6, LONG, || Some(2)).unwrap_err();
+        assert_eq!(error.to_string(), "hello on rank 0: rank 2 is gone");
+        assert!(begun.elapsed() < LONG / 2, "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_stranger_who_says_nothing_does_not_keep_a_group_from_meeting() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let leader = listener.local_addr().unwrap();
+        let begun = Instant::now();
+        let _silent = TcpStream::connect(leader).unwrap();
+        let _other = TcpRank::join(leader, 1, 2, 6, LONG).unwrap();
+        TcpRank::lead(&listener, 2, 6, LONG, || None).unwrap();
+        assert!(begun.elapsed() < LONG / 2, "{:?}", begun.elapsed());
     }
 }

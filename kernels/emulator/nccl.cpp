@@ -5,7 +5,9 @@
 // leaves the group itself. Streams go on by themselves, some time, as soon as a process has a group: those of another process may
 // wait for them.
 //
-// Ranks may be on one GPU, unless the environment says which version this is to be:
+// What was begun is not under way at once, and nothing else may be begun before.
+//
+// Ranks may be on one GPU, unless the environment says which version this is to be, 2.30.0 if not set:
 //   EMULATED_NCCL=22907             as that, which refuses them, as do those from 23000 on without NCCL_MULTI_RANK_GPU_ENABLE=1
 #include <algorithm>
 #include <atomic>
@@ -35,6 +37,8 @@ using Status = int;
 using emulated::Outcome;
 constexpr Status SUCCESS = 0, UNHANDLED_CUDA_ERROR = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, IN_PROGRESS = 7;
 constexpr int FLOAT32 = 7;
+// So often it is said of what was begun that it is not under way yet.
+constexpr int LOOKS = 2;
 
 namespace {
 
@@ -63,7 +67,9 @@ struct Place {
     int rank, num_ranks;
     // Numbers of moves so far, by the other rank.
     std::map<int, size_t> sent, received;
-    std::atomic<bool> is_complete{false}, is_under_way{false}, has_left{false};
+    std::atomic<bool> is_complete{false}, has_left{false};
+    // Until what was begun is under way.
+    std::atomic<int> looks{0};
 
     fs::path file(const std::string& what, int number) const { return folder / (what + "-" + std::to_string(number)); }
     fs::path message(int from, int to, size_t number) const {
@@ -125,8 +131,10 @@ bool may_share_gpus() {
     return !version || (std::atoi(version) >= 23000 && asked && std::string(asked) == "1");
 }
 
-bool is_known(const Communicator* communicator, int type, int peer) {
-    return communicator && type == FLOAT32 && peer >= 0 && peer < communicator->place->num_ranks;
+Status may_move(const Communicator* communicator, int type, int peer) {
+    if (!communicator || type != FLOAT32 || peer < 0 || peer >= communicator->place->num_ranks) return INVALID_ARGUMENT;
+    // Here moves are of groups alone.
+    return depth == 0 || communicator->place->looks > 0 ? INVALID_USAGE : SUCCESS;
 }
 
 // Runs alone: libcuda's lock is held. Who holds it calls nothing of libcuda.
@@ -212,6 +220,11 @@ void begin(const std::shared_ptr<Place>& place) {
 
 }  // namespace
 
+API Status ncclGetVersion(int* version) {
+    const char* text = std::getenv("EMULATED_NCCL");
+    return *version = text ? std::atoi(text) : 23000, SUCCESS;
+}
+
 API Status ncclGetUniqueId(UniqueId* id) {
     static std::atomic<unsigned> count{0};
     sweep();
@@ -249,6 +262,7 @@ API Status ncclCommGetAsyncError(Communicator* communicator, Status* state) {
         if (!may_share_gpus() && place.has_two_on_one()) return *state = INVALID_USAGE, SUCCESS;
         place.is_complete = true;
     }
+    if (place.looks > 0) return place.looks--, *state = IN_PROGRESS, SUCCESS;
     return *state = SUCCESS, SUCCESS;
 }
 
@@ -269,20 +283,18 @@ API Status ncclGroupEnd() {
     for (const Moves& moves : ended) {
         int queued = emulated_queue(moves.stream, [moves, has_sent = false]() mutable { return moves.run(has_sent); });
         if (queued != 0) return UNHANDLED_CUDA_ERROR;
-        // The first time there is no way to the others yet.
-        if (!moves.place->is_under_way.exchange(true)) status = IN_PROGRESS;
+        moves.place->looks = LOOKS;
+        status = IN_PROGRESS;
     }
     return status;
 }
 
 API Status ncclSend(float* from, size_t count, int type, int peer, Communicator* communicator, void* stream) {
-    if (!is_known(communicator, type, peer)) return INVALID_ARGUMENT;
-    if (depth == 0) return INVALID_USAGE; // Here moves are of groups alone.
-    return add(communicator, stream, {from, count, peer, false});
+    Status may = may_move(communicator, type, peer);
+    return may == SUCCESS ? add(communicator, stream, {from, count, peer, false}) : may;
 }
 
 API Status ncclRecv(float* to, size_t count, int type, int peer, Communicator* communicator, void* stream) {
-    if (!is_known(communicator, type, peer)) return INVALID_ARGUMENT;
-    if (depth == 0) return INVALID_USAGE;
-    return add(communicator, stream, {to, count, peer, true});
+    Status may = may_move(communicator, type, peer);
+    return may == SUCCESS ? add(communicator, stream, {to, count, peer, true}) : may;
 }

@@ -285,6 +285,28 @@ fn a_compiler_that_is_newer_than_the_driver_is_named_with_a_cure() {
     assert!(text.contains(&format!("cuda     {error}\n")), "{text}");
 }
 
+/// A job whose GPUs share a stage says so, and so does `spanwise devices`; one that needs no NCCL does not ask.
+#[test]
+fn an_nccl_that_is_too_old_is_named_with_a_cure() {
+    let alone = job().emulated();
+    let shared =
+        both_gpus(job().emulated()).set("pipeline.tensor_parallel=[2]").set("pipeline.stages=[[0,11]]");
+    let library = emulator().join("libnccl.so.2");
+    for (version, name) in [("2708", "2.7.8"), ("21903", "2.19.3"), ("22002", "2.20.2")] {
+        let machine = [("EMULATED_GPUS", "2"), ("EMULATED_NCCL", version)];
+        let error = format!(
+            "NCCL too old: {} is of version {name}, expected 2.20.3 at least\n\
+             hint: install a later release of nvidia-nccl-cu13",
+            library.display()
+        );
+        assert_refused(&on(&shared, &machine), &format!("error: load stage 0: {error}\n"));
+        let text = devices(&[], &machine).ok().stdout;
+        assert!(text.contains(&format!("cuda     {error}\n")), "{text}");
+        let output = on(&alone, &machine);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    }
+}
+
 /// Each library is listed by where it was found, or as a job that lacks it says.
 #[test]
 fn devices_lists_libraries_that_are_there_and_those_that_are_missing() {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use cudarc::driver::{result, sys};
 
 use super::libraries::{CUBLASLT, DRIVER, NCCL, NVRTC};
-use super::program;
 use super::stream::Stream;
+use super::{nccl, program};
 use crate::error::{Error, Result};
 
 /// The oldest CUDA whose driver has every call that is made here: `cuEventElapsedTime_v2` came last.
@@ -108,11 +108,11 @@ pub fn cuda_libraries(first: Option<&Path>) -> [CudaLibrary; 3] {
     let has_driver = start(first).is_ok();
     [NVRTC, CUBLASLT, NCCL].map(|wanted| {
         let found = wanted.find(first).map(|found| found.path);
-        // Of no use to an older driver.
-        let is_compiler = wanted.stem == NVRTC.stem;
-        let found = found.and_then(|path| match has_driver && is_compiler {
-            true => program::find_compiler(first).map(|_| path),
-            false => Ok(path),
+        // Of no use to an older driver, or too old itself.
+        let found = found.and_then(|path| match wanted.stem {
+            stem if stem == NVRTC.stem && has_driver => program::find_compiler(first).map(|_| path),
+            stem if stem == NCCL.stem => nccl::find(first).map(|_| path),
+            _ => Ok(path),
         });
         CudaLibrary { name: wanted.stem, found }
     })

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
 
+use super::super::libraries::{self, Found};
+use super::super::locked;
 use super::super::stream::{Argument, Stream};
-use super::super::{libraries, locked};
 use crate::error::{Error, Result};
 
 /// What a rank tells the others so that they find each other: `NCCL_UNIQUE_ID_BYTES`.
@@ -19,7 +20,15 @@ pub type GroupId = [u8; 128];
 /// How long ranks wait for each other before they have met. The library takes some seconds where it has many ways to try.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How often a rank looks whether what it has begun is under way.
+/// The oldest version that is taken, as `ncclGetVersion` has it. Groups are left by other threads than those that call, and before it
+/// one of the library's own may wait in `poll` where it never sees that (`src/proxy.cc`), and the flag that says so is none for threads.
+const OLDEST: c_int = 22_003;
+
+/// A group of moves is queued by a thread that the library starts for it, from version 2.23 on; before, only the first with each rank.
+/// That takes some tens of microseconds, and to sleep would take longer.
+const SOON: Duration = Duration::from_micros(200);
+
+/// How often a rank looks later on whether what it has begun is under way.
 const LOOK_EVERY: Duration = Duration::from_micros(50);
 
 type Transfer =
@@ -127,7 +136,10 @@ impl GroupExit {
             if begun.elapsed() > PATIENCE {
                 return Err(failed(stream, op, format!("another rank did not come within {PATIENCE:?}")));
             }
-            std::thread::sleep(LOOK_EVERY);
+            match begun.elapsed() < SOON {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(LOOK_EVERY),
+            }
         }
     }
 }
@@ -147,13 +159,43 @@ pub(super) enum Direction {
     From,
 }
 
+/// Looks the library up.
+///
+/// # Errors
+/// It is nowhere, or too old.
+pub(in crate::cuda) fn find(first: Option<&Path>) -> Result<Found> {
+    let found = libraries::NCCL.find(first)?;
+    let mut version: c_int = 0;
+    // SAFETY: the type is that of NCCL's header since version 1, and the library writes a number.
+    let asked = unsafe {
+        let get_version: unsafe extern "C" fn(*mut c_int) -> ncclResult_t =
+            function(found.library, "ncclGetVersion")?;
+        get_version(&mut version)
+    };
+    if !is_fine(asked) || version < OLDEST {
+        return Err(Error::NoCuda(format!(
+            "NCCL too old: {} is of version {}, expected {} at least\nhint: install a later release of nvidia-nccl-cu13",
+            found.path.display(),
+            version_name(version),
+            version_name(OLDEST)
+        )));
+    }
+    Ok(found)
+}
+
+/// Such as `2.20.3`. Until 2.8 numbers had one digit less.
+fn version_name(version: c_int) -> String {
+    let major = if version < 10_000 { 1_000 } else { 10_000 };
+    format!("{}.{}.{}", version / major, version % major / 100, version % 100)
+}
+
 impl Nccl {
     /// Loads the library.
     ///
     /// # Errors
-    /// It is nowhere, or so old that it lacks a function.
+    /// It is nowhere, too old, or lacks a function.
     pub(super) fn load(first: Option<&Path>) -> Result<Nccl> {
-        let library = libraries::NCCL.find(first)?.library;
+        let library = find(first)?.library;
         // SAFETY: the types are those of NCCL's header since version 2.14.
         unsafe {
             Ok(Nccl(Functions {
@@ -215,9 +257,7 @@ unsafe fn function<T: Copy>(library: &libloading::Library, name: &str) -> Result
     // SAFETY: the caller vouches for the type, and the library is never closed.
     match unsafe { library.get::<T>(name.as_bytes()) } {
         Ok(symbol) => Ok(*symbol),
-        Err(_) => Err(Error::NoCuda(format!(
-            "libnccl has no {name}: found a version before 2.14, expected a later one"
-        ))),
+        Err(_) => Err(Error::NoCuda(format!("libnccl has no {name}, expected what NVIDIA calls so"))),
     }
 }
 

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use beside::Beside;
 use calls::{Communicator, Direction, Move, Nccl};
 
+pub(super) use calls::find;
 pub use calls::{GroupExit, GroupId};
 pub use gate::{Gate, NcclReceiver, NcclSender};
 

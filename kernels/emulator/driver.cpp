@@ -174,9 +174,13 @@ API Result cuMemAlloc_v2(Pointer* pointer, size_t bytes) {
     return current->used_bytes += bytes, SUCCESS;
 }
 
+// As the driver's does, it waits for all that the memory's device is at, whoever has queued that.
 API Result cuMemFree_v2(Pointer pointer) {
     LOCKED;
     NOT_WHILE_CAPTURING;
+    auto found = allocations.find(pointer);
+    if (found == allocations.end() || !found->second.device) return INVALID_VALUE;
+    drain_all(guard, found->second.device);
     return release(pointer, false);
 }
 

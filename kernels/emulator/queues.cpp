@@ -90,6 +90,12 @@ bool advance_another(const Stream* but) {
     return false;
 }
 
+void wait_for_change(Guard& guard) {
+    num_waiting++;
+    changed.wait(guard);
+    num_waiting--;
+}
+
 // Lets things happen until one has.
 template <typename IsDone>
 Result wait_for(Guard& guard, Stream& stream, IsDone is_done) {
@@ -100,9 +106,7 @@ Result wait_for(Guard& guard, Stream& stream, IsDone is_done) {
         bool others_first = mood == 1 || (mood == 2 && draw(2) == 0);
         if (others_first && advance_another(&stream)) continue;
         if (advance(stream) || advance_another(&stream)) continue;
-        num_waiting++;
-        changed.wait(guard);
-        num_waiting--;
+        wait_for_change(guard);
     }
     return stream.has_failed ? LAUNCH_FAILED : SUCCESS;
 }
@@ -149,11 +153,14 @@ Result drain(Guard& guard, void* handle) {
 }
 
 Result drain_all(Guard& guard, Device* device) {
-    for (size_t i = 0; i < streams.size(); i++) {
-        Result drained = streams[i]->device == device ? drain(guard, streams[i]) : SUCCESS;
-        if (drained != SUCCESS) return drained;
+    auto any = [&](auto is) {
+        return std::any_of(streams.begin(), streams.end(), [&](Stream* stream) { return stream->device == device && is(*stream); });
+    };
+    // Others may begin and end streams meanwhile.
+    while (any([](Stream& stream) { return !stream.queue.empty(); })) {
+        if (!advance_another(nullptr)) wait_for_change(guard);
     }
-    return SUCCESS;
+    return any([](Stream& stream) { return stream.has_failed; }) ? LAUNCH_FAILED : SUCCESS;
 }
 
 bool may_wait() {

@@ -129,6 +129,11 @@ impl CudaArray {
         self.cols
     }
 
+    /// Numbers for which it has memory.
+    pub(crate) fn room(&self) -> usize {
+        self.memory.bytes() / size_of::<f32>()
+    }
+
     /// Gives it a shape; its numbers are then of no meaning.
     pub(crate) fn reshape(&mut self, rows: usize, cols: usize) -> Result<()> {
         (self.rows, self.cols) = (rows, cols);

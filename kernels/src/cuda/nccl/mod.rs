@@ -11,6 +11,7 @@
 //!
 //! Sums of many rows are made in pieces, on a queue of their own: those of the first rows while the next are computed (`beside.rs`).
 
+mod agreement;
 mod beside;
 mod calls;
 mod gate;
@@ -18,6 +19,7 @@ mod gate;
 use std::ops::Range;
 use std::sync::Arc;
 
+use agreement::{Agreement, Told};
 use beside::Beside;
 use calls::{Communicator, Direction, Move, Nccl};
 
@@ -37,8 +39,6 @@ use crate::error::{Error, Result};
 /// Numbers of a share are a multiple of this: 16 bytes.
 const SHARE: usize = 4;
 const NUMBER: usize = size_of::<f32>();
-/// Rows and columns are told as f32.
-const MOST_ROWS: usize = 1 << 24;
 
 /// A rank that is a GPU.
 pub struct NcclRank {
@@ -52,15 +52,6 @@ pub struct NcclRank {
     moves: Vec<Move>,
     beside: Beside,
     stream: Arc<Stream>,
-}
-
-/// The ranks' way to agree on what comes.
-struct Agreement {
-    control: Box<dyn Collective<Array>>,
-    own: Array,
-    all: Array,
-    /// Why the group has ended.
-    end: Option<String>,
 }
 
 impl NcclRank {
@@ -91,7 +82,7 @@ impl NcclRank {
         let module = Arc::new(stream.module(&cubin)?);
         Ok(NcclRank {
             communicator,
-            agreement: Agreement { control, own: row(&[0.0; 3]), all: Array::new(), end: None },
+            agreement: Agreement::new(control),
             sum_ranks: module.kernel("sum_ranks", 0)?,
             place_columns: module.kernel("place_columns", 0)?,
             parts: Memory::none(stream),
@@ -101,13 +92,13 @@ impl NcclRank {
         })
     }
 
-    /// Agrees on an operation; the shapes of all ranks.
-    fn agree(&mut self, op: Op, [rows, cols]: [usize; 2]) -> Result<Vec<[usize; 2]>> {
+    /// Agrees on an operation; what all ranks have told. `room` is that of what comes of it on this rank.
+    fn agree(&mut self, op: Op, shape: [usize; 2], room: usize) -> Result<Vec<Told>> {
         if self.communicator.has_left() {
             return Err(self.fail(op, "the group was left".to_owned()));
         }
-        let told = self.agreement.tell(op, [rows, cols]).map_err(|message| self.fail(op, message))?;
-        let rank_at = |is: &dyn Fn(u32) -> bool| told.iter().position(|(other, _)| is(*other));
+        let told = self.agreement.tell(op, shape, room).map_err(|message| self.fail(op, message))?;
+        let rank_at = |is: &dyn Fn(u32) -> bool| told.iter().position(|told| is(told.op));
         if let Some(rank) = rank_at(&|other| other == Op::NoRoom as u32) {
             // Sums that were begun come to nothing.
             self.beside.take_marks();
@@ -115,17 +106,23 @@ impl NcclRank {
         }
         match rank_at(&|other| other != op as u32) {
             Some(rank) => Err(self.fail(op, format!("rank {rank} is at another operation"))),
-            None => Ok(told.into_iter().map(|(_, shape)| shape).collect()),
+            None => Ok(told),
         }
     }
 
-    /// The same of an operation on arrays of one shape.
+    /// The same of an operation on arrays of one shape, for which all have room.
     fn agree_on_shape(&mut self, op: Op, shape: [usize; 2]) -> Result<()> {
-        let shapes = self.agree(op, shape)?;
-        match shapes.iter().position(|other| *other != shapes[0]) {
+        let told = self.agree(op, shape, 0)?;
+        match told.iter().position(|other| other.shape != told[0].shape) {
             Some(other) => Err(self.fail(op, format!("rank {other} has another shape"))),
             None => Ok(()),
         }
+    }
+
+    /// Agrees once more where a rank has had to make room for what comes. Memory is freed when all that its device is at is done, and
+    /// that may be what another rank on it has queued, which waits for this one: until all have made theirs nobody may queue anything.
+    fn agree_on_room(&mut self, op: Op, had_room: bool) -> Result<()> {
+        if had_room { Ok(()) } else { self.agree(op, [0, 0], 0).map(drop) }
     }
 
     fn fail(&mut self, op: Op, message: String) -> Error {
@@ -204,9 +201,18 @@ impl NcclRank {
         receives: impl Fn(usize) -> bool,
     ) -> Result<()> {
         let (op, own) = (Op::gather(axis), self.rank());
-        let shapes = self.agree(op, [part.rows, part.cols])?;
+        let told = self.agree(op, [part.rows, part.cols], self.room_to_collect(axis, out))?;
+        let shapes: Vec<[usize; 2]> = told.iter().map(|told| told.shape).collect();
         let [rows, cols] = gathered(axis, shapes.iter().copied())
             .map_err(|other| self.fail(op, format!("rank {other} has another shape")))?;
+        if receives(own) {
+            out.reshape(rows, cols)?;
+            if axis == Axis::Columns {
+                self.parts.reserve(op.name(), rows * cols * NUMBER)?;
+            }
+        }
+        let has_room = |(rank, told): (usize, &Told)| !receives(rank) || told.room >= rows * cols;
+        self.agree_on_room(op, told.iter().enumerate().all(has_room))?;
         for peer in self.others().filter(|peer| receives(*peer)) {
             self.push(Direction::To, peer, part.memory.start(), part.rows * part.cols);
         }
@@ -216,11 +222,6 @@ impl NcclRank {
         // Rows lie one after the other, so that they come to where they belong; columns are put there afterwards.
         let numbers = |rank: usize| shapes[rank][0] * shapes[rank][1];
         let before = |rank: usize| (0..rank).map(numbers).sum::<usize>() * NUMBER;
-        let made_room = out.reshape(rows, cols).and_then(|()| match axis {
-            Axis::Rows => Ok(()),
-            Axis::Columns => self.parts.reserve(op.name(), rows * cols * NUMBER),
-        });
-        self.or_fail(op, made_room)?;
         for peer in self.others() {
             let to = if axis == Axis::Rows { &out.memory } else { &self.parts };
             let at = to.at(before(peer));
@@ -241,6 +242,14 @@ impl NcclRank {
             column += shape[1];
         }
         Ok(())
+    }
+
+    /// For so many numbers there is memory when parts are collected.
+    fn room_to_collect(&self, axis: Axis, out: &CudaArray) -> usize {
+        match axis {
+            Axis::Rows => out.room(),
+            Axis::Columns => out.room().min(self.parts.bytes() / NUMBER),
+        }
     }
 
     /// Queues a copy of a part `[rows, cols]` to a column of `out`, whose rows are `out_cols` long.
@@ -326,43 +335,25 @@ impl Collective<CudaArray> for NcclRank {
     fn broadcast(&mut self, root: usize, x: &mut CudaArray) -> Result<()> {
         let (op, own) = (Op::Broadcast, self.rank());
         assert!(root < self.num_ranks(), "root {root} of {} ranks", self.num_ranks());
-        let [rows, cols] = self.agree(op, [x.rows, x.cols])?[root];
-        if own == root {
-            for peer in self.others() {
-                self.push(Direction::To, peer, x.memory.start(), rows * cols);
-            }
-        } else {
-            let made_room = x.reshape(rows, cols);
-            self.or_fail(op, made_room)?;
-            self.push(Direction::From, root, x.memory.start(), rows * cols);
+        let told = self.agree(op, [x.rows, x.cols], x.room())?;
+        let [rows, cols] = told[root].shape;
+        if own != root {
+            x.reshape(rows, cols)?;
+        }
+        self.agree_on_room(op, told.iter().all(|told| told.room >= rows * cols))?;
+        let (direction, peers) = match own == root {
+            true => (Direction::To, self.others().collect()),
+            false => (Direction::From, vec![root]),
+        };
+        for peer in peers {
+            self.push(direction, peer, x.memory.start(), rows * cols);
         }
         self.queue(op)
     }
 
     fn end_step(&mut self, has_room: bool) -> Result<()> {
         let op = if has_room { Op::EndStep } else { Op::NoRoom };
-        self.agree(op, [0, 0]).map(drop)
-    }
-}
-
-impl Agreement {
-    /// Tells the others an operation and this rank's shape; those of all.
-    fn tell(
-        &mut self,
-        op: Op,
-        [rows, cols]: [usize; 2],
-    ) -> std::result::Result<Vec<(u32, [usize; 2])>, String> {
-        if let Some(end) = &self.end {
-            return Err(end.clone());
-        }
-        assert!(rows < MOST_ROWS && cols < MOST_ROWS, "[{rows}, {cols}] is told as f32");
-        self.own.values_mut().copy_from_slice(&[op as u32 as f32, rows as f32, cols as f32]);
-        self.control.all_gather(Axis::Rows, &self.own, &mut self.all).map_err(|error| match error {
-            Error::Collective { message, .. } => message,
-            other => other.to_string(),
-        })?;
-        let calls = self.all.values().chunks_exact(3);
-        Ok(calls.map(|call| (call[0] as u32, [call[1] as usize, call[2] as usize])).collect())
+        self.agree(op, [0, 0], 0).map(drop)
     }
 }
 

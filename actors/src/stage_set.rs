@@ -11,6 +11,7 @@ use std::time::Duration;
 use kameo::actor::{ActorId, ActorRef, Recipient, Spawn};
 use kameo::mailbox;
 use scheduler::MicroBatchId;
+use stages::GroupExit;
 
 use crate::clock::{AtWork, Hung, PipelineClock, StageClock};
 use crate::device_thread::{LoadStage, Next, Tokens};
@@ -140,11 +141,9 @@ impl StageSet {
             return false;
         }
         assert!(micro_batch.is_none_or(|id| self.lost.contains(id)), "{micro_batch:?} may yet count");
-        for exit in exits {
-            // To leave a group may take a while, and another rank of it may have to leave too.
-            std::thread::spawn(move || exit.leave());
-        }
-        let has_freed = tokio::time::timeout(patience, at_work.freed()).await.is_ok();
+        exits.iter().for_each(GroupExit::leave);
+        let has_freed = tokio::time::timeout(patience, at_work.freed()).await.is_ok()
+            && exits.iter().all(|exit| exit.has_freed_within(Duration::ZERO));
         if !has_freed {
             tracing::warn!("stage {} was let out, and still holds what it had", self.number(index));
         }

@@ -9,6 +9,8 @@
 //
 // Ranks may be on one GPU, unless the environment says which version this is to be, 2.30.0 if not set:
 //   EMULATED_NCCL=22907             as that, which refuses them, as do those from 23000 on without NCCL_MULTI_RANK_GPU_ENABLE=1
+// To leave takes a while, or the environment says that ranks of processes that live wait there for each other:
+//   EMULATED_NCCL_ABORT=waits
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -39,6 +41,7 @@ constexpr Status SUCCESS = 0, UNHANDLED_CUDA_ERROR = 1, INVALID_ARGUMENT = 4, IN
 constexpr int FLOAT32 = 7;
 // So often it is said of what was begun that it is not under way yet.
 constexpr int LOOKS = 2;
+constexpr std::chrono::milliseconds LEAVING(20);
 
 namespace {
 
@@ -80,6 +83,16 @@ struct Place {
             if (!is_there(file(what, other))) return false;
         }
         return true;
+    }
+    // Whether another rank is in the group still, and its process lives.
+    bool has_company() const {
+        for (int other = 0; other < num_ranks; other++) {
+            int device = -1, process = 0;
+            std::ifstream(file("rank", other)) >> device >> process;
+            bool is_in = process > 0 && !is_there(file("gone", other)) && kill(process, 0) == 0;
+            if (other != rank && is_in) return true;
+        }
+        return false;
     }
     // Whether two ranks of a group that is complete are on one GPU.
     bool has_two_on_one() const {
@@ -248,7 +261,7 @@ API Status ncclCommInitRankConfig(Communicator** communicator, int num_ranks, Un
     if (is_there(place->file("rank", rank))) return INVALID_USAGE;
     // As a whole: others read what is there.
     fs::path unfinished = place->file("coming", rank);
-    std::ofstream(unfinished) << emulated_device();
+    std::ofstream(unfinished) << emulated_device() << ' ' << getpid();
     fs::rename(unfinished, place->file("rank", rank), exists);
     *communicator = new Communicator{place};
     begin(place);
@@ -267,8 +280,13 @@ API Status ncclCommGetAsyncError(Communicator* communicator, Status* state) {
 }
 
 API Status ncclCommAbort(Communicator* communicator) {
-    communicator->place->leave();
+    Place& place = *communicator->place;
+    place.leave();
     emulated_wake();
+    const char* how = std::getenv("EMULATED_NCCL_ABORT");
+    bool waits = how && std::string(how) == "waits";
+    do std::this_thread::sleep_for(LEAVING);
+    while (waits && place.has_company());
     return delete communicator, SUCCESS;
 }
 

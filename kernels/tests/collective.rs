@@ -72,10 +72,23 @@ struct OnGpu {
     out: CudaArray,
     values: Vec<f32>,
     cuda: Cuda,
+    // Behind the rank, which leaves its group.
+    _left: Left,
+}
+
+/// The way out of a group. Dropped, waits until NCCL has freed what it had for it: the program may end next.
+#[derive(Default)]
+struct Left(GroupExit);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        self.0.has_freed_within(LONG);
+    }
 }
 
 impl OnGpu {
-    fn new(libraries: Option<PathBuf>, control: Rank, exit: &GroupExit) -> Result<OnGpu> {
+    fn new(libraries: Option<PathBuf>, control: Rank) -> Result<OnGpu> {
+        let left = Left::default();
         let cuda = Cuda::new(CudaOptions {
             device: 0,
             weights: WeightType::Bf16,
@@ -86,8 +99,8 @@ impl OnGpu {
             libraries,
             cubins: None,
         })?;
-        let rank = NcclRank::join(&cuda, control, exit)?;
-        Ok(OnGpu { rank, x: cuda.array(), out: cuda.array(), values: Vec::new(), cuda })
+        let rank = NcclRank::join(&cuda, control, &left.0)?;
+        Ok(OnGpu { rank, x: cuda.array(), out: cuda.array(), values: Vec::new(), cuda, _left: left })
     }
 
     fn upload(&mut self, x: &Array) -> Result<()> {
@@ -166,10 +179,7 @@ pub(crate) fn on_gpus(libraries: Option<&Path>, num_ranks: usize, patience: Dura
 }
 
 fn agreeing_by(control: Vec<Rank>, libraries: Option<&Path>) -> Result<Vec<Rank>> {
-    let join = |control| {
-        let rank = OnGpu::new(libraries.map(Path::to_owned), control, &GroupExit::default())?;
-        Ok(Box::new(rank) as Rank)
-    };
+    let join = |control| Ok(Box::new(OnGpu::new(libraries.map(Path::to_owned), control)?) as Rank);
     on_threads(control, join).into_iter().collect()
 }
 
@@ -522,7 +532,7 @@ fn a_single_emulated_gpu_is_a_group() {
 
 fn check_single(libraries: Option<PathBuf>) {
     let control = threads(1, LONG).remove(0);
-    let mut rank = OnGpu::new(libraries, control, &GroupExit::default()).unwrap();
+    let mut rank = OnGpu::new(libraries, control).unwrap();
     for (round, [rows, cols]) in SHAPES.into_iter().enumerate() {
         let expected = numbers(0, round, rows * cols);
         let mut x = array(rows, cols, &expected);

@@ -2,6 +2,7 @@
 //! Between two processes it is tested by whole jobs. And ranks of a stage, of which nobody is held either.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -197,34 +198,42 @@ fn what_ranks_have_told_each_other_is_given_back_and_made_again() {
     rank.all_reduce(&mut x).unwrap();
 }
 
-/// Has its rank agree to what comes and then fall silent, as one that dies or hangs before it has queued anything.
-struct Silent(ThreadRank);
+/// Has its rank tell the others what comes and then fall silent, as one that dies or hangs before it has queued anything.
+struct Silent {
+    rank: ThreadRank,
+    /// Whether it tells them of something else.
+    disagrees: bool,
+}
 
 impl Collective<Array> for Silent {
     fn rank(&self) -> usize {
-        self.0.rank()
+        self.rank.rank()
     }
 
     fn num_ranks(&self) -> usize {
-        self.0.num_ranks()
+        self.rank.num_ranks()
     }
 
     fn all_reduce(&mut self, x: &mut Array) -> Result<()> {
-        self.0.all_reduce(x)
+        self.rank.all_reduce(x)
     }
 
     fn all_gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
-        self.0.all_gather(axis, part, out)?;
+        let mut told = Array::new();
+        told.reshape(part.rows(), part.cols());
+        told.values_mut().copy_from_slice(part.values());
+        told.values_mut()[0] += f32::from(u8::from(self.disagrees));
+        self.rank.all_gather(axis, &told, out)?;
         std::thread::sleep(2 * LONG);
         Ok(())
     }
 
     fn gather(&mut self, axis: Axis, part: &Array, out: &mut Array) -> Result<()> {
-        self.0.gather(axis, part, out)
+        self.rank.gather(axis, part, out)
     }
 
     fn broadcast(&mut self, root: usize, x: &mut Array) -> Result<()> {
-        self.0.broadcast(root, x)
+        self.rank.broadcast(root, x)
     }
 }
 
@@ -232,7 +241,8 @@ impl Collective<Array> for Silent {
 fn a_rank_whose_device_waits_for_another_is_woken_by_its_way_out_and_has_no_further_call() {
     let (device, exit) = (cuda(), GroupExit::default());
     let mut ranks = thread_ranks(2, 2 * LONG).into_iter();
-    let (first, second) = (Box::new(ranks.next().unwrap()), Box::new(Silent(ranks.next().unwrap())));
+    let first = Box::new(ranks.next().unwrap());
+    let second = Box::new(Silent { rank: ranks.next().unwrap(), disagrees: false });
     std::thread::spawn(move || {
         let cuda = cuda();
         let mut rank = NcclRank::join(&cuda, second, &GroupExit::default()).unwrap();
@@ -250,4 +260,39 @@ fn a_rank_whose_device_waits_for_another_is_woken_by_its_way_out_and_has_no_furt
     assert!(!has_ended, "it went on with numbers that nobody has sent");
     exit.leave();
     waiting.join().unwrap();
+}
+
+/// Where NCCL waits for the other ranks before it frees what it has.
+#[test]
+fn who_leaves_a_group_does_not_wait_for_those_who_are_in_it() {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "leaving", "--ignored"]).env("EMULATED_NCCL_ABORT", "waits");
+    let output = command.output().unwrap();
+    let [told, errors] = [&output.stdout, &output.stderr].map(|told| String::from_utf8_lossy(told));
+    assert!(output.status.success() && told.contains("1 passed"), "{told}{errors}");
+}
+
+#[test]
+#[ignore = "a part of who_leaves_a_group_does_not_wait_for_those_who_are_in_it"]
+fn leaving() {
+    let (device, exit, others_exit) = (cuda(), GroupExit::default(), GroupExit::default());
+    let mut ranks = thread_ranks(2, LONG).into_iter();
+    let first = Box::new(ranks.next().unwrap());
+    let second = Box::new(Silent { rank: ranks.next().unwrap(), disagrees: true });
+    let other = others_exit.clone();
+    std::thread::spawn(move || {
+        let cuda = cuda();
+        let mut rank = NcclRank::join(&cuda, second, &other).unwrap();
+        let _ = rank.all_reduce(&mut array(&cuda, 1, 8, &[1.0; 8]));
+    });
+    let mut rank = NcclRank::join(&device, first, &exit).unwrap();
+    let (has_ended, failing) = ends(LONG, move || {
+        let told = rank.all_reduce(&mut array(&device, 1, 8, &[1.0; 8])).unwrap_err().to_string();
+        assert_eq!(told, "all_reduce on rank 0: rank 1 is at another operation");
+    });
+    assert!(has_ended, "it waits for one that is in the group");
+    failing.join().unwrap();
+    assert!(exit.has_left() && !exit.has_freed_within(A_WHILE), "freed what another one may use");
+    others_exit.leave();
+    assert!(exit.has_freed_within(LONG) && others_exit.has_freed_within(LONG));
 }

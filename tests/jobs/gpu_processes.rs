@@ -147,6 +147,7 @@ fn ranks_of_gpus_in_processes_write_the_same_bytes_as_on_threads() {
     }
 }
 
+/// Also where NCCL has whoever leaves a group wait for the others: what it waits for is no hang of the stage's.
 #[test]
 fn a_rank_of_a_gpu_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() {
     let undisturbed = job(&THREE)
@@ -166,9 +167,11 @@ fn a_rank_of_a_gpu_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_co
             .set("pipeline.ranks=processes")
             .set(format!("pipeline.stages_run_in={stages}"))
             .set("pipeline.step_timeout_seconds=6");
-        let output = job.command_with_faults(fault).output().unwrap();
+        let output = telling(job.command_with_faults(fault).env("EMULATED_NCCL_ABORT", "waits"));
         assert_done(&output);
         assert!(stdout(&output).contains("started again"), "{fault}, {stages}: {}", stdout(&output));
+        let is_hang = stderr(&output).contains("a step did not end within");
+        assert_eq!(is_hang, fault.ends_with("hang"), "{fault}, {stages}: {}", stderr(&output));
         assert!(lines(&job.out(), "output.jsonl") == expected, "{fault}, {stages}");
     }
 }

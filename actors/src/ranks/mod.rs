@@ -72,15 +72,15 @@ impl RanksArgs {
         }
         let draws = self.options.part.is_last(&self.model.config);
         // Of ranks in this process: another process ends with its rank.
-        let mut exits: Vec<GroupExit> = self.devices.iter().map(|_| GroupExit::default()).collect();
+        let mut exits = Exits(self.devices.iter().map(|_| GroupExit::default()).collect());
         let (first, others) = match self.home {
-            RankHome::Threads => threads::load(self, &exits)?,
-            RankHome::Processes => process::load(self, &exits[0])?,
+            RankHome::Threads => threads::load(self, &exits.0)?,
+            RankHome::Processes => process::load(self, &exits.0[0])?,
         };
         // A core waits for others no longer than its patience.
-        exits.retain(|_| matches!(self.devices[0], Device::Cuda { .. }));
+        exits.0.retain(|_| matches!(self.devices[0], Device::Cuda { .. }));
         let watch = self.watch.clone();
-        Ok(Box::new(RankedStage { first, others, draws, watch, exits, is_amid_step: false }))
+        Ok(Box::new(RankedStage { first, others, draws, watch, is_amid_step: false, exits }))
     }
 }
 
@@ -91,20 +91,36 @@ struct RankedStage {
     others: Vec<Box<dyn RankLink>>,
     draws: bool,
     watch: Watch,
-    exits: Vec<GroupExit>,
     /// Whether a step has begun that did not come to a good end.
     is_amid_step: bool,
+    // Behind all that leaves its groups.
+    exits: Exits,
+}
+
+/// How long NCCL may take to free what it had for groups that were left: long for what it does by itself, and where it waits for a rank
+/// that hangs it may never come back.
+const FREEING: Duration = Duration::from_secs(10);
+
+/// The ways out of groups in which the ranks of this process may wait for others. Dropped, waits until what was left is freed: another
+/// stage may be about to take its place.
+struct Exits(Vec<GroupExit>);
+
+impl Drop for Exits {
+    fn drop(&mut self) {
+        let since = Instant::now();
+        let has_freed = |exit: &GroupExit| exit.has_freed_within(FREEING.saturating_sub(since.elapsed()));
+        if !self.0.iter().all(has_freed) {
+            tracing::warn!("a rank has left its group, and NCCL still holds what it had for it");
+        }
+    }
 }
 
 impl Drop for RankedStage {
     /// Lets the ranks out that wait on their devices for one that has failed. They would as long as the watchdog lets them, and the
     /// stage be said to hang. What it has failed in was not handed on, or is a device's that goes on with nothing.
     fn drop(&mut self) {
-        if std::mem::take(&mut self.is_amid_step) {
-            for exit in self.exits.drain(..) {
-                // To leave a group may take a while, and another rank of it may have to leave too.
-                std::thread::spawn(move || exit.leave());
-            }
+        if self.is_amid_step {
+            self.exits.0.iter().for_each(GroupExit::leave);
         }
     }
 }
@@ -152,7 +168,7 @@ impl Stage for RankedStage {
     fn finish(&mut self) -> stages::Result<Option<Duration>> {
         self.is_amid_step = true;
         let device_time = self.first.finish()?;
-        if let Some(rank) = self.exits.iter().position(GroupExit::has_left) {
+        if let Some(rank) = self.exits.0.iter().position(GroupExit::has_left) {
             // Its device went on with whatever numbers were there.
             return Err(stages::Error::Rank { rank, message: "its group was left".to_owned() });
         }
@@ -165,7 +181,7 @@ impl Stage for RankedStage {
     }
 
     fn exits(&self) -> Vec<GroupExit> {
-        self.exits.clone()
+        self.exits.0.clone()
     }
 }
 
@@ -248,7 +264,7 @@ mod tests {
         exits: Vec<GroupExit>,
     ) -> RankedStage {
         let watch = Watch::new(0, 1 + others.len(), None);
-        RankedStage { first, others, draws: true, watch, exits, is_amid_step: false }
+        RankedStage { first, others, draws: true, watch, is_amid_step: false, exits: Exits(exits) }
     }
 
     /// Of a token.
@@ -302,6 +318,35 @@ mod tests {
             home: RankHome::Threads,
             patience: Duration::from_secs(60),
             watch: Watch::new(0, 2, None),
+        }
+    }
+
+    /// A rank that waits in the group for one that cannot join it would do so for a minute.
+    #[test]
+    fn a_first_rank_that_cannot_join_its_group_lets_the_others_out() {
+        let exits = [(); 2].map(|()| GroupExit::default());
+        exits[0].leave();
+        let begun = Instant::now();
+        let told =
+            threads::load(&two_ranks_on_a_gpu(), &exits).err().expect("its group was left").to_string();
+        assert!(told.contains("the group was left"), "{told}");
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+        assert!(exits[1].has_left());
+    }
+
+    #[test]
+    fn a_stage_on_gpus_that_is_dropped_has_left_its_groups_and_freed_what_they_had() {
+        for is_failing in [false, true] {
+            let mut stage = two_ranks_on_a_gpu().load().unwrap();
+            stage.step(&batch(), None).unwrap();
+            stage.finish().unwrap();
+            let exits = stage.exits();
+            if is_failing {
+                exits[1].leave();
+                assert!(stage.step(&batch(), None).is_err());
+            }
+            drop(stage);
+            assert!(exits.iter().all(|exit| exit.has_left() && exit.has_freed_within(Duration::ZERO)));
         }
     }
 

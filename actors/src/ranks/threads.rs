@@ -86,7 +86,9 @@ pub(super) fn load(args: &RanksArgs, exits: &[GroupExit]) -> stages::Result<Load
     }
     let (sharing, clock) = (args.sharing.clone(), args.watch.clock(0));
     let group = RankGroup { collective: first, sharing, clock, exit: exits[0].clone() };
-    let first = stages::load_first_rank(&args.model, &args.devices[0], args.dtypes, args.options, group)?;
+    let first = stages::load_first_rank(&args.model, &args.devices[0], args.dtypes, args.options, group);
+    // The others may wait for it in their group, longer than it takes them to hear that it is gone.
+    let first = first.inspect_err(|_| exits.iter().for_each(GroupExit::leave))?;
     for (rank, loaded) in (1..).zip(loading) {
         let gone = || stages::Error::Rank { rank, message: "its thread ended while it loaded".to_owned() };
         loaded.recv().map_err(|_| gone())??;

@@ -4,7 +4,7 @@
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclResult_t, ncclUniqueId};
@@ -80,34 +80,77 @@ pub(super) struct Communicator {
 /// The way out of a group, for any thread and at any time, also before it has been joined: who waits for another rank waits no
 /// longer then, on the host as on the device, where queues go on with whatever numbers are there.
 #[derive(Debug, Clone, Default)]
-pub struct GroupExit(Arc<Mutex<Place>>);
+pub struct GroupExit(Arc<Exit>);
+
+#[derive(Debug, Default)]
+struct Exit {
+    place: Mutex<Place>,
+    /// Is no longer being left.
+    freed: Condvar,
+}
 
 #[derive(Debug, Default)]
 enum Place {
     #[default]
     Outside,
-    Inside(Nccl, ncclComm_t, Arc<Stream>),
+    Inside(Member),
+    /// Left, while the library has yet to free what it had for the group.
+    Leaving,
     Left,
 }
 
-// SAFETY: NCCL asks that a communicator's calls follow each other, from whatever thread; they are made under a lock.
-unsafe impl Send for Place {}
+#[derive(Debug)]
+struct Member {
+    nccl: Nccl,
+    comm: ncclComm_t,
+    stream: Arc<Stream>,
+}
+
+// SAFETY: NCCL asks that a communicator's calls follow each other, from whatever thread; they are made under a lock, but for the last.
+unsafe impl Send for Member {}
+
+impl Member {
+    /// Leaves the group, and ends what is under way. The library may wait for other ranks to do so, too.
+    fn abort(self) {
+        if self.stream.bind("leave a group").is_ok() {
+            // SAFETY: it was joined once, and is not used any more.
+            let _ = unsafe { (self.nccl.0.comm_abort)(self.comm) };
+        }
+    }
+}
 
 impl GroupExit {
-    /// Leaves the group, and ends what is under way.
+    /// Leaves the group, and ends what is under way; waits for nobody.
     pub fn leave(&self) {
-        let place = std::mem::replace(&mut *locked(&self.0), Place::Left);
-        if let Place::Inside(nccl, comm, stream) = place
-            && stream.bind("leave a group").is_ok()
-        {
-            // SAFETY: it was joined once, and is not used any more.
-            let _ = unsafe { (nccl.0.comm_abort)(comm) };
+        let mut place = locked(&self.0.place);
+        match std::mem::replace(&mut *place, Place::Left) {
+            Place::Outside | Place::Left => {}
+            Place::Leaving => *place = Place::Leaving,
+            Place::Inside(member) => {
+                *place = Place::Leaving;
+                let exit = Arc::clone(&self.0);
+                let leave = move || {
+                    member.abort();
+                    *locked(&exit.place) = Place::Left;
+                    exit.freed.notify_all();
+                };
+                let thread = std::thread::Builder::new().name("leave".to_owned()).spawn(leave);
+                thread.expect("the system starts a thread");
+            }
         }
     }
 
     /// Whether it was left.
     pub fn has_left(&self) -> bool {
-        matches!(*locked(&self.0), Place::Left)
+        matches!(*locked(&self.0.place), Place::Leaving | Place::Left)
+    }
+
+    /// Waits until the library has freed what it had for a group that was left, at most for so long; whether it has.
+    pub fn has_freed_within(&self, patience: Duration) -> bool {
+        let is_leaving = |place: &mut Place| matches!(place, Place::Leaving);
+        let place = locked(&self.0.place);
+        let waited = self.0.freed.wait_timeout_while(place, patience, is_leaving);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     /// Calls something of the group that does not wait.
@@ -117,9 +160,11 @@ impl GroupExit {
         op: &'static str,
         call: impl FnOnce(ncclComm_t) -> ncclResult_t,
     ) -> Result<()> {
-        match &*locked(&self.0) {
-            Place::Inside(_, comm, _) => check(stream, op, call(*comm)),
-            Place::Outside | Place::Left => Err(failed(stream, op, "the group was left".to_owned())),
+        match &*locked(&self.0.place) {
+            Place::Inside(member) => check(stream, op, call(member.comm)),
+            Place::Outside | Place::Leaving | Place::Left => {
+                Err(failed(stream, op, "the group was left".to_owned()))
+            }
         }
     }
 
@@ -233,7 +278,7 @@ impl Nccl {
         let mut comm = std::ptr::null_mut();
         let mut config = Config::of_calls_that_do_not_wait();
         {
-            let mut place = locked(&exit.0);
+            let mut place = locked(&exit.0.place);
             if !matches!(*place, Place::Outside) {
                 return Err(failed(stream, OP, "the group was left".to_owned()));
             }
@@ -241,7 +286,7 @@ impl Nccl {
             check(stream, OP, unsafe {
                 (self.0.comm_init_rank)(&mut comm, num_ranks as c_int, id, rank as c_int, &mut config)
             })?;
-            *place = Place::Inside(self, comm, Arc::clone(stream));
+            *place = Place::Inside(Member { nccl: self, comm, stream: Arc::clone(stream) });
         }
         let communicator = Communicator { nccl: self, exit: exit.clone(), stream: Arc::clone(stream) };
         exit.settle(self, stream, OP)?;
@@ -297,7 +342,7 @@ impl Communicator {
         self.exit.settle(self.nccl, stream, op)
     }
 
-    /// Leaves the group at once, and ends what is under way.
+    /// Leaves the group, and ends what is under way; waits for nobody.
     pub(super) fn abort(&self) {
         self.exit.leave();
     }

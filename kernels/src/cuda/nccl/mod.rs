@@ -7,7 +7,8 @@
 //! late or at another operation is found, before anything is queued that would wait for it on the device. A rank that dies
 //! between agreeing and queueing leaves the others' queues stuck: whoever waits for such a queue hangs until the watchdog has found
 //! it, and the group is left by its [`GroupExit`]. A queue then goes on with numbers that are none, and the next call is an
-//! error. A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
+//! error. To leave waits for nobody: where the library waits for the other ranks before it frees what it has, a thread of its own does.
+//! A rank that has no memory for its part of a step says so in place of what comes, and none goes on with it.
 //!
 //! Sums of many rows are made in pieces, on a queue of their own: those of the first rows while the next are computed (`beside.rs`).
 

@@ -129,7 +129,6 @@ impl TcpLink {
             granted,
             under_way: Arc::clone(&under_way),
             patience: self.patience,
-            gate: gate.cloned(),
             of_gpus: of_gpus.filter(|_| is_accepted),
             exit: exit.clone(),
             on_failure: Arc::clone(&self.on_failure),
@@ -162,8 +161,6 @@ struct SendingEnd {
     granted: Receiver<()>,
     under_way: UnderWay,
     patience: Duration,
-    /// Where activations are on a GPU.
-    gate: Option<Gate>,
     /// The group that the other end has accepted to meet in.
     of_gpus: Option<(Gate, GroupId)>,
     exit: GroupExit,
@@ -209,7 +206,7 @@ impl SendingEnd {
                     parcels.extend(sums.and_then(Rows::into_parcel));
                     Content::Moved(Moved { arrays: parcels.len(), rows: batch.num_tokens(), hidden })
                 }
-                Some(activations) => Content::Here(activations.into_host(self.gate.as_ref())?),
+                Some(activations) => Content::Here(activations.into_host()?),
             };
             let parcels: Vec<&Parcel> = parcels.iter().collect();
             let gpu = gpu.as_mut().filter(|_| !parcels.is_empty());

@@ -107,14 +107,6 @@ fn parcels_come_over_bit_for_bit_and_in_order_alone_and_by_twos() {
     }
 }
 
-#[test]
-fn a_parcel_is_brought_to_the_host_beside_all_that_its_device_does() {
-    let cuda = cuda();
-    let values = numbers(3, 40 * 64);
-    let parcel = cuda.hand_over(&array(&cuda, 40, 64, &values)).unwrap().unwrap();
-    assert_eq!(bits(&gate(&cuda).download(&parcel).unwrap()), bits(&values));
-}
-
 /// For what must not end by itself.
 const A_WHILE: Duration = Duration::from_millis(300);
 /// For what must, on a machine that has much else to do.

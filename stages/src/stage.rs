@@ -70,17 +70,12 @@ impl Activations {
         parcels.next().map(|values| Activations { values, sums: parcels.next(), hidden })
     }
 
-    /// The same on the host; what is on a device is brought there by its gate, from any thread.
+    /// The same on the host; from any thread.
     ///
     /// # Errors
     /// What the device refuses.
-    pub fn into_host(self, gate: Option<&Gate>) -> Result<Activations> {
-        let bring = |rows: Rows| -> Result<Rows> {
-            match (&rows, gate) {
-                (Rows::Device(parcel), Some(gate)) => Ok(gate.download(parcel)?.into()),
-                _ => Ok(rows),
-            }
-        };
+    pub fn into_host(self) -> Result<Activations> {
+        let bring = |rows: Rows| rows.into_host().map(Rows::Host);
         let sums = self.sums.map(bring).transpose()?;
         Ok(Activations { values: bring(self.values)?, sums, hidden: self.hidden })
     }

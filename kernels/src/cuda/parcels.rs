@@ -100,13 +100,16 @@ impl Parcels {
 }
 
 impl Parcel {
-    /// All numbers, row by row, on the host.
+    /// All numbers, row by row, on the host, as soon as they are computed. From any thread: they come by a queue of their own, so that
+    /// this waits for nothing else that their device has to do, and is no part of what is captured there meanwhile.
     ///
     /// # Errors
     /// What the driver refuses.
     pub fn values(&self) -> Result<Vec<f32>> {
+        let stream = Stream::open(self.memory().stream().index())?;
         let mut values = vec![0.0; self.0.rows * self.0.cols];
-        self.slot().memory.download(OP, &mut values)?;
+        self.ready().hold(OP, &stream)?;
+        stream.download(OP, self.memory(), &mut values)?;
         Ok(values)
     }
 
@@ -204,6 +207,42 @@ mod tests {
             assert_eq!(here.values().unwrap(), [1.0, 2.0]);
         }
         assert!(num_early > 0, "none had arrived before all else was done");
+    }
+
+    /// A stage that goes in halves reads what another one has handed over.
+    #[test]
+    fn a_parcel_is_read_before_all_else_that_its_device_has_to_do() {
+        let cuda = emulated(WeightType::Bf16);
+        let (mut x, mut busy) = (cuda.array(), cuda.array());
+        cuda.upload(&[1.0, 2.0], 1, 2, &mut x).unwrap();
+        cuda.upload(&[0.5; 4096], 64, 64, &mut busy).unwrap();
+        let computed = Event::new(OP, &cuda.stream, false).unwrap();
+        let mut num_early = 0;
+        for _ in 0..40 {
+            let (parcel, more) = (cuda.pack(&x).unwrap(), cuda.pack(&busy).unwrap());
+            (0..50).for_each(|_| cuda.unpack(&more, &mut busy).unwrap());
+            computed.record(OP).unwrap();
+            assert_eq!(parcel.values().unwrap(), [1.0, 2.0]);
+            num_early += usize::from(!computed.has_passed());
+        }
+        assert!(num_early > 0, "none was there before all else was done");
+    }
+
+    /// As that stage is on another thread than the one whose step is captured.
+    #[test]
+    fn a_parcel_is_read_while_its_device_captures() {
+        let cuda = emulated(WeightType::Bf16);
+        let (mut x, mut other) = (cuda.array(), cuda.array());
+        cuda.upload(&[1.0, 2.0], 1, 2, &mut x).unwrap();
+        cuda.upload(&[3.0, 4.0], 1, 2, &mut other).unwrap();
+        let parcel = cuda.pack(&x).unwrap();
+        cuda.stream.begin_capture(OP).unwrap();
+        let values = std::thread::scope(|scope| scope.spawn(|| parcel.values()).join().unwrap());
+        cuda.stream.copy(OP, &other.memory, &x.memory, 8).unwrap();
+        let graph = cuda.stream.end_capture(OP).expect("nothing else has come into it");
+        assert_eq!(values.unwrap(), [1.0, 2.0]);
+        graph.launch(OP).unwrap();
+        assert_eq!(cuda.pack(&x).unwrap().values().unwrap(), [3.0, 4.0]);
     }
 
     /// Neither where no parcel shall have room, nor where one needs more.

@@ -79,19 +79,6 @@ impl Gate {
         Ok(NcclReceiver { communicator, gate: self.clone() })
     }
 
-    /// All numbers of a parcel on the host, as soon as they are computed: the way where there is no NCCL. From any thread.
-    ///
-    /// # Errors
-    /// What the driver refuses.
-    pub fn download(&self, parcel: &Parcel) -> Result<Vec<f32>> {
-        let stream = Stream::open(self.device())?;
-        let (rows, cols) = parcel.shape();
-        let mut values = vec![0.0; rows * cols];
-        parcel.ready().hold(OP, &stream)?;
-        stream.download(OP, parcel.memory(), &mut values)?;
-        Ok(values)
-    }
-
     fn nccl(&self) -> Result<Nccl> {
         Nccl::load(self.libraries.as_deref())
     }

@@ -161,7 +161,11 @@ impl<B: Backend> SpanStage<B> {
             return Ok((Answer::HandedOn, Queued { activations, ..Queued::default() }));
         }
         let mut asked = self.queue.spare(&self.backend)?;
-        self.ask(batch, input, &mut asked)?;
+        if let Err(error) = self.ask(batch, input, &mut asked) {
+            // Who tries again may be short of the memory of another one.
+            self.queue.put_back(asked);
+            return Err(error);
+        }
         let arrival = asked.arrival();
         Ok((Answer::Asked(asked), Queued { activations: None, arrival }))
     }

@@ -24,6 +24,7 @@ namespace {
 constexpr int F32 = 0, BF16 = 14, E4M3 = 28;
 constexpr int COMPUTE_32F = 68;
 constexpr int TRANSPOSED = 1;
+constexpr uintptr_t ALIGNMENT = 256;
 // cublasLtMatmulDescAttributes_t.
 constexpr int TRANSA = 3, TRANSB = 4, A_SCALES = 17, B_SCALES = 18, A_SCALE_MODE = 31, B_SCALE_MODE = 32;
 // cublasLtMatmulMatrixScale_t: one in f32 for each row of A, or column of B.
@@ -186,7 +187,10 @@ API Status cublasLtMatmul(void*, void* product, const float* alpha, const void* 
     if (left.type == E4M3 && (!descriptor.a_scales || !descriptor.b_scales)) return INVALID_VALUE;
     uint64_t id = algorithm->words[0];
     if (id == 0 || id > NUM_ALGORITHMS || id == BROKEN) return NOT_SUPPORTED;
-    if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 != 0) return INVALID_VALUE;
+    // As a preference promises that says nothing else.
+    for (const void* matrix : {a, b, static_cast<const void*>(c), static_cast<const void*>(d)}) {
+        if (reinterpret_cast<uintptr_t>(matrix) % ALIGNMENT != 0) return INVALID_VALUE;
+    }
     // Numbers of the host are read now, as the descriptors are.
     float by = *alpha, of_old = *beta;
     int queued = emulated_queue(stream, [=] {

@@ -302,6 +302,11 @@ impl Drop for Preference {
     }
 }
 
+/// Whether each matrix of a product begins at a multiple of so many bytes.
+pub(crate) fn begins_at_multiples_of(bytes: usize, product: &Product) -> bool {
+    [product.x, product.w, product.out].into_iter().all(|at| pointer(at).addr().is_multiple_of(bytes))
+}
+
 fn pointer(argument: Argument) -> *mut c_void {
     match argument {
         Argument::Pointer(address) => address as *mut c_void,

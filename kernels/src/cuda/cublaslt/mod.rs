@@ -1,7 +1,8 @@
 //! Matrix products by cuBLASLt: the fast path, whose bits depend on the batch.
 //!
 //! For products of one shape, rows counted in buckets, the library's heuristics are asked once, their candidates are timed
-//! on the product itself, and the best is kept, also on disk. What the library cannot do is left to our own kernel.
+//! on the product itself, and the best is kept, also on disk. What the library cannot do is left to our own kernel, and so is what
+//! does not begin where the library takes for granted.
 //! The first product of a shape waits for the device; later ones are queued and nothing else, so that a step may be captured
 //! once it has run.
 
@@ -140,7 +141,8 @@ impl CublasLt {
         product: &Product,
         adds: bool,
     ) -> Result<bool> {
-        if product.rows == 0 || product.cols == 0 || product.depth == 0 {
+        let is_empty = product.rows == 0 || product.cols == 0 || product.depth == 0;
+        if is_empty || !calls::begins_at_multiples_of(plan::ALIGNMENT, product) {
             return Ok(false);
         }
         let Product { rows, cols, depth, x_stride, w_stride, out_stride, .. } = *product;

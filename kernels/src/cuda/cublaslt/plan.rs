@@ -9,8 +9,13 @@ pub(crate) const MOST_CANDIDATES: usize = 16;
 /// Numbers of a matrix that one call may reach: beyond 2³¹ there have been kernels that count in 32 bits.
 const MOST_NUMBERS: usize = 1 << 31;
 
-/// Parts of a matrix begin at multiples of so many rows, so that each begins at 256 bytes.
+/// Parts of a matrix begin at multiples of so many rows, so that each begins at [`ALIGNMENT`].
 const CUT_ROWS: usize = 256;
+
+/// Matrices begin at multiples of so many bytes: what the library takes for granted when it names algorithms, unless it is told
+/// otherwise. One product's algorithm serves others of its key, so that all must keep this. Chunks of few columns do not, as tests
+/// have them: our own kernel multiplies these.
+pub(crate) const ALIGNMENT: usize = 256;
 
 /// Number types of a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -12,9 +12,9 @@ use crate::items::Setting;
 /// What cuBLASLt as we call it is to reach of the best of its settings.
 const LEAST: f64 = 0.85;
 
-/// Weights of fewer bytes, multiplied again and again, may come from the device's cache, wholly or in part, which in a model they do not: an
-/// H200 has 50 MB of it, a B200 126.
-const MOST_CACHED: f64 = 126e6;
+/// Weights of fewer bytes, multiplied again and again, might come from the device's cache, wholly or in part, which in a model they do not: twice
+/// what a B200 has of it, while an H200 has 50 MB. Of those that are smaller so many copies take turns that they are as large together.
+const LEAST_BYTES: usize = 2 * 126_000_000;
 
 /// A product `[rows, k] · [n, k]ᵀ` of several numbers of rows.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +27,14 @@ pub(crate) struct Shape {
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} [{}, {}]", self.what, self.n, self.k)
+    }
+}
+
+impl Shape {
+    /// Copies of its weights that take turns.
+    fn copies(self, setting: &Setting) -> u64 {
+        let bytes = self.n * self.k * size_of::<u16>();
+        if setting.is_small { 2 } else { LEAST_BYTES.div_ceil(bytes) as u64 }
     }
 }
 
@@ -57,27 +65,27 @@ pub(crate) fn measure(shape: Shape, setting: &Setting) -> Result<Vec<String>> {
     let mut peak = 0.0;
     for is_deterministic in [false, true] {
         let cuda = setting.cuda(WeightType::Bf16, KvDtype::Bf16, is_deterministic)?;
-        let w = cuda.random_matrix(RandomTensor::new(1, 0.02, shape.n, shape.k))?;
+        let copies = (1..=shape.copies(setting)).map(|seed| RandomTensor::new(seed, 0.02, shape.n, shape.k));
+        let weights = copies.map(|copy| cuda.random_matrix(copy)).collect::<kernels::Result<Vec<_>>>()?;
         // The device's, by whatever multiplies fastest.
         peak = f64::max(peak, cuda.product_flops()?);
         let has_library = cuda.numeric_profile().contains("cublaslt");
         let name = if has_library { "cuBLASLt" } else { "own kernel" };
         for (index, (line, &rows)) in lines.iter_mut().zip(&rows).enumerate() {
             let x = operand(&cuda, [rows, shape.k])?;
-            let seconds = seconds(&cuda, &w, &x)?;
+            let seconds = seconds(&cuda, &weights, &x)?;
             let flops = 2.0 * (rows * shape.n * shape.k) as f64 / seconds;
             let bytes = 2.0 * (shape.n * shape.k) as f64;
             if line.is_empty() {
                 *line = format!("{rows} rows:");
             }
-            best[index] = cuda.fastest_product(&x, &w)?.or(best[index]);
+            best[index] = cuda.fastest_product(&x, &weights)?.or(best[index]);
             *line += &format!(
-                " {name} {:.1} us, {}{:.1} TFLOP/s, {:.1} % of the peak, weights{} at {:.0} GB/s;",
+                " {name} {:.1} us, {}{:.1} TFLOP/s, {:.1} % of the peak, weights at {:.0} GB/s;",
                 seconds * 1e6,
                 share_of_best(best[index], seconds, has_library),
                 flops / 1e12,
                 100.0 * flops / peak,
-                if bytes < MOST_CACHED { ", which a cache may hold," } else { "" },
                 bytes / seconds / 1e9
             );
         }
@@ -105,7 +113,7 @@ fn operand(cuda: &Cuda, [rows, k]: [usize; 2]) -> Result<kernels::CudaOperand> {
 }
 
 /// Of a product, as of the best of cuBLASLt's.
-fn seconds(cuda: &Cuda, w: &kernels::CudaMatrix, x: &kernels::CudaOperand) -> Result<f64> {
-    let mut out = cuda.array();
-    Ok(cuda.seconds_of(|| cuda.matmul(x, w, &mut out))?)
+fn seconds(cuda: &Cuda, weights: &[kernels::CudaMatrix], x: &kernels::CudaOperand) -> Result<f64> {
+    let (mut out, mut turns) = (cuda.array(), weights.iter().cycle());
+    Ok(cuda.seconds_of(|| cuda.matmul(x, turns.next().expect("there are weights"), &mut out))?)
 }

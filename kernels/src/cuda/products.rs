@@ -82,34 +82,41 @@ impl Cuda {
     }
 
     /// Seconds of `x · wᵀ` by the fastest algorithm that cuBLASLt names at any of several sizes of workspace, and how many were
-    /// timed: what [`crate::Backend::matmul`] is held against. Nothing without the library, and where `w` is not one piece of bf16.
+    /// timed: what [`crate::Backend::matmul`] is held against. Weights of one shape take turns: those of all of them come from memory where
+    /// no cache holds them together. Nothing without the library, and where they are not one piece of bf16 each.
     ///
     /// # Errors
     /// What the driver refuses.
     ///
     /// # Panics
-    /// If x has not as many columns as w.
-    pub fn fastest_product(&self, x: &CudaOperand, w: &CudaMatrix) -> Result<Option<(f64, usize)>> {
+    /// If there are no weights, if they differ in shape, or if x has not as many columns.
+    pub fn fastest_product(&self, x: &CudaOperand, weights: &[CudaMatrix]) -> Result<Option<(f64, usize)>> {
+        let w = weights.first().expect("there are weights");
         assert_eq!(x.cols, w.cols, "columns of x and of w");
-        let (Some(library), Form::Bf16(chunked)) = (&self.library, &w.form) else { return Ok(None) };
-        let mut chunks = arrays::chunks(w.rows, w.cols, chunked.chunk);
-        let (Some(chunk), None) = (chunks.next(), chunks.next()) else { return Ok(None) };
+        let Some(library) = &self.library else { return Ok(None) };
         let mut out = Memory::none(&self.stream);
         out.reserve("time a product", x.rows * w.rows * size_of::<f32>())?;
-        let product = Product {
-            x: x.memory.start(),
-            w: chunked.memory.start(),
-            out: out.start(),
-            rows: x.rows,
-            cols: w.rows,
-            depth: chunk.cols,
-            x_stride: x.stride(),
-            w_stride: chunk.stride,
-            out_stride: w.rows,
-            scales: None,
+        let product = |own: &CudaMatrix| {
+            assert_eq!((own.rows, own.cols), (w.rows, w.cols), "shapes of weights that take turns");
+            let Form::Bf16(chunked) = &own.form else { return None };
+            let mut chunks = arrays::chunks(own.rows, own.cols, chunked.chunk);
+            let (Some(chunk), None) = (chunks.next(), chunks.next()) else { return None };
+            Some(Product {
+                x: x.memory.start(),
+                w: chunked.memory.start(),
+                out: out.start(),
+                rows: x.rows,
+                cols: own.rows,
+                depth: chunk.cols,
+                x_stride: x.stride(),
+                w_stride: chunk.stride,
+                out_stride: own.rows,
+                scales: None,
+            })
         };
-        // SAFETY: x and w have as many rows and columns as they say, and out was made for the product.
-        let found = unsafe { library.survey(&product) }?;
+        let Some(products) = weights.iter().map(product).collect::<Option<Vec<_>>>() else { return Ok(None) };
+        // SAFETY: x and weights have as many rows and columns as they say, and out was made for the products.
+        let found = unsafe { library.survey(&products) }?;
         Ok(found.map(|(microseconds, count)| (microseconds / 1e6, count)))
     }
 

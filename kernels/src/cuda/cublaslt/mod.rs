@@ -183,9 +183,10 @@ impl CublasLt {
             return first.map(|&algorithm| Some(Prepared { shape, algorithm })).ok_or(error);
         }
         let watch = Stopwatch::new(self.handle.workspace())?;
+        let products = std::slice::from_ref(product);
         // SAFETY: the caller vouches for the arrays.
         let times = candidates.iter().map(|&algorithm| unsafe {
-            time(&watch, &self.handle, &mut known.scratch, &shape, product, key.adds, (algorithm, TIMED))
+            time(&watch, &self.handle, &mut known.scratch, &shape, products, key.adds, (algorithm, TIMED))
         });
         let times = times.collect::<Result<Vec<_>>>()?;
         let Some(best) = plan::fastest(&times) else { return Ok(None) };
@@ -198,14 +199,14 @@ impl CublasLt {
         Ok(Some(Prepared { shape, algorithm }))
     }
 
-    /// The fastest of all algorithms that the library's heuristics name for a product of bf16, with workspaces of
-    /// [`SURVEYED_MIB`]: its microseconds, and how many were timed. The best with each workspace is timed as thoroughly as what is held
+    /// The fastest of all algorithms that the library's heuristics name for products of bf16 of one shape that take turns, with workspaces of
+    /// [`SURVEYED_MIB`]: microseconds of each, and how many were timed. The best with each workspace is timed as thoroughly as what is held
     /// against it. Nothing where there is none.
     ///
     /// # Safety
     /// As of [`CublasLt::run`].
-    pub(crate) unsafe fn survey(&self, product: &Product) -> Result<Option<(f64, usize)>> {
-        let Some(shape) = self.handle.shape(Kind::Bf16, product)? else { return Ok(None) };
+    pub(crate) unsafe fn survey(&self, products: &[Product]) -> Result<Option<(f64, usize)>> {
+        let Some(shape) = self.handle.shape(Kind::Bf16, &products[0])? else { return Ok(None) };
         let mut scratch = Memory::none(&self.stream);
         let (mut best, mut count): (Option<f64>, usize) = (None, 0);
         let watch = Stopwatch::new(self.handle.workspace())?;
@@ -214,7 +215,7 @@ impl CublasLt {
             let candidates = handle.candidates(&shape, SURVEYED_CANDIDATES)?;
             // SAFETY: the caller vouches for the arrays.
             let mut time = |algorithm, effort| unsafe {
-                time(&watch, &handle, &mut scratch, &shape, product, false, (algorithm, effort))
+                time(&watch, &handle, &mut scratch, &shape, products, false, (algorithm, effort))
             };
             let times = candidates.iter().map(|&algorithm| time(algorithm, TIMED));
             let times = times.collect::<Result<Vec<_>>>()?;
@@ -227,23 +228,27 @@ impl CublasLt {
     }
 }
 
-/// Microseconds of a candidate, or nothing where the library refuses to start it.
+/// Microseconds of a candidate at one of some products that take turns, or nothing where the library refuses to start it.
 ///
 /// # Safety
-/// As of [`CublasLt::run`].
+/// As of [`CublasLt::run`]; the products are of one shape, which is `shape`'s.
 unsafe fn time(
     watch: &Stopwatch<'_>,
     handle: &Handle,
     scratch: &mut Memory,
     shape: &Shape,
-    product: &Product,
+    products: &[Product],
     adds: bool,
     (algorithm, effort): (Algorithm, Effort),
 ) -> Result<Option<f64>> {
-    scratch.reserve(TIME, product.rows * product.out_stride * size_of::<f32>())?;
-    let product = Product { out: scratch.start(), ..*product };
-    // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
-    let run = || unsafe { handle.multiply(TIME, shape, &product, adds, algorithm) };
+    scratch.reserve(TIME, products[0].rows * products[0].out_stride * size_of::<f32>())?;
+    let out = scratch.start();
+    let mut turns = products.iter().map(|product| Product { out, ..*product }).cycle();
+    let mut run = || {
+        let product = turns.next().expect("a cycle of some has no end");
+        // SAFETY: the caller vouches for the arrays, and the scratch is as large as what it stands for.
+        unsafe { handle.multiply(TIME, shape, &product, adds, algorithm) }
+    };
     if run().is_err() {
         return Ok(None);
     }

@@ -14,6 +14,7 @@ use stages::profile::Ceilings;
 use stages::{Dtypes, PAGE_TOKENS, Sharing, SpanOptions, Stage, StepSize};
 
 use crate::bars;
+use crate::decoding::Decoding;
 use crate::items::Setting;
 use crate::models::{self, Measured};
 
@@ -24,14 +25,10 @@ struct Job {
     prompt_tokens: usize,
     output_tokens: usize,
     micro_batch_tokens: usize,
-    /// Whether rows end by [`EIGHT`], each of them [`TAIL`] tokens after those before; else all have as many tokens.
-    ends_by_eights: bool,
 }
 
-/// Rows by which captured steps differ, up to 256 of them.
-const EIGHT: usize = 8;
-/// Tokens for which a number of rows stays: a step of a new kind is run, captured and launched.
-const TAIL: usize = 3;
+/// Steps of a kind until it is known: it is run, captured and launched.
+const STEPS: usize = 3;
 
 /// What a whole job is to reach of its ceiling.
 const LEAST: f64 = 0.65;
@@ -39,42 +36,40 @@ const LEAST: f64 = 0.65;
 impl Job {
     fn of(setting: &Setting) -> Job {
         match setting.is_small {
-            true => Job {
-                rows: 3,
-                prompt_tokens: 20,
-                output_tokens: 8,
-                micro_batch_tokens: 32,
-                ends_by_eights: false,
-            },
-            false => Job {
-                rows: 256,
-                prompt_tokens: 512,
-                output_tokens: 256,
-                micro_batch_tokens: 2048,
-                ends_by_eights: false,
-            },
+            true => Job { rows: 3, prompt_tokens: 20, output_tokens: 8, micro_batch_tokens: 32 },
+            false => Job { rows: 256, prompt_tokens: 512, output_tokens: 256, micro_batch_tokens: 2048 },
         }
     }
 
-    /// A short one with micro-batches as large, and with steps of every number of rows that captured ones are padded to while rows come
-    /// to their end, down to eight. Steps of fewer rows, and of so few that contexts are split, which is by their length, are
-    /// captured within the real job, and are in its figure.
+    /// A short one with micro-batches as large.
     fn short(self) -> Job {
-        let prompt_tokens = self.micro_batch_tokens / self.rows;
-        Job { prompt_tokens, output_tokens: TAIL, ends_by_eights: true, ..self }
+        Job { prompt_tokens: self.micro_batch_tokens / self.rows, output_tokens: STEPS, ..self }
     }
 
-    /// Tokens that a row makes.
-    fn output_tokens_of(&self, row: usize) -> usize {
-        self.output_tokens + if self.ends_by_eights { TAIL * (row / EIGHT) } else { 0 }
+    /// Steps of every number of rows that captured ones are padded to, at the contexts that rows come to their end with, by which they
+    /// are split where they are few: so that none is captured within the job itself.
+    fn have_captured(&self, stage: &mut dyn Stage) -> Result<()> {
+        let (context, pages_of_row) = (self.context_tokens(), self.pages_of_row());
+        let few = [1, 2, 4].map(|rows| rows.min(self.rows));
+        for rows in few.into_iter().chain((8..=self.rows).step_by(8)) {
+            let batch = Decoding { rows, context, pages_of_row }.micro_batch(0, |_| 0);
+            for _ in 0..STEPS {
+                stage.step(&batch, None)?;
+            }
+        }
+        Ok(())
     }
 
     fn context_tokens(&self) -> usize {
-        self.prompt_tokens + self.output_tokens_of(self.rows - 1)
+        self.prompt_tokens + self.output_tokens
+    }
+
+    fn pages_of_row(&self) -> usize {
+        self.context_tokens().div_ceil(PAGE_TOKENS)
     }
 
     fn num_pages(&self) -> usize {
-        self.rows * self.context_tokens().div_ceil(PAGE_TOKENS)
+        self.rows * self.pages_of_row()
     }
 
     fn scheduler(&self) -> Scheduler {
@@ -99,7 +94,7 @@ impl Job {
         Request {
             key: RequestKey(row as u128),
             prompt: (0..self.prompt_tokens).map(token).collect(),
-            sampling: Arc::new(Sampling::greedy(self.output_tokens_of(row) as u32)),
+            sampling: Arc::new(Sampling::greedy(self.output_tokens as u32)),
             sample: 0,
         }
     }
@@ -144,8 +139,10 @@ pub(crate) fn measure(measured: &Measured, setting: &Setting) -> Result<Vec<Stri
     let largest_step = Some(StepSize { rows, sequences, context_tokens, micro_batches: 2, arrivals: 0 });
     let options = SpanOptions { part, num_pages: job.num_pages(), context_tokens, largest_step };
     let mut stage = stages::load(&model, &device, dtypes, options)?;
-    // Arrays find their sizes, products their algorithms, and steps are captured.
+    // Products find their algorithms, and steps are captured.
+    stage.fill_pages(job.num_pages())?;
     job.short().run(&mut *stage, config.dims.vocab)?;
+    job.have_captured(&mut *stage)?;
     let (seconds, loads) = job.run(&mut *stage, config.dims.vocab)?;
     drop(stage);
     let ceilings = before.max(Ceilings::measure(&device, dtypes)?);

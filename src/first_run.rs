@@ -5,12 +5,13 @@
 //! takes those again wherever a stage is shared. Where none is, stages may begin wherever they like, and a device may have two.
 
 use anyhow::{Result, bail};
-use configs::{Pipeline, Stages, TensorParallel};
-use jobs::StageShape;
+use configs::{DeviceKind, Pipeline, Stages, TensorParallel};
+use jobs::{Settings, StageShape};
 use scheduler::Span;
 use stages::{Exceptions, ModelConfig, Part, Sharing};
 
 use crate::layout::{self, StageLayout};
+use crate::lower::GPU_BACKEND;
 
 /// What is decided before anything is planned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +22,13 @@ pub(crate) enum Kept {
     OneEach,
     /// These stages.
     Stages(Vec<StageLayout>),
+}
+
+/// The stages of a job's first run, where there was one and it had such devices: GPUs need not be able to share what CPUs do.
+pub(crate) fn stages_on(pipeline: &Pipeline, first: Option<Settings>) -> Option<Vec<StageShape>> {
+    let are_gpus = layout::kind(pipeline) == DeviceKind::Cuda;
+    let first = first.filter(|first| (first.backend() == Some(GPU_BACKEND)) == are_gpus);
+    first.map(|first| first.layout)
 }
 
 /// What a run keeps of the `first` one's stages, where there was one. What the job's file says comes first: whether it says

@@ -182,6 +182,9 @@ pub(crate) fn window(max_sequences: usize) -> usize {
     sum
 }
 
+/// What a numeric profile calls GPUs.
+pub(crate) const GPU_BACKEND: &str = "cuda";
+
 /// What the bits of a pipeline's results depend on beside the row, the model and the seed. A block is summed over the
 /// ranks of its stage, so that it matters where stages of several ranks begin and end.
 ///
@@ -192,7 +195,7 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> Result<NumericProfil
     let (backend, simd, deterministic) = match &options.stages[0].devices[0] {
         Device::Reference => ("reference", "none".to_owned(), true),
         Device::Cpu { simd, .. } => ("cpu", simd.name().to_owned(), true),
-        Device::Cuda { is_deterministic, .. } => ("cuda", architectures(options)?, *is_deterministic),
+        Device::Cuda { is_deterministic, .. } => (GPU_BACKEND, architectures(options)?, *is_deterministic),
     };
     let shared: Vec<String> = (options.stages.iter())
         .filter(|stage| stage.devices.len() > 1)

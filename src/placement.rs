@@ -147,12 +147,11 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
                 lines.push(question.announcement(&planned, &occasion.profile_command));
             }
             if pipeline.devices.len() > 1 {
-                lines.extend(question.better_layout(&planned));
+                lines.extend(question.better_layout(&planned, &kept));
             }
             planned
         }
     };
-    let load = question.load(&stages);
     let first = match pipeline.split_blocks {
         SplitBlocks::Auto => occasion.first_run.as_deref().unwrap_or_default(),
         // What the job's file says comes first: whether it is what the first run had is checked with all that decides answers.
@@ -160,7 +159,8 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
     };
     question.share_blocks(&mut stages, first);
     question.pages.check_rows(&stages)?;
-    let (seconds, source) = (question.seconds(&stages), question.source(&stages));
+    let (load, seconds, source) =
+        (question.load(&stages), question.seconds(&stages), question.source(&stages));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();
     let (setting, pages) = (question.setting, question.pages);

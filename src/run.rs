@@ -92,7 +92,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     let occasion = Occasion {
         has_rows,
         profile_command: profile_command(&loaded, how.job_file.as_deref()),
-        first_run: folder.layout()?,
+        first_run: first_run::stages_on(&job.pipeline, folder.settings()?),
         accept_numerics: how.accept_numerics,
     };
     let placement = tokio::select! {

@@ -30,7 +30,7 @@ pub struct StagePlacement {
     pub devices: Vec<Device>,
     /// Its blocks.
     pub part: Part,
-    /// How its ranks share attention.
+    /// How its ranks share blocks.
     pub sharing: Sharing,
 }
 
@@ -89,7 +89,7 @@ pub struct Pipeline {
     pub stage_clocks: Vec<Arc<StageClock>>,
     /// What the pipeline as a whole has done.
     pub clock: Arc<PipelineClock>,
-    /// What the first rank of each stage spends on collectives.
+    /// What each rank of each stage spends on collectives.
     pub collective_clocks: Vec<Vec<Arc<CollectiveClock>>>,
     /// The blocks of each stage.
     pub parts: Vec<Part>,

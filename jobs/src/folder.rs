@@ -16,7 +16,7 @@ use crate::journal::{self, EarlierRuns, Journal, unix_now};
 use crate::line::LineFile;
 use crate::lines_file::LinesFile;
 use crate::manifest::Manifest;
-use crate::settings::{Settings, StageShape, changes};
+use crate::settings::{Settings, changes};
 use crate::settle;
 use crate::writer::{Order, Writer};
 
@@ -79,9 +79,9 @@ impl OutputFolder {
         self.journal.as_ref().map(Journal::unix_seconds).transpose()
     }
 
-    /// The stages of the job's first run, where there was one.
-    pub fn layout(&self) -> Result<Option<Vec<StageShape>>> {
-        self.journal.as_ref().map(|journal| Ok(journal.settings()?.layout)).transpose()
+    /// What the job was begun with, or has gone on with where its user accepted other numerics, where there was a run.
+    pub fn settings(&self) -> Result<Option<Settings>> {
+        self.journal.as_ref().map(Journal::settings).transpose()
     }
 
     /// Lines that earlier runs have written for rows which this one need not compute, whether they are in its input or not.

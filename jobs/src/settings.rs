@@ -51,7 +51,15 @@ pub struct StageShape {
     pub ffn_on_first_rank: Vec<usize>,
 }
 
+/// The setting that [`NumericProfile::backend`] is.
+const BACKEND: &str = "backend";
+
 impl Settings {
+    /// What numbers are computed on, as [`NumericProfile::backend`] calls it, where that was said.
+    pub fn backend(&self) -> Option<&str> {
+        self.numerics.get(BACKEND)?.as_str()
+    }
+
     /// Adds a setting that answers depend on.
     pub fn with(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.answers.insert(name.to_owned(), value.into());
@@ -78,7 +86,7 @@ impl Settings {
         let mut settings =
             self.with("model.dtype", dtype.as_str()).with("pipeline.kv_cache_dtype", kv_cache_dtype.as_str());
         let numerics: [(&str, Value); 3] = [
-            ("backend", backend.as_str().into()),
+            (BACKEND, backend.as_str().into()),
             ("pipeline.simd", simd.as_str().into()),
             ("tensor parallel width", (*tensor_parallel).into()),
         ];

@@ -1,5 +1,5 @@
 //! GPUs in processes of their own, on machines that an emulator plays: stages that hand activations over by NCCL, and ranks that
-//! share a stage. The same bytes as on threads, and complete jobs whoever dies.
+//! share a stage. The same bytes as on threads, and complete jobs whoever dies, in processes or in threads.
 
 use std::process::{Command, Output};
 
@@ -155,23 +155,27 @@ fn a_rank_of_a_gpu_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_co
         .set("pipeline.split_blocks=all")
         .set("pipeline.stages=[[0,4],[4,8]]");
     let expected = run(&undisturbed).0;
-    for (fault, stages) in [
-        ("stage1.1@12:kill", "threads"),
-        ("stage1.1@12:kill", "processes"),
-        ("stage1.1@13:panic", "threads"),
-        ("stage1.1@16:hang", "processes"),
-        ("stage1@12:kill", "processes"),
+    for (fault, ranks, stages) in [
+        ("stage1.1@12:kill", "processes", "threads"),
+        ("stage1.1@12:kill", "processes", "processes"),
+        ("stage1.1@13:panic", "processes", "threads"),
+        ("stage1.1@16:hang", "processes", "processes"),
+        ("stage1@12:kill", "processes", "processes"),
+        ("stage1.1@13:panic", "threads", "threads"),
+        ("stage1@13:panic", "threads", "threads"),
+        ("stage1.1@16:hang", "threads", "threads"),
     ] {
         let job = undisturbed
             .anew()
-            .set("pipeline.ranks=processes")
+            .set(format!("pipeline.ranks={ranks}"))
             .set(format!("pipeline.stages_run_in={stages}"))
             .set("pipeline.step_timeout_seconds=6");
         let output = telling(job.command_with_faults(fault).env("EMULATED_NCCL_ABORT", "waits"));
         assert_done(&output);
-        assert!(stdout(&output).contains("started again"), "{fault}, {stages}: {}", stdout(&output));
+        let what = format!("{fault}, ranks in {ranks}, stages in {stages}");
+        assert!(stdout(&output).contains("started again"), "{what}: {}", stdout(&output));
         let is_hang = stderr(&output).contains("a step did not end within");
-        assert_eq!(is_hang, fault.ends_with("hang"), "{fault}, {stages}: {}", stderr(&output));
-        assert!(lines(&job.out(), "output.jsonl") == expected, "{fault}, {stages}");
+        assert_eq!(is_hang, fault.ends_with("hang"), "{what}: {}", stderr(&output));
+        assert!(lines(&job.out(), "output.jsonl") == expected, "{what}");
     }
 }

@@ -7,18 +7,18 @@ use serde_json::{Value, json};
 use crate::disturbed::{assert_done, assert_refused, lines, row, stderr};
 use crate::harness::{Job, fixture, read_json};
 use crate::logits::{Scores, asking};
-use crate::profile::{MODEL, World, even_costs, shapes};
+use crate::profile::{MODEL, World, even_costs};
 use crate::ranks::Expected;
 
 /// Micro-batches have room for all rows.
-const SETS: [&str; 3] = [
+pub(crate) const SETS: [&str; 3] = [
     "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
     "pipeline.micro_batch_tokens=256",
     "model.max_context_tokens=64",
 ];
 
 /// Four devices that share all blocks.
-const FOUR: [&str; 2] =
+pub(crate) const FOUR: [&str; 2] =
     ["pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\"]", "pipeline.tensor_parallel=[4]"];
 
 /// A job of so many rows that lets the plan choose, and what has been measured of its devices.
@@ -110,6 +110,8 @@ fn what_is_measured_between_two_runs_of_a_job_changes_none_of_its_answers() {
         assert_ne!(ranks(&other), expected, "a new job is laid out otherwise");
         let said = done(world.run_job(&job, &[]));
         assert_eq!(said.contains("as in the job's first run"), begins_shared, "{said}");
+        // Nor is a layout proposed that the job would refuse.
+        assert_eq!(said.contains("tensor_parallel"), begins_shared, "{said}");
         for run in [&undisturbed, &job] {
             assert_eq!(ranks(run), expected);
         }
@@ -129,97 +131,6 @@ fn a_layout_that_the_devices_no_longer_fit_is_named_with_the_cure() {
     done(world.run_job(&job, &accepted));
     // What the job was begun with is no longer what it goes on with.
     done(world.run_job(&job, &three));
-}
-
-/// A world where the block in the middle takes as long as all others together: a device of its own for it, and the other one for
-/// what is before and behind it, are half as fast again as any single cut.
-fn world_with_a_dear_block(devices: &'static str) -> World {
-    let one_device_each = ["pipeline.tensor_parallel=off", "pipeline.column_cuts=off"];
-    let small = ["pipeline.micro_batch_tokens=8", SETS[2]];
-    let world = World::with(&[&[devices][..], &one_device_each, &small].concat());
-    world.measure();
-    let shapes = shapes(&fixture(MODEL));
-    world.edit(|profile| even_costs(profile, Some(&shapes[shapes.len() / 2])));
-    world
-}
-
-fn devices(job: &Job) -> Vec<String> {
-    let manifest = read_json(&job.out().join("manifest.json"));
-    let stages = manifest["plan"]["stages"].as_array().expect("stages").clone();
-    stages.iter().map(|stage| stage["device"].as_str().expect("a name").to_owned()).collect()
-}
-
-/// Which of two devices has the block in the middle is all the same to a plan.
-#[track_caller]
-fn assert_gone_through_twice(devices: &[String], of: [&str; 2]) {
-    let [one, other] = of;
-    assert!(devices == [one, other, one] || devices == [other, one, other], "{devices:?}");
-}
-
-#[test]
-fn a_run_goes_through_its_devices_twice_where_that_is_faster_and_answers_the_same() {
-    let world = world_with_a_dear_block(SETS[0]);
-    let job = world.job.anew().over((0..20).map(row));
-    let once = ["cpu:0", "cpu:1"];
-    let undisturbed = job.anew().set("pipeline.virtual_stages=off");
-    done(world.run_job(&undisturbed, &[]));
-    assert_eq!(devices(&undisturbed), once);
-
-    let alone = job.anew();
-    let output = world.run_job(&alone, &[]);
-    let said = done(output.clone());
-    let twice = devices(&alone);
-    assert_gone_through_twice(&twice, once);
-    let layout = format!("stages: [[0, 5], [5, 6], [6, 11]] with devices = {twice:?}, by measured costs");
-    assert!(said.contains(&layout), "{said}");
-    assert!(!said.contains("would be"), "nothing is left to be pasted: {said}");
-    let report = String::from_utf8_lossy(&output.stdout);
-    assert!(report.contains(&format!("stage 2   {} blocks [6, 11)", twice[2])), "{report}");
-    // The same as where the job's file says it.
-    let given = job.anew().set(format!("pipeline.devices={twice:?}"));
-    let given = given.set("pipeline.stages=[[0, 5], [5, 6], [6, 11]]");
-    done(world.run_job(&given, &[]));
-    assert_eq!(devices(&given), twice);
-
-    // Two processes would be in each other's way on a device.
-    let processes = job.anew().set("pipeline.stages_run_in=processes");
-    let said = done(world.run_job(&processes, &[]));
-    assert_eq!(devices(&processes), once);
-    assert!(!said.contains("[[0, 5], [5, 6], [6, 11]]"), "{said}");
-    for other in [&alone, &given, &processes] {
-        assert!(all_lines(other) == all_lines(&undisturbed));
-    }
-}
-
-#[test]
-fn a_job_goes_on_through_its_devices_twice_and_may_end_without() {
-    let world = world_with_a_dear_block(SETS[0]);
-    let job = world.job.anew().over((0..20).map(row));
-    let undisturbed = job.anew().set("pipeline.virtual_stages=off");
-    done(world.run_job(&undisturbed, &[]));
-    let off = ["--set", "pipeline.virtual_stages=off"];
-    for (first, then, stages) in [(&[][..], &[][..], [3, 3]), (&[], &off, [3, 2]), (&off, &[], [2, 3])] {
-        let job = job.anew();
-        done(world.run_job(&job, &[&["--limit", "8"], first].concat()));
-        assert_eq!(devices(&job).len(), stages[0]);
-        done(world.run_job(&job, then));
-        assert_eq!(devices(&job).len(), stages[1]);
-        assert!(all_lines(&job) == all_lines(&undisturbed), "{first:?}, then {then:?}");
-    }
-}
-
-#[test]
-fn each_replica_goes_through_its_own_devices_twice() {
-    let world = world_with_a_dear_block(FOUR[0]);
-    let job = world.job.anew().over((0..20).map(row)).set("pipeline.replicas=2");
-    done(world.run_job(&job, &[]));
-    let both = devices(&job);
-    assert_gone_through_twice(&both[..3], ["cpu:0", "cpu:1"]);
-    assert_gone_through_twice(&both[3..], ["cpu:2", "cpu:3"]);
-    let once = job.anew().set("pipeline.virtual_stages=off");
-    done(world.run_job(&once, &[]));
-    assert_eq!(devices(&once), ["cpu:0", "cpu:1", "cpu:2", "cpu:3"]);
-    assert!(all_lines(&job) == all_lines(&once));
 }
 
 /// Makes attention over keys dear, or free, beside everything else.

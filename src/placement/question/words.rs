@@ -1,10 +1,11 @@
 //! What is said of layouts, as a job file has them.
 
+use configs::TensorParallel;
 use scheduler::PlannedStage;
 use stages::Part;
 use stages::cost::PieceShape;
 
-use super::{BETTER_LAYOUT, Question, Source, parts};
+use super::{BETTER_LAYOUT, Kept, Question, Source, parts};
 use crate::layout::{self, StageLayout, part_of, ranges};
 use crate::plan::answer;
 
@@ -43,9 +44,14 @@ impl Question {
     }
 
     /// The fastest of all layouts that a plan knows, where that is faster than the planned stages: with as many rows in flight,
-    /// shared stages and FFNs, several pipelines, stages in another order.
-    pub(in crate::placement) fn better_layout(&self, planned: &[StageLayout]) -> Option<String> {
-        let setting = self.with_memory(&self.setting, self.replicas as u64 * self.sequences(planned));
+    /// shared stages and FFNs, several pipelines, stages in another order; of a job that keeps a device for each stage, whose numerics
+    /// shared ones would change, without those.
+    pub(in crate::placement) fn better_layout(&self, planned: &[StageLayout], kept: &Kept) -> Option<String> {
+        let sequences = self.replicas as u64 * self.sequences(&self.with_sharing(planned));
+        let mut setting = self.with_memory(&self.setting, sequences);
+        if *kept == Kept::OneEach {
+            setting.tensor_parallel = TensorParallel::Off;
+        }
         let pieces = setting.pieces();
         let (replicas, layout) = answer::plan(&setting, &pieces)?;
         let ratio = layout.tokens_per_second / self.speed(planned);

@@ -25,6 +25,9 @@ const RESERVED_BYTES: u64 = 1 << 30;
 /// what it does not tell. An estimate, as it depends on how GPUs are linked.
 const NCCL_PEER_BYTES: u64 = 512 << 20;
 
+/// What a job may do whose GPUs have no room for what they share as in its first run.
+const SHARED_ALIKE: &str = "free memory, or pass --accept-numerics with split_blocks = \"all\"";
+
 /// As both together, of small memories: one part in so many.
 const RESERVED_SHARE: u64 = 16;
 
@@ -86,7 +89,7 @@ impl Question {
         let step = self.step_of(stages.len());
         let load = |(&index, &free_bytes): (&usize, &u64)| {
             let (mut memory, mut peers) = (GpuMemory::default(), 0);
-            let mut parts = Vec::new();
+            let (mut parts, mut is_shared_unlike) = (Vec::new(), false);
             for indices in self.indices.chunks(self.indices.len() / self.replicas) {
                 let mut before = None;
                 for (stage, StageLayout { part, devices: ranks, sharing }) in stages.iter().enumerate() {
@@ -98,10 +101,11 @@ impl Question {
                         memory += self.memory(*part, (place, sharing), step);
                         peers += nccl_peers(self.are_processes, (stage, stages.len()), place);
                         parts.push(*part);
+                        is_shared_unlike |= *sharing != Sharing::default();
                     }
                 }
             }
-            GpuLoad { index, free_bytes, parts, memory, nccl_peers: peers }
+            GpuLoad { index, free_bytes, parts, is_shared_unlike, memory, nccl_peers: peers }
         };
         lanes(&self.free_bytes.iter().map(load).collect::<Vec<_>>(), self.wanted, layout::num_lanes(stages))
     }
@@ -184,6 +188,8 @@ struct GpuLoad {
     free_bytes: u64,
     /// What the stages hold, in the order of the pipeline.
     parts: Vec<Part>,
+    /// Whether some half of theirs is not shared by heads or by columns.
+    is_shared_unlike: bool,
     /// What they take together.
     memory: GpuMemory,
     /// How many other GPUs NCCL joins them to.
@@ -210,11 +216,8 @@ fn lanes(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result<Lan
     let (index, left, spans) = (fullest.index, text::bytes(fullest.left()), fullest.spans_and_nccl());
     // A layout that is chosen anew has no lanes that are too short.
     let cure = match num_lanes {
-        1 => "",
-        _ => {
-            "\nhint: devices share out sequences, as in the job's first run: free memory, or pass --accept-numerics with \
-             split_blocks = \"all\""
-        }
+        1 => String::new(),
+        _ => format!("\nhint: devices share out sequences, as in the job's first run: {SHARED_ALIKE}"),
     };
     if let KvCacheTokens::Tokens(tokens) = wanted.kv_cache_tokens {
         bail!(
@@ -256,7 +259,7 @@ impl GpuLoad {
         }
         bail!(
             "{} on cuda:{} take {} of weights and {} to work in, and {} of its memory are free{}\n\
-             hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages",
+             hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages{}",
             self.spans(),
             self.index,
             text::bytes(self.memory.weight_bytes),
@@ -265,6 +268,11 @@ impl GpuLoad {
             match self.nccl_bytes() {
                 0 => String::new(),
                 bytes => format!(" beside {} for NCCL", text::bytes(bytes)),
+            },
+            // A layout that is chosen anew shares all halves alike where nothing else fits.
+            match self.is_shared_unlike {
+                true => format!("\nhint: devices share blocks as in the job's first run: {SHARED_ALIKE}"),
+                false => String::new(),
             }
         )
     }
@@ -331,7 +339,7 @@ mod tests {
         let memory =
             GpuMemory { weight_bytes: 90 * GB, work_bytes: 10 * GB, page_bytes: 1_000_000, num_caches: 0 };
         let parts = vec![Span { start: 0, end: 14 }.into()];
-        GpuLoad { index, free_bytes, parts, memory, nccl_peers: 0 }
+        GpuLoad { index, free_bytes, parts, is_shared_unlike: false, memory, nccl_peers: 0 }
     }
 
     fn wanted(kv_cache_tokens: KvCacheTokens) -> WantedTokens {
@@ -429,6 +437,10 @@ mod tests {
             "blocks [0, 14) on cuda:3 take 90.0 GB of weights and 10.0 GB to work in, and 8.1 GB of its memory are free\n\
              hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages"
         );
+        let kept = pages(&[GpuLoad { is_shared_unlike: true, ..gpu(3, 8 << 30) }], KvCacheTokens::Auto);
+        let cure =
+            "as in the job's first run: free memory, or pass --accept-numerics with split_blocks = \"all\"";
+        assert_eq!(kept.unwrap_err(), format!("{error}\nhint: devices share blocks {cure}"));
         let tight = gpu(1, 100 * GB + RESERVED_BYTES + 5_500_000);
         let error = pages(&[gpu(0, 140 * GB), tight.clone()], KvCacheTokens::Tokens(640)).unwrap_err();
         assert_eq!(

@@ -3,7 +3,7 @@
 //! Where the ranks of a stage share out sequences each has the pages of its own, so that a row has no more than a lane. What a row
 //! comes to must not depend on that: ranks share heads instead where a lane would hold shorter rows than the whole cache does. How
 //! many rows a lane holds beside its longest one decides no answer, as those that find no page wait or give way; on GPUs, whose
-//! memory bounds how many are in flight, it counts as speed.
+//! memory bounds how many are in flight, it counts as speed. Nor is any way taken that does not fit where another does.
 
 use configs::{KvCacheTokens, Pipeline};
 use stages::PAGE_TOKENS;
@@ -78,21 +78,27 @@ pub(crate) struct Worth {
     pub(crate) speed: f64,
 }
 
-/// Of stages that share out `sequences` where that is fastest, and of what is found where they share `heads` instead, those that have
-/// room for the longer rows, and where both have it for all of the context the faster ones.
-pub(crate) fn choose<T>(
-    sequences: T,
-    heads: impl FnOnce() -> Option<T>,
-    context_tokens: usize,
-    worth: impl Fn(&T) -> Worth,
-) -> T {
-    let of_sequences = worth(&sequences);
-    if of_sequences.num_lanes == 1 {
-        return sequences; // None are shared out.
+impl Worth {
+    /// Whether stages are taken in the place of others that are slower where memory is no question: these fit, and are as fast. Where
+    /// one of both shares out sequences, what has room for longer rows comes first, of the context at most.
+    fn is_taken_before(self, other: Worth, context_tokens: usize) -> bool {
+        let room = |worth: Worth| worth.row_tokens.map(|tokens| tokens.min(context_tokens));
+        match (room(self), room(other)) {
+            (None, _) => false,
+            (Some(_), Some(_)) if self.num_lanes == other.num_lanes => self.speed >= other.speed,
+            (own, others) => (own, self.speed) >= (others, other.speed),
+        }
     }
-    let rank = |worth: Worth| (worth.row_tokens.map(|tokens| tokens.min(context_tokens)), worth.speed);
-    let is_better = |heads: &T| rank(worth(heads)) > rank(of_sequences);
-    heads().filter(is_better).unwrap_or(sequences)
+}
+
+/// The best of what is found in several `ways` of sharing blocks, of which each is slower than the one before where memory is no
+/// question; the last where none fits.
+pub(crate) fn choose<T>(ways: Vec<T>, context_tokens: usize, worth: impl Fn(&T) -> Worth) -> Option<T> {
+    let ways = ways.into_iter().map(|way| (worth(&way), way));
+    let better = |best: (Worth, T), faster: (Worth, T)| {
+        if faster.0.is_taken_before(best.0, context_tokens) { faster } else { best }
+    };
+    ways.rev().reduce(better).map(|(_, way)| way)
 }
 
 #[cfg(test)]
@@ -101,25 +107,41 @@ mod tests {
 
     const CONTEXT: usize = 1000;
 
-    /// Which of both ways is taken.
-    fn chosen(sequences: (Option<usize>, f64), heads: Option<(Option<usize>, f64)>) -> &'static str {
+    type Found = (Option<usize>, f64);
+
+    /// Which way is taken: that with sequences in four lanes, or one of others.
+    fn chosen(sequences: Found, others: &[(&'static str, Found)]) -> &'static str {
         let worth = |num_lanes, (row_tokens, speed)| Worth { num_lanes, row_tokens, speed };
-        let heads = heads.map(|heads| ("heads", worth(1, heads)));
-        choose(("sequences", worth(4, sequences)), || heads, CONTEXT, |(_, worth)| *worth).0
+        let mut ways = vec![("sequences", worth(4, sequences))];
+        ways.extend(others.iter().map(|(name, found)| (*name, worth(1, *found))));
+        choose(ways, CONTEXT, |(_, worth)| *worth).expect("there is a way").0
     }
 
     #[test]
     fn sequences_are_shared_out_where_a_lane_holds_the_longest_row_and_that_is_faster() {
-        assert_eq!(chosen((Some(CONTEXT), 2.0), Some((Some(4 * CONTEXT), 1.0))), "sequences");
-        assert_eq!(chosen((Some(CONTEXT), 1.0), Some((Some(4 * CONTEXT), 1.0))), "sequences");
-        assert_eq!(chosen((Some(CONTEXT - 1), 2.0), Some((Some(4 * CONTEXT), 1.0))), "heads");
+        let chosen = |sequences, heads| chosen(sequences, &[("heads", heads)]);
+        assert_eq!(chosen((Some(CONTEXT), 2.0), (Some(4 * CONTEXT), 1.0)), "sequences");
+        assert_eq!(chosen((Some(CONTEXT), 1.0), (Some(4 * CONTEXT), 1.0)), "sequences");
+        assert_eq!(chosen((Some(CONTEXT - 1), 2.0), (Some(4 * CONTEXT), 1.0)), "heads");
         // The whole cache holds no longer rows.
-        assert_eq!(chosen((Some(300), 2.0), Some((Some(300), 1.0))), "sequences");
+        assert_eq!(chosen((Some(300), 2.0), (Some(300), 1.0)), "sequences");
         // With fewer rows in flight, for which their weights leave room.
-        assert_eq!(chosen((Some(CONTEXT), 1.0), Some((Some(CONTEXT), 2.0))), "heads");
-        assert_eq!(chosen((None, 2.0), Some((Some(300), 1.0))), "heads");
-        assert_eq!(chosen((Some(300), 1.0), Some((None, 2.0))), "sequences");
-        assert_eq!(chosen((Some(300), 1.0), None), "sequences");
+        assert_eq!(chosen((Some(CONTEXT), 1.0), (Some(CONTEXT), 2.0)), "heads");
+        assert_eq!(chosen((None, 2.0), (Some(300), 1.0)), "heads");
+        assert_eq!(chosen((Some(300), 1.0), (None, 2.0)), "sequences");
+        assert_eq!(chosen((None, 2.0), (None, 1.0)), "heads");
+    }
+
+    #[test]
+    fn of_ways_in_which_a_row_may_have_any_page_the_fastest_that_fits_is_taken() {
+        let none = (None, 3.0);
+        let chosen = |heads, all| chosen(none, &[("heads", heads), ("all", all)]);
+        assert_eq!(chosen((Some(300), 2.0), (Some(400), 1.0)), "heads");
+        assert_eq!(chosen((Some(300), 1.0), (Some(300), 1.0)), "heads");
+        assert_eq!(chosen((Some(400), 1.0), (Some(300), 2.0)), "all");
+        assert_eq!(chosen((None, 2.0), (Some(300), 1.0)), "all");
+        assert_eq!(chosen((Some(300), 1.0), (None, 2.0)), "heads");
+        assert_eq!(chosen((None, 2.0), (None, 1.0)), "all");
     }
 
     #[test]

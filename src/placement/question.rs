@@ -192,22 +192,20 @@ impl Question {
         stages.iter().zip(&spans).map(stage).collect()
     }
 
-    /// Decides how ranks share blocks: as in the `first` run, in stages that were there just so; others as is fastest, with no
-    /// sequences shared out where the lanes of all stages together are too short: see [`lanes`].
+    /// Decides how ranks share blocks: as in the `first` run, in stages that were there just so; others in the best way that there is
+    /// for all stages together: see [`lanes`].
     pub(super) fn share_blocks(&self, stages: &mut [StageLayout], first: &[StageShape]) {
         let load = self.load(stages);
-        let shared = |setting: &Setting| {
+        let widths: Vec<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
+        let shared = |way: &Setting| {
             let mut shared = stages.to_vec();
-            share_blocks(&mut shared, first, |stage| self.sharing(setting, stage, load));
+            share_blocks(&mut shared, first, |stage| self.sharing(way, stage, load));
             shared
         };
-        let fastest = shared(&self.setting);
-        if layout::num_lanes(&fastest) == 1 {
-            return stages.clone_from_slice(&fastest);
-        }
-        let heads = || Some(shared(&self.setting.without_sequences()));
+        let ways = self.setting.ways_to_share(&widths).iter().map(shared).collect();
         let worth = |stages: &Vec<StageLayout>| self.worth(stages);
-        stages.clone_from_slice(&lanes::choose(fastest, heads, self.setting.context_tokens, worth));
+        let best = lanes::choose(ways, self.setting.context_tokens, worth).expect("there is a way");
+        stages.clone_from_slice(&best);
     }
 
     fn worth(&self, stages: &[StageLayout]) -> Worth {

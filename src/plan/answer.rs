@@ -1,8 +1,10 @@
 //! The fastest layout for a setting, and the layouts of others beside it.
 
+use std::collections::BTreeSet;
+
 use configs::VirtualStages;
 use scheduler::{
-    Case, Choice, KvTokens, Load, PlannedStage, Problem, RankCosts, best_layout, faster_layout,
+    Case, Choice, Costs, KvTokens, Load, PlannedStage, Problem, RankCosts, best_layout, faster_layout,
     faster_looped, in_flight, least_bottleneck,
 };
 use stages::cost::{Balance, PieceShape};
@@ -15,6 +17,9 @@ use crate::plan::setting::Setting;
 
 /// Going through the devices twice takes more hops and more micro-batches in flight: what gains less is not worth it.
 const LEAST_GAIN: f64 = 1.01;
+
+/// A micro-batch between two that are looked at is less than so many times as large as the smaller one, and not faster by more.
+const LADDER_STEP: f64 = 2.0;
 
 /// Pipelines of more devices are cut finely enough by going through them once.
 const MOST_DEVICES_PASSED_TWICE: usize = 16;
@@ -95,36 +100,46 @@ pub(crate) fn answer(setting: &Setting, given_stages: Option<&GivenStages>) -> O
 
 /// The fastest layout, and how often it is there; none where nothing fits.
 pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Layout)> {
-    in_lanes(setting, pieces, |setting| once_or_twice(setting, pieces))
+    let replica_counts = setting.replica_counts();
+    let once = once(setting, pieces, &replica_counts)?;
+    let least = once.1.tokens_per_second * LEAST_GAIN;
+    let twice = choose_twice(setting, pieces, &replica_counts, least);
+    let twice = twice.and_then(|chosen| replicated(setting, pieces, chosen));
+    Some(twice.unwrap_or(once))
 }
 
-/// Finds a layout whose ranks share out sequences as they do where it is run: see [`lanes`].
-fn in_lanes(
+/// The fastest layout that goes through its devices once.
+fn once(setting: &Setting, pieces: &[PieceShape], replica_counts: &[usize]) -> Option<(usize, Layout)> {
+    let find =
+        |way: &Setting, least: f64| replicated(way, pieces, choose(way, pieces, replica_counts, least)?);
+    in_best_way(setting, pieces, &setting.widths(), find)
+}
+
+/// Finds a layout, of stages of such widths, whose ranks share blocks as they do where it is run: see [`lanes`]. What is slower than
+/// `find` is told need not be found.
+fn in_best_way(
     setting: &Setting,
     pieces: &[PieceShape],
-    find: impl Fn(&Setting) -> Option<(usize, Layout)>,
+    widths: &[usize],
+    find: impl Fn(&Setting, f64) -> Option<(usize, Layout)>,
 ) -> Option<(usize, Layout)> {
     let worth = |(_, layout): &(usize, Layout)| {
         let lanes = lanes_of(pieces, layout);
         let speed = layout.tokens_per_second;
         Worth { num_lanes: lanes.num_lanes, row_tokens: Some(lanes.row_tokens()), speed }
     };
-    let heads = || find(&setting.without_sequences());
-    Some(lanes::choose(find(setting)?, heads, setting.context_tokens, worth))
-}
-
-fn once_or_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Layout)> {
-    let once = replicated(setting, pieces, choose(setting, pieces, &setting.replica_counts())?)?;
-    let least = once.1.tokens_per_second * LEAST_GAIN;
-    let twice = choose_twice(setting, pieces, &setting.replica_counts(), least);
-    let twice = twice.and_then(|chosen| replicated(setting, pieces, chosen));
-    Some(twice.unwrap_or(once))
+    let mut found: Vec<(usize, Layout)> = vec![];
+    for way in setting.ways_to_share(widths) {
+        let of_any_page = found.iter().map(worth).filter(|worth| worth.num_lanes == 1);
+        let least = of_any_page.map(|worth| worth.speed).fold(0.0, f64::max) / LADDER_STEP;
+        found.extend(find(&way, least));
+    }
+    lanes::choose(found, setting.context_tokens, worth)
 }
 
 /// The fastest layout of one pipeline that goes through its devices once; none where nothing fits.
 pub(crate) fn passed_once(setting: &Setting, pieces: &[PieceShape]) -> Option<Layout> {
-    let find = |setting: &Setting| replicated(setting, pieces, choose(setting, pieces, &[1])?);
-    Some(in_lanes(setting, pieces, find)?.1)
+    Some(once(setting, pieces, &[1])?.1)
 }
 
 /// The fastest layout of one pipeline that goes through its devices twice, where it may; none where nothing fits.
@@ -135,8 +150,8 @@ pub(crate) fn passed_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<L
 /// What given stages come to in all replicas that the job has; none where they do not fit.
 pub(crate) fn given(setting: &Setting, given: &GivenStages) -> Option<Layout> {
     let GivenStages { pieces, stages } = given;
-    let find = |setting: &Setting| replicated(setting, pieces, (setting.replicas, stages.clone()));
-    in_lanes(setting, pieces, find).map(|(_, layout)| layout)
+    let find = |way: &Setting, _: f64| replicated(way, pieces, (way.replicas, stages.clone()));
+    in_best_way(setting, pieces, &setting.widths(), find).map(|(_, layout)| layout)
 }
 
 /// Whether anything fits on devices with so many more bytes each.
@@ -144,7 +159,8 @@ pub(crate) fn fits(setting: &Setting, more_bytes: u64) -> bool {
     let is_shared = setting.tokens_in_flight.is_some();
     // Where a replica fits that has all its rows to itself, it also fits with the other devices idle.
     let counts = setting.replica_counts().into_iter().take(if is_shared { usize::MAX } else { 1 });
-    counts.into_iter().any(|count| smallest(&setting.replica(count), more_bytes).is_some())
+    let ways = |replica: Setting| replica.ways_to_share(&replica.widths());
+    counts.map(|count| setting.replica(count)).flat_map(ways).any(|way| smallest(&way, more_bytes).is_some())
 }
 
 /// Any layout for micro-batches of one row, on devices with so many more bytes each.
@@ -173,18 +189,24 @@ fn replicated(setting: &Setting, pieces: &[PieceShape], chosen: Chosen) -> Optio
     Some((replicas, layout))
 }
 
-/// By throughput, or where another cost is balanced the layout with the least of it.
-fn choose(setting: &Setting, pieces: &[PieceShape], replica_counts: &[usize]) -> Option<Chosen> {
+/// By throughput, of what makes more than `rows_per_second`, or where another cost is balanced the layout with the least of it.
+fn choose(
+    setting: &Setting,
+    pieces: &[PieceShape],
+    replica_counts: &[usize],
+    rows_per_second: f64,
+) -> Option<Chosen> {
     let ends = ends_block(pieces);
-    match setting.balance {
-        Balance::Flops | Balance::Weights => Some((1, smallest(setting, 0)?.stages)),
-        Balance::Roofline => fastest(setting, replica_counts, 0.0, |replica, rows_per_second| {
-            let cases = cases(replica, pieces, &replica.widths());
-            let widths = setting.given_widths();
-            let choice = faster_layout(&cases, &ends, widths, replica.kv(), rows_per_second)?;
-            Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
-        }),
+    if setting.balance != Balance::Roofline {
+        return Some((1, smallest(setting, 0)?.stages));
     }
+    let costs = costs(setting, pieces, &setting.widths());
+    fastest(setting, replica_counts, rows_per_second, |replica, rows_per_second| {
+        let cases = cases(replica, &costs);
+        let widths = setting.given_widths();
+        let choice = faster_layout(&cases, &ends, widths, replica.kv(), rows_per_second)?;
+        Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
+    })
 }
 
 /// The fastest layout that goes through the devices twice, where one makes more than `rows_per_second`. Widths that
@@ -205,15 +227,22 @@ fn choose_twice(
         if !(2..=MOST_DEVICES_PASSED_TWICE).contains(&num_devices) {
             return None;
         }
-        let cases = cases(replica, pieces, &[1]);
+        let cases = cases(replica, &costs(replica, pieces, &[1]));
         let choice = faster_looped(&cases, &ends, replica.kv(), rows_per_second)?;
         Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
     })
 }
 
-fn cases(setting: &Setting, pieces: &[PieceShape], widths: &[usize]) -> Vec<Case> {
-    let case = |rows| setting.case(pieces, widths, Balance::Roofline, rows);
-    setting.micro_batches().into_iter().map(case).collect()
+/// What everything costs for each micro-batch that is looked at.
+fn costs(setting: &Setting, pieces: &[PieceShape], widths: &[usize]) -> Vec<Vec<Costs>> {
+    let of_rows = |rows| setting.costs(pieces, widths, Balance::Roofline, setting.load(rows));
+    setting.micro_batches().into_iter().map(of_rows).collect()
+}
+
+/// The micro-batches of one of several replicas, whose devices are of the same kinds, and which has none that not all of them have.
+fn cases(replica: &Setting, costs: &[Vec<Costs>]) -> Vec<Case> {
+    let case = |(rows, costs): (u64, &Vec<Costs>)| replica.case_of(costs.clone(), Balance::Roofline, rows);
+    replica.micro_batches().into_iter().zip(costs).map(case).collect()
 }
 
 /// The fastest layout of any number of replicas, where one makes more than `rows_per_second`; of equally fast ones the
@@ -242,26 +271,34 @@ fn expect(
     widths: &[usize],
     stages: Vec<PlannedStage>,
 ) -> Option<Layout> {
+    let rows = most_rows(setting, pieces, &stages)?;
+    let case = setting.case(pieces, widths, Balance::Roofline, rows);
+    let bottleneck = case.problem(&ends_block(pieces)).bottleneck(&stages);
+    let tokens_per_second = case.rows_per_second(bottleneck);
+    Some(Layout { setting: setting.clone(), tokens_per_second, stages, case })
+}
+
+/// Rows of the largest micro-batch that every stage has room for; none where there is none. How ranks share blocks depends on the rows,
+/// and what they hold on that, so that more rows may fit where fewer do not: all sizes are gone through from the largest down, and
+/// only what is between two of them is halved.
+fn most_rows(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) -> Option<u64> {
     let ends = ends_block(pieces);
-    let case = |rows| setting.case(pieces, widths, Balance::Roofline, rows);
-    let weights = case(1);
+    let widths: BTreeSet<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
+    let widths: Vec<usize> = widths.into_iter().collect();
     let fits = |rows: u64| {
-        let devices = setting.stage_devices(Balance::Roofline, setting.load(rows));
-        let problem = Problem::new(&devices, &ends, &weights.costs);
-        let needed = setting.kv().needed(rows, stages.len() as u64);
-        needed.is_some_and(|kv| problem.missing_bytes(&stages, kv) == 0)
+        let Some(kv_tokens) = setting.kv().needed(rows, stages.len() as u64) else { return false };
+        let case = setting.case(pieces, &widths, Balance::Roofline, rows);
+        case.problem(&ends).missing_bytes(stages, kv_tokens) == 0
     };
-    let (mut within, mut beyond) = (0, setting.max_rows() + 1);
+    let sizes = setting.micro_batches();
+    let largest = sizes.iter().rposition(|rows| fits(*rows))?;
+    let mut within = sizes[largest];
+    let mut beyond = sizes.get(largest + 1).copied().unwrap_or(setting.max_rows() + 1);
     while beyond - within > 1 {
         let middle = within.midpoint(beyond);
         if fits(middle) { within = middle } else { beyond = middle }
     }
-    if within == 0 {
-        return None;
-    }
-    let case = case(within);
-    let tokens_per_second = case.rows_per_second(case.problem(&ends).bottleneck(&stages));
-    Some(Layout { setting: setting.clone(), tokens_per_second, stages, case })
+    Some(within)
 }
 
 /// Tokens of KV that the fullest device has room for; none where no stage keeps any.
@@ -351,8 +388,8 @@ fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<La
     let ranks = setting.devices.num_devices();
     let is_possible = setting.kinds().len() == 1 && setting.config.dims.heads.is_multiple_of(ranks);
     let stage = PlannedStage { pieces: 0..pieces.len(), devices: 0..ranks };
-    let find = |setting: &Setting| Some((1, expect(setting, pieces, &[ranks], vec![stage.clone()])?));
-    is_possible.then(|| (ranks, in_lanes(setting, pieces, find).map(|(_, layout)| layout)))
+    let find = |way: &Setting, _: f64| Some((1, expect(way, pieces, &[ranks], vec![stage.clone()])?));
+    is_possible.then(|| (ranks, in_best_way(setting, pieces, &[ranks], find).map(|(_, layout)| layout)))
 }
 
 /// The slowest device over the mean for the blocks alone, without embedding, head, hops or limits of memory:

@@ -11,6 +11,7 @@ pub(crate) mod report;
 pub(crate) mod setting;
 pub(crate) mod spread;
 pub(crate) mod table;
+mod ways;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use stages::cost::{
     Balance, Channel, CostModel, Estimator, Load, Measured, NumberType, NumberTypes, PieceShape, Roofline,
     activation_bytes, hop_bytes, pieces,
 };
-use stages::{AttentionSharing, INT8_BLOCK, ModelConfig, SUM_CUT, Sharing};
+use stages::{INT8_BLOCK, ModelConfig, SUM_CUT};
 
 use crate::abilities::Abilities;
 use crate::cli::LengthsArg;
@@ -153,11 +153,6 @@ impl Setting {
     /// The same with other devices.
     pub(crate) fn on(&self, devices: DeviceList) -> Self {
         Setting { devices, rooms: None, ..self.clone() }
-    }
-
-    /// The same where ranks share heads in the place of sequences.
-    pub(crate) fn without_sequences(&self) -> Self {
-        Setting { may_share_sequences: false, ..self.clone() }
     }
 
     /// How often the model may be there: as often as the devices are groups that are alike. A layout whose widths are given is
@@ -358,22 +353,6 @@ impl Setting {
         }
     }
 
-    /// How the devices of a stage of `width` share its blocks, which is for costs to say unless the job says it, or lanes would be
-    /// too short.
-    pub(crate) fn sharing(
-        &self,
-        costs: &dyn CostModel,
-        pieces: &[PieceShape],
-        width: usize,
-        load: Load,
-    ) -> Sharing {
-        match self.split_blocks {
-            SplitBlocks::Auto if self.may_share_sequences => costs.sharing(pieces, width, load),
-            SplitBlocks::Auto => costs.sharing_in(&AttentionSharing::OF_ANY_PAGE, pieces, width, load),
-            SplitBlocks::All => Sharing::default(),
-        }
-    }
-
     /// The devices, with their times for a hop of a micro-batch and what its activations leave of their memory.
     pub(crate) fn stage_devices(&self, balance: Balance, load: Load) -> Vec<StageDevice> {
         let kinds = self.kinds();
@@ -409,13 +388,13 @@ impl Setting {
 
     /// One micro-batch size as the planner takes it.
     pub(crate) fn case(&self, pieces: &[PieceShape], widths: &[usize], balance: Balance, rows: u64) -> Case {
-        let load = self.load(rows);
-        Case {
-            rows,
-            decode_rows: self.decode_rows(rows),
-            devices: self.stage_devices(balance, load),
-            costs: self.costs(pieces, widths, balance, load),
-        }
+        self.case_of(self.costs(pieces, widths, balance, self.load(rows)), balance, rows)
+    }
+
+    /// The same of what everything costs for it.
+    pub(crate) fn case_of(&self, costs: Vec<Costs>, balance: Balance, rows: u64) -> Case {
+        let devices = self.stage_devices(balance, self.load(rows));
+        Case { rows, decode_rows: self.decode_rows(rows), devices, costs }
     }
 }
 

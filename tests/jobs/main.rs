@@ -13,6 +13,7 @@ mod crashes;
 mod cuda;
 mod cuts;
 mod disturbed;
+mod fits;
 mod gpu_processes;
 mod gpus;
 mod guided;

@@ -7,12 +7,12 @@ use serde_json::Value;
 
 use crate::harness::{read_json, root, spanwise};
 
-const ULTRA: &str = "configs/ultra-253b-8xh100.toml";
-const SUPER: &str = "configs/super-49b-1xh200.toml";
+pub(crate) const ULTRA: &str = "configs/ultra-253b-8xh100.toml";
+pub(crate) const SUPER: &str = "configs/super-49b-1xh200.toml";
 const WHOLE_BLOCKS: &str = "--set pipeline.tensor_parallel=off --set pipeline.column_cuts=off";
 
 /// The plan of a job that we ship, and its exit code.
-fn plan(job: &str, args: &str) -> (Value, Option<i32>) {
+pub(crate) fn plan(job: &str, args: &str) -> (Value, Option<i32>) {
     let job = Path::new(env!("CARGO_MANIFEST_DIR")).join(job);
     let output = (spanwise().arg("plan").arg(job).args(["--format", "json"]).args(args.split_whitespace()))
         .output()
@@ -22,7 +22,7 @@ fn plan(job: &str, args: &str) -> (Value, Option<i32>) {
     (json, output.status.code())
 }
 
-fn fitting(job: &str, args: &str) -> Value {
+pub(crate) fn fitting(job: &str, args: &str) -> Value {
     let (plan, code) = plan(job, args);
     assert_eq!(
         (code, &plan["fits"], &plan["missing"]),
@@ -57,7 +57,7 @@ fn check(plan: &Value) {
     }
 }
 
-fn number(value: &Value, key: &str) -> f64 {
+pub(crate) fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("{key} is no number in {value}"))
 }
 

@@ -398,7 +398,7 @@ mod tests {
             std::thread::sleep(GRACE / 10);
             late.tell("it panicked".to_owned(), false);
         });
-        let error = stage.step(&batch(), None).err().expect("a rank has left");
+        let error = stage.step(&batch(), None).unwrap_err();
         assert_eq!(error.to_string(), "rank 2: it panicked");
         word.join().unwrap();
     }

@@ -28,6 +28,8 @@ struct Wish<'a> {
     kv_tokens: u64,
     /// What weights, keys and values may have of each device; where nothing is said, all that they want.
     rooms: Option<&'a [u64]>,
+    /// How ranks may share blocks, of the first replica.
+    way: &'a Setting,
 }
 
 impl Question {
@@ -38,7 +40,7 @@ impl Question {
         widths: Option<&[usize]>,
         kept: &Kept,
     ) -> Result<Vec<StageLayout>> {
-        let endless = Wish { sequences: self.max_sequences, kv_tokens: 0, rooms: None };
+        let endless = Wish { sequences: self.max_sequences, kv_tokens: 0, rooms: None, way: &self.first };
         let endless = self.plan_for(widths, kept, endless)?.with_context(|| {
             format!("[pipeline] tensor_parallel: found {widths:?}, which no cut of the model fits")
         })?;
@@ -83,25 +85,32 @@ impl Question {
         kept: &Kept,
         endless: &[StageLayout],
     ) -> Option<Vec<StageLayout>> {
-        let fits = |stages: &Vec<StageLayout>| self.pages.fit(stages);
-        let mut best = Some(endless.to_vec()).filter(fits);
-        if best.as_ref().is_some_and(|stages| self.sequences(stages) == self.max_sequences) {
-            return best;
+        let shared = self.with_sharing(endless);
+        if self.pages.fit(&shared) && self.sequences(&shared) == self.max_sequences {
+            return Some(endless.to_vec());
         }
         // What a step works in depends on the stage: it may have none of it.
         let rooms = [gpus.rooms(), gpus.usable()];
+        // Unasked, GPUs share no stages.
+        let ways = self.first.ways_to_share(widths.unwrap_or(&[1]));
+        let mut layouts = vec![endless.to_vec()];
         for kv_tokens in self.wanted_tokens() {
             let sequences = self.sequences_of(kv_tokens).min(self.max_sequences);
-            for rooms in &rooms {
-                let wish = Wish { sequences, kv_tokens, rooms: Some(rooms) };
-                let stages = self.plan_for(widths, kept, wish).ok().flatten().filter(fits);
-                let is_faster = |stages: &Vec<StageLayout>| {
-                    best.as_ref().is_none_or(|best| self.speed(stages) > self.speed(best))
-                };
-                best = stages.filter(is_faster).or(best);
+            for (rooms, way) in rooms.iter().flat_map(|rooms| ways.iter().map(move |way| (rooms, way))) {
+                let wish = Wish { sequences, kv_tokens, rooms: Some(rooms), way };
+                layouts.extend(self.plan_for(widths, kept, wish).ok().flatten());
             }
         }
-        best
+        self.fastest_that_fits(layouts)
+    }
+
+    /// The first of the fastest layouts that the GPUs have room for.
+    fn fastest_that_fits(&self, layouts: Vec<Vec<StageLayout>>) -> Option<Vec<StageLayout>> {
+        let fitting = layouts.into_iter().filter_map(|stages| {
+            let shared = self.with_sharing(&stages);
+            self.pages.fit(&shared).then(|| (self.speed_as_shared(&shared), stages))
+        });
+        fitting.reduce(|best, other| if other.0 > best.0 { other } else { best }).map(|(_, stages)| stages)
     }
 
     /// From what all sequences keep down to what the longest one takes, or what the job says.
@@ -224,7 +233,7 @@ impl Question {
     ) -> Option<Vec<StageLayout>> {
         let pieces = pieces(&self.setting.config, self.setting.column_cut().filter(|_| may_cut));
         let rows = self.rows(wish.sequences, num_stages);
-        let case = self.with_rooms(&self.first, wish).case(&pieces, kinds, Balance::Roofline, rows);
+        let case = self.with_rooms(wish.way, wish).case(&pieces, kinds, Balance::Roofline, rows);
         let ends = ends_block(&pieces);
         let problem = case.problem(&ends).with_widths(widths);
         Some(as_run(&pieces, &least_bottleneck(&problem, wish.kv_tokens, problem.devices.len())?))

@@ -1,13 +1,54 @@
-//! How much has to be read until nothing of before is left in a cache, as the system tells it.
+//! How large the processor's caches are, as the system tells it: those of a core, by which products are cut, and how much has
+//! to be read until nothing of before is left in the last one.
 
-use std::path::Path;
+use crate::cpu::simd::Simd;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 
 /// Where the system does not say how large the last cache is: as much as a server's processors have for eight cores.
 const CACHE_BYTES_IF_UNKNOWN: u64 = 32 << 20;
 
+/// L1 caches that cores have. What is told beyond that is a hypervisor's invention.
+const L1_BYTES: RangeInclusive<u64> = 16 << 10..=256 << 10;
+
+/// L2 caches that a core has to itself; a larger one is shared by several, or invented.
+const L2_BYTES: RangeInclusive<u64> = 128 << 10..=3 << 20;
+
+/// The caches that a core has to itself, in bytes. Its hyperthreads share them, which is not looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CoreCaches {
+    /// That for data.
+    pub(crate) l1: usize,
+    pub(crate) l2: usize,
+}
+
+impl CoreCaches {
+    /// Those of a core, by the system's number; what it does not tell is as usual.
+    pub(crate) fn of(core: usize) -> Self {
+        Self::told(&data_caches(&folder_of(core)), Self::usual(Simd::detect()))
+    }
+
+    /// What processors of a level have: all with AMX that there are, and those of the smaller kind of the others.
+    fn usual(simd: Simd) -> Self {
+        match simd {
+            Simd::Amx => Self { l1: 48 << 10, l2: 2 << 20 },
+            _ => Self { l1: 32 << 10, l2: 1 << 20 },
+        }
+    }
+
+    /// What is told, as far as it can be true.
+    fn told(caches: &[Cache], usual: Self) -> Self {
+        let of_level = |level, possible: RangeInclusive<u64>, usual| {
+            let told = caches.iter().find(|cache| cache.level == level).map(|cache| cache.bytes);
+            told.filter(|bytes| possible.contains(bytes)).map_or(usual, |bytes| bytes as usize)
+        };
+        Self { l1: of_level(1, L1_BYTES, usual.l1), l2: of_level(2, L2_BYTES, usual.l2) }
+    }
+}
+
 /// Bytes of twice the last cache: what was read so many bytes ago is in no cache of the processor any more.
 pub fn cold_bytes() -> u64 {
-    2 * last_cache_bytes(Path::new("/sys/devices/system/cpu/cpu0/cache")).unwrap_or(CACHE_BYTES_IF_UNKNOWN)
+    2 * last_cache_bytes(&data_caches(&folder_of(0))).unwrap_or(CACHE_BYTES_IF_UNKNOWN)
 }
 
 /// As many bytes, and no fewer than `least`, as far as a quarter of the free memory has room for more than that.
@@ -26,11 +67,35 @@ fn free_bytes(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The largest of the caches that a folder of the system's describes.
-fn last_cache_bytes(folder: &Path) -> Option<u64> {
-    let entries = std::fs::read_dir(folder).ok()?;
-    let sizes = entries.filter_map(|entry| std::fs::read_to_string(entry.ok()?.path().join("size")).ok());
-    sizes.filter_map(|size| cache_bytes(size.trim())).max()
+/// A cache that data goes through.
+struct Cache {
+    /// 1 for the one next to the core.
+    level: u32,
+    bytes: u64,
+}
+
+/// Where Linux describes a core's caches.
+fn folder_of(core: usize) -> PathBuf {
+    PathBuf::from(format!("/sys/devices/system/cpu/cpu{core}/cache"))
+}
+
+/// The caches that a folder of the system's describes, in no order; none where there is no such folder.
+fn data_caches(folder: &Path) -> Vec<Cache> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    entries.filter_map(|entry| data_cache(&entry.ok()?.path())).collect()
+}
+
+fn data_cache(folder: &Path) -> Option<Cache> {
+    let field = |name| std::fs::read_to_string(folder.join(name)).ok();
+    if field("type")?.trim() == "Instruction" {
+        return None;
+    }
+    Some(Cache { level: field("level")?.trim().parse().ok()?, bytes: cache_bytes(field("size")?.trim())? })
+}
+
+/// The largest of some caches.
+fn last_cache_bytes(caches: &[Cache]) -> Option<u64> {
+    caches.iter().map(|cache| cache.bytes).max()
 }
 
 /// Reads `32768K` and `4M`.
@@ -57,15 +122,42 @@ mod tests {
         assert_eq!(free_bytes("MemTotal: 1 kB\n"), None);
     }
 
-    #[test]
-    fn of_several_caches_the_largest_counts() {
+    /// What is told of a folder with caches of `(level, type, size)`.
+    fn caches_of(told: &[(&str, &str, &str)]) -> Vec<Cache> {
         let folder = tempfile::tempdir().unwrap();
-        for (index, size) in [("index0", "48K\n"), ("index3", "32768K\n"), ("index2", "1024K\n")] {
-            std::fs::create_dir(folder.path().join(index)).unwrap();
-            std::fs::write(folder.path().join(index).join("size"), size).unwrap();
+        for (index, (level, kind, size)) in told.iter().enumerate() {
+            let cache = folder.path().join(format!("index{index}"));
+            std::fs::create_dir(&cache).unwrap();
+            for (name, field) in [("level", level), ("type", kind), ("size", size)] {
+                std::fs::write(cache.join(name), format!("{field}\n")).unwrap();
+            }
         }
-        assert_eq!(last_cache_bytes(folder.path()), Some(32 << 20));
-        assert_eq!(last_cache_bytes(&folder.path().join("none")), None);
+        std::fs::write(folder.path().join("uevent"), "").unwrap();
+        data_caches(folder.path())
+    }
+
+    #[test]
+    fn caches_of_data_are_told_apart() {
+        let caches = caches_of(&[
+            ("1", "Instruction", "64K"),
+            ("1", "Data", "32K"),
+            ("3", "Unified", "32768K"),
+            ("2", "Unified", "512K"),
+        ]);
+        assert_eq!(last_cache_bytes(&caches), Some(32 << 20));
+        let usual = CoreCaches::usual(Simd::Amx);
+        assert_eq!(CoreCaches::told(&caches, usual), CoreCaches { l1: 32 << 10, l2: 512 << 10 });
+    }
+
+    #[test]
+    fn what_is_not_told_or_cannot_be_true_is_as_usual() {
+        let usual = CoreCaches::usual(Simd::Avx2);
+        assert_eq!(CoreCaches::told(&data_caches(Path::new("/nowhere")), usual), usual);
+        assert_eq!(last_cache_bytes(&[]), None);
+        let caches = caches_of(&[("1", "Data", "0K"), ("2", "Unified", "16M"), ("3", "Unified", "?")]);
+        assert_eq!(CoreCaches::told(&caches, usual), usual);
+        let caches = caches_of(&[("2", "Unified", "2048K")]);
+        assert_eq!(CoreCaches::told(&caches, usual), CoreCaches { l1: 32 << 10, l2: 2 << 20 });
     }
 
     #[test]

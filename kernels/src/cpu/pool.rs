@@ -18,6 +18,8 @@ use std::thread::{self, JoinHandle, Thread};
 use core_affinity::CoreId;
 use crossbeam::utils::CachePadded;
 
+use super::caches::CoreCaches;
+
 /// Pauses a thread spins for before it sleeps. A pause takes 10 to 40 ns on the x86 processors of the last
 /// years, so this is 20 to 80 µs: longer than the serial code between two operations of a block, much
 /// shorter than a scheduler's time slice.
@@ -54,6 +56,7 @@ pub struct ThreadPool {
     /// Held for the length of a region: several threads may share a pool.
     region: Mutex<()>,
     caller_core: Option<usize>,
+    caches: CoreCaches,
 }
 
 /// What the caller lays out for the workers of a region.
@@ -133,7 +136,21 @@ impl ThreadPool {
         });
         let core_of = |thread: usize| (!cores.is_empty()).then(|| cores[thread % cores.len()]);
         let workers = (0..num_workers).map(|worker| spawn_worker(&shared, worker, core_of(worker + 1)));
-        ThreadPool { workers: workers.collect(), shared, region: Mutex::new(()), caller_core: core_of(0) }
+        let (caller_core, workers) = (core_of(0), workers.collect());
+        let caches = CoreCaches::of(caller_core.unwrap_or(0));
+        ThreadPool { workers, shared, region: Mutex::new(()), caller_core, caches }
+    }
+
+    /// As if its cores had other caches.
+    #[cfg(test)]
+    pub(crate) fn with_caches(mut self, caches: CoreCaches) -> ThreadPool {
+        self.caches = caches;
+        self
+    }
+
+    /// The caches that its cores have, as its first one has them.
+    pub(crate) fn caches(&self) -> CoreCaches {
+        self.caches
     }
 
     /// Threads that work in a region, the caller counted.

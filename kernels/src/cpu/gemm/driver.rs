@@ -98,7 +98,7 @@ impl<'a, const N: usize> Product<'a, N> {
         };
         let has_zeros = weights.iter().any(|w| w.has_zeros());
         let kernel = if has_zeros { Kernel::with_zeros(simd) } else { Kernel::new(simd, kind) };
-        let plan = Plan::new(shape, kernel.geometry, pool.num_threads());
+        let plan = Plan::new(shape, kernel.geometry, pool.caches(), pool.num_threads());
         Self { simd, kernel, plan, x, kind, weights, is_begun: false }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! * `operand`: x, row-major, in the number type of the product, or in f32 at levels that multiply bf16 as such, `integers`: x
 //!   quantised; `pack`: w, in panels, in the memory of `arena`, `quantized`: narrow weights;
-//! * `plan`: how a product is cut into units of work; `driver`: carries it out on the pool, with `scratch` for sums
+//! * `plan`: how a product is cut into units of work, by a `budget` of the caches; `driver`: carries it out on the pool, with `scratch` for sums
 //!   that wait;
 //! * `unpack`, `zeros` and `scales`: narrow weights made ready for the tiles, and their sums scaled;
 //! * `argmax`: the largest sum of a row, where no other is wanted;
@@ -28,6 +28,7 @@ mod argmax;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod budget;
 mod ceiling;
 mod driver;
 mod integers;

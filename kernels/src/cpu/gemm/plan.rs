@@ -8,28 +8,13 @@
 //!
 //! None of these choices changes a result.
 
+use super::budget::Budget;
 use super::pack::PanelLayout;
 use super::quantized::{BLOCK, GROUP};
 use super::tile::{Geometry, NR};
-use super::unpack::{WIDENED_TERMS, unpacked_terms};
 use crate::backend::WeightType;
+use crate::cpu::caches::CoreCaches;
 use std::ops::Range;
-
-/// Weights that are swept over while as many of the next sweep are prefetched. In an L2 cache of 1 MiB:
-/// 2 · 256 KiB of weights, and x has the rest.
-const SWEEP_BYTES: usize = 256 << 10;
-
-/// The same in AMX, where they are to stay in an L1 cache of 48 KiB: x streams past them from L2, 2 KiB for every 64
-/// cycles of products. Shorter sweeps store and load sums more often.
-const AMX_SWEEP_BYTES: usize = 40 << 10;
-
-/// Rows of x that sweeps of AMX go over before the next ones: half of an L2 cache of 2 MiB, which is what processors
-/// with AMX have. Where one tile's rows are more, a unit takes several pieces, chunk by chunk: x is read from further
-/// away once for all of them.
-const AMX_BLOCK_BYTES: usize = 1 << 20;
-
-/// Most pieces of a unit, whose sums wait together: with 256 rows by 32 columns in f32 256 KiB of L2.
-const MAX_UNIT_PIECES: usize = 8;
 
 /// Units for every thread that are left when a unit takes several pieces.
 const MIN_AMX_UNITS_PER_THREAD: usize = 4;
@@ -37,11 +22,8 @@ const MIN_AMX_UNITS_PER_THREAD: usize = 4;
 /// Rows of a block of AMX.
 const AMX_BLOCK_ROWS: usize = 32;
 
-/// Rows of x that go over all panels before the next ones: 384 KiB of the 512 that the weights leave.
-const BLOCK_BYTES: usize = 384 << 10;
-
-/// But at least 16 tiles, 96 rows, even if x then comes from L3: with fewer rows, reading the weights from
-/// memory takes the time of the products. 96 rows are 96 operations per byte in bf16; two Zen 5 cores do 22
+/// Tiles that go over all panels before the next ones, at least: 96 rows, even if x then comes from L3. With fewer rows, reading
+/// the weights from memory takes the time of the products. 96 rows are 96 operations per byte in bf16; two Zen 5 cores do 22
 /// in the time of a byte.
 const MIN_BLOCK_TILES: usize = 16;
 
@@ -102,11 +84,11 @@ impl Reading {
 }
 
 /// Terms of a chunk where the number type fixes them; results of the other types do not depend on it.
-fn fixed_chunk(shape: &Shape, geometry: &Geometry, reading: Reading) -> Option<usize> {
+fn fixed_chunk(shape: &Shape, geometry: &Geometry, budget: &Budget, reading: Reading) -> Option<usize> {
     match shape.kind {
         _ if reading == Reading::Widened => {
             // As even as whole groups of K allow.
-            let num_chunks = shape.k.div_ceil(WIDENED_TERMS).max(1);
+            let num_chunks = shape.k.div_ceil(budget.widened_terms).max(1);
             Some(shape.k.div_ceil(num_chunks).next_multiple_of(GROUP))
         }
         WeightType::F32 | WeightType::Bf16 => None,
@@ -115,7 +97,7 @@ fn fixed_chunk(shape: &Shape, geometry: &Geometry, reading: Reading) -> Option<u
         WeightType::Int8 => Some(BLOCK),
         // Where tiles read narrow weights, they are few, and have all of K.
         _ if reading == Reading::Panels => Some(shape.k),
-        WeightType::Fp8 | WeightType::Int8Weight => Some(unpacked_terms(geometry.strip)),
+        WeightType::Fp8 | WeightType::Int8Weight => Some(budget.unpacked_terms),
         WeightType::Int4Weight => Some(GROUP),
     }
 }
@@ -163,7 +145,9 @@ impl Unit {
 }
 
 impl Plan {
-    pub(super) fn new(shape: Shape, geometry: Geometry, num_threads: usize) -> Self {
+    /// The cut for so many threads on cores of such caches.
+    pub(super) fn new(shape: Shape, geometry: Geometry, caches: CoreCaches, num_threads: usize) -> Self {
+        let budget = Budget::new(caches, &geometry);
         let (mut num_tiles, mut tile_rows) = (shape.rows.div_ceil(geometry.rows), geometry.rows);
         if geometry.is_amx {
             // As even as whole blocks of rows allow.
@@ -174,18 +158,14 @@ impl Plan {
         let term_bytes = geometry.strip * number_bytes;
         let sweep_bytes = match geometry.is_amx {
             true if shape.rows <= AMX_BLOCK_ROWS => usize::MAX,
-            true => AMX_SWEEP_BYTES,
-            false => SWEEP_BYTES,
+            _ => budget.sweep_bytes,
         };
-        let even_chunk = |k: usize| {
-            let num_chunks = (k * term_bytes).div_ceil(sweep_bytes).max(1);
-            k.div_ceil(num_chunks).next_multiple_of(geometry.step)
-        };
+        let num_sweeps = |k: usize| (k * term_bytes).div_ceil(sweep_bytes).max(1);
         let reading = Reading::new(shape.kind, &geometry, num_tiles);
-        let chunk = fixed_chunk(&shape, &geometry, reading).unwrap_or_else(|| match shape.kind {
+        let chunk = fixed_chunk(&shape, &geometry, &budget, reading).unwrap_or_else(|| match shape.kind {
             // Parts of whole blocks; the last block may have fewer.
-            WeightType::Int8 => even_chunk(shape.k.min(BLOCK)),
-            _ => even_chunk(shape.k),
+            WeightType::Int8 if shape.k > BLOCK => BLOCK / num_sweeps(BLOCK).next_power_of_two(),
+            _ => shape.k.div_ceil(num_sweeps(shape.k)).next_multiple_of(geometry.step),
         });
         debug_assert!(
             shape.kind != WeightType::Int8 || shape.k <= BLOCK || BLOCK.is_multiple_of(chunk),
@@ -194,15 +174,15 @@ impl Plan {
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.
-        let fits = shape.num_matrices * shape.k * term_bytes <= SWEEP_BYTES;
+        let fits = num_chunks == 1 && shape.num_matrices * shape.k * term_bytes <= budget.sweep_bytes;
         let has_tile_units = (fits || geometry.is_amx) && reading == Reading::Panels;
         let num_groups = if has_tile_units { num_tiles } else { num_tiles.div_ceil(geometry.group_tiles) };
         // Where weights are widened, x is in f32.
         let input_bytes = if geometry.widens { size_of::<f32>() } else { number_bytes };
         let tile_bytes = tile_rows * shape.k * input_bytes;
         let max_block_tiles = match geometry.is_amx {
-            true => (AMX_BLOCK_BYTES / tile_bytes.max(1)).max(1),
-            false => (BLOCK_BYTES / tile_bytes.max(1)).max(MIN_BLOCK_TILES),
+            true => (budget.block_bytes / tile_bytes.max(1)).max(1),
+            false => (budget.block_bytes / tile_bytes.max(1)).max(MIN_BLOCK_TILES),
         };
         let num_blocks = num_tiles.div_ceil(max_block_tiles).clamp(1, num_groups.max(1));
         let groups_per_block = num_groups.div_ceil(num_blocks);
@@ -225,9 +205,9 @@ impl Plan {
         }
         let num_pieces = shape.n.div_ceil(piece_cols); // None that is all padding.
         let mut unit_pieces = 1;
-        if geometry.is_amx && tile_bytes > AMX_BLOCK_BYTES {
+        if geometry.is_amx && tile_bytes > budget.block_bytes {
             let per_unit = num_pieces * num_groups / (MIN_AMX_UNITS_PER_THREAD * num_shares);
-            unit_pieces = per_unit.clamp(1, MAX_UNIT_PIECES / shape.num_matrices);
+            unit_pieces = per_unit.clamp(1, (budget.unit_pieces / shape.num_matrices).max(1));
         }
         Self {
             shape,
@@ -335,6 +315,14 @@ mod tests {
         (Simd::Amx, WeightType::Int4Weight),
     ];
 
+    /// Caches of all sizes, the usual ones first.
+    const CACHES: [CoreCaches; 4] = [
+        CoreCaches { l1: 32 << 10, l2: 1 << 20 },
+        CoreCaches { l1: 48 << 10, l2: 2 << 20 },
+        CoreCaches { l1: 32 << 10, l2: 512 << 10 },
+        CoreCaches { l1: 16 << 10, l2: 128 << 10 },
+    ];
+
     fn avx512(kind: WeightType) -> Geometry {
         Geometry::new(Simd::Avx512, kind)
     }
@@ -347,9 +335,9 @@ mod tests {
             {
                 for (threads, (simd, kind)) in [1, 2, 3, 64].into_iter().flat_map(|t| LEVELS.map(|l| (t, l)))
                 {
-                    let geometry = Geometry::new(simd, kind);
+                    let (geometry, caches) = (Geometry::new(simd, kind), CACHES[threads % CACHES.len()]);
                     let shape = Shape { rows, n, k: padded_terms(kind, k), kind, num_matrices };
-                    let plan = Plan::new(shape, geometry, threads);
+                    let plan = Plan::new(shape, geometry, caches, threads);
                     let padded = n.next_multiple_of(NR);
                     let mut seen = vec![0; rows * padded];
                     for unit in (0..plan.num_units()).map(|i| plan.unit(i)) {
@@ -381,35 +369,65 @@ mod tests {
 
     #[test]
     fn sweeps_stay_inside_the_caches() {
-        for (k, (simd, kind)) in
-            [576, 2048, 8192, 106_496].into_iter().flat_map(|k| LEVELS.map(|level| (k, level)))
+        for ((k, (simd, kind)), caches) in [576, 2048, 8192, 106_496]
+            .into_iter()
+            .flat_map(|k| LEVELS.map(|level| (k, level)))
+            .flat_map(|shape| CACHES.map(|caches| (shape, caches)))
         {
             let geometry = Geometry::new(simd, kind);
-            let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, geometry, 2);
+            let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, geometry, caches, 2);
             let term_bytes = geometry.strip * tile_bytes(kind);
-            let most = if geometry.is_amx { AMX_SWEEP_BYTES } else { SWEEP_BYTES };
-            assert!(plan.chunk * term_bytes <= most + geometry.step * term_bytes, "{plan:?}");
+            let most = match kind {
+                // Blocks have their own scales, and AMX alone goes on with a part of one.
+                WeightType::Int8 if !geometry.is_amx => BLOCK * term_bytes,
+                _ => Budget::new(caches, &geometry).sweep_bytes,
+            };
+            let chunk = plan.chunk.min(k) * term_bytes;
+            assert!(chunk <= most + geometry.step * term_bytes, "{caches:?} {plan:?}");
+        }
+    }
+
+    #[test]
+    fn cuts_follow_the_caches_where_it_is_theirs_to_say() {
+        let kind = WeightType::Bf16;
+        let shape = Shape { rows: 512, n: 576, k: 2048, kind, num_matrices: 1 };
+        let [usual, _, half, _] = CACHES.map(|caches| Plan::new(shape, avx512(kind), caches, 2));
+        assert_eq!([usual.num_chunks, half.num_chunks], [1, 2]);
+        assert_eq!([usual.num_groups, half.num_groups], [86, 11]);
+        let shape = Shape { k: 576, ..shape };
+        let [usual, _, half, _] = CACHES.map(|caches| Plan::new(shape, avx512(kind), caches, 2));
+        assert_eq!([usual.groups_per_block, half.groups_per_block], [43, 22]);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn units_of_amx_take_several_pieces_of_every_type_where_rows_are_long() {
+        for kind in [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight] {
+            for (num_matrices, caches) in [(1, CACHES[0]), (2, CACHES[0]), (1, CACHES[1]), (2, CACHES[1])] {
+                let shape = Shape { rows: 40, n: 300, k: 17_024, kind, num_matrices };
+                let plan = Plan::new(shape, Geometry::new(Simd::Amx, kind), caches, 1);
+                assert!(plan.unit_pieces > 1, "{plan:?}");
+            }
         }
     }
 
     #[test]
     fn what_is_unpacked_serves_a_group_of_tiles() {
         let shape = Shape { rows: 96, n: 640, k: 576, kind: WeightType::Int4Weight, num_matrices: 1 };
-        let plan = Plan::new(shape, avx512(WeightType::Int4Weight), 1);
+        let plan = Plan::new(shape, avx512(WeightType::Int4Weight), CACHES[0], 1);
         assert_eq!((plan.num_units(), plan.unit(0).tiles), (20, 0..8));
     }
 
     #[test]
     fn a_narrow_product_is_cut_fine_enough_for_two_threads() {
         let kind = WeightType::Bf16;
+        let plan =
+            |rows, n, k| Plan::new(Shape { rows, n, k, kind, num_matrices: 1 }, avx512(kind), CACHES[0], 2);
         // SmolLM2's k projection for 16 rows: 3 panels times 3 tiles would be 5 units against 4.
-        let plan = Plan::new(Shape { rows: 16, n: 192, k: 576, kind, num_matrices: 1 }, avx512(kind), 2);
-        assert_eq!(plan.num_units(), 18);
+        assert_eq!(plan(16, 192, 576).num_units(), 18);
         // A single tile reads its panels whole.
-        let plan = Plan::new(Shape { rows: 4, n: 192, k: 576, kind, num_matrices: 1 }, avx512(kind), 2);
-        assert_eq!(plan.num_units(), 3);
+        assert_eq!(plan(4, 192, 576).num_units(), 3);
         // A tiny one is not worth a second thread.
-        let plan = Plan::new(Shape { rows: 1, n: 64, k: 64, kind, num_matrices: 1 }, avx512(kind), 2);
-        assert_eq!(plan.num_shares, 1);
+        assert_eq!(plan(1, 64, 64).num_shares, 1);
     }
 }

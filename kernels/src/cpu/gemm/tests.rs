@@ -1,4 +1,6 @@
-//! Products against a plain one in f64, and against themselves in other company.
+//! Products against a plain one in f64; in `same_bits` against themselves.
+
+mod same_bits;
 
 use super::*;
 use crate::backend::{Dtype, INT8_BLOCK};
@@ -131,107 +133,6 @@ fn products_agree_with_f64_when_k_is_walked_in_chunks() {
 }
 
 #[test]
-fn a_row_has_the_same_bits_in_any_company() {
-    const ROWS: usize = 1024;
-    let (one, two) = (pool(1), pool(2));
-    for kind in KINDS {
-        for simd in levels() {
-            // K beyond one chunk in both number types, and columns that end inside of a panel.
-            for (n, k) in [(80, 2312), (200, 96), (17, 33)] {
-                let rows_step = if k > 2000 { 61 } else { 1 };
-                let w = pack(simd, &random(n * k, 5), n, k, kind);
-                let values = random(ROWS * k, 6);
-                let all = operand(simd, &values, ROWS, k, kind);
-                let mut expected = vec![0.0; ROWS * n];
-                for row in 0..ROWS {
-                    let x = operand(simd, &values[row * k..][..k], 1, k, kind);
-                    matmul(simd, &one, &x, &w, &mut expected[row * n..][..n], false);
-                }
-                let mut out = vec![0.0; ROWS * n];
-                matmul(simd, &two, &all, &w, &mut out, false);
-                assert!(bits(&out) == bits(&expected), "{} {kind:?} k = {k}: all rows", simd.name());
-                let mut x = Operand::beside(simd, kind);
-                for rows in (1..=200).step_by(rows_step).chain([255, 511, 1000]) {
-                    let first = ROWS - rows; // So that a row's place in its tile changes.
-                    x.reset(rows, k);
-                    (0..rows).for_each(|row| x.set_row(row, &values[(first + row) * k..][..k]));
-                    let out = &mut out[..rows * n];
-                    matmul(simd, &two, &x, &w, out, false);
-                    let same = bits(out) == bits(&expected[first * n..]);
-                    assert!(same, "{} {kind:?} k = {k}: {rows} rows", simd.name());
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn every_number_of_rows_up_to_1024_gives_the_bits_of_one() {
-    const ROWS: usize = 1024;
-    let (n, k) = (24, 40);
-    let pool = pool(2);
-    for kind in KINDS {
-        for simd in levels() {
-            let w = pack(simd, &random(n * k, 7), n, k, kind);
-            let values = random(ROWS * k, 8);
-            let mut expected = vec![0.0; ROWS * n];
-            for row in 0..ROWS {
-                let x = operand(simd, &values[row * k..][..k], 1, k, kind);
-                matmul(simd, &pool, &x, &w, &mut expected[row * n..][..n], false);
-            }
-            let mut x = Operand::beside(simd, kind);
-            let mut out = vec![0.0; ROWS * n];
-            for rows in 1..=ROWS {
-                x.reset(rows, k);
-                (0..rows).for_each(|row| x.set_row(row, &values[row * k..][..k]));
-                let out = &mut out[..rows * n];
-                matmul(simd, &pool, &x, &w, out, false);
-                assert!(bits(out) == bits(&expected[..rows * n]), "{} {kind:?}: {rows} rows", simd.name());
-            }
-        }
-    }
-}
-
-/// Where x is larger than a cache, a unit of AMX takes several panels, chunk by chunk.
-#[test]
-fn units_of_several_panels_give_the_bits_of_one_row() {
-    let (rows, n, k) = (40, 300, 17_000);
-    let pool = pool(1);
-    for simd in levels() {
-        let kind = WeightType::Bf16;
-        let w = pack(simd, &random(n * k, 26), n, k, kind);
-        let values = random(rows * k, 27);
-        let mut out = vec![0.0; rows * n];
-        matmul(simd, &pool, &operand(simd, &values, rows, k, kind), &w, &mut out, false);
-        let mut alone = vec![0.0; n];
-        for row in 0..rows {
-            let x = operand(simd, &values[row * k..][..k], 1, k, kind);
-            matmul(simd, &pool, &x, &w, &mut alone, false);
-            assert!(bits(&alone) == bits(&out[row * n..][..n]), "{} row {row}", simd.name());
-        }
-    }
-}
-
-#[test]
-fn the_number_of_threads_does_not_change_a_bit() {
-    let pools = [pool(1), pool(2), pool(3)];
-    for kind in KINDS {
-        for simd in levels() {
-            for (rows, n, k) in [(1, 1000, 300), (4, 576, 576), (70, 192, 576), (13, 100, 5000)] {
-                let w = pack(simd, &random(n * k, 9), n, k, kind);
-                let x = operand(simd, &random(rows * k, 10), rows, k, kind);
-                let results = pools.each_ref().map(|pool| {
-                    let mut out = vec![0.5; rows * n];
-                    matmul(simd, pool, &x, &w, &mut out, true);
-                    bits(&out)
-                });
-                assert!(results[0] == results[1] && results[0] == results[2], "{} {kind:?}", simd.name());
-            }
-        }
-    }
-}
-
-#[test]
 fn accumulate_adds_the_finished_product() {
     let pool = pool(2);
     for kind in KINDS {
@@ -281,29 +182,6 @@ fn swiglu_agrees_with_f64() {
                         let error = (f64::from(found) - silu * u).abs();
                         assert!(error <= bound, "{} {kind:?}: {found}, not {}", simd.name(), silu * u);
                     }
-                }
-            }
-        }
-    }
-}
-
-#[test]
-fn swiglu_gives_a_row_the_same_bits_in_any_company() {
-    let (rows, n, k) = (77, 100, 600);
-    let (one, three) = (pool(1), pool(3));
-    for kind in KINDS {
-        for simd in levels() {
-            for k in [k, 2500] {
-                let (gate, up) =
-                    (pack(simd, &random(n * k, 17), n, k, kind), pack(simd, &random(n * k, 18), n, k, kind));
-                let values = random(rows * k, 19);
-                let mut all = Operand::beside(simd, kind);
-                swiglu(simd, &three, &operand(simd, &values, rows, k, kind), &gate, &up, &mut all);
-                let mut single = Operand::beside(simd, kind);
-                for row in 0..rows {
-                    let x = operand(simd, &values[row * k..][..k], 1, k, kind);
-                    swiglu(simd, &one, &x, &gate, &up, &mut single);
-                    assert!(bits(&row_of(&single, 0)) == bits(&row_of(&all, row)), "{}", simd.name());
                 }
             }
         }
@@ -383,22 +261,6 @@ fn empty_shapes_are_no_trouble() {
             matmul(simd, &pool, &operand(simd, &[], 0, 2, kind), &w, &mut [], false);
             let w = pack(simd, &[], 0, 2, kind);
             matmul(simd, &pool, &operand(simd, &[1.0; 4], 2, 2, kind), &w, &mut [], false);
-        }
-    }
-}
-
-#[test]
-fn integers_give_the_same_bits_at_every_level() {
-    let pool = pool(2);
-    for (rows, n, k) in [(1, 70, 9), (7, 130, 4096), (13, 66, 5000), (3, 64, 9000), (0, 5, 7)] {
-        let x = operand(Simd::detect(), &random(rows * k, 25), rows, k, WeightType::Int8);
-        let mut first = None;
-        for simd in levels() {
-            let w = pack(simd, &random(n * k, 24), n, k, WeightType::Int8);
-            let mut out = vec![f32::NAN; rows * n];
-            matmul(simd, &pool, &x, &w, &mut out, false);
-            let expected = first.get_or_insert_with(|| bits(&out));
-            assert!(bits(&out) == *expected, "{} [{rows}, {k}] [{n}, {k}]", simd.name());
         }
     }
 }

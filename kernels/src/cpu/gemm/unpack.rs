@@ -3,7 +3,6 @@
 //! A chunk of K is unpacked into a buffer that stays in the L1 cache, and the tiles of a unit read it there.
 //! Scales are applied to sums, so that no weight is rounded.
 
-use super::tile::NR;
 #[cfg(target_arch = "x86_64")]
 use super::tile::PIECE_COLS;
 use crate::backend::WeightType;
@@ -11,28 +10,22 @@ use crate::cpu::simd::Simd;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::simd::has_vbmi;
 
-/// Terms that are unpacked at a time, at most, by the columns that lie side by side.
-///
-/// 128 pairs of NR columns would be 32 KiB, all of an L1 cache; 64 leave half of it to x and to sums. Processors with
-/// AMX have 48 KiB, and x does not stay in it: 256 pairs of 32 columns, because sums are stored after every chunk.
-pub(super) const fn unpacked_terms(strip: usize) -> usize {
-    if strip < NR { 512 } else { 128 }
-}
+/// Most bytes that are unpacked at a time: what L1 caches of 48 KiB have room for.
+pub(super) const MOST_UNPACKED_BYTES: usize = 32 << 10;
 
 /// A chunk of a panel, unpacked: `[terms / 2][strip][2]` bf16.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Unpacked(pub(super) [u32; unpacked_terms(NR / 2) / 2 * NR / 2]);
+pub(super) struct Unpacked(pub(super) [u32; MOST_UNPACKED_BYTES / 4]);
 
-/// Terms that are widened to f32 at a time, at most: 16 columns of 288 are 18 KiB, and 6 rows of x beside them 7 KiB of an
-/// L1 cache of 32 KiB. Groups of K are whole.
-pub(super) const WIDENED_TERMS: usize = 288;
+/// Most terms that are widened to f32 at a time: what L1 caches of 32 KiB have room for.
+pub(super) const MOST_WIDENED_TERMS: usize = 288;
 
 /// Some columns of a chunk in f32.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Widened(pub(super) [f32; WIDENED_TERMS * PIECE_COLS]);
+pub(super) struct Widened(pub(super) [f32; MOST_WIDENED_TERMS * PIECE_COLS]);
 
 /// What to unpack, and where to.
 pub(super) struct Unpack {
@@ -259,6 +252,7 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::gemm::tile::NR;
 
     #[test]
     fn every_level_unpacks_every_integer() {

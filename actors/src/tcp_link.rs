@@ -194,6 +194,7 @@ impl SendingEnd {
     ) -> stages::Result<()> {
         let meet = |(gate, id): &(Gate, GroupId)| gate.sender(&self.exit, *id);
         let mut gpu = self.of_gpus.as_ref().map(meet).transpose()?;
+        let mut body = Vec::new();
         for (since, batch, activations) in pushed {
             if self.granted.recv_timeout(self.patience).is_err() {
                 break;
@@ -214,7 +215,7 @@ impl SendingEnd {
                 Some(gpu) => gpu.wait_for(&parcels).map(|()| Instant::now())?,
                 None => since,
             };
-            let (frame, body) = wire::encode(&batch, &content);
+            let frame = wire::encode(&batch, &content, &mut body);
             let bytes = (stages::FRAME_HEADER_BYTES + body.len()) as u64 + content.moved_bytes();
             lock(&self.under_way).push_back((since, bytes));
             if frame.write(&mut self.stream, &body).is_err() {
@@ -273,7 +274,7 @@ mod tests {
 
     use crossbeam::channel::unbounded;
 
-    use super::wire::tests::{activations, batch};
+    use super::wire::tests::{activations, batch, encoded};
     use super::*;
     use crate::stage::{Step, Work};
     use crate::stage_set::Lost;
@@ -366,7 +367,7 @@ mod tests {
         assert!(stranger.join(address, GROUP + 1).is_err());
         let mut stream = TcpStream::connect(address).unwrap();
         Frame { kind: HELLO, sequence: GROUP, shape: [0, 0] }.write(&mut stream, &[]).unwrap();
-        let (frame, body) = wire::encode(&batch(1), &Content::Nothing);
+        let (frame, body) = encoded(&batch(1), &Content::Nothing);
         let mut bytes = Vec::new();
         frame.write(&mut bytes, &body).unwrap();
         let last = bytes.len() - 1;

@@ -73,6 +73,12 @@ pub(crate) fn list(value: &Value) -> Option<Vec<usize>> {
 pub(crate) struct Words(Vec<u8>);
 
 impl Words {
+    /// None yet, in memory that had something else.
+    pub(crate) fn in_place_of(mut bytes: Vec<u8>) -> Words {
+        bytes.clear();
+        Words(bytes)
+    }
+
     pub(crate) fn add(&mut self, word: u64) {
         self.0.extend_from_slice(&word.to_le_bytes());
     }
@@ -152,8 +158,8 @@ pub(crate) fn add_values(bytes: &mut Vec<u8>, values: &[f32]) {
 }
 
 /// The numbers of such bytes.
-pub(crate) fn values(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+pub(crate) fn values(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The steady state of a step allocates nothing: all operations of a block and of the head, on every level.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod counting;
+
 use std::sync::{Barrier, Mutex};
 
 use kernels::{
@@ -10,33 +10,7 @@ use kernels::{
     available_cores,
 };
 
-/// The system's allocator, with a count of what it gave.
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is the system's.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's.
-        unsafe { System.dealloc(memory, layout) }
-    }
-
-    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's.
-        unsafe { System.realloc(memory, layout, new_size) }
-    }
-}
-
-#[global_allocator]
-static COUNTING: Counting = Counting;
+use counting::Allocated;
 
 const HIDDEN: usize = 192;
 const HEADS: usize = 6;
@@ -180,19 +154,13 @@ impl Rows {
 }
 
 /// Allocations of each of some steps, one after the other.
-fn allocations(step: &mut Step, rows: &Rows) -> Vec<usize> {
-    let mut counts = vec![0; 40];
-    for count in &mut counts {
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
-        step.run(rows);
-        *count = ALLOCATIONS.load(Ordering::Relaxed) - before;
-    }
-    counts
+fn allocations(step: &mut Step, rows: &Rows) -> Vec<Allocated> {
+    (0..40).map(|_| Allocated::during(|| step.run(rows))).collect()
 }
 
 /// The same on two threads, once either has met every task: which takes which is left to chance. So each first does a
 /// whole step alone, as whoever is inside of a region does.
-fn allocations_of_two(kind: Kind, rows: &Rows) -> Vec<usize> {
+fn allocations_of_two(kind: Kind, rows: &Rows) -> Vec<Allocated> {
     let cores = available_cores();
     let pool = ThreadPool::of_device(&cores, 2);
     let mut steps = [(); 2].map(|()| Mutex::new(Step::new(kind, cores.clone(), 2)));
@@ -217,9 +185,13 @@ fn the_steady_state_of_a_step_allocates_nothing() {
         for &(weights, kv) in &kinds {
             let kind = Kind { simd, weights, kv };
             let alone = allocations(&mut Step::new(kind, Vec::new(), 1), &rows);
-            assert!(alone[0] > 0, "{kind:?}: the first step finds no memory, or nothing is counted");
-            assert_eq!(alone[1..], [0; 39], "{kind:?}");
-            assert_eq!(allocations_of_two(kind, &rows), [0; 40], "{kind:?} on two threads");
+            assert_ne!(
+                alone[0],
+                Allocated::NOTHING,
+                "{kind:?}: the first step finds no memory, or nothing is counted"
+            );
+            assert_eq!(alone[1..], [Allocated::NOTHING; 39], "{kind:?}");
+            assert_eq!(allocations_of_two(kind, &rows), [Allocated::NOTHING; 40], "{kind:?} on two threads");
         }
     }
 }

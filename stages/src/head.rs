@@ -108,7 +108,7 @@ impl Asked {
         self.arrival.clone()
     }
 
-    /// The answers, which are waited for.
+    /// The answers, which are waited for, in a list of their own: whoever gets it keeps it.
     pub(crate) fn answer<B: Backend>(&mut self, backend: &B, batch: &MicroBatch) -> Result<MicroBatchOutput> {
         let mut outputs: Vec<SliceOutput> = batch.slices.iter().map(no_output).collect();
         for (wanted, drawn) in self.wanted.iter().zip(backend.read_draws(&mut self.draws)?) {

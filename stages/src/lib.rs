@@ -13,6 +13,7 @@ mod edits;
 mod error;
 mod fields;
 mod head;
+mod host_rows;
 mod memory;
 mod model;
 mod part;
@@ -33,6 +34,7 @@ mod work_shapes;
 pub use block::{Attention, Block, Dims, Ffn};
 pub use config::{ModelConfig, swiglu_width};
 pub use error::{Error, Result};
+pub use host_rows::{HostRows, RowPool};
 pub use kernels::{
     Array, Arrival, AttentionSlice, Collective, CudaLibrary, FRAME_HEADER_BYTES, Frame, Gate, Gpu, GroupExit,
     GroupId, INT8_BLOCK, KvDtype, NcclReceiver, NcclSender, PAGE_TOKENS, Parcel, SUM_CUT, Simd, TcpRank,

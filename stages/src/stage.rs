@@ -11,6 +11,7 @@ use kernels::{
 use scheduler::{MicroBatch, MicroBatchOutput};
 
 use crate::error::Result;
+use crate::host_rows::HostRows;
 use crate::model::Model;
 use crate::ranks::{RankGroup, RankStep};
 use crate::span::{SpanOptions, SpanStage};
@@ -30,14 +31,14 @@ pub struct Activations {
 #[derive(Debug, Clone)]
 pub enum Rows {
     /// Row-major.
-    Host(Vec<f32>),
+    Host(HostRows),
     /// Of a GPU.
     Device(Parcel),
 }
 
 impl From<Vec<f32>> for Rows {
     fn from(values: Vec<f32>) -> Rows {
-        Rows::Host(values)
+        Rows::Host(values.into())
     }
 }
 
@@ -50,10 +51,10 @@ impl Rows {
         }
     }
 
-    fn into_host(self) -> Result<Vec<f32>> {
+    fn into_host(self) -> Result<HostRows> {
         match self {
             Rows::Host(values) => Ok(values),
-            Rows::Device(parcel) => Ok(parcel.values()?),
+            Rows::Device(parcel) => Ok(parcel.values()?.into()),
         }
     }
 }
@@ -86,7 +87,7 @@ impl Activations {
         let halves = |rows: &Rows| -> Result<(Rows, Rows)> {
             let mut front = rows.clone().into_host()?;
             let back = front.split_off(at);
-            Ok((front.into(), back.into()))
+            Ok((Rows::Host(front), back.into()))
         };
         let (front, back) = halves(&self.values)?;
         let sums = self.sums.as_ref().map(halves).transpose()?;
@@ -100,8 +101,8 @@ impl Activations {
     fn joined(self, rest: Activations) -> Result<Activations> {
         let join = |front: Rows, back: Rows| -> Result<Rows> {
             let mut front = front.into_host()?;
-            front.extend(back.into_host()?);
-            Ok(front.into())
+            front.extend_from_slice(&back.into_host()?);
+            Ok(Rows::Host(front))
         };
         let sums = self.sums.zip(rest.sums).map(|(front, back)| join(front, back)).transpose()?;
         Ok(Activations { values: join(self.values, rest.values)?, sums, hidden: self.hidden })

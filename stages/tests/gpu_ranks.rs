@@ -88,7 +88,7 @@ impl TwoRanks {
         self.follower.send(RankStep::of(batch, false)).unwrap();
         match self.stage.step(batch, None).unwrap() {
             StageOutput::Activations(activations) => match activations.values {
-                Rows::Host(values) => values,
+                Rows::Host(values) => values.to_vec(),
                 Rows::Device(parcel) => parcel.values().unwrap(),
             },
             StageOutput::Tokens(_) => panic!("the stage is not the last"),

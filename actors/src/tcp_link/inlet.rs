@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use scheduler::{MicroBatch, MicroBatchId};
-use stages::{Activations, Frame, Gate, GroupExit, GroupId, NcclReceiver};
+use stages::{Activations, Frame, Gate, GroupExit, GroupId, NcclReceiver, RowPool};
 
 use super::wire::{self, Content, Moved};
 use super::{ARRIVED, GRACE, HELLO, LOOK_EVERY, OnFailure, OwnGate, STEP, TAKEN, lock, set_up, spawn};
@@ -199,14 +199,14 @@ struct Heard {
 
 /// Hands on all that a sender says, until it is gone.
 fn listen_to(stream: TcpStream, mut hand_on: impl FnMut(Heard) -> Result<(), Ended>) -> Ended {
-    let (mut stream, mut body) = (BufReader::new(stream), Vec::new());
+    let (mut stream, mut body, pool) = (BufReader::new(stream), Vec::new(), RowPool::default());
     loop {
         let frame = match Frame::read(&mut stream, &mut body) {
             Ok(frame) => frame,
             Err(error) if error.kind() == ErrorKind::InvalidData => return Ended::Damaged(error.to_string()),
             Err(_) => return Ended::Gone,
         };
-        let step = if frame.kind == STEP { wire::decode(&frame, &body) } else { None };
+        let step = if frame.kind == STEP { wire::decode(&frame, &body, &pool) } else { None };
         let Some((batch, content)) = step else {
             return Ended::Damaged("a frame that is no micro-batch".to_owned());
         };
@@ -226,7 +226,7 @@ pub(super) mod tests {
     use scheduler::Span;
     use stages::{PAGE_TOKENS, SpanOptions};
 
-    use super::super::wire::tests::batch;
+    use super::super::wire::tests::{batch, encoded};
     use super::*;
     use crate::tests::emulated;
 
@@ -297,7 +297,7 @@ pub(super) mod tests {
         }
 
         fn send(&mut self, id: u64, content: &Content) {
-            let (frame, body) = wire::encode(&batch(id), content);
+            let (frame, body) = encoded(&batch(id), content);
             frame.write(&mut self.sender, &body).unwrap();
         }
     }

@@ -1,11 +1,12 @@
 //! A micro-batch and its activations as a frame, and what two ends that have GPUs say of them when they meet.
 
+use std::mem;
 use std::sync::Arc;
 
 use scheduler::{
     MicroBatch, MicroBatchId, Request, RequestKey, Sampling, SequenceId, Slice, TokenCount, TokenMask,
 };
-use stages::{Activations, Frame, GroupId, Rows};
+use stages::{Activations, Frame, GroupId, RowPool, Rows};
 
 use super::STEP;
 use crate::wire::{ReadWords, Words, add_values, values};
@@ -82,19 +83,20 @@ pub(super) fn read_greeting(bytes: &[u8]) -> Option<(usize, GroupId)> {
     Some((device, words.rest().try_into().ok()?))
 }
 
-/// The frame, whose shape is that of the activations, and its body: words, and then the numbers of activations on the host.
-pub(super) fn encode(batch: &MicroBatch, content: &Content) -> (Frame, Vec<u8>) {
-    let mut words = Words::default();
+/// The frame, whose shape is that of the activations; `body` becomes its body: words, and then the numbers of activations on the
+/// host.
+pub(super) fn encode(batch: &MicroBatch, content: &Content, body: &mut Vec<u8>) -> Frame {
+    let mut words = Words::in_place_of(mem::take(body));
     let (kind, shape) = content.kind(batch.num_tokens());
     words.add(kind);
     words.add(batch.slices.len() as u64);
     batch.slices.iter().for_each(|slice| add_slice(&mut words, slice));
-    let mut body = words.into_bytes();
+    *body = words.into_bytes();
     if let Content::Here(Activations { values, sums, .. }) = content {
-        add_values(&mut body, on_host(values));
-        sums.iter().for_each(|sums| add_values(&mut body, on_host(sums)));
+        add_values(body, on_host(values));
+        sums.iter().for_each(|sums| add_values(body, on_host(sums)));
     }
-    (Frame { kind: STEP, sequence: batch.id.0, shape: shape.map(|size| size as u64) }, body)
+    Frame { kind: STEP, sequence: batch.id.0, shape: shape.map(|size| size as u64) }
 }
 
 fn on_host(rows: &Rows) -> &[f32] {
@@ -104,24 +106,29 @@ fn on_host(rows: &Rows) -> &[f32] {
     }
 }
 
-/// What such a frame was made of; nothing where it is another.
-pub(super) fn decode(frame: &Frame, body: &[u8]) -> Option<(MicroBatch, Content)> {
+/// What such a frame was made of, numbers in memory of `pool`; nothing where it is another.
+pub(super) fn decode(frame: &Frame, body: &[u8], pool: &RowPool) -> Option<(MicroBatch, Content)> {
     let mut words = ReadWords::new(body);
     let kind = words.word()?;
     let batch = MicroBatch { id: MicroBatchId(frame.sequence), slices: words.list(read_slice)? };
-    let content = content_of(frame, &batch, words.rest(), kind)?;
+    let content = content_of(frame, &batch, words.rest(), kind, pool)?;
     Some((batch, content))
 }
 
-fn content_of(frame: &Frame, batch: &MicroBatch, bytes: &[u8], kind: u64) -> Option<Content> {
+fn content_of(frame: &Frame, batch: &MicroBatch, bytes: &[u8], kind: u64, pool: &RowPool) -> Option<Content> {
     let [rows, hidden] = [usize::try_from(frame.shape[0]).ok()?, usize::try_from(frame.shape[1]).ok()?];
     let array_bytes = rows.checked_mul(hidden)?.checked_mul(size_of::<f32>())?;
     let (arrays_here, content) = match kind {
         NONE => (0, Content::Nothing),
         VALUES | VALUES_AND_SUMS => {
             let (first, second) = bytes.split_at_checked(array_bytes)?;
-            let sums = (kind == VALUES_AND_SUMS).then(|| values(second).into());
-            (kind as usize, Content::Here(Activations { values: values(first).into(), sums, hidden }))
+            let read = |bytes: &[u8]| {
+                let mut rows = pool.rows();
+                rows.extend(values(bytes));
+                Rows::Host(rows)
+            };
+            let sums = (kind == VALUES_AND_SUMS).then(|| read(second));
+            (kind as usize, Content::Here(Activations { values: read(first), sums, hidden }))
         }
         MOVED_VALUES | MOVED_VALUES_AND_SUMS if rows == batch.num_tokens() => {
             let arrays = (kind - MOVED_VALUES + VALUES) as usize;
@@ -321,19 +328,40 @@ pub(super) mod tests {
         Activations { values: values.into(), sums, hidden }
     }
 
+    /// A frame and its body.
+    pub(crate) fn encoded(batch: &MicroBatch, content: &Content) -> (Frame, Vec<u8>) {
+        let mut body = vec![7; 3];
+        let frame = encode(batch, content, &mut body);
+        (frame, body)
+    }
+
     #[test]
     fn frames_come_back_as_they_were_made_and_nothing_shorter_passes_for_one() {
         let moved = |arrays| Content::Moved(Moved { arrays, rows: 6, hidden: 1 << 20 });
         let here = |hidden, has_sums| Content::Here(activations(hidden, has_sums));
+        let pool = RowPool::default(); // Of all: what one leaves is not in the next.
         for (id, content) in (6..).zip([Content::Nothing, here(3, false), here(2, true), moved(1), moved(2)])
         {
-            let (frame, body) = encode(&batch(id), &content);
-            let back = decode(&frame, &body).expect("a micro-batch");
+            let (frame, body) = encoded(&batch(id), &content);
+            let back = decode(&frame, &body, &pool).expect("a micro-batch");
             assert_eq!(format!("{back:?}"), format!("{:?}", (batch(id), content)));
             for length in 0..body.len() {
-                assert!(decode(&frame, &body[..length]).is_none(), "{length} bytes");
+                assert!(decode(&frame, &body[..length], &pool).is_none(), "{length} bytes");
             }
         }
+    }
+
+    #[test]
+    fn numbers_come_into_memory_that_earlier_ones_have_left() {
+        let pool = RowPool::default();
+        let mut earlier = pool.rows();
+        earlier.extend([0.5; 100]);
+        let place = earlier.as_ptr();
+        drop(earlier);
+        let (frame, body) = encoded(&batch(0), &Content::Here(activations(3, false)));
+        let decoded = decode(&frame, &body, &pool);
+        let Some((_, Content::Here(back))) = decoded else { panic!("they came with it") };
+        assert_eq!(on_host(&back.values).as_ptr(), place);
     }
 
     #[test]
@@ -348,8 +376,10 @@ pub(super) mod tests {
     fn bits_that_are_no_numbers_come_over_too() {
         let values = [f32::NAN, f32::NEG_INFINITY, -0.0, f32::from_bits(1), f32::MAX, 0.5];
         let sent = Activations { values: values.to_vec().into(), sums: None, hidden: 1 };
-        let (frame, body) = encode(&batch(0), &Content::Here(sent));
-        let Some((_, Content::Here(back))) = decode(&frame, &body) else { panic!("they came with it") };
+        let (frame, body) = encoded(&batch(0), &Content::Here(sent));
+        let Some((_, Content::Here(back))) = decode(&frame, &body, &RowPool::default()) else {
+            panic!("they came with it")
+        };
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(on_host(&back.values)), bits(&values));
     }

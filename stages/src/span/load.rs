@@ -14,6 +14,7 @@ use crate::batch::Batch;
 use crate::block::{Attention, Block, Ffn};
 use crate::error::Result;
 use crate::head::Head;
+use crate::host_rows::RowPool;
 use crate::model::Model;
 use crate::part::Part;
 use crate::ranks::Ranks;
@@ -74,6 +75,7 @@ impl<B: Backend> SpanStage<B> {
             times: StepTimes::default(),
             was_given_early: false,
             queue,
+            hops: RowPool::default(),
             work,
             backend,
         })

@@ -31,6 +31,7 @@ use scheduler::MicroBatch;
 use crate::batch::Batch;
 use crate::error::Result;
 use crate::head::{Asked, Head, HeadWork};
+use crate::host_rows::RowPool;
 use crate::memory::StepSize;
 use crate::part::Part;
 use crate::ranks::{RankStep, Ranks};
@@ -77,6 +78,8 @@ pub(crate) struct SpanStage<B: Backend> {
     /// Whether it was given activations that are on a device.
     was_given_early: bool,
     queue: Queue,
+    /// What goes out to the next stage through the host.
+    hops: RowPool,
     work: Work<B>,
 }
 
@@ -307,7 +310,7 @@ impl<B: Backend> SpanStage<B> {
             if let Some(parcel) = self.backend.hand_over(x)? {
                 return Ok(Rows::Device(parcel));
             }
-            let mut values = Vec::new();
+            let mut values = self.hops.rows();
             self.backend.download(x, &mut values)?;
             Ok(Rows::Host(values))
         };

@@ -9,7 +9,7 @@ use kernels::{Cuda, CudaOptions, KvDtype, WeightType};
 use crate::battery::collective::{self, Groups};
 use crate::battery::cuda::{CHECKS, CHECKS_OF_GPUS};
 use crate::real_shapes::{self, Matrix};
-use crate::{attention, bulk, logits, models, products, steps};
+use crate::{attention, bulk, logits, models, products, steps, told};
 
 /// Where and how large.
 #[derive(Debug, Clone)]
@@ -52,6 +52,9 @@ pub(crate) const SECTIONS: [&str; 10] = [
     "Steps",
 ];
 
+/// The section whose items share a process.
+const BATTERY: &str = "Battery";
+
 /// An item's lines of Markdown.
 type Run = Box<dyn Fn(&Setting) -> Result<Vec<String>>>;
 
@@ -92,6 +95,11 @@ impl Item {
     ) -> Item {
         Item { is_check: true, ..Item::new(section, name, bar, seconds, run) }
     }
+
+    /// Whether one process may answer both: of what asks little, most of the time is that of a process's start.
+    pub(crate) fn shares_process_with(&self, other: &Item) -> bool {
+        [self, other].iter().all(|item| item.section == BATTERY)
+    }
 }
 
 /// Why an item has asked nothing.
@@ -106,15 +114,25 @@ impl std::fmt::Display for NothingAsked {
 
 impl std::error::Error for NothingAsked {}
 
-/// All of them, in order.
-pub(crate) struct Items(pub(crate) Vec<Item>);
-
-impl Items {
-    /// Answers one, in this process.
-    pub(crate) fn run(&self, name: &str, setting: &Setting) -> Result<Vec<String>> {
-        let item = self.0.iter().find(|item| item.name == name);
-        (item.with_context(|| format!("there is no item {name}"))?.run)(setting)
+/// Answers some of them in this process, one after the other.
+pub(crate) fn answer(names: &[String], setting: &Setting) -> Result<()> {
+    let items = all(setting);
+    // The GPU's context is made once for all, as long as somebody holds it.
+    let is_held = names.len() > 1;
+    let _held = is_held
+        .then(|| setting.cuda(WeightType::Bf16, KvDtype::Bf16, true))
+        .transpose()
+        .context("hold the GPU")?;
+    for name in names {
+        let item = items.iter().find(|item| item.name == *name);
+        let said = match (item.with_context(|| format!("there is no item {name}"))?.run)(setting) {
+            Ok(lines) => told::answer(&lines),
+            Err(error) if error.is::<NothingAsked>() => told::nothing_asked(&error.to_string()),
+            Err(error) => return Err(error),
+        };
+        println!("{said}");
     }
+    Ok(())
 }
 
 /// Checks that an emulator is through with in less than a second.
@@ -129,85 +147,103 @@ const QUICK: [&str; 5] = [
 /// The bar of what compares.
 const WITHIN: &str = "within the check's bound";
 
-/// What is right comes first, then the bars, those that matter most before the others.
-pub(crate) fn all(setting: &Setting) -> Items {
-    let mut items = vec![Item::new("Device", "ceilings", "none", [5, 60], ceilings)];
-    items.extend(checks(setting));
+/// In such an order that what comes to its end within the time answers most: that operations and a model are right, a part of each bar, all
+/// else that is to be right, and the rest of the bars.
+pub(crate) fn all(setting: &Setting) -> Vec<Item> {
+    let mut logits = logits::sources().into_iter().map(of_logits);
     let mut models = models::of(setting).into_iter().map(model);
+    let mut products = products::shapes(setting).into_iter().map(of_product);
+    let mut items = vec![Item::new("Device", "ceilings", "none", [5, 60], ceilings)];
+    items.extend(battery(setting));
+    items.extend(logits.by_ref().take(1));
     // The ten blocks of Ultra, and then all of it.
     items.extend(models.by_ref().take(2));
-    items.extend(models::for_bulk(setting).into_iter().map(|model| {
-        Item::new("Jobs", model.name, model.bar, model.seconds, move |setting: &Setting| {
-            bulk::measure(&model, setting)
-        })
-    }));
-    for shape in products::shapes(setting) {
-        let bar = "85 % of the best of cuBLASLt; aim 95 %";
-        items.push(Item::new("Products", shape.to_string(), bar, [8, 60], move |setting: &Setting| {
-            products::measure(shape, setting)
-        }));
-    }
-    for case in attention::cases(setting) {
-        let bar = "split 75 % of the copy bandwidth; aim 90 %";
-        items.push(Item::new("Attention", case.to_string(), bar, [5, 40], move |setting: &Setting| {
-            attention::measure(case, setting)
-        }));
-    }
     let blocks = models::for_steps(setting);
     items.push(Item::new("Steps", blocks.name, blocks.bar, blocks.seconds, move |setting: &Setting| {
         steps::measure(&blocks, setting)
     }));
+    items.extend(attention::cases(setting).into_iter().map(of_attention));
+    items.extend(products.by_ref().take(2));
+    items.extend(real_shapes(setting));
+    items.extend(of_collectives());
+    items.extend(logits);
+    items.extend(models::for_bulk(setting).into_iter().map(job));
+    items.extend(products);
     items.extend(models);
-    Items(items)
+    items
 }
 
-/// All that asks what is right.
-fn checks(setting: &Setting) -> Vec<Item> {
-    let mut items = Vec::new();
-    let of_battery = CHECKS.iter().chain(CHECKS_OF_GPUS);
-    for (name, check) in of_battery.filter(|(name, _)| !setting.is_small || QUICK.contains(name)) {
-        items.push(Item::check("Battery", *name, WITHIN, [2, 90], move |setting: &Setting| {
+fn battery(setting: &Setting) -> impl Iterator<Item = Item> {
+    let is_small = setting.is_small;
+    let wanted = CHECKS.iter().chain(CHECKS_OF_GPUS);
+    let wanted = wanted.filter(move |(name, _)| !is_small || QUICK.contains(name));
+    wanted.map(|(name, check)| {
+        Item::check(BATTERY, *name, WITHIN, [2, 90], move |setting: &Setting| {
             check(setting.libraries.as_deref());
             Ok(vec!["right".to_owned()])
-        }));
-    }
+        })
+    })
+}
+
+fn real_shapes(setting: &Setting) -> Vec<Item> {
     let matrices: &[(&str, &'static [Matrix])] = match setting.is_small {
         true => &[("products with small matrices", &real_shapes::SMALL)],
         false => {
             &[("products with Ultra's", &real_shapes::ULTRA), ("products with Super's", &real_shapes::SUPER)]
         }
     };
-    for &(name, matrices) in matrices {
-        items.push(Item::check("Real shapes", name, WITHIN, [10, 120], move |setting: &Setting| {
+    let products = matrices.iter().map(|&(name, matrices)| {
+        Item::check("Real shapes", name, WITHIN, [10, 120], move |setting: &Setting| {
             real_shapes::products(matrices, setting)
-        }));
-    }
-    for heads in real_shapes::heads(setting) {
+        })
+    });
+    let attention = real_shapes::heads(setting).into_iter().map(|heads| {
         let name = format!("attention in groups of {} at {} tokens", heads.group, heads.context);
-        items.push(Item::check("Real shapes", name, WITHIN, [5, 90], move |setting: &Setting| {
+        Item::check("Real shapes", name, WITHIN, [5, 90], move |setting: &Setting| {
             real_shapes::attention(heads, setting)
-        }));
-    }
-    for (name, check) in collective::CHECKS {
-        items.push(Item::check("Collectives", name, WITHIN, [2, 60], move |setting: &Setting| {
+        })
+    });
+    products.chain(attention).collect()
+}
+
+fn of_collectives() -> Vec<Item> {
+    let of_two = collective::CHECKS.into_iter().map(|(name, check)| {
+        Item::check("Collectives", name, WITHIN, [2, 60], move |setting: &Setting| {
             collectives(&[check], 2, setting)
-        }));
-    }
+        })
+    });
     let alone = "a rank alone, which says nothing of several";
-    items.push(Item::check("Collectives", alone, "none", [2, 60], |setting: &Setting| {
+    let alone = Item::check("Collectives", alone, "none", [2, 60], |setting: &Setting| {
         collectives(&collective::CHECKS_OF_ONE, 1, setting)
-    }));
-    for (name, source) in logits::sources() {
-        let bar = "the bf16 bound of 0.08 of a deviation of the logits";
-        items.push(Item::check(
-            "Logits",
-            format!("{name} against plain loops in f32"),
-            bar,
-            [5, 60],
-            move |setting: &Setting| logits::measure(source, setting),
-        ));
-    }
-    items
+    });
+    of_two.chain([alone]).collect()
+}
+
+fn of_logits((name, source): (String, logits::Source)) -> Item {
+    let name = format!("{name} against plain loops in f32");
+    Item::check("Logits", name, source.bar(), [5, 60], move |setting: &Setting| {
+        logits::measure(source, setting)
+    })
+}
+
+fn of_product(shape: products::Shape) -> Item {
+    let bar = "85 % of the best of cuBLASLt; aim 95 %";
+    Item::new("Products", shape.to_string(), bar, [8, 60], move |setting: &Setting| {
+        products::measure(shape, setting)
+    })
+}
+
+fn of_attention(case: attention::Case) -> Item {
+    let bar = "split 75 % of the copy bandwidth; aim 90 %";
+    Item::new("Attention", case.to_string(), bar, [5, 40], move |setting: &Setting| {
+        attention::measure(case, setting)
+    })
+}
+
+fn job(model: models::Measured) -> Item {
+    Item::new("Jobs", model.name, model.bar, model.seconds, move |setting: &Setting| {
+        bulk::measure(&model, setting)
+    })
 }
 
 fn model(model: models::Measured) -> Item {

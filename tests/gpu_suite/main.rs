@@ -2,14 +2,15 @@
 //!
 //! One program for a machine that has a GPU with its driver and nothing else: the battery of operations, log-probabilities,
 //! then how fast real shapes are, the most important first, until its time is over. `cargo xtask gpu` builds it, stripped, with all
-//! device code compiled behind its own. Every item is a process: one that crashes, or hangs, costs the others nothing.
+//! device code compiled behind its own. Every item is a process, but for the battery's, which share one and go on in another where one of
+//! them crashes or hangs: it costs the others nothing.
 //!
 //! ```text
 //! gpu-suite --out FOLDER [--seconds N] [--libraries FOLDER] [--small] [--only WORD]
 //! gpu-suite --pack FILE [--libraries FOLDER]
 //! ```
 //!
-//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each item and begins with the
+//! Results are lines of Markdown, on the terminal and in FOLDER/results.md, which is whole after each process and begins with the
 //! verdict on each bar. The status is that of what is right or wrong alone: a bar of speed that is not met is told, and is no error.
 //! `--small` has small shapes, for an emulator; that is what a test of this name runs.
 
@@ -36,6 +37,7 @@ mod products;
 mod real_shapes;
 mod steps;
 mod suite;
+mod told;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -43,7 +45,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 use asked::Asked;
-use items::{NothingAsked, Setting};
+use items::Setting;
 use suite::Suite;
 
 /// The test that a test runner finds in this program.
@@ -85,31 +87,32 @@ fn run(arguments: &[String]) -> Result<bool> {
     }
     match words[..] {
         ["--pack", file, ref rest @ ..] => pack(Path::new(file), rest),
-        ["--item", name, ref rest @ ..] => {
-            let (setting, _) = options(rest)?;
-            match items::all(&setting).run(name, &setting) {
-                Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
-                Err(error) if error.is::<NothingAsked>() => {
-                    println!("{error}");
-                    std::process::exit(suite::NOTHING_ASKED);
-                }
-                Err(error) => return Err(error),
-            }
-            Ok(true)
-        }
         _ => {
-            let (setting, suite) = options(&words)?;
-            suite.run(&setting)
+            let Options { setting, suite, items } = options(&words)?;
+            if items.is_empty() {
+                return suite.run(&setting);
+            }
+            items::answer(&items, &setting)?;
+            Ok(true)
         }
     }
 }
 
-/// What the options say of each item, and of all of them.
-fn options(words: &[&str]) -> Result<(Setting, Suite)> {
+/// What the options say.
+struct Options {
+    /// Of each item.
+    setting: Setting,
+    /// Of all of them.
+    suite: Suite,
+    /// Those that this process is to answer, for another one that goes through all.
+    items: Vec<String>,
+}
+
+fn options(words: &[&str]) -> Result<Options> {
     let cache = std::env::temp_dir().join(format!("spanwise-gpu-suite-{}", std::process::id()));
     let mut setting = Setting { libraries: None, is_small: false, cache };
     let mut suite = Suite { out: PathBuf::from("."), seconds: SECONDS, only: String::new() };
-    let mut words = words.iter();
+    let (mut items, mut words) = (Vec::new(), words.iter());
     while let Some(key) = words.next() {
         if *key == "--small" {
             setting.is_small = true;
@@ -121,16 +124,17 @@ fn options(words: &[&str]) -> Result<(Setting, Suite)> {
             "--seconds" => suite.seconds = value.parse().with_context(|| format!("--seconds {value}"))?,
             "--only" => suite.only = (*value).to_owned(),
             "--cache" => setting.cache = PathBuf::from(value), // An item's is the suite's.
+            "--item" => items.push((*value).to_owned()),
             "--libraries" => setting.libraries = Some(PathBuf::from(value)),
             _ => bail!("found {key}, expected --out, --seconds, --libraries, --small or --only"),
         }
     }
-    Ok((setting, suite))
+    Ok(Options { setting, suite, items })
 }
 
 /// All device code, compiled, as what is put behind this program.
 fn pack(file: &Path, rest: &[&str]) -> Result<bool> {
-    let (setting, _) = options(rest)?;
+    let Options { setting, .. } = options(rest)?;
     let cubins = kernels::pack_cubins(setting.libraries.as_deref()).context("compile the device code")?;
     std::fs::write(file, &cubins).with_context(|| format!("write {}", file.display()))?;
     println!("{}: {} bytes", file.display(), cubins.len());
@@ -141,6 +145,7 @@ fn pack(file: &Path, rest: &[&str]) -> Result<bool> {
 fn on_the_emulator() -> Result<bool> {
     asked::check()?;
     bars::check()?;
+    told::check()?;
     let emulator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/cuda-emulator");
     let is_there = emulator.join("libcuda.so").is_file();
     anyhow::ensure!(

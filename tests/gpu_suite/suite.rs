@@ -1,4 +1,4 @@
-//! Goes through all items within a time, each in a process of its own, and writes down what they say.
+//! Goes through all items within a time, each in a process of its own but for those that share one, and writes down what they say.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -10,14 +10,12 @@ use anyhow::{Context, Result};
 
 use crate::bars::Bars;
 use crate::items::{self, Item, SECTIONS, Setting};
+use crate::told::{self, End};
 
 /// How often a process is looked after.
 const GLANCE: Duration = Duration::from_millis(20);
 /// Lines of what a process that failed has said last.
 const LAST_LINES: usize = 12;
-
-/// Status of an item that has asked nothing and has said why.
-pub(crate) const NOTHING_ASKED: i32 = 3;
 
 /// All items.
 pub(crate) struct Suite {
@@ -36,6 +34,21 @@ pub(crate) enum Outcome {
     NotRun(String),
 }
 
+/// What became of some items with how long each took, and how a process ended at the one behind them, if it did.
+type Answers = (Vec<(Outcome, Duration)>, Option<String>);
+
+impl Outcome {
+    /// The same of an item at which a process has ended before, behind others: whatever it is alone, something is wrong.
+    fn behind_others(self, died: Option<String>) -> Outcome {
+        match (self, died) {
+            (Outcome::Lines(_) | Outcome::NotRun(_), Some(why)) => {
+                Outcome::Failed(format!("not when it was asked alone, but behind others: {why}"))
+            }
+            (outcome, _) => outcome,
+        }
+    }
+}
+
 /// Whether a line of the results is of an item that was not done.
 pub(crate) fn is_not_done(line: &str) -> bool {
     line.contains(": **failed**") || line.contains(": not run, ")
@@ -48,29 +61,46 @@ impl Suite {
         fs::create_dir_all(&setting.cache).context("make the cache")?;
         let begun = Instant::now();
         let (mut results, mut is_right) = (Results::default(), true);
-        let items = items::all(setting).0;
+        let items = items::all(setting);
         let wanted = |item: &&Item| item.name.contains(&self.only) || item.section.contains(&self.only);
-        for item in items.iter().filter(wanted) {
-            let since = begun.elapsed();
-            let left = self.seconds.saturating_sub(since.as_secs());
-            let outcome = match left < item.least_seconds && !setting.is_small {
-                true => Outcome::NotRun(format!("{left} s were left of {}", self.seconds)),
-                false => self.ask(item, setting, Duration::from_secs(left.min(item.most_seconds).max(1)))?,
-            };
-            is_right &= !matches!(outcome, Outcome::Failed(_));
-            let text = results.add(item, &outcome, [since, begun.elapsed() - since]);
-            print!("{text}");
+        let wanted: Vec<&Item> = items.iter().filter(wanted).collect();
+        let (mut rest, mut died) = (&wanted[..], None);
+        while !rest.is_empty() {
+            let mut at = begun.elapsed();
+            let (answers, died_behind) = self.ask_first(rest, setting, at)?;
+            let (answered, others) = rest.split_at(answers.len());
+            for (item, (outcome, took)) in answered.iter().zip(answers) {
+                let outcome = outcome.behind_others(died.take());
+                is_right &= !matches!(outcome, Outcome::Failed(_));
+                print!("{}", results.add(item, &outcome, [at, took]));
+                at += took;
+            }
             fs::write(self.out.join("results.md"), results.text()).context("write results.md")?;
+            (rest, died) = (others, died_behind);
         }
         let _ = fs::remove_dir_all(&setting.cache);
         Ok(is_right)
     }
 
-    /// Has a process answer an item.
-    fn ask(&self, item: &Item, setting: &Setting, patience: Duration) -> Result<Outcome> {
+    /// Has the first items answered, one or those that share its process, unless too little time is left.
+    fn ask_first(&self, items: &[&Item], setting: &Setting, since: Duration) -> Result<Answers> {
+        let (first, left) = (items[0], self.seconds.saturating_sub(since.as_secs()));
+        if left < first.least_seconds && !setting.is_small {
+            let why = format!("{left} s were left of {}", self.seconds);
+            return Ok((vec![(Outcome::NotRun(why), Duration::ZERO)], None));
+        }
+        let shared = items.iter().take_while(|item| item.shares_process_with(first)).count();
+        self.ask(&items[..shared.max(1)], setting, Duration::from_secs(left.max(1)))
+    }
+
+    /// Has a process answer items: what is known of the first ones, of one at least, and what [`told::settle`] tells of the next.
+    fn ask(&self, items: &[&Item], setting: &Setting, left: Duration) -> Result<Answers> {
         let heard = ["stdout", "stderr"].map(|name| setting.cache.join(name));
         let mut command = Command::new(std::env::current_exe().context("find this program")?);
-        command.args(["--item", &item.name, "--cache"]).arg(&setting.cache).stdin(Stdio::null());
+        for item in items {
+            command.args(["--item", &item.name]);
+        }
+        command.arg("--cache").arg(&setting.cache).stdin(Stdio::null());
         // NCCL's own setting that lets two ranks be on one GPU, from version 2.30 on: for tests alone.
         command.env("NCCL_MULTI_RANK_GPU_ENABLE", "1");
         if setting.is_small {
@@ -81,34 +111,50 @@ impl Suite {
         }
         command.stdout(File::create(&heard[0])?).stderr(File::create(&heard[1])?);
         let mut child = command.spawn().context("start an item")?;
-        let status = wait(&mut child, patience)?;
+        let (status, took) = listen(&mut child, &heard[0], items, left)?;
         let [said, complained] = heard.map(|path| read(&path));
-        Ok(match status {
-            Some(status) if status.success() => Outcome::Lines(said.lines().map(str::to_owned).collect()),
-            Some(status) if status.code() == Some(NOTHING_ASKED) => {
-                Outcome::NotRun(said.trim_end().to_owned())
-            }
-            Some(status) => Outcome::Failed(format!("{status}\n{}", last_lines(&complained))),
-            None => Outcome::Failed(format!(
+        let answers = told::answers(&said);
+        let end = match status {
+            Some(status) if status.success() && answers.len() == items.len() => End::Well,
+            Some(status) => End::Died(format!("{status}\n{}", last_lines(&complained))),
+            None => End::NotDone(format!(
                 "not done after {} s\n{}",
-                patience.as_secs(),
+                took.last().map_or(0, Duration::as_secs),
                 last_lines(&format!("{said}{complained}"))
             )),
-        })
+        };
+        let (outcomes, died) = told::settle(answers, items.len(), end);
+        Ok((outcomes.into_iter().zip(took).collect(), died))
     }
 }
 
-/// Until it ends; ends it when the time is over.
-fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitStatus>> {
+/// Until a process that answers items ends, or is ended because one of them, or all, have taken too long. With what each took that it
+/// came to.
+fn listen(
+    child: &mut Child,
+    said: &Path,
+    items: &[&Item],
+    left: Duration,
+) -> Result<(Option<ExitStatus>, Vec<Duration>)> {
     let begun = Instant::now();
+    let (mut took, mut before) = (Vec::new(), Duration::ZERO);
     loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Some(status));
+        // Before it is heard: one that has ended says no more.
+        let status = child.try_wait()?;
+        let since = begun.elapsed();
+        for _ in took.len()..told::answers(&read(said)).len() {
+            took.push(since - before);
+            before = since;
         }
-        if begun.elapsed() > patience {
+        let item = items[took.len().min(items.len() - 1)];
+        let is_over = since > left || since - before > Duration::from_secs(item.most_seconds);
+        if status.is_none() && is_over {
             child.kill()?;
             child.wait()?;
-            return Ok(None);
+        }
+        if status.is_some() || is_over {
+            took.push(since - before); // Of the one that it was about.
+            return Ok((status, took));
         }
         std::thread::sleep(GLANCE);
     }

@@ -136,7 +136,7 @@ pub(crate) fn answer(names: &[String], setting: &Setting) -> Result<()> {
 }
 
 /// Checks that an emulator is through with in less than a second.
-const QUICK: [&str; 5] = [
+pub(crate) const QUICK: [&str; 5] = [
     "a_step_is_captured_once_and_repeated",
     "embed_and_gather_copy_rows",
     "no_rows_are_no_work",

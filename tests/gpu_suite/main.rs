@@ -167,17 +167,19 @@ fn on_the_emulator() -> Result<bool> {
         std::os::unix::fs::symlink(emulator.join(library), libraries.join(library))
             .with_context(|| format!("link {library}: `cargo xtask emulator` makes it"))?;
     }
-    let suite = |nccl: &str, only: &str| -> Result<(bool, String)> {
-        let out = folder.path().join(nccl);
+    let suite = |machine: [&str; 2], only: &str| -> Result<(bool, String)> {
+        let out = folder.path().join(machine[1]);
         let mut child = std::process::Command::new(&program);
-        child.env("EMULATED_NCCL", nccl).args(["--small", "--only", only]);
+        child.env(machine[0], machine[1]).args(["--small", "--only", only]);
         child.arg("--libraries").arg(&libraries).arg("--out").arg(&out);
         let is_right = child.status().context("start the suite")?.success();
         Ok((is_right, std::fs::read_to_string(out.join("results.md")).context("read results.md")?))
     };
     // Of an NCCL that lets two ranks be on one GPU where it is asked for, and of the last one that never does.
-    let (is_right, results) = suite("23000", "")?;
-    let (is_older_right, older) = suite("22907", "Collectives")?;
+    let (is_right, results) = suite(["EMULATED_NCCL", "23000"], "")?;
+    let (is_older_right, older) = suite(["EMULATED_NCCL", "22907"], "Collectives")?;
+    // Memory is gone when the battery comes to its last check, which has enough when it is asked alone.
+    let (is_robbed_right, robbed) = suite(["EMULATED_LEFT", "0@150"], "Battery")?;
     let not_run: Vec<&str> = results.lines().filter(|line| suite::is_not_done(line)).collect();
     for section in items::SECTIONS {
         anyhow::ensure!(results.contains(&format!("## {section}")), "no section {section} in {results}");
@@ -189,6 +191,11 @@ fn on_the_emulator() -> Result<bool> {
     anyhow::ensure!(
         (of_two, refused) == (checks, checks),
         "of two ranks {of_two}, refused {refused}: {older}"
+    );
+    let num_right = robbed.matches(": right (").count();
+    anyhow::ensure!(
+        !is_robbed_right && num_right == items::QUICK.len() - 1 && robbed.contains("but behind others: "),
+        "{num_right} checks are right of a battery whose process ends: {robbed}"
     );
     Ok(is_right && is_older_right)
 }

@@ -82,7 +82,7 @@ fn a_scaled_down_ultra_agrees_on_one_to_four_ranks_cut_through_its_fused_ffns_an
         unsplit.agrees(&layout, ULTRA_F32_BOUND, &format!("{num_ranks} ranks, {way:?}"));
     }
     // First, last, and an odd one between.
-    let parts = parted_in_each_fused_ffn(model, SUM_CUT, |last| vec![1, last / 2 | 1, last]);
+    let parts = parted_in_each_fused_ffn(model, SUM_CUT, |last| vec![1, (last / 2) | 1, last]);
     assert_eq!(parts.len(), 13);
     unsplit.keeps_its_bits(&parts.iter().copied().map(alone).collect::<Vec<_>>(), "cut");
     // Neighbours have all numbers of ranks in turn, the same one now and then.

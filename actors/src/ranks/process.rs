@@ -340,6 +340,23 @@ mod tests {
     }
 
     #[test]
+    fn a_process_may_load_for_longer_than_it_may_be_silent() {
+        let patience = Duration::from_secs(1);
+        let (say, words) = unbounded();
+        let loading = std::thread::spawn(move || {
+            for word in [Word::Beat, Word::Beat, Word::Beat, Word::Beat, Word::Beat, Word::Ready] {
+                std::thread::sleep(patience / 4);
+                say.send(word).unwrap();
+            }
+            say
+        });
+        assert_eq!(wait_until_ready(&words, patience), Ok(()));
+        let _silent = loading.join().unwrap();
+        let silence = "its process was not heard of for 1s while it loaded".to_owned();
+        assert_eq!(wait_until_ready(&words, patience), Err(silence));
+    }
+
+    #[test]
     fn a_process_that_does_not_read_what_it_is_told_is_waited_for_no_longer_than_the_patience() {
         let mut command = Command::new("sleep");
         command.arg("60");

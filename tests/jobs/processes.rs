@@ -165,6 +165,31 @@ fn no_process_outlives_the_run_that_started_it() {
     assert_as_run_of(&job.out(), &job.anew());
 }
 
+/// Whether a process has a thread of this name.
+fn has_thread(pid: u32, name: &str) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let named =
+        |path: &Path| std::fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.trim() == name);
+    threads.into_iter().any(|thread| named(&thread.path()))
+}
+
+#[test]
+fn a_rank_that_hangs_while_it_loads_does_not_outlive_the_run_either() {
+    let job = processes(Job::on(MODEL).lines(rows(1)), 2)
+        .set("pipeline.tensor_parallel=[2]")
+        .set("pipeline.ranks=processes");
+    let mut child = job.command_with_faults("load0.1@1:hang").spawn().expect("start spanwise");
+    let stages_there = || children(child.id());
+    let ranks = || -> Vec<u32> { stages_there().into_iter().flat_map(children).collect() };
+    wait_until("a rank loads", || ranks().into_iter().any(|rank| has_thread(rank, "beats")));
+    let (stages_there, ranks) = (stages_there(), ranks());
+    signal("-KILL", child.id());
+    child.wait().expect("it ends");
+    wait_until("the stage and its rank are gone", || {
+        !stages_there.iter().chain(&ranks).any(|pid| is_alive(*pid))
+    });
+}
+
 #[test]
 fn replicas_and_cut_ffns_run_in_processes_too() {
     let rows = rows(60);

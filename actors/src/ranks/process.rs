@@ -213,7 +213,7 @@ fn serve(
     let order =
         Order::decode(&body).ok_or_else(|| own("it was told what it does not understand".to_owned()))?;
     let Order { span, rank, num_ranks, leader, device } = order;
-    let beating = beat(voice.clone());
+    let (beating, steps) = (beat(voice.clone()), listen(input));
     span.install_faults().map_err(own)?;
     jobs::faults::load(span.stage, Some(rank));
     let collective =
@@ -231,7 +231,6 @@ fn serve(
     };
     let loaded = stages::load_follower(&model, &device, span.dtypes, span.options, group);
     let follower = follower.insert(loaded.map_err(|e| own(with_causes(&e)))?);
-    let steps = listen(input);
     drop(beating); // From now on it is the first rank that is watched.
     Word::Ready.say(voice);
     for body in steps {

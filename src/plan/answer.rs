@@ -110,18 +110,28 @@ pub(crate) fn plan(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, L
 
 /// The fastest layout that goes through its devices once.
 fn once(setting: &Setting, pieces: &[PieceShape], replica_counts: &[usize]) -> Option<(usize, Layout)> {
-    let find =
-        |way: &Setting, least: f64| replicated(way, pieces, choose(way, pieces, replica_counts, least)?);
+    let mut searched = vec![];
+    let find = |way: &Setting, least: Option<f64>| {
+        let costs = match way.balance {
+            Balance::Roofline => costs(way, pieces, &way.widths()),
+            Balance::Flops | Balance::Weights => vec![],
+        };
+        let others: &[Vec<Vec<Costs>>] = if least.is_some() { &searched } else { &[] };
+        let sizes = new_sizes(&costs, others);
+        let chosen = choose(way, pieces, replica_counts, (&sizes, least.unwrap_or(0.0)));
+        searched.push(costs);
+        replicated(way, pieces, chosen?)
+    };
     in_best_way(setting, pieces, &setting.widths(), find)
 }
 
-/// Finds a layout, of stages of such widths, whose ranks share blocks as they do where it is run: see [`lanes`]. What is slower than
-/// `find` is told need not be found.
+/// Finds a layout, of stages of such widths, whose ranks share blocks as they do where it is run: see [`lanes`]. Where `find` is
+/// told a speed, it need not find what is slower, or was there in the ways before.
 fn in_best_way(
     setting: &Setting,
     pieces: &[PieceShape],
     widths: &[usize],
-    find: impl Fn(&Setting, f64) -> Option<(usize, Layout)>,
+    mut find: impl FnMut(&Setting, Option<f64>) -> Option<(usize, Layout)>,
 ) -> Option<(usize, Layout)> {
     let worth = |(_, layout): &(usize, Layout)| {
         let lanes = lanes_of(pieces, layout);
@@ -131,7 +141,11 @@ fn in_best_way(
     let mut found: Vec<(usize, Layout)> = vec![];
     for way in setting.ways_to_share(widths) {
         let of_any_page = found.iter().map(worth).filter(|worth| worth.num_lanes == 1);
-        let least = of_any_page.map(|worth| worth.speed).fold(0.0, f64::max) / LADDER_STEP;
+        let least = match of_any_page.map(|worth| worth.speed).reduce(f64::max) {
+            Some(speed) => Some(speed / LADDER_STEP),
+            None if found.is_empty() => Some(0.0),
+            None => None, // Its lanes may be too short.
+        };
         found.extend(find(&way, least));
     }
     lanes::choose(found, setting.context_tokens, worth)
@@ -150,7 +164,7 @@ pub(crate) fn passed_twice(setting: &Setting, pieces: &[PieceShape]) -> Option<L
 /// What given stages come to in all replicas that the job has; none where they do not fit.
 pub(crate) fn given(setting: &Setting, given: &GivenStages) -> Option<Layout> {
     let GivenStages { pieces, stages } = given;
-    let find = |way: &Setting, _: f64| replicated(way, pieces, (way.replicas, stages.clone()));
+    let find = |way: &Setting, _: Option<f64>| replicated(way, pieces, (way.replicas, stages.clone()));
     in_best_way(setting, pieces, &setting.widths(), find).map(|(_, layout)| layout)
 }
 
@@ -189,20 +203,20 @@ fn replicated(setting: &Setting, pieces: &[PieceShape], chosen: Chosen) -> Optio
     Some((replicas, layout))
 }
 
-/// By throughput, of what makes more than `rows_per_second`, or where another cost is balanced the layout with the least of it.
+/// By throughput, of `sizes` what makes more than so many rows a second, or where another cost is balanced the layout with the least
+/// of it.
 fn choose(
     setting: &Setting,
     pieces: &[PieceShape],
     replica_counts: &[usize],
-    rows_per_second: f64,
+    (sizes, rows_per_second): (&[Size<'_>], f64),
 ) -> Option<Chosen> {
     let ends = ends_block(pieces);
     if setting.balance != Balance::Roofline {
         return Some((1, smallest(setting, 0)?.stages));
     }
-    let costs = costs(setting, pieces, &setting.widths());
     fastest(setting, replica_counts, rows_per_second, |replica, rows_per_second| {
-        let cases = cases(replica, &costs);
+        let cases = cases(replica, sizes);
         let widths = setting.given_widths();
         let choice = faster_layout(&cases, &ends, widths, replica.kv(), rows_per_second)?;
         Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
@@ -227,7 +241,8 @@ fn choose_twice(
         if !(2..=MOST_DEVICES_PASSED_TWICE).contains(&num_devices) {
             return None;
         }
-        let cases = cases(replica, &costs(replica, pieces, &[1]));
+        let costs = costs(replica, pieces, &[1]);
+        let cases = cases(replica, &new_sizes(&costs, &[]));
         let choice = faster_looped(&cases, &ends, replica.kv(), rows_per_second)?;
         Some((cases[choice.case].rows_per_second(choice.bottleneck), choice.stages))
     })
@@ -239,10 +254,21 @@ fn costs(setting: &Setting, pieces: &[PieceShape], widths: &[usize]) -> Vec<Vec<
     setting.micro_batches().into_iter().map(of_rows).collect()
 }
 
+/// What everything costs for a micro-batch that is looked at, where it is worth a search.
+type Size<'a> = Option<&'a Vec<Costs>>;
+
+/// The micro-batches that cost otherwise than in other ways to share blocks.
+fn new_sizes<'a>(costs: &'a [Vec<Costs>], others: &[Vec<Vec<Costs>>]) -> Vec<Size<'a>> {
+    let is_new = |index: usize| others.iter().all(|other| other[index] != costs[index]);
+    (0..costs.len()).map(|index| is_new(index).then(|| &costs[index])).collect()
+}
+
 /// The micro-batches of one of several replicas, whose devices are of the same kinds, and which has none that not all of them have.
-fn cases(replica: &Setting, costs: &[Vec<Costs>]) -> Vec<Case> {
-    let case = |(rows, costs): (u64, &Vec<Costs>)| replica.case_of(costs.clone(), Balance::Roofline, rows);
-    replica.micro_batches().into_iter().zip(costs).map(case).collect()
+fn cases(replica: &Setting, sizes: &[Size<'_>]) -> Vec<Case> {
+    let case = |(rows, costs): (u64, &Size<'_>)| {
+        costs.map(|costs| replica.case_of(costs.clone(), Balance::Roofline, rows))
+    };
+    replica.micro_batches().into_iter().zip(sizes).filter_map(case).collect()
 }
 
 /// The fastest layout of any number of replicas, where one makes more than `rows_per_second`; of equally fast ones the
@@ -388,7 +414,7 @@ fn uniform(setting: &Setting, pieces: &[PieceShape]) -> Option<(usize, Option<La
     let ranks = setting.devices.num_devices();
     let is_possible = setting.kinds().len() == 1 && setting.config.dims.heads.is_multiple_of(ranks);
     let stage = PlannedStage { pieces: 0..pieces.len(), devices: 0..ranks };
-    let find = |way: &Setting, _: f64| Some((1, expect(way, pieces, &[ranks], vec![stage.clone()])?));
+    let find = |way: &Setting, _: Option<f64>| Some((1, expect(way, pieces, &[ranks], vec![stage.clone()])?));
     is_possible.then(|| (ranks, in_best_way(setting, pieces, &[ranks], find).map(|(_, layout)| layout)))
 }
 

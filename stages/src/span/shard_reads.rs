@@ -84,7 +84,7 @@ impl Stored {
         match self {
             Stored::Bf16 => vec![StoredTensor::new(&name("weight"), Dtype::BF16, shape, bytes)],
             Stored::Int4 => {
-                let packed = bytes.chunks(4).map(|two| two[0] & 15 | two[2] << 4).collect();
+                let packed = bytes.chunks(4).map(|two| (two[0] & 15) | (two[2] << 4)).collect();
                 let packed =
                     StoredTensor::new(&name("weight_packed"), Dtype::I32, &[*rows, cols / 8], packed);
                 vec![packed, scales(cols / GROUP, 4.6)]

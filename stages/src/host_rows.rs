@@ -1,9 +1,8 @@
 //! Rows on their way from one stage to the next, on a host, in memory that goes round.
 //!
-//! One thread writes a micro-batch's rows, some hundred kilobytes, and another is done with them a step later. Memory of their own
-//! would be asked of the system each time, cleared by it, and given back by the other thread. So whoever makes rows has a pool:
-//! wherever rows of it are dropped, their memory is back in it. A pool has never more than was under way from it at once, which the
-//! scheduler bounds.
+//! One thread writes a micro-batch's rows, some hundred kilobytes, and another is done with them a step later: memory of their own
+//! would be allocated by the one and freed by the other, each time. So whoever makes rows has a pool, and wherever rows of it are
+//! dropped, their memory is back in it. A pool has never more than was under way from it at once, which the scheduler bounds.
 
 use std::fmt;
 use std::mem::take;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use configs::VirtualStages;
+use configs::{SplitBlocks, VirtualStages};
 use scheduler::{
     Case, Choice, Costs, KvTokens, Load, PlannedStage, Problem, RankCosts, best_layout, faster_layout,
     faster_looped, in_flight, least_bottleneck,
@@ -311,10 +311,23 @@ fn most_rows(setting: &Setting, pieces: &[PieceShape], stages: &[PlannedStage]) 
     let ends = ends_block(pieces);
     let widths: BTreeSet<usize> = stages.iter().map(|stage| stage.devices.len()).collect();
     let widths: Vec<usize> = widths.into_iter().collect();
-    let fits = |rows: u64| {
+    // Nowhere are there fewer weights than where all halves are shared.
+    let lightest = Setting { split_blocks: SplitBlocks::All, ..setting.clone() };
+    if lightest.case(pieces, &widths, Balance::Roofline, 1).problem(&ends).missing_bytes(stages, 0) > 0 {
+        return None;
+    }
+    let mut known: Option<(Vec<Sharing>, Vec<Costs>)> = None;
+    let mut fits = |rows: u64| {
         let Some(kv_tokens) = setting.kv().needed(rows, stages.len() as u64) else { return false };
-        let case = setting.case(pieces, &widths, Balance::Roofline, rows);
-        case.problem(&ends).missing_bytes(stages, kv_tokens) == 0
+        let load = setting.load(rows);
+        let shared: Vec<Sharing> = stages.iter().map(|stage| sharing(setting, pieces, stage, load)).collect();
+        // As many bytes where blocks are shared in the same way.
+        let (_, costs) = match known.take().filter(|(other, _)| *other == shared) {
+            Some(same) => known.insert(same),
+            None => known.insert((shared, setting.costs(pieces, &widths, Balance::Roofline, load))),
+        };
+        let devices = setting.stage_devices(Balance::Roofline, load);
+        Problem::new(&devices, &ends, costs).missing_bytes(stages, kv_tokens) == 0
     };
     let sizes = setting.micro_batches();
     let largest = sizes.iter().rposition(|rows| fits(*rows))?;

@@ -278,7 +278,7 @@ impl Problem<'_> {
         self.ends_block.len()
     }
 
-    /// Costs on each rank of a stage; see [`Problem::costs_on`].
+    /// Costs on each rank of a stage: of unlike ones those of the slowest kind.
     ///
     /// # Panics
     /// If the stage's width is none of its kind's.

@@ -1,17 +1,18 @@
 //! What does a narrow number type cost in perplexity?
 //!
-//! The model reads a text that lies beside this file, and each token's log-probability after all before it is
-//! asked for. Perplexity is `exp` of minus their mean. The text was written for this, so that no model can have
-//! learnt it.
+//! Of a text that `tests/reading` has; `tests/jobs/perplexity.rs` holds what a piece of it may cost.
 //!
 //! `cargo bench --bench perplexity [-- MODEL_DIR]`; the model is SmolLM2-135M if none is named. Nothing is timed.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+#[path = "../tests/reading/mod.rs"]
+mod reading;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::{Value, json};
+use reading::{RIVER, logprobs, perplexity};
 
 /// Of weights, and of keys and values.
 const TYPES: [(&str, &str); 7] = [
@@ -23,7 +24,6 @@ const TYPES: [(&str, &str); 7] = [
     ("int8-weight", "bf16"),
     ("int4-weight", "bf16"),
 ];
-const TEXT: &str = include_str!("perplexity/river.txt");
 
 fn main() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -38,8 +38,9 @@ fn main() {
     let mut bf16 = None;
     println!("dtype        kv    tokens  perplexity  against bf16");
     for (dtype, kv) in [("bf16", "bf16")].into_iter().chain(TYPES) {
-        let logprobs = logprobs(&model, dtype, kv);
-        let perplexity = (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp();
+        let program = Command::new(env!("CARGO_BIN_EXE_spanwise"));
+        let logprobs = logprobs(program, &model, RIVER, dtype, kv);
+        let perplexity = perplexity(&logprobs);
         match bf16 {
             None => bf16 = Some(perplexity),
             Some(bf16) => {
@@ -48,26 +49,4 @@ fn main() {
             }
         }
     }
-}
-
-/// The log-probability of each token of the text but the first.
-fn logprobs(model: &Path, dtype: &str, kv: &str) -> Vec<f64> {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = |name: &str| folder.path().join(name);
-    let body = json!({"prompt": TEXT, "max_tokens": 0, "echo": true, "logprobs": 1});
-    let line = json!({"custom_id": "text", "method": "POST", "url": "/v1/completions", "body": body});
-    std::fs::write(path("input.jsonl"), format!("{line}\n")).expect("write the input");
-    let job = format!(
-        "[model]\npath = {model:?}\ndtype = {dtype:?}\n[pipeline]\nkv_cache_dtype = {kv:?}\n[job]\ninput = \"input.jsonl\"\noutput = \"out\"\n"
-    );
-    std::fs::write(path("job.toml"), job).expect("write the job file");
-    let program = env!("CARGO_BIN_EXE_spanwise");
-    let done = Command::new(program).arg("run").arg(path("job.toml")).args(["--progress", "none"]).output();
-    let done = done.expect("start spanwise");
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    let line = std::fs::read_to_string(path("out/output.jsonl")).expect("an output file");
-    let line: Value = serde_json::from_str(&line).expect("JSON");
-    let found = line["response"]["body"]["choices"][0]["logprobs"]["token_logprobs"].as_array();
-    let found = found.unwrap_or_else(|| panic!("no log-probabilities in {line}"));
-    found.iter().skip(1).map(|value| value.as_f64().expect("a number")).collect()
 }

@@ -21,6 +21,7 @@ mod harness;
 mod lanes;
 mod layouts;
 mod logits;
+mod perplexity;
 mod pictures;
 mod plan;
 mod plan_input;
@@ -28,6 +29,8 @@ mod processes;
 mod profile;
 mod quantised;
 mod ranks;
+#[path = "../reading/mod.rs"]
+mod reading;
 mod refusals;
 mod replicas;
 mod results;

@@ -2,7 +2,7 @@
 
 A file that includes attention.cuh is compiled for several widths of a head. What fails: an error, a
 warning, a spill, or local memory. Prints the registers and the static shared memory of every kernel,
-one a line, in the order of files, architectures and widths.
+one a line, in the order of files, architectures and widths. Each core compiles for itself.
 
     compile_cubins.py KERNELS_FOLDER
 
@@ -12,6 +12,8 @@ NVRTC comes from the package nvidia-cuda-nvrtc; nothing else of CUDA is needed.
 import ctypes
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import nvidia
@@ -72,24 +74,35 @@ def resources(log: str, label: str) -> list[str]:
     return lines
 
 
+@cache
+def nvrtc_of_process() -> Nvrtc:
+    return Nvrtc()
+
+
+def compile_one(source: Path, architecture: str, width: int | None) -> list[str]:
+    """What the kernels of a file take for an architecture, and for a width of heads where the file has one."""
+    options = ["--std=c++17", f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
+    options += [] if width is None else [f"-DHEAD_DIM={width}"]
+    label = architecture if width is None else f"{architecture} HEAD_DIM={width}"
+    is_made, log = nvrtc_of_process().compile(source, sorted(source.parent.glob("*.cuh")), options)
+    if not is_made or "warning" in log:
+        raise SystemExit(f"error: {source.name} for {label}:\n{log}")
+    lines = resources(log, label)
+    if not lines:
+        raise SystemExit(f"error: {source.name} for {label}: the log tells of no kernel:\n{log}")
+    return lines
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    nvrtc = Nvrtc()
-    headers = sorted(folder.glob("*.cuh"))
-    for source in sorted(folder.glob("*.cu")):
-        widths = HEAD_DIMS if '"attention.cuh"' in source.read_text() else [None]
-        for architecture in ARCHITECTURES:
-            for width in widths:
-                options = ["--std=c++17", f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
-                options += [] if width is None else [f"-DHEAD_DIM={width}"]
-                label = architecture if width is None else f"{architecture} HEAD_DIM={width}"
-                is_made, log = nvrtc.compile(source, headers, options)
-                if not is_made or "warning" in log:
-                    raise SystemExit(f"error: {source.name} for {label}:\n{log}")
-                lines = resources(log, label)
-                if not lines:
-                    raise SystemExit(f"error: {source.name} for {label}: the log tells of no kernel:\n{log}")
-                print("\n".join(lines))
+    asked = [
+        (source, architecture, width)
+        for source in sorted(Path(sys.argv[1]).glob("*.cu"))
+        for architecture in ARCHITECTURES
+        for width in (HEAD_DIMS if '"attention.cuh"' in source.read_text() else [None])
+    ]
+    with ProcessPoolExecutor() as pool:
+        for lines in pool.map(compile_one, *zip(*asked)):
+            print("\n".join(lines))
 
 
 if __name__ == "__main__":

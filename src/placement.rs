@@ -8,12 +8,13 @@
 
 mod question;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use actors::StageTimes;
 use anyhow::Result;
 use configs::{JobFile, SplitBlocks};
-use jobs::StageShape;
+use jobs::{ModelText, StageShape};
 use scheduler::Span;
 use stages::cost::{Basis, Load};
 use stages::profile::{Effort, MeasureOptions, Missing, Neighbours, Profile, Stored};
@@ -89,8 +90,10 @@ impl Source {
 }
 
 /// What a run is about to do, as far as placing depends on it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Occasion {
+    /// What makes prompts of rows.
+    pub(crate) text: Arc<ModelText>,
     /// Whether there is a row to run: else nothing is worth measuring.
     pub(crate) has_rows: bool,
     /// The command that measures the job's devices.
@@ -126,7 +129,7 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
     let is_decided =
         given.is_some() || matches!(kept, Kept::Stages(_)) || pipeline.devices_per_replica() == 1;
     let profile = stored(job, model, &options, !is_decided && occasion.has_rows);
-    let question = Question::new(job, model, &options, profile.as_ref(), occasion.has_rows, pages)?;
+    let question = Question::new(job, model, &options, profile.as_ref(), occasion, pages)?;
     let widths = layout::widths(pipeline);
     let mut lines = vec![];
     let mut stages = match (given, kept) {

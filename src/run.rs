@@ -90,6 +90,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         open_files(job, &model, unplaced.context_tokens, &how)?;
     let has_rows = progress::has_more_rows(&job.job.input, how.limit, folder.finished_rows()?);
     let occasion = Occasion {
+        text: Arc::clone(&text),
         has_rows,
         profile_command: profile_command(&loaded, how.job_file.as_deref()),
         first_run: first_run::stages_on(&job.pipeline, folder.settings()?),

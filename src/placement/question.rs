@@ -14,7 +14,7 @@ use stages::cost::{Balance, CostModel, Load, Measured, NumberType, NumberTypes, 
 use stages::profile::{MeasureOptions, Profile};
 use stages::{Model, PAGE_TOKENS, Part, Sharing};
 
-use super::{Kept, Source, neighbours};
+use super::{Kept, Occasion, Source, neighbours};
 use crate::cli::LengthsArg;
 use crate::first_run::share_blocks;
 use crate::kv_pages::KvPages;
@@ -45,7 +45,7 @@ fn number_types(options: &MeasureOptions) -> NumberTypes {
 }
 
 /// How long rows are: as `[plan]` says, or else as the first of the input are.
-fn lengths(job: &JobFile, model: &Model, context_tokens: usize, has_rows: bool) -> Lengths {
+fn lengths(job: &JobFile, context_tokens: usize, occasion: &Occasion) -> Lengths {
     let plan = job.plan.clone().unwrap_or_default();
     let typical = TYPICAL_TOKENS.min(context_tokens / 2).max(1);
     let given =
@@ -54,10 +54,11 @@ fn lengths(job: &JobFile, model: &Model, context_tokens: usize, has_rows: bool) 
     let alike = || Lengths::alike(prompt, output, output);
     match (plan.prompt_tokens, plan.output_tokens) {
         (Some(_), Some(_)) => alike(),
-        // There is nothing to cut, and a tokenizer takes a second to read.
-        _ if job.pipeline.devices.len() == 1 || !has_rows => alike(),
+        // There is nothing to cut.
+        _ if job.pipeline.devices.len() == 1 || !occasion.has_rows => alike(),
         // What is wrong with an input is said when it is run.
-        _ => first_rows(job, &model.config, SAMPLED_ROWS, typical as u64).unwrap_or_else(|_| alike()),
+        _ => first_rows(job, &occasion.text, context_tokens, SAMPLED_ROWS, typical as u64)
+            .unwrap_or_else(|_| alike()),
     }
 }
 
@@ -84,7 +85,7 @@ impl Question {
         model: &Model,
         options: &MeasureOptions,
         profile: Option<&Profile>,
-        has_rows: bool,
+        occasion: &Occasion,
         pages: KvPages,
     ) -> Result<Self> {
         let own = OwnDevices::of(&job.pipeline, &machine::detect())?;
@@ -95,7 +96,7 @@ impl Question {
         }
         let all_reduce = roofline(catalog.get(&own.list.runs()[0].1)?, types.weights).all_reduce;
         let costs = |profile| Measured::new(&model.config, profile, neighbours(job), types, all_reduce).ok();
-        let lengths = lengths(job, model, options.context_tokens, has_rows);
+        let lengths = lengths(job, options.context_tokens, occasion);
         let mix = lengths.mix(LengthsArg::Fixed).expect("an answer has a token");
         let pipeline = &job.pipeline;
         let setting = Setting {

@@ -96,20 +96,24 @@ impl Work {
     }
 }
 
-/// The first `rows` rows of a job's input. Where `[plan]` does not say how long answers are, each has `output` tokens, as far
-/// as its own `max_tokens` allow.
+/// The first `rows` rows of a job's input, as `text` makes prompts of them. Where `[plan]` does not say how long answers are,
+/// each has `output` tokens, as far as its own `max_tokens` allow.
 ///
 /// # Errors
 /// An input that cannot be read, or that begins with no row that could be run.
-pub(crate) fn first_rows(job: &JobFile, config: &ModelConfig, rows: u64, output: u64) -> Result<Lengths> {
-    let context = lower::context_tokens(&job.model, config)?;
+pub(crate) fn first_rows(
+    job: &JobFile,
+    text: &Arc<ModelText>,
+    context: usize,
+    rows: u64,
+    output: u64,
+) -> Result<Lengths> {
     let plan = job.plan.clone().unwrap_or_default();
     let given = Given {
         prompt: plan.prompt_tokens.map(|n| n as u64),
         output: Some(plan.output_tokens.map_or(output, |n| n as u64)),
     };
-    let text = run::open_text(&job.model, config, run::unix_seconds())?;
-    let reader = reader(job, text, context, Some(rows))?;
+    let reader = reader(job, Arc::clone(text), context, Some(rows))?;
     Ok(given.read(reader, &job.job.input, context as u64)?.lengths)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kameo::actor::{ActorRef, PreparedActor};
 use kameo::mailbox;
 use scheduler::Span;
-use stages::{CollectiveClock, Device, Dtypes, Model, Part, Sharing, SpanOptions, StepSize};
+use stages::{CollectiveClock, CpuTable, Device, Dtypes, Model, Part, Sharing, SpanOptions, StepSize};
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::error::{Error, Result};
@@ -147,6 +147,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         micro_batches: scheduler.max_in_flight(),
         arrivals: arrivals(index),
     };
+    let table = Arc::new(CpuTable::default());
     let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
@@ -155,8 +156,19 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         let (model, watch) = (model.clone(), watches[index].clone());
         let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;
-        let args =
-            RanksArgs { stage, model, devices, dtypes, options, sharing, home: ranks, patience, watch };
+        let table = Arc::clone(&table);
+        let args = RanksArgs {
+            stage,
+            model,
+            devices,
+            dtypes,
+            options,
+            sharing,
+            home: ranks,
+            patience,
+            watch,
+            table,
+        };
         match run_in {
             StageHome::Threads => StageLoad::Thread(Arc::new(move || args.load())),
             StageHome::Processes => StageLoad::Process(Arc::new(ProcessArgs { num_stages, ranks: args })),

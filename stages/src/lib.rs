@@ -24,6 +24,7 @@ pub mod random;
 mod ranks;
 mod rope;
 mod shard;
+mod shared_table;
 mod sharing;
 mod span;
 mod stage;
@@ -46,10 +47,11 @@ pub use part::Part;
 pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep, RankSteps, rank_steps};
 pub use rope::Rope;
 pub use shard::RankPlace;
+pub use shared_table::{CpuTable, SharedTable};
 pub use sharing::{Alike, AttentionSharing, BlockSharing, Exceptions, FfnSharing, Sharing};
 pub use span::SpanOptions;
 pub use stage::{
-    Activations, Collected, Device, Dtypes, Follower, Queued, Rows, Stage, StageOutput, load,
+    Activations, Collected, Device, Dtypes, Follower, Queued, Rows, Stage, StageOutput, load, load_beside,
     load_first_rank, load_follower,
 };
 pub use tensors::weight_bytes;

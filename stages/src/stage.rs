@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::host_rows::HostRows;
 use crate::model::Model;
 use crate::ranks::{RankGroup, RankStep};
+use crate::shared_table::CpuTable;
 use crate::span::{SpanOptions, SpanStage};
 
 /// The residual stream between two stages: f32, never rounded.
@@ -287,11 +288,27 @@ pub struct Dtypes {
 /// # Errors
 /// What the device refuses.
 pub fn load(model: &Model, device: &Device, dtypes: Dtypes, options: SpanOptions) -> Result<Box<dyn Stage>> {
+    load_beside(model, device, dtypes, options, &CpuTable::default())
+}
+
+/// Loads a span as [`load`] does, on cores with the embedding that stages of this process may hold already.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_beside(
+    model: &Model,
+    device: &Device,
+    dtypes: Dtypes,
+    options: SpanOptions,
+    table: &CpuTable,
+) -> Result<Box<dyn Stage>> {
     match device {
         Device::Reference => {
             Ok(Box::new(SpanStage::load(Reference::new(dtypes.weights, dtypes.kv), model, options, None)?))
         }
-        Device::Cpu { .. } => Ok(Box::new(SpanStage::load(cpu(device, dtypes)?, model, options, None)?)),
+        Device::Cpu { .. } => {
+            Ok(Box::new(SpanStage::load_beside(cpu(device, dtypes)?, model, options, None, table)?))
+        }
         Device::Cuda { .. } => Ok(Box::new(SpanStage::load(cuda(device, dtypes)?, model, options, None)?)),
     }
 }

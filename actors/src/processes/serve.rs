@@ -188,6 +188,7 @@ fn ranks(order: &Order, watch: Watch) -> Result<RanksArgs, String> {
         home: if order.ranks_are_processes { RankHome::Processes } else { RankHome::Threads },
         patience: span.patience,
         watch,
+        table: Arc::default(),
     })
 }
 

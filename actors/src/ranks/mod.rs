@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use scheduler::MicroBatch;
 use stages::{
-    Activations, Device, Dtypes, Gate, GroupExit, Model, RankStep, Sharing, SpanOptions, Stage, StageOutput,
+    Activations, CpuTable, Device, Dtypes, Gate, GroupExit, Model, RankStep, Sharing, SpanOptions, Stage,
+    StageOutput,
 };
 
 pub(crate) use order::SpanOrder;
@@ -58,6 +59,8 @@ pub(crate) struct RanksArgs {
     /// How long ranks wait for each other. The watchdog is to be first.
     pub(crate) patience: Duration,
     pub(crate) watch: Watch,
+    /// What stages of this process share.
+    pub(crate) table: Arc<CpuTable>,
 }
 
 impl RanksArgs {
@@ -68,7 +71,7 @@ impl RanksArgs {
     /// The first rank that could not be loaded.
     pub(crate) fn load(&self) -> stages::Result<Box<dyn Stage>> {
         if let [device] = &self.devices[..] {
-            return stages::load(&self.model, device, self.dtypes, self.options);
+            return stages::load_beside(&self.model, device, self.dtypes, self.options, &self.table);
         }
         let draws = self.options.part.is_last(&self.model.config);
         // Of ranks in this process: another process ends with its rank.
@@ -318,6 +321,7 @@ mod tests {
             home: RankHome::Threads,
             patience: Duration::from_secs(60),
             watch: Watch::new(0, 2, None),
+            table: Arc::default(),
         }
     }
 

@@ -19,6 +19,7 @@ use crate::model::Model;
 use crate::part::Part;
 use crate::ranks::Ranks;
 use crate::shard::{AttentionShard, FfnShard, RankPlace};
+use crate::shared_table::SharedTable;
 use crate::sharing::Sharing;
 use crate::tensors::{self, slot_tensor};
 
@@ -31,19 +32,34 @@ impl<B: Backend> SpanStage<B> {
         backend: B,
         model: &Model,
         options: SpanOptions,
+        ranks: Option<Ranks<B::Array>>,
+    ) -> Result<Self> {
+        Self::load_beside(backend, model, options, ranks, &SharedTable::default())
+    }
+
+    /// The same, with the embedding that other stages may hold.
+    ///
+    /// # Errors
+    /// As [`SpanStage::load`].
+    pub(crate) fn load_beside(
+        backend: B,
+        model: &Model,
+        options: SpanOptions,
         mut ranks: Option<Ranks<B::Array>>,
+        shared: &SharedTable<B::Matrix>,
     ) -> Result<Self> {
         let SpanOptions { part, num_pages, context_tokens, largest_step } = options;
         let config = &model.config;
         let place = ranks.as_ref().map_or(RankPlace::ALONE, |ranks| ranks.place);
         let sharing = ranks.as_ref().map_or_else(Sharing::default, |ranks| ranks.sharing.clone());
-        let loader = Loader { backend: &backend, model, part, place, sharing, num_pages };
-        let embedding = loader.embedding()?;
-        let head = loader.head(embedding.as_ref())?;
-        let embedding = embedding.filter(|_| part.is_first());
+        let loader = Loader { backend: &backend, model, part, place, sharing, num_pages, shared };
+        // First of all in the last stage and last of all in the first one: of a shared table the memory is then near the cores that
+        // read all of it, and not near those that look up a few rows.
+        let head = loader.head()?;
         let indices = part.blocks.range();
         let blocks: Vec<BlockOnDevice<B>> =
             indices.map(|index| loader.block(index)).collect::<Result<_>>()?;
+        let embedding = loader.embedding()?;
         let rope = (blocks.iter().any(|block| block.attention.has_cache()))
             .then(|| backend.rope_table(config.rope.table(config.dims.head_dim, context_tokens)))
             .transpose()?;
@@ -90,6 +106,7 @@ struct Loader<'a, B: Backend> {
     place: RankPlace,
     sharing: Sharing,
     num_pages: usize,
+    shared: &'a SharedTable<B::Matrix>,
 }
 
 /// A tensor of `[rows, cols]`, and which rows and columns of it are wanted.
@@ -144,12 +161,16 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.model.weights.with(name, &shape, |view| self.backend.vector(view))?)
     }
 
-    /// The whole embedding, which the first rank looks tokens up in; also where a single rank draws by it.
+    /// The embedding, which the first rank looks tokens up in.
     fn embedding(&self) -> Result<Option<Arc<B::Matrix>>> {
-        let config = &self.model.config;
-        let draws = self.part.is_last(config) && config.tied_embeddings && self.head_rows().is_none();
-        let is_needed = self.is_first_rank() && (self.part.is_first() || draws);
-        is_needed.then(|| self.table(tensors::EMBEDDING, 0..config.dims.vocab).map(Arc::new)).transpose()
+        let is_needed = self.is_first_rank() && self.part.is_first();
+        is_needed.then(|| self.whole_embedding()).transpose()
+    }
+
+    /// All rows of it, once for all who share it.
+    fn whole_embedding(&self) -> Result<Arc<B::Matrix>> {
+        let pack = || self.table(tensors::EMBEDDING, 0..self.model.config.dims.vocab);
+        self.shared.get_or_pack(self.backend.numeric_profile(), pack)
     }
 
     /// This rank's rows of the output matrix, where ranks share it.
@@ -158,17 +179,16 @@ impl<B: Backend> Loader<'_, B> {
         (self.place.num_ranks > 1).then(|| self.place.columns(0..vocab)).flatten()
     }
 
-    fn head(&self, embedding: Option<&Arc<B::Matrix>>) -> Result<Option<Head<B>>> {
+    fn head(&self) -> Result<Option<Head<B>>> {
         let config = &self.model.config;
         let (rows, vocab, hidden) = (self.head_rows(), config.dims.vocab, config.dims.hidden);
-        let is_shared = rows.is_some();
-        if !self.part.is_last(config) || !(is_shared || self.is_first_rank()) {
+        if !self.part.is_last(config) || !(rows.is_some() || self.is_first_rank()) {
             return Ok(None);
         }
         let name = if config.tied_embeddings { tensors::EMBEDDING } else { tensors::HEAD };
-        let matrix = match embedding {
-            Some(embedding) if config.tied_embeddings && !is_shared => Arc::clone(embedding),
-            _ => Arc::new(self.table(name, rows.clone().unwrap_or(0..vocab))?),
+        let matrix = match &rows {
+            None if config.tied_embeddings => self.whole_embedding()?,
+            rows => Arc::new(self.table(name, rows.clone().unwrap_or(0..vocab))?),
         };
         let first_token = rows.map(|rows| rows.start);
         Ok(Some(Head { norm: self.vector(tensors::LAST_NORM)?, matrix, vocab, hidden, first_token }))

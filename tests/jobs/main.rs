@@ -21,6 +21,8 @@ mod harness;
 mod lanes;
 mod layouts;
 mod logits;
+#[cfg(target_os = "linux")]
+mod memory;
 mod perplexity;
 mod pictures;
 mod plan;

@@ -8,8 +8,11 @@
 //!
 //! ```text
 //! cargo bench --bench matmul -- [--threads N] [--simd portable|avx2|avx512|amx] [--rows 1,64] [--shapes 576x1536]
-//!                               [--weights bf16|int8|int8-weight|int4-weight] [--warm]
+//!                               [--weights bf16|int8|int8-weight|int4-weight] [--warm] [--ladder]
 //! ```
+//!
+//! With `--ladder` it asks instead where the time of few rows of `int8-weight` or `int4-weight` goes: the product is done as far as
+//! each rung of [`Rung`], which says what is left out.
 //!
 //! A time is the median, and the best, of 15 samples of at least a millisecond.
 
@@ -20,7 +23,7 @@ mod common;
 
 use anyhow::{Context, Result, bail};
 use common::{numbers, random, time};
-use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvDtype, Simd};
+use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvDtype, Rung, Simd};
 use kernels::{TensorView, ViewDtype, WeightType, available_cores, cold_bytes, cold_bytes_with_room};
 
 /// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head), of a 1.1 B Llama (alike), and of a narrow
@@ -42,6 +45,10 @@ const SHAPES: [(usize, usize); 15] = [
     (5376, 16_384),
     (16_384, 5376),
 ];
+/// Those of a ladder, where none are named: few enough for one tile, and weights that are beyond every cache as one matrix or as
+/// its copies.
+const LADDER_ROWS: [usize; 2] = [1, 4];
+const LADDER_SHAPES: [(usize, usize); 3] = [(1536, 576), (2048, 2048), (8192, 2048)];
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
 const WEIGHTS: [WeightType; 4] =
     [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
@@ -56,10 +63,11 @@ struct Options {
     shapes: Vec<(usize, usize)>,
     /// Whether every call takes the same weights, which stay in the caches that they fit into.
     is_warm: bool,
+    is_ladder: bool,
 }
 
 fn main() -> Result<()> {
-    let Options { threads, simd, weights, rows, shapes, is_warm } = options()?;
+    let Options { threads, simd, weights, rows, shapes, is_warm, is_ladder } = options()?;
     let cores = available_cores();
     let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
@@ -79,10 +87,19 @@ fn main() -> Result<()> {
         (cold_bytes() / 2) >> 20
     );
     println!("shares are of the median (of the best)\n");
-    println!("     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory");
+    match is_ladder {
+        true => {
+            println!("     [n, k]      rows  rung        time us      GB/s   of memory        of the whole")
+        }
+        false => println!("     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory"),
+    }
     for (n, k) in shapes {
         let matrices = Weights::new(&cpu, n, k, is_warm)?;
         for &rows in &rows {
+            if is_ladder {
+                climb(&cpu, &ceilings, &matrices, rows)?;
+                continue;
+            }
             let has_integer_inputs = weights == WeightType::Int8;
             report(&cpu, &ceilings, &matrices, rows, has_integer_inputs)?;
         }
@@ -151,6 +168,40 @@ fn report(
     Ok(())
 }
 
+/// Times a product as far as each rung.
+fn climb(cpu: &Cpu, ceilings: &Ceilings<'_>, weights: &Weights, rows: usize) -> Result<()> {
+    let &Weights { n, k, ref packed, ref plain } = weights;
+    let x = operand(cpu, rows, k)?;
+    let mut out = cpu.array();
+    cpu.climb(&x, &packed[0], Rung::Whole, &mut out)?;
+    check(&x, plain, &out, [n, k], false)?;
+
+    let bytes = packed[0].bytes() as f64;
+    let before = ceilings.read_bandwidth();
+    let mut copies = packed.iter().cycle();
+    let times = Rung::ALL.map(|rung| {
+        time(bytes / before, || {
+            let w = copies.next().context("no weights")?;
+            Ok(cpu.climb(&x, w, rung, &mut out)?)
+        })
+    });
+    let bandwidth = before.max(ceilings.read_bandwidth());
+    let times = times.into_iter().collect::<Result<Vec<_>>>()?;
+    let whole = times.last().context("no rungs")?.median;
+    for (rung, ours) in Rung::ALL.iter().zip(&times) {
+        println!(
+            "[{n:6}, {k:5}] {rows:5}  {:<10} {:8.0} {:9.1} {:5.1}% ({:5.1}%) {:11.1}%",
+            rung.name(),
+            ours.median * 1e6,
+            bytes / ours.median / 1e9,
+            100.0 * bytes / ours.median / bandwidth,
+            100.0 * bytes / ours.best / bandwidth,
+            100.0 * ours.median / whole
+        );
+    }
+    Ok(())
+}
+
 /// Random rows in the device's number type: a norm is what makes a matmul's input from f32.
 fn operand(cpu: &Cpu, rows: usize, k: usize) -> Result<CpuOperand> {
     let values: Vec<f32> = random(rows * k, 0).collect();
@@ -190,15 +241,23 @@ fn options() -> Result<Options> {
         threads: available_cores().len(),
         simd: Simd::detect(),
         weights: WeightType::Bf16,
-        rows: ROWS.to_vec(),
-        shapes: SHAPES.to_vec(),
+        rows: vec![],
+        shapes: vec![],
         is_warm: false,
+        is_ladder: false,
     };
     let mut args = std::env::args().skip(1).filter(|arg| arg != "--bench");
     while let Some(key) = args.next() {
-        if key == "--warm" {
-            options.is_warm = true;
-            continue;
+        match key.as_str() {
+            "--warm" => {
+                options.is_warm = true;
+                continue;
+            }
+            "--ladder" => {
+                options.is_ladder = true;
+                continue;
+            }
+            _ => {}
         }
         let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
@@ -212,6 +271,16 @@ fn options() -> Result<Options> {
             "--shapes" => options.shapes = value.split(',').map(shape).collect::<Result<_>>()?,
             _ => bail!("unknown option {key}"),
         }
+    }
+    let (rows, shapes): (&[_], &[_]) = match options.is_ladder {
+        true => (&LADDER_ROWS, &LADDER_SHAPES),
+        false => (&ROWS, &SHAPES),
+    };
+    if options.rows.is_empty() {
+        options.rows = rows.to_vec();
+    }
+    if options.shapes.is_empty() {
+        options.shapes = shapes.to_vec();
     }
     Ok(options)
 }

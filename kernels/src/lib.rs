@@ -60,7 +60,7 @@ pub use collective::{Axis, Collective, FRAME_HEADER_BYTES, Frame, TcpRank, Threa
 pub use cpu::caches::{cold_bytes, cold_bytes_with_room};
 pub use cpu::pool::{ThreadPool, available_cores};
 pub use cpu::simd::Simd;
-pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache};
+pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache, Rung};
 pub use cuda::{
     Compiled, CudaLibrary, Gpu, Parcel, Source, StepTimes, cuda_allocated_bytes, cuda_libraries,
     cuda_sum_bytes, cuda_work_bytes, pack_cubins,

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::tensor_view::TensorView;
 use crate::{check, view};
 use attention::NewRows;
-pub use gemm::Ceilings;
+pub use gemm::{Ceilings, Rung};
 use gemm::{Operand, PackedMatrix, RowBest};
 use kv_cache::KeyLayout;
 pub use kv_cache::KvCache;
@@ -98,6 +98,20 @@ impl Cpu {
     /// Threads that work on an operation, the caller counted.
     pub fn num_threads(&self) -> usize {
         self.pool.num_threads()
+    }
+
+    /// [`Backend::matmul`] as far as a rung, to measure what its parts take.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; weights that are not narrow beside inputs that are, more rows than such a product has rungs for.
+    pub fn climb(&self, x: &CpuOperand, w: &CpuMatrix, rung: Rung, out: &mut Array) -> Result<()> {
+        check::shape("climb", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        out.reshape(x.0.rows(), w.0.rows());
+        if gemm::climb(self.simd, &self.pool, &x.0, &w.0, rung, out.values_mut()) {
+            return Ok(());
+        }
+        let (rows, kind) = (x.0.rows(), w.0.kind().name());
+        Err(Error::Unsupported(format!("no rungs for a product of {rows} rows with weights in {kind}")))
     }
 }
 

@@ -102,15 +102,7 @@ impl<'a> Ceilings<'a> {
             // In lines, that no thread reads another's.
             let lines = share(self.read_bytes() / 64, threads, thread);
             let bytes = &self.memory.bytes()[lines.start * 64..lines.end * 64];
-            match self.cpu.simd {
-                // SAFETY: the device has its level.
-                #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 | Simd::Amx => black_box(unsafe { x86::read_512(bytes) }),
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                Simd::Avx2 => black_box(unsafe { x86::read_256(bytes) }),
-                _ => black_box(read(bytes)),
-            };
+            black_box(read_all(self.cpu.simd, bytes));
         });
         self.read_bytes() as f64 / seconds
     }
@@ -159,6 +151,20 @@ fn portable(rounds: usize) -> f32 {
         }
     }
     sums.iter().flatten().sum()
+}
+
+/// Reads all bytes, in registers of a level that this processor has.
+pub(super) fn read_all(simd: Simd, bytes: &[u8]) -> u64 {
+    assert!(simd.is_available(), "{} is not available", simd.name());
+    match simd {
+        // SAFETY: as it has been asserted.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 | Simd::Amx => unsafe { x86::read_512(bytes) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx2 => unsafe { x86::read_256(bytes) },
+        _ => read(bytes),
+    }
 }
 
 /// The exclusive or of all words; the features of the function it is inlined into decide how wide.

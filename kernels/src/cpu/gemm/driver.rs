@@ -4,6 +4,7 @@ mod addresses;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
 mod deal;
+mod ladder;
 mod results;
 #[cfg(target_arch = "x86_64")]
 mod widened;
@@ -24,6 +25,7 @@ use crate::cpu::lanes::at_level;
 use crate::cpu::pool::ThreadPool;
 use crate::cpu::simd::Simd;
 use deal::deal;
+pub use ladder::Rung;
 use std::mem::MaybeUninit;
 
 /// x, as a product reads it.

@@ -211,6 +211,11 @@ impl PackedMatrix {
         self.panels.as_ptr()
     }
 
+    /// All panels, one after the other.
+    pub(super) fn panels(&self) -> &[u8] {
+        &self.panels.bytes()[..packed_bytes(self.kind, self.rows, self.cols)]
+    }
+
     /// Whether its integers have zeros of their own.
     pub(super) fn has_zeros(&self) -> bool {
         self.zero_words > 0

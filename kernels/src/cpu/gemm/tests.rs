@@ -1,5 +1,6 @@
-//! Products against a plain one in f64; in `same_bits` against themselves.
+//! Products against a plain one in f64; in `same_bits` against themselves, in `rungs` with parts left out.
 
+mod rungs;
 mod same_bits;
 
 use super::*;

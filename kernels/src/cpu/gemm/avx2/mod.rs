@@ -18,7 +18,7 @@ use crate::cpu::lanes::upper_halves;
 use std::arch::x86_64::*;
 
 pub(super) use integers::tile_int8;
-pub(super) use narrow::{tile_int4_weight, tile_int8_weight};
+pub(super) use narrow::{tile_int4_weight, tile_int8_weight, unpacking_tile};
 pub(super) use widened::{tile_widened, widen_fn};
 
 /// Most tiles that share what is widened: to widen a weight takes as long as three rows' products with it, so 96 rows pay 3 %.

@@ -7,7 +7,7 @@
 use super::{accumulate, load_sums, store_sums};
 use crate::cpu::gemm::narrow::in_pieces;
 use crate::cpu::gemm::quantized::GROUP;
-use crate::cpu::gemm::tile::{GROUP_BYTES, NR, Tile};
+use crate::cpu::gemm::tile::{GROUP_BYTES, NR, Tile, TileFn};
 use std::arch::x86_64::*;
 
 /// Integers of a register of words, one after the other.
@@ -82,13 +82,58 @@ impl Narrow for Int4 {
     }
 }
 
+/// What a tile does with the numbers that it has unpacked.
+trait Use {
+    /// Takes a term's numbers of V registers of columns to the sums of R rows of x, which are `stride` bytes apart.
+    unsafe fn take<const R: usize, const V: usize>(
+        sums: &mut [[__m256; V]; R],
+        w: [__m256; V],
+        a: *const u8,
+        stride: usize,
+    );
+}
+
+/// Multiplies them.
+struct Multiplied;
+
+/// Leaves them: for who asks what it takes to read and unpack weights alone.
+struct Left;
+
+impl Use for Multiplied {
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn take<const R: usize, const V: usize>(
+        sums: &mut [[__m256; V]; R],
+        w: [__m256; V],
+        a: *const u8,
+        stride: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { accumulate(sums, w, a, stride) }
+    }
+}
+
+impl Use for Left {
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn take<const R: usize, const V: usize>(
+        sums: &mut [[__m256; V]; R],
+        w: [__m256; V],
+        _: *const u8,
+        _: usize,
+    ) {
+        // The least that keeps the compiler from leaving them out.
+        sums[0] = std::array::from_fn(|v| _mm256_or_ps(sums[0][v], w[v]));
+    }
+}
+
 /// A tile of weights of 8 bits, without their scales.
 ///
 /// # Safety
 /// As [`crate::cpu::gemm::tile::TileFn`].
 pub(in crate::cpu::gemm) unsafe fn tile_int8_weight(tile: &Tile) {
     // SAFETY: the caller vouches for the pointers and the features.
-    unsafe { in_columns::<Int8>(tile) }
+    unsafe { in_columns::<Int8, Multiplied>(tile) }
 }
 
 /// A tile of weights of 4 bits, whose scales for groups of K are NR apart.
@@ -97,30 +142,35 @@ pub(in crate::cpu::gemm) unsafe fn tile_int8_weight(tile: &Tile) {
 /// As [`crate::cpu::gemm::tile::TileFn`].
 pub(in crate::cpu::gemm) unsafe fn tile_int4_weight(tile: &Tile) {
     // SAFETY: the caller vouches for the pointers and the features.
-    unsafe { in_columns::<Int4>(tile) }
+    unsafe { in_columns::<Int4, Multiplied>(tile) }
+}
+
+/// A tile that unpacks weights of 8 or of 4 bits and does nothing with them: its sums are noise.
+pub(in crate::cpu::gemm) fn unpacking_tile(is_int4: bool) -> TileFn {
+    if is_int4 { in_columns::<Int4, Left> } else { in_columns::<Int8, Left> }
 }
 
 /// Pieces of a tile: with one row four registers of columns, so that there are four sums at a time.
 ///
 /// # Safety
 /// As [`tile_int8_weight`].
-unsafe fn in_columns<T: Narrow>(tile: &Tile) {
+unsafe fn in_columns<T: Narrow, U: Use>(tile: &Tile) {
     let width = if tile.rows == 1 { 32 } else { 8 };
     // SAFETY: the caller vouches for the tile, and the piece reads panels of narrow weights.
-    unsafe { in_pieces(tile, T::TERMS, width, piece::<T>) }
+    unsafe { in_pieces(tile, T::TERMS, width, piece::<T, U>) }
 }
 
-unsafe fn piece<T: Narrow>(tile: &Tile) {
+unsafe fn piece<T: Narrow, U: Use>(tile: &Tile) {
     // SAFETY: the caller's.
     unsafe {
         match (tile.rows, tile.cols) {
-            (1, 32) => micro::<T, 1, 4>(tile),
-            (1, 16) => micro::<T, 1, 2>(tile),
-            (2, 8) => micro::<T, 2, 1>(tile),
-            (3, 8) => micro::<T, 3, 1>(tile),
-            (4, 8) => micro::<T, 4, 1>(tile),
-            (5, 8) => micro::<T, 5, 1>(tile),
-            (6, 8) => micro::<T, 6, 1>(tile),
+            (1, 32) => micro::<T, U, 1, 4>(tile),
+            (1, 16) => micro::<T, U, 1, 2>(tile),
+            (2, 8) => micro::<T, U, 2, 1>(tile),
+            (3, 8) => micro::<T, U, 3, 1>(tile),
+            (4, 8) => micro::<T, U, 4, 1>(tile),
+            (5, 8) => micro::<T, U, 5, 1>(tile),
+            (6, 8) => micro::<T, U, 6, 1>(tile),
             (rows, cols) => unreachable!("a piece of {rows} x {cols}"),
         }
     }
@@ -128,17 +178,17 @@ unsafe fn piece<T: Narrow>(tile: &Tile) {
 
 /// R rows by V registers of columns. With scales, sums are those over groups of K, each times its scales.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn micro<T: Narrow, const R: usize, const V: usize>(tile: &Tile) {
+unsafe fn micro<T: Narrow, U: Use, const R: usize, const V: usize>(tile: &Tile) {
     // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, `8 * V` columns and `k` terms, of which there are whole
     // groups of scales.
     unsafe {
         let mut sums = load_sums::<R, V>(tile);
         if tile.scales.is_null() {
-            add_words::<T, R, V>(&mut sums, tile, 0, tile.k);
+            add_words::<T, U, R, V>(&mut sums, tile, 0, tile.k);
         } else {
             for group in 0..tile.k / GROUP {
                 let mut over_group = [[_mm256_setzero_ps(); V]; R];
-                add_words::<T, R, V>(&mut over_group, tile, group * GROUP, GROUP);
+                add_words::<T, U, R, V>(&mut over_group, tile, group * GROUP, GROUP);
                 add_group(
                     &mut sums,
                     &over_group,
@@ -178,13 +228,13 @@ unsafe fn add_group<const R: usize, const V: usize>(
 /// How far ahead of itself a tile asks for the lines of its columns: 32 groups, of which each has one or two of them.
 const AHEAD_BYTES: usize = 32 * GROUP_BYTES;
 
-/// Adds `terms` terms from `first` on, in order.
+/// Takes `terms` terms from `first` on, in order.
 ///
 /// # Safety
 /// As [`micro`].
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn add_words<T: Narrow, const R: usize, const V: usize>(
+unsafe fn add_words<T: Narrow, U: Use, const R: usize, const V: usize>(
     sums: &mut [[__m256; V]; R],
     tile: &Tile,
     first: usize,
@@ -200,7 +250,7 @@ unsafe fn add_words<T: Narrow, const R: usize, const V: usize>(
             _mm_prefetch::<_MM_HINT_T1>(b.wrapping_add(AHEAD_BYTES).cast());
             for i in 0..T::TERMS {
                 let w = std::array::from_fn(|v| T::term(words[v], i));
-                accumulate(sums, w, a.add(i * 4), tile.a_stride);
+                U::take(sums, w, a.add(i * 4), tile.a_stride);
             }
             a = a.add(T::TERMS * 4);
             b = b.add(GROUP_BYTES);

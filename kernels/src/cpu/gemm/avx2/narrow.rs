@@ -6,6 +6,7 @@
 
 use super::{accumulate, load_sums, store_sums};
 use crate::cpu::gemm::narrow::in_pieces;
+use crate::cpu::gemm::operand::LINE_BYTES;
 use crate::cpu::gemm::quantized::GROUP;
 use crate::cpu::gemm::tile::{GROUP_BYTES, NR, Tile, TileFn};
 use std::arch::x86_64::*;
@@ -14,6 +15,9 @@ use std::arch::x86_64::*;
 pub(super) trait Narrow {
     /// Integers in a word.
     const TERMS: usize;
+
+    /// Whether sums are those over groups of K, each times its scales.
+    const HAS_GROUPS: bool;
 
     /// The words with every integer above itself, so that none has a sign.
     unsafe fn without_signs(words: __m256i) -> __m256i;
@@ -42,6 +46,7 @@ fn number<const AT: u32>(words: __m256i, mask: u32, offset: u32) -> __m256 {
 
 impl Narrow for Int8 {
     const TERMS: usize = 4;
+    const HAS_GROUPS: bool = false;
 
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -62,6 +67,7 @@ impl Narrow for Int8 {
 
 impl Narrow for Int4 {
     const TERMS: usize = 8;
+    const HAS_GROUPS: bool = true;
 
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -150,12 +156,16 @@ pub(in crate::cpu::gemm) fn unpacking_tile(is_int4: bool) -> TileFn {
     if is_int4 { in_columns::<Int4, Left> } else { in_columns::<Int8, Left> }
 }
 
-/// Pieces of a tile: with one row four registers of columns, so that there are four sums at a time.
+/// Pieces of a tile: as wide as there are registers for sums, of which the units want five at a time.
 ///
 /// # Safety
 /// As [`tile_int8_weight`].
 unsafe fn in_columns<T: Narrow, U: Use>(tile: &Tile) {
-    let width = if tile.rows == 1 { 32 } else { 8 };
+    let width = match tile.rows {
+        1 => 32,
+        2..=4 => 16,
+        _ => 8,
+    };
     // SAFETY: the caller vouches for the tile, and the piece reads panels of narrow weights.
     unsafe { in_pieces(tile, T::TERMS, width, piece::<T, U>) }
 }
@@ -166,9 +176,9 @@ unsafe fn piece<T: Narrow, U: Use>(tile: &Tile) {
         match (tile.rows, tile.cols) {
             (1, 32) => micro::<T, U, 1, 4>(tile),
             (1, 16) => micro::<T, U, 1, 2>(tile),
-            (2, 8) => micro::<T, U, 2, 1>(tile),
-            (3, 8) => micro::<T, U, 3, 1>(tile),
-            (4, 8) => micro::<T, U, 4, 1>(tile),
+            (2, 16) => micro::<T, U, 2, 2>(tile),
+            (3, 16) => micro::<T, U, 3, 2>(tile),
+            (4, 16) => micro::<T, U, 4, 2>(tile),
             (5, 8) => micro::<T, U, 5, 1>(tile),
             (6, 8) => micro::<T, U, 6, 1>(tile),
             (rows, cols) => unreachable!("a piece of {rows} x {cols}"),
@@ -176,32 +186,31 @@ unsafe fn piece<T: Narrow, U: Use>(tile: &Tile) {
     }
 }
 
-/// R rows by V registers of columns. With scales, sums are those over groups of K, each times its scales.
+/// R rows by V registers of columns. With groups, sums are those over groups of K, each times its scales.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn micro<T: Narrow, U: Use, const R: usize, const V: usize>(tile: &Tile) {
     // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, `8 * V` columns and `k` terms, of which there are whole
     // groups of scales.
     unsafe {
         let mut sums = load_sums::<R, V>(tile);
-        if tile.scales.is_null() {
+        if !T::HAS_GROUPS {
             add_words::<T, U, R, V>(&mut sums, tile, 0, tile.k);
-        } else {
-            for group in 0..tile.k / GROUP {
-                let mut over_group = [[_mm256_setzero_ps(); V]; R];
-                add_words::<T, U, R, V>(&mut over_group, tile, group * GROUP, GROUP);
-                add_group(
-                    &mut sums,
-                    &over_group,
-                    tile.scales.add(group * NR),
-                    tile.init.is_null() && group == 0,
-                );
-            }
+            return store_sums(tile, sums);
+        }
+        if tile.init.is_null() {
+            // What takes every product as it is, with its sign if it is a zero.
+            sums = [[_mm256_set1_ps(-0.0); V]; R];
+        }
+        for group in 0..tile.k / GROUP {
+            let mut over_group = [[_mm256_setzero_ps(); V]; R];
+            add_words::<T, U, R, V>(&mut over_group, tile, group * GROUP, GROUP);
+            add_group(&mut sums, &over_group, tile.scales.add(group * NR));
         }
         store_sums(tile, sums);
     }
 }
 
-/// `sums += over_group · scales`, or the product alone for the first.
+/// `sums += over_group · scales`.
 ///
 /// # Safety
 /// The processor has AVX2 and FMA, and there are `8 * V` scales.
@@ -211,16 +220,12 @@ unsafe fn add_group<const R: usize, const V: usize>(
     sums: &mut [[__m256; V]; R],
     over_group: &[[__m256; V]; R],
     scales: *const f32,
-    is_first: bool,
 ) {
     for v in 0..V {
         // SAFETY: the caller's.
         let scale = unsafe { _mm256_loadu_ps(scales.add(v * 8)) };
         for (sums, group) in sums.iter_mut().zip(over_group) {
-            sums[v] = match is_first {
-                true => _mm256_mul_ps(group[v], scale),
-                false => _mm256_fmadd_ps(group[v], scale, sums[v]),
-            };
+            sums[v] = _mm256_fmadd_ps(group[v], scale, sums[v]);
         }
     }
 }
@@ -247,7 +252,9 @@ unsafe fn add_words<T: Narrow, U: Use, const R: usize, const V: usize>(
         for _ in 0..terms / T::TERMS {
             let words: [__m256i; V] =
                 std::array::from_fn(|v| T::without_signs(_mm256_load_si256(b.cast::<__m256i>().add(v))));
-            _mm_prefetch::<_MM_HINT_T1>(b.wrapping_add(AHEAD_BYTES).cast());
+            for line in 0..V.div_ceil(2) {
+                _mm_prefetch::<_MM_HINT_T1>(b.wrapping_add(AHEAD_BYTES + line * LINE_BYTES).cast());
+            }
             for i in 0..T::TERMS {
                 let w = std::array::from_fn(|v| T::term(words[v], i));
                 U::take(sums, w, a.add(i * 4), tile.a_stride);

@@ -72,11 +72,12 @@ fn a_new_job_takes_what_the_plan_finds_and_off_keeps_its_stages_apart() {
 #[test]
 fn what_is_measured_between_two_runs_of_a_job_changes_none_of_its_answers() {
     // Begun with a device for each stage, and then sharing is found to be faster; and the other way round.
+    let (world, of_rows) = world(20);
+    world.measure();
     for begins_shared in [false, true] {
-        let (world, job) = world(20);
-        let undisturbed = job.anew();
+        let [job, undisturbed] = [of_rows.anew(), of_rows.anew()];
         let favour = |is_shared: bool| {
-            measure_what_favours_sharing(&world);
+            world.edit(|profile| even_costs(profile, None));
             if !is_shared {
                 // Sums over ranks never are free, and now nothing else takes any time.
                 world.edit(|profile| {

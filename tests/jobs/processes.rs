@@ -122,7 +122,7 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
 
 #[test]
 fn a_process_that_is_stopped_or_killed_from_outside_is_noticed() {
-    let rows = rows(400);
+    let rows = rows(150);
     for name in ["-KILL", "-STOP"] {
         let job = processes(Job::on(MODEL).lines(rows.clone()), 2)
             .set("pipeline.max_sequences=8")
@@ -142,7 +142,7 @@ fn a_process_that_is_stopped_or_killed_from_outside_is_noticed() {
 
 #[test]
 fn no_process_outlives_the_run_that_started_it() {
-    let job = processes(Job::on(MODEL).lines(rows(400)), 2)
+    let job = processes(Job::on(MODEL).lines(rows(150)), 2)
         .set("pipeline.tensor_parallel=[2, 1]")
         .set("pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\"]")
         .set("pipeline.ranks=processes")

@@ -35,7 +35,7 @@ fn weight_and_kv_bytes(config: &ModelConfig, done: &Done) -> u64 {
 fn one_stage_and_two_hold_weights_keys_and_values_and_little_beside_them() {
     let config = ModelConfig::read(&smollm2()).unwrap();
     for devices in [r#"["cpu:0"]"#, r#"["cpu:0", "cpu:1"]"#] {
-        let mut job = Job::on_model(&smollm2()).set(&format!("pipeline.devices={devices}"));
+        let mut job = Job::on_model(&smollm2()).set(format!("pipeline.devices={devices}"));
         for row in 0..20 {
             let messages = json!([{"role": "user", "content": format!("What comes after {row}?")}]);
             let body = json!({"messages": messages, "max_tokens": 2, "temperature": 0});

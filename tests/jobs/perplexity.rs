@@ -15,14 +15,15 @@ struct Most {
 
 /// Measured in AVX2 and in portable code:
 /// * `int8`: 1.044 and 1.019, off by 0.192 and 0.188. A row's inputs are quantised as well, and other last bits in front of that
-///   make other integers, so that levels of SIMD differ; of the whole text they have 1.025 to 1.031. This leaves 0.026 and 0.028.
-/// * `int8-weight`: 0.998 and 0.996, off by 0.052 and 0.053. This leaves 0.007 and 0.007.
-/// * `int4-weight`: 1.162 and 1.166, off by 0.617 and 0.620. This leaves 0.014 and 0.05; scales that take the largest of a group to
-///   7, and not to 8, had 1.270.
+///   make other integers, so that levels of SIMD differ; of the whole text they have 1.025 to 1.031.
+/// * `int8-weight`: 0.998 and 0.996, off by 0.052 and 0.053.
+/// * `int4-weight`: 1.162 and 1.166, off by 0.617 and 0.620; scales that take the largest of a group to 7, and not to 8, had 1.270.
+///
+/// The bounds leave as much again as levels differ by here, and more: no other level was measured on this piece.
 const MOST: [Most; 3] = [
-    Most { dtype: "int8", perplexity: 1.07, off_by: 0.22 },
-    Most { dtype: "int8-weight", perplexity: 1.005, off_by: 0.06 },
-    Most { dtype: "int4-weight", perplexity: 1.18, off_by: 0.67 },
+    Most { dtype: "int8", perplexity: 1.10, off_by: 0.27 },
+    Most { dtype: "int8-weight", perplexity: 1.02, off_by: 0.09 },
+    Most { dtype: "int4-weight", perplexity: 1.22, off_by: 0.80 },
 ];
 
 #[test]

@@ -1,11 +1,10 @@
 #include "block.h"
+#include "fiber.h"
 
-#include <csetjmp>
 #include <map>
 #include <numeric>
 #include <string>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <vector>
 
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -29,7 +28,7 @@ struct Copy {
 
 // Begun once and never left: threads of one block after the other.
 struct Fiber {
-    jmp_buf state;
+    State state;
     bool has_begun;
     Dim3 idx;
     // What has not arrived, in the order in which it was asked for, and how many of them each closed group has.
@@ -54,7 +53,8 @@ unsigned char* shared_start;
 unsigned running, num_threads, num_waiting_for_block, num_done;
 bool is_backwards, block_says, block_said;
 const std::function<void()>* the_call;
-jmp_buf block_is_done;
+// Whoever runs the block, until all threads are done.
+State caller;
 unsigned char* stacks;
 
 [[noreturn]] void fail(const char* why) {
@@ -62,39 +62,31 @@ unsigned char* stacks;
     std::abort();
 }
 
-[[noreturn]] void begin();
+void begin();
 
-// The fiber that runs from now on.
-[[noreturn]] void resume() {
+// The thread that runs from now on.
+const State& next_state() {
     Fiber& fiber = fibers[running];
     threadIdx = fiber.idx;
-    if (fiber.has_begun) _longjmp(fiber.state, 1);
-    fiber.has_begun = true;
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks + running * STACK_BYTES;
-    context.uc_stack.ss_size = STACK_BYTES;
-    context.uc_link = nullptr;
-    makecontext(&context, begin, 0);
-    setcontext(&context);
-    fail("a thread does not begin");
+    if (!fiber.has_begun) {
+        fiber.has_begun = true;
+        fiber.state = make_state(stacks + running * STACK_BYTES, STACK_BYTES, begin);
+    }
+    return fiber.state;
 }
 
-// The next thread that waits for nothing, or the end of the block.
-[[noreturn]] void go_on() {
-    if (num_done == num_threads) _longjmp(block_is_done, 1);
+// Lets the next thread go on that waits for nothing, or whoever runs the block if all are done, and comes back when it is this
+// one's turn.
+void yield() {
+    State* here = &fibers[running].state;
+    if (num_done == num_threads) return go_from_to(here, caller);
     for (unsigned turn = 0; turn < num_threads; turn++) {
         // From the last thread to the first in every second launch: no order of threads may matter.
         if (is_backwards) running = running == 0 ? num_threads - 1 : running - 1;
         else running = running == num_threads - 1 ? 0 : running + 1;
-        if (!waits[running]) resume();
+        if (!waits[running]) return go_from_to(here, next_state());
     }
     fail("threads wait for others that have ended, or that wait elsewhere");
-}
-
-// Lets others go on, and comes back when it is this fiber's turn.
-void yield() {
-    if (_setjmp(fibers[running].state) == 0) go_on();
 }
 
 void begin() {
@@ -114,7 +106,7 @@ void run_block() {
     num_waiting_for_block = num_done = 0;
     block_says = false;
     running = is_backwards ? num_threads - 1 : 0;
-    if (_setjmp(block_is_done) == 0) resume();
+    go_from_to(&caller, next_state());
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 set -euo pipefail
 out=$1
 cd "$(dirname "$0")"
-# Threads are fibers that jump between stacks, which glibc's checked jump takes for an error.
-flags=(-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE -Wall -Wno-unused-function -Wno-unused-variable -Wno-unknown-pragmas -I../cu)
+flags=(-std=c++17 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wno-unused-function -Wno-unused-variable -Wno-unknown-pragmas -I../cu)
 objects=()
 running=()
 compile() { # compile OUTPUT SOURCE [FLAGS]

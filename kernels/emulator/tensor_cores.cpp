@@ -45,17 +45,29 @@ inline void unpack(const uint32_t* all, float (&a)[ROWS][256 / BITS], float (&b)
     }
 }
 
+// A row of sums, as one vector.
+using Columns = float __attribute__((vector_size(COLS * sizeof(float))));
+// Half of the rows, whose sums are in the same words of their lanes: side by side, or each sum would wait for the one before.
+constexpr unsigned TOGETHER = ROWS / 2;
+
 template <unsigned K>
 inline void multiply(uint32_t* all, const float (&a)[ROWS][K], const float (&b)[K][COLS]) {
-    for (unsigned row = 0; row < ROWS; row++) {
-        // Lanes 4 * (row % 8) and on have it, two columns each.
-        uint32_t* mine = all + row % 8 * 4 * WORDS + row / 8 * 2;
-        float c[COLS];
-        for (unsigned col = 0; col < COLS; col += 2) std::memcpy(c + col, mine + col / 2 * WORDS, 2 * sizeof(float));
+    for (unsigned first = 0; first < ROWS; first += TOGETHER) {
+        // Lanes 4 * row and on have a row, two columns each, and the one 8 rows on in the words behind.
+        uint32_t* mine = all + first / TOGETHER * 2;
+        Columns c[TOGETHER];
+        auto each_pair = [&](auto copy) {
+            for (unsigned row = 0; row < TOGETHER; row++) {
+                for (unsigned col = 0; col < COLS; col += 2) copy(reinterpret_cast<float*>(&c[row]) + col, mine + (row * 4 + col / 2) * WORDS);
+            }
+        };
+        each_pair([](float* sums, const uint32_t* words) { std::memcpy(sums, words, 2 * sizeof(float)); });
         for (unsigned k = 0; k < K; k++) {
-            for (unsigned col = 0; col < COLS; col++) c[col] += a[row][k] * b[k][col];
+            Columns of_k;
+            std::memcpy(&of_k, b[k], sizeof of_k);
+            for (unsigned row = 0; row < TOGETHER; row++) c[row] += a[first + row][k] * of_k;
         }
-        for (unsigned col = 0; col < COLS; col += 2) std::memcpy(mine + col / 2 * WORDS, c + col, 2 * sizeof(float));
+        each_pair([](const float* sums, uint32_t* words) { std::memcpy(words, sums, 2 * sizeof(float)); });
     }
 }
 

@@ -9,10 +9,8 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::disturbed::{
-    MODEL, Random, assert_as_run_of, assert_as_undisturbed, assert_done, count, row, stderr, stdout,
-};
-use crate::harness::{Job, batch_line, devices, root};
+use crate::disturbed::{Random, SMALL, assert_as_run_of, assert_done, count, row, stderr, stdout};
+use crate::harness::{Job, batch_line, devices};
 
 /// More changes of files than any job here makes.
 const MANY: usize = 200;
@@ -29,9 +27,9 @@ fn fail_at_every_change(action: &str, has_failed: impl Fn(&Output) -> bool) -> u
     let mut after = before[4..].to_vec();
     Random(0xfeed).shuffle(&mut after);
     after.extend((100..106).map(row));
-    let expected = Job::on(MODEL).lines(after.clone());
+    let expected = Job::on(SMALL).lines(after.clone());
     for place in 1..MANY {
-        let job = Job::on(MODEL).lines(before.clone());
+        let job = Job::on(SMALL).lines(before.clone());
         assert_done(&job.run_once(&[]));
         let job = job.over(after.clone());
         let failed = run_with(&job, &format!("write@{place}:{action}"));
@@ -91,7 +89,7 @@ fn kill_at(job: &Job, after: Duration) {
 #[test]
 fn a_torn_journal_loses_no_more_than_its_last_commits() {
     let rows: Vec<String> = (0..150).map(row).collect();
-    let job = Job::on(MODEL).lines(rows.clone()).set("pipeline.max_sequences=3");
+    let job = Job::on(SMALL).lines(rows.clone()).set("pipeline.max_sequences=3");
     let log = job.out().join("journal.sqlite-wal");
     // Nothing of it is left, its beginning is torn, its middle, its end.
     for share in [0.0, 0.01, 0.1, 0.5, 0.97] {
@@ -105,7 +103,7 @@ fn a_torn_journal_loses_no_more_than_its_last_commits() {
         fs::write(&log, bytes).unwrap();
     }
     assert_done(&job.run_once(&[]));
-    assert_as_undisturbed(&job.out(), &rows);
+    assert_as_run_of(&job.out(), &Job::on(SMALL).lines(rows));
 }
 
 /// A file system of its own that is too small, and then large enough. The shell is alone in its mounts.
@@ -121,7 +119,7 @@ const FULL_DISK: &str = r#"
 #[test]
 fn a_job_on_a_full_disk_stops_with_one_message_and_goes_on_when_there_is_room() {
     let rows: Vec<String> = (0..600).map(row).collect();
-    let job = Job::on(MODEL).lines(rows.clone());
+    let job = Job::on(SMALL).lines(rows.clone());
     let keep = tempfile::tempdir().unwrap();
     fs::create_dir(job.out()).unwrap();
     let run = job.command();
@@ -133,14 +131,15 @@ fn a_job_on_a_full_disk_stops_with_one_message_and_goes_on_when_there_is_room() 
     assert!(out.contains("first: 1") && out.contains("second: 0"), "{out}\n{err}");
     assert!(err.contains("No space left on device") || err.contains("disk is full"), "{err}");
     assert!(!err.contains("panicked") && !err.contains("internal error"), "{err}");
-    assert_as_undisturbed(keep.path(), &rows);
+    assert_as_run_of(keep.path(), &Job::on(SMALL).lines(rows));
 }
 
 #[test]
 fn stages_that_panic_again_and_again_change_no_byte() {
     // Rare enough that chance alone hardly ever ends a stage over one row by itself twice, which would convict it.
     let rows: Vec<String> = (0..900).map(row).collect();
-    let job = Job::on(MODEL).lines(rows.clone()).set(devices(2)).set("pipeline.max_sequences=24");
+    let job = Job::on(SMALL).lines(rows.clone()).set(devices(2)).set("pipeline.max_sequences=24");
+    let undisturbed = Job::on(SMALL).lines(rows);
     for stage in 0..2 {
         let output = run_with(&job, &format!("seed=5,stage{stage}@1/60:panic"));
         assert_done(&output);
@@ -148,7 +147,7 @@ fn stages_that_panic_again_and_again_change_no_byte() {
         let restarts = report.lines().find_map(|line| line.split_once("started again ")?.1.split(' ').next());
         let restarts: u32 = restarts.expect("the report tells").parse().unwrap();
         assert!(restarts >= 20, "{restarts} restarts:\n{report}");
-        assert_as_undisturbed(&job.out(), &rows);
+        assert_as_run_of(&job.out(), &undisturbed);
         fs::remove_dir_all(job.out()).unwrap();
     }
 }
@@ -156,11 +155,11 @@ fn stages_that_panic_again_and_again_change_no_byte() {
 #[test]
 fn a_stage_that_hangs_is_ended_and_changes_no_byte() {
     let rows: Vec<String> = (0..60).map(row).collect();
-    let job = Job::on(MODEL).lines(rows.clone()).set(devices(2)).set("pipeline.step_timeout_seconds=1");
+    let job = Job::on(SMALL).lines(rows.clone()).set(devices(2)).set("pipeline.step_timeout_seconds=1");
     let output = run_with(&job, "stage1@12:hang");
     assert_done(&output);
     assert!(stderr(&output).contains("a step did not end within 1 s"), "{}", stderr(&output));
-    assert_as_undisturbed(&job.out(), &rows);
+    assert_as_run_of(&job.out(), &Job::on(SMALL).lines(rows));
 }
 
 #[test]
@@ -169,7 +168,7 @@ fn a_long_row_goes_on_from_its_last_checkpoint() {
     let long = batch_line("long", "/v1/completions", &body);
     let stops = json!({"prompt": "hi", "max_tokens": 100, "ignore_eos": true, "stop": ["never said"]});
     let other = batch_line("stops", "/v1/completions", &stops);
-    let job = Job::on(MODEL).lines([long, other]).set("job.checkpoint_tokens=8");
+    let job = Job::on(SMALL).lines([long, other]).set("job.checkpoint_tokens=8");
     // 60 steps of 50 ms and more: five commits at least, and the last at most 0.5 s before the end.
     let killed = run_with(&job, "stage0@60:kill,stage0@1/1:slow");
     assert!(was_killed(&killed), "{}", stderr(&killed));
@@ -187,7 +186,7 @@ fn a_long_row_goes_on_from_its_last_checkpoint() {
 fn a_job_killed_thirty_times_while_its_input_changes_ends_as_its_last_input() {
     let mut random = Random(0xbeef);
     let mut numbers: Vec<usize> = (0..450).collect();
-    let mut job = Job::on_model(&root().join("models/abacus")).set("pipeline.max_sequences=3");
+    let mut job = Job::on(SMALL).set("pipeline.max_sequences=3");
     for kill in 0..30 {
         if kill == 15 {
             numbers.drain(..50); // 50 leave,
@@ -198,7 +197,7 @@ fn a_job_killed_thirty_times_while_its_input_changes_ends_as_its_last_input() {
             random.shuffle(&mut numbers); // and all are shuffled.
         }
         job = job.over(numbers.iter().copied().map(row));
-        // Before the first commit, after it, while the model is loaded.
+        // Before the first commit and after it.
         kill_at(&job, Duration::from_millis(20 + random.below(900) as u64));
     }
     let last = job.run_once(&[]);

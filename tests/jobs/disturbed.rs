@@ -11,6 +11,9 @@ use crate::harness::{Job, batch_line, read_json, without_created};
 /// A tiny model with blocks of every kind.
 pub(crate) const MODEL: &str = "hetero-0-bf16";
 
+/// A smaller one, a ninth of it, for tests of many jobs.
+pub(crate) const SMALL: &str = "small";
+
 /// A row whose content is decided by its number. One in 29 is refused.
 pub(crate) fn row(i: usize) -> String {
     let mut body = json!({"prompt": format!("hello {i}"), "max_tokens": 10 + i * 7 % 40, "ignore_eos": true});
@@ -76,7 +79,7 @@ pub(crate) fn assert_as_undisturbed(out: &Path, rows: &[String]) {
     assert_as_run_of(out, &Job::on(MODEL).lines(rows.to_vec()));
 }
 
-/// Insists that a folder holds what this job writes when nothing disturbs it, line for line.
+/// Insists that a folder holds what this job writes when nothing disturbs it, line for line. Runs that job first, unless it has run.
 #[track_caller]
 pub(crate) fn assert_as_run_of(out: &Path, undisturbed: &Job) {
     assert_done(&undisturbed.run_once(&[]));

@@ -6,16 +6,15 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 
 use crate::cuda::emulator;
-use crate::disturbed::{assert_done, lines, stderr, stdout};
+use crate::disturbed::{SMALL, assert_done, lines, stderr, stdout};
 use crate::harness::{Job, read_json};
 
-/// Every kind of half, and small: what these jobs are about is who meets whom, and an emulator takes its time for products.
-const MODEL: &str = "small";
+/// Few, of a small model: what these jobs are about is who meets whom, and an emulator takes its time for products.
 const NUM_ROWS: usize = 12;
 
 /// Rows that decode together and by turns, greedy ones and drawn ones.
 fn job(devices: &[&str]) -> Job {
-    let mut job = Job::on(MODEL)
+    let mut job = Job::on(SMALL)
         .set("pipeline.max_sequences=3")
         .set("pipeline.micro_batch_tokens=40")
         .set(format!("pipeline.devices={devices:?}"))

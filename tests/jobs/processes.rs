@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use ::stages::{Ffn, ModelConfig};
 use serde_json::Value;
 
-use crate::disturbed::{MODEL, assert_as_run_of, assert_as_undisturbed, assert_done, row, stderr, stdout};
+use crate::disturbed::{
+    MODEL, SMALL, assert_as_run_of, assert_as_undisturbed, assert_done, row, stderr, stdout,
+};
 use crate::harness::{Job, devices, read_json};
 
 fn rows(count: usize) -> Vec<String> {
@@ -27,11 +29,12 @@ fn stages(job: &Job) -> Vec<Value> {
 #[test]
 fn stages_in_processes_write_the_same_bytes_and_their_hops_are_told() {
     let rows = rows(120);
+    let undisturbed = Job::on(MODEL).lines(rows.clone());
     for num_stages in [1, 2, 3] {
         let job = processes(Job::on(MODEL).lines(rows.clone()), num_stages);
         let output = job.run_once(&[]);
         assert_done(&output);
-        assert_as_undisturbed(&job.out(), &rows);
+        assert_as_run_of(&job.out(), &undisturbed);
         let threads = Job::on(MODEL).lines(rows.clone()).set(devices(num_stages.min(2)));
         assert_done(&threads.run_once(&[]));
         for (index, stage) in stages(&job).iter().enumerate() {
@@ -54,6 +57,7 @@ fn stages_in_processes_write_the_same_bytes_and_their_hops_are_told() {
 #[test]
 fn a_process_that_dies_panics_or_hangs_is_started_again_and_changes_no_byte() {
     let rows = rows(150);
+    let undisturbed = Job::on(SMALL).lines(rows.clone());
     for (stage, fault) in [
         (0, "stage0@20:kill"),
         (1, "stage1@20:kill"),
@@ -61,14 +65,14 @@ fn a_process_that_dies_panics_or_hangs_is_started_again_and_changes_no_byte() {
         (1, "stage1@20:panic"),
         (1, "stage1@30:hang"),
     ] {
-        let job = processes(Job::on(MODEL).lines(rows.clone()), 3).set("pipeline.step_timeout_seconds=2");
+        let job = processes(Job::on(SMALL).lines(rows.clone()), 3).set("pipeline.step_timeout_seconds=2");
         let output = job.command_with_faults(fault).output().expect("start spanwise");
         assert_done(&output);
         let restarts: Vec<u64> =
             stages(&job).iter().map(|stage| stage["restarts"].as_u64().unwrap()).collect();
         let others: u64 = (0..3).filter(|other| *other != stage).map(|other| restarts[other]).sum();
         assert!(restarts[stage] > 0 && others == 0, "{fault}: {restarts:?}\n{}", stderr(&output));
-        assert_as_undisturbed(&job.out(), &rows);
+        assert_as_run_of(&job.out(), &undisturbed);
     }
 }
 
@@ -123,6 +127,7 @@ fn wait_until(what: &str, is_so: impl Fn() -> bool) {
 #[test]
 fn a_process_that_is_stopped_or_killed_from_outside_is_noticed() {
     let rows = rows(150);
+    let undisturbed = Job::on(MODEL).lines(rows.clone());
     for name in ["-KILL", "-STOP"] {
         let job = processes(Job::on(MODEL).lines(rows.clone()), 2)
             .set("pipeline.max_sequences=8")
@@ -135,7 +140,7 @@ fn a_process_that_is_stopped_or_killed_from_outside_is_noticed() {
         assert_done(&output);
         let restarts: u64 = stages(&job).iter().map(|stage| stage["restarts"].as_u64().unwrap()).sum();
         assert!(restarts > 0, "{name}: {}", stderr(&output));
-        assert_as_undisturbed(&job.out(), &rows);
+        assert_as_run_of(&job.out(), &undisturbed);
         assert!(!stages_there.into_iter().any(is_alive), "{name}: a stage was left behind");
     }
 }

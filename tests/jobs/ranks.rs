@@ -260,7 +260,7 @@ fn a_rank_that_dies_or_hangs_fails_its_stage_as_one_and_the_job_ends_complete() 
         let output = job.command_with_faults(fault).output().expect("start spanwise");
         assert_done(&output);
         assert!(restarts(&output), "{home} {fault}:\n{}", stdout(&output));
-        assert_as_run_of(&job.out(), &undisturbed.anew());
+        assert_as_run_of(&job.out(), &undisturbed);
     }
 }
 

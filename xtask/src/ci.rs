@@ -12,7 +12,7 @@ struct Step {
     run: fn() -> Result<()>,
 }
 
-/// The tests come after everything else that prints a count of tests, so theirs is the last.
+/// The tests come after everything else that prints a count of tests, so the last two are theirs: the kernels', and all others'.
 const STEPS: &[Step] = &[
     Step { name: "fmt", what: "the code is formatted", run: fmt },
     Step { name: "clippy", what: "no warning from the compiler or clippy", run: clippy },
@@ -23,7 +23,8 @@ const STEPS: &[Step] = &[
     Step { name: "fixtures", what: "target/fixtures is there and current", run: fixtures::make },
     Step { name: "emulator", what: "target/cuda-emulator is there and current", run: emulator::make },
     Step { name: "doctest", what: "the examples in the documentation work", run: doctest },
-    Step { name: "test", what: "all tests", run: test },
+    Step { name: "kernels", what: "the kernels' tests, with each pointer checked", run: kernels },
+    Step { name: "test", what: "all other tests", run: test },
     Step { name: "quickstart", what: "the README's first command works", run: quickstart::abacus },
     Step { name: "language", what: "the README's second one does too", run: quickstart::language_model },
 ];
@@ -78,8 +79,16 @@ fn doctest() -> Result<()> {
     shell::run(&mut shell::cargo(["test", "--workspace", "--doc", "--locked"]))
 }
 
+fn kernels() -> Result<()> {
+    nextest(&["--package", "spanwise-kernels", "--cargo-profile", "checked"])
+}
+
 fn test() -> Result<()> {
+    nextest(&["--workspace", "--exclude", "spanwise-kernels"])
+}
+
+fn nextest(which: &[&str]) -> Result<()> {
     tools::ready()?;
-    let arguments = ["nextest", "run", "--workspace", "--locked"];
+    let arguments = [&["nextest", "run", "--locked"], which].concat();
     shell::run(shell::cargo(arguments).env("PATH", tools::search_path()))
 }

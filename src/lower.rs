@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
 use anyhow::{Result, bail};
-use configs::KvCacheTokens;
+use configs::AutoTokens;
 use jobs::NumericProfile;
 use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
@@ -54,6 +54,13 @@ pub(crate) struct Unplaced {
 }
 
 impl Unplaced {
+    /// The same with micro-batches of no more tokens than these, which are no more than the job allows.
+    pub(crate) fn in_micro_batches_of(mut self, tokens: usize) -> Self {
+        assert!(tokens <= self.scheduler.micro_batch_tokens, "{tokens} tokens: arrays have room for fewer");
+        self.scheduler.micro_batch_tokens = tokens;
+        self
+    }
+
     /// A pipeline of these stages for each replica.
     ///
     /// # Errors
@@ -131,7 +138,7 @@ pub(crate) fn pipeline(
     };
     let scheduler = scheduler::Options {
         num_stages: pipeline.devices_per_replica(),
-        micro_batch_tokens: pipeline.micro_batch_tokens,
+        micro_batch_tokens: pipeline.most_micro_batch_tokens(),
         max_sequences,
         num_pages: 0, // Until the stages are placed.
         num_lanes: 1, // As that.
@@ -359,10 +366,10 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     most("threads", pipeline.threads.unwrap_or(1), 1 << 10)?;
     most("step_timeout_seconds", pipeline.step_timeout_seconds, 1 << 30)?;
     most("max_sequences", pipeline.max_sequences, 1 << 16)?;
-    most("micro_batch_tokens", pipeline.micro_batch_tokens, 1 << 20)?;
+    most("micro_batch_tokens", pipeline.most_micro_batch_tokens(), 1 << 20)?;
     match pipeline.kv_cache_tokens {
-        KvCacheTokens::Tokens(tokens) => most("kv_cache_tokens", tokens, MAX_KV_TOKENS),
-        KvCacheTokens::Auto => Ok(()),
+        AutoTokens::Tokens(tokens) => most("kv_cache_tokens", tokens, MAX_KV_TOKENS),
+        AutoTokens::Auto => Ok(()),
     }
 }
 
@@ -413,7 +420,7 @@ impl Memory {
 
     /// Pages of each replica that there is room for: all that is left beside the weights for as many as the job names, or else a share
     /// of it. Never less than one context: then an answer would depend on how much memory is free.
-    fn pages(&self, wanted: KvCacheTokens, context_tokens: usize) -> Result<usize> {
+    fn pages(&self, wanted: AutoTokens, context_tokens: usize) -> Result<usize> {
         let left = self.free_bytes.saturating_sub(self.weight_bytes);
         if left == 0 {
             let (weights, free) = (text::bytes(self.weight_bytes), text::bytes(self.free_bytes));
@@ -426,18 +433,18 @@ impl Memory {
         };
         let bytes_of = |tokens: usize| text::bytes(tokens.div_ceil(PAGE_TOKENS) as u64 * page_bytes);
         let (tokens, room) = match wanted {
-            KvCacheTokens::Tokens(tokens) => (tokens, pages_in(left)),
-            KvCacheTokens::Auto => (context_tokens, pages_in((left as f64 * KV_MEMORY_SHARE) as u64)),
+            AutoTokens::Tokens(tokens) => (tokens, pages_in(left)),
+            AutoTokens::Auto => (context_tokens, pages_in((left as f64 * KV_MEMORY_SHARE) as u64)),
         };
         if room >= tokens.div_ceil(PAGE_TOKENS) {
             return Ok(room);
         }
         let (needed, left) = (bytes_of(tokens), text::bytes(left));
         match wanted {
-            KvCacheTokens::Tokens(_) => bail!(
+            AutoTokens::Tokens(_) => bail!(
                 "[pipeline] kv_cache_tokens: {tokens} take {needed}, and {left} of memory are free beside the weights"
             ),
-            KvCacheTokens::Auto => bail!(
+            AutoTokens::Auto => bail!(
                 "a context of {context_tokens} tokens takes {needed} of KV cache, and {left} of memory are free beside the \
                  weights\nhint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
                 room * PAGE_TOKENS

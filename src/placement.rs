@@ -1,4 +1,4 @@
-//! Which blocks each stage of a job gets: cut by what was measured on the device, or by an estimate.
+//! Which blocks each stage of a job gets, and how large its micro-batches are: by what was measured on the device, or by an estimate.
 //!
 //! One stage for each device that the job names, where a device that is named several times has the time for all of its stages;
 //! or stages that several devices share, or two for each device, where a plan has them faster ([`question`]). Replicas have the same
@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use actors::StageTimes;
 use anyhow::Result;
-use configs::{JobFile, SplitBlocks};
+use configs::{AutoTokens, JobFile, SplitBlocks};
 use jobs::{ModelText, StageShape};
 use scheduler::Span;
 use stages::cost::{Basis, Load};
@@ -35,6 +35,8 @@ pub(crate) struct Placement {
     pub(crate) stages: Vec<StageLayout>,
     pub(crate) replicas: usize,
     pub(crate) source: Source,
+    /// Most tokens of a micro-batch.
+    pub(crate) micro_batch_tokens: usize,
     /// The micro-batch that it was planned for.
     pub(crate) load: Load,
     /// What each stage takes for it.
@@ -164,10 +166,27 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
     question.pages.check_rows(&stages)?;
     let (load, seconds, source) =
         (question.load(&stages), question.seconds(&stages), question.source(&stages));
+    let most_tokens = pipeline.most_micro_batch_tokens();
+    let micro_batch_tokens = match pipeline.micro_batch_tokens {
+        AutoTokens::Tokens(tokens) => tokens,
+        AutoTokens::Auto => question.micro_batch_tokens(&stages, most_tokens),
+    };
+    lines.extend(question.small_micro_batches(micro_batch_tokens, most_tokens));
     let replicas = pipeline.replicas;
     let seats = (0..replicas).map(|replica| question.seats(&stages, replica)).collect();
     let (setting, pages) = (question.setting, question.pages);
-    Ok(Placement { load, stages, replicas, source, seconds, lines, setting, seats, pages })
+    Ok(Placement {
+        micro_batch_tokens,
+        load,
+        stages,
+        replicas,
+        source,
+        seconds,
+        lines,
+        setting,
+        seats,
+        pages,
+    })
 }
 
 impl Placement {

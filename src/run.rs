@@ -101,6 +101,7 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         () = interrupt.clone().wait() => return Ok(ExitCode::from(interrupt::EXIT_CODE)),
     };
     placement.lines.iter().for_each(|line| say(line));
+    let unplaced = unplaced.in_micro_batches_of(placement.micro_batch_tokens);
     let mut replicas = unplaced.with(&placement.stages)?;
     let numeric_profile = lower::numeric_profile(&replicas[0])?;
     let settings = settings.with_numerics(&numeric_profile).with_layout(first_run::shapes(&placement.stages));
@@ -335,6 +336,7 @@ fn plan(job: &JobFile, replicas: &[PipelineOptions], placement: &Placement) -> s
             "prefill_tokens": load.prefill_tokens,
             "prefill_context": load.prefill_context,
         },
+        "micro_batch_tokens": options.scheduler.micro_batch_tokens,
         "context_tokens": options.scheduler.context_tokens,
         "kv_cache_tokens": options.scheduler.cache_tokens(),
     })

@@ -13,12 +13,15 @@
 //! | question | |
 //! |---|---|
 //! | `layouts` | two stages of one core each against one stage of all |
-//! | `ladder` | what two stages lose, rung by rung: one stage, the same in steps as small as two have, two in such steps, two |
+//! | `ladder` | what two stages lose, rung by rung: one stage, the same in steps as small as two have, two in such steps, two in steps of at most 512 tokens |
+//! | `tokens` | two stages in micro-batches of at most 512 tokens, 128, 64 and 32, each against the one before, and by the profile |
 //! | `int8` | int8 against bf16, one stage |
 //! | `neighbour` | beside one busy process against alone, one stage |
 //! | `llama` | 64 such prompts on a Llama of 1.1 B parameters with random weights |
 //! | `start` | from process start to the first token of an answer |
 //! | `rows` | none: prints the job's rows, for [other engines](../peers) |
+//!
+//! Two stages are cut, and their micro-batches bounded, by what `spanwise profile` has measured, where it has.
 //!
 //! With nothing else running. Rates are of the job without loading; the share of peak is of products measured before
 //! the first run and after the last.
@@ -88,7 +91,16 @@ const fn in_small_steps(name: &'static str, sets: &'static [&'static str]) -> Va
 
 const TWO_STAGES: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH];
 
-const QUESTIONS: [Question; 5] = [
+/// In micro-batches of at most 512 tokens, as one stage has them; by default two have what the profile finds best.
+const TWO_OF_512: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH, "pipeline.micro_batch_tokens=512"];
+/// Of at most 128.
+const TWO_OF_128: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH, "pipeline.micro_batch_tokens=128"];
+/// Of at most 64.
+const TWO_OF_64: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH, "pipeline.micro_batch_tokens=64"];
+/// Of at most 32.
+const TWO_OF_32: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH, "pipeline.micro_batch_tokens=32"];
+
+const QUESTIONS: [Question; 6] = [
     Question {
         name: "layouts",
         variants: &[variant("one stage", &[ONE_STAGE]), variant("two stages", TWO_STAGES)],
@@ -100,7 +112,18 @@ const QUESTIONS: [Question; 5] = [
             variant("one stage", &[ONE_STAGE]),
             in_small_steps("one, small", &[ONE_STAGE]),
             in_small_steps("two, small", TWO_STAGES),
-            variant("two stages", TWO_STAGES),
+            variant("two of 512", TWO_OF_512),
+        ],
+        are_answers_alike: true,
+    },
+    Question {
+        name: "tokens",
+        variants: &[
+            variant("of 512", TWO_OF_512),
+            variant("of 128", TWO_OF_128),
+            variant("of 64", TWO_OF_64),
+            variant("of 32", TWO_OF_32),
+            variant("by profile", TWO_STAGES),
         ],
         are_answers_alike: true,
     },

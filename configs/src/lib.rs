@@ -34,7 +34,7 @@ pub use schema::{
     Grade, Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Plan, Prompt, Sampling,
 };
 pub use types::{
-    ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Place,
+    AutoTokens, ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, Order, Place,
     Profile, Ranks, Simd, SplitBlocks, Stages, StagesRunIn, TENSOR_PARALLEL_WIDTHS, TensorParallel,
     VirtualStages,
 };

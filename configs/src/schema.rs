@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::devices::DeviceList;
 use crate::read;
 use crate::types::{
-    ColumnCuts, Device, Dtype, Grader, KvCacheDtype, KvCacheTokens, Order, Profile, Ranks, Simd, SplitBlocks,
+    AutoTokens, ColumnCuts, Device, Dtype, Grader, KvCacheDtype, Order, Profile, Ranks, Simd, SplitBlocks,
     Stages, StagesRunIn, TensorParallel, VirtualStages,
 };
 
@@ -94,14 +94,15 @@ pub struct Pipeline {
     pub virtual_stages: VirtualStages,
     /// Whether stages are cut by what was measured on the device.
     pub profile: Profile,
-    /// Most tokens in one micro-batch, prefill and decode together.
-    #[serde(deserialize_with = "read::positive")]
-    pub micro_batch_tokens: usize,
+    /// Most tokens in one micro-batch, prefill and decode together. `Auto`: [`MICRO_BATCH_TOKENS`], or fewer where that keeps
+    /// several stages more even and a token takes hardly longer.
+    pub micro_batch_tokens: AutoTokens,
     /// Most sequences in flight in all replicas together.
     #[serde(deserialize_with = "read::positive")]
     pub max_sequences: usize,
-    /// Tokens that the KV cache of one replica holds for all of its sequences together.
-    pub kv_cache_tokens: KvCacheTokens,
+    /// Tokens that the KV cache of one replica holds for all of its sequences together. `Auto`: as many as the memory has room for, and
+    /// no more than `max_sequences` could use.
+    pub kv_cache_tokens: AutoTokens,
     /// Number type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
     /// Whether a row's bits on a GPU are the same in any batch; CPUs always have them so.
@@ -123,6 +124,14 @@ impl Pipeline {
     pub fn devices_per_replica(&self) -> usize {
         self.devices.len() / self.replicas
     }
+
+    /// The most that `micro_batch_tokens` can come to.
+    pub fn most_micro_batch_tokens(&self) -> usize {
+        match self.micro_batch_tokens {
+            AutoTokens::Auto => MICRO_BATCH_TOKENS,
+            AutoTokens::Tokens(tokens) => tokens,
+        }
+    }
 }
 
 impl Default for Pipeline {
@@ -140,9 +149,9 @@ impl Default for Pipeline {
             column_cuts: ColumnCuts::Auto,
             virtual_stages: VirtualStages::Auto,
             profile: Profile::Auto,
-            micro_batch_tokens: MICRO_BATCH_TOKENS,
+            micro_batch_tokens: AutoTokens::Auto,
             max_sequences: MAX_SEQUENCES,
-            kv_cache_tokens: KvCacheTokens::Auto,
+            kv_cache_tokens: AutoTokens::Auto,
             kv_cache_dtype: KvCacheDtype::Auto,
             deterministic: true, // A row's answer depends on the row alone, unless somebody gives that up.
             cuda_graphs: true,

@@ -469,16 +469,16 @@ fn check_contiguous(ranges: &[Range<Place>]) -> Result<(), String> {
     Ok(())
 }
 
-/// Tokens that the KV cache holds for all sequences together.
+/// A number of tokens that a job may leave to the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvCacheTokens {
-    /// As many as the memory has room for, and no more than `max_sequences` could use.
+pub enum AutoTokens {
+    /// As many as are best: the key says for what.
     Auto,
     /// This many.
     Tokens(usize),
 }
 
-impl Serialize for KvCacheTokens {
+impl Serialize for AutoTokens {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Auto => serializer.serialize_str("auto"),
@@ -487,7 +487,7 @@ impl Serialize for KvCacheTokens {
     }
 }
 
-impl<'de> Deserialize<'de> for KvCacheTokens {
+impl<'de> Deserialize<'de> for AutoTokens {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         read::scalar(deserializer, "\"auto\" or an integer of at least 1", |found| match found {
             Scalar::Text("auto") => Some(Self::Auto),

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use configs::{
-    Device, Dtype, Error, JobFile, KvCacheDtype, KvCacheTokens, Loaded, Order, OverrideSource, Place,
-    Purpose, Simd, Stages,
+    AutoTokens, Device, Dtype, Error, JobFile, KvCacheDtype, Loaded, Order, OverrideSource, Place, Purpose,
+    Simd, Stages,
 };
 
 const GOOD: &str = "[model]\npath = \"m\"\n[job]\ninput = \"in.jsonl\"\noutput = \"out\"\n";
@@ -60,9 +60,9 @@ fn what_a_file_leaves_out_has_its_default() {
     assert_eq!(job.pipeline.threads, None);
     assert_eq!(job.pipeline.simd, Simd::Auto);
     assert_eq!(job.pipeline.stages, Stages::Auto);
-    assert_eq!(job.pipeline.micro_batch_tokens, 512);
+    assert_eq!(job.pipeline.micro_batch_tokens, AutoTokens::Auto);
     assert_eq!(job.pipeline.max_sequences, 128);
-    assert_eq!(job.pipeline.kv_cache_tokens, KvCacheTokens::Auto);
+    assert_eq!(job.pipeline.kv_cache_tokens, AutoTokens::Auto);
     assert_eq!(job.pipeline.kv_cache_dtype, KvCacheDtype::Auto);
     assert_eq!(job.job.order, Order::Input);
     assert_eq!((job.job.seed, job.job.max_error_rate), (0, 1.0));
@@ -124,9 +124,9 @@ fn every_key_arrives_where_it_belongs() {
     assert_eq!(job.pipeline.threads, Some(3));
     assert_eq!(job.pipeline.simd, Simd::Avx2);
     assert_eq!(job.pipeline.stages, blocks([0..4, 4..9, 9..10]));
-    assert_eq!(job.pipeline.micro_batch_tokens, 16);
+    assert_eq!(job.pipeline.micro_batch_tokens, AutoTokens::Tokens(16));
     assert_eq!(job.pipeline.max_sequences, 7);
-    assert_eq!(job.pipeline.kv_cache_tokens, KvCacheTokens::Tokens(8192));
+    assert_eq!(job.pipeline.kv_cache_tokens, AutoTokens::Tokens(8192));
     assert_eq!(job.pipeline.kv_cache_dtype, KvCacheDtype::Bf16);
     assert_eq!(job.job.order, Order::Completion);
     assert_eq!((job.job.seed, job.job.max_error_rate), (i64::MAX as u64, 0.25));
@@ -169,7 +169,7 @@ fn the_environment_counts_more_than_the_file_and_a_set_more_than_both() {
     let job = world.load().job;
     assert_eq!(job.pipeline.threads, Some(1));
     assert_eq!(job.pipeline.max_sequences, 2);
-    assert_eq!(job.pipeline.micro_batch_tokens, 3);
+    assert_eq!(job.pipeline.micro_batch_tokens, AutoTokens::Tokens(3));
     assert_eq!(job.sampling.top_k, Some(5));
     // Only those that count are told, so that the manifest explains the job and nothing else.
     assert_eq!(
@@ -283,7 +283,7 @@ ranks = "threads"
 column_cuts = "auto"
 virtual_stages = "auto"
 profile = "auto"
-micro_batch_tokens = 512
+micro_batch_tokens = "auto"
 max_sequences = 128
 kv_cache_tokens = "auto"
 kv_cache_dtype = "auto"

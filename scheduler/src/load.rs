@@ -23,6 +23,17 @@ impl Load {
         self.decode_tokens + self.prefill_tokens
     }
 
+    /// So many times as many tokens and rows, with contexts as they are.
+    #[must_use]
+    pub fn scaled(self, times: f64) -> Self {
+        Load {
+            decode_tokens: times * self.decode_tokens,
+            prefill_tokens: times * self.prefill_tokens,
+            logit_rows: times * self.logit_rows,
+            ..self
+        }
+    }
+
     /// Its decode tokens alone.
     #[must_use]
     pub fn decode_only(self) -> Self {

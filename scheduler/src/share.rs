@@ -51,7 +51,7 @@ pub(crate) fn next_share(options: &Options, work: AtHand) -> Option<Share> {
             .then_some(Share { decodes: work.decoding.min(tokens), tokens });
     }
     let total = work.tokens_in_flight + work.tokens_at_hand;
-    // A token budget below the efficient size says that the user wants them that small.
+    // A token budget below the efficient size says that somebody wants them that small.
     let efficient = options.efficient_tokens.min(options.micro_batch_tokens);
     let least = options.num_memories.min(total);
     let parts = (total / efficient).clamp(least, options.max_in_flight());

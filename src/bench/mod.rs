@@ -4,7 +4,7 @@ mod report;
 mod table;
 
 use anyhow::Result;
-use configs::KvCacheTokens;
+use configs::AutoTokens;
 use scheduler::Span;
 use stages::profile::{DeviceKey, Throughput, ThroughputOptions, throughput};
 use stages::{Device, Model, PAGE_TOKENS, Sharing};
@@ -38,7 +38,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
         device: lower::device_groups(&pipeline, &machine)?.swap_remove(index),
         dtypes: lower::dtypes(&files, &pipeline, &model.config),
         context_tokens,
-        micro_batch_tokens: pipeline.micro_batch_tokens,
+        micro_batch_tokens: pipeline.most_micro_batch_tokens(),
         batches: args.batches.clone(),
         most_pages: None,
         effort: target::effort(args.point_seconds),
@@ -49,7 +49,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
         options.most_pages = Some(options.pages_in(&model, free_bytes, multiprocessors));
     }
     // The model with these pages must fit, as in a run.
-    pipeline.kv_cache_tokens = KvCacheTokens::Tokens(options.num_pages(&model) * PAGE_TOKENS);
+    pipeline.kv_cache_tokens = AutoTokens::Tokens(options.num_pages(&model) * PAGE_TOKENS);
     let whole = Span { start: 0, end: model.config.blocks.len() };
     lower::pipeline(&files, &pipeline, &model.config, &machine)?.with(&[StageLayout {
         part: whole.into(),

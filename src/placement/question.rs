@@ -23,7 +23,7 @@ use crate::layout::{self, StageLayout};
 use crate::plan::own::OwnDevices;
 use crate::plan::setting::{Setting, roofline};
 use crate::plan::{Lengths, Work, first_rows};
-use crate::{lower, machine};
+use crate::{efficient, lower, machine};
 
 /// Rows of the input whose lengths stand for all: some thousand tokens are enough to tell short prompts from long ones.
 const SAMPLED_ROWS: u64 = 256;
@@ -113,7 +113,7 @@ impl Question {
             mix,
             lengths: LengthsArg::Fixed,
             tokens_in_flight: Some((pipeline.max_sequences as u64).saturating_mul(mix.kv_tokens_per_row)),
-            max_tokens: pipeline.micro_batch_tokens as f64,
+            max_tokens: pipeline.most_micro_batch_tokens() as f64,
             rows: None,
             work: Arc::new(Work { lengths, ..Work::default() }),
             replicas: if own.list.group(pipeline.replicas).is_some() { pipeline.replicas } else { 1 },
@@ -182,10 +182,31 @@ impl Question {
         self.own.seats.iter().enumerate().all(|(entry, seat)| entry == *seat)
     }
 
-    /// What each stage takes, with blocks shared as it says.
+    /// Most tokens of a micro-batch of such a pipeline, `most` at most: see [`efficient::micro_batch_tokens`]. An estimate knows of
+    /// nothing that makes a token of few rows dearer, beside weights that are read; and what small ones cost on GPUs, whose
+    /// host has work for each, was measured on none.
+    pub(super) fn micro_batch_tokens(&self, stages: &[StageLayout], most: usize) -> usize {
+        match self.source(stages) {
+            Source::Measured(_) if stages.len() > 1 && self.pages.gpus().is_none() => {
+                let load = self.load(stages);
+                let seconds = |tokens: usize| {
+                    let of_tokens = load.scaled(tokens as f64 / load.tokens());
+                    self.seconds_for(stages, of_tokens).iter().sum()
+                };
+                efficient::micro_batch_tokens(most, seconds)
+            }
+            _ => most,
+        }
+    }
+
+    /// What each stage takes for a micro-batch in the middle of the job, with blocks shared as it says.
     pub(super) fn seconds(&self, stages: &[StageLayout]) -> Vec<f64> {
+        self.seconds_for(stages, self.load(stages))
+    }
+
+    /// The same for any micro-batch.
+    fn seconds_for(&self, stages: &[StageLayout], load: Load) -> Vec<f64> {
         let (pieces, spans) = layout::pieces_of(&self.setting.config, &parts(stages));
-        let load = self.load(stages);
         let stage = |(stage, span): (&StageLayout, &Span)| {
             let costs = self.costs(&self.setting, stage, load);
             costs.step_seconds(&pieces, span.range(), stage.devices.len(), &stage.sharing, load)

@@ -4,10 +4,10 @@ use std::process::Output;
 
 use serde_json::{Value, json};
 
-use crate::disturbed::{assert_done, assert_refused, lines, row, stderr};
+use crate::disturbed::{MODEL, SMALL, assert_done, assert_refused, lines, row, stderr};
 use crate::harness::{Job, fixture, read_json};
 use crate::logits::{Scores, asking};
-use crate::profile::{MODEL, World, even_costs};
+use crate::profile::{World, even_costs, set_points};
 use crate::ranks::Expected;
 
 /// Micro-batches have room for all rows.
@@ -21,9 +21,9 @@ pub(crate) const SETS: [&str; 3] = [
 pub(crate) const FOUR: [&str; 2] =
     ["pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\"]", "pipeline.tensor_parallel=[4]"];
 
-/// A job of so many rows that lets the plan choose, and what has been measured of its devices.
-fn world(count: usize) -> (World, Job) {
-    let world = World::with(&SETS);
+/// A job of so many rows of a model that lets the plan choose, and what has been measured of its devices.
+fn world(model: &str, count: usize) -> (World, Job) {
+    let world = World::on(model, &SETS);
     let job = world.job.anew().over((0..count).map(row));
     (world, job)
 }
@@ -53,7 +53,7 @@ pub(crate) fn done(output: Output) -> String {
 
 #[test]
 fn a_new_job_takes_what_the_plan_finds_and_off_keeps_its_stages_apart() {
-    let (world, job) = world(20);
+    let (world, job) = world(MODEL, 20);
     done(world.run_job(&job, &[]));
     assert_eq!(ranks(&job), [1, 1], "by the estimate of so small a model");
     measure_what_favours_sharing(&world);
@@ -72,7 +72,7 @@ fn a_new_job_takes_what_the_plan_finds_and_off_keeps_its_stages_apart() {
 #[test]
 fn what_is_measured_between_two_runs_of_a_job_changes_none_of_its_answers() {
     // Begun with a device for each stage, and then sharing is found to be faster; and the other way round.
-    let (world, of_rows) = world(20);
+    let (world, of_rows) = world(SMALL, 20);
     world.measure();
     for begins_shared in [false, true] {
         let [job, undisturbed] = [of_rows.anew(), of_rows.anew()];
@@ -81,23 +81,8 @@ fn what_is_measured_between_two_runs_of_a_job_changes_none_of_its_answers() {
             if !is_shared {
                 // Sums over ranks never are free, and now nothing else takes any time.
                 world.edit(|profile| {
-                    let free = |points: &mut Value| {
-                        for point in points
-                            .as_object_mut()
-                            .unwrap()
-                            .values_mut()
-                            .flat_map(|p| p.as_array_mut().unwrap())
-                        {
-                            for key in ["median", "lower", "upper"] {
-                                point["seconds"][key] = json!(1e-9);
-                            }
-                        }
-                    };
-                    profile["blocks"]
-                        .as_array_mut()
-                        .unwrap()
-                        .iter_mut()
-                        .for_each(|entry| free(&mut entry["points"]));
+                    let blocks = profile["blocks"].as_array_mut().unwrap().iter_mut();
+                    blocks.for_each(|entry| set_points(&mut entry["points"], |_| 1e-9));
                 });
             }
         };
@@ -122,7 +107,7 @@ fn what_is_measured_between_two_runs_of_a_job_changes_none_of_its_answers() {
 
 #[test]
 fn a_layout_that_the_devices_no_longer_fit_is_named_with_the_cure() {
-    let (world, job) = world(20);
+    let (world, job) = world(SMALL, 20);
     measure_what_favours_sharing(&world);
     done(world.run_job(&job, &["--limit", "8"]));
     let three = ["--set", "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\"]"];
@@ -141,12 +126,7 @@ pub(crate) fn price_attention(world: &World, is_dear: bool) {
         let price = if is_dear { 1.0 } else { 0.0 };
         for entry in profile["attention"].as_array_mut().unwrap() {
             for points in ["decode", "prefill"] {
-                let all = entry[points].as_object_mut().unwrap().values_mut();
-                for point in all.flat_map(|points| points.as_array_mut().unwrap()) {
-                    for key in ["median", "lower", "upper"] {
-                        point["seconds"][key] = json!(price);
-                    }
-                }
+                set_points(&mut entry[points], |_| price);
             }
         }
     });
@@ -219,7 +199,7 @@ fn attention_is_shared_by_sequences_where_that_is_faster_and_stays_so() {
 fn heads_are_shared_out_where_the_lanes_of_all_stages_together_are_too_short() {
     let seven =
         "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:2\", \"cpu:3\", \"cpu:4\", \"cpu:5\", \"cpu:6\"]";
-    let world = World::with(&[seven, SETS[1], SETS[2], "pipeline.tensor_parallel=[3, 4]"]);
+    let world = World::on(MODEL, &[seven, SETS[1], SETS[2], "pipeline.tensor_parallel=[3, 4]"]);
     world.measure();
     price_shared(&world, "attention_by_sequences", 1e-9);
     price_halves(&world, "ffn", 1.0);
@@ -248,12 +228,7 @@ fn price_halves(world: &World, halves: &str, seconds: f64) {
         for half in shared.flat_map(|entry| entry["halves"].as_array_mut().unwrap()) {
             // By heads or by sequences.
             if half["half"].as_object().unwrap().keys().any(|key| key.starts_with(halves)) {
-                let all = half["points"].as_object_mut().unwrap().values_mut();
-                for point in all.flat_map(|points| points.as_array_mut().unwrap()) {
-                    for key in ["median", "lower", "upper"] {
-                        point["seconds"][key] = json!(seconds);
-                    }
-                }
+                set_points(&mut half["points"], |_| seconds);
             }
         }
     });
@@ -263,7 +238,7 @@ fn price_halves(world: &World, halves: &str, seconds: f64) {
 /// what the report calls them.
 #[track_caller]
 fn stay_on_the_first_rank(halves: &str, count: usize, words: &str) {
-    let world = World::with(&[SETS[0], SETS[1], SETS[2], "pipeline.tensor_parallel=[2]"]);
+    let world = World::on(MODEL, &[SETS[0], SETS[1], SETS[2], "pipeline.tensor_parallel=[2]"]);
     let job = world.job.anew().over((0..20).map(row));
     let plan = |job: &Job| {
         let manifest = read_json(&job.out().join("manifest.json"));
@@ -302,13 +277,14 @@ fn stay_on_the_first_rank(halves: &str, count: usize, words: &str) {
 
 #[test]
 fn ffns_stay_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
-    let ffns = config().blocks.iter().filter(|block| block.ffn != stages::Ffn::None).count();
+    let ffns = config(MODEL).blocks.iter().filter(|block| block.ffn != stages::Ffn::None).count();
     stay_on_the_first_rank("ffn", ffns, "FFN");
 }
 
 #[test]
 fn attention_stays_on_the_first_rank_where_that_is_faster_and_for_the_whole_job() {
-    let count = config().blocks.iter().filter(|block| block.attention != stages::Attention::None).count();
+    let count =
+        config(MODEL).blocks.iter().filter(|block| block.attention != stages::Attention::None).count();
     stay_on_the_first_rank("attention", count, "attention");
 }
 
@@ -316,7 +292,14 @@ fn attention_stays_on_the_first_rank_where_that_is_faster_and_for_the_whole_job(
 #[test]
 fn what_is_shared_by_sequences_or_stays_on_the_first_rank_agrees_with_the_reference() {
     let [two, four] = [[SETS[0], "pipeline.tensor_parallel=[2]"], FOUR].map(|[devices, widths]| {
-        let world = World::with(&[devices, widths, "model.dtype=f32"]);
+        // Room for the reference's prompts, and little to measure.
+        let world = World::with(&[
+            devices,
+            widths,
+            "model.dtype=f32",
+            "model.max_context_tokens=256",
+            "pipeline.micro_batch_tokens=64",
+        ]);
         world.measure();
         world
     });
@@ -326,7 +309,7 @@ fn what_is_shared_by_sequences_or_stays_on_the_first_rank_agrees_with_the_refere
         ("attention_on_first_rank", &two, |world| price_shared(world, "attention", 1.0)),
         ("ffn_on_first_rank", &two, |world| price_shared(world, "ffn", 1.0)),
     ];
-    let expected = Expected::of(MODEL, 3);
+    let expected = Expected::of(SMALL, 3);
     for (exception, world, price) in cases {
         price(world);
         let job = asking(world.job.anew().over([]), &expected.reference);
@@ -350,7 +333,7 @@ fn plans_name_the_halves_that_stay_on_the_first_device() {
         plan["stages"][0].clone()
     };
     let stage = planned(&[]);
-    let ffns = (config().blocks.iter().enumerate())
+    let ffns = (config(SMALL).blocks.iter().enumerate())
         .filter(|(_, block)| block.ffn != stages::Ffn::None)
         .map(|(index, _)| index)
         .collect::<Vec<_>>();
@@ -365,8 +348,8 @@ fn plans_name_the_halves_that_stay_on_the_first_device() {
     assert!(weights(&stage) > weights(&all), "{stage} {all}");
 }
 
-fn config() -> stages::ModelConfig {
-    stages::ModelConfig::read(&fixture(MODEL)).unwrap()
+fn config(model: &str) -> stages::ModelConfig {
+    stages::ModelConfig::read(&fixture(model)).unwrap()
 }
 
 /// A stage for each width, or none of them: a device that a list names is not left idle in silence. The cures are those of the hint.

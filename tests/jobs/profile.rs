@@ -5,9 +5,9 @@ use std::process::Output;
 
 use serde_json::{Value, json};
 
+use crate::disturbed::SMALL;
 use crate::harness::{Job, fixture, read_json, spanwise};
 
-pub(crate) const MODEL: &str = "hetero-0-bf16";
 /// One device for each stage, and one stage for each device: these tests are about where stages are cut.
 const SETS: [&str; 5] = [
     "pipeline.devices=[\"cpu:0\", \"cpu:1\"]",
@@ -29,10 +29,15 @@ impl World {
         Self::with(&SETS)
     }
 
-    /// A job with such settings, of which nothing is measured yet.
+    /// A job of the small model with such settings, of which nothing is measured yet.
     pub(crate) fn with(sets: &[&'static str]) -> Self {
+        Self::on(SMALL, sets)
+    }
+
+    /// The same on another model of the fixtures.
+    pub(crate) fn on(model: &str, sets: &[&'static str]) -> Self {
         let row = json!({"prompt": "hello", "max_tokens": 2, "ignore_eos": true});
-        Self::of(Job::on(MODEL).completion("row", row), sets)
+        Self::of(Job::on(model).completion("row", row), sets)
     }
 
     /// The same of some job.
@@ -119,13 +124,7 @@ impl World {
 /// Makes everything free but blocks, which take a millisecond each, or ten where they are like block `dear`; and halves of blocks
 /// on several devices, which take a quarter of one, but attention by sequences a half.
 pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
-    fn set(points: &mut Value, seconds: f64) {
-        for point in points.as_object_mut().unwrap().values_mut().flat_map(|p| p.as_array_mut().unwrap()) {
-            for key in ["median", "lower", "upper"] {
-                point["seconds"][key] = json!(seconds);
-            }
-        }
-    }
+    let set = |points: &mut Value, seconds: f64| set_points(points, |_| seconds);
     for key in ["hop", "embedding", "head"] {
         set(&mut profile[key], 1e-9);
     }
@@ -143,6 +142,16 @@ pub(crate) fn even_costs(profile: &mut Value, dear: Option<&Value>) {
         for half in entry["halves"].as_array_mut().unwrap() {
             let is_by_sequences = half["half"].get("attention_by_sequences").is_some();
             set(&mut half["points"], if is_by_sequences { 0.0005 } else { 0.00025 });
+        }
+    }
+}
+
+/// Lets points take so many seconds, by themselves.
+pub(crate) fn set_points(points: &mut Value, seconds: impl Fn(&Value) -> f64) {
+    for point in points.as_object_mut().unwrap().values_mut().flat_map(|p| p.as_array_mut().unwrap()) {
+        let seconds = json!(seconds(point));
+        for key in ["median", "lower", "upper"] {
+            point["seconds"][key] = seconds.clone();
         }
     }
 }
@@ -168,7 +177,7 @@ pub(crate) fn shapes(model: &Path) -> Vec<Value> {
 #[test]
 fn a_run_is_cut_by_what_was_measured() {
     let world = World::measured();
-    let shapes = shapes(&fixture(MODEL));
+    let shapes = shapes(&fixture(SMALL));
     let (plan, stderr) = world.run(&[]);
     assert_eq!(plan["cost"], "measured");
     assert!(stderr.contains("by measured costs"), "{stderr}");
@@ -201,6 +210,33 @@ fn a_run_is_cut_by_what_was_measured() {
     assert_eq!(plan["stages"][0]["blocks"], json!([0, shapes.len() - 1]));
     let planned = format!("times as long as [[0, {moved}], [{moved}, {}]], by measured costs", shapes.len());
     assert!(stderr.contains(&planned), "{planned} is not in\n{stderr}");
+}
+
+/// Without a number in the job's file: the fewest tokens of which each is hardly dearer.
+#[test]
+fn stages_have_as_small_micro_batches_as_the_profile_finds_no_dearer() {
+    let world = World::with(&[SETS[0], SETS[2], SETS[3], SETS[4]]);
+    world.measure();
+    let small = "micro-batches: of at most 32 tokens";
+    let most_of = |sets: &[&str]| {
+        let (plan, stderr) = world.run(sets);
+        let most = plan["micro_batch_tokens"].as_u64().expect("a number");
+        assert_eq!(stderr.contains(small), most == 32, "{most}: {stderr}");
+        most
+    };
+    // A block takes as long for one token as for all.
+    world.edit(|profile| even_costs(profile, None));
+    assert_eq!(most_of(&[]), 512);
+    world.edit(|profile| {
+        for entry in profile["blocks"].as_array_mut().unwrap() {
+            set_points(&mut entry["points"], |point| 1e-5 * point["tokens"].as_f64().unwrap());
+        }
+    });
+    assert_eq!(most_of(&[]), 32);
+    assert_eq!(most_of(&["pipeline.micro_batch_tokens=100"]), 100);
+    assert_eq!(most_of(&["pipeline.profile=off"]), 512);
+    // Nobody waits for a lone stage.
+    assert_eq!(most_of(&["pipeline.devices=[\"cpu:1\"]"]), 512);
 }
 
 #[test]
@@ -259,7 +295,7 @@ fn what_was_too_large_to_measure_is_not_tried_by_every_run() {
 #[test]
 fn devices_that_are_named_twice_are_balanced_and_not_their_stages() {
     let world = World::measured();
-    let shapes = shapes(&fixture(MODEL));
+    let shapes = shapes(&fixture(SMALL));
     let num_blocks = shapes.len();
     let twice = "pipeline.devices=[\"cpu:0\", \"cpu:1\", \"cpu:0\", \"cpu:1\"]";
     for dear in 0..num_blocks {
@@ -336,7 +372,7 @@ fn plans_and_simulations_by_measured_costs_are_no_estimates_and_need_them() {
 
 #[test]
 fn what_cannot_be_profiled_is_refused_in_words() {
-    let model = fixture(MODEL);
+    let model = fixture(SMALL);
     let model = model.to_str().unwrap();
     for (args, words) in [
         (vec!["no/such/model"], "no/such/model/config.json"),

@@ -1,16 +1,16 @@
 //! Pipelines that go through their devices twice.
 
-use crate::disturbed::{assert_done, row, stdout};
+use crate::disturbed::{MODEL, assert_done, row, stdout};
 use crate::harness::{Job, fixture, read_json};
 use crate::layouts::{FOUR, SETS, all_lines, done};
-use crate::profile::{MODEL, World, even_costs, shapes};
+use crate::profile::{World, even_costs, shapes};
 
 /// A world where the block in the middle takes as long as all others together: a device of its own for it, and the other one for
 /// what is before and behind it, are half as fast again as any single cut.
 fn world_with_a_dear_block(devices: &'static str) -> World {
     let one_device_each = ["pipeline.tensor_parallel=off", "pipeline.column_cuts=off"];
     let small = ["pipeline.micro_batch_tokens=8", SETS[2]];
-    let world = World::with(&[&[devices][..], &one_device_each, &small].concat());
+    let world = World::on(MODEL, &[&[devices][..], &one_device_each, &small].concat());
     world.measure();
     let shapes = shapes(&fixture(MODEL));
     world.edit(|profile| even_costs(profile, Some(&shapes[shapes.len() / 2])));

@@ -187,6 +187,20 @@ pipeline.kv_cache_tokens: expected "auto" or an integer of at least 1, found "8k
 7 | kv_cache_tokens = "8k"
   |                   ^^^^"#,
         );
+    case("no tokens")
+        .more(
+            r"
+[pipeline]
+micro_batch_tokens = 0",
+        )
+        .says(
+            r#"
+pipeline.micro_batch_tokens: expected "auto" or an integer of at least 1, found 0
+ --> job.toml:7:22
+  |
+7 | micro_batch_tokens = 0
+  |                      ^"#,
+        );
     case("a text for a flag")
         .file(
             r#"

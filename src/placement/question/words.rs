@@ -26,6 +26,16 @@ impl Question {
         format!("stages: {stages}, {}{measure}", source.words())
     }
 
+    /// What a job should know whose micro-batches are smaller than they might be.
+    pub(in crate::placement) fn small_micro_batches(&self, tokens: usize, most: usize) -> Option<String> {
+        (tokens < most).then(|| {
+            format!(
+                "micro-batches: of at most {tokens} tokens, each of which takes hardly longer than in those of {most}, so that \
+                 stages wait less for each other"
+            )
+        })
+    }
+
     pub(in crate::placement) fn going_on(&self, stages: &[StageLayout]) -> String {
         format!("stages: {}, as in the job's first run", self.described(stages))
     }

@@ -1,13 +1,15 @@
 //! Where does the time of a step go, and how far is each operation from what the machine can do?
 //!
-//! A step of SmolLM2-135M's shapes, thirty blocks and the head, with KV in bf16. Each operation is
+//! A step of a model's shapes, all blocks and the head, with KV in bf16. Each operation is
 //! timed over all blocks, so that weights, keys and values come from as far away as in a run, and stands beside
 //! the multiplications and additions, and the bytes of weights, keys and values, that it cannot do without.
 //!
 //! ```text
-//! cargo bench --bench step -- [--threads N] [--simd portable|avx2|avx512|amx] [--weights bf16|int8|int8-weight|int4-weight]
+//! cargo bench --bench step -- [--model smollm2|llama] [--threads N] [--simd portable|avx2|avx512|amx] [--weights bf16|int8|int8-weight|int4-weight]
 //!                              [--rows 256] [--chunk 1] [--context 150] [--apart]
 //! ```
+//!
+//! `smollm2` is SmolLM2-135M, `llama` the Llama of 1.1 billion parameters of [`bulk_job`](bulk_job/main.rs).
 //!
 //! With `--apart` q, k and v are three products, and turning heads, writing keys and values, and attention three operations.
 //!
@@ -27,17 +29,28 @@ use kernels::{
 use kernels::{Largest, PAGE_TOKENS, RopeTable, Simd, TensorView, ViewDtype, WeightType, available_cores};
 use std::time::Instant;
 
-const BLOCKS: usize = 30;
-const HIDDEN: usize = 576;
-const HEADS: usize = 9;
-const KV_HEADS: usize = 3;
+/// A model whose blocks are all alike.
+#[derive(Clone, Copy)]
+struct Shapes {
+    name: &'static str,
+    blocks: usize,
+    hidden: usize,
+    heads: usize,
+    kv_heads: usize,
+    ffn: usize,
+    vocab: usize,
+}
+
+const SMOLLM2: Shapes =
+    Shapes { name: "smollm2", blocks: 30, hidden: 576, heads: 9, kv_heads: 3, ffn: 1536, vocab: 49_152 };
+const LLAMA: Shapes =
+    Shapes { name: "llama", blocks: 16, hidden: 2048, heads: 32, kv_heads: 8, ffn: 8192, vocab: 32_000 };
 const HEAD_DIM: usize = 64;
-const FFN: usize = 1536;
-const VOCAB: usize = 49_152;
 const STEPS: usize = 9;
 const EPS: f32 = 1e-5;
 
 struct Options {
+    shapes: Shapes,
     threads: usize,
     simd: Simd,
     rows: usize,
@@ -69,14 +82,15 @@ struct Cost {
 
 fn main() -> Result<()> {
     let options = options()?;
-    let Options { threads, simd, rows, chunk, context, weights, is_apart } = options;
+    let Options { shapes, threads, simd, rows, chunk, context, weights, is_apart } = options;
     let cores = available_cores();
     let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
     let (peak, bandwidth) = (ceilings.product_flops(), ceilings.read_bandwidth());
     println!(
-        "{threads} threads, {}, {}: product {:.0} GFLOP/s, memory read {:.1} GB/s; {rows} rows in chunks of {chunk} at contexts of about {context}",
+        "{}, {threads} threads, {}, {}: product {:.0} GFLOP/s, memory read {:.1} GB/s; {rows} rows in chunks of {chunk} at contexts of about {context}",
+        shapes.name,
         simd.name(),
         weights.name(),
         peak / 1e9,
@@ -118,6 +132,7 @@ fn report(costs: &[Cost], peak: f64, bandwidth: f64) {
 
 /// A model, a micro-batch, and the arrays it is worked out in.
 struct Step {
+    shapes: Shapes,
     weights: WeightType,
     table: CpuMatrix,
     blocks: Vec<Block>,
@@ -139,7 +154,8 @@ struct Step {
 
 impl Step {
     fn new(cpu: &Cpu, options: &Options) -> Result<Step> {
-        let &Options { rows, chunk, context, .. } = options;
+        let &Options { shapes, rows, chunk, context, .. } = options;
+        let Shapes { blocks, hidden, heads, kv_heads, ffn, vocab, .. } = shapes;
         let num_sequences = rows.div_ceil(chunk);
         let mut slices = Vec::new();
         let mut next_page = 0;
@@ -163,15 +179,15 @@ impl Step {
         let block = |i: usize| -> Result<Block> {
             let matrix = |n, k| matrix(cpu, n, k, i as u64);
             Ok(Block {
-                norm: vec![1.0; HIDDEN],
-                q: matrix(HEADS * HEAD_DIM, HIDDEN)?,
-                k: matrix(KV_HEADS * HEAD_DIM, HIDDEN)?,
-                v: matrix(KV_HEADS * HEAD_DIM, HIDDEN)?,
-                o: matrix(HIDDEN, HEADS * HEAD_DIM)?,
-                gate: matrix(FFN, HIDDEN)?,
-                up: matrix(FFN, HIDDEN)?,
-                down: matrix(HIDDEN, FFN)?,
-                cache: cpu.kv_cache(next_page as usize, KV_HEADS, HEAD_DIM)?,
+                norm: vec![1.0; hidden],
+                q: matrix(heads * HEAD_DIM, hidden)?,
+                k: matrix(kv_heads * HEAD_DIM, hidden)?,
+                v: matrix(kv_heads * HEAD_DIM, hidden)?,
+                o: matrix(hidden, heads * HEAD_DIM)?,
+                gate: matrix(ffn, hidden)?,
+                up: matrix(ffn, hidden)?,
+                down: matrix(hidden, ffn)?,
+                cache: cpu.kv_cache(next_page as usize, kv_heads, HEAD_DIM)?,
             })
         };
         let angles = |f: fn(f32) -> f32| {
@@ -180,11 +196,12 @@ impl Step {
             (0..most * HEAD_DIM / 2).map(|i| f(angle(i))).collect()
         };
         Ok(Step {
+            shapes,
             weights: options.weights,
-            table: cpu.table(TensorView::new(ViewDtype::F32, VOCAB, HIDDEN, &numbers(VOCAB, HIDDEN, 99)))?,
-            blocks: (0..BLOCKS).map(block).collect::<Result<_>>()?,
+            table: cpu.table(TensorView::new(ViewDtype::F32, vocab, hidden, &numbers(vocab, hidden, 99)))?,
+            blocks: (0..blocks).map(block).collect::<Result<_>>()?,
             rope: RopeTable { head_dim: HEAD_DIM, cos: angles(f32::cos), sin: angles(f32::sin) },
-            tokens: (0..rows).map(|i| (i * 7919 % VOCAB) as u32).collect(),
+            tokens: (0..rows).map(|i| (i * 7919 % vocab) as u32).collect(),
             sampled: slices.iter().map(|slice| (slice.first_row + slice.num_rows - 1) as u32).collect(),
             positions,
             slices,
@@ -202,7 +219,7 @@ impl Step {
 
     /// Writes keys and values of all positions before the micro-batch's.
     fn fill(&mut self, cpu: &Cpu) -> Result<()> {
-        let cols = KV_HEADS * HEAD_DIM;
+        let cols = self.shapes.kv_heads * HEAD_DIM;
         for slice in &self.slices {
             let before = AttentionSlice {
                 first_row: 0,
@@ -220,29 +237,30 @@ impl Step {
     }
 
     fn costs(&self) -> Vec<Cost> {
+        let Shapes { blocks, hidden, heads, kv_heads, ffn, vocab, .. } = self.shapes;
         let rows = self.tokens.len() as f64;
         let product = |n: usize, k: usize| {
-            let bytes = BLOCKS * CpuMatrix::bytes_of(self.weights, n, k);
-            (2.0 * rows * (BLOCKS * n * k) as f64, bytes as f64)
+            let bytes = blocks * CpuMatrix::bytes_of(self.weights, n, k);
+            (2.0 * rows * (blocks * n * k) as f64, bytes as f64)
         };
         let seen: usize = (self.slices.iter())
             .flat_map(|slice| (0..slice.num_rows).map(|i| slice.first_position + i + 1))
             .sum();
         let cached: usize = self.slices.iter().map(|slice| slice.first_position + slice.num_rows).sum();
-        let kv_bytes = (2 * 2 * KV_HEADS * HEAD_DIM * BLOCKS) as f64;
-        let head = 2.0 * (self.sampled.len() * VOCAB * HIDDEN) as f64;
+        let kv_bytes = (2 * 2 * kv_heads * HEAD_DIM * blocks) as f64;
+        let head = 2.0 * (self.sampled.len() * vocab * hidden) as f64;
         let cost = |name, (flops, bytes)| Cost { name, seconds: Vec::new(), flops, bytes };
         vec![
             cost("embed", (0.0, 0.0)),
             cost("rms_norm", (0.0, 0.0)),
-            cost("q, k, v", product((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN)),
+            cost("q, k, v", product((heads + 2 * kv_heads) * HEAD_DIM, hidden)),
             cost("rope", (0.0, 0.0)),
             cost("kv_append", (0.0, kv_bytes * rows)),
-            cost("attention", ((4 * HEADS * HEAD_DIM * BLOCKS * seen) as f64, kv_bytes * cached as f64)),
-            cost("o", product(HIDDEN, HEADS * HEAD_DIM)),
-            cost("gate, up", product(2 * FFN, HIDDEN)),
-            cost("down", product(HIDDEN, FFN)),
-            cost("head", (head, (2 * VOCAB * HIDDEN) as f64)),
+            cost("attention", ((4 * heads * HEAD_DIM * blocks * seen) as f64, kv_bytes * cached as f64)),
+            cost("o", product(hidden, heads * HEAD_DIM)),
+            cost("gate, up", product(2 * ffn, hidden)),
+            cost("down", product(hidden, ffn)),
+            cost("head", (head, (2 * vocab * hidden) as f64)),
         ]
     }
 
@@ -309,6 +327,7 @@ fn numbers(n: usize, k: usize, seed: u64) -> Vec<u8> {
 
 fn options() -> Result<Options> {
     let mut options = Options {
+        shapes: SMOLLM2,
         threads: available_cores().len(),
         simd: Simd::detect(),
         rows: 256,
@@ -325,6 +344,13 @@ fn options() -> Result<Options> {
         }
         let value = common::value_of(&key, &mut args)?;
         match key.as_str() {
+            "--model" => {
+                options.shapes = match value.as_str() {
+                    "smollm2" => SMOLLM2,
+                    "llama" => LLAMA,
+                    _ => bail!("unknown model {value}"),
+                }
+            }
             "--threads" => options.threads = value.parse()?,
             "--simd" => options.simd = common::simd(&value)?,
             "--weights" => {

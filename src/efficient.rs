@@ -36,7 +36,7 @@ pub(crate) fn num_memories<'a>(devices: impl Iterator<Item = &'a Device>) -> usi
     memories.len()
 }
 
-/// In AVX2 a token of SmolLM2 takes no longer in micro-batches of 64 than of 512, and 6 % longer in those of 32: this lies between.
+/// In AVX2 a token of SmolLM2 takes no longer in micro-batches of 64 than of 512, and 7 % longer in those of 32: this lies between.
 const HARDLY_LONGER: f64 = 1.03;
 
 /// No micro-batch is made smaller than this for the sake of evenness: below, what a hop and an answer take for each would tell.

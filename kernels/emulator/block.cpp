@@ -70,7 +70,7 @@ const State& next_state() {
     threadIdx = fiber.idx;
     if (!fiber.has_begun) {
         fiber.has_begun = true;
-        fiber.state = make_state(stacks + running * STACK_BYTES, STACK_BYTES, begin);
+        make_state(&fiber.state, stacks + running * STACK_BYTES, STACK_BYTES, begin);
     }
     return fiber.state;
 }

@@ -43,13 +43,13 @@ go_from_to:
 namespace emulated {
 
 // A stack that begins with `first`, which never ends.
-inline State make_state(unsigned char* stack, size_t bytes, void (*first)()) {
+inline void make_state(State* state, unsigned char* stack, size_t bytes, void (*first)()) {
     constexpr size_t KEPT_REGISTERS = 6;
     uintptr_t end = (reinterpret_cast<uintptr_t>(stack) + bytes) / 16 * 16;
     // It finds its stack as if it had been called, 8 bytes off a multiple of 16.
     uintptr_t* words = reinterpret_cast<uintptr_t*>(end) - 2;
     *words = reinterpret_cast<uintptr_t>(first);
-    return words - KEPT_REGISTERS;
+    *state = words - KEPT_REGISTERS;
 }
 
 }  // namespace emulated
@@ -64,14 +64,13 @@ using State = ucontext_t;
 
 inline void go_from_to(State* from, const State& to) { swapcontext(from, &to); }
 
-inline State make_state(unsigned char* stack, size_t bytes, void (*first)()) {
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack;
-    context.uc_stack.ss_size = bytes;
-    context.uc_link = nullptr;
-    makecontext(&context, first, 0);
-    return context;
+// In its place: a context may hold pointers into itself.
+inline void make_state(State* state, unsigned char* stack, size_t bytes, void (*first)()) {
+    getcontext(state);
+    state->uc_stack.ss_sp = stack;
+    state->uc_stack.ss_size = bytes;
+    state->uc_link = nullptr;
+    makecontext(state, first, 0);
 }
 
 }  // namespace emulated

@@ -293,13 +293,8 @@ fn attention_stays_on_the_first_rank_where_that_is_faster_and_for_the_whole_job(
 fn what_is_shared_by_sequences_or_stays_on_the_first_rank_agrees_with_the_reference() {
     let [two, four] = [[SETS[0], "pipeline.tensor_parallel=[2]"], FOUR].map(|[devices, widths]| {
         // Room for the reference's prompts, and little to measure.
-        let world = World::with(&[
-            devices,
-            widths,
-            "model.dtype=f32",
-            "model.max_context_tokens=256",
-            "pipeline.micro_batch_tokens=64",
-        ]);
+        let room = ["model.max_context_tokens=256", "pipeline.micro_batch_tokens=64"];
+        let world = World::on(MODEL, &[&[devices, widths, "model.dtype=f32"][..], &room].concat());
         world.measure();
         world
     });
@@ -309,7 +304,7 @@ fn what_is_shared_by_sequences_or_stays_on_the_first_rank_agrees_with_the_refere
         ("attention_on_first_rank", &two, |world| price_shared(world, "attention", 1.0)),
         ("ffn_on_first_rank", &two, |world| price_shared(world, "ffn", 1.0)),
     ];
-    let expected = Expected::of(SMALL, 3);
+    let expected = Expected::of(MODEL, 3);
     for (exception, world, price) in cases {
         price(world);
         let job = asking(world.job.anew().over([]), &expected.reference);

@@ -11,6 +11,8 @@
 //!                               [--weights bf16|int8|int8-weight|int4-weight] [--warm] [--ladder]
 //! ```
 //!
+//! A shape is NxK, or `576+192+192x576` for three products in one go, as a block does q, k and v.
+//!
 //! With `--ladder` it asks instead where the time of few rows of `int8-weight` or `int4-weight` goes: the product is done as far as
 //! each rung of [`Rung`], which says what is left out.
 //!
@@ -26,41 +28,50 @@ use common::{numbers, random, time};
 use kernels::{Array, Backend, Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvDtype, Rung, Simd};
 use kernels::{TensorView, ViewDtype, WeightType, available_cores, cold_bytes, cold_bytes_with_room};
 
-/// `[n, k]` of SmolLM2-135M (q and o; k and v; gate and up; down; head), of a 1.1 B Llama (alike), and of a narrow
-/// slice of Ultra (an eighth of q and of o, k and v, the narrowest FFN).
-const SHAPES: [(usize, usize); 15] = [
-    (576, 576),
-    (192, 576),
-    (1536, 576),
-    (576, 1536),
-    (49_152, 576),
-    (2048, 2048),
-    (512, 2048),
-    (8192, 2048),
-    (2048, 8192),
-    (32_000, 2048),
-    (2048, 16_384),
-    (16_384, 2048),
-    (1024, 16_384),
-    (5376, 16_384),
-    (16_384, 5376),
+/// SmolLM2-135M (q and o; k and v alone; q, k and v as a block has them; gate and up; down; head), a 1.1 B Llama (alike), and
+/// a narrow slice of Ultra (an eighth of q and of o, k and v alone, an eighth of q, k and v, the narrowest FFN).
+const SHAPES: [&str; 18] = [
+    "576x576",
+    "192x576",
+    "576+192+192x576",
+    "1536x576",
+    "576x1536",
+    "49152x576",
+    "2048x2048",
+    "512x2048",
+    "2048+512+512x2048",
+    "8192x2048",
+    "2048x8192",
+    "32000x2048",
+    "2048x16384",
+    "16384x2048",
+    "1024x16384",
+    "2048+128+128x16384",
+    "5376x16384",
+    "16384x5376",
 ];
 /// Those of a ladder, where none are named: few enough for one tile, and weights that are beyond every cache as one matrix or as
 /// its copies.
 const LADDER_ROWS: [usize; 2] = [1, 4];
-const LADDER_SHAPES: [(usize, usize); 3] = [(1536, 576), (2048, 2048), (8192, 2048)];
+const LADDER_SHAPES: [&str; 3] = ["1536x576", "2048x2048", "8192x2048"];
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
 const WEIGHTS: [WeightType; 4] =
     [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight];
 /// Copies of weights take at least as much together.
 const LEAST_COLD_BYTES: usize = 128 << 20;
 
+/// Weights of products with the same input, `[n, k]` each: one, or three that are made in one go.
+struct Shape {
+    n: Vec<usize>,
+    k: usize,
+}
+
 struct Options {
     threads: usize,
     simd: Simd,
     weights: WeightType,
     rows: Vec<usize>,
-    shapes: Vec<(usize, usize)>,
+    shapes: Vec<Shape>,
     /// Whether every call takes the same weights, which stay in the caches that they fit into.
     is_warm: bool,
     is_ladder: bool,
@@ -89,12 +100,14 @@ fn main() -> Result<()> {
     println!("shares are of the median (of the best)\n");
     match is_ladder {
         true => {
-            println!("     [n, k]      rows  rung        time us      GB/s   of memory        of the whole")
+            println!(
+                "           [n, k]      rows  rung        time us      GB/s   of memory        of the whole"
+            )
         }
-        false => println!("     [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory"),
+        false => println!("           [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory"),
     }
-    for (n, k) in shapes {
-        let matrices = Weights::new(&cpu, n, k, is_warm)?;
+    for shape in shapes {
+        let matrices = Weights::new(&cpu, shape, is_warm)?;
         for &rows in &rows {
             if is_ladder {
                 climb(&cpu, &ceilings, &matrices, rows)?;
@@ -107,29 +120,59 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Copies of one random matrix, packed, and what was packed in f32.
+/// Copies of random matrices, packed.
 struct Weights {
-    n: usize,
-    k: usize,
-    packed: Vec<CpuMatrix>,
-    plain: Vec<f32>,
+    shape: Shape,
+    copies: Vec<Vec<CpuMatrix>>,
 }
 
 impl Weights {
-    fn new(cpu: &Cpu, n: usize, k: usize, is_warm: bool) -> Result<Self> {
-        let bits: Vec<u16> = random(n * k, 0).map(|v| (v.to_bits() >> 16) as u16).collect();
-        let bytes: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
-        let view = TensorView::new(ViewDtype::Bf16, n, k, &bytes);
-        let first = cpu.matrix(view)?;
-        let copies =
-            if is_warm { 1 } else { cold_bytes_with_room(LEAST_COLD_BYTES).div_ceil(first.bytes()).max(2) };
-        let others = (1..copies).map(|_| cpu.matrix(view));
-        let packed = std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>()?;
-        let packed: Vec<CpuMatrix> = packed;
-        let mut plain = vec![0.0; n * k];
-        plain.chunks_mut(k).enumerate().for_each(|(row, plain)| packed[0].copy_row(row, plain));
-        Ok(Self { n, k, packed, plain })
+    fn new(cpu: &Cpu, shape: Shape, is_warm: bool) -> Result<Self> {
+        let k = shape.k;
+        let random_bits = |n: &usize| random(n * k, 0).map(|v| (v.to_bits() >> 16) as u16);
+        let bits = shape.n.iter().map(|n| random_bits(n).flat_map(u16::to_le_bytes).collect::<Vec<u8>>());
+        let bits: Vec<_> = shape.n.iter().copied().zip(bits).collect();
+        let copy = || -> Result<Vec<CpuMatrix>> {
+            let matrices =
+                bits.iter().map(|(n, bits)| Ok(cpu.matrix(TensorView::new(ViewDtype::Bf16, *n, k, bits))?));
+            matrices.collect()
+        };
+        let first = copy()?;
+        let bytes = bytes(&first);
+        let num_copies =
+            if is_warm { 1 } else { cold_bytes_with_room(LEAST_COLD_BYTES).div_ceil(bytes).max(2) };
+        let others = (1..num_copies).map(|_| copy());
+        let copies = std::iter::once(Ok(first)).chain(others).collect::<Result<_>>()?;
+        Ok(Self { shape, copies })
     }
+
+    /// The one matrix of a copy.
+    fn only(&self, copy: usize) -> Result<&CpuMatrix> {
+        match &self.copies[copy][..] {
+            [w] => Ok(w),
+            _ => bail!("a ladder is of one product"),
+        }
+    }
+
+    /// The shape, as a line of a table begins.
+    fn name(&self) -> String {
+        let n: Vec<String> = self.shape.n.iter().map(usize::to_string).collect();
+        format!("[{:>14}, {:5}]", n.join("+"), self.shape.k)
+    }
+}
+
+/// Memory of packed weights.
+fn bytes(weights: &[CpuMatrix]) -> usize {
+    weights.iter().map(CpuMatrix::bytes).sum()
+}
+
+/// All products of the weights with x.
+fn multiply(cpu: &Cpu, x: &CpuOperand, weights: &[CpuMatrix], out: &mut [Array]) -> Result<()> {
+    Ok(match (weights, out) {
+        ([w], [out]) => cpu.matmul(x, w, out)?,
+        ([q, k, v], [a, b, c]) => cpu.matmul_each(x, [q, k, v], [a, b, c])?,
+        (weights, _) => bail!("{} products in one go, where one or three can be measured", weights.len()),
+    })
 }
 
 fn report(
@@ -139,24 +182,25 @@ fn report(
     rows: usize,
     has_integer_inputs: bool,
 ) -> Result<()> {
-    let &Weights { n, k, ref packed, ref plain } = weights;
-    let x = operand(cpu, rows, k)?;
-    let mut out = cpu.array();
-    cpu.matmul(&x, &packed[0], &mut out)?;
-    check(&x, plain, &out, [n, k], has_integer_inputs)?;
+    let Shape { n, k } = &weights.shape;
+    let x = operand(cpu, rows, *k)?;
+    let mut out: Vec<Array> = n.iter().map(|_| cpu.array()).collect();
+    let first = weights.copies.first().context("no weights")?;
+    multiply(cpu, &x, first, &mut out)?;
+    for (w, out) in first.iter().zip(&out) {
+        check(&x, w, out, has_integer_inputs)?;
+    }
 
-    let flops = 2.0 * (rows * n * k) as f64;
-    let bytes = packed[0].bytes() as f64;
+    let flops = 2.0 * (rows * n.iter().sum::<usize>() * k) as f64;
+    let bytes = bytes(first) as f64;
     // Few rows are as fast as memory is just now, many as the clock.
     let (before, peak) = (ceilings.read_bandwidth(), ceilings.product_flops());
-    let mut copies = packed.iter().cycle();
-    let ours = time(flops / peak, || {
-        let w = copies.next().context("no weights")?;
-        Ok(cpu.matmul(&x, w, &mut out)?)
-    })?;
+    let mut copies = weights.copies.iter().cycle();
+    let ours = time(flops / peak, || multiply(cpu, &x, copies.next().context("no weights")?, &mut out))?;
     let bandwidth = before.max(ceilings.read_bandwidth());
     println!(
-        "[{n:6}, {k:5}] {rows:5} {:9.0} {:9.0} {:5.1}% ({:5.1}%) {:7.1} {:5.1}% ({:5.1}%)",
+        "{} {rows:5} {:9.0} {:9.0} {:5.1}% ({:5.1}%) {:7.1} {:5.1}% ({:5.1}%)",
+        weights.name(),
         ours.median * 1e6,
         flops / ours.median / 1e9,
         100.0 * flops / ours.median / peak,
@@ -170,18 +214,18 @@ fn report(
 
 /// Times a product as far as each rung.
 fn climb(cpu: &Cpu, ceilings: &Ceilings<'_>, weights: &Weights, rows: usize) -> Result<()> {
-    let &Weights { n, k, ref packed, ref plain } = weights;
-    let x = operand(cpu, rows, k)?;
+    let x = operand(cpu, rows, weights.shape.k)?;
     let mut out = cpu.array();
-    cpu.climb(&x, &packed[0], Rung::Whole, &mut out)?;
-    check(&x, plain, &out, [n, k], false)?;
+    let first = weights.only(0)?;
+    cpu.climb(&x, first, Rung::Whole, &mut out)?;
+    check(&x, first, &out, false)?;
 
-    let bytes = packed[0].bytes() as f64;
+    let bytes = first.bytes() as f64;
     let before = ceilings.read_bandwidth();
-    let mut copies = packed.iter().cycle();
+    let mut copies = (0..weights.copies.len()).cycle();
     let times = Rung::ALL.map(|rung| {
         time(bytes / before, || {
-            let w = copies.next().context("no weights")?;
+            let w = weights.only(copies.next().context("no weights")?)?;
             Ok(cpu.climb(&x, w, rung, &mut out)?)
         })
     });
@@ -190,7 +234,8 @@ fn climb(cpu: &Cpu, ceilings: &Ceilings<'_>, weights: &Weights, rows: usize) -> 
     let whole = times.last().context("no rungs")?.median;
     for (rung, ours) in Rung::ALL.iter().zip(&times) {
         println!(
-            "[{n:6}, {k:5}] {rows:5}  {:<10} {:8.0} {:9.1} {:5.1}% ({:5.1}%) {:11.1}%",
+            "{} {rows:5}  {:<10} {:8.0} {:9.1} {:5.1}% ({:5.1}%) {:11.1}%",
+            weights.name(),
             rung.name(),
             ours.median * 1e6,
             bytes / ours.median / 1e9,
@@ -214,20 +259,22 @@ fn operand(cpu: &Cpu, rows: usize, k: usize) -> Result<CpuOperand> {
 }
 
 /// Compare elements of every row, spread over the columns, with their sums in f64.
-fn check(x: &CpuOperand, w: &[f32], out: &Array, [n, k]: [usize; 2], has_integer_inputs: bool) -> Result<()> {
-    let mut row = vec![0.0; k];
+fn check(x: &CpuOperand, w: &CpuMatrix, out: &Array, has_integer_inputs: bool) -> Result<()> {
+    let (n, k) = (out.cols(), x.cols());
+    let (mut row, mut weights) = (vec![0.0; k], vec![0.0; k]);
     for i in 0..x.rows() {
         x.copy_row(i, &mut row);
         let largest = row.iter().fold(0f32, |largest, x| largest.max(x.abs()));
         // Half a step of what is then quantised, for every weight.
         let step = if has_integer_inputs { f64::from(largest) / 253.0 } else { 0.0 };
         for col in (i % 7..n).step_by(n / 16 + 1) {
-            let terms = || row.iter().zip(&w[col * k..]).map(|(&x, &w)| f64::from(x) * f64::from(w));
+            w.copy_row(col, &mut weights);
+            let terms = || row.iter().zip(&weights).map(|(&x, &w)| f64::from(x) * f64::from(w));
             let (sum, magnitudes) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
             let found = f64::from(out.row(i)[col]);
             // Half a unit in the last place of at most the sum of magnitudes, for every product and addition.
-            let weights: f64 = w[col * k..][..k].iter().map(|&w| f64::from(w).abs()).sum();
-            let tolerance = magnitudes * 2.0 * (k as f64 + 3.0) * 2f64.powi(-24) + step * weights;
+            let magnitude: f64 = weights.iter().map(|&w| f64::from(w).abs()).sum();
+            let tolerance = magnitudes * 2.0 * (k as f64 + 3.0) * 2f64.powi(-24) + step * magnitude;
             if (found - sum).abs() > tolerance {
                 bail!("[{}, {k}] · [{n}, {k}]: element [{i}, {col}] is {found}, not {sum}", x.rows());
             }
@@ -272,7 +319,7 @@ fn options() -> Result<Options> {
             _ => bail!("unknown option {key}"),
         }
     }
-    let (rows, shapes): (&[_], &[_]) = match options.is_ladder {
+    let (rows, shapes): (&[_], &[&str]) = match options.is_ladder {
         true => (&LADDER_ROWS, &LADDER_SHAPES),
         false => (&ROWS, &SHAPES),
     };
@@ -280,12 +327,13 @@ fn options() -> Result<Options> {
         options.rows = rows.to_vec();
     }
     if options.shapes.is_empty() {
-        options.shapes = shapes.to_vec();
+        options.shapes = shapes.iter().map(|text| shape(text)).collect::<Result<_>>()?;
     }
     Ok(options)
 }
 
-fn shape(text: &str) -> Result<(usize, usize)> {
-    let (n, k) = text.split_once('x').with_context(|| format!("{text} is not NxK"))?;
-    Ok((n.parse()?, k.parse()?))
+fn shape(text: &str) -> Result<Shape> {
+    let (n, k) = text.split_once('x').with_context(|| format!("{text} is not NxK or N+N+NxK"))?;
+    let n = n.split('+').map(str::parse).collect::<Result<_, _>>()?;
+    Ok(Shape { n, k: k.parse()? })
 }

@@ -115,14 +115,25 @@ impl<const N: usize> Product<'_, N> {
     fn lines_ahead(&self, unit: &Unit, m: usize, chunk: usize, piece: usize, cols: usize) -> LinesAhead {
         let (plan, (next, _)) = (&self.plan, self.next_sweep(unit, m, chunk, piece));
         let tiles = unit.tiles.len() * cols.div_ceil(PIECE_COLS);
-        let lines = if next.is_some() { self.bytes_of(plan.chunk).div_ceil(LINE_BYTES) } else { 0 };
-        LinesAhead { at: next.unwrap_or(std::ptr::null()), lines, per_tile: lines.div_ceil(tiles) }
+        let groups = next.map_or(0, |_| plan.chunk / terms_per_word(self.kind));
+        LinesAhead {
+            group: next.unwrap_or(std::ptr::null()),
+            lines_of_group: cols.div_ceil(PIECE_COLS),
+            next_line: 0,
+            lines: groups * cols.div_ceil(PIECE_COLS),
+            per_tile: (groups * cols.div_ceil(PIECE_COLS)).div_ceil(tiles),
+        }
     }
 }
 
-/// Lines to be asked for ahead, some by each tile.
+/// Lines of a piece to be asked for ahead, some by each tile.
 struct LinesAhead {
-    at: *const u8,
+    /// The first of the piece's lines that are not all asked for: lines of a panel's words, of which a piece has some.
+    group: *const u8,
+    lines_of_group: usize,
+    /// The next one of them.
+    next_line: usize,
+    /// All that are left.
     lines: usize,
     per_tile: usize,
 }
@@ -131,10 +142,14 @@ impl LinesAhead {
     /// A tile's share.
     fn ask(&mut self) {
         for _ in 0..self.per_tile.min(self.lines) {
+            let line = self.group.wrapping_add(self.next_line * LINE_BYTES);
             // SAFETY: a prefetch never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.at.cast()) }
-            self.at = self.at.wrapping_add(LINE_BYTES);
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
             self.lines -= 1;
+            self.next_line += 1;
+            if self.next_line == self.lines_of_group {
+                (self.group, self.next_line) = (self.group.wrapping_add(GROUP_BYTES), 0);
+            }
         }
     }
 }

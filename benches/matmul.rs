@@ -83,11 +83,15 @@ fn main() -> Result<()> {
     let cpu = Cpu::new(CpuOptions { cores, threads, simd, weights, kv: KvDtype::Bf16 })?;
     cpu.pin_caller();
     let ceilings = Ceilings::new(&cpu)?;
+    let (bf16, int8) = (ceilings.bf16_flops(), ceilings.int8_flops());
     println!(
-        "{threads} threads, {}, {}: product {:.0} GFLOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s",
+        "{threads} threads, {}, weights in {}: products in bf16 {:.0} GFLOP/s, in int8 {:.0} ({:.2} of that), in f32 {:.0}; \
+         memory read {:.1} GB/s",
         simd.name(),
         weights.name(),
-        ceilings.product_flops() / 1e9,
+        bf16 / 1e9,
+        int8 / 1e9,
+        int8 / bf16,
         ceilings.f32_flops() / 1e9,
         ceilings.read_bandwidth() / 1e9
     );
@@ -168,11 +172,12 @@ fn bytes(weights: &[CpuMatrix]) -> usize {
 
 /// All products of the weights with x.
 fn multiply(cpu: &Cpu, x: &CpuOperand, weights: &[CpuMatrix], out: &mut [Array]) -> Result<()> {
-    Ok(match (weights, out) {
+    match (weights, out) {
         ([w], [out]) => cpu.matmul(x, w, out)?,
         ([q, k, v], [a, b, c]) => cpu.matmul_each(x, [q, k, v], [a, b, c])?,
         (weights, _) => bail!("{} products in one go, where one or three can be measured", weights.len()),
-    })
+    }
+    Ok(())
 }
 
 fn report(

@@ -49,27 +49,49 @@ impl<'a> Ceilings<'a> {
     }
 
     /// Multiplications and additions per second of the device's fastest product in the number type that its
-    /// weights are multiplied in, all threads together: `TDPBUSD` and `TDPBF16PS` in AMX; in AVX-512 `VPDPBUSD` for integers on
-    /// both sides and `VDPBF16PS` for bf16 and what is unpacked to it; otherwise as [`Ceilings::f32_flops`].
+    /// weights are multiplied in, all threads together: those of [`Ceilings::int8_flops`] for integers on both sides, of
+    /// [`Ceilings::bf16_flops`] for bf16 and what is unpacked to it, otherwise of [`Ceilings::f32_flops`].
     pub fn product_flops(&self) -> f64 {
-        match (self.cpu.simd, self.cpu.weights) {
+        match self.cpu.weights {
+            WeightType::Int8 => self.int8_flops(),
+            WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight => self.bf16_flops(),
+            WeightType::F32 | WeightType::Fp8 => self.f32_flops(),
+        }
+    }
+
+    /// The same in integers of 8 bits on both sides: `TDPBUSD` in AMX, `VPDPBUSD` in AVX-512 where there is one, otherwise
+    /// `VPMADDUBSW`, `VPMADDWD` and `VPADDD`. Portable code has that of f32 for a measure.
+    pub fn int8_flops(&self) -> f64 {
+        match self.cpu.simd {
             #[cfg(target_arch = "x86_64")]
-            (Simd::Amx, WeightType::Int8) => {
+            Simd::Amx => {
                 // SAFETY: the device has its level.
                 self.flops(ROUNDS / 8, 2 * amx::ROUND_FLOPS, || unsafe { amx::integer_products(ROUNDS / 8) })
             }
             #[cfg(target_arch = "x86_64")]
-            (Simd::Amx, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight) => {
-                // SAFETY: the device has its level.
-                self.flops(ROUNDS / 8, amx::ROUND_FLOPS, || unsafe { amx::bf16_products(ROUNDS / 8) })
-            }
-            #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, WeightType::Int8) if has_vnni() => {
+            Simd::Avx512 if has_vnni() => {
                 // SAFETY: the device has its level, and `VPDPBUSD`.
                 self.flops(ROUNDS, SUMS * 128, || unsafe { x86::integer_products(ROUNDS) })
             }
             #[cfg(target_arch = "x86_64")]
-            (Simd::Avx512, WeightType::Bf16 | WeightType::Int8Weight | WeightType::Int4Weight) => {
+            Simd::Avx512 | Simd::Avx2 => {
+                // SAFETY: the device has its level, which has AVX2.
+                self.flops(ROUNDS / 4, SUMS * 64, || unsafe { x86::integer_products_256(ROUNDS / 4) })
+            }
+            _ => self.f32_flops(),
+        }
+    }
+
+    /// The same in bf16: `TDPBF16PS` in AMX, `VDPBF16PS` in AVX-512; the other levels widen it to f32.
+    pub fn bf16_flops(&self) -> f64 {
+        match self.cpu.simd {
+            #[cfg(target_arch = "x86_64")]
+            Simd::Amx => {
+                // SAFETY: the device has its level.
+                self.flops(ROUNDS / 8, amx::ROUND_FLOPS, || unsafe { amx::bf16_products(ROUNDS / 8) })
+            }
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => {
                 // SAFETY: the device has its level.
                 self.flops(ROUNDS, SUMS * 64, || unsafe { x86::dot_products(ROUNDS) })
             }
@@ -203,6 +225,21 @@ mod x86 {
             sums = std::array::from_fn(|i| _mm512_dpbusd_epi32(sums[i], one, one));
         }
         sums.iter().map(|&sum| _mm512_reduce_add_epi32(sum)).sum::<i32>() as f32
+    }
+
+    /// Each sum goes on with its own products, as those of one and the same numbers would be made once, before the loop: twelve
+    /// chains of three instructions, of which the units are busy with one while they wait for another.
+    #[target_feature(enable = "avx2")]
+    pub(super) fn integer_products_256(rounds: usize) -> f32 {
+        let (bytes, ones) = (_mm256_set1_epi8(black_box(1)), _mm256_set1_epi16(black_box(1)));
+        let mut sums = [bytes; SUMS];
+        for _ in 0..rounds {
+            sums = std::array::from_fn(|i| {
+                let products = _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, sums[i]), ones);
+                _mm256_add_epi32(sums[i], products)
+            });
+        }
+        sums.iter().map(|&sum| _mm256_cvtsi256_si32(sum) as f32).sum()
     }
 
     #[target_feature(enable = "avx512f")]

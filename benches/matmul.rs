@@ -13,8 +13,8 @@
 //!
 //! A shape is NxK, or `576+192+192x576` for three products in one go, as a block does q, k and v.
 //!
-//! With `--ladder` it asks instead where the time of few rows of `int8-weight` or `int4-weight` goes: the product is done as far as
-//! each rung of [`Rung`], which says what is left out.
+//! With `--ladder` it asks instead where the time goes: the product is done as far as each rung of [`Rung`], which says what is left
+//! out. There is none for `int8`, which the peak of its instructions bounds: the first line has it beside the one of bf16.
 //!
 //! A time is the median, and the best, of 15 samples of at least a millisecond.
 
@@ -50,9 +50,9 @@ const SHAPES: [&str; 18] = [
     "5376x16384",
     "16384x5376",
 ];
-/// Those of a ladder, where none are named: few enough for one tile, and weights that are beyond every cache as one matrix or as
-/// its copies.
-const LADDER_ROWS: [usize; 2] = [1, 4];
+/// Those of a ladder, where none are named: few enough for one tile, and enough for several; weights that are beyond every cache as
+/// one matrix or as its copies.
+const LADDER_ROWS: [usize; 3] = [1, 4, 64];
 const LADDER_SHAPES: [&str; 3] = ["1536x576", "2048x2048", "8192x2048"];
 const ROWS: [usize; 6] = [1, 4, 16, 64, 256, 512];
 const WEIGHTS: [WeightType; 4] =
@@ -105,7 +105,7 @@ fn main() -> Result<()> {
     match is_ladder {
         true => {
             println!(
-                "           [n, k]      rows  rung        time us      GB/s   of memory        of the whole"
+                "           [n, k]      rows  rung        time us      GB/s   of memory        of the whole   of peak"
             )
         }
         false => println!("           [n, k]      rows  time us   GFLOP/s  of peak        GB/s   of memory"),
@@ -226,20 +226,25 @@ fn climb(cpu: &Cpu, ceilings: &Ceilings<'_>, weights: &Weights, rows: usize) -> 
     check(&x, first, &out, false)?;
 
     let bytes = first.bytes() as f64;
-    let before = ceilings.read_bandwidth();
+    let flops = 2.0 * (rows * weights.shape.k * out.cols()) as f64;
+    let (before, peak) = (ceilings.read_bandwidth(), ceilings.product_flops());
     let mut copies = (0..weights.copies.len()).cycle();
-    let times = Rung::ALL.map(|rung| {
-        time(bytes / before, || {
+    let rungs = cpu.rungs(&x, first)?;
+    let times = rungs.iter().map(|&rung| {
+        let least = if rung.multiplies() { flops / peak } else { 0.0 };
+        time(least.max(bytes / before), || {
             let w = weights.only(copies.next().context("no weights")?)?;
             Ok(cpu.climb(&x, w, rung, &mut out)?)
         })
     });
+    let times = times.collect::<Result<Vec<_>>>()?;
     let bandwidth = before.max(ceilings.read_bandwidth());
-    let times = times.into_iter().collect::<Result<Vec<_>>>()?;
     let whole = times.last().context("no rungs")?.median;
-    for (rung, ours) in Rung::ALL.iter().zip(&times) {
+    for (rung, ours) in rungs.iter().zip(&times) {
+        let of_peak = 100.0 * flops / ours.median / peak;
+        let of_peak = if rung.multiplies() { format!("{of_peak:8.1}%") } else { String::new() };
         println!(
-            "{} {rows:5}  {:<10} {:8.0} {:9.1} {:5.1}% ({:5.1}%) {:11.1}%",
+            "{} {rows:5}  {:<10} {:8.0} {:9.1} {:5.1}% ({:5.1}%) {:11.1}% {of_peak}",
             weights.name(),
             rung.name(),
             ours.median * 1e6,

@@ -99,20 +99,6 @@ impl Cpu {
     pub fn num_threads(&self) -> usize {
         self.pool.num_threads()
     }
-
-    /// [`Backend::matmul`] as far as a rung, to measure what its parts take.
-    ///
-    /// # Errors
-    /// Shapes that do not fit; weights that are not narrow beside inputs that are, more rows than such a product has rungs for.
-    pub fn climb(&self, x: &CpuOperand, w: &CpuMatrix, rung: Rung, out: &mut Array) -> Result<()> {
-        check::shape("climb", "x's columns", [x.0.cols()], [w.0.cols()])?;
-        out.reshape(x.0.rows(), w.0.rows());
-        if gemm::climb(self.simd, &self.pool, &x.0, &w.0, rung, out.values_mut()) {
-            return Ok(());
-        }
-        let (rows, kind) = (x.0.rows(), w.0.kind().name());
-        Err(Error::Unsupported(format!("no rungs for a product of {rows} rows with weights in {kind}")))
-    }
 }
 
 impl CpuMatrix {

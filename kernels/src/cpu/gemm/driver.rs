@@ -273,15 +273,23 @@ impl<'a, const N: usize> Product<'a, N> {
     /// # Safety
     /// `scratch` has room for the unit's tiles.
     unsafe fn sweep_to_scratch(&self, unit: &Unit, m: usize, scratch: *mut f32) {
-        let c_stride = self.kernel.geometry.strip;
         // SAFETY: the caller vouches for the scratch, which has a place for every tile.
         unsafe {
             match self.plan.reading {
                 Reading::Unpacked => self.sweep_unpacked(unit, m, scratch),
-                Reading::Panels | Reading::Widened => self.sweep(unit, m, scratch, |piece, tile| {
-                    Destination { c: scratch.add(self.place(unit, piece, tile)), c_stride, is_added: false }
-                }),
+                Reading::Panels | Reading::Widened => {
+                    self.sweep(unit, m, scratch, self.to_scratch(unit, scratch));
+                }
             }
+        }
+    }
+
+    /// The destination in the scratch of each `(piece, tile)` of a unit.
+    fn to_scratch(&self, unit: &Unit, scratch: *mut f32) -> impl Fn(usize, usize) -> Destination {
+        let c_stride = self.kernel.geometry.strip;
+        move |piece, tile| {
+            let c = scratch.wrapping_add(self.place(unit, piece, tile));
+            Destination { c, c_stride, is_added: false }
         }
     }
 

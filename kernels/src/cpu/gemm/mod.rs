@@ -74,24 +74,6 @@ pub(crate) fn matmul(
     with_input(simd, pool, x, w.kind(), |x| Product::new(simd, pool, x, [w]).write(pool, out, accumulate));
 }
 
-/// A product of few rows with narrow weights as far as a rung, or false where there are no rungs; `x: [rows, k]`, `w: [n, k]`,
-/// `out: [rows, n]`, which the whole product alone writes.
-pub(crate) fn climb(
-    simd: Simd,
-    pool: &ThreadPool,
-    x: &Operand,
-    w: &PackedMatrix,
-    rung: Rung,
-    out: &mut [f32],
-) -> bool {
-    let product = Product::new(simd, pool, Input { numbers: x, integers: None }, [w]);
-    let has_rungs = product.has_rungs();
-    if has_rungs {
-        product.climb(pool, rung, out);
-    }
-    has_rungs
-}
-
 /// `out = x · wᵀ` for each of some matrices of one type, in one region.
 pub(crate) fn matmul_each<const N: usize>(
     simd: Simd,

@@ -12,13 +12,14 @@ mod narrow;
 mod widened;
 
 use super::narrow::in_pieces;
-use super::tile::{GROUP_BYTES, KR, NR, Tile};
+use super::tile::{GROUP_BYTES, KR, NR, Tile, TileFn};
+use crate::backend::WeightType;
 use crate::cpu::exp::avx2::exp_ps;
 use crate::cpu::lanes::upper_halves;
 use std::arch::x86_64::*;
 
 pub(super) use integers::tile_int8;
-pub(super) use narrow::{tile_int4_weight, tile_int8_weight, unpacking_tile};
+pub(super) use narrow::{tile_int4_weight, tile_int8_weight};
 pub(super) use widened::{tile_widened, widen_fn};
 
 /// Most tiles that share what is widened: to widen a weight takes as long as three rows' products with it, so 96 rows pay 3 %.
@@ -29,19 +30,20 @@ pub(super) const GROUP_TILES: usize = 16;
 /// 100), and to widen takes as long as three rows: 33 rows are as long either way.
 pub(super) const WIDENED_TILES: usize = 6;
 
-/// Calls `$micro::<rows, registers of columns>` for a piece's shape.
+/// Calls `$micro::<rows, registers of columns>` for a piece's shape, with what is done with weights before these, if it is
+/// named.
 macro_rules! dispatch {
-    ($tile:expr, $micro:ident) => {
+    ($tile:expr, $micro:ident $(, $used:ident)?) => {
         match ($tile.rows, $tile.cols) {
-            (1, 64) => $micro::<1, 8>($tile),
-            (1, 32) => $micro::<1, 4>($tile),
-            (1, 16) => $micro::<1, 2>($tile),
-            (2, 32) => $micro::<2, 4>($tile),
-            (2, 16) => $micro::<2, 2>($tile),
-            (3, 16) => $micro::<3, 2>($tile),
-            (4, 16) => $micro::<4, 2>($tile),
-            (5, 16) => $micro::<5, 2>($tile),
-            (6, 16) => $micro::<6, 2>($tile),
+            (1, 64) => $micro::<$($used,)? 1, 8>($tile),
+            (1, 32) => $micro::<$($used,)? 1, 4>($tile),
+            (1, 16) => $micro::<$($used,)? 1, 2>($tile),
+            (2, 32) => $micro::<$($used,)? 2, 4>($tile),
+            (2, 16) => $micro::<$($used,)? 2, 2>($tile),
+            (3, 16) => $micro::<$($used,)? 3, 2>($tile),
+            (4, 16) => $micro::<$($used,)? 4, 2>($tile),
+            (5, 16) => $micro::<$($used,)? 5, 2>($tile),
+            (6, 16) => $micro::<$($used,)? 6, 2>($tile),
             (rows, cols) => unreachable!("a piece of {rows} x {cols}"),
         }
     };
@@ -62,7 +64,24 @@ fn width(rows: usize) -> usize {
 /// As [`super::tile::TileFn`].
 pub(super) unsafe fn tile_bf16(tile: &Tile) {
     // SAFETY: the caller vouches for the tile, and the piece reads bf16 panels.
-    unsafe { in_pieces(tile, 2, width(tile.rows), piece_bf16) }
+    unsafe { in_pieces(tile, 2, width(tile.rows), piece_bf16::<Multiplied>) }
+}
+
+/// A tile that unpacks weights in its registers as it does to multiply them, and leaves them: its sums are noise.
+pub(super) fn unpacking_tile(kind: WeightType) -> TileFn {
+    match kind {
+        WeightType::Bf16 => unpack_bf16,
+        WeightType::Int8Weight => narrow::in_columns::<narrow::Int8, Left>,
+        WeightType::Int4Weight => narrow::in_columns::<narrow::Int4, Left>,
+        WeightType::F32 | WeightType::Fp8 | WeightType::Int8 => unreachable!("{kind:?} is not unpacked"),
+    }
+}
+
+/// # Safety
+/// As [`tile_bf16`].
+unsafe fn unpack_bf16(tile: &Tile) {
+    // SAFETY: as there.
+    unsafe { in_pieces(tile, 2, width(tile.rows), piece_bf16::<Left>) }
 }
 
 /// An f32 tile.
@@ -74,9 +93,9 @@ pub(super) unsafe fn tile_f32(tile: &Tile) {
     unsafe { in_pieces(tile, 1, width(tile.rows), piece_f32) }
 }
 
-unsafe fn piece_bf16(tile: &Tile) {
+unsafe fn piece_bf16<U: Use>(tile: &Tile) {
     // SAFETY: the caller vouches for the pointers and the features.
-    unsafe { dispatch!(tile, micro_bf16) }
+    unsafe { dispatch!(tile, micro_bf16, U) }
 }
 
 unsafe fn piece_f32(tile: &Tile) {
@@ -85,7 +104,7 @@ unsafe fn piece_f32(tile: &Tile) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-unsafe fn micro_bf16<const R: usize, const V: usize>(tile: &Tile) {
+unsafe fn micro_bf16<U: Use, const R: usize, const V: usize>(tile: &Tile) {
     let odd_half = upper_halves();
     // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, `8 * V` columns and `k` terms, of
     // which there are a multiple of KR = 8: four groups of two.
@@ -99,13 +118,13 @@ unsafe fn micro_bf16<const R: usize, const V: usize>(tile: &Tile) {
                 let even = std::array::from_fn(|v| {
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_load_si256(words.add(v))))
                 });
-                accumulate(&mut sums, even, a.add(pair * 8), tile.a_stride);
+                U::take(&mut sums, even, a.add(pair * 8), tile.a_stride);
                 // Volatile, so that the words are read again instead of kept: with 6 rows they would be one
                 // register too many, and sums would go to memory.
                 let odd = std::array::from_fn(|v| {
                     _mm256_castsi256_ps(_mm256_and_si256(words.add(v).read_volatile(), odd_half))
                 });
-                accumulate(&mut sums, odd, a.add(pair * 8 + 4), tile.a_stride);
+                U::take(&mut sums, odd, a.add(pair * 8 + 4), tile.a_stride);
             }
             a = a.add(KR * 4);
             b = b.add(KR / 2 * GROUP_BYTES);
@@ -131,6 +150,51 @@ unsafe fn micro_f32<const R: usize, const V: usize>(tile: &Tile) {
             b = b.add(KR * GROUP_BYTES);
         }
         store_sums(tile, sums);
+    }
+}
+
+/// What a tile does with weights that it has unpacked.
+trait Use {
+    /// Takes a term's numbers of V registers of columns to the sums of R rows of x, which are `stride` bytes apart.
+    unsafe fn take<const R: usize, const V: usize>(
+        sums: &mut [[__m256; V]; R],
+        w: [__m256; V],
+        a: *const u8,
+        stride: usize,
+    );
+}
+
+/// Multiplies them.
+struct Multiplied;
+
+/// Leaves them: for who asks what it takes to read and unpack weights alone.
+struct Left;
+
+impl Use for Multiplied {
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn take<const R: usize, const V: usize>(
+        sums: &mut [[__m256; V]; R],
+        w: [__m256; V],
+        a: *const u8,
+        stride: usize,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { accumulate(sums, w, a, stride) }
+    }
+}
+
+impl Use for Left {
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn take<const R: usize, const V: usize>(
+        sums: &mut [[__m256; V]; R],
+        w: [__m256; V],
+        _: *const u8,
+        _: usize,
+    ) {
+        // The least that keeps the compiler from leaving them out.
+        sums[0] = std::array::from_fn(|v| _mm256_or_ps(sums[0][v], w[v]));
     }
 }
 

@@ -4,11 +4,11 @@
 //! a mask, an exponent, and a subtraction of what is too much. There is no shift but one that serves half of a word: on a
 //! Zen 1 core it takes as long as all three.
 
-use super::{accumulate, load_sums, store_sums};
+use super::{Multiplied, Use, load_sums, store_sums};
 use crate::cpu::gemm::narrow::in_pieces;
 use crate::cpu::gemm::operand::LINE_BYTES;
 use crate::cpu::gemm::quantized::GROUP;
-use crate::cpu::gemm::tile::{GROUP_BYTES, NR, Tile, TileFn};
+use crate::cpu::gemm::tile::{GROUP_BYTES, NR, Tile};
 use std::arch::x86_64::*;
 
 /// Integers of a register of words, one after the other.
@@ -88,51 +88,6 @@ impl Narrow for Int4 {
     }
 }
 
-/// What a tile does with the numbers that it has unpacked.
-trait Use {
-    /// Takes a term's numbers of V registers of columns to the sums of R rows of x, which are `stride` bytes apart.
-    unsafe fn take<const R: usize, const V: usize>(
-        sums: &mut [[__m256; V]; R],
-        w: [__m256; V],
-        a: *const u8,
-        stride: usize,
-    );
-}
-
-/// Multiplies them.
-struct Multiplied;
-
-/// Leaves them: for who asks what it takes to read and unpack weights alone.
-struct Left;
-
-impl Use for Multiplied {
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn take<const R: usize, const V: usize>(
-        sums: &mut [[__m256; V]; R],
-        w: [__m256; V],
-        a: *const u8,
-        stride: usize,
-    ) {
-        // SAFETY: the caller's.
-        unsafe { accumulate(sums, w, a, stride) }
-    }
-}
-
-impl Use for Left {
-    #[inline]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn take<const R: usize, const V: usize>(
-        sums: &mut [[__m256; V]; R],
-        w: [__m256; V],
-        _: *const u8,
-        _: usize,
-    ) {
-        // The least that keeps the compiler from leaving them out.
-        sums[0] = std::array::from_fn(|v| _mm256_or_ps(sums[0][v], w[v]));
-    }
-}
-
 /// A tile of weights of 8 bits, without their scales.
 ///
 /// # Safety
@@ -151,16 +106,11 @@ pub(in crate::cpu::gemm) unsafe fn tile_int4_weight(tile: &Tile) {
     unsafe { in_columns::<Int4, Multiplied>(tile) }
 }
 
-/// A tile that unpacks weights of 8 or of 4 bits and does nothing with them: its sums are noise.
-pub(in crate::cpu::gemm) fn unpacking_tile(is_int4: bool) -> TileFn {
-    if is_int4 { in_columns::<Int4, Left> } else { in_columns::<Int8, Left> }
-}
-
 /// Pieces of a tile: as wide as there are registers for sums, of which the units want five at a time.
 ///
 /// # Safety
 /// As [`tile_int8_weight`].
-unsafe fn in_columns<T: Narrow, U: Use>(tile: &Tile) {
+pub(super) unsafe fn in_columns<T: Narrow, U: Use>(tile: &Tile) {
     let width = match tile.rows {
         1 => 32,
         2..=4 => 16,

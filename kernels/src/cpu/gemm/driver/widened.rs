@@ -12,8 +12,10 @@ use crate::cpu::gemm::operand::LINE_BYTES;
 use crate::cpu::gemm::pack::terms_per_word;
 use crate::cpu::gemm::plan::Unit;
 use crate::cpu::gemm::quantized::GROUP;
+use crate::cpu::gemm::scratch::with_sums;
 use crate::cpu::gemm::tile::{GROUP_BYTES, KR, NR, OpenBlock, PIECE_COLS, Tile};
 use crate::cpu::gemm::unpack::{Unpack, Widened};
+use crate::cpu::pool::ThreadPool;
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::mem::MaybeUninit;
 
@@ -29,12 +31,38 @@ impl<const N: usize> Product<'_, N> {
         scratch: *mut f32,
         destination: impl Fn(usize, usize) -> Destination,
     ) {
+        let widen = avx2::widen_fn(self.kind);
+        // SAFETY: the caller's; `sweep_by` vouches for the chunk and the tiles.
+        unsafe {
+            let multiply = |tile: &Tile| avx2::tile_widened(tile);
+            self.sweep_by(unit, m, scratch, destination, |chunk| widen(chunk), multiply);
+        }
+    }
+
+    /// Whether a unit's weights are widened. A few tiles of bf16 take each line while it is in L1, but nothing is widened for
+    /// them.
+    pub(super) fn is_widened(&self, unit: &Unit) -> bool {
+        self.kind != WeightType::Bf16 || unit.tiles.len() >= avx2::WIDENED_TILES
+    }
+
+    /// The same with what widens some columns of a chunk, and what multiplies them as widened. What is passed to either is
+    /// valid for it, but for the numbers of columns that have not been widened.
+    ///
+    /// # Safety
+    /// As `sweep_widened`.
+    unsafe fn sweep_by(
+        &self,
+        unit: &Unit,
+        m: usize,
+        scratch: *mut f32,
+        destination: impl Fn(usize, usize) -> Destination,
+        widen: impl Fn(&Unpack),
+        multiply: impl Fn(&Tile),
+    ) {
         let plan = &self.plan;
         let mut widened = MaybeUninit::<Widened>::uninit();
         let b = widened.as_mut_ptr().cast::<u32>();
-        let widen = avx2::widen_fn(self.kind);
-        // A few tiles of bf16 take each line while it is in L1, but nothing is widened for them.
-        let is_widened = self.kind != WeightType::Bf16 || unit.tiles.len() >= avx2::WIDENED_TILES;
+        let is_widened = self.is_widened(unit);
         for (chunk, piece) in
             (0..plan.num_chunks).flat_map(|chunk| unit.pieces.clone().map(move |piece| (chunk, piece)))
         {
@@ -53,17 +81,16 @@ impl<const N: usize> Product<'_, N> {
             for col in (0..cols).step_by(PIECE_COLS) {
                 let words = words.wrapping_add(col);
                 if is_widened {
-                    // SAFETY: the chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
-                    unsafe { widen(&Unpack { words, strip: NR, terms: k, cols: PIECE_COLS, out: b }) };
+                    // The chunk's words lie inside of the panel by the plan, and the buffer has room for a chunk.
+                    widen(&Unpack { words, strip: NR, terms: k, cols: PIECE_COLS, out: b });
                 }
                 for (i, tile) in tiles[..unit.tiles.len()].iter().enumerate() {
                     let mut tile = tile.of_columns(col);
                     if is_widened {
                         tile.b = b.cast_const().cast();
                         ahead.ask();
-                        // SAFETY: rows and terms lie inside of x by the plan, the columns have been widened, and sums from the
-                        // chunk before are in the scratch.
-                        unsafe { avx2::tile_widened(&tile) }
+                        // Rows and terms lie inside of x by the plan, and sums from the chunk before are in the scratch.
+                        multiply(&tile);
                     } else {
                         tile.b = words.cast();
                         tile.prefetch = tile.b.wrapping_add(LINES_AHEAD * GROUP_BYTES);
@@ -123,6 +150,39 @@ impl<const N: usize> Product<'_, N> {
             lines: groups * cols.div_ceil(PIECE_COLS),
             per_tile: (groups * cols.div_ceil(PIECE_COLS)).div_ceil(tiles),
         }
+    }
+}
+
+/// With one part left out.
+impl Product<'_, 1> {
+    /// Widens for every unit what its tiles would multiply.
+    pub(super) fn widen(&self, pool: &ThreadPool) {
+        let widen = avx2::widen_fn(self.kind);
+        // SAFETY: `sweep_by` vouches for the chunk.
+        self.sweep_all_by(pool, |chunk| unsafe { widen(chunk) }, |_| ());
+    }
+
+    /// Has every unit's tiles multiply zeros, and widens nothing; sums stay in the scratch.
+    pub(super) fn multiply_zeros(&self, pool: &ThreadPool) {
+        let zeros = Widened([0.0; _]);
+        // SAFETY: `sweep_by` vouches for the tile but for its weights, in whose place there are as many zeros.
+        let multiply =
+            |tile: &Tile| unsafe { avx2::tile_widened(&Tile { b: zeros.0.as_ptr().cast(), ..*tile }) };
+        self.sweep_all_by(pool, |_| (), multiply);
+    }
+
+    fn sweep_all_by(
+        &self,
+        pool: &ThreadPool,
+        widen: impl Fn(&Unpack) + Sync,
+        multiply: impl Fn(&Tile) + Sync,
+    ) {
+        self.for_each_unit(pool, |unit| {
+            // SAFETY: the scratch has a place for every tile of a unit, and what is widened is so in AVX2.
+            with_sums(self.unit_sums(), |scratch| unsafe {
+                self.sweep_by(&unit, 0, scratch, self.to_scratch(&unit, scratch), &widen, &multiply);
+            });
+        });
     }
 }
 

@@ -124,13 +124,18 @@ pub async fn run_job(
     let window = pipelines.iter().map(|pipeline| pipeline.window).sum();
     let prepared = PreparedActor::<JobActor>::new(mailbox::bounded(mailbox_size(window, pipelines.len())));
     let job = prepared.actor_ref().clone();
-    let mut replicas = Vec::new();
-    for Pipeline { actor, clock, .. } in pipelines {
+    let (mut replicas, mut gone) = (Vec::new(), Vec::new());
+    for (replica, Pipeline { actor, clock, .. }) in pipelines.iter().enumerate() {
         job.link(actor).await;
+        // A link tells of no end that came before it. A mailbox closes under the lock that links are made under: either word of
+        // the end will come, or it is closed by now.
+        if !actor.is_alive() {
+            gone.push((replica, end_of(actor).await));
+        }
         replicas.push(Replica { pipeline: actor.clone(), clock: Arc::clone(clock) });
     }
     let rooms = Rooms::new(pipelines.iter().map(|pipeline| pipeline.window));
-    let args = JobArgs { options, replicas, rooms, window };
+    let args = JobArgs { options, replicas, gone, rooms, window };
     let mut running = prepared.spawn(args);
     let ended = tokio::select! {
         ended = &mut running => ended,
@@ -146,9 +151,19 @@ pub async fn run_job(
     }
 }
 
+/// What has ended a pipeline.
+async fn end_of(pipeline: &ActorRef<PipelineActor>) -> Error {
+    match pipeline.wait_for_shutdown_result().await {
+        Ok(reason) => death_error(&reason),
+        Err(_) => Error::Ended("the pipeline"),
+    }
+}
+
 struct JobArgs {
     options: JobOptions,
     replicas: Vec<Replica>,
+    /// Replicas that have ended before the job began, and why.
+    gone: Vec<(usize, Error)>,
     rooms: Rooms,
     /// Of all replicas together.
     window: usize,
@@ -198,7 +213,7 @@ impl Actor for JobActor {
     type Error = Infallible;
 
     async fn on_start(args: JobArgs, job: ActorRef<Self>) -> std::result::Result<Self, Infallible> {
-        let JobArgs { options, replicas, rooms, window } = args;
+        let JobArgs { options, replicas, gone, rooms, window } = args;
         let JobOptions { reader, writer, tokenizer, guides, created, limits, .. } = options;
         let (credits, leave) = bounded(window);
         for () in std::iter::repeat_n((), window) {
@@ -208,9 +223,9 @@ impl Actor for JobActor {
         threads::spawn_reader(reader, leave, job.clone(), Arc::clone(&options.progress));
         let make = LineMaker { tokenizer: tokenizer.clone(), created };
         threads::spawn_writer(writer, unwritten, make, job.clone(), Arc::clone(&options.progress));
-        let keeper: Recipient<Checkpoint> = job.recipient();
+        let keeper: Recipient<Checkpoint> = job.clone().recipient();
         let leave = Arc::new(Semaphore::new(MAX_CHECKPOINTS));
-        Ok(JobActor {
+        let mut actor = JobActor {
             state: JobState::new(limits, rooms, options.max_error_rate, options.progress),
             replicas,
             tokenizer,
@@ -222,7 +237,9 @@ impl Actor for JobActor {
             was_interrupted: false,
             failure: None,
             failed_replicas: Vec::new(),
-        })
+        };
+        gone.into_iter().for_each(|(replica, error)| actor.give_up(replica, error, &job));
+        Ok(actor)
     }
 
     async fn on_link_died(
@@ -235,11 +252,7 @@ impl Actor for JobActor {
         let replica = self.replicas.iter().position(|replica| replica.pipeline.id() == id);
         match (replica, job.upgrade()) {
             // All that it had sent has come before: a mailbox keeps the order of each sender.
-            (Some(replica), Some(job)) if self.state.replica_failed(replica) => {
-                tracing::warn!("replica {replica} is given up, others take its rows: {error}");
-                self.failed_replicas.push((replica, error));
-                self.hand_out(&job);
-            }
+            (Some(replica), Some(job)) => self.give_up(replica, error, &job),
             _ => self.fail(error),
         }
         Ok(ControlFlow::Continue(())) // Until the writer has made its lines whole.
@@ -250,6 +263,17 @@ impl JobActor {
     fn into_outcome(self) -> JobOutcome {
         let JobActor { state, written, was_interrupted, failure, failed_replicas, .. } = self;
         JobOutcome { input: state.into_input(), written, was_interrupted, failure, failed_replicas }
+    }
+
+    /// Leaves the rows of a replica that has ended to the others, where there are any. What it has sent was heard before: a row that it
+    /// has answered may not be handed out again.
+    fn give_up(&mut self, replica: usize, error: Error, job: &ActorRef<Self>) {
+        if !self.state.replica_failed(replica) {
+            return self.fail(error);
+        }
+        tracing::warn!("replica {replica} is given up, others take its rows: {error}");
+        self.failed_replicas.push((replica, error));
+        self.hand_out(job);
     }
 
     /// Submits rows that wait for room, where there is some; not when no answer is wanted any more.
@@ -270,7 +294,7 @@ impl JobActor {
         let completed = job.clone().recipient();
         let checkpoints = is_kept.then(|| self.checkpoints.clone());
         let prompt = Prompt { tag, request, so_far, stop, guiding, completed, sampled: None, checkpoints };
-        // A pipeline that is gone tells so through its link.
+        // Of a pipeline that is gone word is on its way, behind all that it has sent: see `run_job`.
         is_delivered(self.replicas[replica].pipeline.tell(prompt).try_send());
     }
 

@@ -17,7 +17,7 @@ use crate::stage_set::Seat;
 /// any stage's mailbox holds.
 pub(crate) trait Link: Send {
     /// Pushes a micro-batch on. Where the next stage is gone it is lost, and whoever starts that stage
-    /// again knows.
+    /// again knows. Where there was no way to it yet, the stage that pushes fails.
     fn push(&self, batch: Arc<MicroBatch>, activations: Option<Activations>);
 }
 

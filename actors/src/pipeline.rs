@@ -62,7 +62,7 @@ pub(crate) struct PipelineActor {
     first: InProcess,
     step_timeout: Duration,
     _watchdog: Watchdog,
-    /// False between a stage's end and the moment when all stages are there again.
+    /// Whether all stages are there and joined; false from a stage's end until they are again.
     is_whole: bool,
     /// Ends of stages since a micro-batch was completed.
     ends_in_a_row: u32,
@@ -159,13 +159,16 @@ impl Actor for PipelineActor {
 
     async fn on_start(args: PipelineArgs, _: ActorRef<Self>) -> Result<Self> {
         let PipelineArgs { options, stages, step_timeout, clock } = args;
+        let watchdog = stages.watch(step_timeout);
+        // Not before each stage is joined to the next. Where one has ended meanwhile, word of that is on its way.
+        let is_whole = stages.flush().await;
         Ok(PipelineActor {
             scheduler: Scheduler::new(options),
             first: stages.first(),
             step_timeout,
-            _watchdog: stages.watch(step_timeout),
+            _watchdog: watchdog,
             stages,
-            is_whole: true,
+            is_whole,
             ends_in_a_row: 0,
             num_hangs: 0,
             probe: None,

@@ -84,7 +84,7 @@ impl Seat {
 }
 
 impl StageSet {
-    /// Loads every stage on its device, in parallel.
+    /// Loads every stage on its device, in parallel, and has each be joined to the next: a flush says when they are.
     ///
     /// # Errors
     /// The first stage that could not be loaded.
@@ -114,7 +114,7 @@ impl StageSet {
         Ok(stages)
     }
 
-    /// Starts a stage again that has ended.
+    /// Starts a stage again that has ended, and has it be joined to its neighbours: a flush says when it is.
     ///
     /// # Errors
     /// It could not be loaded.
@@ -239,9 +239,10 @@ impl StageSet {
         self.clocks.clone()
     }
 
-    /// Waits until no stage has anything left of what was lost; false when one has ended meanwhile.
+    /// Waits until each stage is joined to the next, and has nothing left of what was lost; false when one has ended meanwhile.
     ///
-    /// Only then may micro-batches be issued again: mailboxes have room for one pipeline full of them.
+    /// Only then may micro-batches be issued: a stage has no way for them before, and mailboxes have room for one pipeline full of
+    /// them.
     pub(crate) async fn flush(&self) -> bool {
         for seat in &self.seats {
             let actor = seat.incumbent().actor;

@@ -56,7 +56,7 @@ pub(crate) type OwnGate = Arc<OnceLock<Gate>>;
 /// A sender's end, which may be joined to another receiver at any time.
 #[derive(Clone)]
 pub(crate) struct TcpLink {
-    way: Arc<Mutex<Option<Way>>>,
+    way: Arc<Mutex<Way>>,
     gate: OwnGate,
     on_hop: OnHop,
     on_failure: OnFailure,
@@ -65,13 +65,24 @@ pub(crate) struct TcpLink {
     patience: Duration,
 }
 
+/// Where what is pushed goes.
+#[derive(Default)]
+enum Way {
+    /// Nowhere: nobody was joined yet.
+    #[default]
+    Unjoined,
+    Open(Connection),
+    /// Nowhere any more. Whoever was joined is gone, or about to be found hanging.
+    Left,
+}
+
 /// A connection, as who pushes sees it.
-struct Way {
+struct Connection {
     steps: Sender<(Instant, Arc<MicroBatch>, Option<Activations>)>,
     stream: TcpStream,
 }
 
-impl Drop for Way {
+impl Drop for Connection {
     fn drop(&mut self) {
         let _ = self.stream.shutdown(Shutdown::Both); // It may be gone already.
     }
@@ -102,7 +113,7 @@ impl TcpLink {
     /// # Errors
     /// Nobody is there, or somebody else.
     pub(crate) fn join(&self, address: SocketAddr, group: u64) -> io::Result<()> {
-        *lock(&self.way) = None;
+        *lock(&self.way) = Way::Left;
         let mut stream = TcpStream::connect_timeout(&address, self.patience)?;
         set_up(&stream, self.patience)?;
         let gate = self.gate.get();
@@ -139,7 +150,7 @@ impl TcpLink {
             hear(ends.1, &credits, &under_way, &*on_hop);
             exit.leave(); // Nobody receives any more what is queued.
         });
-        *lock(&self.way) = Some(Way { steps, stream });
+        *lock(&self.way) = Way::Open(Connection { steps, stream });
         Ok(())
     }
 }
@@ -147,10 +158,19 @@ impl TcpLink {
 impl Link for TcpLink {
     fn push(&self, batch: Arc<MicroBatch>, activations: Option<Activations>) {
         let mut way = lock(&self.way);
-        let push = |way: &Way| way.steps.try_send((Instant::now(), batch, activations));
-        // Where nothing is taken any more, the other end is about to be found hanging, or gone.
-        if way.as_ref().map(push).is_some_and(|pushed| pushed.is_err()) {
-            *way = None;
+        match &*way {
+            // Where nothing is taken any more, the other end is about to be found hanging, or gone.
+            Way::Open(connection) => {
+                if connection.steps.try_send((Instant::now(), batch, activations)).is_err() {
+                    *way = Way::Left;
+                }
+            }
+            // Whoever starts the other end again knows what is lost.
+            Way::Left => {}
+            // Nobody else would ever know.
+            Way::Unjoined => {
+                (self.on_failure)(format!("{:?} is to go by it, and it leads nowhere yet", batch.id))
+            }
         }
     }
 }
@@ -293,6 +313,16 @@ mod tests {
         (taken, damaged, address)
     }
 
+    #[test]
+    fn a_micro_batch_that_is_pushed_before_anybody_was_joined_is_a_failure() {
+        let (failure, failed) = unbounded();
+        let on_failure: OnFailure = Arc::new(move |message| drop(failure.send(message)));
+        let link = TcpLink::new(3, PATIENCE, OwnGate::default(), Arc::new(|_, _| {}), on_failure);
+        link.push(Arc::new(batch(5)), None);
+        let message = failed.try_recv().expect("told at once");
+        assert!(message.contains("MicroBatchId(5)"), "{message}");
+    }
+
     fn link(patience: Duration) -> (TcpLink, Receiver<(u64, Duration)>) {
         let (hops, heard) = unbounded();
         let on_hop: OnHop = Arc::new(move |bytes, time| {
@@ -412,7 +442,6 @@ mod tests {
     #[test]
     fn a_receiver_that_is_gone_costs_what_was_under_way_and_no_more() {
         let (link, _) = link(PATIENCE);
-        link.push(Arc::new(batch(1)), None); // To nobody.
         let (work, _, address) = inlet(3);
         link.join(address, GROUP).unwrap();
         link.push(Arc::new(batch(2)), None);

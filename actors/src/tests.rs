@@ -7,7 +7,7 @@ mod replicas;
 use std::collections::HashMap;
 use std::slice::from_ref;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use scheduler::{MicroBatchId, Slice, Span};
@@ -179,6 +179,26 @@ async fn an_interrupt_ends_a_job_between_rows() {
 fn a_panic_beside_the_job_becomes_its_failure() {
     let caught = catch(|| panic!("a planted panic"));
     assert!(matches!(caught, Err::<(), _>(Error::Files(message)) if message.contains("a planted panic")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_micro_batch_is_issued_before_every_stage_takes_them() {
+    let [has_settled, is_early] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let (settled, early) = (Arc::clone(&has_settled), Arc::clone(&is_early));
+    let settling: Settling = Arc::new(move |stage| {
+        if stage == 2 {
+            std::thread::sleep(Duration::from_millis(300));
+            settled.store(true, Ordering::SeqCst);
+        }
+    });
+    let world = World { settling, ..World::new(3) }.with(move |_, _, _| {
+        early.fetch_or(!has_settled.load(Ordering::SeqCst), Ordering::SeqCst);
+    });
+    let files = Files::with_rows(5);
+    let outcome = run(&world, &files).await;
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    assert_eq!(files.output_lines().len(), 5);
+    assert!(!is_early.load(Ordering::SeqCst), "a step before the last stage took any");
 }
 
 /// The lines of an undisturbed run.

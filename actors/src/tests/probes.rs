@@ -17,6 +17,9 @@ use crate::start::{Limits, Pipeline, StageLoads, start_stages};
 /// What may go wrong before a step, told the stage, its step and the micro-batch.
 pub(super) type Trouble = Arc<dyn Fn(usize, usize, &MicroBatch) + Send + Sync>;
 
+/// What a stage does from when it is loaded until it takes micro-batches, told its index.
+pub(super) type Settling = Arc<dyn Fn(usize) + Send + Sync>;
+
 /// A stage that passes a number on instead of activations, or makes a token of it.
 struct Probe {
     index: usize,
@@ -26,6 +29,7 @@ struct Probe {
     steps: Arc<AtomicUsize>,
     trouble: Trouble,
     step_time: Duration,
+    settling: Settling,
     is_ahead: bool,
     /// Micro-batches that were queued, and the last stage's answers, up to the last one that was collected.
     queued: VecDeque<(MicroBatchId, Option<MicroBatchOutput>)>,
@@ -64,7 +68,9 @@ impl Drop for Held {
 pub(super) type Calls = Arc<Mutex<Vec<(usize, bool, MicroBatchId)>>>;
 
 impl Stage for Probe {
+    // Asked for when it is loaded, before it is given anything to do.
     fn exits(&self) -> Vec<GroupExit> {
+        (self.settling)(self.index);
         self.exit.iter().cloned().collect()
     }
 
@@ -163,6 +169,7 @@ pub(super) struct World {
     pub(super) loads: Arc<AtomicUsize>,
     pub(super) most_loads: usize,
     pub(super) step_time: Duration,
+    pub(super) settling: Settling,
     pub(super) step_timeout: Duration,
     pub(super) feeds_back: bool,
     /// Whether stages begin with a micro-batch before they are done with the one before.
@@ -180,6 +187,7 @@ impl World {
             loads: Arc::default(),
             most_loads: usize::MAX,
             step_time: Duration::ZERO,
+            settling: Arc::new(|_| {}),
             step_timeout: Duration::from_secs(60),
             feeds_back: false,
             is_ahead: false,
@@ -214,6 +222,7 @@ impl World {
             let (steps, step_time) = (Arc::<AtomicUsize>::default(), self.step_time);
             let (loads, most_loads, is_ahead) = (Arc::clone(&self.loads), self.most_loads, self.is_ahead);
             let (trouble, calls) = (Arc::clone(&self.trouble), Arc::clone(&self.calls));
+            let settling = Arc::clone(&self.settling);
             let (exit, memory) = (self.exit.clone(), Memory::default());
             StageLoad::Thread(Arc::new(move || {
                 assert!(loads.fetch_add(1, Ordering::SeqCst) < most_loads, "a planted panic while loading");
@@ -226,6 +235,7 @@ impl World {
                     steps,
                     trouble,
                     step_time,
+                    settling: Arc::clone(&settling),
                     is_ahead,
                     queued,
                     num_collected,

@@ -11,7 +11,10 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
+mod common;
+
 use anyhow::{Context, Result};
+use common::{interval::Interval, median};
 use kernels::{Backend, Ceilings, Cpu, CpuMatrix, CpuOptions, KvDtype, Simd, WeightType};
 use kernels::{TensorView, ViewDtype, available_cores};
 use std::process::{Child, Command};
@@ -21,7 +24,7 @@ use std::time::{Duration, Instant};
 const SHAPES: [(usize, usize); 7] =
     [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)];
 /// Alone and disturbed in turn, so many times.
-const PAIRS: usize = 5;
+const PAIRS: usize = 9;
 const SAMPLE: Duration = Duration::from_millis(700);
 
 fn main() -> Result<()> {
@@ -48,14 +51,9 @@ fn main() -> Result<()> {
         child.kill().and_then(|()| child.wait()).context("end the neighbour")?;
         let disturbed = disturbed?;
         println!("{alone:8.0} blocks of {rows} rows a second alone, {disturbed:8.0} beside a busy process");
-        shares.push(disturbed / alone);
+        shares.push(100.0 * disturbed / alone);
     }
-    shares.sort_by(f64::total_cmp);
-    println!(
-        "left of the speed: median {:.1} %, lowest {:.1} %",
-        shares[PAIRS / 2] * 100.0,
-        shares[0] * 100.0
-    );
+    println!("left of the speed, in percent: median {:.1}, {:.1}", median(&shares), Interval::of(&shares));
     Ok(())
 }
 

@@ -24,7 +24,8 @@
 //! Two stages are cut, and their micro-batches bounded, by what `spanwise profile` has measured, where it has.
 //!
 //! With nothing else running. Rates are of the job without loading; the share of peak is of products measured before
-//! the first run and after the last.
+//! the first run and after the last. Beside the median of ratios stands where it lies with 95 %, or as sure as so few runs are.
+
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
@@ -38,7 +39,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use common::median;
+use common::{interval::Interval, median};
 use job::{Job, Run, SPANWISE};
 use kernels::{Ceilings, Cpu, CpuOptions, KvDtype, Simd, WeightType, available_cores};
 use stages::ModelConfig;
@@ -250,17 +251,10 @@ fn report(question: &Question, all: &[Vec<Run>], workload: &Workload, config: &M
 
 /// Prints how much faster a variant is than another one.
 fn compare((base, base_runs): (&Variant, &Vec<Run>), (other, other_runs): (&Variant, &Vec<Run>)) {
-    let mut ratios: Vec<f64> =
+    let ratios: Vec<f64> =
         other_runs.iter().zip(base_runs).map(|(other, base)| other.rate / base.rate).collect();
-    ratios.sort_by(f64::total_cmp);
-    println!(
-        "{} / {}, pair by pair: median {:.3}, from {:.3} to {:.3}",
-        other.name,
-        base.name,
-        median(&ratios),
-        ratios[0],
-        ratios[ratios.len() - 1]
-    );
+    let (name, base) = (other.name, base.name);
+    println!("{name} / {base}, pair by pair: median {:.3}, {:.3}", median(&ratios), Interval::of(&ratios));
 }
 
 /// Seconds from the start of the process to the first byte of an answer.

@@ -1,6 +1,8 @@
-//! What benches share: random numbers, times that can be trusted, and words of their command lines.
+//! What benches share: random numbers, times that can be trusted, medians with where they lie, and words of their command lines.
 
 #![allow(dead_code, reason = "each bench takes what it needs")]
+
+pub(crate) mod interval;
 
 use std::time::Instant;
 

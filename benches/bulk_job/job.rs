@@ -29,6 +29,8 @@ pub(crate) struct Run {
     pub(crate) cpu_seconds: f64,
     /// The most memory that it held, as it says it.
     pub(crate) memory: String,
+    /// CPU time of the thread that reads text and of the one that writes it, over the time of the job without loading.
+    pub(crate) text: [f64; 2],
     /// Percent of the time that each of its stages computed, in their order.
     pub(crate) busy: String,
     /// The lines, without the moment of the job.
@@ -86,6 +88,8 @@ impl Job {
             rate: number("tokens", "generated") / number("timings", "run_seconds"),
             cpu_seconds,
             memory: memory.trim().to_owned(),
+            text: ["reader_cpu_seconds", "writer_cpu_seconds"]
+                .map(|key| number("timings", key) / number("timings", "run_seconds")),
             busy,
             lines,
         }

@@ -52,6 +52,9 @@ const ONE_STAGE_EACH: &str = "pipeline.virtual_stages=off";
 /// Micro-batches that two stages share the rows out to, one more than stages.
 const OF_TWO_STAGES: usize = 3;
 
+/// The share of a job's time that reading, rendering, tokenizing, detokenizing and writing may take together.
+const MOST_TEXT: f64 = 0.02;
+
 /// Makes this program the busy neighbour.
 const SPIN: &str = "--spin";
 
@@ -239,6 +242,7 @@ fn report(question: &Question, all: &[Vec<Run>], workload: &Workload, config: &M
             list(&|run| run.busy.clone()),
             runs[0].memory
         );
+        println!("{:<10} {}", "", text(runs));
     }
     let rungs: Vec<_> = question.variants.iter().zip(all).collect();
     rungs.windows(2).for_each(|pair| compare(pair[0], pair[1]));
@@ -247,6 +251,21 @@ fn report(question: &Question, all: &[Vec<Run>], workload: &Workload, config: &M
     {
         compare(first, last);
     }
+}
+
+/// The most of the time that the threads of text took in any run, and what the bar is to that.
+fn text(runs: &[Run]) -> String {
+    let most = |of: &dyn Fn(&Run) -> f64| runs.iter().map(of).fold(0.0, f64::max);
+    let (reading, writing) = (most(&|run| run.text[0]), most(&|run| run.text[1]));
+    let both = most(&|run| run.text.iter().sum());
+    format!(
+        "reading text took {:.2} % of the time at most, writing it {:.2} %, both {:.2} %: {} the bar of {:.0} %",
+        100.0 * reading,
+        100.0 * writing,
+        100.0 * both,
+        if both <= MOST_TEXT { "within" } else { "beyond" },
+        100.0 * MOST_TEXT
+    )
 }
 
 /// Prints how much faster a variant is than another one.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use jobs::{Audit, AuditOptions, Manifest, Order, Status};
+use jobs::{Audit, AuditOptions, InputRecord, Manifest, Order, Status};
 use serde_json::json;
 
 use crate::cli::{AuditArgs, Format};
@@ -25,6 +25,14 @@ pub(crate) fn audit(args: &AuditArgs) -> Result<ExitCode> {
     };
     let input = match (&args.input, &manifest) {
         (Some(input), _) => input.clone(),
+        (None, Some(Manifest { input: InputRecord { path, .. }, .. }))
+            if path.exists() && !path.is_file() =>
+        {
+            bail!(
+                "{} is no file that could be read again\nhint: --input FILE names one with the same rows",
+                path.display()
+            )
+        }
         (None, Some(manifest)) => manifest.input.path.clone(),
         (None, None) => bail!(
             "{} holds no {}, which names the input\nhint: a job that was killed goes on by its own command; \

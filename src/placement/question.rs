@@ -56,6 +56,8 @@ fn lengths(job: &JobFile, context_tokens: usize, occasion: &Occasion) -> Lengths
         (Some(_), Some(_)) => alike(),
         // There is nothing to cut.
         _ if job.pipeline.devices.len() == 1 || !occasion.has_rows => alike(),
+        // What is read of a pipe here would be gone for the job.
+        _ if !job.job.input.is_file() => alike(),
         // What is wrong with an input is said when it is run.
         _ => first_rows(job, &occasion.text, context_tokens, SAMPLED_ROWS, typical as u64)
             .unwrap_or_else(|_| alike()),

@@ -18,6 +18,7 @@ mod gpu_processes;
 mod gpus;
 mod guided;
 mod harness;
+mod kept;
 mod lanes;
 mod layouts;
 mod logits;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::bit_set::BitSet;
 use crate::error::{Error, Result};
 use crate::folder;
-use crate::journal::{Entry, EntryOrder, FinishedRows, JournalView, line_hash};
+use crate::journal::{Entry, FinishedRows, JournalView, line_hash};
 use crate::key::KeyMaker;
 use crate::line::{LineFile, hex};
 use crate::raw_lines::RawLines;
@@ -120,7 +120,7 @@ fn check_lines(
     }
     let mut lines = FILES.map(|file| Lines::open(folder, file));
     let mut counts = [0; 2];
-    view.for_each_entry(EntryOrder::Lines, |entry| {
+    view.for_each_entry(|entry| {
         let index = entry.file.index();
         let lines = match &mut lines[index] {
             Ok(lines) => lines,
@@ -285,7 +285,10 @@ fn check_rows(
         rows += 1;
         seen.insert(row.seq);
         let last = &mut last_seqs[row.file.index()];
-        if row.seq < *last && options.order == Some(Order::Input) {
+        // Lines of rows behind a limit stand as they were done.
+        let is_ordered =
+            options.order == Some(Order::Input) && options.limit.is_none_or(|limit| rows <= limit);
+        if row.seq < *last && is_ordered {
             let file = row.file.name();
             findings
                 .add(&options.input, number, || format!("the line in {file} stands before an earlier row's"));
@@ -308,7 +311,7 @@ fn name_strangers(
 ) -> Result<()> {
     let mut numbers = [0; FILES.len()];
     let mut met = BitSet::default();
-    view.for_each_entry(EntryOrder::Lines, |entry| {
+    view.for_each_entry(|entry| {
         let index = entry.file.index();
         numbers[index] += 1;
         let what = match finished.find(entry.key, 0)? {

@@ -32,6 +32,11 @@ impl BitSet {
         self.words.get((number / 64) as usize).is_some_and(|word| word >> (number % 64) & 1 == 1)
     }
 
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// How many there are.
     pub(crate) fn len(&self) -> u64 {
         self.len

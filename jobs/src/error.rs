@@ -83,6 +83,18 @@ pub enum Error {
         /// Where it is.
         own: PathBuf,
     },
+    /// The input has no row, and earlier runs found some in it.
+    #[error(
+        "[job] input: {} has no rows, and the output folder has {lines} lines of earlier runs; \
+         restore the input, or pass --fresh to throw them away",
+        path.display()
+    )]
+    InputEmpty {
+        /// The input.
+        path: PathBuf,
+        /// Lines that are there.
+        lines: u64,
+    },
     /// Another run works on the output folder.
     #[error("{} is in use by {holder}; wait for its end, or stop it", path.display())]
     FolderInUse {

@@ -129,9 +129,9 @@ impl OutputFolder {
         check_lines(&journal, folder.path())?;
         // It speaks of a run that has ended, and is written again when this one has.
         disk::remove(&folder.path().join(Manifest::FILE_NAME))?;
-        cut_stale_lines(&journal, folder.path())?;
+        cut_stale_lines(&mut journal, folder.path())?;
         if is_retry {
-            journal.forget_errors()?;
+            journal.look_at_errors_again()?;
         }
         let earlier = journal.begin_run(folder.path())?;
         Ok((Writer::open(folder, journal, order)?, earlier))
@@ -235,11 +235,17 @@ fn check_lines(journal: &Journal, folder: &Path) -> Result<()> {
     files.try_for_each(|file| LinesFile::open(folder.join(file.name()), lengths[file.index()]).map(drop))
 }
 
-/// Cuts off lines that were on their way to `stale.jsonl` when a run died; they are still where they were.
-fn cut_stale_lines(journal: &Journal, folder: &Path) -> Result<()> {
+/// Cuts off lines that were on their way to `stale.jsonl` when a run died; they are still where they were. Those that its
+/// owner has thrown away are of no row of the job, and are not missed.
+fn cut_stale_lines(journal: &mut Journal, folder: &Path) -> Result<()> {
     let path = folder.join(LineFile::Stale.name());
-    match journal.lengths()?[LineFile::Stale.index()] {
+    let committed = journal.lengths()?[LineFile::Stale.index()];
+    let found = std::fs::metadata(&path).map_or(0, |file| file.len());
+    if found < committed {
+        journal.set_length(LineFile::Stale, found)?;
+    }
+    match committed.min(found) {
         0 => disk::remove(&path),
-        committed => LinesFile::open(path, committed).map(drop),
+        kept => LinesFile::open(path, kept).map(drop),
     }
 }

@@ -15,11 +15,13 @@ mod entry;
 mod in_order;
 mod present;
 mod progress;
+mod refused;
 mod view;
 mod walk;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use rusqlite::types::FromSql;
@@ -33,13 +35,15 @@ pub(crate) use entry::{Totals, line_hash};
 pub(crate) use present::Ranges;
 pub use progress::Progress;
 pub(crate) use progress::{InputProgress, unix_now};
-pub use view::{EntryOrder, JournalView};
+use refused::Refused;
+pub use view::JournalView;
 pub(crate) use walk::{Go, Selection, Walked};
 
 use crate::disk;
 use crate::error::{Error, Result};
 use crate::line::LineFile;
 use crate::settings::Settings;
+use crate::writer::Unread;
 
 /// The file's name in the output folder.
 pub(crate) const FILE_NAME: &str = "journal.sqlite";
@@ -121,6 +125,7 @@ pub(crate) struct Journal {
     next_seq: u64,
     totals: Totals,
     checkpointed: Checkpointed,
+    refused: Refused,
     input: Arc<InputProgress>,
 }
 
@@ -179,8 +184,8 @@ impl Journal {
     }
 
     fn of(path: PathBuf, db: Connection) -> Journal {
-        let (totals, checkpointed) = (Totals::default(), Checkpointed::default());
-        Journal { path, db, next_seq: 1, totals, checkpointed, input: Arc::default() }
+        let (totals, checkpointed, refused) = Default::default();
+        Journal { path, db, next_seq: 1, totals, checkpointed, refused, input: Arc::default() }
     }
 
     /// Whether it was ever finished being made; tables of another version are refused.
@@ -245,31 +250,41 @@ impl Journal {
         Ok(lengths)
     }
 
-    /// Begins a run: no row is known to be in its input yet, and rows that were refused are to be looked
-    /// at again. Their lines name line numbers, which move, and limits, which may be others now; making
-    /// them costs nothing.
-    pub(crate) fn begin_run(&mut self, folder: &Path) -> Result<EarlierRuns> {
-        self.transact(|db| {
-            db.execute("DELETE FROM present", [])?;
-            db.execute("DELETE FROM rows WHERE is_refusal", []).map(drop)
-        })?;
-        let (finished, totals) = FinishedRows::load(self, folder)?;
-        let (checkpointed, so_far) = self.sql(checkpoints::load)?;
-        self.input = Arc::default();
-        self.transact(|db| progress::begin(db, &totals, checkpointed.tokens()))?;
-        (self.totals, self.checkpointed) = (totals, checkpointed);
-        Ok(EarlierRuns::new(folder, finished, so_far, Arc::clone(&self.input)))
+    /// From now on so many bytes of a file count.
+    pub(crate) fn set_length(&mut self, file: LineFile, length: u64) -> Result<()> {
+        self.transact(|db| entry::set_length(db, file, length, false))
     }
 
-    /// Rows that failed have no line any more.
-    pub(crate) fn forget_errors(&mut self) -> Result<()> {
+    /// Begins a run: no row is known to be in its input yet, and rows that were refused are to be looked
+    /// at again. Their lines name line numbers, which move, and limits, which may be others now; making
+    /// them costs nothing. The old ones count until there are new ones.
+    pub(crate) fn begin_run(&mut self, folder: &Path) -> Result<EarlierRuns> {
+        let mut refused = Refused::before(self.next_seq, folder);
+        let (finished, totals) = FinishedRows::load(self, folder, Some(&mut refused))?;
+        self.for_each_range(|range| {
+            refused.note_places(range);
+            Ok(Go::On)
+        })?;
+        let (checkpointed, so_far) = self.sql(checkpoints::load)?;
+        self.input = Arc::default();
+        self.transact(|db| {
+            db.execute("DELETE FROM present", [])?;
+            progress::begin(db, &totals, checkpointed.tokens())
+        })?;
+        (self.totals, self.checkpointed, self.refused) = (totals, checkpointed, refused);
+        Ok(EarlierRuns::new(folder, totals.lines(), finished, so_far, Arc::clone(&self.input)))
+    }
+
+    /// Rows that failed are to be looked at again, as those are that were refused.
+    pub(crate) fn look_at_errors_again(&mut self) -> Result<()> {
         let errors = LineFile::Errors.index() as i64;
-        self.transact(|db| db.execute("DELETE FROM rows WHERE file = ?", [errors]).map(drop))
+        self.transact(|db| db.execute("UPDATE rows SET is_refusal = 1 WHERE file = ?", [errors]).map(drop))
     }
 
     /// Commits what a run has done, after its lines were put on disk, and how much of each file counts now.
     pub(crate) fn commit(&mut self, done: &Uncommitted, lengths: &Lengths) -> Result<()> {
         let first = self.next_seq;
+        let replaced = self.refused.lines_of(done.written.iter().map(|(_, entry)| entry.key))?;
         let mut totals = self.totals;
         let mut checkpointed = self.checkpointed.clone();
         let input = Arc::clone(&self.input);
@@ -282,6 +297,7 @@ impl Journal {
             }
             present.insert(db)?;
             done.met_again.insert(db)?;
+            refused::forget(db, replaced, &mut totals)?;
             checkpointed.add(db, &done.checkpoints)?;
             checkpointed.remove(db, done.written.iter().map(|(_, entry)| entry.key))?;
             for file in LineFile::ALL {
@@ -291,6 +307,28 @@ impl Journal {
         })?;
         self.next_seq += done.written.len() as u64;
         (self.totals, self.checkpointed) = (totals, checkpointed);
+        Ok(())
+    }
+
+    /// The run is at its end, and drops lines of rows that it was to look at again and did not come across: all of them where it has
+    /// read the whole input, and else those whose rows stood among as many rows as it has read. These were edited since.
+    pub(crate) fn forget_refused(&mut self, unread: Unread) -> Result<()> {
+        let refused = std::mem::take(&mut self.refused);
+        if refused.is_empty() {
+            return Ok(());
+        }
+        let (input, mut totals) = (Arc::clone(&self.input), self.totals);
+        let unfinished_tokens = self.checkpointed.tokens();
+        self.transact(|db| {
+            match unread {
+                Unread::HasLeft => refused.forget_all(db, &mut totals),
+                Unread::Stays => {
+                    refused::forget(db, refused.lines_among(input.rows.load(Relaxed)), &mut totals)
+                }
+            }?;
+            progress::update(db, &input, &totals, unfinished_tokens)
+        })?;
+        self.totals = totals;
         Ok(())
     }
 

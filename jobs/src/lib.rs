@@ -58,7 +58,7 @@ pub use error::{Error, Result, RowError};
 pub use folder::{FolderLock, OutputFolder};
 pub use grade::{Grader, Score, Scores, Truth};
 pub use guides::{Follower, Guides};
-pub use journal::{EarlierRuns, Entry, EntryOrder, FinishedRow, FinishedRows, JournalView, Progress};
+pub use journal::{EarlierRuns, Entry, FinishedRow, FinishedRows, JournalView, Progress};
 pub use line::{Line, LineFile};
 pub use manifest::{
     Counts, FailedReplica, InputRecord, Manifest, ModelRecord, NumericProfile, RankRecord, StageRecord,

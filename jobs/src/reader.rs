@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::batch_line;
 use crate::body::Body;
-use crate::error::{Result, RowError};
+use crate::error::{Error, Result, RowError};
 use crate::grade::Truth;
 use crate::journal::EarlierRuns;
 use crate::line::hex;
@@ -112,10 +112,7 @@ impl Reader {
     /// The next line to look into.
     fn next_line(&mut self) -> Result<Option<(Place, RawLine)>> {
         while self.rows < self.limit {
-            let Some((line, raw)) = self.lines.next()? else {
-                self.earlier.input.is_ended.store(true, Relaxed);
-                return Ok(None);
-            };
+            let Some((line, raw)) = self.lines.next()? else { return self.end() };
             let place = Place { index: self.rows, line };
             self.rows += 1;
             self.earlier.input.rows.store(self.rows, Relaxed);
@@ -124,6 +121,15 @@ impl Reader {
                 return Ok(Some((place, raw)));
             }
         }
+        Ok(None)
+    }
+
+    /// An input that has lost all of its rows was hardly meant to: it is not read as one that they have left.
+    fn end<T>(&self) -> Result<Option<T>> {
+        if let (0, lines @ 1..) = (self.rows, self.earlier.lines) {
+            return Err(Error::InputEmpty { path: self.lines.path().to_owned(), lines });
+        }
+        self.earlier.input.is_ended.store(true, Relaxed);
         Ok(None)
     }
 

@@ -32,6 +32,7 @@ pub(crate) fn settle(journal: &mut Journal, folder: &Path, order: Order, unread:
     if unread == Unread::HasLeft {
         journal.forget_checkpoints()?;
     }
+    journal.forget_refused(unread)?;
     let unsettled = unsettled(journal, stays)?;
     if unsettled.is_empty() {
         return Ok(0);

@@ -8,6 +8,7 @@ use scheduler::{Generated, Request, RequestKey};
 
 use super::in_order::InOrder;
 use super::progress::InputProgress;
+use super::refused::Refused;
 use super::{Journal, Totals};
 use crate::digest_map::{BUFFER_ENTRIES, Digest, DigestMap};
 use crate::error::{Error, Result};
@@ -18,6 +19,8 @@ use crate::line::LineFile;
 pub struct EarlierRuns {
     /// The output folder; nothing where there was no journal.
     pub(crate) folder: Option<PathBuf>,
+    /// Lines that are there, those of rows that are looked at again among them.
+    pub(crate) lines: u64,
     /// Rows that need not be computed again.
     pub finished: FinishedRows,
     /// Tokens of rows that have no line. Memory holds them all: they are no more than what earlier runs
@@ -48,11 +51,12 @@ pub struct FinishedRow {
 impl EarlierRuns {
     pub(super) fn new(
         folder: &Path,
+        lines: u64,
         finished: FinishedRows,
         so_far: HashMap<RequestKey, Generated>,
         input: Arc<InputProgress>,
     ) -> EarlierRuns {
-        EarlierRuns { folder: Some(folder.to_owned()), finished, so_far, input }
+        EarlierRuns { folder: Some(folder.to_owned()), lines, finished, so_far, input }
     }
 
     /// What is there of the answer to a request; it is handed out once.
@@ -94,12 +98,18 @@ impl FinishedRows {
         Ok(place)
     }
 
-    /// All rows of a journal, and what they sum up to. What memory does not hold lies in the folder.
-    pub(super) fn load(journal: &Journal, folder: &Path) -> Result<(FinishedRows, Totals)> {
+    /// All rows of a journal, and what they sum up to. Where somebody takes those that are to be looked at again, they are not among
+    /// the finished ones. What memory does not hold lies in the folder.
+    pub(super) fn load(
+        journal: &Journal,
+        folder: &Path,
+        mut refused: Option<&mut Refused>,
+    ) -> Result<(FinishedRows, Totals)> {
         let error = |source| Error::journal(&journal.path, source);
         let (mut finished, mut totals) = (FinishedRows::default(), Totals::default());
         finished.rows.keep_files_in(folder);
-        let query = "SELECT seq, key, file, prompt_tokens, generated_tokens FROM rows ORDER BY seq";
+        let query =
+            "SELECT seq, key, file, prompt_tokens, generated_tokens, is_refusal FROM rows ORDER BY seq";
         // Fewer rows all lie in memory anyway, and need no file.
         let are_many = journal.next_seq > BUFFER_ENTRIES as u64;
         let in_order = are_many.then(|| InOrder::new(folder)).transpose();
@@ -116,7 +126,14 @@ impl FinishedRows {
             }
             totals.prompt_tokens += number(3)?;
             totals.generated_tokens += number(4)?;
-            let (key, place) = (row.get(1).map_err(error)?, 2 * number(0)? + u64::from(is_error));
+            let (key, seq) = (row.get(1).map_err(error)?, number(0)?);
+            if let Some(refused) = &mut refused
+                && row.get(5).map_err(error)?
+            {
+                refused.add(key, seq)?;
+                continue;
+            }
+            let place = 2 * seq + u64::from(is_error);
             finished.rows.insert(key, place)?;
             if let Some(in_order) = &mut in_order {
                 in_order.push(&key, place).map_err(|source| finished.rows.error(source))?;

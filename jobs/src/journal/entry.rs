@@ -19,7 +19,7 @@ pub struct Entry {
     pub length: u64,
     /// 128 bits of BLAKE3 of these bytes.
     pub hash: [u8; 16],
-    /// The row was refused without work, and is looked at again by each run.
+    /// The row is looked at again by each run: it was refused without work, or failed and is to be retried.
     pub is_refusal: bool,
     /// Tokens of the prompt that was answered.
     pub prompt_tokens: u64,
@@ -45,6 +45,17 @@ impl Totals {
         }
         self.prompt_tokens += entry.prompt_tokens;
         self.generated_tokens += entry.generated_tokens;
+    }
+
+    pub(super) fn take(&mut self, gone: &Totals) {
+        self.output_lines -= gone.output_lines;
+        self.error_lines -= gone.error_lines;
+        self.prompt_tokens -= gone.prompt_tokens;
+        self.generated_tokens -= gone.generated_tokens;
+    }
+
+    pub(super) fn lines(&self) -> u64 {
+        self.output_lines + self.error_lines
     }
 }
 
@@ -107,6 +118,27 @@ pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<(u64, Entry)> {
         generated_tokens: number(8)?,
     };
     Ok((number(0)?, entry))
+}
+
+/// Deletes the lines of which `condition` is true with this number; what they summed up to.
+pub(super) fn delete(db: &Connection, condition: &str, number: u64) -> rusqlite::Result<Totals> {
+    let sums = format!(
+        "SELECT count(*) FILTER (WHERE file = {}), count(*) FILTER (WHERE file = {}), \
+         coalesce(sum(prompt_tokens), 0), coalesce(sum(generated_tokens), 0) FROM rows WHERE {condition}",
+        LineFile::Output.index(),
+        LineFile::Errors.index(),
+    );
+    let gone = db.prepare_cached(&sums)?.query_row([number as i64], |row| {
+        let number = |column| row.get::<_, i64>(column).map(|number| number as u64);
+        Ok(Totals {
+            output_lines: number(0)?,
+            error_lines: number(1)?,
+            prompt_tokens: number(2)?,
+            generated_tokens: number(3)?,
+        })
+    })?;
+    db.prepare_cached(&format!("DELETE FROM rows WHERE {condition}"))?.execute([number as i64])?;
+    Ok(gone)
 }
 
 /// So many bytes of a file count.

@@ -34,6 +34,10 @@ impl Ranges {
         self.0.clear();
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = Range> {
+        self.0.iter().copied()
+    }
+
     pub(super) fn insert(&self, db: &Connection) -> rusqlite::Result<()> {
         let mut add = db.prepare_cached("INSERT INTO present VALUES (?, ?, ?)")?;
         for Range { row, seq, lines } in &self.0 {

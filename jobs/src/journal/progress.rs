@@ -13,7 +13,7 @@ use super::Totals;
 pub struct Progress {
     /// When the latest run began, in Unix seconds.
     pub began: u64,
-    /// Lines that were there when it began.
+    /// Lines that were there when it began, and still are.
     pub earlier_lines: u64,
     /// Tokens generated for them, and those of unfinished rows at that time.
     pub earlier_generated_tokens: u64,
@@ -55,13 +55,20 @@ pub(crate) fn unix_now() -> u64 {
 
 /// A run begins, and has read nothing.
 pub(super) fn begin(db: &Connection, totals: &Totals, unfinished_tokens: u64) -> rusqlite::Result<()> {
-    let earlier_lines = totals.output_lines + totals.error_lines;
+    let earlier_lines = totals.lines();
     let earlier_tokens = totals.generated_tokens + unfinished_tokens;
     db.execute(
         "UPDATE progress SET began = ?, earlier_lines = ?, earlier_generated_tokens = ?",
         params![unix_now() as i64, earlier_lines as i64, earlier_tokens as i64],
     )?;
     update(db, &InputProgress::default(), totals, unfinished_tokens)
+}
+
+/// So many of the lines that were there when the run began are there no longer.
+pub(super) fn forget_earlier(db: &Connection, lines: u64) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE progress SET earlier_lines = earlier_lines - ?")?
+        .execute([lines as i64])
+        .map(drop)
 }
 
 /// A commit.

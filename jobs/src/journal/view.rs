@@ -10,16 +10,6 @@ use crate::error::{Error, Result};
 use crate::line::LineFile;
 use crate::settings::Settings;
 
-/// The order of a walk over lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum EntryOrder {
-    /// As the lines stand in their files.
-    Lines,
-    /// As their rows stand in the input of the latest run, as far as it has come by them. A job that has
-    /// put its files in the order of completion remembers no other.
-    Input,
-}
-
 /// The journal at one moment. As long as somebody looks at it, what a running job commits piles up in
 /// SQLite's log beside it.
 pub struct JournalView {
@@ -73,21 +63,13 @@ impl JournalView {
     /// Every line that counts, by the key of its row; what memory does not hold lies in the system's
     /// folder for temporary files.
     pub fn finished(&self) -> Result<FinishedRows> {
-        let (finished, _) = FinishedRows::load(&self.journal, &std::env::temp_dir())?;
+        let (finished, _) = FinishedRows::load(&self.journal, &std::env::temp_dir(), None)?;
         Ok(finished)
     }
 
-    /// Shows every line that counts.
-    pub fn for_each_entry(
-        &self,
-        order: EntryOrder,
-        mut visit: impl FnMut(&Entry) -> Result<()>,
-    ) -> Result<()> {
-        let selection = match order {
-            EntryOrder::Lines => Selection::All,
-            EntryOrder::Input => Selection::PresentByRow,
-        };
-        self.journal.walk(&[selection], |walked| visit(&walked.entry))
+    /// Shows every line that counts, as the lines stand in their files.
+    pub fn for_each_entry(&self, mut visit: impl FnMut(&Entry) -> Result<()>) -> Result<()> {
+        self.journal.walk(&[Selection::All], |walked| visit(&walked.entry))
     }
 }
 

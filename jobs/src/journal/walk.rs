@@ -189,7 +189,7 @@ impl Journal {
         Ok(Go::On)
     }
 
-    fn for_each_range(&self, mut visit: impl FnMut(Range) -> Result<Go>) -> Result<Go> {
+    pub(super) fn for_each_range(&self, mut visit: impl FnMut(Range) -> Result<Go>) -> Result<Go> {
         let error = |source| Error::journal(&self.path, source);
         let mut statement = self.db.prepare(present::RANGES).map_err(error)?;
         let mut ranges = statement.query([]).map_err(error)?;

@@ -1,12 +1,10 @@
 //! The journal against a plain model of it: runs that end in every way, over inputs that change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use jobs::{
-    EarlierRuns, EntryOrder, JournalView, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer,
-};
+use jobs::{EarlierRuns, JournalView, Line, LineFile, Order, OutputFolder, Row, Settings, Unread, Writer};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use scheduler::{Generated, Request, RequestKey, Sampling, TokenLogprobs};
@@ -30,6 +28,8 @@ pub(crate) fn line(key: u8, row: u64) -> Line {
 /// One run of a job.
 #[derive(Debug, Clone)]
 struct Run {
+    /// Rows that failed are looked at again.
+    is_retry: bool,
     /// Keys of the rows, none twice.
     input: Vec<u8>,
     /// Rows are completed in the order of their key times this.
@@ -68,10 +68,11 @@ fn run() -> impl Strategy<Value = Run> {
     let keys = Just((0..24u8).collect::<Vec<u8>>()).prop_shuffle();
     let order = prop_oneof![3 => Just(Order::Input), 1 => Just(Order::Completion)];
     let pieces = vec((0..4usize, 0..8u64, 0..5u32), 24);
-    (keys, 0..24usize, any::<u8>(), 1..6usize, order, pieces, end()).prop_map(
-        |(mut input, len, stir, commit_every, order, pieces, end)| {
+    let is_retry = prop_oneof![3 => Just(false), 1 => Just(true)];
+    (is_retry, keys, 0..24usize, any::<u8>(), 1..6usize, order, pieces, end()).prop_map(
+        |(is_retry, mut input, len, stir, commit_every, order, pieces, end)| {
             input.truncate(len);
-            Run { input, stir: stir | 1, commit_every, order, pieces, end }
+            Run { is_retry, input, stir: stir | 1, commit_every, order, pieces, end }
         },
     )
 }
@@ -107,8 +108,27 @@ impl Lines {
     }
 }
 
+/// What is committed in a folder.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct State {
+    lines: Lines,
+    tokens: Tokens,
+    /// Rows with a line that a retry was to look at again, and has not.
+    failed: BTreeSet<u8>,
+}
+
+impl State {
+    /// Whether the next run looks at a row again whatever line it has.
+    fn is_open(&self, key: u8) -> bool {
+        is_refusal(key) || self.failed.contains(&key)
+    }
+}
+
 fn open(folder: &Path, order: Order) -> (Writer, EarlierRuns) {
-    let folder = OutputFolder::open(folder, false).unwrap();
+    begin(OutputFolder::open(folder, false).unwrap(), order)
+}
+
+fn begin(folder: OutputFolder, order: Order) -> (Writer, EarlierRuns) {
     folder.begin(order, &Settings::default(), 1, false).unwrap()
 }
 
@@ -198,28 +218,36 @@ fn check_view(folder: &Path, lines: &Lines) {
         met.push(key);
         Ok(())
     };
-    view.for_each_entry(EntryOrder::Lines, visit).unwrap();
+    view.for_each_entry(visit).unwrap();
     let progress = view.progress().unwrap();
     assert_eq!(progress.output_lines + progress.error_lines, met.len() as u64);
     assert_eq!(progress.generated_tokens, 2 * met.len() as u64);
     met.sort_unstable();
     let mut wanted: Vec<u8> = lines.0[..2].iter().flatten().map(|(key, _)| *key).collect();
     wanted.sort_unstable();
-    // Of a row that was refused the line may be forgotten.
-    let is_kept = |key: &u8| !is_refusal(*key);
-    assert!(met.iter().filter(|key| is_kept(key)).eq(wanted.iter().filter(|key| is_kept(key))));
+    // Of a row that was looked at again the older line was forgotten.
+    wanted.dedup();
+    assert_eq!(met, wanted);
 }
 
 /// Runs once and compares with the model; the folder as it is then, and what is committed in it.
-fn check(folder: TempDir, (before, tokens_before): (Lines, Tokens), run: &Run) -> (TempDir, (Lines, Tokens)) {
-    let (mut writer, mut earlier) = open(folder.path(), run.order);
-    assert_eq!(tokens_of(&mut earlier), tokens_before);
+fn check(folder: TempDir, mut state: State, run: &Run) -> (TempDir, State) {
+    let output = OutputFolder::open(folder.path(), false).unwrap();
+    let (mut writer, mut earlier) = match run.is_retry {
+        true => begin(output.for_retry(), run.order),
+        false => begin(output, run.order),
+    };
+    if run.is_retry {
+        state.failed = state.lines.0[1].iter().map(|(key, _)| *key).collect();
+    }
+    let before = state.clone();
+    assert_eq!(tokens_of(&mut earlier), before.tokens);
     let finished = &mut earlier.finished;
     let log_at_begin = std::fs::metadata(folder.path().join("journal.sqlite-wal")).map_or(0, |log| log.len());
-    assert!(before.are_in(folder.path()), "{before:?}");
+    assert!(before.lines.are_in(folder.path()), "{before:?}");
     for key in 0..24 {
         let is_there = finished.find(RequestKey(key.into()), 0).unwrap().is_some();
-        assert_eq!(is_there, before.has(key) && !is_refusal(key), "key {key}");
+        assert_eq!(is_there, before.lines.has(key) && !before.is_open(key), "key {key}");
     }
 
     let rows = match run.end {
@@ -228,29 +256,28 @@ fn check(folder: TempDir, (before, tokens_before): (Lines, Tokens), run: &Run) -
     };
     let mut completed: Vec<(u64, u8)> = (0..).zip(run.input.iter().copied()).collect();
     completed.sort_by_key(|(_, key)| key.wrapping_mul(run.stir));
-    let mut lines = before.clone();
-    let mut tokens = tokens_before;
-    let mut history = vec![(before.clone(), tokens.clone())];
+    let mut history = vec![before.clone()];
     for (done, (row, key)) in completed.iter().copied().take(rows).enumerate() {
         let (ahead, first, len) = run.pieces[done];
         if let Some((_, later)) = completed.get(done + ahead)
-            && !before.has(*later)
+            && !before.lines.has(*later)
         {
             let more: Vec<u32> = (0..len).map(|at| 100 * done as u32 + at).collect();
             writer.checkpoint(RequestKey((*later).into()), first, &piece(first, more.clone())).unwrap();
-            add_piece(&mut tokens, *later, first, &more);
+            add_piece(&mut state.tokens, *later, first, &more);
         }
         match finished.find(RequestKey(key.into()), row).unwrap() {
             Some(finished) => writer.keep(finished).unwrap(),
             None => {
                 writer.write(&line(key, row)).unwrap();
-                lines.add(&line(key, row));
-                tokens.remove(&key);
+                state.lines.add(&line(key, row));
+                state.tokens.remove(&key);
+                state.failed.remove(&key);
             }
         }
         if done % run.commit_every == 0 {
             writer.commit().unwrap();
-            history.push((lines.clone(), tokens.clone()));
+            history.push(state.clone());
         }
     }
     match &run.end {
@@ -259,8 +286,7 @@ fn check(folder: TempDir, (before, tokens_before): (Lines, Tokens), run: &Run) -
             drop((writer, folder));
             // What was never committed is cut off now.
             let left_tokens = tokens_of(&mut open(left.path(), run.order).1);
-            let is_left =
-                |(lines, tokens): &&(Lines, Tokens)| *tokens == left_tokens && lines.are_in(left.path());
+            let is_left = |state: &&State| state.tokens == left_tokens && state.lines.are_in(left.path());
             let survivor = history.iter().rev().find(is_left);
             let survivor = survivor.expect("a crash leaves what was committed at one time").clone();
             assert!(*torn > 0 || Some(&survivor) == history.last(), "nothing that was committed is lost");
@@ -268,31 +294,34 @@ fn check(folder: TempDir, (before, tokens_before): (Lines, Tokens), run: &Run) -
         }
         End::Pause(_) => {
             writer.pause().unwrap();
-            check_view(folder.path(), &lines);
-            (folder, (lines, tokens))
+            check_view(folder.path(), &state.lines);
+            (folder, state)
         }
         End::Finish | End::Limited => {
             let is_limited = matches!(run.end, End::Limited);
             writer.finish(if is_limited { Unread::Stays } else { Unread::HasLeft }).unwrap();
-            let settled = settled(&lines, run, is_limited);
-            check_view(folder.path(), &settled);
+            state.lines = settled(&state, run, is_limited);
+            check_view(folder.path(), &state.lines);
             if !is_limited {
-                tokens.clear();
+                state.tokens.clear();
+                state.failed.clear();
             }
-            (folder, (settled, tokens))
+            (folder, state)
         }
     }
 }
 
 /// What a finished run makes of its lines.
-fn settled(lines: &Lines, run: &Run, is_limited: bool) -> Lines {
+fn settled(state: &State, run: &Run, is_limited: bool) -> Lines {
+    let lines = &state.lines;
     let mut settled = Lines::default();
     settled.0[2] = lines.0[2].clone();
     for file in 0..2 {
-        // Of a row that was refused again the last line counts; the one before was forgotten.
-        let last = |at: usize, key: u8| !lines.0[file][at + 1..].iter().any(|(other, _)| *other == key);
+        // Of a row that was looked at again the last line counts; the one before was forgotten.
+        let is_last = |at: usize, key: u8| !lines.0[file][at + 1..].iter().any(|(other, _)| *other == key);
+        let stays = |key: u8| is_limited || run.input.contains(&key) || !state.is_open(key);
         let alive = (lines.0[file].iter().enumerate())
-            .filter(|(at, (key, _))| !is_refusal(*key) || run.input.contains(key) && last(*at, *key))
+            .filter(|(at, (key, _))| is_last(*at, *key) && stays(*key))
             .map(|(_, line)| line.clone());
         if run.order == Order::Completion && is_limited {
             settled.0[file] = alive.collect();
@@ -313,11 +342,11 @@ proptest! {
 
     #[test]
     fn a_folder_is_what_the_model_says_after_any_runs(runs in vec(run(), 1..6)) {
-        let mut state = (TempDir::new().unwrap(), (Lines::default(), Tokens::new()));
+        let mut state = (TempDir::new().unwrap(), State::default());
         for run in &runs {
             state = check(state.0, state.1, run);
             if let End::Finish = run.end {
-                let mut keys: Vec<u8> = state.1.0.0[..2].iter().flatten().map(|(key, _)| *key).collect();
+                let mut keys: Vec<u8> = state.1.lines.0[..2].iter().flatten().map(|(key, _)| *key).collect();
                 let mut input = run.input.clone();
                 keys.sort_unstable();
                 input.sort_unstable();
@@ -464,6 +493,35 @@ fn the_reader_tells_how_far_it_is() {
     assert_eq!(progress(&mut writer, 1), (1, half, whole, false));
     assert_eq!(reader.by_ref().count(), 1);
     assert_eq!(progress(&mut writer, 2), (2, whole, whole, true));
+}
+
+/// Runs over the first three rows of an input, each refused if it is none; the lines of `errors.jsonl`.
+fn errors_of_the_first_three(world: &World, folder: &Path, input: &str) -> usize {
+    let (mut writer, earlier) = open(folder, Order::Input);
+    for row in world.reader_after(input, earlier) {
+        match row.unwrap() {
+            Row::Rejected(row) => writer.write(&Line::rejected(&row)).unwrap(),
+            Row::Finished(row) => writer.keep(row).unwrap(),
+            Row::Request(row) => writer.write(&Line { key: row.request.key, ..line(1, row.index) }).unwrap(),
+        }
+    }
+    let written = writer.finish(Unread::Stays).unwrap();
+    let lines = read(folder, "errors.jsonl").lines().count();
+    assert_eq!(written.error_lines, lines as u64);
+    lines
+}
+
+#[test]
+fn a_limit_keeps_refusals_behind_it_and_drops_those_of_rows_that_were_mended() {
+    let mut world = World::new();
+    let folder = TempDir::new().unwrap();
+    let good = |id| completion_line(id, json!({}));
+    let input = format!("{}\nbroken\nbroken too\n{}\nbroken behind\n", good("a"), good("b"));
+    assert_eq!(errors_of_the_first_three(&world, folder.path(), &input), 3);
+    world.limit = Some(3);
+    assert_eq!(errors_of_the_first_three(&world, folder.path(), &input), 3);
+    let mended = input.replace("broken\n", &format!("{}\n", good("c")));
+    assert_eq!(errors_of_the_first_three(&world, folder.path(), &mended), 2);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What a run leaves behind: its manifest, its report and its exit code.
 
+use std::fmt::Display;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -58,22 +59,23 @@ impl Ended<'_> {
     /// Writes the manifest, prints the report and chooses the exit code.
     pub(crate) async fn report(self) -> Result<ExitCode> {
         let (stages, better, costs) = self.stages();
-        let scores = self.scores()?;
-        let manifest = self.manifest(&stages, scores);
+        let scores = self.scores();
+        let manifest = self.manifest(&stages, scores.as_ref().ok().cloned().flatten());
         let folder = &self.loaded.job.job.output;
         let has_manifest = manifest.write(folder);
         let report = self.figures(&manifest, stages, better, costs).await;
         report.lines().iter().for_each(|line| print(line));
         if let Some(failure) = &self.outcome.failure {
             // What keeps the manifest from being written is mostly what stopped the job.
-            say(&format!("error: the job stopped: {failure}"));
-            say("hint: what is done is kept; the same command goes on from there");
-            return Ok(ExitCode::from(match failure {
-                actors::Error::TooManyErrors { .. } => EXIT_TOO_MANY_ERRORS,
-                _ => EXIT_FAILED,
-            }));
+            let code = stopped(failure);
+            return Ok(match failure {
+                actors::Error::TooManyErrors { .. } => ExitCode::from(EXIT_TOO_MANY_ERRORS),
+                _ => code,
+            });
         }
-        has_manifest?;
+        if let Err(error) = has_manifest.and(scores.map(drop)) {
+            return Ok(stopped(format!("{:#}", anyhow::Error::from(error))));
+        }
         match self.outcome.was_interrupted {
             true => Ok(ExitCode::from(interrupt::EXIT_CODE)),
             false => Ok(ExitCode::SUCCESS),
@@ -81,7 +83,7 @@ impl Ended<'_> {
     }
 
     /// How well the rows were answered, once all are.
-    fn scores(&self) -> Result<Option<Scores>> {
+    fn scores(&self) -> jobs::Result<Option<Scores>> {
         let JobFile { job, grade, .. } = &self.loaded.job;
         let is_complete = self.outcome.failure.is_none() && !self.outcome.was_interrupted;
         match grade {
@@ -214,6 +216,13 @@ impl Ended<'_> {
             output: self.loaded.job.job.output.display().to_string(),
         }
     }
+}
+
+/// Says why a job that has begun is not done. Whatever it was, it has computed rows, and can be run again.
+pub(crate) fn stopped(why: impl Display) -> ExitCode {
+    say(&format!("error: the job stopped: {why}"));
+    say("hint: what is done is kept; the same command goes on from there");
+    ExitCode::from(EXIT_FAILED)
 }
 
 /// The replicas that others went on without, and why.

@@ -16,7 +16,7 @@ use serde_json::json;
 use stages::{Device, Model, ModelConfig, Part};
 
 use crate::cli::{ProgressKind, RunArgs};
-use crate::ended::{Ended, Running};
+use crate::ended::{self, Ended, Running};
 use crate::first_run;
 use crate::interrupt::{self, Interrupt};
 use crate::kv_pages::KvPages;
@@ -143,11 +143,15 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
         checkpoint_tokens: job.job.checkpoint_tokens,
         progress: Arc::clone(&progress),
     };
-    let outcome = actors::run_job(&pipelines, options, interrupt.wait()).await?;
+    let outcome = actors::run_job(&pipelines, options, interrupt.wait()).await;
     let clocks = pipelines.iter().flat_map(|pipeline| &pipeline.stage_clocks);
     let stages = clocks.map(|clock| clock.read()).collect();
     let running = Running { started_at, load, run: began.elapsed(), stages };
     drop(display);
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(error) => return Ok(ended::stopped(error)),
+    };
 
     let ended = Ended {
         loaded: &loaded,

@@ -110,3 +110,22 @@ fn stale_lines_that_were_thrown_away_are_not_missed() {
     assert_eq!(stale(&job).len(), 2);
     assert_done(&ask(&job, "audit"));
 }
+
+#[test]
+fn a_job_whose_manifest_cannot_be_written_has_failed_and_can_be_run_again() {
+    let job = Job::on(SMALL).lines((10..20).map(row));
+    let in_the_way = job.out().join(".manifest.json.new");
+    std::fs::create_dir_all(&in_the_way).unwrap();
+    let stopped = job.run_once(&[]);
+    let message = stderr(&stopped);
+    assert_eq!(stopped.status.code(), Some(1), "{message}");
+    assert!(
+        message.contains("error: the job stopped: write ") && message.contains("manifest.json"),
+        "{message}"
+    );
+    assert!(message.contains("hint: what is done is kept"), "{message}");
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let again = job.run_once(&[]);
+    assert_done(&again);
+    assert!(stdout(&again).contains(" 0 generated"), "{}", stdout(&again));
+}

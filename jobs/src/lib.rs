@@ -23,6 +23,7 @@ mod disk;
 mod error;
 pub mod faults;
 mod folder;
+mod format_width;
 mod generation_config;
 mod grade;
 mod guides;

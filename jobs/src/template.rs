@@ -12,7 +12,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Template, UndefinedBehavior, Value};
 
-use crate::calendar;
+use crate::{calendar, format_width};
 
 /// Fuel of one rendering: a step of the template, or 64 bytes that it handles, costs about one. All of
 /// it lasts about a second.
@@ -44,9 +44,6 @@ const MAX_DEPTH: usize = 200;
 
 /// Most values, or 64 bytes of text, in a value that is written out: four times what the largest row holds.
 const MAX_EXTENT: usize = 4 * crate::MAX_LINE_BYTES / 64;
-
-/// Widest field of `'{:>5}'.format(x)`, in digits.
-const MAX_WIDTH_DIGITS: usize = 4;
 
 /// An environment for templates that come with a model, which Jinja's own leniency suits.
 ///
@@ -123,7 +120,9 @@ fn plain_environment() -> Environment<'static> {
     environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(|state, value, method, arguments| {
-        check_width(value, method)?;
+        if method == "format" {
+            format_width::check(value.as_str().unwrap_or_default()).map_err(refusal)?;
+        }
         minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
     });
     environment.set_formatter(|out, state, value| match python_word(value) {
@@ -168,16 +167,6 @@ fn check_extent(value: &Value) -> Result<(), Error> {
         Ok(())
     }
     spend(value, 0, &mut { MAX_EXTENT })
-}
-
-/// Refuses a format whose fields are filled up to any width: that costs no fuel.
-fn check_width(value: &Value, method: &str) -> Result<(), Error> {
-    let is_digit = |c: char| c.is_ascii_digit();
-    let mut numbers = value.as_str().unwrap_or_default().split(|c| !is_digit(c));
-    match method == "format" && numbers.any(|number| number.len() > MAX_WIDTH_DIGITS) {
-        true => Err(refusal(format!("format: expected numbers of at most {MAX_WIDTH_DIGITS} digits"))),
-        false => Ok(()),
-    }
 }
 
 /// What a template says about messages it does not take.
@@ -430,9 +419,22 @@ mod tests {
             let message = render(&format!("{twice}{{{{ {written} }}}}"), "1");
             assert!(message.contains("a value too large to be written out"), "{message}");
         }
-        let wide = render("{{ '{:>10000000000}'.format('a') }}", "1");
-        assert!(wide.contains("format: expected numbers of at most 4 digits"), "{wide}");
+    }
+
+    #[test]
+    fn fields_of_a_format_are_not_filled_up_without_an_end() {
+        let wide =
+            ["{:>10000000000}", "20000 {:}>20000}", "{{ {:20000}", "{x[}]}{y[:]:é^20000}", "{x[}:]:.20000}"];
+        for format in wide {
+            let message = render(&format!("{{{{ '{format}'.format('a', x={{'}}': 1}}, y={{}}) }}}}"), "1");
+            assert!(
+                message.contains("format: expected numbers of at most 4 digits in its fields"),
+                "{format}: {message}"
+            );
+        }
         assert_eq!(render("{{ '{:>5}'.format('a') }}", "1"), "    a");
+        let texts = "{{ '{} of 20000, {{10000}} {:}<3}: 30000'.format(x, 'a') }}";
+        assert_eq!(render(texts, "7"), "7 of 20000, {10000} a}}: 30000");
     }
 
     #[test]

@@ -122,6 +122,7 @@ pub async fn run_job(
 ) -> Result<JobOutcome> {
     pipelines.iter().flat_map(|pipeline| &pipeline.stage_clocks).for_each(|clock| clock.begin());
     let window = pipelines.iter().map(|pipeline| pipeline.window).sum();
+    options.guides.iter().for_each(|guides| guides.keep(window));
     let prepared = PreparedActor::<JobActor>::new(mailbox::bounded(mailbox_size(window, pipelines.len())));
     let job = prepared.actor_ref().clone();
     let (mut replicas, mut gone) = (Vec::new(), Vec::new());

@@ -4,7 +4,7 @@
 //! which is preempted, or goes on in another run, has the same masks. How much work a guide may make is bounded by
 //! counts and by no clock; one that is beyond it is refused, or fails its row.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 use crate::tokenizer::Tokenizer;
 
-/// Guides that are kept compiled. Jobs have one or a few; more than these are compiled again.
-const MAX_KEPT: usize = 64;
+/// Guides that are kept compiled until somebody says how many it needs, as many as rows wait for a pipeline by default.
+const KEPT: usize = 256;
 
 /// Longest text of a guide, in bytes.
 const MAX_BYTES: usize = 1 << 20;
@@ -36,13 +36,46 @@ pub struct Guides {
     eos_token_ids: Vec<TokenId>,
     /// Made when a row first needs it: a trie of all tokens.
     factory: OnceLock<Result<ParserFactory, String>>,
-    kept: Mutex<HashMap<Guide, Result<Matcher, String>>>,
+    kept: Mutex<Kept>,
+}
+
+/// A guide that is compiled, or about to be. Whoever comes first compiles it, and others wait for it alone.
+type Cell = Arc<Mutex<Option<Result<Matcher, String>>>>;
+
+/// The latest guides. Jobs have one or a few; one that was dropped is compiled again.
+struct Kept {
+    most: usize,
+    cells: HashMap<Arc<Guide>, Cell>,
+    /// From the oldest to the newest.
+    order: VecDeque<Arc<Guide>>,
+}
+
+impl Kept {
+    fn cell(&mut self, guide: &Guide) -> Cell {
+        if let Some(cell) = self.cells.get(guide) {
+            return Arc::clone(cell);
+        }
+        while self.order.len() >= self.most
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.cells.remove(&oldest);
+        }
+        let guide = Arc::new(guide.clone());
+        self.order.push_back(Arc::clone(&guide));
+        Arc::clone(self.cells.entry(guide).or_default())
+    }
 }
 
 impl Guides {
     /// For a model that knows `vocab_size` tokens, of which these end a sequence.
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, vocab_size: usize, eos_token_ids: Vec<TokenId>) -> Guides {
-        Guides { tokenizer, vocab_size, eos_token_ids, factory: OnceLock::new(), kept: Mutex::default() }
+        let kept = Mutex::new(Kept { most: KEPT, cells: HashMap::new(), order: VecDeque::new() });
+        Guides { tokenizer, vocab_size, eos_token_ids, factory: OnceLock::new(), kept }
+    }
+
+    /// Keeps the guides of so many rows: as many as may be under way from the reader, which compiles them, to a pipeline.
+    pub fn keep(&self, rows: usize) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).most = rows;
     }
 
     /// Whether a guide can be followed; else what is wrong with it.
@@ -61,12 +94,10 @@ impl Guides {
     }
 
     fn compiled<T>(&self, guide: &Guide, look: impl FnOnce(&Matcher) -> T) -> Result<T, String> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if !kept.contains_key(guide) && kept.len() == MAX_KEPT {
-            kept.clear();
-        }
-        let compiled = kept.entry(guide.clone()).or_insert_with(|| self.compile(guide));
-        compiled.as_ref().map(look).map_err(Clone::clone)
+        // Compiling may take long: no other guide waits for it.
+        let cell = self.kept.lock().unwrap_or_else(PoisonError::into_inner).cell(guide);
+        let mut compiled = cell.lock().unwrap_or_else(PoisonError::into_inner);
+        compiled.get_or_insert_with(|| self.compile(guide)).as_ref().map(look).map_err(Clone::clone)
     }
 
     fn compile(&self, guide: &Guide) -> Result<Matcher, String> {
@@ -217,4 +248,35 @@ fn shortened(message: &str) -> String {
     let mut chars = line.chars();
     let short: String = chars.by_ref().take(MAX_MESSAGE_CHARS).collect();
     if chars.next().is_some() { format!("{short}…") } else { short }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guide(number: usize) -> Guide {
+        Guide::Regex(number.to_string())
+    }
+
+    #[test]
+    fn the_oldest_guide_makes_room_for_a_new_one() {
+        let mut kept = Kept { most: 3, cells: HashMap::new(), order: VecDeque::new() };
+        let cells: Vec<Cell> = (0..4).map(|number| kept.cell(&guide(number))).collect();
+        let is_kept =
+            |number: usize, kept: &mut Kept| Arc::ptr_eq(&cells[number], &kept.cell(&guide(number)));
+        assert!((1..4).all(|number| is_kept(number, &mut kept)));
+        assert!(!is_kept(0, &mut kept) && !is_kept(1, &mut kept) && is_kept(3, &mut kept));
+        assert_eq!((kept.cells.len(), kept.order.len()), (3, 3));
+    }
+
+    #[test]
+    fn a_guide_that_is_being_compiled_keeps_no_other_waiting() {
+        let words = json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
+        let tokenizer = json!({"version": "1.0", "added_tokens": [], "model": words}).to_string();
+        let tokenizer = Arc::new(Tokenizer::from_json(tokenizer.as_bytes()).unwrap());
+        let guides = Guides::new(tokenizer, 1, vec![]);
+        let cell = guides.kept.lock().unwrap().cell(&guide(0));
+        let _compiling = cell.lock().unwrap();
+        assert_eq!(guides.check(&guide(1)).unwrap_err(), "the model names no token that ends a sequence");
+    }
 }

@@ -20,6 +20,9 @@ use crate::{gpus, text};
 /// a driver's memory falls to pieces.
 const RESERVED_BYTES: u64 = 1 << 30;
 
+/// As both together, of small memories: one part in so many.
+const RESERVED_SHARE: u64 = 16;
+
 /// What NCCL has of a GPU's memory for each other GPU that this one moves numbers to or from. It takes that at the first move,
 /// when pages are long there: buffers of 10 MiB for each of up to 32 channels to receive by, which are 320 MiB, and 192 MiB for
 /// what it does not tell. An estimate, as it depends on how GPUs are linked.
@@ -27,9 +30,6 @@ const NCCL_PEER_BYTES: u64 = 512 << 20;
 
 /// What a job may do whose GPUs have no room for what they share as in its first run.
 const SHARED_ALIKE: &str = "free memory, or pass --accept-numerics with split_blocks = \"all\"";
-
-/// As both together, of small memories: one part in so many.
-const RESERVED_SHARE: u64 = 16;
 
 /// What is known of a pipeline's GPUs before its stages are placed.
 #[derive(Debug, Clone)]

@@ -55,13 +55,13 @@ pub enum Error {
     Files(String),
     /// More rows failed than the job allows.
     #[error(
-        "{failed} of {finished} finished rows are error lines, more than the {max_error_rate} of [job] max_error_rate"
+        "{failed} of {judged} rows that are finished or in flight are error lines, more than the {max_error_rate} of [job] max_error_rate"
     )]
     TooManyErrors {
         /// Rows with an error line.
         failed: u64,
-        /// Rows with a line.
-        finished: u64,
+        /// Rows with a line, and those that are being computed.
+        judged: u64,
         /// The share of them that may be error lines.
         max_error_rate: f64,
     },

@@ -176,7 +176,7 @@ pub struct Job {
     /// Together with a row's content, the source of all chance in its completion.
     #[serde(deserialize_with = "read::seed")]
     pub seed: u64,
-    /// The job stops once a greater share of its finished rows are error lines, 0 to 1.
+    /// The job stops once more than this share of the rows that are finished or in flight are error lines, 0 to 1.
     #[serde(deserialize_with = "read::share")]
     pub max_error_rate: f64,
     /// Every so many tokens of a row are kept, so that a run that goes on need not decode them again.
@@ -255,7 +255,6 @@ pub struct Sampling {
     pub ignore_eos: Option<bool>,
 }
 
-// A path that is no UTF-8 is shown with replacement characters rather than not at all.
 /// `[grade]`: plain rows have an `answer`, and perhaps a `kind`, by which scores are told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -298,6 +297,7 @@ pub struct Plan {
     pub price_per_hour: Option<f64>,
 }
 
+// A path that is no UTF-8 is shown with replacement characters rather than not at all.
 fn path_as_text<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }

@@ -55,11 +55,6 @@ impl StopMatcher {
         self.cut.is_some()
     }
 
-    /// Where the text ends, in bytes, once a stop string was met: before its first character.
-    pub fn cut(&self) -> Option<usize> {
-        self.cut
-    }
-
     /// Takes the next token and returns the text that came with it.
     pub(crate) fn push_for_text(&mut self, token: TokenId) -> String {
         self.num_tokens += 1;

@@ -62,12 +62,6 @@ impl Tokenizer {
         self.inner.token_to_id(content)
     }
 
-    /// The token with this id as text, special tokens by their content; bytes that are no UTF-8 of
-    /// their own show as replacement characters. `None` for an id outside the vocabulary.
-    pub fn token_text(&self, id: TokenId) -> Option<String> {
-        self.token_bytes(id).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
-    }
-
     /// The bytes that the token with this id stands for; `None` for an id outside the vocabulary.
     pub fn token_bytes(&self, id: TokenId) -> Option<&[u8]> {
         self.spelling.bytes(id)

@@ -188,7 +188,7 @@ impl JobState {
         // Rows that are refused are finished at once. Those that are still computed may all be good ones.
         let judged = finished + self.in_flight.len() as u64;
         let is_too_many = finished >= LEAST_ROWS_TO_JUDGE && failed as f64 > max_error_rate * judged as f64;
-        is_too_many.then_some(Error::TooManyErrors { failed, finished, max_error_rate })
+        is_too_many.then_some(Error::TooManyErrors { failed, judged, max_error_rate })
     }
 
     fn write(&self, unwritten: Unwritten) -> Fate {

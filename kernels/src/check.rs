@@ -19,6 +19,19 @@ pub(crate) fn shape<const N: usize>(
     Err(Error::Shape { op, operand, found: found.to_vec(), expected: expected.to_vec() })
 }
 
+/// `found` is `expected`, of things that have names.
+pub(crate) fn kind<T: Copy + PartialEq>(
+    op: &'static str,
+    (operand, what): (&'static str, &'static str),
+    [found, expected]: [T; 2],
+    name: fn(T) -> &'static str,
+) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Kind { op, operand, what, found: name(found), expected: name(expected) })
+}
+
 /// `value < bound`.
 pub(crate) fn below(op: &'static str, what: &'static str, value: usize, bound: usize) -> Result<()> {
     if value < bound {

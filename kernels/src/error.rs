@@ -27,6 +27,20 @@ pub enum Error {
         /// One past the largest allowed value.
         bound: u64,
     },
+    /// An operand is of another kind than the operation needs, as one of another device may be.
+    #[error("{op}: {operand}'s {what} is {found}, expected {expected}")]
+    Kind {
+        /// The operation.
+        op: &'static str,
+        /// Which operand.
+        operand: &'static str,
+        /// What of it.
+        what: &'static str,
+        /// What that is.
+        found: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
     /// This machine or this build cannot do what was asked.
     #[error("{0}")]
     Unsupported(String),

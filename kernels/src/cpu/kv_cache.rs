@@ -23,6 +23,7 @@ use memmap2::MmapMut;
 
 use crate::backend::{Dtype, KvDtype, PAGE_TOKENS};
 use crate::check;
+use crate::cpu::simd::Simd;
 use crate::error::{Error, Result};
 pub(crate) use append::{AppendPosition, NewEntries, append, append_slices, check_append};
 pub(crate) use unpack::unpack;
@@ -43,6 +44,24 @@ pub(crate) enum KeyLayout {
     Columns,
     /// Key by key, padded with zeros; of bf16.
     Rows,
+}
+
+impl KeyLayout {
+    /// That of a level's caches.
+    pub(crate) fn of(simd: Simd, kv: KvDtype) -> Self {
+        match (simd, kv.multiplied()) {
+            (Simd::Amx, Dtype::Bf16) => Self::Rows,
+            _ => Self::Columns,
+        }
+    }
+
+    /// A word for it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Columns => "columns",
+            Self::Rows => "rows",
+        }
+    }
 }
 
 /// Keys and values of one attention block, in pages.
@@ -91,6 +110,11 @@ impl KvCache {
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
         self.num_bytes
+    }
+
+    /// What its numbers are kept in.
+    pub(crate) fn kv(&self) -> KvDtype {
+        self.kv
     }
 
     /// Whether it is to be unpacked before it is read.
@@ -248,7 +272,6 @@ mod tests {
     use crate::array::Array;
     use crate::backend::AttentionSlice;
     use crate::cpu::pool::ThreadPool;
-    use crate::cpu::simd::Simd;
 
     fn array(rows: usize, cols: usize, value: impl Fn(usize, usize) -> f32) -> Array {
         let mut array = Array::new();

@@ -16,6 +16,8 @@ mod rms_norm;
 mod rope;
 mod rows;
 pub(crate) mod simd;
+#[cfg(test)]
+mod tests;
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -99,6 +101,23 @@ impl Cpu {
     pub fn num_threads(&self) -> usize {
         self.pool.num_threads()
     }
+
+    /// x and some matrices, each with its name, are what a product of this device reads.
+    fn check_operands<const N: usize>(
+        &self,
+        op: &'static str,
+        x: &CpuOperand,
+        weights: [(&'static str, &CpuMatrix); N],
+    ) -> Result<()> {
+        gemm::check_operands(op, self.simd, &x.0, weights.map(|(name, w)| (name, &w.0)))
+    }
+
+    /// A cache is one of this device's.
+    fn check_cache(&self, op: &'static str, cache: &KvCache) -> Result<()> {
+        check::kind(op, ("cache", "type"), [cache.kv(), self.kv], KvDtype::name)?;
+        let layouts = [cache.layout(), KeyLayout::of(self.simd, self.kv)];
+        check::kind(op, ("cache", "layout of keys"), layouts, KeyLayout::name)
+    }
 }
 
 impl CpuMatrix {
@@ -175,11 +194,7 @@ impl Backend for Cpu {
     }
 
     fn kv_cache(&self, num_pages: usize, kv_heads: usize, head_dim: usize) -> Result<KvCache> {
-        let layout = match (self.simd, self.kv) {
-            (Simd::Amx, KvDtype::Bf16 | KvDtype::Fp8) => KeyLayout::Rows,
-            _ => KeyLayout::Columns,
-        };
-        KvCache::new(self.kv, layout, num_pages, kv_heads, head_dim)
+        KvCache::new(self.kv, KeyLayout::of(self.simd, self.kv), num_pages, kv_heads, head_dim)
     }
 
     fn upload(&self, values: &[f32], rows: usize, cols: usize, out: &mut Array) -> Result<()> {
@@ -210,7 +225,7 @@ impl Backend for Cpu {
     }
 
     fn matmul(&self, x: &CpuOperand, w: &CpuMatrix, out: &mut Array) -> Result<()> {
-        check::shape("matmul", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        self.check_operands("matmul", x, [("w", w)])?;
         out.reshape(x.0.rows(), w.0.rows());
         gemm::matmul(self.simd, &self.pool, &x.0, &w.0, out.values_mut(), false);
         Ok(())
@@ -222,24 +237,22 @@ impl Backend for Cpu {
         w: [&CpuMatrix; N],
         mut out: [&mut Array; N],
     ) -> Result<()> {
-        for (w, out) in w.iter().zip(&mut out) {
-            check::shape("matmul", "x's columns", [x.0.cols()], [w.0.cols()])?;
-            out.reshape(x.0.rows(), w.0.rows());
-        }
+        self.check_operands("matmul", x, w.map(|w| ("w", w)))?;
+        w.iter().zip(&mut out).for_each(|(w, out)| out.reshape(x.0.rows(), w.0.rows()));
         let (w, out) = (w.map(|w| &w.0), out.map(Array::values_mut));
         gemm::matmul_each(self.simd, &self.pool, &x.0, w, out);
         Ok(())
     }
 
     fn matmul_add(&self, x: &CpuOperand, w: &CpuMatrix, out: &mut Array) -> Result<()> {
-        check::shape("matmul_add", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        self.check_operands("matmul_add", x, [("w", w)])?;
         check::shape("matmul_add", "out", [out.rows(), out.cols()], [x.0.rows(), w.0.rows()])?;
         gemm::matmul(self.simd, &self.pool, &x.0, &w.0, out.values_mut(), true);
         Ok(())
     }
 
     fn matmul_onto(&self, x: &CpuOperand, w: &CpuMatrix, sums: &mut Array) -> Result<()> {
-        check::shape("matmul_onto", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        self.check_operands("matmul_onto", x, [("w", w)])?;
         check::shape("matmul_onto", "sums", [sums.rows(), sums.cols()], [x.0.rows(), w.0.rows()])?;
         gemm::matmul_onto(self.simd, &self.pool, &x.0, &w.0, sums.values_mut());
         Ok(())
@@ -254,8 +267,9 @@ impl Backend for Cpu {
     }
 
     fn swiglu(&self, x: &CpuOperand, gate: &CpuMatrix, up: &CpuMatrix, out: &mut CpuOperand) -> Result<()> {
-        check::shape("swiglu", "x's columns", [x.0.cols()], [gate.0.cols()])?;
         check::shape("swiglu", "up", [up.0.rows(), up.0.cols()], [gate.0.rows(), gate.0.cols()])?;
+        self.check_operands("swiglu", x, [("gate", gate), ("up", up)])?;
+        gemm::check_gated("swiglu", self.simd, gate.0.kind(), &out.0)?;
         gemm::swiglu(self.simd, &self.pool, &x.0, &gate.0, &up.0, &mut out.0);
         Ok(())
     }
@@ -265,6 +279,7 @@ impl Backend for Cpu {
     }
 
     fn kv_append(&self, cache: &mut KvCache, k: &Array, v: &Array, slices: &[AttentionSlice]) -> Result<()> {
+        self.check_cache("kv_append", cache)?;
         kv_cache::append(self.simd, &self.pool, cache, k, v, slices)
     }
 
@@ -275,6 +290,7 @@ impl Backend for Cpu {
         slices: &[AttentionSlice],
         out: &mut CpuOperand,
     ) -> Result<()> {
+        self.check_cache("attention", cache)?;
         attention::attention(self.simd, &self.pool, q, cache, slices, &mut out.0)
     }
 
@@ -287,6 +303,7 @@ impl Backend for Cpu {
         slices: &[AttentionSlice],
         out: &mut CpuOperand,
     ) -> Result<()> {
+        self.check_cache("attend", cache)?;
         let new = NewRows { q, k, v, angles: Angles { table: rope, positions } };
         attention::attend_new(self.simd, &self.pool, new, cache, slices, &mut out.0)
     }
@@ -305,7 +322,7 @@ impl Backend for Cpu {
         _scratch: &mut Array,
         out: &mut Vec<Largest>,
     ) -> Result<()> {
-        check::shape("matmul_argmax", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        self.check_operands("matmul_argmax", x, [("w", w)])?;
         check::logits(w.0.rows())?;
         BEST.with_borrow_mut(|best| {
             best.clear();

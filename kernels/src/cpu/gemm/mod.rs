@@ -18,7 +18,7 @@
 //! added in order; so all levels agree. With narrow weights alone a sum over K, or for 4 bits over a group of K, is that of integers
 //! in bf16; the groups' sums, each times its scale, are added in order.
 //!
-//! Shapes are the caller's to check; here they are asserted at most.
+//! Shapes and types are the caller's to check, by `fit` above all; here they are asserted at most.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -31,6 +31,7 @@ mod avx512;
 mod budget;
 mod ceiling;
 mod driver;
+mod fit;
 mod integers;
 mod narrow;
 mod operand;
@@ -52,6 +53,7 @@ pub(crate) use amx::Registers;
 pub(crate) use argmax::RowBest;
 pub use ceiling::Ceilings;
 pub use driver::Rung;
+pub(crate) use fit::{check_gated, check_operands};
 pub(crate) use operand::{Operand, OperandWriter};
 pub(crate) use pack::{PackedMatrix, packed_bytes};
 

@@ -18,6 +18,32 @@ pub(super) const LINE_BYTES: usize = 64;
 /// Rows of x that a register of AMX reads.
 pub(super) const REGISTER_ROWS: usize = 16;
 
+/// What an operand is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Numbers {
+    dtype: Dtype,
+    /// Whether bf16 is kept in f32.
+    is_wide: bool,
+}
+
+impl Numbers {
+    /// Those of operands of products with weights of a type, at a level.
+    pub(super) fn beside(simd: Simd, weights: WeightType) -> Self {
+        let dtype = weights.operands();
+        Self { dtype, is_wide: dtype == Dtype::Bf16 && simd < Simd::Avx512 }
+    }
+
+    /// Bytes of one in memory.
+    const fn bytes(self) -> usize {
+        if self.is_wide { size_of::<f32>() } else { dtype_bytes(self.dtype) }
+    }
+
+    /// A name for messages.
+    pub(super) fn name(self) -> &'static str {
+        if self.is_wide { "bf16 in 32 bits" } else { self.dtype.name() }
+    }
+}
+
 /// A row-major matmul input `[rows, cols]`, bf16 or f32.
 ///
 /// Every row starts on a cache line and is padded with zeros to whole lines, so that the kernels need no tail in
@@ -27,8 +53,7 @@ pub(super) const REGISTER_ROWS: usize = 16;
 /// Levels without a product of bf16 multiply in f32. For them bf16 is *wide*: rounded as ever, and kept in f32, so that nothing
 /// is to be widened between products.
 pub(crate) struct Operand {
-    dtype: Dtype,
-    is_wide: bool,
+    numbers: Numbers,
     rows: usize,
     cols: usize,
     row_bytes: usize,
@@ -43,11 +68,9 @@ pub(crate) struct Operand {
 impl Operand {
     /// An empty operand of products with weights of a type, at a level.
     pub(crate) fn beside(simd: Simd, weights: WeightType) -> Self {
-        let dtype = weights.operands();
         let is_for_integers = weights == WeightType::Int8;
         Self {
-            dtype,
-            is_wide: dtype == Dtype::Bf16 && simd < Simd::Avx512,
+            numbers: Numbers::beside(simd, weights),
             rows: 0,
             cols: 0,
             row_bytes: 0,
@@ -64,7 +87,7 @@ impl Operand {
         self.rows = rows;
         self.cols = cols;
         let number_bytes = self.number_bytes();
-        let padded_cols = cols.next_multiple_of(LINE_BYTES / dtype_bytes(self.dtype));
+        let padded_cols = cols.next_multiple_of(LINE_BYTES / dtype_bytes(self.dtype()));
         self.row_bytes = padded_row_bytes(padded_cols, number_bytes);
         let num_lines = rows.next_multiple_of(REGISTER_ROWS) * self.row_bytes / LINE_BYTES;
         if num_lines > self.lines.len() {
@@ -88,12 +111,17 @@ impl Operand {
 
     /// Number type.
     pub(crate) fn dtype(&self) -> Dtype {
-        self.dtype
+        self.numbers.dtype
+    }
+
+    /// What it is made of.
+    pub(super) fn numbers(&self) -> Numbers {
+        self.numbers
     }
 
     /// Bytes of a number in memory.
     pub(super) fn number_bytes(&self) -> usize {
-        if self.is_wide { size_of::<f32>() } else { dtype_bytes(self.dtype) }
+        self.numbers.bytes()
     }
 
     /// Write a row, `values: [cols]`, rounding to nearest even for bf16.
@@ -113,16 +141,13 @@ impl Operand {
     pub(crate) fn copy_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {} in {}", out.len(), self.rows);
         let bytes = &self.bytes()[row * self.row_bytes..];
-        match self.dtype {
-            _ if self.number_bytes() == size_of::<f32>() => {
-                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = f32::from_ne_bytes(*bytes);
-                }
+        if self.number_bytes() == size_of::<f32>() {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = f32::from_ne_bytes(*bytes);
             }
-            _ => {
-                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = bf16_to_f32(u16::from_ne_bytes(*bytes));
-                }
+        } else {
+            for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16_to_f32(u16::from_ne_bytes(*bytes));
             }
         }
     }
@@ -139,8 +164,7 @@ impl Operand {
             row_bytes: self.row_bytes,
             rows: self.rows,
             cols: self.cols,
-            dtype: self.dtype,
-            is_wide: self.is_wide,
+            numbers: self.numbers,
             simd,
             integers: None,
             operand: PhantomData,
@@ -162,9 +186,9 @@ impl Operand {
 
     /// A row of a bf16 operand, without the padding.
     pub(super) fn bf16_row(&self, row: usize) -> Bf16Row<'_> {
-        assert!(self.dtype == Dtype::Bf16 && row < self.rows, "row {row} of {:?}", self.dtype);
+        assert!(self.dtype() == Dtype::Bf16 && row < self.rows, "row {row} of {:?}", self.dtype());
         let bytes = &self.bytes()[row * self.row_bytes..][..self.cols * self.number_bytes()];
-        match self.is_wide {
+        match self.numbers.is_wide {
             true => Bf16Row::Wide(bytemuck::cast_slice(bytes)),
             false => Bf16Row::Narrow(bytemuck::cast_slice(bytes)),
         }
@@ -220,8 +244,7 @@ pub(crate) struct OperandWriter<'a> {
     row_bytes: usize,
     rows: usize,
     cols: usize,
-    dtype: Dtype,
-    is_wide: bool,
+    numbers: Numbers,
     /// For rounding and quantising only, which give the same bits at every level.
     simd: Simd,
     /// Where finished rows go as integers.
@@ -253,11 +276,10 @@ impl OperandWriter<'_> {
         // SAFETY: the caller keeps the range inside the row and to itself; rows are aligned to cache lines,
         // so that elements are aligned, and every bit pattern is a valid number.
         unsafe {
-            let number_bytes = if self.is_wide { size_of::<f32>() } else { dtype_bytes(self.dtype) };
-            let at = self.base.add(row * self.row_bytes + col * number_bytes);
-            match self.dtype {
+            let at = self.base.add(row * self.row_bytes + col * self.numbers.bytes());
+            match self.numbers.dtype {
                 Dtype::F32 => at.cast::<f32>().copy_from_nonoverlapping(values.as_ptr(), values.len()),
-                Dtype::Bf16 if self.is_wide => {
+                Dtype::Bf16 if self.numbers.is_wide => {
                     round_wide(self.simd, values, std::slice::from_raw_parts_mut(at.cast(), values.len()));
                 }
                 Dtype::Bf16 => {
@@ -279,7 +301,7 @@ impl OperandWriter<'_> {
             // SAFETY: the caller's; an operand for integers is of bf16.
             unsafe {
                 let x = self.base.add(row * self.row_bytes);
-                let x = match self.is_wide {
+                let x = match self.numbers.is_wide {
                     true => Bf16Row::Wide(std::slice::from_raw_parts(x.cast(), self.cols)),
                     false => Bf16Row::Narrow(std::slice::from_raw_parts(x.cast(), self.cols)),
                 };
@@ -295,7 +317,9 @@ impl OperandWriter<'_> {
     #[inline]
     pub(super) unsafe fn bf16_at(&self, row: usize, col: usize) -> *mut u16 {
         debug_assert!(
-            self.dtype == Dtype::Bf16 && !self.is_wide && row < self.rows && col < self.cols,
+            self.numbers == Numbers { dtype: Dtype::Bf16, is_wide: false }
+                && row < self.rows
+                && col < self.cols,
             "[{row}, {col}]"
         );
         // SAFETY: the caller's.

@@ -112,6 +112,11 @@ pub(super) const fn padded_terms(kind: WeightType, cols: usize) -> usize {
     cols.next_multiple_of(LINE_BYTES / tile_bytes(kind))
 }
 
+/// A name for panels in strips of so many columns.
+pub(super) const fn packing_name(strip: usize) -> &'static str {
+    if strip == NR { "whole panels" } else { "strips for amx" }
+}
+
 /// Memory that a packed matrix takes, in bytes.
 pub(crate) fn packed_bytes(kind: WeightType, rows: usize, cols: usize) -> usize {
     rows.div_ceil(NR) * PanelLayout::new(kind, cols).bytes()
@@ -170,6 +175,11 @@ impl PackedMatrix {
     /// What it is kept in.
     pub(crate) fn kind(&self) -> WeightType {
         self.kind
+    }
+
+    /// Columns that lie side by side.
+    pub(super) fn strip(&self) -> usize {
+        self.strip
     }
 
     /// Memory it takes.

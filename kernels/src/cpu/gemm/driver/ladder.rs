@@ -3,7 +3,6 @@
 use super::{Input, Product};
 use crate::array::Array;
 use crate::backend::WeightType;
-use crate::check;
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::gemm::avx2;
 use crate::cpu::gemm::ceiling::read_all;
@@ -77,7 +76,7 @@ impl Cpu {
     }
 
     fn product<'a>(&self, x: &'a CpuOperand, w: &'a CpuMatrix) -> Result<Product<'a, 1>> {
-        check::shape("climb", "x's columns", [x.0.cols()], [w.0.cols()])?;
+        self.check_operands("climb", x, [("w", w)])?;
         Ok(Product::new(self.simd, &self.pool, Input { numbers: &x.0, integers: None }, [&w.0]))
     }
 }

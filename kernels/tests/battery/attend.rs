@@ -18,63 +18,84 @@ const BATCHES: [&[(usize, usize)]; 4] = [
     &[(1, 100)],
 ];
 
+/// Pages of a sequence of a batch.
+const PAGES_EACH: usize = 4;
+
 pub(crate) struct Attend;
 
 impl Check for Attend {
     fn check<B: Readable>(&self, device: &Device<B>) {
         let mut random = Random::new(21);
-        for shape in SHAPES {
-            for batch in BATCHES {
-                let found = attended(device, &mut random.clone(), shape, batch, true);
-                let expected = attended(device, &mut random, shape, batch, false);
-                assert!(found == expected, "{} {shape:?} {batch:?}", device.name());
-            }
+        let steps = BATCHES.map(own_pages).into_iter().chain([shared_pages()]);
+        let cases = SHAPES.into_iter().flat_map(|shape| steps.clone().map(move |steps| (shape, steps)));
+        for (shape, steps) in cases {
+            let found = attended(device, &mut random.clone(), shape, &steps, true);
+            let expected = attended(device, &mut random, shape, &steps, false);
+            assert!(found == expected, "{} {shape:?} {:?}", device.name(), steps[1]);
         }
     }
 }
 
-/// What attention gives, and then what it gives to a row that follows each slice, which reads what was written.
+/// The slices of what is there before a batch, of the batch, and of a row that follows each slice: every sequence has pages of its
+/// own.
+fn own_pages(batch: &[(usize, usize)]) -> [Vec<AttentionSlice>; 3] {
+    let pages = |i: usize| (i * PAGES_EACH..(i + 1) * PAGES_EACH).rev().map(|page| page as u32).collect();
+    let slices = |rows: &dyn Fn((usize, usize)) -> (usize, usize)| {
+        follow(batch.iter().enumerate().map(|(i, &slice)| (rows(slice), pages(i))))
+    };
+    [slices(&|(_, first)| (first, 0)), slices(&|slice| slice), slices(&|(rows, first)| (1, first + rows))]
+}
+
+/// The same of rows that write to a page which others write to and read, each to a place of its own; and of one that reads all.
+fn shared_pages() -> [Vec<AttentionSlice>; 3] {
+    let slices = |slices: &[(usize, usize)]| follow(slices.iter().map(|&slice| (slice, vec![1, 0])));
+    [slices(&[(80, 0)]), slices(&[(1, 6), (1, 70), (1, 7), (2, 62), (1, 9), (1, 64)]), slices(&[(1, 80)])]
+}
+
+/// Slices one after the other, of so many rows from a position on.
+fn follow(slices: impl Iterator<Item = ((usize, usize), Vec<u32>)>) -> Vec<AttentionSlice> {
+    let mut next_row = 0;
+    slices
+        .map(|((num_rows, first_position), pages)| {
+            let first_row = next_row;
+            next_row += num_rows;
+            AttentionSlice { first_row, num_rows, first_position, pages }
+        })
+        .collect()
+}
+
+/// What attention gives at every step.
 fn attended<B: Readable>(
     device: &Device<B>,
     random: &mut Random,
     [heads, kv_heads, head_dim]: [usize; 3],
-    batch: &[(usize, usize)],
+    steps: &[Vec<AttentionSlice>; 3],
     at_once: bool,
 ) -> Vec<u32> {
     let backend = &device.backend;
-    let pages_each = 4;
-    let mut cache = backend.kv_cache(pages_each * batch.len(), kv_heads, head_dim).unwrap();
-    let angles = |random: &mut Random| random.values(pages_each * PAGE_TOKENS * head_dim / 2);
+    let num_pages = steps[1].iter().flat_map(|slice| &slice.pages).max().map_or(0, |page| page + 1);
+    let mut cache = backend.kv_cache(num_pages as usize, kv_heads, head_dim).unwrap();
+    let angles = |random: &mut Random| random.values(PAGES_EACH * PAGE_TOKENS * head_dim / 2);
     let rope = RopeTable { head_dim, cos: angles(random), sin: angles(random) };
     let rope = backend.rope_table(rope).unwrap();
-    let next: Vec<(usize, usize)> = batch.iter().map(|(rows, first)| (1, first + rows)).collect();
-    let before: Vec<(usize, usize)> = batch.iter().map(|&(_, first)| (first, 0)).collect();
     let mut out = Vec::new();
-    for (step, slices) in [&before[..], batch, &next].into_iter().enumerate() {
-        let mut first_row = 0;
-        let slices: Vec<AttentionSlice> = (slices.iter().enumerate())
-            .map(|(i, &(num_rows, first_position))| {
-                let first_page = (i * pages_each) as u32;
-                let pages = (first_page..first_page + pages_each as u32).rev().collect();
-                first_row += num_rows;
-                AttentionSlice { first_row: first_row - num_rows, num_rows, first_position, pages }
-            })
-            .collect();
+    for (step, slices) in steps.iter().enumerate() {
         let positions: Vec<u32> = (slices.iter())
             .flat_map(|slice| (0..slice.num_rows).map(|i| (slice.first_position + i) as u32))
             .collect();
-        let array = |random: &mut Random, cols: usize| device.array(&random.values(first_row * cols), cols);
+        let array =
+            |random: &mut Random, cols: usize| device.array(&random.values(positions.len() * cols), cols);
         let (mut q, mut k) = (array(random, heads * head_dim), array(random, kv_heads * head_dim));
         let v = array(random, kv_heads * head_dim);
         let mut result = backend.operand();
         if at_once && step == 1 {
             let angles = (&rope, &positions[..]);
-            backend.attend([&mut q, &mut k], &v, angles, &mut cache, &slices, &mut result).unwrap();
+            backend.attend([&mut q, &mut k], &v, angles, &mut cache, slices, &mut result).unwrap();
         } else {
             backend.rope(&mut q, &rope, &positions).unwrap();
             backend.rope(&mut k, &rope, &positions).unwrap();
-            backend.kv_append(&mut cache, &k, &v, &slices).unwrap();
-            backend.attention(&q, &cache, &slices, &mut result).unwrap();
+            backend.kv_append(&mut cache, &k, &v, slices).unwrap();
+            backend.attention(&q, &cache, slices, &mut result).unwrap();
         }
         out.extend(bits(&B::read(&result)));
     }

@@ -6,6 +6,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod own_pages;
 mod product;
 mod tile;
 
@@ -98,7 +99,7 @@ pub(crate) fn attention(
 ) -> Result<()> {
     let group = check_attention(q, cache, slices)?;
     out.reset(q.rows(), q.cols());
-    let queries = Queries { q: SharedRows::read_only(q), group, new: None };
+    let queries = Queries { q: SharedRows::read_only(q), group, angles: None, new: None };
     attend_slices(simd, pool, &queries, cache, slices, out);
     Ok(())
 }
@@ -121,7 +122,8 @@ pub(crate) struct NewRows<'a> {
 /// The same for rows that are new.
 ///
 /// A row that decodes is all that its tile has: the tile writes its entries where it is about to read them, which would
-/// otherwise come from memory twice. Prompts are written before, as their rows read each other's.
+/// otherwise come from memory twice. Prompts are written before, as their rows read each other's; and so is all where a tile would
+/// read of a page that another one writes.
 pub(crate) fn attend_new(
     simd: Simd,
     pool: &ThreadPool,
@@ -137,8 +139,10 @@ pub(crate) fn attend_new(
     check::shape("rope", "a head of angles", [angles.table.head_dim], [cache.head_dim()])?;
     out.reset(q.rows(), q.cols());
     let new = NewEntries { k: SharedRows::of(k), v: SharedRows::read_only(v), angles: Some(angles) };
-    kv_cache::append_slices(simd, pool, cache, new, slices, |slice| slice.num_rows > 1);
-    let queries = Queries { q: SharedRows::of(q), group, new: Some(new) };
+    let are_own = own_pages::are_own(slices, cache.num_pages());
+    let is_before: fn(&AttentionSlice) -> bool = if are_own { |slice| slice.num_rows > 1 } else { |_| true };
+    kv_cache::append_slices(simd, pool, cache, new, slices, is_before);
+    let queries = Queries { q: SharedRows::of(q), group, angles: Some(angles), new: are_own.then_some(new) };
     attend_slices(simd, pool, &queries, cache, slices, out);
     Ok(())
 }
@@ -148,7 +152,9 @@ struct Queries<'a> {
     q: SharedRows,
     /// Query heads of a KV head.
     group: usize,
-    /// Where queries are to be turned, and entries of slices of one row are to be written.
+    /// What queries are still to be turned by, in place.
+    angles: Option<Angles<'a>>,
+    /// Where entries of slices of one row are still to be written.
     new: Option<NewEntries<'a>>,
 }
 
@@ -160,7 +166,7 @@ fn attend_slices(
     slices: &[AttentionSlice],
     out: &mut Operand,
 ) {
-    let &Queries { q, group, new } = queries;
+    let &Queries { q, group, angles, new } = queries;
     TILES.with_borrow_mut(|tiles| {
         let most_shared = match cache.layout() {
             KeyLayout::Columns => TILE_QUERIES,
@@ -180,7 +186,7 @@ fn attend_slices(
                 for i in run.clone() {
                     let tile = &tiles[i];
                     let slice = &slices[tile.slice as usize];
-                    if let Some(angles) = new.and_then(|new| new.angles) {
+                    if let Some(angles) = angles {
                         let cols = group * cache.head_dim();
                         // SAFETY: the device has its level, and the tile's queries are inside of q and its own.
                         unsafe { at_level(simd, TurnQueries { q, angles, slice, tile, cols }) };
@@ -218,7 +224,7 @@ fn attend_slices(
 /// The calling thread's registers, ready for tiles over a cache.
 #[cfg(target_arch = "x86_64")]
 fn registers(cache: &KvCache) -> Option<Registers> {
-    // SAFETY: only a device of the level `amx` makes a cache with its keys in rows.
+    // SAFETY: only a device of the level `amx` takes a cache with its keys in rows.
     (cache.layout() == KeyLayout::Rows).then(|| unsafe { Registers::shape(amx::BLOCK) })
 }
 
@@ -233,7 +239,7 @@ fn attend(simd: Simd, job: Attend<'_>) {
             // SAFETY: the device has its level, and the slices were checked.
             unsafe { at_level(simd, job) };
         }
-        // SAFETY: only a device of the level `amx` makes a cache with its keys in rows, and they are of bf16; the slices
+        // SAFETY: only a device of the level `amx` takes a cache with its keys in rows, and they are of bf16; the slices
         // were checked by `attention`.
         #[cfg(target_arch = "x86_64")]
         KeyLayout::Rows => unsafe { amx::attend(job) },
@@ -337,7 +343,8 @@ impl Attend<'_> {
             let heads = self.first_head..self.first_head + self.num_heads;
             let (row, position) = (self.first_row, self.first_position);
             let append = AppendPosition { cache: self.cache, new, slice: self.slice, row, position, heads };
-            // SAFETY: the device has its level, the slices were checked, and the tile alone has these heads of them.
+            // SAFETY: the device has its level, the slices were checked, and no other tile has these heads of the page, which
+            // is in no other slice.
             unsafe { at_level(simd, append) };
         }
     }

@@ -201,7 +201,7 @@ pub(crate) fn numeric_profile(options: &PipelineOptions) -> Result<NumericProfil
     // One machine runs all its stages on one level, but for GPUs where nobody asks for the same bits.
     let (backend, simd, deterministic) = match &options.stages[0].devices[0] {
         Device::Reference => ("reference", "none".to_owned(), true),
-        Device::Cpu { simd, .. } => ("cpu", simd.name().to_owned(), true),
+        Device::Cpu { simd, .. } => ("cpu", simd.numerics().to_owned(), true),
         Device::Cuda { is_deterministic, .. } => (GPU_BACKEND, architectures(options)?, *is_deterministic),
     };
     let shared: Vec<String> = (options.stages.iter())

@@ -163,7 +163,7 @@ impl Backend for Cpu {
     type KvCache = KvCache;
 
     fn numeric_profile(&self) -> String {
-        format!("cpu {} {} kv {}", self.simd.name(), self.weights.name(), self.kv.name())
+        format!("cpu {} {} kv {}", self.simd.numerics(), self.weights.name(), self.kv.name())
     }
 
     fn matrix(&self, view: TensorView<'_>) -> Result<CpuMatrix> {

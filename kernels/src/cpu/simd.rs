@@ -42,6 +42,15 @@ impl Simd {
         }
     }
 
+    /// The level as numeric profiles name it: processors on which it has other bits than by Intel's manual say so.
+    pub fn numerics(self) -> &'static str {
+        match self {
+            Simd::Avx512 if self.is_available() && !rounds_within_pairs() => "avx512 with pairs unrounded",
+            Simd::Amx if self.is_available() && !rounds_within_pairs() => "amx with pairs unrounded",
+            _ => self.name(),
+        }
+    }
+
     /// The processor features that the level needs, for messages.
     pub(crate) fn features(self) -> &'static str {
         match self {
@@ -67,6 +76,31 @@ fn has_avx512() -> bool {
         && std::arch::is_x86_feature_detected!("avx512dq")
         && std::arch::is_x86_feature_detected!("avx512vl")
         && std::arch::is_x86_feature_detected!("avx512bf16")
+}
+
+/// Whether `VDPBF16PS` adds one product of a pair after the other, each time rounded to nearest even, as Intel's manual has it
+/// (volume 2, "VDPBF16PS"). Processors of others may add both at once, which gives other bits.
+#[cfg(target_arch = "x86_64")]
+fn rounds_within_pairs() -> bool {
+    /// Beside it 1 is half a unit in the last place, which is lost where it comes alone, and two are one.
+    const LARGE: f32 = (1 << 24) as f32;
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn large_and_a_pair_of_ones() -> f32 {
+        use std::arch::x86_64::*;
+        let one = half::bf16::ONE.to_bits().cast_signed();
+        // SAFETY: any bits are numbers of bf16.
+        let ones = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi16(one)) };
+        _mm512_cvtss_f32(_mm512_dpbf16_ps(_mm512_set1_ps(std::hint::black_box(LARGE)), ones, ones))
+    }
+
+    // SAFETY: callers have asked for the level.
+    (unsafe { large_and_a_pair_of_ones() }) == LARGE
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn rounds_within_pairs() -> bool {
+    true
 }
 
 /// Whether there is `VPDPBUSD`, the dot product of integers of 8 bits, in 512-bit registers. No level needs it:
@@ -166,6 +200,46 @@ fn has_amx() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numerics_begin_with_the_name_and_are_no_more_where_there_are_no_products_of_pairs() {
+        assert!(Simd::ALL.iter().all(|level| level.numerics().starts_with(level.name())));
+        assert_eq!([Simd::Portable, Simd::Avx2].map(Simd::numerics), ["portable", "avx2"]);
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn pairs_are_rounded_where_numerics_say_no_more() {
+        use std::arch::x86_64::*;
+
+        #[target_feature(enable = "avx512f,avx512bf16")]
+        fn add_pair(sum: f32, a: u32, b: u32) -> f32 {
+            let [a, b] = [a, b].map(|pair| _mm512_set1_epi32(pair.cast_signed()));
+            // SAFETY: any bits are numbers of bf16.
+            let [a, b] = [a, b].map(|pairs| unsafe { std::mem::transmute::<__m512i, __m512bh>(pairs) });
+            _mm512_cvtss_f32(_mm512_dpbf16_ps(_mm512_set1_ps(sum), a, b))
+        }
+
+        if !Simd::Avx512.is_available() || Simd::Avx512.numerics() != Simd::Avx512.name() {
+            return;
+        }
+        let mut state = 1u32;
+        // Numbers of 2^-7 to 2, of either sign: products have bits that sums have no room for.
+        let mut number = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) & 0x83ff | 0x3c00
+        };
+        let mut sum = 0.0f32;
+        for _ in 0..10_000 {
+            let [even, odd] = [[number(), number()], [number(), number()]];
+            let [a, b] = [0, 1].map(|i| even[i] | odd[i] << 16);
+            let [even, odd] = [even, odd].map(|pair| pair.map(|number| f32::from_bits(number << 16)));
+            let expected = even[0].mul_add(even[1], odd[0].mul_add(odd[1], sum));
+            // SAFETY: the level was asked for.
+            sum = unsafe { add_pair(sum, a, b) };
+            assert_eq!(sum.to_bits(), expected.to_bits());
+        }
+    }
 
     #[test]
     fn the_detected_level_and_all_below_it_are_available() {

@@ -13,7 +13,7 @@ fn the_profile_names_level_and_types() {
     for simd in levels() {
         for (weights, name) in WEIGHT_TYPES.into_iter().zip(NAMES) {
             let profile = cpu(simd, 1, weights, KvDtype::F32).numeric_profile();
-            assert_eq!(profile, format!("cpu {} {name} kv f32", simd.name()));
+            assert_eq!(profile, format!("cpu {} {name} kv f32", simd.numerics()));
         }
     }
 }

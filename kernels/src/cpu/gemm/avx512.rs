@@ -1,9 +1,11 @@
 //! The tile in AVX-512, with `VDPBF16PS` for bf16 and `VPDPBUSD` for integers.
 //!
-//! `VDPBF16PS` adds the product of the odd k of a pair and then that of the even one, without rounding in
-//! between on some processors; it takes denormal inputs for zeros and flushes denormal sums to zero,
-//! whatever the control register says. That is the level's numeric profile, and no other level has to match
-//! it.
+//! `VDPBF16PS` adds the product of the odd k of a pair and then that of the even one, each time rounded to nearest
+//! even; a processor that adds both at once is told apart by [`Simd::numerics`]. It takes denormal inputs for zeros and
+//! flushes denormal sums to zero, whatever the control register says. That is the level's numeric profile, and no
+//! other level has to match it.
+//!
+//! [`Simd::numerics`]: crate::cpu::simd::Simd::numerics
 
 use super::tile::{GROUP_BYTES, KR, NR, Tile};
 use crate::cpu::exp::avx512::exp_ps;

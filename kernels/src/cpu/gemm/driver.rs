@@ -97,6 +97,8 @@ impl<'a, const N: usize> Product<'a, N> {
             k: padded_terms(kind, w.cols()),
             kind,
             num_matrices: N,
+            // Gate and up give the next product's x, which is as this one.
+            output_bytes: if N == 1 { size_of::<f32>() } else { x.numbers.number_bytes() },
         };
         let has_zeros = weights.iter().any(|w| w.has_zeros());
         let kernel = if has_zeros { Kernel::with_zeros(simd) } else { Kernel::new(simd, kind) };

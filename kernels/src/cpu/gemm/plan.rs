@@ -8,7 +8,11 @@
 //!
 //! None of these choices changes a result.
 
+#[cfg(test)]
+mod tests;
+
 use super::budget::Budget;
+use super::operand::LINE_BYTES;
 use super::pack::PanelLayout;
 use super::quantized::{BLOCK, GROUP};
 use super::tile::{Geometry, NR};
@@ -36,8 +40,9 @@ pub(super) const GROUP_TILES: usize = 8;
 /// the lines of the other piece along with its own (measured: half the bandwidth).
 const MIN_UNITS_PER_THREAD: usize = 8;
 
-/// Multiplications that are worth another thread: some 2 µs of one core, the cost of a region. Rows count
-/// for at least 4, as fewer wait for memory.
+/// Multiplications that are worth another thread: 2 µs of a core in AVX-512 with its products of bf16, and 13 in AVX2, several
+/// times what a region takes of workers that are awake, which is below half of one. Rows count for at least 4, as fewer wait for
+/// memory.
 const MIN_PRODUCTS_PER_THREAD: usize = 1 << 18;
 
 /// The shape of a product: `[rows, k] · [n, k]ᵀ`, by one matrix or two (gate and up).
@@ -50,6 +55,8 @@ pub(super) struct Shape {
     /// What the matrices are kept in.
     pub(super) kind: WeightType,
     pub(super) num_matrices: usize,
+    /// Bytes of a number of the output.
+    pub(super) output_bytes: usize,
 }
 
 /// Bytes of a number of x, which are those of a weight where a tile reads it.
@@ -83,6 +90,41 @@ impl Reading {
     }
 }
 
+/// Tiles of so many rows, and the rows of each but the last, where they are not dealt out evenly.
+fn tiles(rows: usize, geometry: &Geometry) -> (usize, usize) {
+    let num_tiles = rows.div_ceil(geometry.rows);
+    if !geometry.is_amx {
+        return (num_tiles, geometry.rows);
+    }
+    // As even as whole blocks of rows allow.
+    let tile_rows = rows.div_ceil(num_tiles.max(1)).next_multiple_of(AMX_BLOCK_ROWS).max(1);
+    (rows.div_ceil(tile_rows), tile_rows)
+}
+
+/// Bytes of a term of a strip, where a tile reads it.
+fn term_bytes(shape: &Shape, geometry: &Geometry) -> usize {
+    geometry.strip * tile_bytes(shape.kind)
+}
+
+/// Terms of a chunk of K, a multiple of the geometry's step.
+fn chunk(shape: &Shape, geometry: &Geometry, budget: &Budget, reading: Reading) -> usize {
+    let sweep_bytes = match geometry.is_amx && shape.rows <= AMX_BLOCK_ROWS {
+        true => usize::MAX,
+        false => budget.sweep_bytes,
+    };
+    let num_sweeps = |k: usize| (k * term_bytes(shape, geometry)).div_ceil(sweep_bytes).max(1);
+    let chunk = fixed_chunk(shape, geometry, budget, reading).unwrap_or_else(|| match shape.kind {
+        // Parts of whole blocks; the last block may have fewer.
+        WeightType::Int8 if shape.k > BLOCK => BLOCK / num_sweeps(BLOCK).next_power_of_two(),
+        _ => shape.k.div_ceil(num_sweeps(shape.k)).next_multiple_of(geometry.step),
+    });
+    debug_assert!(
+        shape.kind != WeightType::Int8 || shape.k <= BLOCK || BLOCK.is_multiple_of(chunk),
+        "a chunk of {chunk} has parts of two blocks, whose scales differ"
+    );
+    chunk
+}
+
 /// Terms of a chunk where the number type fixes them; results of the other types do not depend on it.
 fn fixed_chunk(shape: &Shape, geometry: &Geometry, budget: &Budget, reading: Reading) -> Option<usize> {
     match shape.kind {
@@ -100,6 +142,38 @@ fn fixed_chunk(shape: &Shape, geometry: &Geometry, budget: &Budget, reading: Rea
         WeightType::Fp8 | WeightType::Int8Weight => Some(budget.unpacked_terms),
         WeightType::Int4Weight => Some(GROUP),
     }
+}
+
+/// Threads that have enough to do.
+fn num_shares(shape: &Shape, geometry: &Geometry, num_threads: usize) -> usize {
+    let products = |least_rows: usize| {
+        (shape.rows.max(least_rows) * shape.n).saturating_mul(shape.k * shape.num_matrices)
+    };
+    num_threads.min(match geometry.is_amx {
+        true => 1 + products(64) / (8 * MIN_PRODUCTS_PER_THREAD),
+        false => 1 + products(4) / MIN_PRODUCTS_PER_THREAD,
+    })
+}
+
+/// Columns of a piece, fewer than a strip has where so many tiles, in so many groups, would make too few units.
+fn piece_cols(
+    shape: &Shape,
+    geometry: &Geometry,
+    [num_tiles, num_groups]: [usize; 2],
+    num_shares: usize,
+) -> usize {
+    // No two threads write to one line.
+    let narrowest = geometry.narrowest.max(LINE_BYTES / shape.output_bytes);
+    let num_units = |piece_cols: usize| num_groups * shape.n.div_ceil(NR) * (NR / piece_cols);
+    let mut piece_cols = geometry.strip;
+    while num_shares > 1
+        && num_tiles > 1
+        && piece_cols > narrowest
+        && num_units(piece_cols) < MIN_UNITS_PER_THREAD * num_shares
+    {
+        piece_cols /= 2;
+    }
+    piece_cols
 }
 
 /// The cut.
@@ -148,61 +222,25 @@ impl Plan {
     /// The cut for so many threads on cores of such caches.
     pub(super) fn new(shape: Shape, geometry: Geometry, caches: CoreCaches, num_threads: usize) -> Self {
         let budget = Budget::new(caches, &geometry);
-        let (mut num_tiles, mut tile_rows) = (shape.rows.div_ceil(geometry.rows), geometry.rows);
-        if geometry.is_amx {
-            // As even as whole blocks of rows allow.
-            tile_rows = shape.rows.div_ceil(num_tiles.max(1)).next_multiple_of(AMX_BLOCK_ROWS).max(1);
-            num_tiles = shape.rows.div_ceil(tile_rows);
-        }
-        let number_bytes = tile_bytes(shape.kind);
-        let term_bytes = geometry.strip * number_bytes;
-        let sweep_bytes = match geometry.is_amx {
-            true if shape.rows <= AMX_BLOCK_ROWS => usize::MAX,
-            _ => budget.sweep_bytes,
-        };
-        let num_sweeps = |k: usize| (k * term_bytes).div_ceil(sweep_bytes).max(1);
+        let (num_tiles, tile_rows) = tiles(shape.rows, &geometry);
         let reading = Reading::new(shape.kind, &geometry, num_tiles);
-        let chunk = fixed_chunk(&shape, &geometry, &budget, reading).unwrap_or_else(|| match shape.kind {
-            // Parts of whole blocks; the last block may have fewer.
-            WeightType::Int8 if shape.k > BLOCK => BLOCK / num_sweeps(BLOCK).next_power_of_two(),
-            _ => shape.k.div_ceil(num_sweeps(shape.k)).next_multiple_of(geometry.step),
-        });
-        debug_assert!(
-            shape.kind != WeightType::Int8 || shape.k <= BLOCK || BLOCK.is_multiple_of(chunk),
-            "a chunk of {chunk} has parts of two blocks, whose scales differ"
-        );
+        let chunk = chunk(&shape, &geometry, &budget, reading);
         let num_chunks = shape.k.div_ceil(chunk.max(1)).max(1); // Rounding up may have saved one.
 
         // What is unpacked is unpacked once for a group of tiles.
-        let fits = num_chunks == 1 && shape.num_matrices * shape.k * term_bytes <= budget.sweep_bytes;
+        let sweep_bytes = shape.num_matrices * shape.k * term_bytes(&shape, &geometry);
+        let fits = num_chunks == 1 && sweep_bytes <= budget.sweep_bytes;
         let has_tile_units = (fits || geometry.is_amx) && reading == Reading::Panels;
         let num_groups = if has_tile_units { num_tiles } else { num_tiles.div_ceil(geometry.group_tiles) };
         // Where weights are widened, x is in f32.
-        let input_bytes = if geometry.widens { size_of::<f32>() } else { number_bytes };
+        let input_bytes = if geometry.widens { size_of::<f32>() } else { tile_bytes(shape.kind) };
         let tile_bytes = tile_rows * shape.k * input_bytes;
-        let max_block_tiles = match geometry.is_amx {
-            true => (budget.block_bytes / tile_bytes.max(1)).max(1),
-            false => (budget.block_bytes / tile_bytes.max(1)).max(MIN_BLOCK_TILES),
-        };
+        let least_block_tiles = if geometry.is_amx { 1 } else { MIN_BLOCK_TILES };
+        let max_block_tiles = (budget.block_bytes / tile_bytes.max(1)).max(least_block_tiles);
         let num_blocks = num_tiles.div_ceil(max_block_tiles).clamp(1, num_groups.max(1));
-        let groups_per_block = num_groups.div_ceil(num_blocks);
 
-        let num_panels = shape.n.div_ceil(NR);
-        let products = |least_rows: usize| {
-            (shape.rows.max(least_rows) * shape.n).saturating_mul(shape.k * shape.num_matrices)
-        };
-        let num_shares = num_threads.min(match geometry.is_amx {
-            true => 1 + products(64) / (8 * MIN_PRODUCTS_PER_THREAD),
-            false => 1 + products(4) / MIN_PRODUCTS_PER_THREAD,
-        });
-        let mut piece_cols = geometry.strip;
-        while num_shares > 1
-            && num_tiles > 1
-            && piece_cols > geometry.narrowest
-            && num_groups * num_panels * (NR / piece_cols) < MIN_UNITS_PER_THREAD * num_shares
-        {
-            piece_cols /= 2;
-        }
+        let num_shares = num_shares(&shape, &geometry, num_threads);
+        let piece_cols = piece_cols(&shape, &geometry, [num_tiles, num_groups], num_shares);
         let num_pieces = shape.n.div_ceil(piece_cols); // None that is all padding.
         let mut unit_pieces = 1;
         if geometry.is_amx && tile_bytes > budget.block_bytes {
@@ -216,7 +254,7 @@ impl Plan {
             num_tiles,
             tile_rows,
             num_groups,
-            groups_per_block,
+            groups_per_block: num_groups.div_ceil(num_blocks),
             num_pieces,
             unit_pieces,
             piece_cols,
@@ -290,144 +328,4 @@ pub(super) fn share(total: usize, parts: usize, i: usize) -> Range<usize> {
     let (size, longer) = (total / parts, total % parts);
     let start = |i: usize| i * size + i.min(longer);
     start(i)..start(i + 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cpu::gemm::pack::padded_terms;
-    use crate::cpu::simd::Simd;
-
-    /// Levels that differ in their tiles, with the types of weights.
-    const LEVELS: [(Simd, WeightType); 13] = [
-        (Simd::Avx2, WeightType::Bf16),
-        (Simd::Avx2, WeightType::Int8),
-        (Simd::Avx2, WeightType::Int8Weight),
-        (Simd::Avx2, WeightType::Int4Weight),
-        (Simd::Avx512, WeightType::F32),
-        (Simd::Avx512, WeightType::Bf16),
-        (Simd::Avx512, WeightType::Int8),
-        (Simd::Avx512, WeightType::Int8Weight),
-        (Simd::Avx512, WeightType::Int4Weight),
-        (Simd::Amx, WeightType::Bf16),
-        (Simd::Amx, WeightType::Int8),
-        (Simd::Amx, WeightType::Int8Weight),
-        (Simd::Amx, WeightType::Int4Weight),
-    ];
-
-    /// Caches of all sizes, the usual ones first.
-    const CACHES: [CoreCaches; 4] = [
-        CoreCaches { l1: 32 << 10, l2: 1 << 20 },
-        CoreCaches { l1: 48 << 10, l2: 2 << 20 },
-        CoreCaches { l1: 32 << 10, l2: 512 << 10 },
-        CoreCaches { l1: 16 << 10, l2: 128 << 10 },
-    ];
-
-    fn avx512(kind: WeightType) -> Geometry {
-        Geometry::new(Simd::Avx512, kind)
-    }
-
-    #[test]
-    fn every_element_belongs_to_one_unit() {
-        for rows in [1, 2, 6, 7, 13, 64, 100, 500] {
-            for (n, k, num_matrices) in
-                [(1, 8, 1), (64, 64, 2), (200, 3000, 1), (576, 1536, 2), (65, 9000, 1)]
-            {
-                for (threads, (simd, kind)) in [1, 2, 3, 64].into_iter().flat_map(|t| LEVELS.map(|l| (t, l)))
-                {
-                    let (geometry, caches) = (Geometry::new(simd, kind), CACHES[threads % CACHES.len()]);
-                    let shape = Shape { rows, n, k: padded_terms(kind, k), kind, num_matrices };
-                    let plan = Plan::new(shape, geometry, caches, threads);
-                    let padded = n.next_multiple_of(NR);
-                    let mut seen = vec![0; rows * padded];
-                    for unit in (0..plan.num_units()).map(|i| plan.unit(i)) {
-                        assert!((1..=geometry.group_tiles).contains(&unit.tiles.len()), "{plan:?} {unit:?}");
-                        assert!(
-                            unit.tiles.len() * unit.pieces.len() <= plan.unit_tiles(),
-                            "{plan:?} {unit:?}"
-                        );
-                        for tile in unit.tiles.clone() {
-                            assert!(
-                                (1..=geometry.rows).contains(&plan.rows(tile).len()),
-                                "{plan:?} {unit:?}"
-                            );
-                            for row in plan.rows(tile) {
-                                let pieces = unit.pieces.clone();
-                                let cols = pieces.flat_map(|piece| plan.cols(piece));
-                                cols.for_each(|col| seen[row * padded + col] += 1);
-                            }
-                        }
-                    }
-                    let is_right = |(i, &count): (usize, &i32)| count == 1 || (count == 0 && i % padded >= n);
-                    assert!(seen.iter().enumerate().all(is_right), "{plan:?}");
-                    assert!(plan.num_chunks * plan.chunk >= k && (plan.num_chunks - 1) * plan.chunk < k);
-                    assert_eq!(plan.chunk % geometry.step, 0);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn sweeps_stay_inside_the_caches() {
-        for ((k, (simd, kind)), caches) in [576, 2048, 8192, 106_496]
-            .into_iter()
-            .flat_map(|k| LEVELS.map(|level| (k, level)))
-            .flat_map(|shape| CACHES.map(|caches| (shape, caches)))
-        {
-            let geometry = Geometry::new(simd, kind);
-            let plan = Plan::new(Shape { rows: 512, n: 4096, k, kind, num_matrices: 1 }, geometry, caches, 2);
-            let term_bytes = geometry.strip * tile_bytes(kind);
-            let most = match kind {
-                // Blocks have their own scales, and AMX alone goes on with a part of one.
-                WeightType::Int8 if !geometry.is_amx => BLOCK * term_bytes,
-                _ => Budget::new(caches, &geometry).sweep_bytes,
-            };
-            let chunk = plan.chunk.min(k) * term_bytes;
-            assert!(chunk <= most + geometry.step * term_bytes, "{caches:?} {plan:?}");
-        }
-    }
-
-    #[test]
-    fn cuts_follow_the_caches_where_it_is_theirs_to_say() {
-        let kind = WeightType::Bf16;
-        let shape = Shape { rows: 512, n: 576, k: 2048, kind, num_matrices: 1 };
-        let [usual, _, half, _] = CACHES.map(|caches| Plan::new(shape, avx512(kind), caches, 2));
-        assert_eq!([usual.num_chunks, half.num_chunks], [1, 2]);
-        assert_eq!([usual.num_groups, half.num_groups], [86, 11]);
-        let shape = Shape { k: 576, ..shape };
-        let [usual, _, half, _] = CACHES.map(|caches| Plan::new(shape, avx512(kind), caches, 2));
-        assert_eq!([usual.groups_per_block, half.groups_per_block], [43, 22]);
-    }
-
-    #[test]
-    #[cfg(target_arch = "x86_64")]
-    fn units_of_amx_take_several_pieces_of_every_type_where_rows_are_long() {
-        for kind in [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight] {
-            for (num_matrices, caches) in [(1, CACHES[0]), (2, CACHES[0]), (1, CACHES[1]), (2, CACHES[1])] {
-                let shape = Shape { rows: 40, n: 300, k: 17_024, kind, num_matrices };
-                let plan = Plan::new(shape, Geometry::new(Simd::Amx, kind), caches, 1);
-                assert!(plan.unit_pieces > 1, "{plan:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_unpacked_serves_a_group_of_tiles() {
-        let shape = Shape { rows: 96, n: 640, k: 576, kind: WeightType::Int4Weight, num_matrices: 1 };
-        let plan = Plan::new(shape, avx512(WeightType::Int4Weight), CACHES[0], 1);
-        assert_eq!((plan.num_units(), plan.unit(0).tiles), (20, 0..8));
-    }
-
-    #[test]
-    fn a_narrow_product_is_cut_fine_enough_for_two_threads() {
-        let kind = WeightType::Bf16;
-        let plan =
-            |rows, n, k| Plan::new(Shape { rows, n, k, kind, num_matrices: 1 }, avx512(kind), CACHES[0], 2);
-        // SmolLM2's k projection for 16 rows: 3 panels times 3 tiles would be 5 units against 4.
-        assert_eq!(plan(16, 192, 576).num_units(), 18);
-        // A single tile reads its panels whole.
-        assert_eq!(plan(4, 192, 576).num_units(), 3);
-        // A tiny one is not worth a second thread.
-        assert_eq!(plan(1, 64, 64).num_shares, 1);
-    }
 }

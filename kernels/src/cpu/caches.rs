@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 /// Where the system does not say how large the last cache is: as much as a server's processors have for eight cores.
 const CACHE_BYTES_IF_UNKNOWN: u64 = 32 << 20;
 
-/// L1 caches that cores have. What is told beyond that is a hypervisor's invention.
+/// L1 caches that cores have, or their part of one. What is told beyond that is a hypervisor's invention.
 const L1_BYTES: RangeInclusive<u64> = 16 << 10..=256 << 10;
 
-/// L2 caches that a core has to itself; a larger one is shared by several, or invented.
+/// The same of L2; a larger one is shared with cores of which the system does not tell, or with others' than the pool's, or invented.
 const L2_BYTES: RangeInclusive<u64> = 128 << 10..=3 << 20;
 
-/// The caches that a core has to itself, in bytes. Its hyperthreads share them, which is not looked at.
+/// A core's share of its caches, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CoreCaches {
     /// That for data.
@@ -23,9 +23,11 @@ pub(crate) struct CoreCaches {
 }
 
 impl CoreCaches {
-    /// Those of a core, by the system's number; what it does not tell is as usual.
-    pub(crate) fn of(core: usize) -> Self {
-        Self::told(&data_caches(&folder_of(core)), Self::usual(Simd::detect()))
+    /// Those of the cores of a pool, by the system's numbers, as the first one has them; what it does not tell is as usual, and so is
+    /// all where threads run on any cores. Hyperthreads share what their core has.
+    pub(crate) fn of(cores: &[usize]) -> Self {
+        let first = cores.first().copied().unwrap_or(0);
+        Self::told(&data_caches(&folder_of(first)), cores, Self::usual(Simd::detect()))
     }
 
     /// What processors of a level have: all with AMX that there are, and those of the smaller kind of the others.
@@ -36,11 +38,14 @@ impl CoreCaches {
         }
     }
 
-    /// What is told, as far as it can be true.
-    fn told(caches: &[Cache], usual: Self) -> Self {
+    /// A core's share of what is told, as far as that can be true, among those of some cores.
+    fn told(caches: &[Cache], cores: &[usize], usual: Self) -> Self {
         let of_level = |level, possible: RangeInclusive<u64>, usual| {
-            let told = caches.iter().find(|cache| cache.level == level).map(|cache| cache.bytes);
-            told.filter(|bytes| possible.contains(bytes)).map_or(usual, |bytes| bytes as usize)
+            let told = caches.iter().find(|cache| cache.level == level);
+            let told = told.filter(|cache| cache.bytes >= *possible.start());
+            let share = told.map(|cache| cache.share(cores)).filter(|bytes| bytes <= possible.end());
+            // Products are not cut for less.
+            share.map_or(usual, |bytes| bytes.max(*possible.start()) as usize)
         };
         Self { l1: of_level(1, L1_BYTES, usual.l1), l2: of_level(2, L2_BYTES, usual.l2) }
     }
@@ -72,6 +77,17 @@ struct Cache {
     /// 1 for the one next to the core.
     level: u32,
     bytes: u64,
+    /// Those that share it, by the system's numbers.
+    cores: Vec<RangeInclusive<usize>>,
+}
+
+impl Cache {
+    /// What each of some cores has of it, where some of these share it.
+    fn share(&self, cores: &[usize]) -> u64 {
+        let is_sharing = |core: &&usize| self.cores.iter().any(|cores| cores.contains(core));
+        let num_sharing = cores.iter().filter(is_sharing).count();
+        self.bytes / num_sharing.max(1) as u64
+    }
 }
 
 /// Where Linux describes a core's caches.
@@ -90,7 +106,20 @@ fn data_cache(folder: &Path) -> Option<Cache> {
     if field("type")?.trim() == "Instruction" {
         return None;
     }
-    Some(Cache { level: field("level")?.trim().parse().ok()?, bytes: cache_bytes(field("size")?.trim())? })
+    Some(Cache {
+        level: field("level")?.trim().parse().ok()?,
+        bytes: cache_bytes(field("size")?.trim())?,
+        cores: field("shared_cpu_list").and_then(|list| listed(list.trim())).unwrap_or_default(),
+    })
+}
+
+/// Reads `0-3,8`.
+fn listed(list: &str) -> Option<Vec<RangeInclusive<usize>>> {
+    let cores = list.split(',').map(|cores| {
+        let (first, last) = cores.split_once('-').unwrap_or((cores, cores));
+        Some(first.parse().ok()?..=last.parse().ok()?)
+    });
+    cores.collect()
 }
 
 /// The largest of some caches.
@@ -122,14 +151,23 @@ mod tests {
         assert_eq!(free_bytes("MemTotal: 1 kB\n"), None);
     }
 
-    /// What is told of a folder with caches of `(level, type, size)`.
+    /// What is told of a folder with caches of `(level, type, size)`, each of a core's own.
     fn caches_of(told: &[(&str, &str, &str)]) -> Vec<Cache> {
+        caches_of_cores(&told.iter().map(|&(level, kind, size)| (level, kind, size, "0")).collect::<Vec<_>>())
+    }
+
+    /// The same of caches of `(level, type, size, cores)`; of cores nothing is told where there are none.
+    fn caches_of_cores(told: &[(&str, &str, &str, &str)]) -> Vec<Cache> {
         let folder = tempfile::tempdir().unwrap();
-        for (index, (level, kind, size)) in told.iter().enumerate() {
+        for (index, (level, kind, size, cores)) in told.iter().enumerate() {
             let cache = folder.path().join(format!("index{index}"));
             std::fs::create_dir(&cache).unwrap();
-            for (name, field) in [("level", level), ("type", kind), ("size", size)] {
-                std::fs::write(cache.join(name), format!("{field}\n")).unwrap();
+            for (name, field) in
+                [("level", level), ("type", kind), ("size", size), ("shared_cpu_list", cores)]
+            {
+                if !field.is_empty() {
+                    std::fs::write(cache.join(name), format!("{field}\n")).unwrap();
+                }
             }
         }
         std::fs::write(folder.path().join("uevent"), "").unwrap();
@@ -146,18 +184,39 @@ mod tests {
         ]);
         assert_eq!(last_cache_bytes(&caches), Some(32 << 20));
         let usual = CoreCaches::usual(Simd::Amx);
-        assert_eq!(CoreCaches::told(&caches, usual), CoreCaches { l1: 32 << 10, l2: 512 << 10 });
+        assert_eq!(CoreCaches::told(&caches, &[0], usual), CoreCaches { l1: 32 << 10, l2: 512 << 10 });
     }
 
     #[test]
     fn what_is_not_told_or_cannot_be_true_is_as_usual() {
         let usual = CoreCaches::usual(Simd::Avx2);
-        assert_eq!(CoreCaches::told(&data_caches(Path::new("/nowhere")), usual), usual);
+        assert_eq!(CoreCaches::told(&data_caches(Path::new("/nowhere")), &[0], usual), usual);
         assert_eq!(last_cache_bytes(&[]), None);
         let caches = caches_of(&[("1", "Data", "0K"), ("2", "Unified", "16M"), ("3", "Unified", "?")]);
-        assert_eq!(CoreCaches::told(&caches, usual), usual);
+        assert_eq!(CoreCaches::told(&caches, &[0], usual), usual);
         let caches = caches_of(&[("2", "Unified", "2048K")]);
-        assert_eq!(CoreCaches::told(&caches, usual), CoreCaches { l1: 32 << 10, l2: 2 << 20 });
+        assert_eq!(CoreCaches::told(&caches, &[0], usual), CoreCaches { l1: 32 << 10, l2: 2 << 20 });
+    }
+
+    #[test]
+    fn cores_of_a_pool_share_what_their_hyperthreads_do() {
+        let usual = CoreCaches::usual(Simd::Avx2);
+        let share = |[l1, l2]: [&str; 2], shared: &str, cores: &[usize]| {
+            let caches = caches_of_cores(&[("1", "Data", l1, shared), ("2", "Unified", l2, shared)]);
+            let CoreCaches { l1, l2 } = CoreCaches::told(&caches, cores, usual);
+            [l1 >> 10, l2 >> 10]
+        };
+        let usual_size = ["48K", "2048K"];
+        assert_eq!(share(usual_size, "0-1", &[0, 1]), [24, 1024]);
+        assert_eq!(share(usual_size, "0,4", &[0, 1, 4]), [24, 1024]);
+        // The other hyperthread is nobody's or another pool's, or there is none.
+        assert_eq!(share(usual_size, "0,4", &[0, 1]), [48, 2048]);
+        assert_eq!(share(usual_size, "0", &[0, 1]), [48, 2048]);
+        assert_eq!(share(usual_size, "", &[0, 1]), [48, 2048]);
+        assert_eq!(share(usual_size, "?", &[0, 1]), [48, 2048]);
+        assert_eq!(share(usual_size, "0-1", &[]), [48, 2048]);
+        // An L2 of several cores, and no less than products are cut for.
+        assert_eq!(share(["32K", "4096K"], "0-3", &[0, 1, 2, 3]), [16, 1024]);
     }
 
     #[test]

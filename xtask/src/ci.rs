@@ -80,7 +80,9 @@ fn doctest() -> Result<()> {
 }
 
 fn kernels() -> Result<()> {
-    nextest(&["--package", "spanwise-kernels", "--cargo-profile", "checked"])
+    nextest(&["--package", "spanwise-kernels", "--cargo-profile", "checked"])?;
+    let of_kernels = ["--locked", "--package", "spanwise-kernels", "--profile", "checked"];
+    shell::run(&mut shell::cargo([&["run"], &of_kernels[..], &["--example", "untested_levels"]].concat()))
 }
 
 fn test() -> Result<()> {

@@ -158,7 +158,7 @@ fn attention_is_the_softmax_mean_of_the_values() {
     every_device(&Attention::default());
 }
 
-/// Few keys that are all the same, huge scores, scores that are all far below zero, values of any size.
+/// Few keys that are all the same, huge scores, scores that are all far below zero, numbers of any size, denormal ones too.
 pub(crate) struct Extremes;
 
 impl Check for Extremes {
@@ -166,21 +166,28 @@ impl Check for Extremes {
         let backend = &device.backend;
         let (len, head_dim) = (70, 16);
         let slices = [AttentionSlice { first_row: 0, num_rows: len, first_position: 0, pages: vec![1, 0] }];
-        for (query, key, value) in
-            [(0.0, 1.0, 3.0), (1e4, 1e4, -2.0), (-1e4, 1e4, 1e30), (1e-30, 1e-30, 1e-30)]
-        {
+        for (query, key, value) in [
+            (0.0, 1.0, 3.0),
+            (1e4, 1e4, -2.0),
+            (-1e4, 1e4, 1e30),
+            (1e-30, 1e-30, 1e-30),
+            (1e-40, 1e-40, 3.0),
+            (1e4, -1e-40, -1e30),
+            (-1e-40, 1e4, 1e-40),
+            (1e-40, 1e-40, -1e-40),
+        ] {
             let mut cache = backend.kv_cache(2, 1, head_dim).unwrap();
             let (q, k) = (device.array(&vec![query; len * 16], 16), device.array(&vec![key; len * 16], 16));
             let v = device.array(&vec![value; len * 16], 16);
             backend.kv_append(&mut cache, &k, &v, &slices).unwrap();
             let mut out = backend.operand();
             backend.attention(&q, &cache, &slices, &mut out).unwrap();
-            // The mean of equal values, however they are weighed.
-            let bound = f64::from(value).abs()
-                * (kv_unit(device.kv)
-                    + unit(device.kv.multiplied())
-                    + unit(device.weights.operands())
-                    + 300.0 * F32_UNIT);
+            // The mean of equal values, however they are weighed; denormal ones may be flushed.
+            let relative = kv_unit(device.kv)
+                + unit(device.kv.multiplied())
+                + unit(device.weights.operands())
+                + 300.0 * F32_UNIT;
+            let bound = f64::from(value).abs() * relative + f64::from(f32::MIN_POSITIVE);
             for found in B::read(&out) {
                 let error = (f64::from(found) - f64::from(value)).abs();
                 assert!(error <= bound, "{} {query} {key}: {found} for {value}", device.name());

@@ -7,6 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod own_pages;
+mod parts;
 mod product;
 mod tile;
 

@@ -23,7 +23,7 @@ pub(super) use narrow::{tile_int4_weight, tile_int8_weight};
 pub(super) use widened::{tile_widened, widen_fn};
 
 /// Most tiles that share what is widened: to widen a weight takes as long as three rows' products with it, so 96 rows pay 3 %.
-/// Their x is 96 KiB for each chunk of K and is read from L2.
+/// Their x is 108 KiB for each chunk of K of 288 terms and is read from L2.
 pub(super) const GROUP_TILES: usize = 16;
 
 /// Tiles of a unit from which on it pays to widen bf16. A tile that reads bf16 takes a tenth longer (91 % of the peak in L1 for

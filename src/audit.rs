@@ -19,10 +19,7 @@ const EXIT_WRONG: u8 = 1;
 /// # Errors
 /// A folder without a job, a job that runs, an input that cannot be read.
 pub(crate) fn audit(args: &AuditArgs) -> Result<ExitCode> {
-    let manifest = match args.output.join(Manifest::FILE_NAME).exists() {
-        true => Some(Manifest::read(&args.output)?),
-        false => None,
-    };
+    let manifest = Manifest::find(&args.output)?;
     let input = match (&args.input, &manifest) {
         (Some(input), _) => input.clone(),
         (None, Some(Manifest { input: InputRecord { path, .. }, .. }))

@@ -11,7 +11,7 @@ use anyhow::Result;
 use configs::{JobFile, Loaded};
 use jobs::{
     Counts, FailedReplica, FolderLock, InputRecord, Manifest, ModelRecord, NumericProfile, Scores, Status,
-    Timings, TokenTotals,
+    Timings, TokenTotals, Written,
 };
 use serde_json::json;
 use stages::Model;
@@ -21,12 +21,13 @@ use crate::layout::device_names;
 use crate::placement::{Placement, Source};
 use crate::report::{Report, StageLine};
 use crate::run::unix_seconds;
-use crate::{interrupt, machine, print, say};
+use crate::text::grouped;
+use crate::{failures, interrupt, machine, print, say};
 
 /// A job that failed and can be run again, once what stopped it is out of the way.
 const EXIT_FAILED: u8 = 1;
 
-/// A job that was stopped for its many errors.
+/// A job that was stopped for its many errors, or has nothing else.
 const EXIT_TOO_MANY_ERRORS: u8 = 3;
 
 /// When a run began, and where its time went.
@@ -76,9 +77,23 @@ impl Ended<'_> {
         if let Err(error) = has_manifest.and(scores.map(drop)) {
             return Ok(stopped(format!("{:#}", anyhow::Error::from(error))));
         }
-        match self.outcome.was_interrupted {
-            true => Ok(ExitCode::from(interrupt::EXIT_CODE)),
-            false => Ok(ExitCode::SUCCESS),
+        Ok(self.exit_code())
+    }
+
+    /// That of a run which nothing but its user has stopped.
+    fn exit_code(&self) -> ExitCode {
+        match self.outcome.written {
+            _ if self.outcome.was_interrupted => ExitCode::from(interrupt::EXIT_CODE),
+            Written { output_lines: 0, error_lines: failed @ 1.., .. } => {
+                say(&format!("error: no row was answered, all {} have failed", grouped(failed)));
+                say(&format!(
+                    "hint: once the input is corrected, `spanwise retry {}` runs them again; once the job file is, `spanwise run` \
+                     with --fresh starts over",
+                    self.loaded.job.job.output.display()
+                ));
+                ExitCode::from(EXIT_TOO_MANY_ERRORS)
+            }
+            _ => ExitCode::SUCCESS,
         }
     }
 
@@ -194,6 +209,7 @@ impl Ended<'_> {
             scores: manifest.scores.clone(),
             rows_completed: manifest.counts.completed,
             rows_failed: manifest.counts.failed,
+            failed: (manifest.counts.failed > 0).then(|| failures::line(&self.loaded.job.job.output)),
             rows_resumed: manifest.counts.resumed,
             stale_lines: manifest.counts.stale,
             prompt_tokens: self.progress.prompt_tokens.load(Ordering::Relaxed),

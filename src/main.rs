@@ -8,6 +8,7 @@ mod cli;
 mod devices;
 mod efficient;
 mod ended;
+mod failures;
 mod first_run;
 mod generate;
 mod gpu_memory;

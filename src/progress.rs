@@ -10,7 +10,7 @@ use actors::{JobProgress, PipelineClock};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::ProgressKind;
-use crate::text::{duration, grouped};
+use crate::text::{duration, grouped, rate};
 
 /// Between two looks of the bar.
 const BAR_INTERVAL: Duration = Duration::from_millis(200);
@@ -129,9 +129,9 @@ impl Reading {
             _ => String::new(),
         };
         format!(
-            "{failed}{} tokens generated, {:.0} tokens/s{eta}",
+            "{failed}{} tokens generated, {} tokens/s{eta}",
             grouped(self.sampled_tokens),
-            rates.tokens
+            rate(rates.tokens)
         )
     }
 }

@@ -9,7 +9,7 @@ use stages::{Alike, CollectiveTimes, Part, Sharing};
 use crate::hindsight::BetterCut;
 use crate::layout::ranges;
 use crate::placement::Source;
-use crate::text::grouped;
+use crate::text::{grouped, rate};
 
 /// Another cut is worth a line when the run would have been faster by so much.
 const LEAST_GAIN_PERCENT: f64 = 3.0;
@@ -19,6 +19,8 @@ pub(crate) struct Report {
     pub(crate) scores: Option<Scores>,
     pub(crate) rows_completed: u64,
     pub(crate) rows_failed: u64,
+    /// Why these failed, where there are any.
+    pub(crate) failed: Option<String>,
     /// Rows of these that earlier runs had finished.
     pub(crate) rows_resumed: u64,
     /// Lines that were moved to `stale.jsonl`.
@@ -141,8 +143,12 @@ impl StageLine {
             0 => String::new(),
             restarts => format!(", started again {} times", grouped(restarts)),
         };
-        let (busy, predicted) = (times.parts.busy.as_secs_f64(), self.predicted);
-        let predicted = format!(" ({busy:.2} s, predicted {predicted:.2} s {})", costs.words());
+        let busy = times.parts.busy.as_secs_f64();
+        let predicted = match self.predicted {
+            0.005.. => format!(", predicted {:.2} s {}", self.predicted, costs.words()),
+            _ => String::new(), // Nothing to hold what was measured against.
+        };
+        let predicted = format!(" ({busy:.2} s{predicted})");
         let replica = self.replica.map_or_else(String::new, |replica| format!("replica {replica} "));
         format!(
             "{replica}{} blocks {}: {}, {} micro-batches of {:.0} tokens{}{restarted}",
@@ -167,6 +173,9 @@ impl Report {
         };
         let rows = (grouped(self.rows_completed), grouped(self.rows_failed));
         add("rows", format!("{} done, {} failed{resumed}", rows.0, rows.1));
+        if let Some(why) = &self.failed {
+            add("failed", why.clone());
+        }
         if self.stale_lines > 0 {
             let stale = grouped(self.stale_lines);
             add("stale", format!("{stale} lines of rows that have left the input, in stale.jsonl"));
@@ -180,15 +189,10 @@ impl Report {
             ),
         );
         let seconds = self.run.as_secs_f64();
-        let rate = |tokens: u64| if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 };
-        add(
-            "speed",
-            format!(
-                "{:.1} generated tokens/s, {:.1} tokens/s with prompts",
-                rate(self.generated_tokens),
-                rate(self.generated_tokens + self.prompt_tokens)
-            ),
-        );
+        let speed = |tokens: u64| rate(if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 });
+        let (generated, all) =
+            (speed(self.generated_tokens), speed(self.generated_tokens + self.prompt_tokens));
+        add("speed", format!("{generated} generated tokens/s, {all} tokens/s with prompts"));
         add("time", format!("{seconds:.2} s, and {:.2} s to load the model", self.load.as_secs_f64()));
         for (index, stage) in self.stages.iter().enumerate() {
             add(&format!("stage {index}"), stage.text(self.costs));

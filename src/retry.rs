@@ -14,14 +14,13 @@ use crate::run::{How, Start, run_job};
 /// # Errors
 /// A folder without a manifest; whatever keeps a job from starting.
 pub(crate) async fn retry(args: RetryArgs) -> Result<ExitCode> {
-    if !args.output.join(Manifest::FILE_NAME).is_file() {
+    let Some(manifest) = Manifest::find(&args.output)? else {
         bail!(
             "{} holds no {}: a job writes it when it ends\nhint: a job that was killed goes on by its own command",
             args.output.display(),
             Manifest::FILE_NAME
         );
-    }
-    let manifest = Manifest::read(&args.output)?;
+    };
     let mut loaded = recorded(manifest.config)
         .with_context(|| format!("read config in {}", args.output.join(Manifest::FILE_NAME).display()))?;
     // The folder may have been moved.

@@ -1,12 +1,14 @@
 //! `spanwise status`: how far a job is, from another terminal.
 
+use std::path::Path;
+
 use anyhow::Result;
 use jobs::{JobPhase, JobStatus, Progress, Status};
 use serde_json::json;
 
 use crate::cli::{Format, StatusArgs};
-use crate::print;
-use crate::text::{duration, grouped};
+use crate::text::{duration, grouped, rate};
+use crate::{failures, print};
 
 /// Shows the job of an output folder.
 ///
@@ -16,7 +18,7 @@ pub(crate) fn status(args: &StatusArgs) -> Result<()> {
     let status = JobStatus::of(&args.output)?;
     match args.format {
         Format::Json => print(&serde_json::to_string_pretty(&as_json(&status))?),
-        Format::Text => lines(&status).iter().for_each(|line| print(line)),
+        Format::Text => lines(&status, &args.output).iter().for_each(|line| print(line)),
     }
     Ok(())
 }
@@ -61,7 +63,7 @@ fn as_json(status: &JobStatus) -> serde_json::Value {
     })
 }
 
-fn lines(status: &JobStatus) -> Vec<String> {
+fn lines(status: &JobStatus, folder: &Path) -> Vec<String> {
     let Progress { output_lines, error_lines, is_read_to_end, .. } = status.progress;
     let mut lines = Vec::new();
     let mut add = |name: &str, value: String| lines.push(format!("{name:<9} {value}"));
@@ -79,11 +81,16 @@ fn lines(status: &JobStatus) -> Vec<String> {
         None => String::new(),
     };
     add("rows", format!("{} done, {} failed{of}", grouped(output_lines), grouped(error_lines)));
+    // A run at work may be putting its lines in order.
+    if error_lines > 0 && matches!(status.phase, JobPhase::Ended(_)) {
+        add("failed", failures::line(folder));
+    }
     if let Some(share) = status.share_read() {
         add("input", format!("{:.1} % read", 100.0 * share));
     }
     if let (Some(rows), Some(tokens)) = (status.lines_per_second(), status.tokens_per_second()) {
-        add("speed", format!("{rows:.1} rows/s, {tokens:.1} generated tokens/s in the latest run"));
+        let (rows, tokens) = (rate(rows), rate(tokens));
+        add("speed", format!("{rows} rows/s, {tokens} generated tokens/s in the latest run"));
     }
     if let Some(seconds) = status.seconds_left() {
         add("left", format!("about {}", duration(seconds)));

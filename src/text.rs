@@ -42,6 +42,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
 pub(crate) fn rate(per_second: f64) -> String {
     match per_second {
         10.0.. => grouped(per_second.round() as u64),
+        0.0 => "0".to_owned(),
         0.1.. => format!("{per_second:.1}"),
         _ => format!("{per_second:.4}"),
     }
@@ -105,7 +106,7 @@ mod tests {
 
     #[test]
     fn small_figures_have_small_units() {
-        assert_eq!([5_262.4, 9.96, 0.17, 0.0031].map(rate), ["5,262", "10.0", "0.2", "0.0031"]);
+        assert_eq!([5_262.4, 9.96, 0.17, 0.0031, 0.0].map(rate), ["5,262", "10.0", "0.2", "0.0031", "0"]);
         assert_eq!(
             [1636.13, 0.95, 0.0421, 0.0].map(milliseconds),
             ["1636.1 ms", "0.9 ms", "42.1 us", "0.0 ms"]

@@ -72,10 +72,7 @@ impl Audit {
     /// A folder without a job, or one that a run works on; an input that cannot be read.
     pub fn of(options: &AuditOptions) -> Result<Audit> {
         let folder = &options.folder;
-        let view = match JournalView::open(folder)? {
-            Some(view) => view,
-            None => return Err(Error::malformed(folder, "holds no job: there is no journal.sqlite")),
-        };
+        let view = JournalView::of_job(folder)?;
         if let Some(holder) = folder::at_work(folder)? {
             return Err(Error::FolderInUse { path: folder.clone(), holder });
         }

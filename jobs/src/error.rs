@@ -27,6 +27,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The output folder is not there and could not be made.
+    #[error("cannot create the output folder {}", path.display())]
+    CreateFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A file of the model directory does not hold what its name promises.
     #[error("{}: {message}", path.display())]
     Malformed {

@@ -56,7 +56,8 @@ impl OutputFolder {
     /// Lines without a journal are refused. A `fresh` start does not ask what is there; nothing is thrown
     /// away before [`OutputFolder::begin`].
     pub fn open(path: &Path, fresh: bool) -> Result<OutputFolder> {
-        std::fs::create_dir_all(path).map_err(|source| Error::write(path, source))?;
+        std::fs::create_dir_all(path)
+            .map_err(|source| Error::CreateFolder { path: path.to_owned(), source })?;
         let folder = LockedFolder { path: path.to_owned(), lock: FolderLock(Arc::new(lock(path)?)) };
         if fresh {
             return Ok(OutputFolder { folder, journal: None, is_retry: false });
@@ -182,7 +183,9 @@ pub(crate) fn at_work(folder: &Path) -> Result<Option<String>> {
     let path = folder.join(LOCK_NAME);
     let mut file = match File::open(&path) {
         Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
         Err(source) => return Err(Error::read(&path, source)),
     };
     match file.try_lock_shared() {

@@ -250,6 +250,18 @@ impl Manifest {
         disk::rename(&temporary, &path)
     }
 
+    /// Reads the manifest of an output folder, where a run has ended there.
+    ///
+    /// # Errors
+    /// A folder that is not there, or a manifest that cannot be read.
+    pub fn find(folder: &Path) -> Result<Option<Manifest>> {
+        match folder.join(Self::FILE_NAME).exists() {
+            true => Manifest::read(folder).map(Some),
+            false if !folder.is_dir() => Err(Error::malformed(folder, "there is no such folder")),
+            false => Ok(None),
+        }
+    }
+
     /// Reads the manifest of an output folder.
     pub fn read(folder: &Path) -> Result<Manifest> {
         let path = folder.join(Self::FILE_NAME);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::folder;
 use crate::journal::{JournalView, Progress};
 use crate::manifest::{Manifest, Status};
@@ -38,9 +38,7 @@ impl JobStatus {
     pub fn of(folder: &Path) -> Result<JobStatus> {
         // First who runs: a run that ends meanwhile has written its manifest by then.
         let holder = folder::at_work(folder)?;
-        let Some(view) = JournalView::open(folder)? else {
-            return Err(Error::malformed(folder, "holds no job: there is no journal.sqlite"));
-        };
+        let view = JournalView::of_job(folder)?;
         let phase = match holder {
             Some(holder) => JobPhase::Running { holder },
             None if !folder.join(Manifest::FILE_NAME).exists() => JobPhase::Died,

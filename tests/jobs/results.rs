@@ -368,3 +368,53 @@ fn a_retry_reads_the_input_as_it_is_now_and_the_job_as_it_was() {
     assert_eq!(manifest["config"]["sampling"]["max_tokens"], 3);
     assert_eq!(manifest["config"]["overrides"].as_array().map(Vec::len), Some(2), "{}", manifest["config"]);
 }
+
+#[test]
+fn a_run_says_why_rows_have_failed_and_ends_badly_where_all_have() {
+    let plain = |i| json!({"id": format!("row-{i}"), "prompt": format!("hello {i}")}).to_string();
+    let job =
+        Job::on(MODEL).lines((0..6).map(plain)).line("no JSON").toml("[prompt]\nuser = \"{{ promt }}\"\n");
+    let why = |shown: &[u8]| -> String {
+        let shown = text(shown);
+        let line = shown.lines().find_map(|line| line.strip_prefix("failed    "));
+        line.unwrap_or_else(|| panic!("nothing has failed in\n{shown}")).to_owned()
+    };
+    let expected = format!(
+        "6 missing_field, 1 invalid_json_line; the first, line 1 of the input: [prompt] user asks for promt, which the row \
+         lacks; it has id, prompt; all of them in {}",
+        job.out().join("errors.jsonl").display()
+    );
+    let all_failed = job.run_once(&[]);
+    assert_eq!(all_failed.status.code(), Some(3), "{}", text(&all_failed.stderr));
+    assert_eq!(why(&all_failed.stdout), expected);
+    assert_eq!(why(&ask(&job, "status", &[]).stdout), expected);
+    let told = format!(
+        "error: no row was answered, all 7 have failed\nhint: once the input is corrected, `spanwise retry {}` runs them again; \
+         once the job file is, `spanwise run` with --fresh starts over\n",
+        job.out().display()
+    );
+    assert_eq!(text(&all_failed.stderr), told);
+    // All rows have their lines all the same.
+    assert_eq!(ask_json(&job, "audit", 0)["error_lines"], 7);
+
+    // With one answer it is a job like others.
+    let fresh = ["--fresh", "--set", "prompt.user={{ prompt }}", "--set", "sampling.max_tokens=2"];
+    let some_failed = job.run_once(&fresh);
+    assert_eq!((some_failed.status.code(), text(&some_failed.stderr)), (Some(0), String::new()));
+    let reason = why(&some_failed.stdout);
+    assert!(
+        reason.starts_with("1 invalid_json_line; the first, line 7 of the input: not JSON: "),
+        "{reason}"
+    );
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_said_to_be_so() {
+    for command in ["status", "audit", "retry"] {
+        for path in ["no/such/folder", "Cargo.toml"] {
+            let output = spanwise().args([command, path]).output().expect("start spanwise");
+            let told = format!("error: {path}: there is no such folder\n");
+            assert_eq!((output.status.code(), text(&output.stderr)), (Some(2), told), "{command}");
+        }
+    }
+}

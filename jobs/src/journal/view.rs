@@ -35,6 +35,18 @@ impl JournalView {
         Ok(Some(view))
     }
 
+    /// Opens the journal of a folder that holds a job.
+    ///
+    /// # Errors
+    /// A folder that is not there, or holds none.
+    pub fn of_job(folder: &Path) -> Result<JournalView> {
+        match JournalView::open(folder)? {
+            Some(view) => Ok(view),
+            None if !folder.is_dir() => Err(Error::malformed(folder, "there is no such folder")),
+            None => Err(Error::malformed(folder, "holds no job: there is no journal.sqlite")),
+        }
+    }
+
     /// What the job is.
     pub fn settings(&self) -> Result<Settings> {
         self.journal.settings()

@@ -11,7 +11,7 @@ const FOLDERS: &[Case] = &[
     case(
         "an output below a file",
         |w| w.set("job.output=rows.jsonl/out"),
-        "error: write FOLDER/rows.jsonl/out: Not a directory (os error 20)",
+        "error: cannot create the output folder FOLDER/rows.jsonl/out: Not a directory (os error 20)",
     ),
     case(
         "an output that links to itself",
@@ -26,7 +26,7 @@ const FOLDERS: &[Case] = &[
     case(
         "an output where no folder can be made",
         |w| w.set("job.output=/proc/out"),
-        "error: write /proc/out: No such file or directory (os error 2)",
+        "error: cannot create the output folder /proc/out: No such file or directory (os error 2)",
     ),
     case(
         "an output with a name too long",
@@ -34,12 +34,12 @@ const FOLDERS: &[Case] = &[
             let name = "x".repeat(300);
             w.set(&format!("job.output={name}"))
         },
-        "error: write FOLDER/xxx…: File name too long (os error 36)",
+        "error: cannot create the output folder FOLDER/xxx…: File name too long (os error 36)",
     ),
     case(
         "an output whose name holds a NUL",
         |w| w.set("job.output=\"out\\u0000\""),
-        "error: write FOLDER/out\0: file name contained an unexpected NUL byte",
+        "error: cannot create the output folder FOLDER/out\0: file name contained an unexpected NUL byte",
     ),
     case(
         "lines of nobody knows whom",

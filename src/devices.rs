@@ -13,6 +13,9 @@ use crate::{gpus, machine, print, text};
 struct Devices {
     cpu: Cpu,
     cuda: Vec<Cuda>,
+    /// Whether there is libcuda.
+    #[serde(skip)]
+    has_driver: bool,
     /// Why there is no GPU, where there is none.
     no_cuda: Option<String>,
     /// CUDA's, beside the driver's.
@@ -72,6 +75,7 @@ impl Devices {
         Devices {
             cpu: Cpu { device: "cpu:0", cores: cores.len(), simd, free_bytes, total_bytes },
             cuda,
+            has_driver: gpus::have_driver(),
             no_cuda,
             libraries: gpus::cuda_libraries().into_iter().map(Library::from).collect(),
         }
@@ -94,7 +98,9 @@ impl Devices {
             )
         }));
         lines.extend(self.no_cuda.iter().map(|why| format!("cuda     none: {why}")));
-        lines.extend(self.libraries.iter().map(|library| match (&library.path, &library.error) {
+        // Without the driver none of them is of any use.
+        let libraries = self.libraries.iter().filter(|_| self.has_driver);
+        lines.extend(libraries.map(|library| match (&library.path, &library.error) {
             (Some(path), _) => format!("cuda     {}: {path}", library.name),
             (None, error) => format!("cuda     {}", error.as_deref().unwrap_or_default()),
         }));

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use jobs::{Message, Preparer, Prompt, RowOptions, SamplingOptions, StopMatcher, Tokenizer, Transcript};
 use scheduler::{FinishReason, Sampling, Span, TokenId};
 use stages::Model;
@@ -19,6 +19,12 @@ use crate::{lower, machine, run, say};
 /// # Errors
 /// A model that cannot be loaded, a prompt that cannot be answered.
 pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
+    if args.model.is_file() {
+        bail!(
+            "{} is a file, expected a model's folder\nhint: `spanwise run JOB.toml` runs a job file",
+            args.model.display()
+        );
+    }
     let interrupt = Interrupt::listen()?;
     let files = configs::Model {
         path: args.model.clone(),

@@ -145,6 +145,11 @@ fn gpu(index: usize) -> Result<Gpu> {
     Ok(Gpu::nth(libraries().as_deref(), index)?)
 }
 
+/// Whether the driver's library is there, with a GPU or without.
+pub(crate) fn have_driver() -> bool {
+    stages::has_cuda_driver(libraries().as_deref())
+}
+
 /// CUDA's libraries beside the driver's, and whether they are there.
 pub(crate) fn cuda_libraries() -> [CudaLibrary; 3] {
     stages::cuda_libraries(libraries().as_deref())

@@ -1,7 +1,6 @@
 //! From a job file's words to each crate's options: deciding only, nothing is started here.
 
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::time::Duration;
 
 use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
@@ -10,6 +9,7 @@ use configs::AutoTokens;
 use jobs::NumericProfile;
 use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
+use crate::cores::{core_group, num_groups};
 use crate::kv_pages::KvPages;
 use crate::lanes::WantedTokens;
 use crate::layout::{self, StageLayout};
@@ -313,7 +313,7 @@ pub(crate) fn widened(
 
 /// All devices that the machine is shared out to, as many as the highest one named needs; some may be idle.
 pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> Result<Vec<Device>> {
-    let num_groups = pipeline.devices.iter().map(|device| device.index + 1).max().unwrap_or(1);
+    let num_groups = num_groups(pipeline);
     if gpus::are_meant(pipeline)? {
         return Ok((0..num_groups).map(|index| gpus::device(index, pipeline)).collect());
     }
@@ -338,14 +338,6 @@ pub(crate) fn device_groups(pipeline: &configs::Pipeline, machine: &Machine) -> 
         Device::Cpu { cores, threads, simd }
     };
     Ok((0..num_groups).map(device).collect())
-}
-
-/// The `index`-th of `num_groups` equal groups of cores. Where there are more groups than cores,
-/// neighbours share one.
-fn core_group(num_cores: usize, num_groups: usize, index: usize) -> Range<usize> {
-    let start = index * num_cores / num_groups;
-    let end = ((index + 1) * num_cores / num_groups).max(start + 1);
-    start..end
 }
 
 /// Refuses what cannot be meant, and what cannot be run.
@@ -495,15 +487,5 @@ mod tests {
         assert!(told(Some(Narrow::Fp8), configs::Dtype::Bf16, &gpu).unwrap().contains("\"fp8\" keeps"));
         assert_eq!(told(Some(Narrow::Fp8), configs::Dtype::Fp8, &gpu), None);
         assert_eq!(told(None, configs::Dtype::Bf16, &gpu), None);
-    }
-
-    #[test]
-    fn core_groups_are_equal_and_cover_the_machine() {
-        let groups = |cores, groups| (0..groups).map(|i| core_group(cores, groups, i)).collect::<Vec<_>>();
-        assert_eq!(core_group(2, 1, 0), 0..2);
-        assert_eq!(groups(2, 2), [0..1, 1..2]);
-        assert_eq!(groups(8, 3), [0..2, 2..5, 5..8]);
-        assert_eq!(groups(2, 4), [0..1, 0..1, 1..2, 1..2]);
-        assert_eq!(groups(1, 3), [0..1, 0..1, 0..1]);
     }
 }

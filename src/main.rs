@@ -5,6 +5,7 @@ mod abilities;
 mod audit;
 mod bench;
 mod cli;
+mod cores;
 mod devices;
 mod efficient;
 mod ended;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use actors::{JobOptions, JobProgress, PipelineOptions};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use configs::{JobFile, Loaded, Purpose};
 use jobs::{
     Grader, ModelText, ModelTextOptions, OutputFolder, Preparer, PromptOptions, Reader, RowOptions,
@@ -25,7 +25,7 @@ use crate::live_trace::{LiveTrace, Prepared, TracedStage};
 use crate::lower;
 use crate::placement::{self, Occasion, Placement};
 use crate::progress::{self, Display, Watched};
-use crate::{machine, profile, replace, say};
+use crate::{cores, machine, profile, replace, say};
 
 /// Runs a job.
 ///
@@ -85,7 +85,10 @@ pub(crate) async fn run_job(loaded: Loaded, how: How) -> Result<ExitCode> {
     let kv = lower::kv_of_checkpoint(&job.model, &job.pipeline, &model.config);
     kv.iter().for_each(|note| say(&format!("note: {note}")));
     placement::check(job, &model)?;
-    let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine::detect())?;
+    let machine = machine::detect();
+    let crowded = cores::crowded(&job.pipeline, machine.cores.len());
+    crowded.iter().for_each(|warning| say(&format!("warning: {warning}")));
+    let unplaced = lower::pipeline(&job.model, &job.pipeline, &model.config, &machine)?;
     let Files { text, reader, folder, settings, created } =
         open_files(job, &model, unplaced.context_tokens, &how)?;
     let has_rows = progress::has_more_rows(&job.job.input, how.limit, folder.finished_rows()?);
@@ -207,6 +210,13 @@ fn trace(path: Option<&Path>, job: &JobFile, placement: &Placement) -> Result<Op
 /// # Errors
 /// What is wrong with them.
 pub(crate) fn load_for(purpose: Purpose, path: &Path, sets: &[String]) -> Result<Loaded> {
+    if path.is_dir() {
+        bail!(
+            "{} is a folder, expected a job file, such as configs/quickstart.toml\n\
+             hint: `spanwise generate MODEL_DIR PROMPT` needs no job file",
+            path.display()
+        );
+    }
     // A variable that is not UTF-8 is none of ours.
     let environment =
         std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));

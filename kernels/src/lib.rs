@@ -63,7 +63,7 @@ pub use cpu::simd::Simd;
 pub use cpu::{Ceilings, Cpu, CpuMatrix, CpuOperand, CpuOptions, KvCache, Rung};
 pub use cuda::{
     Compiled, CudaLibrary, Gpu, Parcel, Source, StepTimes, cuda_allocated_bytes, cuda_libraries,
-    cuda_sum_bytes, cuda_work_bytes, pack_cubins,
+    cuda_sum_bytes, cuda_work_bytes, has_cuda_driver, pack_cubins,
 };
 pub use cuda::{
     Cuda, CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaOptions, CudaRope, CudaVector, NcclRank,

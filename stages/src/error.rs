@@ -60,7 +60,7 @@ pub enum Error {
     /// The model has no weights to load.
     #[error(
         "{path}: found neither model.safetensors nor model.safetensors.index.json\n\
-         hint: [model] random_weights = true makes weights from config.json alone"
+         hint: a job file may have random ones made from config.json alone, by [model] random_weights = true"
     )]
     NoWeights {
         /// The model directory.

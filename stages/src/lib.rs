@@ -39,7 +39,7 @@ pub use host_rows::{HostRows, RowPool};
 pub use kernels::{
     Array, Arrival, AttentionSlice, Collective, CudaLibrary, FRAME_HEADER_BYTES, Frame, Gate, Gpu, GroupExit,
     GroupId, INT8_BLOCK, KvDtype, NcclReceiver, NcclSender, PAGE_TOKENS, Parcel, SUM_CUT, Simd, TcpRank,
-    ThreadRank, WeightType, available_cores, cuda_libraries, thread_ranks,
+    ThreadRank, WeightType, available_cores, cuda_libraries, has_cuda_driver, thread_ranks,
 };
 pub use memory::{GpuMemory, StepSize};
 pub use model::{Model, Narrow, Warnings};

@@ -329,7 +329,7 @@ fn devices_lists_libraries_that_are_there_and_those_that_are_missing() {
         library("libnvrtc", "which compiles kernels", "libnvrtc.so, libnvrtc.so.13, libnvrtc.so.12"),
         library(
             "libcublasLt",
-            "which multiplies where a row may depend on its batch, as slower kernels of our own do without it",
+            "which is used with deterministic = false; otherwise the built-in GEMM kernels are used",
             "libcublasLt.so, libcublasLt.so.13, libcublasLt.so.12",
         ),
         library(
@@ -339,6 +339,18 @@ fn devices_lists_libraries_that_are_there_and_those_that_are_missing() {
         ),
     ];
     assert_eq!(json["libraries"], json!(expected));
+}
+
+/// The lines of libraries are of no use to who has no driver.
+#[test]
+fn devices_of_a_machine_without_a_driver_are_two_lines() {
+    let nowhere = tempfile::tempdir().unwrap();
+    let mut command = spanwise();
+    command.arg("devices").env("SPANWISE_CUDA_LIBRARIES", nowhere.path());
+    let output = without_python(&mut command, nowhere.path()).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines.len() == 2 && lines[1].starts_with("cuda     none: no CUDA driver: "), "{text}");
 }
 
 #[test]

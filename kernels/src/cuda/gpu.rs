@@ -103,6 +103,11 @@ pub struct CudaLibrary {
     pub found: Result<PathBuf>,
 }
 
+/// Whether the driver's library is there, looked for in a folder first where one is named.
+pub fn has_cuda_driver(first: Option<&Path>) -> bool {
+    DRIVER.find(first).is_ok()
+}
+
 /// CUDA's libraries, looked for in a folder first where one is named.
 pub fn cuda_libraries(first: Option<&Path>) -> [CudaLibrary; 3] {
     let has_driver = start(first).is_ok();

@@ -45,7 +45,7 @@ pub(crate) const NVRTC: Wanted = Wanted {
 /// The library of matrix products.
 pub(crate) const CUBLASLT: Wanted = Wanted {
     stem: "libcublasLt",
-    purpose: "which multiplies where a row may depend on its batch, as slower kernels of our own do without it",
+    purpose: "which is used with deterministic = false; otherwise the built-in GEMM kernels are used",
     endings: &[".so", ".so.13", ".so.12"],
     companions: None,
 };

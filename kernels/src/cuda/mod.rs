@@ -41,7 +41,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arrays::{CudaArray, CudaKvCache, CudaMatrix, CudaOperand, CudaRope, CudaVector};
 pub(crate) use draws::CudaDraws;
-pub use gpu::{CudaLibrary, Gpu, cuda_libraries};
+pub use gpu::{CudaLibrary, Gpu, cuda_libraries, has_cuda_driver};
 pub use memory::{cuda_allocated_bytes, cuda_work_bytes};
 pub use nccl::{Gate, GroupExit, GroupId, NcclRank, NcclReceiver, NcclSender, cuda_sum_bytes};
 pub use packed::pack_cubins;

@@ -12,7 +12,7 @@ const FILES: &[Case] = &[
     case(
         "a job file that is a folder",
         |w| w.folder("job.toml"),
-        "error: job file job.toml can't be read: Is a directory (os error 21)",
+        "error: job.toml is a folder, expected a job file, such as configs/quickstart.toml\nhint: `spanwise generate MODEL_DIR PROMPT` needs no job file",
     ),
     case(
         "an empty job file",
@@ -222,6 +222,16 @@ const COMMANDS: &[Case] = &[
         "generate by a model that is not there",
         |w| w.spanwise(&["generate", "nowhere", "hello"]),
         "error: load model: read nowhere/config.json: No such file or directory (os error 2)",
+    ),
+    case(
+        "generate by a job file",
+        |w| w.spanwise(&["generate", "job.toml", "hello"]),
+        "error: job.toml is a file, expected a model's folder\nhint: `spanwise run JOB.toml` runs a job file",
+    ),
+    case(
+        "a plan for a model's folder",
+        |w| w.spanwise(&["plan", "model"]),
+        "error: model is a folder, expected a job file, such as configs/quickstart.toml\nhint: `spanwise generate MODEL_DIR PROMPT` needs no job file",
     ),
     case(
         "generate with a temperature below 0",

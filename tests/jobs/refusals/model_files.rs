@@ -8,17 +8,17 @@ const SHARDS: &[Case] = &[
     case(
         "no weights",
         |w| w.remove("model/model.safetensors"),
-        "error: load model: FOLDER/model: found neither model.safetensors nor model.safetensors.index.json\nhint: [model] random_weights = true makes weights from config.json alone",
+        "error: load model: FOLDER/model: found neither model.safetensors nor model.safetensors.index.json\nhint: a job file may have random ones made from config.json alone, by [model] random_weights = true",
     ),
     case(
         "weights that are a folder",
         |w| w.folder("model/model.safetensors"),
-        "error: load model: FOLDER/model: found neither model.safetensors nor model.safetensors.index.json\nhint: [model] random_weights = true makes weights from config.json alone",
+        "error: load model: FOLDER/model: found neither model.safetensors nor model.safetensors.index.json\nhint: a job file may have random ones made from config.json alone, by [model] random_weights = true",
     ),
     case(
         "weights that link to nothing",
         |w| w.link("model/model.safetensors", "blob"),
-        "error: load model: FOLDER/model: found neither model.safetensors nor model.safetensors.index.json\nhint: [model] random_weights = true makes weights from config.json alone",
+        "error: load model: FOLDER/model: found neither model.safetensors nor model.safetensors.index.json\nhint: a job file may have random ones made from config.json alone, by [model] random_weights = true",
     ),
     case(
         "an empty shard",

@@ -266,5 +266,8 @@ fn a_damaged_journal_is_named_and_nothing_is_lost() {
 fn help_says_how_a_job_goes_on() {
     let help = spanwise().args(["run", "--help"]).output().unwrap();
     let help = stdout(&help);
-    assert!(help.contains("goes on") && help.contains("--accept-numerics"), "{help}");
+    assert!(
+        help.contains("the same command resumes the job") && help.contains("--accept-numerics"),
+        "{help}"
+    );
 }

@@ -115,6 +115,7 @@ impl Question {
             mix,
             lengths: LengthsArg::Fixed,
             tokens_in_flight: Some((pipeline.max_sequences as u64).saturating_mul(mix.kv_tokens_per_row)),
+            max_sequences: pipeline.max_sequences as u64,
             max_tokens: pipeline.most_micro_batch_tokens() as f64,
             rows: None,
             work: Arc::new(Work { lengths, ..Work::default() }),

@@ -64,6 +64,11 @@ pub(crate) struct Other {
 }
 
 impl Layout {
+    /// Rows in flight for all of its micro-batches.
+    pub(crate) fn sequences(&self) -> u64 {
+        self.case.rows * in_flight(self.stages.len() as u64)
+    }
+
     pub(crate) fn problem<'a>(&'a self, ends_block: &'a [bool]) -> Problem<'a> {
         self.case.problem(ends_block)
     }
@@ -367,7 +372,7 @@ pub(crate) fn lanes_of(pieces: &[PieceShape], layout: &Layout) -> Lanes {
     let wanted = WantedTokens {
         kv_cache_tokens: setting.kv_cache_tokens,
         context_tokens: setting.context_tokens,
-        sequences: (case.rows * in_flight(stages.len() as u64)) as usize,
+        sequences: layout.sequences() as usize,
     };
     wanted.lanes(num_lanes, usize::try_from(room).unwrap_or(usize::MAX))
 }
@@ -382,7 +387,7 @@ pub(crate) fn sharing(setting: &Setting, pieces: &[PieceShape], stage: &PlannedS
 pub(crate) fn tokens_in_flight(setting: &Setting, layout: &Layout) -> u64 {
     match setting.kv() {
         KvTokens::Wanted { tokens, .. } => tokens,
-        KvTokens::PerRow { tokens, .. } => layout.case.rows * in_flight(layout.stages.len() as u64) * tokens,
+        KvTokens::PerRow { tokens, .. } => layout.sequences() * tokens,
     }
 }
 

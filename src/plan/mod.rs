@@ -142,6 +142,7 @@ pub(crate) fn setting(
         mix,
         lengths,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
+        max_sequences: job.pipeline.max_sequences as u64,
         max_tokens: MAX_TOKENS,
         rows: work.sequences(),
         work: Arc::new(work),

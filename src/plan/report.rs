@@ -59,6 +59,8 @@ pub(crate) struct Found {
     /// Where measured times come from: `measured`, `interpolated`, `extrapolated` or `scaled`.
     pub(crate) basis: Option<&'static str>,
     pub(crate) tokens_in_flight: u64,
+    /// Sequences in flight of all replicas together, which a run must be allowed.
+    pub(crate) max_sequences: u64,
     pub(crate) tokens_per_second: f64,
     pub(crate) bottleneck_over_mean: f64,
     pub(crate) bubble: f64,
@@ -254,6 +256,7 @@ impl Found {
             decode_rows: plan.case.decode_rows,
             basis: setting.measured.as_ref().map(|measured| basis(replica, measured, answer).name()),
             tokens_in_flight: answer::tokens_in_flight(replica, plan),
+            max_sequences: (plan.sequences() * answer.replicas as u64).min(setting.rows.unwrap_or(u64::MAX)),
             tokens_per_second: speed,
             bottleneck_over_mean: answer.bottleneck_over_mean,
             bubble: 1.0 - 1.0 / plan.problem(&ends).bottleneck_over_mean(&plan.stages),

@@ -58,6 +58,8 @@ pub(crate) struct Setting {
     /// How outputs are spread around the means that `mix` is made of.
     pub(crate) lengths: LengthsArg,
     pub(crate) tokens_in_flight: Option<u64>,
+    /// Most sequences that a run of the job keeps in flight, of all replicas together.
+    pub(crate) max_sequences: u64,
     /// Most tokens of a micro-batch. A longer prompt comes in chunks.
     pub(crate) max_tokens: f64,
     /// Sequences of the job: its rows, each as often as it has choices.

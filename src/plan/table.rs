@@ -24,7 +24,7 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
         lines.extend(missing_lines(report, missing));
     }
     if let Some(found) = &report.found {
-        lines.extend(found_lines(report, found));
+        lines.extend(found_lines(setting, report, found));
     }
     if let Some(why) = &report.not_run {
         lines.push(format!("not run    {why}"));
@@ -111,7 +111,7 @@ fn missing_lines(report: &Report, missing: &Missing) -> Vec<String> {
     lines
 }
 
-fn found_lines(report: &Report, found: &Found) -> Vec<String> {
+fn found_lines(setting: &Setting, report: &Report, found: &Found) -> Vec<String> {
     let mut lines = vec![];
     if found.replicas > 1 {
         lines
@@ -144,32 +144,25 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
         grouped(found.tokens_in_flight),
         if found.replicas > 1 { ", in each replica" } else { "" }
     ));
+    if found.max_sequences > setting.max_sequences {
+        lines.push(format!(
+            "set        max_sequences = {} under [pipeline]: with the job's {} a run has fewer rows in flight, and is slower",
+            found.max_sequences,
+            grouped(setting.max_sequences)
+        ));
+    }
     lines.push(format!("speed      {} generated tokens/s", rate(found.tokens_per_second)));
-    lines.push(format!(
-        "balance    slowest over mean {:.3} by {}, bubble {:.1} %; blocks alone {:.4}",
-        found.bottleneck_over_mean,
-        report.cost,
-        found.bubble * 100.0,
-        found.blocks_only.bottleneck_over_mean
-    ));
+    // A lone device has nothing to share out.
+    let are_several = found.uniform_tp.as_ref().is_none_or(|uniform| uniform.tensor_parallel > 1);
+    if are_several {
+        lines.push(balance_line(report, found));
+    }
     if let Some(given) = &found.given_stages {
         let (over_mean, beside) = (given.bottleneck_over_mean, beside(given.tokens_per_second, given.ratio));
         lines.push(format!("own stages slowest over mean {over_mean:.3}: {beside}"));
     }
-    let even = &found.even_split;
-    lines.push(format!(
-        "even split slowest over mean {:.3}, blocks alone {:.4}: {}",
-        even.bottleneck_over_mean,
-        found.blocks_only.even_split,
-        beside(even.tokens_per_second, even.ratio)
-    ));
-    match &found.uniform_tp {
-        Some(uniform) => lines.push(format!(
-            "uniform TP one stage of all {} devices, blocks shared as split_blocks has it: {}",
-            uniform.tensor_parallel,
-            beside(uniform.tokens_per_second, uniform.ratio)
-        )),
-        None => lines.push("uniform TP not for these devices: unlike, or no divisor of the heads".to_owned()),
+    if are_several {
+        lines.extend(comparison_lines(found));
     }
     if let Some(rows @ 1..) = found.job.rows_that_cannot_fit {
         lines.push(format!(
@@ -179,6 +172,37 @@ fn found_lines(report: &Report, found: &Found) -> Vec<String> {
     }
     lines.extend(job_line(found));
     lines
+}
+
+/// How even the plan is.
+fn balance_line(report: &Report, found: &Found) -> String {
+    format!(
+        "balance    slowest over mean {:.3} by {}, bubble {:.1} %; blocks alone {:.4}",
+        found.bottleneck_over_mean,
+        report.cost,
+        found.bubble * 100.0,
+        found.blocks_only.bottleneck_over_mean
+    )
+}
+
+/// What the devices would do otherwise.
+fn comparison_lines(found: &Found) -> [String; 2] {
+    let even = &found.even_split;
+    let even = format!(
+        "even split slowest over mean {:.3}, blocks alone {:.4}: {}",
+        even.bottleneck_over_mean,
+        found.blocks_only.even_split,
+        beside(even.tokens_per_second, even.ratio)
+    );
+    let uniform = match &found.uniform_tp {
+        Some(uniform) => format!(
+            "uniform TP one stage of all {} devices, blocks shared as split_blocks has it: {}",
+            uniform.tensor_parallel,
+            beside(uniform.tokens_per_second, uniform.ratio)
+        ),
+        None => "uniform TP not for these devices: unlike, or no divisor of the heads".to_owned(),
+    };
+    [even, uniform]
 }
 
 /// The rows of a micro-batch, or how a long prompt is shared out to several.

@@ -5,7 +5,7 @@ use std::process::Output;
 use serde_json::{Value, json};
 
 use crate::disturbed::{assert_done, assert_refused, stderr};
-use crate::harness::{Job, read_json};
+use crate::harness::{Job, read_json, spanwise};
 use crate::layouts::all_lines;
 use crate::plan::{SUPER, ULTRA, fitting, number, plan};
 
@@ -103,4 +103,32 @@ fn gpus_do_not_share_what_cpus_did_in_the_job_s_first_run() {
     assert_done(&output);
     let (ranks, _) = shared(&on_gpus);
     assert!(ranks.iter().all(|ranks| *ranks == 1), "{ranks:?}: {}", stderr(&output));
+}
+
+/// A run keeps to the job's own number, which a plan does not.
+#[test]
+fn a_plan_says_how_many_rows_a_run_must_be_allowed_to_have_in_flight() {
+    let devices = "--devices 8xh200 --set plan.prompt_tokens=128";
+    let plan = fitting(ULTRA, devices);
+    let num = |key: &str| plan[key].as_u64().unwrap();
+    let num_stages = plan["stages"].as_array().unwrap().len() as u64;
+    let wanted = num("micro_batch_rows") * (num_stages + 1) * num("replicas");
+    assert_eq!(num("max_sequences"), wanted);
+    let said = |max_sequences: u64| {
+        let set = format!("pipeline.max_sequences={max_sequences}");
+        let args = devices.split(' ').chain(["--set", &set]);
+        let output = spanwise().args(["plan", ULTRA]).args(args).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().find(|line| line.starts_with("set ")).map(str::to_owned)
+    };
+    let setting = format!("max_sequences = {wanted} under [pipeline]");
+    assert!(said(wanted - 1).is_some_and(|line| line.contains(&setting)), "{setting}");
+    assert_eq!(said(wanted), None);
+}
+
+/// No more rows are in flight than there are.
+#[test]
+fn a_plan_of_few_rows_needs_no_more_in_flight() {
+    let plan = fitting(SUPER, "--devices 2xh200 --set pipeline.tensor_parallel=off --set plan.rows=5");
+    assert_eq!(plan["max_sequences"], 5);
 }

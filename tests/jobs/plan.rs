@@ -436,6 +436,13 @@ fn a_plan_in_words_says_that_it_is_an_estimate() {
     ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
+    // A lone device is not compared with itself.
+    let output = spanwise().args(["plan", SUPER]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.contains("speed ") && !text.contains("even split") && !text.contains("uniform TP"),
+        "{text}"
+    );
     for (args, words) in [
         (vec!["--devices", "8xh20"], "did you mean h200?"),
         (vec!["--set", "plan.prompt_tokens=131000"], "the context is 131072"),

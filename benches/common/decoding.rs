@@ -25,6 +25,7 @@ impl Decoding {
             tokens: std::iter::once(token(row)).collect(),
             pages: Arc::new((row * pages_of_row..(row + 1) * pages_of_row).map(|page| page as u32).collect()),
             sample: true,
+            bars_stops: false,
             score: Vec::new(),
             counts: None,
             mask: None,

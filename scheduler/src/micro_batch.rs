@@ -45,6 +45,8 @@ pub struct Slice {
     pub pages: Arc<Vec<PageIdx>>,
     /// Draw the token that follows the last one of this slice.
     pub sample: bool,
+    /// Whether that token may be none of the request's `stop_token_ids`: there are fewer than its `min_tokens` yet.
+    pub bars_stops: bool,
     /// Prompt tokens whose log-probability is wanted: `score[i]` follows `tokens[i]`. Empty unless the
     /// request asks for prompt log-probabilities; one shorter than `tokens` where the prompt ends here.
     pub score: Vec<TokenId>,
@@ -108,6 +110,7 @@ impl Slice {
             tokens: SliceTokens::from_slice(&self.tokens[..tokens]),
             score: self.score[..scored].to_vec(),
             sample: false,
+            bars_stops: false,
             ..self.clone()
         };
         let after = Slice {
@@ -229,6 +232,7 @@ mod tests {
                 fed_back: None,
                 pages: Arc::new(vec![0]),
                 sample: true,
+                bars_stops: false,
                 counts: None,
                 mask: None,
                 request: request(),

@@ -178,7 +178,8 @@ impl Sequence {
             self.phase,
             self.end(),
         );
-        self.num_issued = range.end;
+        let end = range.end;
+        self.num_issued = end;
         self.slices_in_flight += 1;
         let fed_back = if range.start == self.num_known() { self.drawn_by } else { None };
         let is_last = self.num_left() == 0;
@@ -197,6 +198,7 @@ impl Sequence {
             fed_back,
             pages: self.pages.clone(),
             sample,
+            bars_stops: sample && self.is_short_at(end),
             counts: if sample { self.counts() } else { None },
             mask: None,
             request: self.request.clone(),
@@ -308,6 +310,11 @@ impl Sequence {
             self.counts = Some(Arc::new(counts::count(prompt, &self.generated.tokens)));
         }
         self.counts.clone()
+    }
+
+    /// Whether the token at this position comes too early to end the sequence.
+    fn is_short_at(&self, position: usize) -> bool {
+        position < self.request.prompt.len() + self.request.sampling.min_tokens as usize
     }
 
     fn wants_scores(&self) -> bool {

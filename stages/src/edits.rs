@@ -59,8 +59,5 @@ pub(crate) fn is_edited(slice: &Slice) -> bool {
 
 /// Tokens that would end a sequence which must not end yet.
 fn barred(slice: &Slice) -> &[TokenId] {
-    let sampling = &slice.request.sampling;
-    let next = slice.first_position + slice.tokens.len() as u32;
-    let num_generated = next - slice.request.prompt.len() as u32;
-    if num_generated < sampling.min_tokens { &sampling.stop_token_ids } else { &[] }
+    if slice.bars_stops { &slice.request.sampling.stop_token_ids } else { &[] }
 }

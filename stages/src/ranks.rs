@@ -280,6 +280,7 @@ mod tests {
                 tokens: (0..length as u32).collect(),
                 pages: Arc::new(vec![sequence as u32, 90]),
                 sample: sequence != 3,
+                bars_stops: false,
                 score,
                 counts: None,
                 mask: None,

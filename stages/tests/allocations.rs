@@ -72,6 +72,7 @@ fn decoding(sequence: usize, position: u32) -> Slice {
         fed_back: None,
         pages: Arc::new(vec![sequence as u32]),
         sample: true,
+        bars_stops: false,
         score: Vec::new(),
         counts: None,
         mask: None,

@@ -107,6 +107,7 @@ fn prompts(model: &Model, sequences: &[usize]) -> MicroBatch {
             (0..PAGES_OF_SEQUENCE).map(|page| (sequence * PAGES_OF_SEQUENCE + page) as u32).collect(),
         ),
         sample: false,
+        bars_stops: false,
         score: Vec::new(),
         counts: None,
         mask: None,

@@ -198,6 +198,7 @@ fn run(folder: &Path, device: &Device, weights: WeightType) -> Vec<f32> {
         tokens: tokens.iter().copied().collect::<SliceTokens>(),
         pages: Arc::new(vec![0]),
         sample: false,
+        bars_stops: false,
         score: tokens,
         counts: None,
         mask: None,

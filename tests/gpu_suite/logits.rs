@@ -335,6 +335,7 @@ impl Row {
             tokens: (first..first + tokens).map(|position| self.token(position)).collect::<SliceTokens>(),
             pages: Arc::new(pages.map(|page| page as u32).collect()),
             sample: false,
+            bars_stops: false,
             score: Vec::new(),
             counts: None,
             mask: None,

@@ -284,6 +284,7 @@ mod tests {
             tokens: [7].into_iter().collect(),
             pages: Arc::new(vec![0]),
             sample: true,
+            bars_stops: false,
             score: Vec::new(),
             counts: None,
             mask: None,

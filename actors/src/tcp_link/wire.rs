@@ -140,14 +140,26 @@ fn content_of(frame: &Frame, batch: &MicroBatch, bytes: &[u8], kind: u64, pool: 
 }
 
 fn add_slice(words: &mut Words, slice: &Slice) {
-    let Slice { sequence, first_position, tokens, fed_back, pages, sample, score, counts, mask, request } =
-        slice;
+    let Slice {
+        sequence,
+        first_position,
+        tokens,
+        fed_back,
+        pages,
+        sample,
+        bars_stops,
+        score,
+        counts,
+        mask,
+        request,
+    } = slice;
     assert!(fed_back.is_none(), "{sequence:?}: tokens that are fed back do not leave their stage");
     words.add(sequence.0);
     words.add(u64::from(*first_position));
     words.add_list(tokens);
     words.add_list(pages);
     words.add(u64::from(*sample));
+    words.add(u64::from(*bars_stops));
     words.add_list(score);
     words.add(u64::from(counts.is_some()));
     if let Some(counts) = counts {
@@ -177,6 +189,7 @@ fn read_slice(words: &mut ReadWords<'_>) -> Option<Slice> {
         fed_back: None,
         pages: Arc::new(words.list(ReadWords::u32)?),
         sample: words.flag()?,
+        bars_stops: words.flag()?,
         score: words.list(ReadWords::u32)?,
         counts: if words.flag()? { Some(Arc::new(words.list(read_count)?)) } else { None },
         mask: match words.word()? {
@@ -194,13 +207,11 @@ fn read_count(words: &mut ReadWords<'_>) -> Option<TokenCount> {
     Some(TokenCount { token, generated: u32::try_from(counted >> 1).ok()?, in_prompt: counted & 1 == 1 })
 }
 
-/// A request as stages need it: how long its prompt is but not what it says, and neither stop strings nor a guide, which the
-/// pipeline minds.
+/// A request as stages need it: without its prompt, which slices bring, and without stop strings and guide, which the pipeline minds.
 fn add_request(words: &mut Words, request: &Request) {
-    let Request { key, prompt, sampling, sample } = request;
+    let Request { key, prompt: _, sampling, sample } = request;
     words.add((key.0 >> 64) as u64);
     words.add(key.0 as u64);
-    words.add(prompt.len() as u64);
     words.add(u64::from(*sample));
     let Sampling {
         temperature,
@@ -236,7 +247,7 @@ fn add_request(words: &mut Words, request: &Request) {
 
 fn read_request(words: &mut ReadWords<'_>) -> Option<Request> {
     let key = RequestKey(u128::from(words.word()?) << 64 | u128::from(words.word()?));
-    let (prompt_tokens, sample) = (words.u32()?, words.u32()?);
+    let sample = words.u32()?;
     let [temperature, top_p, min_p] = [words.f32()?, words.f32()?, words.f32()?];
     let [repetition_penalty, frequency_penalty, presence_penalty] =
         [words.f32()?, words.f32()?, words.f32()?];
@@ -263,7 +274,7 @@ fn read_request(words: &mut ReadWords<'_>) -> Option<Request> {
         },
         prompt_logprobs: words.flag()?,
     };
-    Some(Request { key, prompt: vec![0; prompt_tokens as usize], sampling: Arc::new(sampling), sample })
+    Some(Request { key, prompt: Vec::new(), sampling: Arc::new(sampling), sample })
 }
 
 #[cfg(test)]
@@ -292,7 +303,7 @@ pub(super) mod tests {
         };
         let request = Request {
             key: RequestKey(u128::MAX - 5),
-            prompt: vec![0; 9],
+            prompt: Vec::new(),
             sampling: sampling.into(),
             sample: 3,
         };
@@ -305,6 +316,7 @@ pub(super) mod tests {
             fed_back: None,
             pages: Arc::new(vec![4, 9]),
             sample: score.is_empty(),
+            bars_stops: score.is_empty(),
             score: score.to_vec(),
             counts: score.is_empty().then(|| Arc::new(counts.to_vec())),
             mask: match id % 3 {
@@ -349,6 +361,16 @@ pub(super) mod tests {
                 assert!(decode(&frame, &body[..length], &pool).is_none(), "{length} bytes");
             }
         }
+    }
+
+    #[test]
+    fn a_long_prompt_takes_no_more_bytes_than_a_short_one() {
+        let mut long = batch(0);
+        for slice in &mut long.slices {
+            slice.request = Arc::new(Request { prompt: vec![5; 8192], ..Request::clone(&slice.request) });
+        }
+        let (_, body) = encoded(&long, &Content::Nothing);
+        assert!(body == encoded(&batch(0), &Content::Nothing).1, "{} bytes", body.len());
     }
 
     #[test]

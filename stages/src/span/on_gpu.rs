@@ -67,6 +67,7 @@ fn batch(rows: usize, position: u32, token: u32) -> MicroBatch {
         tokens: [token].into_iter().collect(),
         pages: Arc::new(vec![sequence as u32]),
         sample: true,
+        bars_stops: false,
         score: Vec::new(),
         counts: None,
         mask: None,

@@ -102,6 +102,7 @@ fn batch(tokens: Range<usize>, top: u32) -> MicroBatch {
             tokens: tokens.clone().map(token).collect(),
             pages: Arc::new(vec![sequence as u32]),
             sample: true,
+            bars_stops: false,
             score: if scores { tokens.clone().skip(1).map(token).collect() } else { Vec::new() },
             counts: None,
             mask: None,

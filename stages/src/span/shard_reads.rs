@@ -256,6 +256,7 @@ fn micro_batch() -> MicroBatch {
         tokens: tokens.iter().copied().collect::<SliceTokens>(),
         pages: Arc::new(vec![0]),
         sample: false,
+        bars_stops: false,
         score: tokens,
         counts: None,
         mask: None,

@@ -116,6 +116,7 @@ fn micro_batch(model: &Model, slices: &[(usize, Range<usize>, Asks)]) -> MicroBa
                 (0..num_pages).map(|page| (sequence * PAGES_OF_SEQUENCE + page) as u32).collect(),
             ),
             sample: !matches!(asks, Asks::Nothing),
+            bars_stops: false,
             score,
             counts,
             mask,

@@ -75,6 +75,7 @@ fn scored(vocab: u32, sequence: usize, positions: Range<usize>) -> Slice {
         tokens,
         pages: Arc::new(pages),
         sample: false,
+        bars_stops: false,
         score,
         counts: None,
         mask: None,

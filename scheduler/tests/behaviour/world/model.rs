@@ -106,6 +106,9 @@ impl Cache {
         output.prompt_logprobs =
             scored.map(|(index, &token)| logprobs(&content[..=first + index], token)).collect();
         check_counts(slice, &content);
+        let num_generated = content.len().checked_sub(slice.request.prompt.len());
+        let is_short = num_generated.is_some_and(|num| num < slice.request.sampling.min_tokens as usize);
+        assert_eq!(slice.bars_stops, slice.sample && is_short, "{:?} bars its stop tokens", slice.sequence);
         if slice.sample {
             let token = draw(&slice.request, &content);
             output.token = Some(token);

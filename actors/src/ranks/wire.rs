@@ -134,46 +134,35 @@ pub(crate) fn read_done(words: &mut ReadWords<'_>) -> Option<Done> {
     done(&numbers)
 }
 
-/// A step as words of 64 bits: lists with their lengths before them.
+/// A step as words.
 pub(super) fn encode_step(step: &RankStep) -> Vec<u8> {
     let RankStep { micro_batch, slices, logit_rows, greedy_rows } = step;
-    let mut words = vec![*micro_batch, slices.len() as u64];
-    let list = |words: &mut Vec<u64>, items: &[u32]| {
-        words.push(items.len() as u64);
-        words.extend(items.iter().map(|item| u64::from(*item)));
-    };
-    for slice in slices {
-        words.extend([slice.first_row as u64, slice.num_rows as u64, slice.first_position as u64]);
-        list(&mut words, &slice.pages);
+    let mut words = Words::default();
+    words.add(*micro_batch);
+    words.add(slices.len() as u64);
+    for AttentionSlice { first_row, num_rows, first_position, pages } in slices {
+        [*first_row, *num_rows, *first_position].into_iter().for_each(|size| words.add(size as u64));
+        words.add_list(pages);
     }
-    list(&mut words, logit_rows);
-    list(&mut words, greedy_rows);
-    words.into_iter().flat_map(u64::to_le_bytes).collect()
+    words.add_list(logit_rows);
+    words.add_list(greedy_rows);
+    words.into_bytes()
 }
 
 /// The step of such words, where they are that.
 pub(super) fn decode_step(bytes: &[u8]) -> Option<RankStep> {
-    let (words, []) = bytes.as_chunks() else { return None };
-    let mut words = words.iter().map(|word| u64::from_le_bytes(*word));
-    let micro_batch = words.next()?;
-    let num_slices = words.next()?;
-    let mut step = RankStep { micro_batch, ..RankStep::default() };
-    for _ in 0..num_slices {
-        let [first_row, num_rows, first_position] = [words.next()?, words.next()?, words.next()?]
-            .map(|word| usize::try_from(word).unwrap_or(usize::MAX));
-        let pages = decode_list(&mut words)?;
-        step.slices.push(AttentionSlice { first_row, num_rows, first_position, pages });
-    }
-    step.logit_rows = decode_list(&mut words)?;
-    step.greedy_rows = decode_list(&mut words)?;
-    words.next().is_none().then_some(step)
-}
-
-fn decode_list(words: &mut impl Iterator<Item = u64>) -> Option<Vec<u32>> {
-    let length = usize::try_from(words.next()?).ok()?;
-    // By and by: a length alone takes no memory.
-    let items: Option<Vec<u32>> = words.take(length).map(|word| u32::try_from(word).ok()).collect();
-    items.filter(|items| items.len() == length)
+    let mut words = ReadWords::new(bytes);
+    let slice = |words: &mut ReadWords<'_>| {
+        let (first_row, num_rows, first_position) = (words.size()?, words.size()?, words.size()?);
+        Some(AttentionSlice { first_row, num_rows, first_position, pages: words.list(ReadWords::u32)? })
+    };
+    let step = RankStep {
+        micro_batch: words.word()?,
+        slices: words.list(slice)?,
+        logit_rows: words.list(ReadWords::u32)?,
+        greedy_rows: words.list(ReadWords::u32)?,
+    };
+    words.rest().is_empty().then_some(step)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::device_thread::{self, DeviceThread, Witness};
 use crate::error::Error;
 use crate::link::hop_bytes;
 use crate::stage::{StageEnd, Step, Work};
+use crate::thread::spawn;
 
 /// Micro-batches that a stage has begun with: one that is computed, and one behind it.
 const QUEUED: usize = 2;
@@ -52,7 +53,7 @@ impl<'a, W: Witness + 'static> Ahead<'a, W> {
                 }
             }
         };
-        std::thread::Builder::new().name(name).spawn(wait).expect("the system starts a thread");
+        spawn(name, wait);
         Ahead { thread, stage, queued: VecDeque::new(), waits, arrivals }
     }
 

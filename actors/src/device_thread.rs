@@ -20,6 +20,7 @@ use crate::error::{Error, Result, panic_message, with_causes};
 use crate::link::{Link, hop_bytes, is_delivered};
 use crate::stage::{DeviceFailed, StageActor, StageEnd, Step, Work};
 use crate::stage_set::Lost;
+use crate::thread::spawn;
 
 /// Loads a stage on its device thread, each time that it is started.
 pub(crate) type LoadStage = Arc<dyn Fn() -> stages::Result<Box<dyn Stage>> + Send + Sync>;
@@ -139,8 +140,7 @@ impl<W: Witness + 'static> DeviceThread<W> {
         let name = format!("stage-{}", self.index);
         // Nobody waits for the answer any more when the start was given up.
         let ready = move |loaded| ready.send(loaded).is_ok();
-        let thread = std::thread::Builder::new().name(name).spawn(move || self.run(&load, ready));
-        thread.expect("the system starts a thread");
+        spawn(name, move || self.run(&load, ready));
     }
 
     /// Is the thread; `ready` says whether anybody wants the stage that was loaded.

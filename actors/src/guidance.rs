@@ -4,13 +4,14 @@
 //! whichever thread does it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crossbeam::channel::{Sender, unbounded};
 use jobs::{Follower, Guides};
 use scheduler::{Guide, TokenId, TokenMask};
 
 use crate::error::panic_message;
+use crate::thread::{lock, spawn};
 
 /// Threads that make masks. Most take some tens of microseconds, and a step takes thousands for its rows.
 fn num_threads() -> usize {
@@ -59,9 +60,7 @@ impl MaskMakers {
         let (work, queue) = unbounded::<Work>();
         for index in 0..num_threads() {
             let queue = queue.clone();
-            let run = move || queue.into_iter().for_each(Work::run);
-            let thread = std::thread::Builder::new().name(format!("masks-{index}")).spawn(run);
-            thread.expect("the system starts a thread");
+            spawn(format!("masks-{index}"), move || queue.into_iter().for_each(Work::run));
         }
         MaskMakers { work }
     }
@@ -95,7 +94,7 @@ impl Guided {
 
 impl Work {
     fn run(self) {
-        let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut walk = lock(&self.walk);
         // Whoever draws waits for a mask, whatever becomes of it here.
         let gone = catch_unwind(AssertUnwindSafe(|| walk.go(&self.tokens)));
         let words = match gone.unwrap_or_else(|panic| Err(panic_message(&*panic))) {

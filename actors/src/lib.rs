@@ -25,6 +25,7 @@ mod start;
 mod tcp_link;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod wire;
 
 pub use answer::answer;

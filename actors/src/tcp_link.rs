@@ -18,7 +18,7 @@ mod wire;
 use std::collections::VecDeque;
 use std::io::{self, BufReader, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, bounded};
@@ -28,6 +28,7 @@ use stages::{Activations, Frame, Gate, GroupExit, GroupId, Parcel, Rows};
 pub(crate) use self::inlet::{Credit, TcpInlet};
 use self::wire::{Content, Moved};
 use crate::link::Link;
+use crate::thread::{lock, spawn};
 
 /// What frames are, from a sender.
 const HELLO: u32 = 1;
@@ -276,15 +277,6 @@ fn set_up(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))
-}
-
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) {
-    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
-    spawned.expect("the system starts a thread");
-}
-
-fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

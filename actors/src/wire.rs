@@ -3,11 +3,13 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use stages::{Device, Frame, Simd};
+
+use crate::thread::lock;
 
 /// How often a process says that it is there: many times within the shortest step timeout, a second.
 pub(crate) const BEAT_EVERY: Duration = Duration::from_millis(100);
@@ -24,7 +26,7 @@ impl Voice {
     /// Says a word of this kind.
     pub(crate) fn say(&self, kind: u32, body: &[u8]) {
         let frame = Frame { kind, sequence: 0, shape: [0, 0] };
-        let mut output = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut output = lock(&self.0);
         // Where nobody listens any more, the input ends too.
         let _ = frame.write(&mut *output, body).and_then(|()| output.flush());
     }

@@ -1,11 +1,13 @@
 //! What a device thread is at right now, for the watchdog that looks for those that hang.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use scheduler::MicroBatchId;
 use stages::GroupExit;
 use tokio::sync::Notify;
+
+use crate::thread::lock;
 
 /// What a device thread is at; the thread writes, its watchdog reads.
 #[derive(Debug, Default)]
@@ -85,6 +87,6 @@ impl AtWork {
     }
 
     fn lock(&self) -> MutexGuard<'_, Work> {
-        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.work)
     }
 }

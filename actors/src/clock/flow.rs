@@ -3,8 +3,10 @@
 //! The pipeline actor sets the state after each event. A device thread reads the times of all states when it
 //! begins to wait and when it ends, and the difference says what it has waited for.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use crate::thread::lock;
 
 /// What a stage that has nothing to compute waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -98,7 +100,7 @@ impl FlowClock {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

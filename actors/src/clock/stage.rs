@@ -1,7 +1,7 @@
 //! What one stage has done: its time, its micro-batches, and what they asked of it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use scheduler::{Load, MicroBatch, MicroBatchId};
@@ -11,6 +11,7 @@ use super::flow::FlowTimes;
 use super::hops::{HopClock, HopTimes};
 use super::ledger::{Activity, Ledger, StageParts};
 use super::steps::StepEvent;
+use crate::thread::lock;
 
 /// What one stage has done so far, over all its lives; its device thread writes, anybody reads.
 #[derive(Debug)]
@@ -170,7 +171,7 @@ impl StageClock {
     }
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.counts)
     }
 }
 

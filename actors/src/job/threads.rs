@@ -14,6 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::state::Unwritten;
 use super::{InputEnded, JobActor, JobProgress, LinesEnded, RowRead, RowsFinished};
 use crate::error::{Error, Result, panic_message, with_causes};
+use crate::thread::spawn;
 
 /// How often lines are put on disk and committed. This much work is lost at most when the program dies; a
 /// commit takes a few syncs of 1 to 20 ms each, and the pipeline does not wait for them.
@@ -156,10 +157,6 @@ fn note_cpu_time(cpu_ns: &AtomicU64) {
 pub(crate) fn catch<T>(work: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(work))
         .map_err(|panic| Error::Files(format!("internal error: {}", panic_message(&*panic))))
-}
-
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) {
-    std::thread::Builder::new().name(name.to_owned()).spawn(run).expect("the system starts a thread");
 }
 
 fn files_error(error: &jobs::Error) -> Error {

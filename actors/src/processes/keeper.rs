@@ -5,7 +5,7 @@ use std::io::{self, BufReader, BufWriter, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -22,6 +22,7 @@ use crate::link::Link;
 use crate::stage::{Flush, Join, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::TcpLink;
+use crate::thread::{lock, spawn};
 use crate::wire::BEAT_EVERY;
 
 /// The subcommand by which this program becomes a stage.
@@ -43,8 +44,7 @@ impl Keeper {
     /// Starts the thread; `ready` hears when the process has its span, or why it could not be.
     pub(crate) fn spawn(self, ready: oneshot::Sender<Result<()>>) {
         let name = format!("stage-{}", self.witness.index);
-        let thread = std::thread::Builder::new().name(name).spawn(move || self.run(ready));
-        thread.expect("the system starts a thread");
+        spawn(name, move || self.run(ready));
     }
 
     fn run(self, ready: oneshot::Sender<Result<()>>) {
@@ -60,9 +60,7 @@ impl Keeper {
         let (first_word, loaded) = bounded(1);
         let ear = Ear { args: Arc::clone(&args), ends, witness, flushes: Arc::clone(&flushes), first_word };
         let (is_first, stdout) = (ear.ends.is_first, process.stdout.take().expect("nobody took it yet"));
-        let name = format!("stage-{stage}-ear");
-        let thread = std::thread::Builder::new().name(name).spawn(move || ear.hear(stdout));
-        thread.expect("the system starts a thread");
+        spawn(format!("stage-{stage}-ear"), move || ear.hear(stdout));
 
         let loaded = wait_until_loaded(stage, &loaded, &at_work, args.ranks.patience);
         let link = TcpLink::of_pipeline(mailbox_size(args.num_stages), args.ranks.patience);
@@ -237,8 +235,4 @@ impl Ear {
         let micro_batch = end.micro_batch.map(MicroBatchId);
         self.witness.ends(StageEnd { error, micro_batch });
     }
-}
-
-fn lock<T>(shared: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,7 +2,7 @@
 
 use std::io::{BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam::channel::{Sender, bounded};
@@ -16,6 +16,7 @@ use crate::ranks::{Done, RankHome, RanksArgs, Watch};
 use crate::stage::{Flush, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::{OnFailure, OwnGate, TcpInlet, TcpLink};
+use crate::thread::{lock, spawn};
 use crate::wire::{self, BEAT_EVERY};
 
 /// What a process does that is a stage: reads its order and then orders from `input`, and says to `output` what it is at, and
@@ -85,7 +86,7 @@ impl Witness for Far {
 
     fn hands_on(&self, work: &StepWork, _: Option<Duration>) {
         // What comes from another process is there before a step begins.
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = lock(&self.told);
         let since = |(clock, told): (&Arc<CollectiveClock>, &mut CollectiveTimes)| {
             let now = clock.read();
             let before = std::mem::replace(told, now);
@@ -234,9 +235,4 @@ impl Listening {
             std::process::exit(1)
         }
     }
-}
-
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) {
-    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(run);
-    spawned.expect("the system starts a thread");
 }

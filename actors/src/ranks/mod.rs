@@ -9,7 +9,7 @@ mod threads;
 mod watch;
 mod wire;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use scheduler::MicroBatch;
@@ -27,6 +27,7 @@ pub(crate) use watch::{Done, Watch};
 pub(crate) use wire::tests::done as some_done;
 pub(crate) use wire::{add_done, read_done};
 
+use crate::thread::lock;
 use watch::Doing;
 
 /// How long a rank's word may take after others have seen it leave: it says why before it does, and that comes by another way.
@@ -152,11 +153,11 @@ struct End {
 impl RankEnd {
     /// The first word counts.
     fn tell(&self, message: String, is_consequence: bool) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(End { message, is_consequence });
+        lock(&self.0).get_or_insert(End { message, is_consequence });
     }
 
     fn read(&self) -> Option<End> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 }
 

@@ -21,6 +21,7 @@ use super::watch::Doing;
 use super::wire::{Order, Word, decode_step, encode_step};
 use super::{RankEnd, RankLink, RanksArgs, cause, ended};
 use crate::error::with_causes;
+use crate::thread::spawn;
 use crate::wire::{BEAT_EVERY, Voice};
 
 /// The subcommand by which this program becomes a rank.
@@ -160,10 +161,7 @@ fn start(
         }
         end.tell("its process ended".to_owned(), false);
     };
-    std::thread::Builder::new()
-        .name(format!("stage-{}.{rank}", args.stage))
-        .spawn(listen)
-        .expect("the system starts a thread");
+    spawn(format!("stage-{}.{rank}", args.stage), listen);
     Ok((other, words))
 }
 
@@ -197,7 +195,7 @@ fn beat(voice: Voice) -> Sender<()> {
             Word::Beat.say(&voice);
         }
     };
-    std::thread::Builder::new().name("beats".to_owned()).spawn(beat).expect("the system starts a thread");
+    spawn("beats", beat);
     beating
 }
 
@@ -254,7 +252,7 @@ fn listen(mut input: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
         }
         std::process::exit(0)
     };
-    std::thread::Builder::new().name("orders".to_owned()).spawn(read).expect("the system starts a thread");
+    spawn("orders", read);
     steps
 }
 

@@ -12,6 +12,7 @@ use stages::{
 use super::watch::Doing;
 use super::{RankEnd, RankLink, RanksArgs};
 use crate::error::{panic_message, with_causes};
+use crate::thread::spawn;
 
 /// A thread that follows the first rank.
 struct ThreadRank {
@@ -50,7 +51,7 @@ impl ThreadRank {
             let _lives: Sender<()> = lives;
             run(received);
         };
-        std::thread::Builder::new().name(name).spawn(run).expect("the system starts a thread");
+        spawn(name, run);
         ThreadRank { steps, end, _departure: Departure { thread, patience } }
     }
 }

@@ -10,9 +10,10 @@ use scheduler::{MicroBatch, MicroBatchId};
 use stages::{Activations, Frame, Gate, GroupExit, GroupId, NcclReceiver, RowPool};
 
 use super::wire::{self, Content, Moved};
-use super::{ARRIVED, GRACE, HELLO, LOOK_EVERY, OnFailure, OwnGate, STEP, TAKEN, lock, set_up, spawn};
+use super::{ARRIVED, GRACE, HELLO, LOOK_EVERY, OnFailure, OwnGate, STEP, TAKEN, set_up};
 use crate::stage::{Step, Work};
 use crate::stage_set::Lost;
+use crate::thread::{lock, spawn};
 
 /// Whoever connects and does not greet within this is none of ours.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,6 +1,6 @@
 //! Requests in, micro-batches out, answers in, completions out.
 //!
-//! The scheduler takes events (`submit`, `complete`, `cancel`) and returns decisions
+//! The scheduler takes events (`submit`, `complete`, `stage_ended`) and returns decisions
 //! (`next_micro_batch`); it never waits and never looks at a clock. It is deterministic: the same
 //! events in the same order give the same decisions. What it must never break, and
 //! [`Scheduler::check_integrity`] asserts:
@@ -321,22 +321,6 @@ impl Scheduler {
         self.waiting.insert(sequence.id, sequence);
     }
 
-    /// Forgets a sequence, wherever it stands, and says whether it was there. It gets no completion.
-    pub fn cancel(&mut self, sequence: SequenceId) -> bool {
-        self.trials.clear(sequence);
-        if self.waiting.remove(&sequence).is_some() {
-            return true;
-        }
-        match self.running.find(sequence) {
-            Some(seat) if self.running[seat].phase() != Phase::Draining => {
-                self.unqueue(seat);
-                self.retire(seat);
-                true
-            }
-            _ => false,
-        }
-    }
-
     /// Sequences submitted and not running, preempted ones included.
     pub fn num_waiting(&self) -> usize {
         self.waiting.len()
@@ -385,8 +369,8 @@ impl Scheduler {
         let sequence = &self.running[seat];
         match sequence.phase() {
             Phase::Prefilling => self.backlog.leave(sequence.id, self.need(sequence)),
-            // A search through the queue: only preemption and cancelling come here, and a recomputed prompt
-            // costs a thousand times more.
+            // A search through the queue: preemption comes here, where a recomputed prompt costs a thousand times more, and the end
+            // of a sequence that runs ahead.
             Phase::Ready => self.ready.retain(|&other| other != seat),
             Phase::Stepping => {}
             phase => panic!("{:?} is in no queue while {phase:?}", sequence.id),

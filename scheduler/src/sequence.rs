@@ -25,7 +25,7 @@ pub(crate) enum Phase {
     Ready,
     /// All has been issued and the last slice is in flight.
     Stepping,
-    /// Ended or cancelled while slices are in flight: their answers are dropped, then its pages go.
+    /// Ended while slices are in flight: their answers are dropped, then its pages go.
     Draining,
 }
 

@@ -387,18 +387,6 @@ fn a_failure_in_an_early_chunk_drops_the_later_answers_and_then_frees_the_pages(
     world.run_to_the_end();
 }
 
-#[test]
-fn a_cancelled_sequence_is_forgotten_where_it_waits_and_drained_where_it_flies() {
-    let mut world = World::new().max_sequences(1);
-    let (flies, waits) = (world.submit(prompt(3)), world.submit(prompt(3)));
-    world.fill();
-    assert!(world.cancel(flies) && world.cancel(waits));
-    assert!(!world.cancel(flies), "it is gone already");
-    assert_eq!((world.scheduler.num_running(), world.scheduler.num_waiting()), (1, 0));
-    world.run_to_the_end();
-    assert!(world.completions.is_empty());
-}
-
 // Contracts with the caller.
 
 #[test]

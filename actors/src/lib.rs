@@ -8,6 +8,7 @@
 
 mod ahead;
 mod answer;
+mod child;
 mod clock;
 mod device_thread;
 mod error;

@@ -4,15 +4,11 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use stages::{Device, Frame, Simd};
 
 use crate::thread::lock;
-
-/// How often a process says that it is there: many times within the shortest step timeout, a second.
-pub(crate) const BEAT_EVERY: Duration = Duration::from_millis(100);
 
 /// Says words from any thread to whoever started this process.
 #[derive(Clone)]

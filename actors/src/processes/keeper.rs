@@ -1,10 +1,9 @@
 //! The thread beside a stage's actor that keeps its process: starts it, gives it orders, and hears what it says.
 
 use std::collections::VecDeque;
-use std::io::{self, BufReader, BufWriter, Write};
+use std::io::BufReader;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::ChildStdout;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::wire::{End, FLUSH, JOIN, LOST, Order, Word};
 use super::{ProcessArgs, ProcessEnds};
+use crate::child::{BEAT_EVERY, Child};
 use crate::clock::AtWork;
 use crate::device_thread::{Here, WayBack, Witness};
 use crate::error::{Error, Result};
@@ -23,7 +23,6 @@ use crate::stage::{Flush, Join, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::TcpLink;
 use crate::thread::{lock, spawn};
-use crate::wire::BEAT_EVERY;
 
 /// The subcommand by which this program becomes a stage.
 const SUBCOMMAND: &str = "stage";
@@ -52,14 +51,15 @@ impl Keeper {
         let stage = args.ranks.stage;
         // All lives of all stages of a pipeline know each other by the process that started them.
         let group = u64::from(std::process::id());
-        let mut process = match Process::start(&Order::of(&args, group, lost.next())) {
-            Ok(process) => process,
+        let order = Order::of(&args, group, lost.next()).encode();
+        let (mut process, stdout) = match Child::start(SUBCOMMAND, &order, args.ranks.patience) {
+            Ok(started) => started,
             Err(message) => return drop(ready.send(Err(Error::Load { stage, message }))),
         };
         let (flushes, at_work) = (Flushes::default(), Arc::clone(&witness.at_work));
         let (first_word, loaded) = bounded(1);
         let ear = Ear { args: Arc::clone(&args), ends, witness, flushes: Arc::clone(&flushes), first_word };
-        let (is_first, stdout) = (ear.ends.is_first, process.stdout.take().expect("nobody took it yet"));
+        let is_first = ear.ends.is_first;
         spawn(format!("stage-{stage}-ear"), move || ear.hear(stdout));
 
         let loaded = wait_until_loaded(stage, &loaded, &at_work, args.ranks.patience);
@@ -73,16 +73,18 @@ impl Keeper {
         if ready.send(joined).is_err() || !is_joined {
             return;
         }
+        // Where it is gone, its end is on its way.
+        let mut tell = |kind, body: &[u8]| drop(process.tell(kind, lost.next().0, body));
         // Ends when the actor is gone, and with it the sender of work; and the process with it.
         for work in &work {
             match work {
                 Work::Step(step) => link.push(step.batch, step.input),
                 Work::Flush(flush) => {
                     lock(&flushes).push_back(flush);
-                    process.tell(FLUSH, lost.next(), &[]);
+                    tell(FLUSH, &[]);
                 }
-                Work::Lost => process.tell(LOST, lost.next(), &[]),
-                Work::Join(Join(address)) => process.tell(JOIN, lost.next(), address.to_string().as_bytes()),
+                Work::Lost => tell(LOST, &[]),
+                Work::Join(Join(address)) => tell(JOIN, address.to_string().as_bytes()),
             }
         }
     }
@@ -106,53 +108,6 @@ fn wait_until_loaded(
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
-    }
-}
-
-/// A stage's process, which ends with this.
-struct Process {
-    child: Child,
-    stdin: BufWriter<ChildStdin>,
-    stdout: Option<ChildStdout>,
-}
-
-impl Process {
-    fn start(order: &Order) -> std::result::Result<Self, String> {
-        let program = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
-        let mut child = Command::new(program)
-            .arg(SUBCOMMAND)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // Ctrl-C is for the job, which ends in order.
-            .process_group(0)
-            .spawn()
-            .map_err(|e| format!("start its process: {e}"))?;
-        let (Some(stdin), stdout) = (child.stdin.take(), child.stdout.take()) else {
-            unreachable!("it was asked for")
-        };
-        let mut process = Process { child, stdin: BufWriter::new(stdin), stdout };
-        let body = order.encode();
-        process.write(0, 0, &body).map_err(|e| format!("tell its process what to do: {e}"))?;
-        Ok(process)
-    }
-
-    /// Where it is gone, its end is on its way.
-    fn tell(&mut self, kind: u32, lost_before: MicroBatchId, body: &[u8]) {
-        let _ = self.write(kind, lost_before.0, body);
-    }
-
-    fn write(&mut self, kind: u32, sequence: u64, body: &[u8]) -> io::Result<()> {
-        let frame = Frame { kind, sequence, shape: [0, 0] };
-        frame.write(&mut self.stdin, body)?;
-        self.stdin.flush()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

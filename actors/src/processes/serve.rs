@@ -10,6 +10,7 @@ use scheduler::{MicroBatchId, MicroBatchOutput};
 use stages::{CollectiveClock, CollectiveTimes, Frame};
 
 use super::wire::{End, FLUSH, JOIN, LOST, Order, Word};
+use crate::child::beat;
 use crate::clock::StepWork;
 use crate::device_thread::{DeviceThread, LoadStage, Next, WayBack, Witness};
 use crate::ranks::{Done, RankHome, RanksArgs, Watch};
@@ -17,7 +18,7 @@ use crate::stage::{Flush, StageEnd, Work, mailbox_size};
 use crate::stage_set::Lost;
 use crate::tcp_link::{OnFailure, OwnGate, TcpInlet, TcpLink};
 use crate::thread::{lock, spawn};
-use crate::wire::{self, BEAT_EVERY};
+use crate::wire;
 
 /// What a process does that is a stage: reads its order and then orders from `input`, and says to `output` what it is at, and
 /// why it ends. Ends the process when its input ends, whatever it is at: a stage that hangs must not outlive who started it.
@@ -119,12 +120,7 @@ fn serve(mut input: impl Read + Send + 'static, voice: &Voice) -> Result<(), Str
     let order = Order::decode(&body).ok_or("it was told what it does not understand")?;
     order.span.install_faults()?;
     let beats = voice.clone();
-    spawn("beats", move || {
-        loop {
-            beats.say(&Word::Beat);
-            std::thread::sleep(BEAT_EVERY);
-        }
-    });
+    let _beating = beat(move || beats.say(&Word::Beat));
     let (stage, size) = (order.span.stage, mailbox_size(order.num_stages));
     // Room for what a link that was left behind has still brought.
     let (work, orders) = bounded(2 * size);

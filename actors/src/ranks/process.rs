@@ -4,25 +4,22 @@
 //! A rank's input ends with the process that started it, and its connections with any rank, so that none is left
 //! behind. What it has to say comes by its standard output.
 
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, unbounded};
 use stages::{CollectiveClock, Follower, Frame, GroupExit, RankGroup, RankStep, TcpRank};
 
 use super::threads::{Loaded, follow};
 use super::watch::Doing;
 use super::wire::{Order, Word, decode_step, encode_step};
 use super::{RankEnd, RankLink, RanksArgs, cause, ended};
+use crate::child::{Child, beat};
 use crate::error::with_causes;
 use crate::thread::spawn;
-use crate::wire::{BEAT_EVERY, Voice};
+use crate::wire::Voice;
 
 /// The subcommand by which this program becomes a rank.
 const SUBCOMMAND: &str = "rank";
@@ -30,7 +27,6 @@ const SUBCOMMAND: &str = "rank";
 /// A process that follows the first rank. It is ended with the stage.
 struct ProcessRank {
     child: Child,
-    steps: BufWriter<UnixStream>,
     num_steps: u64,
     end: RankEnd,
 }
@@ -38,32 +34,11 @@ struct ProcessRank {
 impl RankLink for ProcessRank {
     fn tell(&mut self, step: &Arc<RankStep>) -> bool {
         self.num_steps += 1;
-        let frame = Frame { kind: 0, sequence: self.num_steps, shape: [0, 0] };
-        let written = frame.write(&mut self.steps, &encode_step(step));
-        written.and_then(|()| self.steps.flush()).is_ok()
+        self.child.tell(0, self.num_steps, &encode_step(step)).is_ok()
     }
 
     fn end(&self) -> &RankEnd {
         &self.end
-    }
-}
-
-impl ProcessRank {
-    /// Starts it, with a way to its standard input that takes no longer than `patience` for anything: a process that is stopped reads
-    /// nothing, and a pipe would wait for it for ever.
-    fn start(mut command: Command, patience: Duration, end: RankEnd) -> io::Result<Self> {
-        let (steps, input) = UnixStream::pair()?;
-        steps.set_write_timeout(Some(patience))?;
-        let child = command.stdin(OwnedFd::from(input)).spawn()?;
-        Ok(ProcessRank { child, steps: BufWriter::new(steps), num_steps: 0, end })
-    }
-}
-
-impl Drop for ProcessRank {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -131,17 +106,10 @@ fn start(
     leader: SocketAddr,
     group: u64,
 ) -> Result<(ProcessRank, Receiver<Word>), String> {
-    let program = std::env::current_exe().map_err(|e| format!("find this program: {e}"))?;
-    let mut command = Command::new(program);
-    // Ctrl-C is for the job, which ends in order.
-    command.arg(SUBCOMMAND).stdout(Stdio::piped()).process_group(0);
-    let end = RankEnd::default();
-    let started = ProcessRank::start(command, args.patience, end.clone());
-    let mut other = started.map_err(|e| format!("start its process: {e}"))?;
-    let stdout = other.child.stdout.take().expect("it was asked for");
     let order = Order::of(args, rank, leader, group).encode();
-    let told = Frame { kind: 0, sequence: 0, shape: [0, 0] }.write(&mut other.steps, &order);
-    told.and_then(|()| other.steps.flush()).map_err(|e| format!("tell it what to do: {e}"))?;
+    let (child, stdout) = Child::start(SUBCOMMAND, &order, args.patience)?;
+    let end = RankEnd::default();
+    let other = ProcessRank { child, num_steps: 0, end: end.clone() };
     let (first_words, words) = unbounded();
     let watch = args.watch.clone();
     let listen = move || {
@@ -187,18 +155,6 @@ pub fn serve_rank(
     outcome
 }
 
-/// Says that the process is there, from a thread of its own, until what comes of it is dropped.
-fn beat(voice: Voice) -> Sender<()> {
-    let (beating, beats) = bounded(0);
-    let beat = move || {
-        while beats.recv_timeout(BEAT_EVERY) == Err(RecvTimeoutError::Timeout) {
-            Word::Beat.say(&voice);
-        }
-    };
-    spawn("beats", beat);
-    beating
-}
-
 fn serve(
     input: impl Read + Send + 'static,
     voice: &Voice,
@@ -211,7 +167,8 @@ fn serve(
     let order =
         Order::decode(&body).ok_or_else(|| own("it was told what it does not understand".to_owned()))?;
     let Order { span, rank, num_ranks, leader, device } = order;
-    let (beating, steps) = (beat(voice.clone()), listen(input));
+    let beats = voice.clone();
+    let (beating, steps) = (beat(move || Word::Beat.say(&beats)), listen(input));
     span.install_faults().map_err(own)?;
     jobs::faults::load(span.stage, Some(rank));
     let collective =
@@ -258,10 +215,9 @@ fn listen(mut input: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::mem;
     use std::net::TcpStream;
     use std::sync::Mutex;
-    use std::time::Instant;
+    use std::{io, mem};
 
     use scheduler::Span;
     use stages::{Device, Dtypes, KvDtype, Model, PAGE_TOKENS, SpanOptions, WeightType};
@@ -351,19 +307,5 @@ mod tests {
         let _silent = loading.join().unwrap();
         let silence = "its process was not heard of for 1s while it loaded".to_owned();
         assert_eq!(wait_until_ready(&words, patience), Err(silence));
-    }
-
-    #[test]
-    fn a_process_that_does_not_read_what_it_is_told_is_waited_for_no_longer_than_the_patience() {
-        let mut command = Command::new("sleep");
-        command.arg("60");
-        let patience = Duration::from_millis(200);
-        let mut rank = ProcessRank::start(command, patience, RankEnd::default()).unwrap();
-        // More than any way holds that nobody reads at its end.
-        let step = Arc::new(RankStep { logit_rows: vec![7; 1 << 20], ..RankStep::default() });
-        let begun = Instant::now();
-        assert!(!rank.tell(&step));
-        drop(rank);
-        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     }
 }

@@ -169,18 +169,21 @@ impl DeviceCatalog {
 /// The kinds of cores that plans know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cpu {
-    /// Multiplies in vectors.
+    /// Multiplies in vectors of 512 bits.
     Vectors,
+    /// Multiplies in vectors of 256 bits, or of fewer.
+    Avx2,
     /// Multiplies in AMX tiles.
     Amx,
 }
 
 impl Cpu {
-    const ALL: [Cpu; 2] = [Cpu::Vectors, Cpu::Amx];
+    const ALL: [Cpu; 3] = [Cpu::Vectors, Cpu::Avx2, Cpu::Amx];
 
     fn prefix(self) -> &'static str {
         match self {
             Self::Vectors => "cpu",
+            Self::Avx2 => "avx2",
             Self::Amx => "amx",
         }
     }
@@ -394,15 +397,18 @@ mod tests {
 
     #[test]
     fn cores_of_a_cpu_are_one_device() {
-        let list: DeviceList = "cpu-core,2xcpu-8-cores,cpu-1-cores,cpu-x-cores,amx-2-cores".parse().unwrap();
+        let list: DeviceList =
+            "cpu-core,2xcpu-8-cores,cpu-1-cores,cpu-x-cores,amx-2-cores,avx2-2-cores".parse().unwrap();
         let catalog = DeviceCatalog::shipped().with_cores_of(&list);
         let (one, eight) = (catalog.get("cpu-core").unwrap(), catalog.get("cpu-8-cores").unwrap());
         assert_eq!(eight.bf16_tflops, 8.0 * one.bf16_tflops);
-        assert_eq!(cpu_of("amx-2-cores"), Some((Cpu::Amx, 2)));
-        assert_eq!(
-            catalog.get("amx-2-cores").unwrap().bf16_tflops,
-            2.0 * catalog.get("amx-core").unwrap().bf16_tflops
-        );
+        for (kind, one, two) in
+            [(Cpu::Amx, "amx-core", "amx-2-cores"), (Cpu::Avx2, "avx2-core", "avx2-2-cores")]
+        {
+            assert_eq!([cpu_of(one), cpu_of(two)], [Some((kind, 1)), Some((kind, 2))]);
+            let [one, two] = [one, two].map(|name| catalog.get(name).unwrap().bf16_tflops);
+            assert_eq!(two, 2.0 * one);
+        }
         assert_eq!(eight.link_gb_per_s, one.link_gb_per_s);
         assert!(catalog.get("cpu-1-cores").is_err() && catalog.get("cpu-x-cores").is_err());
         assert_eq!(catalog.with_memory("cpu-core", 7.0).get("cpu-core").unwrap().memory_mib, 7.0);

@@ -68,10 +68,18 @@ impl OwnDevices {
     }
 }
 
+/// The kind of core whose figures are nearest to those of a level.
+fn kind(simd: Simd) -> Cpu {
+    match simd {
+        Simd::Amx => Cpu::Amx,
+        Simd::Avx512 => Cpu::Vectors,
+        Simd::Avx2 | Simd::Portable => Cpu::Avx2,
+    }
+}
+
 fn name(device: &Device) -> String {
     match device {
-        Device::Cpu { threads, simd: Simd::Amx, .. } => cpu_name(Cpu::Amx, *threads),
-        Device::Cpu { threads, .. } => cpu_name(Cpu::Vectors, *threads),
+        Device::Cpu { threads, simd, .. } => cpu_name(kind(*simd), *threads),
         Device::Reference | Device::Cuda { .. } => cpu_name(Cpu::Vectors, 1),
     }
 }
@@ -90,15 +98,15 @@ mod tests {
     #[test]
     fn a_device_has_its_share_of_the_cores_and_is_there_once() {
         let one = own(&[0], 8);
-        assert_eq!((one.list.to_string(), one.seats), ("1xcpu-8-cores".to_owned(), vec![0]));
+        assert_eq!((one.list.to_string(), one.seats), ("1xavx2-8-cores".to_owned(), vec![0]));
         let twice = own(&[1, 0, 1, 0], 2);
-        assert_eq!((twice.list.to_string(), twice.seats), ("2xcpu-core".to_owned(), vec![0, 1, 0, 1]));
+        assert_eq!((twice.list.to_string(), twice.seats), ("2xavx2-core".to_owned(), vec![0, 1, 0, 1]));
         assert_eq!(twice.names, ["cpu:1", "cpu:0"]);
-        assert_eq!(own(&[1, 0, 1, 0], 2).first_of(2).to_string(), "2xcpu-core");
+        assert_eq!(own(&[1, 0, 1, 0], 2).first_of(2).to_string(), "2xavx2-core");
         let apart = own(&[0, 1], 3);
-        assert_eq!(apart.first_of(2).to_string(), "1xcpu-core");
+        assert_eq!(apart.first_of(2).to_string(), "1xavx2-core");
         let unlike = own(&[0, 1], 3);
-        assert_eq!(unlike.list.to_string(), "1xcpu-core,1xcpu-2-cores");
+        assert_eq!(unlike.list.to_string(), "1xavx2-core,1xavx2-2-cores");
     }
 
     #[test]
@@ -106,6 +114,6 @@ mod tests {
         let machine = Machine { cores: (0..4).collect(), free_bytes: 0, total_bytes: 8 << 30 };
         let own = own(&[0, 1], 4);
         let catalog = own.in_catalog(DeviceCatalog::shipped(), &machine);
-        assert_eq!(catalog.get("cpu-2-cores").unwrap().memory_mib, 4096.0);
+        assert_eq!(catalog.get("avx2-2-cores").unwrap().memory_mib, 4096.0);
     }
 }

@@ -32,8 +32,11 @@ pub(crate) async fn generate(args: GenerateArgs) -> Result<ExitCode> {
         max_context_tokens: args.max_context_tokens,
         ..configs::Model::default()
     };
-    let settings =
-        configs::Pipeline { threads: args.threads, max_sequences: 1, ..configs::Pipeline::default() };
+    let settings = configs::Pipeline {
+        threads: args.threads,
+        max_sequences: configs::AutoCount::Given(1),
+        ..configs::Pipeline::default()
+    };
     let (model, warnings) = Model::open(&files.path, files.random_weights).context("load model")?;
     warnings.0.iter().for_each(|warning| say(&format!("warning: {warning}")));
     let whole = Span { start: 0, end: model.config.blocks.len() };

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use anyhow::{Result, bail};
-use configs::{AutoTokens, Pipeline, StagesRunIn};
+use configs::{AutoCount, Pipeline, StagesRunIn};
 use scheduler::Span;
 use stages::{Dtypes, GpuMemory, ModelConfig, PAGE_TOKENS, Part, RankPlace, Sharing, StepSize};
 
@@ -219,7 +219,7 @@ fn lanes(gpus: &[GpuLoad], wanted: WantedTokens, num_lanes: usize) -> Result<Lan
         1 => String::new(),
         _ => format!("\nhint: devices share out sequences, as in the job's first run: {SHARED_ALIKE}"),
     };
-    if let AutoTokens::Tokens(tokens) = wanted.kv_cache_tokens {
+    if let AutoCount::Given(tokens) = wanted.kv_cache_tokens {
         bail!(
             "[pipeline] kv_cache_tokens: {tokens} take {taken} on cuda:{index}, and {left} of its memory are free beside {spans}{cure}"
         );
@@ -319,7 +319,7 @@ mod tests {
             step: StepSize { rows: 2048, sequences, context_tokens, micro_batches, arrivals: 1 },
             are_processes: false,
             multiprocessors: None,
-            wanted: WantedTokens { kv_cache_tokens: AutoTokens::Auto, context_tokens, sequences },
+            wanted: WantedTokens { kv_cache_tokens: AutoCount::Auto, context_tokens, sequences },
         }
     }
 
@@ -342,11 +342,11 @@ mod tests {
         GpuLoad { index, free_bytes, parts, is_shared_unlike: false, memory, nccl_peers: 0 }
     }
 
-    fn wanted(kv_cache_tokens: AutoTokens) -> WantedTokens {
+    fn wanted(kv_cache_tokens: AutoCount) -> WantedTokens {
         WantedTokens { kv_cache_tokens, context_tokens: 1000, sequences: 100 }
     }
 
-    fn pages(gpus: &[GpuLoad], kv_cache_tokens: AutoTokens) -> std::result::Result<usize, String> {
+    fn pages(gpus: &[GpuLoad], kv_cache_tokens: AutoCount) -> std::result::Result<usize, String> {
         lanes(gpus, wanted(kv_cache_tokens), 1).map(Lanes::num_pages).map_err(|error| error.to_string())
     }
 
@@ -355,9 +355,9 @@ mod tests {
         // So much is free that of all but the reserve these bytes are left.
         let left = |bytes| 100 * GB + RESERVED_BYTES + bytes;
         // Sixteen pages for a row of 1,000 tokens, and for 100 of them.
-        assert_eq!(pages(&[gpu(0, left(50 * GB))], AutoTokens::Auto), Ok(1600));
-        assert_eq!(pages(&[gpu(0, left(50 * GB)), gpu(1, left(GB))], AutoTokens::Auto), Ok(1000));
-        assert_eq!(pages(&[gpu(0, left(GB))], AutoTokens::Tokens(128 * 64 - 1)), Ok(128));
+        assert_eq!(pages(&[gpu(0, left(50 * GB))], AutoCount::Auto), Ok(1600));
+        assert_eq!(pages(&[gpu(0, left(50 * GB)), gpu(1, left(GB))], AutoCount::Auto), Ok(1000));
+        assert_eq!(pages(&[gpu(0, left(GB))], AutoCount::Given(128 * 64 - 1)), Ok(128));
     }
 
     #[test]
@@ -366,11 +366,11 @@ mod tests {
             let gpus = [gpu(0, 100 * GB + RESERVED_BYTES + pages * 1_000_000)];
             lanes(&gpus, wanted(tokens), num_lanes).map(Lanes::num_pages).map_err(|error| error.to_string())
         };
-        assert_eq!(in_lanes(50, AutoTokens::Auto, 3), Ok(48));
+        assert_eq!(in_lanes(50, AutoCount::Auto, 3), Ok(48));
         // Sequences of 16 pages each, of which one lane has no more than another.
-        assert_eq!(in_lanes(5000, AutoTokens::Auto, 3), Ok(16 * 102));
-        assert_eq!(in_lanes(5000, AutoTokens::Tokens(640), 3), Ok(12));
-        let error = in_lanes(47, AutoTokens::Auto, 3).unwrap_err();
+        assert_eq!(in_lanes(5000, AutoCount::Auto, 3), Ok(16 * 102));
+        assert_eq!(in_lanes(5000, AutoCount::Given(640), 3), Ok(12));
+        let error = in_lanes(47, AutoCount::Auto, 3).unwrap_err();
         assert_eq!(
             error,
             "a context of 1000 tokens in each of 3 lanes takes 48.0 MB of KV cache on cuda:0, and 47.0 MB of its memory are \
@@ -378,7 +378,7 @@ mod tests {
              hint: devices share out sequences, as in the job's first run: free memory, or pass --accept-numerics with \
              split_blocks = \"all\""
         );
-        let error = in_lanes(11, AutoTokens::Tokens(640), 3).unwrap_err();
+        let error = in_lanes(11, AutoCount::Given(640), 3).unwrap_err();
         assert!(error.starts_with("[pipeline] kv_cache_tokens: 640 take 12.0 MB on cuda:0"), "{error}");
         assert!(error.ends_with("pass --accept-numerics with split_blocks = \"all\""), "{error}");
     }
@@ -418,36 +418,36 @@ mod tests {
     fn what_nccl_takes_at_its_first_move_is_kept_back_and_told() {
         let joined = |free_bytes| GpuLoad { nccl_peers: 2, ..gpu(1, free_bytes) };
         let all = 100 * GB + RESERVED_BYTES + 2 * NCCL_PEER_BYTES;
-        assert_eq!(pages(&[joined(all + GB)], AutoTokens::Auto), Ok(1000));
+        assert_eq!(pages(&[joined(all + GB)], AutoCount::Auto), Ok(1000));
         assert_eq!(
-            pages(&[joined(all + 5_500_000)], AutoTokens::Tokens(640)).unwrap_err(),
+            pages(&[joined(all + 5_500_000)], AutoCount::Given(640)).unwrap_err(),
             "[pipeline] kv_cache_tokens: 640 take 10.0 MB on cuda:1, and 5.5 MB of its memory are free beside blocks [0, 14) \
              and 1.1 GB for NCCL"
         );
-        let error = pages(&[joined(all - GB)], AutoTokens::Auto).unwrap_err();
+        let error = pages(&[joined(all - GB)], AutoCount::Auto).unwrap_err();
         assert!(error.contains("99.0 GB of its memory are free beside 1.1 GB for NCCL\nhint"), "{error}");
     }
 
     #[test]
     fn what_does_not_fit_is_refused_with_its_numbers() {
         // Of 8 GiB a sixteenth is kept back.
-        let error = pages(&[gpu(3, 8 << 30)], AutoTokens::Auto).unwrap_err();
+        let error = pages(&[gpu(3, 8 << 30)], AutoCount::Auto).unwrap_err();
         assert_eq!(
             error,
             "blocks [0, 14) on cuda:3 take 90.0 GB of weights and 10.0 GB to work in, and 8.1 GB of its memory are free\n\
              hint: name more GPUs in [pipeline] devices, set a smaller micro_batch_tokens, or give this one fewer blocks by stages"
         );
-        let kept = pages(&[GpuLoad { is_shared_unlike: true, ..gpu(3, 8 << 30) }], AutoTokens::Auto);
+        let kept = pages(&[GpuLoad { is_shared_unlike: true, ..gpu(3, 8 << 30) }], AutoCount::Auto);
         let cure =
             "as in the job's first run: free memory, or pass --accept-numerics with split_blocks = \"all\"";
         assert_eq!(kept.unwrap_err(), format!("{error}\nhint: devices share blocks {cure}"));
         let tight = gpu(1, 100 * GB + RESERVED_BYTES + 5_500_000);
-        let error = pages(&[gpu(0, 140 * GB), tight.clone()], AutoTokens::Tokens(640)).unwrap_err();
+        let error = pages(&[gpu(0, 140 * GB), tight.clone()], AutoCount::Given(640)).unwrap_err();
         assert_eq!(
             error,
             "[pipeline] kv_cache_tokens: 640 take 10.0 MB on cuda:1, and 5.5 MB of its memory are free beside blocks [0, 14)"
         );
-        let error = pages(&[tight], AutoTokens::Auto).unwrap_err();
+        let error = pages(&[tight], AutoCount::Auto).unwrap_err();
         assert_eq!(
             error,
             "a context of 1000 tokens takes 16.0 MB of KV cache on cuda:1, and 5.5 MB of its memory are free beside \

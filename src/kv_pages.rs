@@ -1,7 +1,7 @@
 //! How many KV pages the stages of a pipeline have, in which lanes: deciding only.
 
 use anyhow::{Result, bail};
-use configs::AutoTokens;
+use configs::AutoCount;
 use stages::PAGE_TOKENS;
 
 use crate::gpu_memory;
@@ -52,8 +52,8 @@ impl KvPages {
         let needed = lanes.num_lanes * wanted.least_pages(lanes.num_lanes);
         if lanes.num_pages() < needed {
             let what = match wanted.kv_cache_tokens {
-                AutoTokens::Tokens(tokens) => format!("[pipeline] kv_cache_tokens: {tokens} take"),
-                AutoTokens::Auto => format!("a context of {} tokens takes", wanted.context_tokens),
+                AutoCount::Given(tokens) => format!("[pipeline] kv_cache_tokens: {tokens} take"),
+                AutoCount::Auto => format!("a context of {} tokens takes", wanted.context_tokens),
             };
             bail!(
                 "{what} {} tokens of KV cache in {} lanes, and memory has room for {} beside the weights\nhint: devices share out \
@@ -81,7 +81,7 @@ impl KvPages {
             KvPages::Cpus { wanted, .. } => *wanted,
             KvPages::Gpus(gpus) => gpus.wanted(),
         };
-        let AutoTokens::Tokens(tokens) = kv_cache_tokens else { return Ok(()) };
+        let AutoCount::Given(tokens) = kv_cache_tokens else { return Ok(()) };
         let lanes = self.lanes(stages)?;
         if lanes.row_tokens() < context_tokens.min(tokens) {
             let (num_lanes, row_tokens) = (lanes.num_lanes, lanes.row_tokens());
@@ -112,7 +112,7 @@ mod tests {
         [StageLayout { part: Span { start: 0, end: 4 }.into(), devices: 0..3, sharing }]
     }
 
-    fn pages(kv_cache_tokens: AutoTokens, context_tokens: usize, room: usize) -> KvPages {
+    fn pages(kv_cache_tokens: AutoCount, context_tokens: usize, room: usize) -> KvPages {
         let wanted = WantedTokens { kv_cache_tokens, context_tokens, sequences: 4 };
         KvPages::Cpus { wanted, room }
     }
@@ -125,19 +125,19 @@ mod tests {
             [1, 3].map(|num_lanes| pages.lanes(&stages(num_lanes)).ok().map(Lanes::num_pages))
         };
         // Four pages for a row; of four rows one lane has two, where there is room for them.
-        assert_eq!(found(AutoTokens::Auto, 200, 30), [Some(16), Some(24)]);
-        assert_eq!(found(AutoTokens::Auto, 200, 16), [Some(16), Some(15)]);
-        assert_eq!(found(AutoTokens::Auto, 200, 12), [Some(12), Some(12)]);
-        assert_eq!(found(AutoTokens::Auto, 200, 11), [Some(11), None]);
-        assert_eq!(found(AutoTokens::Tokens(640), 200, 12), [Some(10), Some(12)]);
-        assert_eq!(found(AutoTokens::Tokens(640), 200, 11), [Some(10), None]);
+        assert_eq!(found(AutoCount::Auto, 200, 30), [Some(16), Some(24)]);
+        assert_eq!(found(AutoCount::Auto, 200, 16), [Some(16), Some(15)]);
+        assert_eq!(found(AutoCount::Auto, 200, 12), [Some(12), Some(12)]);
+        assert_eq!(found(AutoCount::Auto, 200, 11), [Some(11), None]);
+        assert_eq!(found(AutoCount::Given(640), 200, 12), [Some(10), Some(12)]);
+        assert_eq!(found(AutoCount::Given(640), 200, 11), [Some(10), None]);
     }
 
     #[test]
     fn a_going_on_whose_lanes_no_longer_fit_the_memory_is_refused_with_the_cure() {
         for (kv_cache_tokens, words) in [
-            (AutoTokens::Auto, "a context of 200 tokens takes"),
-            (AutoTokens::Tokens(640), "[pipeline] kv_cache_tokens: 640 take"),
+            (AutoCount::Auto, "a context of 200 tokens takes"),
+            (AutoCount::Given(640), "[pipeline] kv_cache_tokens: 640 take"),
         ] {
             let error = pages(kv_cache_tokens, 200, 11).lanes(&stages(3)).unwrap_err().to_string();
             for words in
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn a_cache_is_refused_whose_lanes_hold_shorter_rows_than_the_whole_of_it() {
         let refused = |tokens, context_tokens, num_lanes| {
-            let pages = pages(AutoTokens::Tokens(tokens), context_tokens, 1000);
+            let pages = pages(AutoCount::Given(tokens), context_tokens, 1000);
             pages.check_rows(&stages(num_lanes)).err().map(|error| error.to_string())
         };
         // Lanes of 3 pages, and of 4.

@@ -5,7 +5,7 @@
 //! many rows a lane holds beside its longest one decides no answer, as those that find no page wait or give way; on GPUs, whose
 //! memory bounds how many are in flight, it counts as speed. Nor is any way taken that does not fit where another does.
 
-use configs::{AutoTokens, Pipeline};
+use configs::{AutoCount, Pipeline};
 use stages::PAGE_TOKENS;
 
 use crate::lower::{MAX_KV_TOKENS, sequences_per_replica};
@@ -32,7 +32,7 @@ impl Lanes {
 /// How many tokens of keys and values a pipeline wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WantedTokens {
-    pub(crate) kv_cache_tokens: AutoTokens,
+    pub(crate) kv_cache_tokens: AutoCount,
     /// Longest sequence.
     pub(crate) context_tokens: usize,
     /// Most sequences in flight.
@@ -50,10 +50,8 @@ impl WantedTokens {
     /// is room for so many pages in all.
     pub(crate) fn lanes(self, num_lanes: usize, room: usize) -> Lanes {
         let wanted = match self.kv_cache_tokens {
-            AutoTokens::Tokens(_) => self.least_pages(num_lanes),
-            AutoTokens::Auto => {
-                self.least_pages(num_lanes).saturating_mul(self.sequences.div_ceil(num_lanes))
-            }
+            AutoCount::Given(_) => self.least_pages(num_lanes),
+            AutoCount::Auto => self.least_pages(num_lanes).saturating_mul(self.sequences.div_ceil(num_lanes)),
         };
         let room = room.min(MAX_KV_TOKENS / PAGE_TOKENS) / num_lanes;
         Lanes { num_lanes, pages: wanted.min(room) }
@@ -62,8 +60,8 @@ impl WantedTokens {
     /// Pages that each lane must have: what the job says, or else those of the longest sequence.
     pub(crate) fn least_pages(self, num_lanes: usize) -> usize {
         match self.kv_cache_tokens {
-            AutoTokens::Tokens(tokens) => tokens.div_ceil(PAGE_TOKENS).div_ceil(num_lanes),
-            AutoTokens::Auto => self.context_tokens.div_ceil(PAGE_TOKENS),
+            AutoCount::Given(tokens) => tokens.div_ceil(PAGE_TOKENS).div_ceil(num_lanes),
+            AutoCount::Auto => self.context_tokens.div_ceil(PAGE_TOKENS),
         }
     }
 }
@@ -152,11 +150,11 @@ mod tests {
             (lanes.pages, lanes.num_pages(), lanes.row_tokens())
         };
         // Sixteen pages for a row of 1,000 tokens; two sequences in four lanes, and six.
-        assert_eq!(lanes(AutoTokens::Auto, 2, 4, usize::MAX), (16, 64, 1024));
-        assert_eq!(lanes(AutoTokens::Auto, 6, 4, usize::MAX), (32, 128, 2048));
-        assert_eq!(lanes(AutoTokens::Auto, 6, 4, 43), (10, 40, 640));
-        assert_eq!(lanes(AutoTokens::Tokens(640), 6, 4, 100), (3, 12, 192));
-        assert_eq!(lanes(AutoTokens::Tokens(640), 6, 4, 11), (2, 8, 128));
-        assert_eq!(lanes(AutoTokens::Tokens(640), 6, 1, 100), (10, 10, 640));
+        assert_eq!(lanes(AutoCount::Auto, 2, 4, usize::MAX), (16, 64, 1024));
+        assert_eq!(lanes(AutoCount::Auto, 6, 4, usize::MAX), (32, 128, 2048));
+        assert_eq!(lanes(AutoCount::Auto, 6, 4, 43), (10, 40, 640));
+        assert_eq!(lanes(AutoCount::Given(640), 6, 4, 100), (3, 12, 192));
+        assert_eq!(lanes(AutoCount::Given(640), 6, 4, 11), (2, 8, 128));
+        assert_eq!(lanes(AutoCount::Given(640), 6, 1, 100), (10, 10, 640));
     }
 }

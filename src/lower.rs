@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use actors::{Limits, PipelineOptions, RankHome, StageHome, StagePlacement};
 use anyhow::{Result, bail};
-use configs::AutoTokens;
+use configs::{AutoCount, MOST_SEQUENCES};
 use jobs::NumericProfile;
 use stages::{Alike, Device, Dtypes, KvDtype, ModelConfig, Narrow, PAGE_TOKENS, Simd, WeightType};
 
@@ -178,7 +178,7 @@ pub(crate) fn pipeline(
 
 /// One replica's share of the sequences in flight.
 pub(crate) fn sequences_per_replica(pipeline: &configs::Pipeline) -> usize {
-    pipeline.max_sequences.div_ceil(pipeline.replicas)
+    pipeline.most_sequences().div_ceil(pipeline.replicas)
 }
 
 /// Rows offered to a pipeline at once.
@@ -357,11 +357,11 @@ fn check_sizes(pipeline: &configs::Pipeline) -> Result<()> {
     most("replicas", pipeline.replicas, pipeline.devices.len())?;
     most("threads", pipeline.threads.unwrap_or(1), 1 << 10)?;
     most("step_timeout_seconds", pipeline.step_timeout_seconds, 1 << 30)?;
-    most("max_sequences", pipeline.max_sequences, 1 << 16)?;
+    most("max_sequences", pipeline.most_sequences(), MOST_SEQUENCES)?;
     most("micro_batch_tokens", pipeline.most_micro_batch_tokens(), 1 << 20)?;
     match pipeline.kv_cache_tokens {
-        AutoTokens::Tokens(tokens) => most("kv_cache_tokens", tokens, MAX_KV_TOKENS),
-        AutoTokens::Auto => Ok(()),
+        AutoCount::Given(tokens) => most("kv_cache_tokens", tokens, MAX_KV_TOKENS),
+        AutoCount::Auto => Ok(()),
     }
 }
 
@@ -412,7 +412,7 @@ impl Memory {
 
     /// Pages of each replica that there is room for: all that is left beside the weights for as many as the job names, or else a share
     /// of it. Never less than one context: then an answer would depend on how much memory is free.
-    fn pages(&self, wanted: AutoTokens, context_tokens: usize) -> Result<usize> {
+    fn pages(&self, wanted: AutoCount, context_tokens: usize) -> Result<usize> {
         let left = self.free_bytes.saturating_sub(self.weight_bytes);
         if left == 0 {
             let (weights, free) = (text::bytes(self.weight_bytes), text::bytes(self.free_bytes));
@@ -425,18 +425,18 @@ impl Memory {
         };
         let bytes_of = |tokens: usize| text::bytes(tokens.div_ceil(PAGE_TOKENS) as u64 * page_bytes);
         let (tokens, room) = match wanted {
-            AutoTokens::Tokens(tokens) => (tokens, pages_in(left)),
-            AutoTokens::Auto => (context_tokens, pages_in((left as f64 * KV_MEMORY_SHARE) as u64)),
+            AutoCount::Given(tokens) => (tokens, pages_in(left)),
+            AutoCount::Auto => (context_tokens, pages_in((left as f64 * KV_MEMORY_SHARE) as u64)),
         };
         if room >= tokens.div_ceil(PAGE_TOKENS) {
             return Ok(room);
         }
         let (needed, left) = (bytes_of(tokens), text::bytes(left));
         match wanted {
-            AutoTokens::Tokens(_) => bail!(
+            AutoCount::Given(_) => bail!(
                 "[pipeline] kv_cache_tokens: {tokens} take {needed}, and {left} of memory are free beside the weights"
             ),
-            AutoTokens::Auto => bail!(
+            AutoCount::Auto => bail!(
                 "a context of {context_tokens} tokens takes {needed} of KV cache, and {left} of memory are free beside the \
                  weights\nhint: set [model] max_context_tokens to at most {}, or [pipeline] kv_cache_tokens",
                 room * PAGE_TOKENS

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use actors::StageTimes;
 use anyhow::Result;
-use configs::{AutoTokens, JobFile, SplitBlocks};
+use configs::{AutoCount, JobFile, SplitBlocks};
 use jobs::{ModelText, StageShape};
 use scheduler::Span;
 use stages::cost::{Basis, Load};
@@ -168,8 +168,8 @@ pub(crate) fn place(job: &JobFile, model: &Model, occasion: &Occasion, pages: Kv
         (question.load(&stages), question.seconds(&stages), question.source(&stages));
     let most_tokens = pipeline.most_micro_batch_tokens();
     let micro_batch_tokens = match pipeline.micro_batch_tokens {
-        AutoTokens::Tokens(tokens) => tokens,
-        AutoTokens::Auto => question.micro_batch_tokens(&stages, most_tokens),
+        AutoCount::Given(tokens) => tokens,
+        AutoCount::Auto => question.micro_batch_tokens(&stages, most_tokens),
     };
     lines.extend(question.small_micro_batches(micro_batch_tokens, most_tokens));
     let replicas = pipeline.replicas;

@@ -1,7 +1,7 @@
 //! What `spanwise profile` and `spanwise bench` measure: a model's folder with options, or a job file.
 
 use anyhow::{Context, Result, bail};
-use configs::{AutoTokens, Device, DeviceKind, JobFile, Pipeline, Purpose};
+use configs::{AutoCount, Device, DeviceKind, JobFile, Pipeline, Purpose};
 use stages::profile::Effort;
 use stages::{Error, Model};
 
@@ -35,7 +35,7 @@ impl Target {
             ..configs::Model::default()
         };
         let mut pipeline = Pipeline { threads: args.threads, devices: devices(args)?, ..Pipeline::default() };
-        pipeline.micro_batch_tokens = args.micro_batch_tokens.map_or(AutoTokens::Auto, AutoTokens::Tokens);
+        pipeline.micro_batch_tokens = args.micro_batch_tokens.map_or(AutoCount::Auto, AutoCount::Given);
         Ok(Target { files, pipeline })
     }
 

@@ -31,10 +31,11 @@ pub use devices::{Cpu, DeviceCatalog, DeviceList, DeviceSpec, cpu_name, cpu_of};
 pub use error::Error;
 pub use overrides::{ENVIRONMENT_PREFIX, Override, OverrideSource};
 pub use schema::{
-    Grade, Job, JobFile, MAX_SEQUENCES, MICRO_BATCH_TOKENS, Model, Pipeline, Plan, Prompt, Sampling,
+    CPU_SEQUENCES, Grade, Job, JobFile, MICRO_BATCH_TOKENS, MOST_SEQUENCES, Model, Pipeline, Plan, Prompt,
+    Sampling,
 };
 pub use types::{
-    AutoTokens, ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, Order, Place,
+    AutoCount, ColumnCuts, Device, DeviceError, DeviceKind, Dtype, Grader, KvCacheDtype, Order, Place,
     Profile, Ranks, Simd, SplitBlocks, Stages, StagesRunIn, TENSOR_PARALLEL_WIDTHS, TensorParallel,
     VirtualStages,
 };

@@ -10,17 +10,20 @@ use serde::{Deserialize, Serialize, Serializer};
 use crate::devices::DeviceList;
 use crate::read;
 use crate::types::{
-    AutoTokens, ColumnCuts, Device, Dtype, Grader, KvCacheDtype, Order, Profile, Ranks, Simd, SplitBlocks,
-    Stages, StagesRunIn, TensorParallel, VirtualStages,
+    AutoCount, ColumnCuts, Device, DeviceKind, Dtype, Grader, KvCacheDtype, Order, Profile, Ranks, Simd,
+    SplitBlocks, Stages, StagesRunIn, TensorParallel, VirtualStages,
 };
 
 /// Tokens in one micro-batch. Two cores prefill SmolLM2-135M at about 1,700 tokens/s (llama.cpp, which takes
 /// 512 too), so a full one takes 0.3 s: the longest that others' decode steps wait for a prompt.
 pub const MICRO_BATCH_TOKENS: usize = 512;
 
-/// Sequences in flight in the whole pipeline. On two cores llama.cpp decodes 518 tokens/s with 64 sequences
+/// Sequences in flight in all replicas together, on CPUs. On two cores llama.cpp decodes 518 tokens/s with 64 sequences
 /// and 523 with 128, so 64 are enough for one stage; the smallest pipeline that is one has two stages.
-pub const MAX_SEQUENCES: usize = 2 * 64;
+pub const CPU_SEQUENCES: usize = 2 * 64;
+
+/// No job has more sequences in flight: beyond it, sums would not fit their types.
+pub const MOST_SEQUENCES: usize = 1 << 16;
 
 /// A whole job file, defaults filled in and checked.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -96,13 +99,12 @@ pub struct Pipeline {
     pub profile: Profile,
     /// Most tokens in one micro-batch, prefill and decode together. `Auto`: [`MICRO_BATCH_TOKENS`], or fewer where that keeps
     /// several stages more even and a token takes hardly longer.
-    pub micro_batch_tokens: AutoTokens,
-    /// Most sequences in flight in all replicas together.
-    #[serde(deserialize_with = "read::positive")]
-    pub max_sequences: usize,
+    pub micro_batch_tokens: AutoCount,
+    /// Most sequences in flight in all replicas together. `Auto`: see [`Pipeline::most_sequences`].
+    pub max_sequences: AutoCount,
     /// Tokens that the KV cache of one replica holds for all of its sequences together. `Auto`: as many as the memory has room for, and
-    /// no more than `max_sequences` could use.
-    pub kv_cache_tokens: AutoTokens,
+    /// no more than [`Pipeline::most_sequences`] could use.
+    pub kv_cache_tokens: AutoCount,
     /// Number type of the KV cache.
     pub kv_cache_dtype: KvCacheDtype,
     /// Whether a row's bits on a GPU are the same in any batch; CPUs always have them so.
@@ -128,8 +130,23 @@ impl Pipeline {
     /// The most that `micro_batch_tokens` can come to.
     pub fn most_micro_batch_tokens(&self) -> usize {
         match self.micro_batch_tokens {
-            AutoTokens::Auto => MICRO_BATCH_TOKENS,
-            AutoTokens::Tokens(tokens) => tokens,
+            AutoCount::Auto => MICRO_BATCH_TOKENS,
+            AutoCount::Given(tokens) => tokens,
+        }
+    }
+
+    /// The most that `max_sequences` can come to: where the job leaves it to the program, [`CPU_SEQUENCES`] on CPUs, and on GPUs as
+    /// many as all micro-batches in flight have room for, so that the KV cache alone limits them.
+    pub fn most_sequences(&self) -> usize {
+        let is_gpu = self.devices.first().is_some_and(|device| device.kind == DeviceKind::Cuda);
+        match self.max_sequences {
+            AutoCount::Given(sequences) => sequences,
+            AutoCount::Auto if is_gpu => {
+                let in_flight = self.devices_per_replica() + 1;
+                let of_replica = self.most_micro_batch_tokens().saturating_mul(in_flight);
+                of_replica.saturating_mul(self.replicas).min(MOST_SEQUENCES)
+            }
+            AutoCount::Auto => CPU_SEQUENCES,
         }
     }
 }
@@ -149,9 +166,9 @@ impl Default for Pipeline {
             column_cuts: ColumnCuts::Auto,
             virtual_stages: VirtualStages::Auto,
             profile: Profile::Auto,
-            micro_batch_tokens: AutoTokens::Auto,
-            max_sequences: MAX_SEQUENCES,
-            kv_cache_tokens: AutoTokens::Auto,
+            micro_batch_tokens: AutoCount::Auto,
+            max_sequences: AutoCount::Auto,
+            kv_cache_tokens: AutoCount::Auto,
             kv_cache_dtype: KvCacheDtype::Auto,
             deterministic: true, // A row's answer depends on the row alone, unless somebody gives that up.
             cuda_graphs: true,

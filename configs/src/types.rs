@@ -469,29 +469,29 @@ fn check_contiguous(ranges: &[Range<Place>]) -> Result<(), String> {
     Ok(())
 }
 
-/// A number of tokens that a job may leave to the program.
+/// A number of tokens or of sequences that a job may leave to the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AutoTokens {
+pub enum AutoCount {
     /// As many as are best: the key says for what.
     Auto,
     /// This many.
-    Tokens(usize),
+    Given(usize),
 }
 
-impl Serialize for AutoTokens {
+impl Serialize for AutoCount {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Auto => serializer.serialize_str("auto"),
-            Self::Tokens(tokens) => serializer.serialize_u64(*tokens as u64),
+            Self::Given(count) => serializer.serialize_u64(*count as u64),
         }
     }
 }
 
-impl<'de> Deserialize<'de> for AutoTokens {
+impl<'de> Deserialize<'de> for AutoCount {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         read::scalar(deserializer, "\"auto\" or an integer of at least 1", |found| match found {
             Scalar::Text("auto") => Some(Self::Auto),
-            found => found.integer(1).map(Self::Tokens),
+            found => found.integer(1).map(Self::Given),
         })
     }
 }

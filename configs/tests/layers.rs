@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use configs::{
-    AutoTokens, Device, Dtype, Error, JobFile, KvCacheDtype, Loaded, Order, OverrideSource, Place, Purpose,
+    AutoCount, Device, Dtype, Error, JobFile, KvCacheDtype, Loaded, Order, OverrideSource, Place, Purpose,
     Simd, Stages,
 };
 
@@ -60,9 +60,9 @@ fn what_a_file_leaves_out_has_its_default() {
     assert_eq!(job.pipeline.threads, None);
     assert_eq!(job.pipeline.simd, Simd::Auto);
     assert_eq!(job.pipeline.stages, Stages::Auto);
-    assert_eq!(job.pipeline.micro_batch_tokens, AutoTokens::Auto);
-    assert_eq!(job.pipeline.max_sequences, 128);
-    assert_eq!(job.pipeline.kv_cache_tokens, AutoTokens::Auto);
+    assert_eq!(job.pipeline.micro_batch_tokens, AutoCount::Auto);
+    assert_eq!(job.pipeline.max_sequences, AutoCount::Auto);
+    assert_eq!(job.pipeline.kv_cache_tokens, AutoCount::Auto);
     assert_eq!(job.pipeline.kv_cache_dtype, KvCacheDtype::Auto);
     assert_eq!(job.job.order, Order::Input);
     assert_eq!((job.job.seed, job.job.max_error_rate), (0, 1.0));
@@ -124,9 +124,9 @@ fn every_key_arrives_where_it_belongs() {
     assert_eq!(job.pipeline.threads, Some(3));
     assert_eq!(job.pipeline.simd, Simd::Avx2);
     assert_eq!(job.pipeline.stages, blocks([0..4, 4..9, 9..10]));
-    assert_eq!(job.pipeline.micro_batch_tokens, AutoTokens::Tokens(16));
-    assert_eq!(job.pipeline.max_sequences, 7);
-    assert_eq!(job.pipeline.kv_cache_tokens, AutoTokens::Tokens(8192));
+    assert_eq!(job.pipeline.micro_batch_tokens, AutoCount::Given(16));
+    assert_eq!(job.pipeline.max_sequences, AutoCount::Given(7));
+    assert_eq!(job.pipeline.kv_cache_tokens, AutoCount::Given(8192));
     assert_eq!(job.pipeline.kv_cache_dtype, KvCacheDtype::Bf16);
     assert_eq!(job.job.order, Order::Completion);
     assert_eq!((job.job.seed, job.job.max_error_rate), (i64::MAX as u64, 0.25));
@@ -168,8 +168,8 @@ fn the_environment_counts_more_than_the_file_and_a_set_more_than_both() {
         .env("PATH", "/bin");
     let job = world.load().job;
     assert_eq!(job.pipeline.threads, Some(1));
-    assert_eq!(job.pipeline.max_sequences, 2);
-    assert_eq!(job.pipeline.micro_batch_tokens, AutoTokens::Tokens(3));
+    assert_eq!(job.pipeline.max_sequences, AutoCount::Given(2));
+    assert_eq!(job.pipeline.micro_batch_tokens, AutoCount::Given(3));
     assert_eq!(job.sampling.top_k, Some(5));
     // Only those that count are told, so that the manifest explains the job and nothing else.
     assert_eq!(
@@ -284,7 +284,7 @@ column_cuts = "auto"
 virtual_stages = "auto"
 profile = "auto"
 micro_batch_tokens = "auto"
-max_sequences = 128
+max_sequences = "auto"
 kv_cache_tokens = "auto"
 kv_cache_dtype = "auto"
 deterministic = true

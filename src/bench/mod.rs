@@ -4,7 +4,7 @@ mod report;
 mod table;
 
 use anyhow::Result;
-use configs::AutoTokens;
+use configs::AutoCount;
 use scheduler::Span;
 use stages::profile::{DeviceKey, Throughput, ThroughputOptions, throughput};
 use stages::{Device, Model, PAGE_TOKENS, Sharing};
@@ -29,7 +29,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
     let Target { mut files, mut pipeline } = target;
     let longest = lower::context_tokens(&files, &model.config)?;
     files.max_context_tokens = Some(args.context_tokens.unwrap_or(CONTEXT_TOKENS.min(longest)));
-    pipeline.max_sequences = args.batches.iter().copied().max().unwrap_or(1);
+    pipeline.max_sequences = AutoCount::Given(args.batches.iter().copied().max().unwrap_or(1));
     let context_tokens = lower::context_tokens(&files, &model.config)?;
     lower::check(&pipeline)?;
     let machine = machine::detect();
@@ -49,7 +49,7 @@ pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
         options.most_pages = Some(options.pages_in(&model, free_bytes, multiprocessors));
     }
     // The model with these pages must fit, as in a run.
-    pipeline.kv_cache_tokens = AutoTokens::Tokens(options.num_pages(&model) * PAGE_TOKENS);
+    pipeline.kv_cache_tokens = AutoCount::Given(options.num_pages(&model) * PAGE_TOKENS);
     let whole = Span { start: 0, end: model.config.blocks.len() };
     lower::pipeline(&files, &pipeline, &model.config, &machine)?.with(&[StageLayout {
         part: whole.into(),

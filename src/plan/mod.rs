@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use configs::{DeviceCatalog, JobFile, KvCacheDtype, Purpose};
+use configs::{AutoCount, CPU_SEQUENCES, DeviceCatalog, DeviceList, JobFile, KvCacheDtype, Purpose};
 use stages::cost::{Balance, Measured, NumberType, NumberTypes};
 use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
@@ -142,7 +142,7 @@ pub(crate) fn setting(
         mix,
         lengths,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
-        max_sequences: job.pipeline.max_sequences as u64,
+        max_sequences: max_sequences(&job.pipeline, &devices),
         max_tokens: MAX_TOKENS,
         rows: work.sequences(),
         work: Arc::new(work),
@@ -162,6 +162,16 @@ pub(crate) fn setting(
         measured: None,
         profile_command,
     })
+}
+
+/// Most sequences that a run on such devices keeps in flight: on GPUs, unless the job says, as many as the KV cache has room for.
+fn max_sequences(pipeline: &configs::Pipeline, devices: &DeviceList) -> u64 {
+    let are_cpus = devices.runs().iter().all(|(_, name)| configs::cpu_of(name).is_some());
+    match pipeline.max_sequences {
+        AutoCount::Given(sequences) => sequences as u64,
+        AutoCount::Auto if are_cpus => CPU_SEQUENCES as u64,
+        AutoCount::Auto => u64::MAX,
+    }
 }
 
 /// Fewer tokens than a single row keeps are no question of room.

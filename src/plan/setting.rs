@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use configs::{
-    AutoTokens, ColumnCuts, DeviceCatalog, DeviceKind, DeviceList, DeviceSpec, SplitBlocks,
+    AutoCount, ColumnCuts, DeviceCatalog, DeviceKind, DeviceList, DeviceSpec, SplitBlocks,
     TENSOR_PARALLEL_WIDTHS, TensorParallel, VirtualStages,
 };
 use scheduler::{Case, Costs, KvTokens, RankCosts, StageDevice};
@@ -50,7 +50,7 @@ pub(crate) struct Setting {
     /// Longest sequence.
     pub(crate) context_tokens: usize,
     /// Of each replica.
-    pub(crate) kv_cache_tokens: AutoTokens,
+    pub(crate) kv_cache_tokens: AutoCount,
     pub(crate) types: NumberTypes,
     /// Whether the job names the type of keys and values, which then stays whatever the weights are.
     pub(crate) is_kv_type_given: bool,

@@ -5,7 +5,7 @@ mod table;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use configs::{AutoTokens, DeviceKind, Pipeline, TENSOR_PARALLEL_WIDTHS, TensorParallel};
+use configs::{AutoCount, DeviceKind, Pipeline, TENSOR_PARALLEL_WIDTHS, TensorParallel};
 use stages::profile::{Effort, MeasureOptions, Missing, Profile, Store, Stored, measure};
 use stages::{Device, Model, ModelConfig};
 
@@ -148,7 +148,7 @@ impl ProfileArgs {
         }
         let mut target = Target::read(&self.target)?;
         if gpus::are_meant(&target.pipeline)? && !self.target.says_micro_batch() {
-            target.pipeline.micro_batch_tokens = AutoTokens::Tokens(GPU_MICRO_BATCH_TOKENS);
+            target.pipeline.micro_batch_tokens = AutoCount::Given(GPU_MICRO_BATCH_TOKENS);
         }
         target.files.max_context_tokens = self.max_context_tokens.or(target.files.max_context_tokens);
         Ok(target)

@@ -53,12 +53,12 @@ pipeline.threads: expected an integer of at least 1, found 0
 max_sequences = -1",
         )
         .says(
-            r"
-pipeline.max_sequences: expected an integer of at least 1, found -1
+            r#"
+pipeline.max_sequences: expected "auto" or an integer of at least 1, found -1
  --> job.toml:7:17
   |
 7 | max_sequences = -1
-  |                 ^^",
+  |                 ^^"#,
         );
     case("an integer past 64 bits")
         .more(

@@ -154,7 +154,7 @@ hint: stages = "auto" fits any devices"#);
         .env("SPANWISE__SAMPLING__MIN_TOKENS", "16")
         .says(r"in --set sampling.max_tokens=8: sampling.min_tokens is 16, more than the 8 of sampling.max_tokens");
     case("a variable out of range").env("SPANWISE__PIPELINE__MAX_SEQUENCES", "many").says(
-        r#"in SPANWISE__PIPELINE__MAX_SEQUENCES=many: expected an integer of at least 1, found "many""#,
+        r#"in SPANWISE__PIPELINE__MAX_SEQUENCES=many: expected "auto" or an integer of at least 1, found "many""#,
     );
     case("a misspelt variable").env("SPANWISE__PIPELINE__THREAD", "4").says(
         r"

@@ -5,7 +5,7 @@
 //! is fastest with as many as there is room for.
 
 use anyhow::{Context, Result, bail};
-use configs::{AutoTokens, TensorParallel};
+use configs::{AutoCount, TensorParallel};
 use scheduler::{PlannedStage, least_bottleneck, least_bottleneck_within};
 use stages::cost::{Balance, PieceShape, pieces};
 use stages::{PAGE_TOKENS, Sharing};
@@ -115,7 +115,7 @@ impl Question {
 
     /// From what all sequences keep down to what the longest one takes, or what the job says.
     fn wanted_tokens(&self) -> Vec<u64> {
-        if let AutoTokens::Tokens(tokens) = self.setting.kv_cache_tokens {
+        if let AutoCount::Given(tokens) = self.setting.kv_cache_tokens {
             return vec![tokens as u64];
         }
         let least = self.setting.context_tokens.next_multiple_of(PAGE_TOKENS) as u64;

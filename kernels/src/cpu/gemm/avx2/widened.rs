@@ -88,42 +88,31 @@ pub(in crate::cpu::gemm) unsafe fn tile_widened(tile: &Tile) {
     }
 }
 
+/// All of K at once, or group by group where these have scales. The loop over terms stands here once: as a function of its own it
+/// was called for tiles of four rows and more when other code moved, with sums in memory.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn micro<const R: usize>(tile: &Tile) {
-    // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, PIECE_COLS columns and `k` terms, of which there are
-    // whole groups of scales.
+    let has_groups = !tile.scales.is_null();
+    let (num_groups, terms) = if has_groups { (tile.k / GROUP, GROUP) } else { (1, tile.k) };
+    // SAFETY: the tile's pointers are valid for `rows = R` rows of f32, PIECE_COLS columns and `k` terms, a multiple of KR, of
+    // which there are whole groups of scales.
     unsafe {
-        if tile.scales.is_null() {
-            let mut sums = load_sums::<R, V>(tile);
-            add_terms(&mut sums, tile, 0, tile.k);
-            return store_sums(tile, sums);
-        }
-        for group in 0..tile.k / GROUP {
-            let mut over_group = [[_mm256_setzero_ps(); V]; R];
-            add_terms(&mut over_group, tile, group * GROUP, GROUP);
-            add_group(&over_group, tile, tile.scales.add(group * NR), tile.init.is_null() && group == 0);
-        }
-    }
-}
-
-/// Adds `terms` terms from `first` on, in order.
-///
-/// # Safety
-/// As [`micro`].
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn add_terms<const R: usize>(sums: &mut [[__m256; V]; R], tile: &Tile, first: usize, terms: usize) {
-    // SAFETY: the caller's; terms are a multiple of KR.
-    unsafe {
-        let mut a = tile.a.add(first * 4);
-        let mut b = tile.b.cast::<f32>().add(first * PIECE_COLS);
-        for _ in 0..terms / KR {
-            for k in 0..KR {
-                let w = std::array::from_fn(|v| _mm256_load_ps(b.add(k * PIECE_COLS + v * 8)));
-                accumulate(sums, w, a.add(k * 4), tile.a_stride);
+        let (mut a, mut b) = (tile.a, tile.b.cast::<f32>());
+        for group in 0..num_groups {
+            let mut sums = if has_groups { [[_mm256_setzero_ps(); V]; R] } else { load_sums::<R, V>(tile) };
+            for _ in 0..terms / KR {
+                for k in 0..KR {
+                    let w = std::array::from_fn(|v| _mm256_load_ps(b.add(k * PIECE_COLS + v * 8)));
+                    accumulate(&mut sums, w, a.add(k * 4), tile.a_stride);
+                }
+                a = a.add(KR * 4);
+                b = b.add(KR * PIECE_COLS);
             }
-            a = a.add(KR * 4);
-            b = b.add(KR * PIECE_COLS);
+            if has_groups {
+                add_group(&sums, tile, tile.scales.add(group * NR), tile.init.is_null() && group == 0);
+            } else {
+                store_sums(tile, sums);
+            }
         }
     }
 }

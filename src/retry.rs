@@ -1,5 +1,9 @@
 //! `spanwise retry`: the rows of a job that failed, once more.
 
+use std::fs::File;
+use std::io::IsTerminal;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -12,7 +16,7 @@ use crate::run::{How, Start, run_job};
 /// Runs the job that the manifest of an output folder records, with the rows that have an error line.
 ///
 /// # Errors
-/// A folder without a manifest; whatever keeps a job from starting.
+/// A folder without a manifest; an input that is a terminal; whatever keeps a job from starting.
 pub(crate) async fn retry(args: RetryArgs) -> Result<ExitCode> {
     let Some(manifest) = Manifest::find(&args.output)? else {
         bail!(
@@ -23,12 +27,27 @@ pub(crate) async fn retry(args: RetryArgs) -> Result<ExitCode> {
     };
     let mut loaded = recorded(manifest.config)
         .with_context(|| format!("read config in {}", args.output.join(Manifest::FILE_NAME).display()))?;
+    let input = &loaded.job.job.input;
+    if is_terminal(input) {
+        bail!(
+            "[job] input is {}, a terminal, expected the rows of the job again\n\
+             hint: `spanwise retry {} < FILE` reads them from a file with the same rows",
+            input.display(),
+            args.output.display()
+        );
+    }
     // The folder may have been moved.
     loaded.job.job.output = args.output.canonicalize().context("find the output folder")?;
     let (accept_numerics, progress) = (args.accept_numerics, args.progress);
     let (limit, start) = (manifest.limit, Start::Retry);
     let how = How { job_file: None, limit, start, accept_numerics, progress, trace: None };
     run_job(loaded, how).await
+}
+
+/// Whether reading a path waits for somebody to type. Other inputs that cannot be read twice, such as pipes, may have all rows again.
+fn is_terminal(path: &Path) -> bool {
+    let is_device = path.metadata().is_ok_and(|path| path.file_type().is_char_device());
+    is_device && File::open(path).is_ok_and(|file| file.is_terminal())
 }
 
 /// The job as the manifest has it.

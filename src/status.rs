@@ -48,7 +48,8 @@ fn as_json(status: &JobStatus) -> serde_json::Value {
         "began_at": began,
         "as_of": committed,
         "completed": output_lines,
-        "failed": error_lines,
+        "failed": error_lines - status.lines_to_renew(),
+        "failed_before": status.lines_to_renew(),
         "rows": status.rows(),
         "rows_read": rows_read,
         "bytes_read": bytes_read,
@@ -80,7 +81,13 @@ fn lines(status: &JobStatus, folder: &Path) -> Vec<String> {
         Some(rows) => format!(", of about {} rows", grouped(rows)),
         None => String::new(),
     };
-    add("rows", format!("{} done, {} failed{of}", grouped(output_lines), grouped(error_lines)));
+    let to_renew = status.lines_to_renew();
+    let before = match to_renew {
+        0 => String::new(),
+        rows => format!(", {} failed before and left to look at again", grouped(rows)),
+    };
+    let failed = grouped(error_lines - to_renew);
+    add("rows", format!("{} done, {failed} failed{before}{of}", grouped(output_lines)));
     // A run at work may be putting its lines in order.
     if error_lines > 0 && matches!(status.phase, JobPhase::Ended(_)) {
         add("failed", failures::line(folder));

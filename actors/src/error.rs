@@ -55,7 +55,7 @@ pub enum Error {
     Files(String),
     /// More rows failed than the job allows.
     #[error(
-        "{failed} of {judged} rows that are finished or in flight are error lines, more than the {max_error_rate} of [job] max_error_rate"
+        "{failed} rows are error lines, of {judged} finished or in flight; more than the {max_error_rate} of [job] max_error_rate"
     )]
     TooManyErrors {
         /// Rows with an error line.

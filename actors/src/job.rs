@@ -68,7 +68,7 @@ pub struct JobOptions {
     pub created: u64,
     /// What a pipeline takes; a row beyond it becomes an error line.
     pub limits: scheduler::Options,
-    /// The job stops once more than this share of the rows that are finished or in flight are error lines.
+    /// The job stops once error lines are more than this share of the rows finished or in flight.
     pub max_error_rate: f64,
     /// Every so many tokens of a row are kept, so that another run goes on from them.
     pub checkpoint_tokens: usize,

@@ -193,7 +193,7 @@ pub struct Job {
     /// Together with a row's content, the source of all chance in its completion.
     #[serde(deserialize_with = "read::seed")]
     pub seed: u64,
-    /// The job stops once more than this share of the rows that are finished or in flight are error lines, 0 to 1.
+    /// The job stops once error lines are more than this share of the rows finished or in flight, 0 to 1.
     #[serde(deserialize_with = "read::share")]
     pub max_error_rate: f64,
     /// Every so many tokens of a row are kept, so that a run that goes on need not decode them again.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::calendar::strftime;
 use crate::disk;
 use crate::error::{Error, Result};
-use crate::journal::{self, EarlierRuns, Journal, unix_now};
+use crate::journal::{self, EarlierRuns, Journal, Progress, unix_now};
 use crate::line::LineFile;
 use crate::lines_file::LinesFile;
 use crate::manifest::Manifest;
@@ -88,8 +88,8 @@ impl OutputFolder {
     /// Lines that earlier runs have written for rows which this one need not compute, whether they are in its input or not.
     pub fn finished_rows(&self) -> Result<u64> {
         let Some(journal) = &self.journal else { return Ok(0) };
-        let progress = journal.progress()?;
-        Ok(progress.output_lines + if self.is_retry { 0 } else { progress.error_lines })
+        let Progress { output_lines, error_lines, pending_lines, .. } = journal.progress()?;
+        Ok(output_lines + if self.is_retry { 0 } else { error_lines - pending_lines })
     }
 
     /// Whether a run with these settings may go on with what is there; nothing is changed.

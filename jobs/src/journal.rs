@@ -52,7 +52,7 @@ pub(crate) const FILE_NAME: &str = "journal.sqlite";
 pub(crate) const COMPANIONS: [&str; 2] = ["journal.sqlite-wal", "journal.sqlite-shm"];
 
 /// The shape of the tables below. A file without one was never finished being made.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// How long to wait for somebody who reads the journal from another process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -76,6 +76,7 @@ const TABLES: &str = "
     CREATE TABLE progress (
         began INTEGER NOT NULL,
         earlier_lines INTEGER NOT NULL,
+        pending_lines INTEGER NOT NULL,
         earlier_generated_tokens INTEGER NOT NULL,
         committed INTEGER NOT NULL,
         rows_read INTEGER NOT NULL,
@@ -88,7 +89,7 @@ const TABLES: &str = "
         generated_tokens INTEGER NOT NULL,
         unfinished_tokens INTEGER NOT NULL
     );
-    INSERT INTO progress VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    INSERT INTO progress VALUES (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 ";
 
 /// Bytes of each file that the journal vouches for, by [`LineFile::index`].
@@ -269,7 +270,7 @@ impl Journal {
         self.input = Arc::default();
         self.transact(|db| {
             db.execute("DELETE FROM present", [])?;
-            progress::begin(db, &totals, checkpointed.tokens())
+            progress::begin(db, &totals, refused.len(), checkpointed.tokens())
         })?;
         (self.totals, self.checkpointed, self.refused) = (totals, checkpointed, refused);
         Ok(EarlierRuns::new(folder, totals.lines(), finished, so_far, Arc::clone(&self.input)))
@@ -311,7 +312,8 @@ impl Journal {
     }
 
     /// The run is at its end, and drops lines of rows that it was to look at again and did not come across: all of them where it has
-    /// read the whole input, and else those whose rows stood among as many rows as it has read. These were edited since.
+    /// read the whole input, and else those whose rows stood among as many rows as it has read. These were edited since, or
+    /// moved behind the limit by rows that were put in front of them, where the run that comes to them makes their line anew.
     pub(crate) fn forget_refused(&mut self, unread: Unread) -> Result<()> {
         let refused = std::mem::take(&mut self.refused);
         if refused.is_empty() {

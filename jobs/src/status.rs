@@ -47,9 +47,15 @@ impl JobStatus {
         Ok(JobStatus { phase, progress: view.progress()? })
     }
 
-    /// Lines that are there.
+    /// Lines of rows that the latest run need not look at, or not any more.
     pub fn lines(&self) -> u64 {
-        self.progress.output_lines + self.progress.error_lines
+        let Progress { output_lines, error_lines, pending_lines, .. } = self.progress;
+        output_lines + error_lines - pending_lines
+    }
+
+    /// Error lines of rows that the run at work is to look at again and has not yet: they may get another line.
+    pub fn lines_to_renew(&self) -> u64 {
+        if self.is_running() { self.progress.pending_lines } else { 0 }
     }
 
     /// The share of the input's bytes that was read, where that is known: a pipe has no size.
@@ -92,15 +98,22 @@ impl JobStatus {
 
     /// Seconds until the last line of a running job, as far as they can be told.
     pub fn seconds_left(&self) -> Option<f64> {
-        let is_running = matches!(self.phase, JobPhase::Running { .. });
         let left = self.rows()?.saturating_sub(self.lines());
-        self.lines_per_second().filter(|rate| is_running && *rate > 0.0).map(|rate| left as f64 / rate)
+        self.lines_per_second().filter(|rate| self.is_running() && *rate > 0.0).map(|rate| left as f64 / rate)
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(self.phase, JobPhase::Running { .. })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use scheduler::RequestKey;
+
     use super::*;
+    use crate::line::Line;
+    use crate::{LineFile, Order, OutputFolder, Settings, Unread};
 
     fn status(progress: Progress) -> JobStatus {
         JobStatus { phase: JobPhase::Running { holder: "process 1".to_owned() }, progress }
@@ -112,6 +125,7 @@ mod tests {
             began: 1_000,
             committed: 1_100,
             earlier_lines: 100,
+            pending_lines: 0,
             earlier_generated_tokens: 500,
             rows_read: 400,
             bytes_read: 5_000,
@@ -134,5 +148,53 @@ mod tests {
         assert_eq!((pipe.share_read(), pipe.rows(), pipe.seconds_left()), (None, None, None));
         let began = status(Progress { committed: 1_000, ..half_way });
         assert_eq!((began.lines_per_second(), began.seconds_left()), (None, None));
+    }
+
+    #[test]
+    fn rows_that_are_retried_are_left_until_they_have_another_line() {
+        let (folder, order) = (tempfile::tempdir().unwrap(), Order::Input);
+        let open = || OutputFolder::open(folder.path(), false).unwrap();
+        let begin = |folder: OutputFolder| folder.begin(order, &Settings::default(), 1, false).unwrap().0;
+        let line = |row: u64, file| Line {
+            row,
+            key: RequestKey(row.into()),
+            file,
+            is_refusal: false,
+            prompt_tokens: 0,
+            generated_tokens: 0,
+            json: "{}".to_owned(),
+        };
+        let mut writer = begin(open());
+        for (row, file) in [(0, LineFile::Output), (1, LineFile::Errors), (2, LineFile::Errors)] {
+            writer.write(&line(row, file)).unwrap();
+        }
+        writer.finish(Unread::HasLeft).unwrap();
+        assert_eq!(open().finished_rows().unwrap(), 3);
+        assert_eq!(open().for_retry().finished_rows().unwrap(), 1);
+
+        let mut writer = begin(open().for_retry());
+        let now = || {
+            let job = JobStatus::of(folder.path()).unwrap();
+            (job.lines(), job.lines_to_renew(), job.progress.error_lines, job.progress.earlier_lines)
+        };
+        assert_eq!(now(), (1, 2, 2, 1));
+        writer.write(&line(1, LineFile::Errors)).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(now(), (2, 1, 2, 1));
+        // It takes 100 s for a row and has one left of three.
+        let progress = JobStatus::of(folder.path()).unwrap().progress;
+        let job =
+            status(Progress { began: 0, committed: 100, rows_read: 3, is_read_to_end: true, ..progress });
+        assert_eq!((job.lines_per_second(), job.seconds_left()), (Some(0.01), Some(100.0)));
+
+        // Who goes on after a retry that was stopped has row 2 to compute.
+        writer.pause().unwrap();
+        assert_eq!(now(), (2, 0, 2, 1));
+        assert_eq!(open().finished_rows().unwrap(), 2);
+        let mut writer = begin(open());
+        assert_eq!(now(), (2, 1, 2, 2));
+        writer.write(&line(2, LineFile::Output)).unwrap();
+        writer.commit().unwrap();
+        assert_eq!(now(), (3, 0, 1, 2));
     }
 }

@@ -1,5 +1,6 @@
 //! Rows and lines that no run may lose, whatever their input is or becomes.
 
+use std::fs::File;
 use std::io::Write;
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -26,8 +27,16 @@ fn rows_that_come_by_a_pipe_are_not_read_to_cut_stages_by_them() {
 
     assert_refused(&ask(&job, "audit"), &["/dev/stdin is no file that could be read again", "--input FILE"]);
     let input = copy.out().with_file_name("input.jsonl");
-    let audit = spanwise().arg("audit").arg(job.out()).arg("--input").arg(input).output();
+    let audit = spanwise().arg("audit").arg(job.out()).arg("--input").arg(&input).output();
     assert_done(&audit.expect("start spanwise"));
+
+    // A retry has the rows piped in again, and does not wait for somebody to type them.
+    let retry =
+        |stdin: File| spanwise().arg("retry").arg(job.out()).stdin(stdin).output().expect("start spanwise");
+    let words = ["[job] input is /dev/stdin, a terminal, expected the rows of the job again", "< FILE"];
+    assert_refused(&retry(File::open("/dev/ptmx").unwrap()), &words);
+    assert_done(&retry(File::open(&input).unwrap()));
+    assert_as_run_of(&job.out(), &copy);
 }
 
 #[test]

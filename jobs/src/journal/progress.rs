@@ -13,8 +13,10 @@ use super::Totals;
 pub struct Progress {
     /// When the latest run began, in Unix seconds.
     pub began: u64,
-    /// Lines that were there when it began, and still are.
+    /// Lines that were there when it began, of rows that it need not look at again.
     pub earlier_lines: u64,
+    /// Error lines that were there when it began, of rows that it is to look at again and has not yet.
+    pub pending_lines: u64,
     /// Tokens generated for them, and those of unfinished rows at that time.
     pub earlier_generated_tokens: u64,
     /// When the commit was, in Unix seconds.
@@ -53,20 +55,25 @@ pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// A run begins, and has read nothing.
-pub(super) fn begin(db: &Connection, totals: &Totals, unfinished_tokens: u64) -> rusqlite::Result<()> {
-    let earlier_lines = totals.lines();
+/// A run begins, and has read nothing; so many of the lines are of rows that it is to look at again.
+pub(super) fn begin(
+    db: &Connection,
+    totals: &Totals,
+    pending_lines: u64,
+    unfinished_tokens: u64,
+) -> rusqlite::Result<()> {
+    let earlier_lines = totals.lines() - pending_lines;
     let earlier_tokens = totals.generated_tokens + unfinished_tokens;
     db.execute(
-        "UPDATE progress SET began = ?, earlier_lines = ?, earlier_generated_tokens = ?",
-        params![unix_now() as i64, earlier_lines as i64, earlier_tokens as i64],
+        "UPDATE progress SET began = ?, earlier_lines = ?, pending_lines = ?, earlier_generated_tokens = ?",
+        params![unix_now() as i64, earlier_lines as i64, pending_lines as i64, earlier_tokens as i64],
     )?;
     update(db, &InputProgress::default(), totals, unfinished_tokens)
 }
 
-/// So many of the lines that were there when the run began are there no longer.
-pub(super) fn forget_earlier(db: &Connection, lines: u64) -> rusqlite::Result<()> {
-    db.prepare_cached("UPDATE progress SET earlier_lines = earlier_lines - ?")?
+/// So many of the lines whose rows were to be looked at again are there no longer.
+pub(super) fn forget_pending(db: &Connection, lines: u64) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE progress SET pending_lines = pending_lines - ?")?
         .execute([lines as i64])
         .map(drop)
 }
@@ -100,25 +107,26 @@ pub(super) fn update(
 }
 
 pub(super) fn read(db: &Connection) -> rusqlite::Result<Progress> {
-    let query = "SELECT began, earlier_lines, earlier_generated_tokens, committed, rows_read, bytes_read, \
-         input_bytes, is_read_to_end, output_lines, error_lines, prompt_tokens, generated_tokens, \
-         unfinished_tokens FROM progress";
+    let query = "SELECT began, earlier_lines, pending_lines, earlier_generated_tokens, committed, rows_read, \
+         bytes_read, input_bytes, is_read_to_end, output_lines, error_lines, prompt_tokens, \
+         generated_tokens, unfinished_tokens FROM progress";
     db.query_row(query, [], |row| {
         let number = |column| row.get::<_, i64>(column).map(|number| number as u64);
         Ok(Progress {
             began: number(0)?,
             earlier_lines: number(1)?,
-            earlier_generated_tokens: number(2)?,
-            committed: number(3)?,
-            rows_read: number(4)?,
-            bytes_read: number(5)?,
-            input_bytes: number(6)?,
-            is_read_to_end: row.get(7)?,
-            output_lines: number(8)?,
-            error_lines: number(9)?,
-            prompt_tokens: number(10)?,
-            generated_tokens: number(11)?,
-            unfinished_tokens: number(12)?,
+            pending_lines: number(2)?,
+            earlier_generated_tokens: number(3)?,
+            committed: number(4)?,
+            rows_read: number(5)?,
+            bytes_read: number(6)?,
+            input_bytes: number(7)?,
+            is_read_to_end: row.get(8)?,
+            output_lines: number(9)?,
+            error_lines: number(10)?,
+            prompt_tokens: number(11)?,
+            generated_tokens: number(12)?,
+            unfinished_tokens: number(13)?,
         })
     })
 }

@@ -37,6 +37,10 @@ impl Refused {
         self.lines.is_empty()
     }
 
+    pub(super) fn len(&self) -> u64 {
+        self.lines.len()
+    }
+
     pub(super) fn add(&mut self, key: Digest, seq: u64) -> Result<()> {
         self.lines.insert(seq);
         self.by_key.insert(key, seq)
@@ -53,7 +57,8 @@ impl Refused {
         keys.filter_map(|key| self.by_key.get(&key.0.to_be_bytes()).transpose()).collect()
     }
 
-    /// The lines whose rows stood among the first so many.
+    /// The lines whose rows stood among the first so many. Those of rows that have since moved behind these are among them: what stands
+    /// there now has not been read.
     pub(super) fn lines_among(&self, rows: u64) -> impl Iterator<Item = u64> {
         let among =
             move |range: Range| range.seq..range.seq + rows.saturating_sub(range.row).min(range.lines);
@@ -64,7 +69,7 @@ impl Refused {
     pub(super) fn forget_all(&self, db: &Connection, totals: &mut Totals) -> rusqlite::Result<()> {
         let gone = entry::delete(db, "is_refusal AND seq < ?", self.first_seq)?;
         totals.take(&gone);
-        progress::forget_earlier(db, gone.lines())
+        progress::forget_pending(db, gone.lines())
     }
 }
 
@@ -82,6 +87,6 @@ pub(super) fn forget(
     }
     match forgotten {
         0 => Ok(()),
-        lines => progress::forget_earlier(db, lines),
+        lines => progress::forget_pending(db, lines),
     }
 }

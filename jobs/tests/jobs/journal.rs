@@ -445,7 +445,7 @@ fn a_journal_of_another_version_is_refused_with_its_cure() {
     let journal = rusqlite::Connection::open(folder.path().join("journal.sqlite")).unwrap();
     journal.pragma_update(None, "user_version", 1).unwrap();
     drop(journal);
-    let words = "a journal of version 1, this program writes version 2; \
+    let words = "a journal of version 1, this program writes version 3; \
         go on with the program that wrote it, or pass --fresh to start over";
     let error = OutputFolder::open(folder.path(), false).err().unwrap().to_string();
     assert!(error.ends_with(words), "{error}");
@@ -522,6 +522,11 @@ fn a_limit_keeps_refusals_behind_it_and_drops_those_of_rows_that_were_mended() {
     assert_eq!(errors_of_the_first_three(&world, folder.path(), &input), 3);
     let mended = input.replace("broken\n", &format!("{}\n", good("c")));
     assert_eq!(errors_of_the_first_three(&world, folder.path(), &mended), 2);
+    // A row that is moved behind the limit has no line until a run comes to it.
+    let moved = format!("{}\n{}\n{mended}", good("d"), good("e"));
+    assert_eq!(errors_of_the_first_three(&world, folder.path(), &moved), 1);
+    world.limit = None;
+    assert_eq!(errors_of_the_first_three(&world, folder.path(), &moved), 2);
 }
 
 #[test]

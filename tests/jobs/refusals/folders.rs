@@ -115,7 +115,7 @@ const FOLDERS: &[Case] = &[
             w.done();
             w.bytes("out/journal.sqlite", |b| b[60..64].copy_from_slice(&99u32.to_be_bytes()))
         },
-        "error: FOLDER/out/journal.sqlite: a journal of version 99, this program writes version 2; go on with the program that wrote it, or pass --fresh to start over",
+        "error: FOLDER/out/journal.sqlite: a journal of version 99, this program writes version 3; go on with the program that wrote it, or pass --fresh to start over",
     ),
     case(
         "a journal of which the second half is gone",

@@ -87,7 +87,7 @@ impl Ended<'_> {
             Written { output_lines: 0, error_lines: failed @ 1.., .. } => {
                 say(&format!("error: no row was answered, all {} have failed", grouped(failed)));
                 say(&format!(
-                    "hint: once the input is corrected, `spanwise retry {}` runs them again; once the job file is, `spanwise run` \
+                    "hint: once the input is corrected, `spanwise retry {:?}` runs them again; once the job file is, `spanwise run` \
                      with --fresh starts over",
                     self.loaded.job.job.output.display()
                 ));

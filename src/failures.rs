@@ -42,7 +42,8 @@ fn first(FirstFailure { line, custom_id, message }: &FirstFailure) -> String {
         (None, Some(custom_id)) => format!(", {custom_id}"),
         (None, None) => String::new(),
     };
-    let mut shown: String = message.replace('\n', " ");
+    // A message may quote the row's own text.
+    let mut shown: String = message.replace(char::is_control, " ");
     if let Some((end, _)) = shown.char_indices().nth(MOST_CHARACTERS) {
         shown.replace_range(end.., "…");
     }

@@ -128,8 +128,8 @@ pub async fn run_job(
     let (mut replicas, mut gone) = (Vec::new(), Vec::new());
     for (replica, Pipeline { actor, clock, .. }) in pipelines.iter().enumerate() {
         job.link(actor).await;
-        // A link tells of no end that came before it. A mailbox closes under the lock that links are made under: either word of
-        // the end will come, or it is closed by now.
+        // A link tells of no end that came before it. A mailbox closes under the lock that links are made under: word of the
+        // end will come, or it is closed by now, or both.
         if !actor.is_alive() {
             gone.push((replica, end_of(actor).await));
         }
@@ -269,6 +269,9 @@ impl JobActor {
     /// Leaves the rows of a replica that has ended to the others, where there are any. What it has sent was heard before: a row that it
     /// has answered may not be handed out again.
     fn give_up(&mut self, replica: usize, error: Error, job: &ActorRef<Self>) {
+        if self.failed_replicas.iter().any(|(failed, _)| *failed == replica) {
+            return; // Both words of its end have come.
+        }
         if !self.state.replica_failed(replica) {
             return self.fail(error);
         }

@@ -135,16 +135,21 @@ impl Pipeline {
         }
     }
 
-    /// The most that `max_sequences` can come to: where the job leaves it to the program, [`CPU_SEQUENCES`] on CPUs, and on GPUs as
-    /// many as all micro-batches in flight have room for, so that the KV cache alone limits them.
+    /// The most that `max_sequences` can come to on the job's devices: see [`Pipeline::sequences_on`].
     pub fn most_sequences(&self) -> usize {
-        let is_gpu = self.devices.first().is_some_and(|device| device.kind == DeviceKind::Cuda);
+        let are_gpus = self.devices.first().is_some_and(|device| device.kind == DeviceKind::Cuda);
+        self.sequences_on(self.devices.len(), are_gpus)
+    }
+
+    /// The same on so many devices of all replicas: where the job leaves it to the program, [`CPU_SEQUENCES`] on CPUs, and on GPUs as
+    /// many as decode in full micro-batches, of which a stage for each device has one and one is between them: where memory
+    /// is short the KV cache limits them.
+    pub fn sequences_on(&self, num_devices: usize, are_gpus: bool) -> usize {
         match self.max_sequences {
             AutoCount::Given(sequences) => sequences,
-            AutoCount::Auto if is_gpu => {
-                let in_flight = self.devices_per_replica() + 1;
-                let of_replica = self.most_micro_batch_tokens().saturating_mul(in_flight);
-                of_replica.saturating_mul(self.replicas).min(MOST_SEQUENCES)
+            AutoCount::Auto if are_gpus => {
+                let in_flight = num_devices.saturating_add(self.replicas);
+                self.most_micro_batch_tokens().saturating_mul(in_flight).min(MOST_SEQUENCES)
             }
             AutoCount::Auto => CPU_SEQUENCES,
         }
@@ -317,4 +322,27 @@ pub struct Plan {
 // A path that is no UTF-8 is shown with replacement characters rather than not at all.
 fn path_as_text<S: Serializer>(path: &std::path::Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_have_as_many_sequences_as_decode_in_full_micro_batches_unless_the_job_says() {
+        let gpu = |index| Device { kind: DeviceKind::Cuda, index };
+        let gpus = Pipeline { devices: (0..8).map(gpu).collect(), ..Pipeline::default() };
+        assert_eq!(gpus.most_sequences(), 9 * MICRO_BATCH_TOKENS);
+        assert_eq!(Pipeline { replicas: 2, ..gpus.clone() }.most_sequences(), 2 * 5 * MICRO_BATCH_TOKENS);
+        let small = AutoCount::Given(16);
+        assert_eq!(Pipeline { micro_batch_tokens: small, ..gpus.clone() }.most_sequences(), 9 * 16);
+        let large = AutoCount::Given(1 << 20);
+        assert_eq!(Pipeline { micro_batch_tokens: large, ..gpus.clone() }.most_sequences(), MOST_SEQUENCES);
+        assert_eq!(Pipeline { max_sequences: AutoCount::Given(7), ..gpus }.most_sequences(), 7);
+        let cpus = Pipeline::default();
+        assert_eq!(
+            [cpus.most_sequences(), cpus.sequences_on(2, true)],
+            [CPU_SEQUENCES, 3 * MICRO_BATCH_TOKENS]
+        );
+    }
 }

@@ -20,6 +20,9 @@ use crate::tokenizer::Tokenizer;
 /// Guides that are kept compiled until somebody says how many it needs, as many as rows wait for a pipeline by default.
 const KEPT: usize = 256;
 
+/// No more are kept, however many rows wait for GPUs: a compiled guide may take megabytes.
+const MOST_KEPT: usize = 1024;
+
 /// Longest text of a guide, in bytes.
 const MAX_BYTES: usize = 1 << 20;
 
@@ -73,9 +76,9 @@ impl Guides {
         Guides { tokenizer, vocab_size, eos_token_ids, factory: OnceLock::new(), kept }
     }
 
-    /// Keeps the guides of so many rows: as many as may be under way from the reader, which compiles them, to a pipeline.
+    /// Keeps the guides of so many rows, a thousand at most: as many as may be under way from the reader, which compiles them, to a pipeline.
     pub fn keep(&self, rows: usize) {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).most = rows;
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).most = rows.min(MOST_KEPT);
     }
 
     /// Whether a guide can be followed; else what is wrong with it.

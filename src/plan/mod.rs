@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use configs::{AutoCount, CPU_SEQUENCES, DeviceCatalog, DeviceList, JobFile, KvCacheDtype, Purpose};
+use configs::{DeviceCatalog, JobFile, KvCacheDtype, Purpose};
 use stages::cost::{Balance, Measured, NumberType, NumberTypes};
 use stages::profile::{Effort, Profile, Stored};
 use stages::{Model, ModelConfig};
@@ -133,6 +133,7 @@ pub(crate) fn setting(
     let work = Work::of(job, &config, args.sample)?;
     let mix = work.lengths.mix(lengths).context("nothing is generated")?;
     let replicas = job.pipeline.replicas;
+    let are_gpus = devices.names().all(|name| configs::cpu_of(name).is_none());
     check_tokens_in_flight(&plan, mix.kv_tokens_per_row)?;
     Ok(Setting {
         config,
@@ -142,7 +143,7 @@ pub(crate) fn setting(
         mix,
         lengths,
         tokens_in_flight: plan.tokens_in_flight.map(|tokens| tokens as u64),
-        max_sequences: max_sequences(&job.pipeline, &devices),
+        max_sequences: job.pipeline.sequences_on(num_devices, are_gpus) as u64,
         max_tokens: MAX_TOKENS,
         rows: work.sequences(),
         work: Arc::new(work),
@@ -162,16 +163,6 @@ pub(crate) fn setting(
         measured: None,
         profile_command,
     })
-}
-
-/// Most sequences that a run on such devices keeps in flight: on GPUs, unless the job says, as many as the KV cache has room for.
-fn max_sequences(pipeline: &configs::Pipeline, devices: &DeviceList) -> u64 {
-    let are_cpus = devices.runs().iter().all(|(_, name)| configs::cpu_of(name).is_some());
-    match pipeline.max_sequences {
-        AutoCount::Given(sequences) => sequences as u64,
-        AutoCount::Auto if are_cpus => CPU_SEQUENCES as u64,
-        AutoCount::Auto => u64::MAX,
-    }
 }
 
 /// Fewer tokens than a single row keeps are no question of room.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use configs::DeviceSpec;
+use configs::{DeviceSpec, MOST_SEQUENCES};
 use scheduler::PlannedStage;
 use serde::Serialize;
 use stages::cost::{Balance, Basis, Measured, PieceShape};
@@ -256,7 +256,9 @@ impl Found {
             decode_rows: plan.case.decode_rows,
             basis: setting.measured.as_ref().map(|measured| basis(replica, measured, answer).name()),
             tokens_in_flight: answer::tokens_in_flight(replica, plan),
-            max_sequences: (plan.sequences() * answer.replicas as u64).min(setting.rows.unwrap_or(u64::MAX)),
+            max_sequences: (plan.sequences() * answer.replicas as u64)
+                .min(setting.rows.unwrap_or(u64::MAX))
+                .min(MOST_SEQUENCES as u64),
             tokens_per_second: speed,
             bottleneck_over_mean: answer.bottleneck_over_mean,
             bubble: 1.0 - 1.0 / plan.problem(&ends).bottleneck_over_mean(&plan.stages),

@@ -146,7 +146,7 @@ fn found_lines(setting: &Setting, report: &Report, found: &Found) -> Vec<String>
     ));
     if found.max_sequences > setting.max_sequences {
         lines.push(format!(
-            "set        max_sequences = {} under [pipeline]: with the job's {} a run has fewer rows in flight, and is slower",
+            "set        max_sequences = {} under [pipeline]: with {} a run has fewer rows in flight, and is slower",
             found.max_sequences,
             grouped(setting.max_sequences)
         ));

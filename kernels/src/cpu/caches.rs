@@ -23,8 +23,8 @@ pub(crate) struct CoreCaches {
 }
 
 impl CoreCaches {
-    /// Those of the cores of a pool, by the system's numbers, as the first one has them; what it does not tell is as usual, and so is
-    /// all where threads run on any cores. Hyperthreads share what their core has.
+    /// Those of the cores of a pool, by the system's numbers, as the first one has them; what it does not tell is as usual. Where
+    /// threads run on any cores, core 0 stands for all, and its caches are taken whole. Hyperthreads share what their core has.
     pub(crate) fn of(cores: &[usize]) -> Self {
         let first = cores.first().copied().unwrap_or(0);
         Self::told(&data_caches(&folder_of(first)), cores, Self::usual(Simd::detect()))

@@ -43,6 +43,7 @@ fn job() -> Job {
         "pipeline.tensor_parallel=[2]",
         "pipeline.micro_batch_tokens=1024",
         "model.max_context_tokens=64",
+        "pipeline.max_sequences=128",
     ];
     let job = sets.iter().fold(Job::on("hetero-0-bf16").emulated_gpus(2), |job, set| job.set(*set));
     (0..4).fold(job, |job, i| {

@@ -138,7 +138,8 @@ impl Question {
             return Ok(self.least_bottleneck(&kinds, Some(widths), self.may_cut(), widths.len(), wish));
         }
         let Some(one_each) = self.one_each(wish)? else { return Ok(None) };
-        let may_share = *kept == Kept::Nothing && self.setting.tensor_parallel == TensorParallel::Auto;
+        let is_auto = *kept == Kept::Nothing && self.setting.tensor_parallel == TensorParallel::Auto;
+        let may_share = is_auto && !self.is_guess(&one_each);
         let shared = if may_share { self.shared() } else { None };
         let is_faster =
             |shared: &Vec<StageLayout>| self.speed(shared) > BETTER_LAYOUT * self.speed(&one_each);
@@ -210,12 +211,17 @@ impl Question {
         (is_shared && used == num_devices).then_some(stages)
     }
 
+    /// Whether these stages' costs on CPUs are an estimate, by which no device shares a stage and none has two: it knows neither what
+    /// hops and sums cost nor what small micro-batches do. By one the quickstart on two cores with AVX2 was to be 1.14 times as
+    /// fast with two stages each, and was not.
+    fn is_guess(&self, stages: &[StageLayout]) -> bool {
+        self.pages.gpus().is_none() && !matches!(self.source(stages), Source::Measured(_))
+    }
+
     /// The fastest layout of a replica that goes through its devices twice, where it may and is faster than planned stages. It
-    /// changes no answer: a job goes on with it or without. On CPUs an estimate is not enough: the quickstart on two cores with AVX2 was
-    /// to be 1.14 times as fast and was not at all: a token took longer in its smaller micro-batches than an estimate knows.
+    /// changes no answer: a job goes on with it or without.
     pub(in crate::placement) fn passed_twice(&self, planned: &[StageLayout]) -> Option<Vec<StageLayout>> {
-        let is_guess = self.pages.gpus().is_none() && !matches!(self.source(planned), Source::Measured(_));
-        if !self.is_once() || is_guess {
+        if !self.is_once() || self.is_guess(planned) {
             return None;
         }
         let setting = self.with_memory(&self.first, self.sequences(planned));

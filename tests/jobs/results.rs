@@ -389,7 +389,7 @@ fn a_run_says_why_rows_have_failed_and_ends_badly_where_all_have() {
     assert_eq!(why(&all_failed.stdout), expected);
     assert_eq!(why(&ask(&job, "status", &[]).stdout), expected);
     let told = format!(
-        "error: no row was answered, all 7 have failed\nhint: once the input is corrected, `spanwise retry {}` runs them again; \
+        "error: no row was answered, all 7 have failed\nhint: once the input is corrected, `spanwise retry {:?}` runs them again; \
          once the job file is, `spanwise run` with --fresh starts over\n",
         job.out().display()
     );

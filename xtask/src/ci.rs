@@ -1,6 +1,5 @@
 //! `cargo ci`: everything that must pass, the quick checks first, ending at the first failure.
 
-use std::num::NonZero;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -90,11 +89,8 @@ fn test() -> Result<()> {
     nextest(&["--workspace", "--exclude", "spanwise-kernels"])
 }
 
-/// One test more than there are cores: those that wait, for what hangs or dies, leave a core to the others.
 fn nextest(which: &[&str]) -> Result<()> {
     tools::ready()?;
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get) + 1;
-    let threads = threads.to_string();
-    let arguments = [&["nextest", "run", "--locked", "--test-threads", &threads], which].concat();
+    let arguments = [&["nextest", "run", "--locked"], which].concat();
     shell::run(shell::cargo(arguments).env("PATH", tools::search_path()))
 }

@@ -139,7 +139,7 @@ fn a_folder_that_cannot_be_is_named() {
     let file = folder.path().join("file");
     std::fs::write(&file, "").unwrap();
     let error = open(&file.join("out"), Order::Input, false).err().unwrap();
-    assert_eq!(error.to_string(), format!("write {}", file.join("out").display()));
+    assert_eq!(error.to_string(), format!("cannot create the output folder {}", file.join("out").display()));
 }
 
 #[test]

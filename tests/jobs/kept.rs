@@ -34,7 +34,10 @@ fn rows_that_come_by_a_pipe_are_not_read_to_cut_stages_by_them() {
     let retry =
         |stdin: File| spanwise().arg("retry").arg(job.out()).stdin(stdin).output().expect("start spanwise");
     let words = ["[job] input is /dev/stdin, a terminal, expected the rows of the job again", "< FILE"];
-    assert_refused(&retry(File::open("/dev/ptmx").unwrap()), &words);
+    // A machine without any terminal has nobody to type them.
+    if let Ok(terminal) = File::open("/dev/ptmx") {
+        assert_refused(&retry(terminal), &words);
+    }
     assert_done(&retry(File::open(&input).unwrap()));
     assert_as_run_of(&job.out(), &copy);
 }

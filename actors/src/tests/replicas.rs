@@ -48,6 +48,16 @@ async fn a_stage_that_panics_in_one_replica_costs_no_row_and_no_byte() {
     assert!(worlds[1].loads.load(Ordering::SeqCst) > 2, "no stage was started again");
 }
 
+/// The job has ended in order, and one replica alone by a panic.
+#[track_caller]
+fn assert_panicked(expected: usize, outcome: &JobOutcome) {
+    assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+    match &outcome.failed_replicas[..] {
+        [(replica, Error::Panic { .. })] => assert_eq!(*replica, expected),
+        other => panic!("expected the panic of replica {expected}, found {other:?}"),
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_fails_for_good_leaves_its_rows_to_the_others() {
     let expected = undisturbed(300).await;
@@ -60,11 +70,7 @@ async fn a_replica_that_fails_for_good_leaves_its_rows_to_the_others() {
             false => World::new(2),
         };
         let outcome = run_on_replicas(&[world(0), world(1), world(2)], &files).await;
-        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
-        match &outcome.failed_replicas[..] {
-            [(replica, Error::Panic { .. })] => assert_eq!(*replica, broken),
-            other => panic!("expected the panic of replica {broken}, found {other:?}"),
-        }
+        assert_panicked(broken, &outcome);
         assert_same(&files.output_lines(), &expected);
     }
 }
@@ -110,11 +116,7 @@ async fn a_replica_that_has_ended_before_the_job_begins_gets_no_row() {
         pipelines.insert(gone, ended().await);
         let files = Files::with_rows(100);
         let outcome = ended_soon(&pipelines, &files).await;
-        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
-        match &outcome.failed_replicas[..] {
-            [(replica, Error::Panic { .. })] => assert_eq!(*replica, gone),
-            other => panic!("expected the panic of replica {gone}, found {other:?}"),
-        }
+        assert_panicked(gone, &outcome);
         assert_same(&files.output_lines(), &expected);
     }
 }

@@ -24,6 +24,8 @@ const MOST_UNPACKED_TERMS: usize = 128;
 pub(super) struct Budget {
     /// Weights that are swept over before the next ones.
     pub(super) sweep_bytes: usize,
+    /// The same where a block of AMX has all rows.
+    pub(super) lone_sweep_bytes: usize,
     /// Rows of x that go over all panels before the next ones.
     pub(super) block_bytes: usize,
     /// Most pieces of a unit.
@@ -58,6 +60,7 @@ impl Budget {
         let widened_terms = caches.l1 / 5 * 4 / ((PIECE_COLS + MR) * size_of::<f32>());
         Self {
             sweep_bytes: caches.l2 / 4,
+            lone_sweep_bytes: caches.l2 / 4,
             block_bytes: caches.l2 / 8 * 3,
             unit_pieces: 1,
             unpacked_terms: whole(unpacked_terms.min(MOST_UNPACKED_TERMS), geometry.step),
@@ -73,12 +76,16 @@ impl Budget {
     /// L2 has x. Of 2 MiB:
     /// * 1 MiB, half of it, for rows of x that sweeps go over before the next ones. Where one tile's rows are more, a unit takes
     ///   several pieces, chunk by chunk: x is read from further away once for all of them;
-    /// * 256 KiB, an eighth, for the sums of those pieces: eight of 256 rows by 32 columns in f32.
+    /// * 256 KiB, an eighth, for the sums of those pieces: eight of 256 rows by 32 columns in f32;
+    /// * where one block has all rows, 64 KiB, a thirty-second, for the weights of a sweep, whose time is that of memory, and as much
+    ///   for those of the next one. Shorter ones ask for too few lines of a stream, 20 KiB gain nothing, and 1 MiB leave L2 before
+    ///   they are used (60 % of the speed of memory for 88).
     fn of_amx(caches: CoreCaches, geometry: &Geometry) -> Self {
         let unpacked_bytes = (caches.l1 / 3 * 2).min(MOST_UNPACKED_BYTES);
         let unit_pieces = caches.l2 / 8 / (geometry.sums() * size_of::<f32>());
         Self {
             sweep_bytes: caches.l1 - BESIDE_AMX_SWEEP_BYTES,
+            lone_sweep_bytes: caches.l2 / 32,
             block_bytes: caches.l2 / 2,
             unit_pieces: unit_pieces.clamp(1, MAX_UNIT_PIECES),
             unpacked_terms: whole(unpacked_bytes / bf16_bytes(geometry.strip), geometry.step),
@@ -114,6 +121,7 @@ mod tests {
         for kind in [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight] {
             let below_amx = Budget {
                 sweep_bytes: 256 * KIB,
+                lone_sweep_bytes: 256 * KIB,
                 block_bytes: 384 * KIB,
                 unit_pieces: 1,
                 unpacked_terms: 128,
@@ -129,6 +137,7 @@ mod tests {
                 budget(Simd::Amx, kind, 48 * KIB, 2048 * KIB),
                 Budget {
                     sweep_bytes: 40 * KIB,
+                    lone_sweep_bytes: 64 * KIB,
                     block_bytes: 1024 * KIB,
                     unit_pieces: 8,
                     unpacked_terms: 512,
@@ -160,6 +169,7 @@ mod tests {
             budget(Simd::Avx2, WeightType::Bf16, 32 * KIB, 512 * KIB),
             Budget {
                 sweep_bytes: 128 * KIB,
+                lone_sweep_bytes: 128 * KIB,
                 block_bytes: 192 * KIB,
                 unit_pieces: 1,
                 unpacked_terms: 128,

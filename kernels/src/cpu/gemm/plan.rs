@@ -109,7 +109,7 @@ fn term_bytes(shape: &Shape, geometry: &Geometry) -> usize {
 /// Terms of a chunk of K, a multiple of the geometry's step.
 fn chunk(shape: &Shape, geometry: &Geometry, budget: &Budget, reading: Reading) -> usize {
     let sweep_bytes = match geometry.is_amx && shape.rows <= AMX_BLOCK_ROWS {
-        true => usize::MAX,
+        true => budget.lone_sweep_bytes,
         false => budget.sweep_bytes,
     };
     let num_sweeps = |k: usize| (k * term_bytes(shape, geometry)).div_ceil(sweep_bytes).max(1);

@@ -3,7 +3,6 @@
 
 use super::Product;
 use crate::backend::WeightType;
-use crate::cpu::gemm::operand::REGISTER_ROWS;
 use crate::cpu::gemm::pack::{padded_terms, terms_per_word};
 use crate::cpu::gemm::plan::Unit;
 use crate::cpu::gemm::quantized::BLOCK;
@@ -177,8 +176,8 @@ impl<const N: usize> Product<'_, N> {
         let geometry = &self.kernel.geometry;
         let step_groups = self.bytes_of(geometry.step) / geometry.prefetch_bytes;
         if geometry.is_amx {
-            // The first tile sees to it with its blocks of rows; a single block leaves it to the processor, too.
-            let next = next.filter(|_| place == 0 && !self.is_one_block());
+            // The first tile sees to it with its blocks of rows.
+            let next = next.filter(|_| place == 0);
             return next.map_or((b, 0), |next| (next, step_groups));
         }
         if places == 1 {
@@ -196,10 +195,5 @@ impl<const N: usize> Product<'_, N> {
             }
             _ => (b, 0),
         }
-    }
-
-    /// Whether all rows are one block of AMX.
-    pub(super) fn is_one_block(&self) -> bool {
-        self.x.numbers.rows() <= 2 * REGISTER_ROWS
     }
 }

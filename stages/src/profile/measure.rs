@@ -8,6 +8,7 @@ use super::attention::AttentionGrid;
 use super::gang::Gang;
 use super::grid::Grid;
 use super::key::ProfileKey;
+use super::machine;
 use super::points::{Both, Seconds, TokenPoint};
 use super::subject::{self, Pages, Place, Step, Subject};
 use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile, SharedHalf, TooLarge};
@@ -20,6 +21,10 @@ use crate::weights::Weights;
 
 /// Copies of a block, at most: a thousand tiny ones take longer to load than they say.
 const MAX_COPIES: u64 = 256;
+
+/// Pages that rows share, at least, and at most on a GPU: its processor is long at filling them.
+const MIN_SHARED_PAGES: u64 = 8;
+const MAX_SHARED_PAGES: u64 = 4096;
 
 /// The share of the free memory that subjects may take: a matrix is there twice while it is packed.
 const MEMORY_SHARE: f64 = 0.4;
@@ -329,9 +334,15 @@ impl Bench<'_> {
         NumberType::from(self.options.dtypes.kv).kv_bytes(attention.kv_values_per_token(dims), dims.head_dim)
     }
 
-    /// Enough that keys and values are read from memory, as weights are.
+    /// Enough that keys and values are read from memory, as those of a job are, which has more of them in flight than any cache
+    /// holds. Over all copies they are more than that; and cores, which have large caches, never read one twice in a step.
     fn shared_pages(&self, page_bytes: u64) -> usize {
-        self.walked_bytes.div_ceil(page_bytes).clamp(8, 4096) as usize
+        let cold = machine::cold_bytes(&self.options.devices[0]).div_ceil(page_bytes);
+        let wanted = match self.options.is_on_gpus() {
+            true => cold.min(MAX_SHARED_PAGES),
+            false => cold.max(self.grid().attended_pages(self.options.context_tokens) as u64),
+        };
+        wanted.min(self.room() / 2 / page_bytes).max(MIN_SHARED_PAGES) as usize
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) use subject::SHORT_CONTEXT;
 pub use throughput::{Rate, Throughput, ThroughputOptions, throughput};
 
 /// The format of the file, which grows with each change of what is measured or how.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// What was measured on one device for models of the same dimensions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

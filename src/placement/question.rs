@@ -127,7 +127,7 @@ impl Question {
             virtual_stages: layout::virtual_stages(pipeline),
             balance: Balance::Roofline,
             measured: profile.and_then(costs),
-            profile_command: None,
+            to_measure: None,
         };
         let (pieces, replicas) = (pieces(&model.config, None), pipeline.replicas);
         let max_sequences = lower::sequences_per_replica(pipeline) as u64;

@@ -48,6 +48,8 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
         setting(&args.setting, &job, balance, args.setting.lengths.unwrap_or(LengthsArg::Fixed))?;
     if args.cost == BalanceArg::Measured {
         setting.measured = Some(measured(&args.setting, &job, &setting)?);
+    } else if setting.to_measure.is_some() && measured(&args.setting, &job, &setting).is_ok() {
+        setting.to_measure = Some("--cost measured takes what spanwise profile has measured".to_owned());
     }
     let given = given_stages(&job, &setting)?;
     let Some(answer) = answer::answer(&setting, given.as_ref()) else {
@@ -111,7 +113,7 @@ pub(crate) fn setting(
         None => DeviceCatalog::shipped(),
     };
     let types = number_types(args.dtype, job, &config);
-    let (mut runs_on, mut profile_command) = (None, None);
+    let (mut runs_on, mut to_measure) = (None, None);
     let (devices, num_devices, catalog) = match (&args.devices, &plan.devices) {
         (Some(list), _) | (None, Some(list)) => {
             (list.clone(), list.num_devices(), catalog.with_cores_of(list))
@@ -123,7 +125,8 @@ pub(crate) fn setting(
             let catalog = own.in_catalog(catalog, &machine);
             types.weights.stored().map_or(Ok(()), |weights| layout::check_shared(&job.pipeline, weights))?;
             runs_on = Some(layout::kind(&job.pipeline));
-            profile_command = Some(profile::command(&args.job, args.sets.iter().map(String::as_str)));
+            let command = profile::command(&args.job, args.sets.iter().map(String::as_str));
+            to_measure = Some(format!("{command} would"));
             // One that is named several times has as many stages.
             (own.list, job.pipeline.devices.len(), catalog)
         }
@@ -161,7 +164,7 @@ pub(crate) fn setting(
         virtual_stages: layout::virtual_stages(&job.pipeline),
         balance,
         measured: None,
-        profile_command,
+        to_measure,
     })
 }
 

@@ -78,7 +78,7 @@ pub(crate) struct Setting {
     /// What takes the roofline's place.
     pub(crate) measured: Option<Measured>,
     /// What would measure the devices, where they are this machine's.
-    pub(crate) profile_command: Option<String>,
+    pub(crate) to_measure: Option<String>,
 }
 
 /// Rows of a micro-batch beyond which nothing is gained: products reach their ceiling at some 200 tokens.

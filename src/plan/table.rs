@@ -36,8 +36,7 @@ pub(crate) fn lines(setting: &Setting, report: &Report) -> Vec<String> {
 /// Where times come from.
 fn source_line(setting: &Setting, report: &Report) -> String {
     if report.estimate {
-        let measure = setting.profile_command.as_ref();
-        let measure = measure.map_or(String::new(), |command| format!("; {command} would"));
+        let measure = setting.to_measure.as_ref().map_or(String::new(), |how| format!("; {how}"));
         return format!("estimate   by the devices' rooflines: nothing here was measured{measure}");
     }
     let basis = match report.found.as_ref().and_then(|found| found.basis) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kameo::actor::{ActorRef, PreparedActor};
 use kameo::mailbox;
 use scheduler::Span;
-use stages::{CollectiveClock, CpuTable, Device, Dtypes, Model, Part, Sharing, SpanOptions, StepSize};
+use stages::{CollectiveClock, CpuWeights, Device, Dtypes, Model, Part, Sharing, SpanOptions, StepSize};
 
 use crate::clock::{PipelineClock, StageClock, StepLog};
 use crate::error::{Error, Result};
@@ -111,9 +111,10 @@ impl Pipeline {
 /// # Errors
 /// The first stage that could not be loaded.
 pub async fn start_replicas(model: &Model, replicas: Vec<PipelineOptions>) -> Result<Vec<Pipeline>> {
+    let weights = Arc::new(CpuWeights::default());
     let start = |options| {
-        let model = model.clone();
-        tokio::spawn(async move { start(&model, options).await })
+        let (model, weights) = (model.clone(), Arc::clone(&weights));
+        tokio::spawn(async move { start_beside(&model, options, weights).await })
     };
     let starting: Vec<_> = replicas.into_iter().map(start).collect();
     let mut pipelines = Vec::new();
@@ -128,6 +129,11 @@ pub async fn start_replicas(model: &Model, replicas: Vec<PipelineOptions>) -> Re
 /// # Errors
 /// The first stage that could not be loaded.
 pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> {
+    start_beside(model, options, Arc::default()).await
+}
+
+/// The same with the weights that other pipelines of this process may hold.
+async fn start_beside(model: &Model, options: PipelineOptions, weights: Arc<CpuWeights>) -> Result<Pipeline> {
     let PipelineOptions { first_stage, stages, run_in, ranks, dtypes, scheduler, limits, step_log } = options;
     let parts = stages.iter().map(|stage| stage.part).collect();
     let watch = |(index, stage): (usize, &StagePlacement)| {
@@ -147,7 +153,6 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         micro_batches: scheduler.max_in_flight(),
         arrivals: arrivals(index),
     };
-    let table = Arc::new(CpuTable::default());
     let load = |(index, placement): (usize, StagePlacement)| -> StageLoad {
         let StagePlacement { devices, part, sharing } = placement;
         let (num_pages, context_tokens) = (scheduler.num_pages, scheduler.context_tokens);
@@ -156,7 +161,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
         let (model, watch) = (model.clone(), watches[index].clone());
         let stage = first_stage + index;
         let patience = limits.step_timeout + limits.step_timeout / PATIENCE_SHARE;
-        let table = Arc::clone(&table);
+        let weights = Arc::clone(&weights);
         let args = RanksArgs {
             stage,
             model,
@@ -167,7 +172,7 @@ pub async fn start(model: &Model, options: PipelineOptions) -> Result<Pipeline> 
             home: ranks,
             patience,
             watch,
-            table,
+            weights,
         };
         match run_in {
             StageHome::Threads => StageLoad::Thread(Arc::new(move || args.load())),

@@ -24,7 +24,7 @@ pub mod random;
 mod ranks;
 mod rope;
 mod shard;
-mod shared_table;
+mod shared_weights;
 mod sharing;
 mod span;
 mod stage;
@@ -47,7 +47,7 @@ pub use part::Part;
 pub use ranks::{CollectiveClock, CollectiveTimes, RankGroup, RankStep, RankSteps, rank_steps};
 pub use rope::Rope;
 pub use shard::RankPlace;
-pub use shared_table::{CpuTable, SharedTable};
+pub use shared_weights::{CpuWeights, SharedWeights};
 pub use sharing::{Alike, AttentionSharing, BlockSharing, Exceptions, FfnSharing, Sharing};
 pub use span::SpanOptions;
 pub use stage::{

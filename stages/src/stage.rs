@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::host_rows::HostRows;
 use crate::model::Model;
 use crate::ranks::{RankGroup, RankStep};
-use crate::shared_table::CpuTable;
+use crate::shared_weights::CpuWeights;
 use crate::span::{SpanOptions, SpanStage};
 
 /// The residual stream between two stages: f32, never rounded.
@@ -288,10 +288,16 @@ pub struct Dtypes {
 /// # Errors
 /// What the device refuses.
 pub fn load(model: &Model, device: &Device, dtypes: Dtypes, options: SpanOptions) -> Result<Box<dyn Stage>> {
-    load_beside(model, device, dtypes, options, &CpuTable::default())
+    match device {
+        Device::Reference => {
+            Ok(Box::new(SpanStage::load(Reference::new(dtypes.weights, dtypes.kv), model, options, None)?))
+        }
+        Device::Cpu { .. } => Ok(Box::new(SpanStage::load(cpu(device, dtypes)?, model, options, None)?)),
+        Device::Cuda { .. } => Ok(Box::new(SpanStage::load(cuda(device, dtypes)?, model, options, None)?)),
+    }
 }
 
-/// Loads a span as [`load`] does, on cores with the embedding that stages of this process may hold already.
+/// Loads a span as [`load`] does, on cores with the weights that stages of this process may hold already.
 ///
 /// # Errors
 /// As [`load`].
@@ -300,16 +306,14 @@ pub fn load_beside(
     device: &Device,
     dtypes: Dtypes,
     options: SpanOptions,
-    table: &CpuTable,
+    weights: &CpuWeights,
 ) -> Result<Box<dyn Stage>> {
     match device {
-        Device::Reference => {
-            Ok(Box::new(SpanStage::load(Reference::new(dtypes.weights, dtypes.kv), model, options, None)?))
-        }
         Device::Cpu { .. } => {
-            Ok(Box::new(SpanStage::load_beside(cpu(device, dtypes)?, model, options, None, table)?))
+            let backend = cpu(device, dtypes)?;
+            Ok(Box::new(SpanStage::load_beside(backend, model, options, None, Some(weights))?))
         }
-        Device::Cuda { .. } => Ok(Box::new(SpanStage::load(cuda(device, dtypes)?, model, options, None)?)),
+        Device::Reference | Device::Cuda { .. } => load(model, device, dtypes, options),
     }
 }
 

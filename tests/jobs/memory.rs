@@ -19,33 +19,39 @@ fn peak_bytes(done: &Done) -> u64 {
     1_000_000 * megabytes.parse::<u64>().expect("a number")
 }
 
-/// Packed weights, and keys and values of all rows at once.
-fn weight_and_kv_bytes(config: &ModelConfig, done: &Done) -> u64 {
+/// Packed weights, and keys and values of all rows at once, in the pages of so many replicas.
+fn weight_and_kv_bytes(config: &ModelConfig, done: &Done, replicas: u64) -> u64 {
     let tokens = |body: &Value| body["usage"]["total_tokens"].as_u64().expect("a number");
     let pages: u64 = done.bodies().values().map(|body| tokens(body).div_ceil(PAGE_TOKENS as u64)).sum();
     let of_block = |block: &Block| {
         let bytes_per_token = 2 * block.attention.kv_values_per_token(config.dims);
-        (pages * PAGE_TOKENS as u64 * bytes_per_token).next_multiple_of(HUGE_PAGE_BYTES)
+        let own_pages = pages.div_ceil(replicas) * PAGE_TOKENS as u64;
+        replicas * (own_pages * bytes_per_token).next_multiple_of(HUGE_PAGE_BYTES)
     };
     stages::weight_bytes(config, WeightType::Bf16) + config.blocks.iter().map(of_block).sum::<u64>()
 }
 
-/// SmolLM2's tied table is 57 MB, a fifth of its weights, and its tokenizer 54 while it is read: a second one of either would show.
+/// SmolLM2's tied table is 57 MB, a fifth of its weights, and its tokenizer 54 while it is read: a second one of either would show, and
+/// so would the weights of a second replica.
 #[test]
-fn one_stage_and_two_hold_weights_keys_and_values_and_little_beside_them() {
+fn stages_and_replicas_hold_weights_keys_and_values_and_little_beside_them() {
     let config = ModelConfig::read(&smollm2()).unwrap();
-    for devices in [r#"["cpu:0"]"#, r#"["cpu:0", "cpu:1"]"#] {
-        let mut job = Job::on_model(&smollm2()).set(format!("pipeline.devices={devices}"));
+    for (devices, replicas) in
+        [(r#"["cpu:0"]"#, 1), (r#"["cpu:0", "cpu:1"]"#, 1), (r#"["cpu:0", "cpu:1"]"#, 2)]
+    {
+        let mut job = Job::on_model(&smollm2())
+            .set(format!("pipeline.devices={devices}"))
+            .set(format!("pipeline.replicas={replicas}"));
         for row in 0..20 {
             let messages = json!([{"role": "user", "content": format!("What comes after {row}?")}]);
             let body = json!({"messages": messages, "max_tokens": 2, "temperature": 0});
             job = job.chat(&format!("row-{row}"), body);
         }
         let done = job.run().ok();
-        let (held, most) = (weight_and_kv_bytes(&config, &done), peak_bytes(&done));
+        let (held, most) = (weight_and_kv_bytes(&config, &done, replicas), peak_bytes(&done));
         assert!(
             (held / 2..held + BESIDE_BYTES).contains(&most),
-            "{devices}: {most} bytes, of which {held} are weights, keys and values"
+            "{replicas} replicas of {devices}: {most} bytes, of which {held} are weights, keys and values"
         );
     }
 }

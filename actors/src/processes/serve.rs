@@ -185,7 +185,7 @@ fn ranks(order: &Order, watch: Watch) -> Result<RanksArgs, String> {
         home: if order.ranks_are_processes { RankHome::Processes } else { RankHome::Threads },
         patience: span.patience,
         watch,
-        table: Arc::default(),
+        weights: Arc::default(),
     })
 }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use scheduler::MicroBatch;
 use stages::{
-    Activations, CpuTable, Device, Dtypes, Gate, GroupExit, Model, RankStep, Sharing, SpanOptions, Stage,
+    Activations, CpuWeights, Device, Dtypes, Gate, GroupExit, Model, RankStep, Sharing, SpanOptions, Stage,
     StageOutput,
 };
 
@@ -61,7 +61,7 @@ pub(crate) struct RanksArgs {
     pub(crate) patience: Duration,
     pub(crate) watch: Watch,
     /// What stages of this process share.
-    pub(crate) table: Arc<CpuTable>,
+    pub(crate) weights: Arc<CpuWeights>,
 }
 
 impl RanksArgs {
@@ -72,7 +72,7 @@ impl RanksArgs {
     /// The first rank that could not be loaded.
     pub(crate) fn load(&self) -> stages::Result<Box<dyn Stage>> {
         if let [device] = &self.devices[..] {
-            return stages::load_beside(&self.model, device, self.dtypes, self.options, &self.table);
+            return stages::load_beside(&self.model, device, self.dtypes, self.options, &self.weights);
         }
         let draws = self.options.part.is_last(&self.model.config);
         // Of ranks in this process: another process ends with its rank.
@@ -323,7 +323,7 @@ mod tests {
             home: RankHome::Threads,
             patience: Duration::from_secs(60),
             watch: Watch::new(0, 2, None),
-            table: Arc::default(),
+            weights: Arc::default(),
         }
     }
 

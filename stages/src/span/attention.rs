@@ -1,5 +1,7 @@
 //! A block's attention half.
 
+use std::sync::Arc;
+
 use kernels::{AttentionSlice, Axis, Backend};
 
 use super::Pass;
@@ -28,17 +30,17 @@ pub(super) enum AttentionOnDevice<B: Backend> {
 /// Grouped-query attention, or some heads of it.
 pub(super) struct Gqa<B: Backend> {
     pub(super) norm: B::Vector,
-    pub(super) q: B::Matrix,
-    pub(super) k: B::Matrix,
-    pub(super) v: B::Matrix,
-    pub(super) o: B::Matrix,
+    pub(super) q: Arc<B::Matrix>,
+    pub(super) k: Arc<B::Matrix>,
+    pub(super) v: Arc<B::Matrix>,
+    pub(super) o: Arc<B::Matrix>,
     pub(super) cache: B::KvCache,
 }
 
 /// A matrix in the place of a half.
 pub(super) struct Linear<B: Backend> {
     pub(super) norm: B::Vector,
-    pub(super) matrix: B::Matrix,
+    pub(super) matrix: Arc<B::Matrix>,
 }
 
 impl<B: Backend> AttentionOnDevice<B> {

@@ -1,5 +1,7 @@
 //! A block's FFN half, or the columns of it that the stage has.
 
+use std::sync::Arc;
+
 use kernels::Backend;
 
 use super::Pass;
@@ -25,9 +27,9 @@ pub(super) enum FfnOnDevice<B: Backend> {
 /// Some columns of an FFN.
 pub(super) struct SwiGlu<B: Backend> {
     pub(super) norm: B::Vector,
-    pub(super) gate: B::Matrix,
-    pub(super) up: B::Matrix,
-    pub(super) down: B::Matrix,
+    pub(super) gate: Arc<B::Matrix>,
+    pub(super) up: Arc<B::Matrix>,
+    pub(super) down: Arc<B::Matrix>,
 }
 
 /// Where an FFN is shared with neighbouring stages.

@@ -19,7 +19,7 @@ use crate::model::Model;
 use crate::part::Part;
 use crate::ranks::Ranks;
 use crate::shard::{AttentionShard, FfnShard, RankPlace};
-use crate::shared_table::SharedTable;
+use crate::shared_weights::{Packed, SharedWeights};
 use crate::sharing::Sharing;
 use crate::tensors::{self, slot_tensor};
 
@@ -34,10 +34,10 @@ impl<B: Backend> SpanStage<B> {
         options: SpanOptions,
         ranks: Option<Ranks<B::Array>>,
     ) -> Result<Self> {
-        Self::load_beside(backend, model, options, ranks, &SharedTable::default())
+        Self::load_beside(backend, model, options, ranks, None)
     }
 
-    /// The same, with the embedding that other stages may hold.
+    /// The same, with the weights that other stages may hold.
     ///
     /// # Errors
     /// As [`SpanStage::load`].
@@ -46,13 +46,15 @@ impl<B: Backend> SpanStage<B> {
         model: &Model,
         options: SpanOptions,
         mut ranks: Option<Ranks<B::Array>>,
-        shared: &SharedTable<B::Matrix>,
+        shared: Option<&SharedWeights<B::Matrix>>,
     ) -> Result<Self> {
         let SpanOptions { part, num_pages, context_tokens, largest_step } = options;
         let config = &model.config;
         let place = ranks.as_ref().map_or(RankPlace::ALONE, |ranks| ranks.place);
         let sharing = ranks.as_ref().map_or_else(Sharing::default, |ranks| ranks.sharing.clone());
-        let loader = Loader { backend: &backend, model, part, place, sharing, num_pages, shared };
+        let tables = SharedWeights::default();
+        let loader =
+            Loader { backend: &backend, model, part, place, sharing, num_pages, shared, tables: &tables };
         // First of all in the last stage and last of all in the first one: of a shared table the memory is then near the cores that
         // read all of it, and not near those that look up a few rows.
         let head = loader.head()?;
@@ -106,7 +108,10 @@ struct Loader<'a, B: Backend> {
     place: RankPlace,
     sharing: Sharing,
     num_pages: usize,
-    shared: &'a SharedTable<B::Matrix>,
+    /// What other stages hold, too, where any do.
+    shared: Option<&'a SharedWeights<B::Matrix>>,
+    /// This stage's own, which its two ends share.
+    tables: &'a SharedWeights<B::Matrix>,
 }
 
 /// A tensor of `[rows, cols]`, and which rows and columns of it are wanted.
@@ -131,8 +136,23 @@ impl<B: Backend> Loader<'_, B> {
         self.place.rank == 0
     }
 
+    /// A matrix, or what is wanted of it, of whoever holds the same.
+    fn matrix(&self, name: &str, wanted: Wanted) -> Result<Arc<B::Matrix>> {
+        match self.shared {
+            Some(shared) => {
+                let what = self.packed(name, wanted.rows.clone(), wanted.cols.clone());
+                shared.get_or_pack(what, || self.pack(name, wanted))
+            }
+            None => self.pack(name, wanted).map(Arc::new),
+        }
+    }
+
+    fn packed(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Packed {
+        Packed { tensor: name.to_owned(), rows, cols, profile: self.backend.numeric_profile() }
+    }
+
     /// Of a matrix only what is wanted is read.
-    fn matrix(&self, name: &str, wanted: Wanted) -> Result<B::Matrix> {
+    fn pack(&self, name: &str, wanted: Wanted) -> Result<B::Matrix> {
         let Wanted { shape, rows, cols } = wanted;
         if let Some(random) = self.model.weights.random(name, shape) {
             return Ok(self.backend.random_matrix(random.part(rows, cols))?);
@@ -148,7 +168,13 @@ impl<B: Backend> Loader<'_, B> {
         })?)
     }
 
-    fn table(&self, name: &str, rows: Range<usize>) -> Result<B::Matrix> {
+    /// Rows of the embedding or of the output matrix, of whoever holds the same: of this stage's other end, at least.
+    fn table(&self, name: &str, rows: Range<usize>) -> Result<Arc<B::Matrix>> {
+        let what = self.packed(name, rows.clone(), 0..self.model.config.dims.hidden);
+        self.shared.unwrap_or(self.tables).get_or_pack(what, || self.pack_table(name, rows))
+    }
+
+    fn pack_table(&self, name: &str, rows: Range<usize>) -> Result<B::Matrix> {
         let shape = [self.model.config.dims.vocab, self.model.config.dims.hidden];
         if let Some(random) = self.model.weights.random(name, shape) {
             return Ok(self.backend.random_table(random.part(rows, 0..shape[1]))?);
@@ -164,13 +190,7 @@ impl<B: Backend> Loader<'_, B> {
     /// The embedding, which the first rank looks tokens up in.
     fn embedding(&self) -> Result<Option<Arc<B::Matrix>>> {
         let is_needed = self.is_first_rank() && self.part.is_first();
-        is_needed.then(|| self.whole_embedding()).transpose()
-    }
-
-    /// All rows of it, once for all who share it.
-    fn whole_embedding(&self) -> Result<Arc<B::Matrix>> {
-        let pack = || self.table(tensors::EMBEDDING, 0..self.model.config.dims.vocab);
-        self.shared.get_or_pack(self.backend.numeric_profile(), pack)
+        is_needed.then(|| self.table(tensors::EMBEDDING, 0..self.model.config.dims.vocab)).transpose()
     }
 
     /// This rank's rows of the output matrix, where ranks share it.
@@ -186,10 +206,7 @@ impl<B: Backend> Loader<'_, B> {
             return Ok(None);
         }
         let name = if config.tied_embeddings { tensors::EMBEDDING } else { tensors::HEAD };
-        let matrix = match &rows {
-            None if config.tied_embeddings => self.whole_embedding()?,
-            rows => Arc::new(self.table(name, rows.clone().unwrap_or(0..vocab))?),
-        };
+        let matrix = self.table(name, rows.clone().unwrap_or(0..vocab))?;
         let first_token = rows.map(|rows| rows.start);
         Ok(Some(Head { norm: self.vector(tensors::LAST_NORM)?, matrix, vocab, hidden, first_token }))
     }

@@ -12,7 +12,7 @@
 //!
 //! | question | |
 //! |---|---|
-//! | `layouts` | two stages of one core each against one stage of all |
+//! | `layouts` | one stage of all cores; two of one core each; two replicas, each the whole model on one core with half of the rows |
 //! | `ladder` | what two stages lose, rung by rung: one stage, the same in steps as small as two have, two in such steps, two in steps of at most 512 tokens |
 //! | `tokens` | two stages in micro-batches of at most 512 tokens, 128, 64 and 32, each against the one before, and by the profile |
 //! | `int8` | int8 against bf16, one stage |
@@ -107,7 +107,11 @@ const TWO_OF_32: &[&str] = &[TWO_DEVICES, ONE_STAGE_EACH, "pipeline.micro_batch_
 const QUESTIONS: [Question; 6] = [
     Question {
         name: "layouts",
-        variants: &[variant("one stage", &[ONE_STAGE]), variant("two stages", TWO_STAGES)],
+        variants: &[
+            variant("one stage", &[ONE_STAGE]),
+            variant("two stages", TWO_STAGES),
+            variant("replicas", &[TWO_DEVICES, "pipeline.replicas=2"]),
+        ],
         are_answers_alike: true,
     },
     Question {

@@ -131,7 +131,7 @@ pub(crate) fn pipeline(
             (KvPages::Gpus(Box::new(gpus)), Some(gpus::catalog_name(pipeline.devices[0].index)?))
         }
         false => {
-            let memory = Memory::of(config, dtypes, machine.free_bytes, replicas);
+            let memory = Memory::of(config, dtypes, machine.free_bytes, [replicas, weight_copies(pipeline)]);
             let room = memory.pages(pipeline.kv_cache_tokens, context_tokens)?;
             (KvPages::Cpus { wanted: WantedTokens::of(pipeline, context_tokens), room }, None)
         }
@@ -390,6 +390,17 @@ pub(crate) fn context_tokens(model: &configs::Model, config: &ModelConfig) -> Re
     Ok(context)
 }
 
+/// How often the weights of a pipeline on cores are there: once for all replicas where their stages are threads of this process, and of
+/// one device each; ranks hold their own.
+fn weight_copies(pipeline: &configs::Pipeline) -> usize {
+    let are_alone = pipeline.devices_per_replica() == 1
+        || matches!(pipeline.tensor_parallel, configs::TensorParallel::Off);
+    match pipeline.stages_run_in {
+        configs::StagesRunIn::Threads if are_alone => 1,
+        configs::StagesRunIn::Threads | configs::StagesRunIn::Processes => pipeline.replicas,
+    }
+}
+
 /// What the weights take, and what they leave for keys and values: of all replicas together.
 struct Memory {
     free_bytes: u64,
@@ -399,13 +410,18 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(config: &ModelConfig, dtypes: Dtypes, free_bytes: u64, replicas: usize) -> Self {
+    fn of(
+        config: &ModelConfig,
+        dtypes: Dtypes,
+        free_bytes: u64,
+        [replicas, weight_copies]: [usize; 2],
+    ) -> Self {
         let dims = config.dims;
         let values: u64 = config.blocks.iter().map(|block| block.attention.kv_values_per_token(dims)).sum();
         let heads = values / dims.head_dim as u64;
         Memory {
             free_bytes,
-            weight_bytes: replicas as u64 * stages::weight_bytes(config, dtypes.weights),
+            weight_bytes: weight_copies as u64 * stages::weight_bytes(config, dtypes.weights),
             kv_bytes_per_token: replicas as u64 * heads * dtypes.kv.head_bytes(dims.head_dim) as u64,
         }
     }

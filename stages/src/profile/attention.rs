@@ -1,5 +1,7 @@
 //! The points of one attention, and its entry made of their times.
 
+use kernels::PAGE_TOKENS;
+
 use super::AttentionEntry;
 use super::grid::{self, Grid};
 use super::points::{Both, ContextPoint, Seconds};
@@ -54,6 +56,18 @@ impl AttentionGrid {
         most.max(subject::pages_of_chunk(most))
     }
 
+    /// Pages that its rows read beside those, where none is to be read twice in a step.
+    pub(super) fn shared_pages(&self) -> usize {
+        let pages = |point: &Point| match point.kind {
+            Kind::Decode { context } => point.tokens * (context.div_ceil(PAGE_TOKENS) - 1),
+            Kind::Prefill { first } => {
+                let pages = (first + point.tokens).div_ceil(PAGE_TOKENS);
+                pages.saturating_sub(subject::pages_of_chunk(point.tokens))
+            }
+        };
+        self.points.iter().map(pages).max().unwrap_or(0)
+    }
+
     /// Micro-batches of almost no context, and then those of its points.
     pub(super) fn steps(&self, pages: Pages, dims: Dims) -> Vec<Step> {
         let Dims { hidden, vocab, .. } = dims;
@@ -94,6 +108,40 @@ impl AttentionGrid {
             kv_heads,
             decode: curve(|kind| matches!(kind, Kind::Decode { .. })),
             prefill: curve(|kind| matches!(kind, Kind::Prefill { .. })),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+    use crate::stage::Device;
+
+    const DIMS: Dims = Dims { hidden: 8, heads: 1, head_dim: 8, vocab: 100 };
+
+    #[test]
+    fn on_cores_no_row_of_a_step_reads_a_page_of_another_and_no_page_is_there_for_nothing() {
+        for (context_tokens, micro_batch_tokens) in
+            [(64, 6), (500, 512), (2000, 512), (8192, 64), (40_000, 512)]
+        {
+            let grid = AttentionGrid::new(Grid::of(&Device::Reference), context_tokens, micro_batch_tokens);
+            let pages = Pages { own: grid.own_pages(), shared: grid.shared_pages() };
+            let mut read = HashSet::new();
+            for step in grid.steps(pages, DIMS).iter().skip(grid.bases.len()) {
+                let all: Vec<_> =
+                    step.batch.slices.iter().flat_map(|slice| slice.pages.iter().copied()).collect();
+                assert_eq!(
+                    all.iter().collect::<HashSet<_>>().len(),
+                    all.len(),
+                    "{context_tokens}: a page twice"
+                );
+                read.extend(all.into_iter().map(|page| page as usize));
+            }
+            assert!(read.iter().all(|page| *page < pages.total()), "{context_tokens}");
+            let shared = read.iter().filter(|page| **page >= pages.own).count();
+            assert_eq!(shared, pages.shared, "{context_tokens}: so many are read");
         }
     }
 }

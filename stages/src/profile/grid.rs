@@ -1,7 +1,5 @@
 //! Which points are measured.
 
-use kernels::PAGE_TOKENS;
-
 use crate::stage::Device;
 
 /// How points are spread, by what it takes to see what a kind of device can do.
@@ -47,11 +45,6 @@ impl Grid {
     /// no more positions than it takes to fill caches.
     pub(super) fn decode_rows(self, context: usize, most: usize) -> usize {
         (self.attended_positions / context).clamp(1, self.max_decode_rows.min(most))
-    }
-
-    /// Pages that rows of a micro-batch attend to at contexts of up to `context_tokens`, about.
-    pub(super) fn attended_pages(self, context_tokens: usize) -> usize {
-        self.attended_positions.max(context_tokens).div_ceil(PAGE_TOKENS)
     }
 
     /// Where a chunk of a prompt begins, and its tokens, for a mean context of about `context`.

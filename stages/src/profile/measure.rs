@@ -8,7 +8,6 @@ use super::attention::AttentionGrid;
 use super::gang::Gang;
 use super::grid::Grid;
 use super::key::ProfileKey;
-use super::machine;
 use super::points::{Both, Seconds, TokenPoint};
 use super::subject::{self, Pages, Place, Step, Subject};
 use super::{AttentionEntry, BlockEntry, BlockShape, FORMAT, Missing, Profile, SharedHalf, TooLarge};
@@ -317,7 +316,10 @@ impl Bench<'_> {
         let MeasureOptions { context_tokens, micro_batch_tokens, .. } = *self.options;
         let grid = AttentionGrid::new(self.grid(), context_tokens, micro_batch_tokens);
         let page_bytes = kv_bytes * PAGE_TOKENS as u64 * copies as u64;
-        let pages = Pages { own: grid.own_pages(), shared: self.shared_pages(page_bytes) };
+        let own = grid.own_pages();
+        let held = copies as u64 * self.weight_bytes(block.params(dims)) + own as u64 * page_bytes;
+        let room = self.room().saturating_sub(held);
+        let pages = Pages { own, shared: self.shared_pages(&grid, page_bytes, room) };
         let context_tokens = context_tokens + self.grid().chunk_tokens;
         let subject = Subject::blocks(self.model, block, copies, pages.total(), context_tokens);
         let steps = grid.steps(pages, dims);
@@ -334,15 +336,15 @@ impl Bench<'_> {
         NumberType::from(self.options.dtypes.kv).kv_bytes(attention.kv_values_per_token(dims), dims.head_dim)
     }
 
-    /// Enough that keys and values are read from memory, as those of a job are, which has more of them in flight than any cache
-    /// holds. Over all copies they are more than that; and cores, which have large caches, never read one twice in a step.
-    fn shared_pages(&self, page_bytes: u64) -> usize {
-        let cold = machine::cold_bytes(&self.options.devices[0]).div_ceil(page_bytes);
+    /// Enough that keys and values are read from memory, as far as `room` bytes hold them: on cores, whose caches are large beside what a
+    /// copy's rows read, as many as a step reads, so that none is read again before those of all copies have been. Those of a model
+    /// that is tiny stay in a cache all the same, as they do in a job.
+    fn shared_pages(&self, grid: &AttentionGrid, page_bytes: u64, room: u64) -> usize {
         let wanted = match self.options.is_on_gpus() {
-            true => cold.min(MAX_SHARED_PAGES),
-            false => cold.max(self.grid().attended_pages(self.options.context_tokens) as u64),
+            true => self.walked_bytes.div_ceil(page_bytes).min(MAX_SHARED_PAGES),
+            false => grid.shared_pages() as u64,
         };
-        wanted.min(self.room() / 2 / page_bytes).max(MIN_SHARED_PAGES) as usize
+        wanted.min(room / page_bytes).max(MIN_SHARED_PAGES) as usize
     }
 }
 

@@ -24,7 +24,7 @@ const MOST_UNPACKED_TERMS: usize = 128;
 pub(super) struct Budget {
     /// Weights that are swept over before the next ones.
     pub(super) sweep_bytes: usize,
-    /// The same where a block of AMX has all rows.
+    /// The same where a block of AMX has all rows; the other levels have no blocks.
     pub(super) lone_sweep_bytes: usize,
     /// Rows of x that go over all panels before the next ones.
     pub(super) block_bytes: usize,
@@ -60,7 +60,7 @@ impl Budget {
         let widened_terms = caches.l1 / 5 * 4 / ((PIECE_COLS + MR) * size_of::<f32>());
         Self {
             sweep_bytes: caches.l2 / 4,
-            lone_sweep_bytes: caches.l2 / 4,
+            lone_sweep_bytes: 0,
             block_bytes: caches.l2 / 8 * 3,
             unit_pieces: 1,
             unpacked_terms: whole(unpacked_terms.min(MOST_UNPACKED_TERMS), geometry.step),
@@ -121,7 +121,7 @@ mod tests {
         for kind in [WeightType::Bf16, WeightType::Int8, WeightType::Int8Weight, WeightType::Int4Weight] {
             let below_amx = Budget {
                 sweep_bytes: 256 * KIB,
-                lone_sweep_bytes: 256 * KIB,
+                lone_sweep_bytes: 0,
                 block_bytes: 384 * KIB,
                 unit_pieces: 1,
                 unpacked_terms: 128,
@@ -160,6 +160,7 @@ mod tests {
                         2 * found.sweep_bytes + found.block_bytes,
                     ),
                 };
+                assert!(2 * found.lone_sweep_bytes < l2 * KIB);
                 assert!(in_l1 < l1 * KIB && in_l2 < l2 * KIB, "{} {found:?}", simd.name());
                 assert!(found.unpacked_terms * bf16_bytes(geometry.strip) < l1 * KIB, "{found:?}");
                 assert!(found.unpacked_terms.is_multiple_of(geometry.step), "{found:?}");
@@ -169,7 +170,7 @@ mod tests {
             budget(Simd::Avx2, WeightType::Bf16, 32 * KIB, 512 * KIB),
             Budget {
                 sweep_bytes: 128 * KIB,
-                lone_sweep_bytes: 128 * KIB,
+                lone_sweep_bytes: 0,
                 block_bytes: 192 * KIB,
                 unit_pieces: 1,
                 unpacked_terms: 128,

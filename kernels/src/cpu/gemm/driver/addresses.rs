@@ -162,9 +162,10 @@ impl<const N: usize> Product<'_, N> {
     /// What tile `place` of the `places` that sweep over `b` shall prefetch: address and groups per step.
     ///
     /// The first tiles of a sweep bring in the weights of the next one, which takes the time of memory off
-    /// that of the products. A single tile is left to the processor's own prefetching: it reads straight
+    /// that of the products. Below AMX a single tile is left to the processor's own prefetching: it reads straight
     /// on, and hints of ours take the places that its own would have (measured: 60 % of the bandwidth for 4
-    /// rows against 95 %).
+    /// rows against 95 %). In AMX, whose registers are loaded from every second line, hints in four streams are the better
+    /// way (72 to 91 % for 66 to 82).
     pub(super) fn prefetch(
         &self,
         b: *const u8,

@@ -96,6 +96,28 @@ fn sweeps_stay_inside_the_caches() {
 }
 
 #[test]
+#[cfg(target_arch = "x86_64")]
+fn a_lone_block_of_amx_has_longer_sweeps_which_end_while_l2_holds_two_of_them() {
+    for (kind, k) in [(WeightType::Bf16, 16_384), (WeightType::Int8, BLOCK)] {
+        let geometry = Geometry::new(Simd::Amx, kind);
+        let budget = Budget::new(CACHES[1], &geometry);
+        let sweep = |rows| {
+            Plan::new(shape(rows, 1024, k, kind), geometry, CACHES[1], 2).chunk
+                * geometry.strip
+                * tile_bytes(kind)
+        };
+        for rows in [1, 4, 16, 32] {
+            let found = sweep(rows);
+            assert!(
+                (budget.sweep_bytes + 1..=budget.lone_sweep_bytes).contains(&found),
+                "{rows} rows: {found}"
+            );
+        }
+        assert!(sweep(33) <= budget.sweep_bytes, "{} with 33 rows", sweep(33));
+    }
+}
+
+#[test]
 fn cuts_follow_the_caches_where_it_is_theirs_to_say() {
     let kind = WeightType::Bf16;
     let shape = shape(512, 576, 2048, kind);

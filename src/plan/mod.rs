@@ -48,8 +48,8 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
         setting(&args.setting, &job, balance, args.setting.lengths.unwrap_or(LengthsArg::Fixed))?;
     if args.cost == BalanceArg::Measured {
         setting.measured = Some(measured(&args.setting, &job, &setting)?);
-    } else if setting.to_measure.is_some() && measured(&args.setting, &job, &setting).is_ok() {
-        setting.to_measure = Some("--cost measured takes what spanwise profile has measured".to_owned());
+    } else {
+        point_to_profile(&args.setting, &job, &mut setting);
     }
     let given = given_stages(&job, &setting)?;
     let Some(answer) = answer::answer(&setting, given.as_ref()) else {
@@ -66,6 +66,13 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode> {
         picture::save(path, &picture::draw_plan(&name, &setting, &answer, found))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has an estimate say that a profile is there, if it is.
+pub(crate) fn point_to_profile(args: &SettingArgs, job: &JobFile, setting: &mut Setting) {
+    if setting.to_measure.is_some() && measured(args, job, setting).is_ok() {
+        setting.to_measure = Some("--cost measured takes what spanwise profile has measured".to_owned());
+    }
 }
 
 /// The stages that a job gives. Where it is planned for other devices, they need not be stages of these.

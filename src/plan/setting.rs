@@ -77,7 +77,7 @@ pub(crate) struct Setting {
     pub(crate) balance: Balance,
     /// What takes the roofline's place.
     pub(crate) measured: Option<Measured>,
-    /// What would measure the devices, where they are this machine's.
+    /// How the plan would be by what was measured, where the devices are this machine's: the end of a sentence.
     pub(crate) to_measure: Option<String>,
 }
 

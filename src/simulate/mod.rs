@@ -42,6 +42,8 @@ pub(crate) fn simulate(args: &SimulateArgs) -> Result<ExitCode> {
     let mut setting = crate::plan::setting(&args.setting, &job, Balance::Roofline, lengths)?;
     if args.cost == TimesArg::Measured {
         setting.measured = Some(crate::plan::measured(&args.setting, &job, &setting)?);
+    } else {
+        crate::plan::point_to_profile(&args.setting, &job, &mut setting);
     }
     let Some((pieces, replicas, layout)) = layout(&setting, &job)? else {
         let refused = crate::plan::refuse(&setting, args.format)?;

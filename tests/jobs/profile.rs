@@ -1,7 +1,7 @@
 //! What was measured on the machine: how it comes into the store, and what a run makes of it.
 
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
@@ -96,14 +96,18 @@ impl World {
 
     /// What a plan or a simulation of the job says by what the store has, for short rows.
     pub(crate) fn ask(&self, what: &str, args: &[&str]) -> Output {
+        self.question(what).args(["--cost", "measured"]).args(args).output().unwrap()
+    }
+
+    /// The same by what the program takes by itself.
+    fn question(&self, what: &str) -> Command {
         let run = self.job.command();
         let mut command = spanwise();
         command.env("SPANWISE_PROFILES", self.store.path()).arg(what).arg(run.get_args().nth(1).unwrap());
-        command.args(["--cost", "measured"]);
         for set in self.sets.iter().chain(&["plan.prompt_tokens=8", "plan.output_tokens=8"]) {
             command.args(["--set", set]);
         }
-        command.args(args).output().unwrap()
+        command
     }
 
     /// Runs the job anew; its plan by the manifest, and what it said.
@@ -355,6 +359,15 @@ fn plans_and_simulations_by_measured_costs_are_no_estimates_and_need_them() {
     }
 
     let absent = World::new();
+    for (world, end) in
+        [(&measured, "; --cost measured takes what spanwise profile has measured"), (&absent, " would")]
+    {
+        let output = world.question("plan").output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let last = stdout.lines().last().unwrap();
+        assert!(last.starts_with("estimate ") && last.ends_with(end), "{last}");
+    }
+
     let refusals = [
         (vec![], "no profile of cpu"),
         (vec![], "hint: spanwise profile"),

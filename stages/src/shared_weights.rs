@@ -2,6 +2,9 @@
 //!
 //! Replicas multiply by the same matrices, and the first stage of a tied model looks tokens up in the matrix by which the last one
 //! draws: a fifth of SmolLM2's weights. Cores of a machine have one memory, so that what is packed alike is there once.
+//!
+//! One of these is for one model, whose tensors are each packed either as a matrix or as a table, and by backends whose numeric
+//! profiles tell their ways of packing apart.
 
 use std::collections::HashMap;
 use std::ops::Range;

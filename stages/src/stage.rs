@@ -283,7 +283,8 @@ pub struct Dtypes {
 }
 
 /// Loads a span of a model onto a device. The calling thread becomes the device's own: it is the one that
-/// takes the steps, and is pinned where the device is a group of cores.
+/// takes the steps, and is pinned where the device is a group of cores. Its weights are its own, those of blocks with the same tensors
+/// too: measuring rests on that.
 ///
 /// # Errors
 /// What the device refuses.

@@ -43,12 +43,13 @@ class Spanwise:
     """A process for each job, as a user starts it."""
 
     def __init__(self, args):
-        self.name = f"spanwise on {args.devices}"
+        self.name = f"spanwise on {args.devices}" + (f", {args.replicas} replicas" if args.replicas > 1 else "")
         self.program = args.spanwise
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="compare-"))
         (self.folder / "job.toml").write_text(
             f'[model]\npath = "{args.model.resolve()}"\n'
             f'[pipeline]\ndevices = {json.dumps(args.devices.split(","))}\nmax_sequences = 256\n'
+            f"replicas = {args.replicas}\n"
             '[job]\ninput = "input.jsonl"\noutput = "out"\n'
         )
 
@@ -246,6 +247,7 @@ def main():
     parser.add_argument("--model", type=pathlib.Path, default="models/smollm2-135m", help="SmolLM2-135M as safetensors")
     parser.add_argument("--spanwise", default="target/release/spanwise", help="the program")
     parser.add_argument("--devices", default="cpu:0", help="Spanwise's devices, joined by commas")
+    parser.add_argument("--replicas", type=int, default=1, help="Spanwise's pipelines, each on its share of the devices")
     parser.add_argument("--engines", default="llama.cpp,vllm", help="the peers, joined by commas")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--log", type=pathlib.Path, help="where pairs are gathered")

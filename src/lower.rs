@@ -466,6 +466,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn weights_of_replicas_count_once_where_they_are_there_once() {
+        use configs::{Device, DeviceKind, Pipeline, StagesRunIn, TensorParallel};
+        let copies = |devices: usize, stages_run_in, tensor_parallel| {
+            let devices = (0..devices).map(|index| Device { kind: DeviceKind::Cpu, index }).collect();
+            let pipeline =
+                Pipeline { devices, replicas: 2, stages_run_in, tensor_parallel, ..Pipeline::default() };
+            weight_copies(&pipeline)
+        };
+        assert_eq!(copies(2, StagesRunIn::Threads, TensorParallel::Auto), 1);
+        assert_eq!(copies(4, StagesRunIn::Threads, TensorParallel::Off), 1);
+        assert_eq!(
+            copies(4, StagesRunIn::Threads, TensorParallel::Auto),
+            2,
+            "stages may have several devices"
+        );
+        assert_eq!(copies(4, StagesRunIn::Threads, TensorParallel::Widths(vec![2])), 2);
+        assert_eq!(copies(2, StagesRunIn::Processes, TensorParallel::Off), 2);
+    }
+
+    #[test]
     fn a_checkpoint_says_how_keys_and_values_are_kept_where_the_job_does_not() {
         let path = std::path::Path::new("configs/models/Llama-3_3-Nemotron-Super-49B-v1");
         let plain = ModelConfig::read(path).unwrap();

@@ -78,8 +78,8 @@ impl Budget {
     ///   several pieces, chunk by chunk: x is read from further away once for all of them;
     /// * 256 KiB, an eighth, for the sums of those pieces: eight of 256 rows by 32 columns in f32;
     /// * where one block has all rows, 64 KiB, a thirty-second, for the weights of a sweep, whose time is that of memory, and as much
-    ///   for those of the next one. Shorter ones ask for too few lines of a stream, 20 KiB gain nothing, and 1 MiB leave L2 before
-    ///   they are used (60 % of the speed of memory for 88).
+    ///   for those of the next one. Sweeps of 20 KiB are no faster than without asking, and lines of 1 MiB leave L2 before they are
+    ///   used (60 % of the speed of memory for 88).
     fn of_amx(caches: CoreCaches, geometry: &Geometry) -> Self {
         let unpacked_bytes = (caches.l1 / 3 * 2).min(MOST_UNPACKED_BYTES);
         let unit_pieces = caches.l2 / 8 / (geometry.sums() * size_of::<f32>());
